@@ -1,0 +1,42 @@
+"""Average pooling, the simplest user behavior model of the paper's Table 2.
+
+The interest is the mean ID embedding of the behaviors: it does not look at the candidate, so it is
+computed once a request and shared by all its candidates.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mim_torchrec.ciubm.jagged import RequestPairs
+
+
+class AvgPooling(nn.Module):
+    r"""Mean of the behaviors: Eq. 1 with $\alpha_{t,i} = 1/l$.
+
+    Args:
+        dim: size of a behavior embedding, which is also the size of the interest.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.out_dim = dim
+
+    def forward(self, candidates: Tensor, behaviors: Tensor, pairs: RequestPairs) -> Tensor:
+        """Pool the behaviors of each candidate's request.
+
+        Args:
+            candidates: (sum_candidates, dim), not looked at.
+            behaviors: (sum_behaviors, dim).
+            pairs: the pairs of the batch.
+
+        Returns:
+            (sum_candidates, dim); zeros without behaviors.
+        """
+        if behaviors.shape[0] == 0:
+            return behaviors.new_zeros(pairs.num_candidates, self.out_dim) + behaviors.sum()
+        everyone = torch.arange(behaviors.shape[0], device=behaviors.device)
+        means = F.embedding_bag(
+            everyone, behaviors, pairs.behavior_offsets, mode="mean", include_last_offset=True
+        )
+        return means.index_select(0, pairs.candidate_request)

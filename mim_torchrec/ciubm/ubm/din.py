@@ -1,0 +1,107 @@
+r"""Deep Interest Network (Zhou et al., KDD 2018): attention of the candidate over the behaviors.
+
+The attention unit is an MLP over $[q, s, q - s, q \circ s]$ for a candidate $q$ and a behavior $s$; its
+output weights $s$ (MIM, Eq. 1). As in DIN the weights are not normalized by default, so that the size of
+the interest keeps the intensity of the behaviors. Left out: DIN's mini-batch aware regularization.
+
+The MLP runs on packed pairs. Its first layer is linear, hence
+$W[q, s, q-s, q \circ s] = (W_q + W_d)q + (W_s - W_d)s + W_p(q \circ s)$: the first two terms are computed
+once a candidate and once a behavior, and only the last once a pair.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mim_torchrec.ciubm.jagged import RequestPairs
+from mim_torchrec.training.batch_norm import GlobalBatchNorm1d
+
+Activation = Literal["prelu", "dice"]
+
+
+class Dice(nn.Module):
+    r"""Data adaptive activation of DIN, $p(s) s + (1 - p(s)) a s$.
+
+    $p(s)$ is a sigmoid of $s$ normalized by its mean and variance over the batch (of all ranks), and $a$
+    is learned for each of `dim` channels.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.normalize = GlobalBatchNorm1d(dim, affine=False)
+        self.slope = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Activate (n, dim)."""
+        gate = torch.sigmoid(self.normalize(x))
+        return x * (gate + (1 - gate) * self.slope)
+
+
+def activation(name: Activation, dim: int) -> nn.Module:
+    """The activation called `name` for `dim` channels."""
+    if name == "prelu":
+        return nn.PReLU()
+    if name == "dice":
+        return Dice(dim)
+    raise ValueError(f"activation is 'prelu' or 'dice', not {name!r}")
+
+
+class DIN(nn.Module):
+    """DIN's attention pooling over packed pairs.
+
+    Args:
+        dim: size of candidate and behavior embeddings.
+        hidden: widths of the attention unit's hidden layers; one at least.
+        activation_name: "prelu" or "dice".
+        softmax: normalize the weights of a candidate to sum to 1, which DIN does not.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: tuple[int, ...] = (80, 40),
+        activation_name: Activation = "prelu",
+        softmax: bool = False,
+    ) -> None:
+        super().__init__()
+        if not hidden:
+            raise ValueError("the attention unit needs a hidden layer")
+        self.out_dim = dim
+        self.softmax = softmax
+        self.first = nn.Linear(4 * dim, hidden[0])
+        layers: list[nn.Module] = [activation(activation_name, hidden[0])]
+        for width_in, width_out in zip(hidden, hidden[1:], strict=False):
+            layers += [nn.Linear(width_in, width_out), activation(activation_name, width_out)]
+        self.rest = nn.Sequential(*layers, nn.Linear(hidden[-1], 1))
+
+    def forward(self, candidates: Tensor, behaviors: Tensor, pairs: RequestPairs) -> Tensor:
+        """Pool the behaviors of each candidate by attention.
+
+        Args:
+            candidates: (sum_candidates, dim).
+            behaviors: (sum_behaviors, dim).
+            pairs: the pairs of the batch.
+
+        Returns:
+            (sum_candidates, dim); zeros without behaviors.
+        """
+        scores = self.scores(candidates, behaviors, pairs)
+        weights = pairs.segment_softmax(scores) if self.softmax else scores
+        return pairs.weighted_sum(behaviors, weights)
+
+    def scores(self, candidates: Tensor, behaviors: Tensor, pairs: RequestPairs) -> Tensor:
+        """The attention unit's output for each pair, (num_pairs,)."""
+        w_candidate, w_behavior, w_difference, w_product = self.first.weight.chunk(4, dim=1)
+        per_candidate = F.linear(candidates, w_candidate + w_difference, self.first.bias)
+        per_behavior = F.linear(behaviors, w_behavior - w_difference)
+        c = candidates.index_select(0, pairs.candidate_index)
+        b = behaviors.index_select(0, pairs.behavior_index)
+        hidden = torch.addmm(
+            per_candidate.index_select(0, pairs.candidate_index)
+            + per_behavior.index_select(0, pairs.behavior_index),
+            c * b,
+            w_product.t(),
+        )
+        return self.rest(hidden).squeeze(-1)
