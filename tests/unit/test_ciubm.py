@@ -9,8 +9,9 @@ from torch import Tensor
 from mim_torchrec.ciubm.ciubm import CiUBM
 from mim_torchrec.ciubm.content import content_relevance, relevant_interest
 from mim_torchrec.ciubm.jagged import RequestPairs
+from mim_torchrec.ciubm.ubm.activation import Dice, PReLU
 from mim_torchrec.ciubm.ubm.avg_pooling import AvgPooling
-from mim_torchrec.ciubm.ubm.din import DIN, Dice
+from mim_torchrec.ciubm.ubm.din import DIN
 
 CANDIDATES = [2, 3, 1, 1]
 BEHAVIORS = [3, 0, 1, 4]
@@ -134,6 +135,15 @@ def test_din_with_a_folded_first_layer_has_the_gradients_of_the_naive_form(pairs
     expected = torch.autograd.grad((naive_din(model, *inputs) * upstream).sum(), wanted)
     actual = torch.autograd.grad((model(*inputs, pairs) * upstream).sum(), wanted)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_prelu_has_the_gradients_of_torchs_own():
+    torch.manual_seed(3)
+    x = torch.randn(50, 4, requires_grad=True)
+    ours, theirs = PReLU(), torch.nn.PReLU()
+    actual = torch.autograd.grad(ours(x).pow(2).sum(), (x, ours.weight))
+    expected = torch.autograd.grad(theirs(x).pow(2).sum(), (x, theirs.weight))
+    torch.testing.assert_close(actual, expected)
 
 
 def test_dice_gates_by_batch_statistics():

@@ -9,43 +9,12 @@ $W[q, s, q-s, q \circ s] = (W_q + W_d)q + (W_s - W_d)s + W_p(q \circ s)$: the fi
 once a candidate and once a behavior, and only the last once a pair.
 """
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mim_torchrec.ciubm.jagged import RequestPairs
-from mim_torchrec.training.batch_norm import GlobalBatchNorm1d
-
-Activation = Literal["prelu", "dice"]
-
-
-class Dice(nn.Module):
-    r"""Data adaptive activation of DIN, $p(s) s + (1 - p(s)) a s$.
-
-    $p(s)$ is a sigmoid of $s$ normalized by its mean and variance over the batch (of all ranks), and $a$
-    is learned for each of `dim` channels.
-    """
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.normalize = GlobalBatchNorm1d(dim, affine=False)
-        self.slope = nn.Parameter(torch.zeros(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Activate (n, dim)."""
-        gate = torch.sigmoid(self.normalize(x))
-        return x * (gate + (1 - gate) * self.slope)
-
-
-def activation(name: Activation, dim: int) -> nn.Module:
-    """The activation called `name` for `dim` channels."""
-    if name == "prelu":
-        return nn.PReLU()
-    if name == "dice":
-        return Dice(dim)
-    raise ValueError(f"activation is 'prelu' or 'dice', not {name!r}")
+from mim_torchrec.ciubm.ubm.activation import Activation, build_activation
 
 
 class DIN(nn.Module):
@@ -53,16 +22,16 @@ class DIN(nn.Module):
 
     Args:
         dim: size of candidate and behavior embeddings.
-        hidden: widths of the attention unit's hidden layers; one at least.
-        activation_name: "prelu" or "dice".
+        hidden: widths of the attention unit's hidden layers; one at least. DIN has one of 36.
+        activation: "prelu" or "dice".
         softmax: normalize the weights of a candidate to sum to 1, which DIN does not.
     """
 
     def __init__(
         self,
         dim: int,
-        hidden: tuple[int, ...] = (80, 40),
-        activation_name: Activation = "prelu",
+        hidden: tuple[int, ...] = (36,),
+        activation: Activation = "prelu",
         softmax: bool = False,
     ) -> None:
         super().__init__()
@@ -71,9 +40,9 @@ class DIN(nn.Module):
         self.out_dim = dim
         self.softmax = softmax
         self.first = nn.Linear(4 * dim, hidden[0])
-        layers: list[nn.Module] = [activation(activation_name, hidden[0])]
+        layers: list[nn.Module] = [build_activation(activation, hidden[0])]
         for width_in, width_out in zip(hidden, hidden[1:], strict=False):
-            layers += [nn.Linear(width_in, width_out), activation(activation_name, width_out)]
+            layers += [nn.Linear(width_in, width_out), build_activation(activation, width_out)]
         self.rest = nn.Sequential(*layers, nn.Linear(hidden[-1], 1))
 
     def forward(self, candidates: Tensor, behaviors: Tensor, pairs: RequestPairs) -> Tensor:

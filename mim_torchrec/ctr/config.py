@@ -1,0 +1,102 @@
+"""Configuration of the CTR stage; every field is a flag of `mim ctr`."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from mim_torchrec.ciubm.content import Pooling
+from mim_torchrec.ciubm.ubm.activation import Activation
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What the CTR model is made of."""
+
+    mim: Literal["on", "off"] = "on"
+    """`off` is Base: ids only, no table."""
+    ubm: Literal["din", "avg_pooling"] = "din"
+    """User behavior model of the ID interest (Eq. 1)."""
+    id_interest: bool = True
+    """Feed the ID interest to the tower (Table 5)."""
+    content_interest: bool = True
+    """Feed the content interest to the tower (Eq. 7, Table 5)."""
+    fusion_interest: bool = True
+    """Feed the fusion interest to the tower (Eq. 8, Table 5)."""
+    content_pooling: Pooling = "sum"
+    """Content and fusion interest: the paper's sum over behaviors, or their mean."""
+    content_projection: Literal["none", "layer_norm", "linear"] = "none"
+    """What the content interest passes before the tower; `linear` is a layer norm and a linear layer."""
+    content_dim: int = 32
+    """Size of the content interest after a linear projection."""
+    products: bool = False
+    """Feed the tower the inner product of each interest with the target as well."""
+    embedding_dim: int = 16
+    """Size of the embeddings of users, queries, items and categories."""
+    attention: tuple[int, ...] = (36,)
+    """Hidden layers of DIN's attention unit."""
+    attention_activation: Activation = "prelu"
+    """Activation of DIN's attention unit."""
+    attention_softmax: bool = False
+    """Normalize attention weights, which DIN does not."""
+    tower: tuple[int, ...] = (200, 80)
+    """Hidden layers of the deepCTR tower."""
+    batch_norm: bool = True
+    """Batch normalization in the tower, over the batch of all ranks."""
+    dropout: float = 0.0
+    """Dropout in the tower."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CTRConfig(ModelConfig):
+    """Train a CTR model on request logs and evaluate it on the test requests.
+
+    One process, or several under torchrun. Writes config.json, history.json, metrics.json and
+    predictions.parquet into `out`.
+    """
+
+    data: Path
+    """Dataset directory."""
+    out: Path
+    """Directory of the results; made if missing."""
+    table: Path | None = None
+    """Directory of the multi-modal table; needed when `mim` is on, not read when it is off."""
+    table_version: Annotated[str | None, tyro.conf.arg(aliases=["--expected-table-version"])] = None
+    """Version that the table must have; another is refused."""
+    seed: int = 0
+    """Seed of the initial weights, of the order of the requests and of dropout."""
+    epochs: int = 4
+    """Passes over the training requests; the best by validation AUC is kept."""
+    patience: int | None = None
+    """Stop after this many epochs without a better validation AUC."""
+    batch_size: int = 1024
+    """Candidates in a step, over all ranks."""
+    lr: float = 1e-3
+    """Learning rate of the dense part (AdamW)."""
+    weight_decay: float = 0.0
+    """Weight decay of the dense part."""
+    sparse_lr: float = 0.02
+    """Learning rate of the embedding tables."""
+    sparse_optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
+    """Optimizer of the embedding tables, fused into the backward pass."""
+    sparse_weight_decay: float = 0.0
+    """L2 regularization of the embedding rows that a step touches (row-wise Adagrad and SGD)."""
+    embedding_init_std: float | None = None
+    """Standard deviation of the initial embeddings; by default uniform within 1 / sqrt(rows)."""
+    max_behaviors: int = 50
+    """Most recent behaviors of a request that are used."""
+    head_room: float = 0.0
+    """Spare rows of the ID tables, as a share of the ids seen in training."""
+    max_unknown: float = 0.5
+    """Share of unknown ids in an epoch above which an alarm is logged."""
+    on_bad_row: Literal["fail", "skip"] = "fail"
+    """Stop at a malformed request, or skip and count it."""
+    item_cache: Path | None = None
+    """Folder of the item index; by default one inside `out`."""
+    log_every: int = 20
+    """Steps between two lines of the log."""
+
+    def model(self) -> ModelConfig:
+        """The part that describes the model."""
+        return ModelConfig(**{f.name: self.__dict__[f.name] for f in fields(ModelConfig)})

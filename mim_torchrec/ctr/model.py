@@ -1,0 +1,163 @@
+"""The CTR model: CiUBM between sharded embeddings and a deepCTR tower (MIM, section 3.4).
+
+It scores every candidate of a request from the user, the query where there is one, the candidate, and
+the interest that the user's behaviors show in it. The embedding collections are injected, as in torchrec's
+own models, so one class serves unsharded tests and sharded training. Left out: position and price
+features, multi-task heads.
+"""
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+
+from mim_torchrec.ciubm.ciubm import CiUBM
+from mim_torchrec.ciubm.jagged import RequestPairs
+from mim_torchrec.ciubm.ubm.activation import PReLU
+from mim_torchrec.ciubm.ubm.avg_pooling import AvgPooling
+from mim_torchrec.ciubm.ubm.din import DIN
+from mim_torchrec.ctr.config import ModelConfig
+from mim_torchrec.data.batch import RequestBatch
+from mim_torchrec.training.batch_norm import GlobalBatchNorm1d
+
+
+def build_ubm(config: ModelConfig, dim: int) -> nn.Module:
+    """The user behavior model that the config names, over ID embeddings of size `dim`."""
+    if config.ubm == "avg_pooling":
+        return AvgPooling(dim)
+    if config.ubm == "din":
+        return DIN(dim, config.attention, config.attention_activation, config.attention_softmax)
+    raise ValueError(f"ubm is 'din' or 'avg_pooling', not {config.ubm!r}")
+
+
+class DeepCTR(nn.Module):
+    """Fully connected tower from features to a logit.
+
+    Args:
+        in_features: size of the input.
+        hidden: widths of the hidden layers (the paper's towers end in 200 and 80).
+        batch_norm: normalize the input and every hidden layer over the batch of all ranks.
+        dropout: probability of dropping a hidden unit.
+    """
+
+    def __init__(self, in_features: int, hidden: tuple[int, ...], batch_norm: bool, dropout: float) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [GlobalBatchNorm1d(in_features)] if batch_norm else []
+        width = in_features
+        for size in hidden:
+            layers.append(nn.Linear(width, size))
+            if batch_norm:
+                layers.append(GlobalBatchNorm1d(size))
+            layers.append(PReLU())
+            if dropout:
+                layers.append(nn.Dropout(dropout))
+            width = size
+        self.layers = nn.Sequential(*layers, nn.Linear(width, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(n, in_features) to logits (n,)."""
+        return self.layers(x).squeeze(-1)
+
+
+class CTRModel(nn.Module):
+    """Click logits of the candidates of each request.
+
+    Args:
+        request_embeddings: pooled features of a request: `user_id` and, where the data has it, `query_id`.
+        item_embeddings: unpooled; one table of items and one of categories, each with the two features
+            `candidate_item_id` and `behavior_item_id` (`candidate_category`, `behavior_category`).
+        mm_embeddings: unpooled frozen multi-modal vectors with the features `candidate_mm` and
+            `behavior_mm`; None is the Base model, which knows ids only.
+        config: interests, tower and their sizes.
+
+    Raises:
+        ValueError: `config.mim` and `mm_embeddings` do not agree.
+    """
+
+    def __init__(
+        self,
+        request_embeddings: EmbeddingBagCollection,
+        item_embeddings: EmbeddingCollection,
+        mm_embeddings: EmbeddingCollection | None,
+        config: ModelConfig,
+    ) -> None:
+        super().__init__()
+        if (mm_embeddings is not None) != (config.mim == "on"):
+            given = "missing" if mm_embeddings is None else "given"
+            raise ValueError(f"mim is {config.mim!r}, but multi-modal embeddings are {given}")
+        self.request_embeddings = request_embeddings
+        self.item_embeddings = item_embeddings
+        self.mm_embeddings = mm_embeddings
+        self.products = config.products
+
+        bags = request_embeddings.embedding_bag_configs()
+        request_dim = sum(t.embedding_dim * len(t.feature_names) for t in bags)
+        item_dim = sum(t.embedding_dim for t in item_embeddings.embedding_configs())
+        mm_dim = mm_embeddings.embedding_configs()[0].embedding_dim if mm_embeddings is not None else 0
+        content = mm_embeddings is not None and config.content_interest
+        fusion = mm_embeddings is not None and config.fusion_interest
+        self.ciubm = CiUBM(
+            build_ubm(config, item_dim) if config.id_interest else None,
+            content=content,
+            fusion=fusion,
+            pooling=config.content_pooling,
+        )
+        content_dim = mm_dim
+        self.content_projection: nn.Module = nn.Identity()
+        if content and config.content_projection == "layer_norm":
+            self.content_projection = nn.LayerNorm(mm_dim)
+        elif content and config.content_projection == "linear":
+            content_dim = config.content_dim
+            self.content_projection = nn.Sequential(nn.LayerNorm(mm_dim), nn.Linear(mm_dim, content_dim))
+        parts = [(config.id_interest, item_dim), (content, content_dim), (fusion, item_dim)]
+        interest_dim = sum(size for on, size in parts if on)
+        num_products = sum(on for on, _ in parts) if self.products else 0
+        self.tower = DeepCTR(
+            request_dim + item_dim + interest_dim + num_products + 1,
+            config.tower,
+            config.batch_norm,
+            config.dropout,
+        )
+
+    def forward(self, batch: RequestBatch) -> Tensor:
+        """Score the candidates.
+
+        Args:
+            batch: requests whose ids are embedding rows already.
+
+        Returns:
+            (sum_candidates,) logits in the order of the batch's candidates.
+        """
+        sparse = batch.sparse
+        # start every exchange between ranks before waiting for the first
+        pooled = self.request_embeddings(sparse)
+        item_rows = self.item_embeddings(sparse)
+        mm_rows = self.mm_embeddings(sparse) if self.mm_embeddings is not None else None
+        pairs = RequestPairs.build(
+            sparse["candidate_item_id"].offsets(), sparse["behavior_item_id"].offsets()
+        )
+
+        def item(role: str) -> Tensor:
+            parts = [item_rows[f"{role}_{column}"].values() for column in ("item_id", "category")]
+            return torch.cat(parts, dim=-1)
+
+        candidates, behaviors = item("candidate"), item("behavior")
+        candidates_mm = mm_rows["candidate_mm"].values() if mm_rows is not None else None
+        behaviors_mm = mm_rows["behavior_mm"].values() if mm_rows is not None else None
+        interests = self.ciubm(candidates, behaviors, pairs, candidates_mm, behaviors_mm)
+
+        features = [pooled.values().index_select(0, pairs.candidate_request), candidates]
+        if self.products:
+            # agreement of each interest with the target, as product-based CTR towers feed it
+            for interest in (interests.id, interests.fusion):
+                if interest is not None:
+                    features.append((interest * candidates).sum(-1, keepdim=True))
+            if interests.content is not None:
+                target = F.normalize(candidates_mm.float(), dim=-1)
+                features.append((interests.content * target).sum(-1, keepdim=True))
+        if interests.content is not None:
+            interests = replace(interests, content=self.content_projection(interests.content))
+        features += [interests.concatenate(), pairs.history_lengths().to(candidates.dtype).log1p()[:, None]]
+        return self.tower(torch.cat(features, dim=-1))

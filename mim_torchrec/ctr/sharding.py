@@ -1,0 +1,180 @@
+"""From a CTR model to its sharded, trainable form: tables, plan, optimizers, initial values.
+
+Items and categories are one unpooled collection, row-wise over the ranks, so that candidates and behaviors
+share one exchange; users and queries are pooled and table-wise; multi-modal vectors are frozen and
+row-wise. Initial values depend on the seed alone, not on the number of ranks.
+"""
+
+import logging
+import math
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner.types import ParameterConstraints
+from torchrec.distributed.types import ShardingType
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.optimizers import in_backward_optimizer_filter
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+
+from mim_torchrec.ctr.config import CTRConfig
+from mim_torchrec.ctr.model import CTRModel
+from mim_torchrec.embeddings.sharded.frozen import FrozenEmbeddingCollection
+from mim_torchrec.embeddings.sharded.sharder import FrozenEmbeddingCollectionSharder
+from mim_torchrec.training.distributed import Ranks
+
+log = logging.getLogger(__name__)
+
+_SPARSE_OPTIMIZERS = {
+    "rowwise_adagrad": RowWiseAdagrad,
+    "adagrad": torch.optim.Adagrad,
+    "sgd": torch.optim.SGD,
+}
+_INIT_CHUNK = 65536
+
+
+def build_model(
+    config: CTRConfig,
+    num_embeddings: dict[str, int],
+    mm_config: EmbeddingConfig | None,
+    device: torch.device,
+) -> CTRModel:
+    """The model with its embedding collections, not sharded yet.
+
+    Args:
+        config: the stage's configuration.
+        num_embeddings: rows of the tables `user_id`, `item_id`, `category` and, where there are
+            queries, `query_id`.
+        mm_config: table of the frozen multi-modal vectors; None for Base.
+        device: where the embeddings live: `meta` before sharding.
+    """
+    dim = config.embedding_dim
+    request = [
+        EmbeddingBagConfig(
+            name=name, embedding_dim=dim, num_embeddings=num_embeddings[name], feature_names=[name]
+        )
+        for name in ("user_id", "query_id")
+        if name in num_embeddings
+    ]
+    items = [
+        EmbeddingConfig(
+            name=name,
+            embedding_dim=dim,
+            num_embeddings=num_embeddings[name],
+            feature_names=[f"candidate_{name}", f"behavior_{name}"],
+        )
+        for name in ("item_id", "category")
+    ]
+    # the dense part must not depend on how many random numbers the tables have drawn
+    request_embeddings = EmbeddingBagCollection(tables=request, device=device)
+    item_embeddings = EmbeddingCollection(tables=items, device=device)
+    mm_embeddings = FrozenEmbeddingCollection([mm_config], device=device) if mm_config is not None else None
+    torch.manual_seed(config.seed)
+    return CTRModel(request_embeddings, item_embeddings, mm_embeddings, config.model())
+
+
+def shard(
+    model: CTRModel, config: CTRConfig, ranks: Ranks
+) -> tuple[DistributedModelParallel, CombinedOptimizer]:
+    """Plan and shard the model over the ranks, and make its optimizer.
+
+    Embedding tables are updated in the backward pass by a fused optimizer, the dense part by AdamW.
+
+    Args:
+        model: from `build_model` on the meta device.
+        config: the stage's configuration.
+        ranks: the process group.
+
+    Returns:
+        The sharded model with seeded initial values, and the optimizer of everything trainable.
+    """
+    options: dict[str, float] = {"lr": config.sparse_lr}
+    if config.sparse_optimizer == "rowwise_adagrad":
+        options["eps"] = 1e-8
+    if config.sparse_weight_decay:
+        options["weight_decay"] = config.sparse_weight_decay
+    trainable = (model.request_embeddings, model.item_embeddings)
+    for collection in trainable:
+        apply_optimizer_in_backward(
+            _SPARSE_OPTIMIZERS[config.sparse_optimizer], collection.parameters(), options
+        )
+
+    fused = [EmbeddingComputeKernel.FUSED.value]
+    constraints = {}
+    for table in model.request_embeddings.embedding_bag_configs():
+        constraints[table.name] = ParameterConstraints(
+            sharding_types=[ShardingType.TABLE_WISE.value], compute_kernels=fused
+        )
+    unpooled = model.item_embeddings.embedding_configs()
+    if model.mm_embeddings is not None:
+        unpooled = unpooled + model.mm_embeddings.embedding_configs()
+    for table in unpooled:
+        constraints[table.name] = ParameterConstraints(
+            sharding_types=[ShardingType.ROW_WISE.value], compute_kernels=fused
+        )
+    sharders = [
+        EmbeddingBagCollectionSharder(),
+        EmbeddingCollectionSharder(),
+        FrozenEmbeddingCollectionSharder(),
+    ]
+    topology = Topology(
+        world_size=ranks.world_size,
+        compute_device=ranks.device.type,
+        ddr_cap=psutil.virtual_memory().total // ranks.world_size,
+    )
+    planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints)
+    plan = planner.collective_plan(model, sharders, dist.group.WORLD)
+    if ranks.is_main:
+        log.info("sharding plan:\n%s", plan)
+    sharded = DistributedModelParallel(model, device=ranks.device, plan=plan, sharders=sharders)
+    initialize_tables(sharded, config.seed, config.embedding_init_std)
+    dense = KeyedOptimizerWrapper(
+        dict(in_backward_optimizer_filter(sharded.named_parameters())),
+        lambda params: torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay),
+    )
+    return sharded, CombinedOptimizer([("sparse", sharded.fused_optimizer), ("dense", dense)])
+
+
+@torch.no_grad()
+def initialize_tables(model: nn.Module, seed: int, std: float | None) -> None:
+    """Give every trainable table the values that the seed says, whichever rank holds which rows.
+
+    Args:
+        model: sharded model.
+        seed: seed of the run; each table has its own stream, named by its place in sorted order.
+        std: standard deviation of normal values; None is uniform within $1/\\sqrt{rows}$.
+    """
+    tables = {
+        name: value
+        for name, value in model.state_dict().items()
+        if isinstance(value, ShardedTensor) and "mm_embeddings" not in name
+    }
+    for place, name in enumerate(sorted(tables)):
+        table = tables[name]
+        rows, dim = table.size()
+        generator = torch.Generator().manual_seed(seed * 1000 + place)
+        bound = 1 / math.sqrt(rows)
+        for start in range(0, rows, _INIT_CHUNK):
+            count = min(_INIT_CHUNK, rows - start)
+            if std is None:
+                values = torch.rand(count, dim, generator=generator) * (2 * bound) - bound
+            else:
+                values = torch.randn(count, dim, generator=generator) * std
+            for piece in table.local_shards():
+                first, columns = piece.metadata.shard_offsets[0], piece.metadata.shard_offsets[1]
+                low, high = max(start, first), min(start + count, first + piece.tensor.shape[0])
+                if low < high:
+                    width = piece.tensor.shape[1]
+                    piece.tensor[low - first : high - first].copy_(
+                        values[low - start : high - start, columns : columns + width]
+                    )

@@ -1,0 +1,109 @@
+"""CTR training as a task of the shared loop: batches, loss, validation, checkpoint."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from torch import Tensor
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.optim.keyed import CombinedOptimizer
+
+from mim_torchrec.ctr.evaluate import predict
+from mim_torchrec.data.batch import RequestBatch
+from mim_torchrec.data.requests import RequestReader
+from mim_torchrec.data.vocabulary import IdMapper
+from mim_torchrec.training import metrics
+from mim_torchrec.training.distributed import Ranks
+
+
+def global_mean_loss(logits: Tensor, labels: Tensor, world_size: int) -> Tensor:
+    """Binary cross entropy whose mean over ranks is the mean over all candidates of the step.
+
+    Ranks hold different numbers of candidates, so a mean of their means would weigh the candidates of a
+    short rank more. Gradients are averaged over ranks, hence: local sum x ranks / global count.
+
+    Args:
+        logits: (sum_candidates,) of this rank.
+        labels: (sum_candidates,) of this rank.
+        world_size: number of ranks.
+    """
+    count = torch.tensor(float(labels.numel()), device=labels.device)
+    if world_size > 1:
+        dist.all_reduce(count)
+    return F.binary_cross_entropy_with_logits(logits, labels, reduction="sum") * world_size / count
+
+
+class CTRTask:
+    """What `training.loop.fit` needs to train a CTR model.
+
+    Args:
+        model: the sharded model.
+        optimizer: of everything trainable.
+        train: reader of this rank's share of the training requests.
+        validation: reader of this rank's share of the validation requests.
+        mapper: ids to embedding rows.
+        ranks: the process group.
+    """
+
+    def __init__(
+        self,
+        model: DistributedModelParallel,
+        optimizer: CombinedOptimizer,
+        train: RequestReader,
+        validation: RequestReader,
+        mapper: IdMapper,
+        ranks: Ranks,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self._train = train
+        self._validation = validation
+        self._mapper = mapper
+        self._ranks = ranks
+
+    def num_batches(self, epoch: int) -> int:
+        """Steps of an epoch, the same on every rank."""
+        return self._train.num_batches
+
+    def batches(self, epoch: int) -> Iterator[RequestBatch]:
+        """Batches of an epoch, ids mapped to rows and on the rank's device."""
+        self._train.set_epoch(epoch)
+        for batch in self._train:
+            yield self._mapper(batch).to(self._ranks.device)
+
+    def num_samples(self, batch: RequestBatch) -> int:
+        """Candidates in a batch."""
+        return batch.labels.numel()
+
+    def training_forward(self, batch: RequestBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a batch; nothing else is reported."""
+        return global_mean_loss(self.model(batch), batch.labels, self._ranks.world_size), {}
+
+    def after_epoch(self, epoch: int) -> dict[str, float]:
+        """Validation metrics, the same on every rank; a metric that is undefined is left out."""
+        predictions = predict(self.model, self._validation, self._mapper, self._ranks)
+        labels, scores = predictions["label"], predictions["score"]
+        values = {
+            "auc": metrics.auc(labels, scores),
+            "gauc": metrics.grouped_auc(labels, scores, predictions["user_id"]),
+            "ne": metrics.normalized_entropy(labels, scores),
+        }
+        return {name: value for name, value in values.items() if value is not None}
+
+    def save(self, path: Path) -> None:
+        """Write the trainable state, each rank its shards; the frozen table is not part of it."""
+        dcp.save(trainable_state(self.model), checkpoint_id=str(path))
+
+    def load(self, path: Path) -> None:
+        """Read what `save` wrote, by any number of ranks."""
+        state = trainable_state(self.model)
+        dcp.load(state, checkpoint_id=str(path))
+        self.model.load_state_dict(state, strict=False)
+
+
+def trainable_state(model: DistributedModelParallel) -> dict[str, Tensor]:
+    """The model's state without the frozen multi-modal vectors, which have their own files."""
+    return {name: value for name, value in model.state_dict().items() if "mm_embeddings" not in name}
