@@ -1,0 +1,1 @@
+"""The frozen, sharded embedding of TorchRec models."""

@@ -1,0 +1,1 @@
+"""The multi-modal table on disk."""

@@ -1,0 +1,1 @@
+"""TorchX components, one a stage."""

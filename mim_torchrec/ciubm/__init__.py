@@ -1,0 +1,1 @@
+"""Content-interest-aware user behavior models (section 3.4)."""

@@ -1,0 +1,1 @@
+"""User behavior models over ID embeddings, behind one interface (Eq. 1)."""

@@ -1,0 +1,1 @@
+"""Stage: content-interest-aware supervised fine-tuning (section 3.3)."""

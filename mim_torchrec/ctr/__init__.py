@@ -1,0 +1,1 @@
+"""Stage: the click-through-rate model (section 3.4)."""

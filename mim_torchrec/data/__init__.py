@@ -1,0 +1,1 @@
+"""Parquet in: schema, readers, vocabularies, the synthetic shop and importers."""

@@ -1,0 +1,1 @@
+"""Vision, text and fusion encoders of an item (section 3.3, Q2)."""

@@ -1,0 +1,1 @@
+"""Contrastive losses (section 3.3, Q3)."""

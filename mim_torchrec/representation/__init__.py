@@ -1,0 +1,1 @@
+"""Stage: from an encoder to the table of every item's vector (section 3.5)."""

@@ -1,0 +1,1 @@
+"""Parts that every stage trains with: process groups, the loop, metrics, the report."""
