@@ -1,0 +1,55 @@
+# `make demo` and `make test` set up everything they need; `make help` lists the rest.
+PYTHON ?= python3.11
+VENV ?= .venv
+DATA ?=
+
+BIN := $(abspath $(VENV))/bin
+LOCK := requirements/$(shell nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu).txt
+# one stamp for the packages of the environment, one for the checkout it runs: checkouts may share an environment
+PACKAGES := $(VENV)/.packages-$(shell cat $(LOCK) | cksum | cut -d' ' -f1)
+CHECKOUT := $(VENV)/.checkout-$(shell (pwd; cat setup.cfg) | cksum | cut -d' ' -f1)
+
+export PATH := $(BIN):$(PATH)
+export MIM_PYTHON := $(BIN)/python
+export PYTHONPATH :=
+export PYTHONUNBUFFERED := 1
+
+.PHONY: help install demo test movielens doctor lint lock clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(CHECKOUT)  ## install everything into $(VENV)
+
+$(PACKAGES):
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --no-deps -r $(LOCK)
+	rm -f $(VENV)/.packages-* $(VENV)/.checkout-*
+	touch $@
+
+$(CHECKOUT): $(PACKAGES)
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	rm -f $(VENV)/.checkout-*
+	touch $@
+
+demo: install  ## every stage on a synthetic shop, two ranks; prints Base and MIM test AUC
+	$(BIN)/python -m benchmarks.demo --out runs/demo
+
+movielens: install  ## the real job on MovieLens and posters: make movielens DATA=<folder>
+	@test -n "$(DATA)" || { echo "make movielens DATA=<folder with ratings.csv, movies.csv and posters.parquet>"; exit 2; }
+	$(BIN)/python -m benchmarks.movielens --data $(DATA) --out runs/movielens
+
+test: install  ## unit, distributed and pipeline tests
+	$(BIN)/python -m pytest
+
+doctor: install  ## check the installation
+	$(BIN)/mim doctor
+
+lint: install  ## ruff
+	$(BIN)/ruff check .
+
+lock: install  ## rewrite requirements/*.txt from the packages in $(VENV)
+	$(BIN)/python requirements/lock.py
+
+clean:  ## remove runs and caches, not the environment
+	rm -rf runs .pytest_cache .ruff_cache
