@@ -21,14 +21,13 @@ import tyro
 from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.evaluate import predict, summarize
 from mim_torchrec.ctr.sharding import build_model, shard
-from mim_torchrec.ctr.task import CTRTask
+from mim_torchrec.ctr.task import CTRTask, load_model
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.requests import RequestReader
 from mim_torchrec.data.schema import Dataset
 from mim_torchrec.data.vocabulary import IdMapper, Vocabulary, scan_ids
 from mim_torchrec.embeddings.sharded.frozen import frozen_config
-from mim_torchrec.embeddings.sharded.load import load_table, table_digest
-from mim_torchrec.embeddings.table.format import Table
+from mim_torchrec.embeddings.sharded.load import load_table, open_table, table_digest
 from mim_torchrec.training.distributed import Ranks, distributed
 from mim_torchrec.training.loop import fit
 
@@ -48,7 +47,7 @@ def train_and_evaluate(config: CTRConfig, ranks: Ranks) -> dict[str, Any]:
 
     dataset = Dataset(config.data)
     items = ItemStore.open(dataset, config.item_cache or config.out / "items")
-    table = Table.open(config.table, config.table_version) if config.mim == "on" else None
+    table = open_table(config.table, config.table_version) if config.mim == "on" else None
     readers = {
         split: RequestReader(
             dataset.requests(split),
@@ -92,7 +91,7 @@ def train_and_evaluate(config: CTRConfig, ranks: Ranks) -> dict[str, Any]:
         patience=config.patience,
         log_every=config.log_every,
     )
-    task.load(config.out / "best")
+    load_model(model, config.out / "best")
     predictions = predict(model, readers["test"], mapper, ranks)
     report = summarize(predictions, items)
     if facts is not None:

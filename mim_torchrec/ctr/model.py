@@ -47,7 +47,8 @@ class DeepCTR(nn.Module):
         layers: list[nn.Module] = [GlobalBatchNorm1d(in_features)] if batch_norm else []
         width = in_features
         for size in hidden:
-            layers.append(nn.Linear(width, size))
+            # batch normalization cancels a bias, whose gradient would be rounding noise that Adam scales up
+            layers.append(nn.Linear(width, size, bias=not batch_norm))
             if batch_norm:
                 layers.append(GlobalBatchNorm1d(size))
             layers.append(PReLU())

@@ -94,16 +94,21 @@ class CTRTask:
         return {name: value for name, value in values.items() if value is not None}
 
     def save(self, path: Path) -> None:
-        """Write the trainable state, each rank its shards; the frozen table is not part of it."""
-        dcp.save(trainable_state(self.model), checkpoint_id=str(path))
-
-    def load(self, path: Path) -> None:
-        """Read what `save` wrote, by any number of ranks."""
-        state = trainable_state(self.model)
-        dcp.load(state, checkpoint_id=str(path))
-        self.model.load_state_dict(state, strict=False)
+        """Write the trainable state, see `save_model`."""
+        save_model(self.model, path)
 
 
-def trainable_state(model: DistributedModelParallel) -> dict[str, Tensor]:
-    """The model's state without the frozen multi-modal vectors, which have their own files."""
+def save_model(model: DistributedModelParallel, path: Path) -> None:
+    """Write the trainable state, each rank its shards; the frozen table has files of its own."""
+    dcp.save(_trainable_state(model), checkpoint_id=str(path))
+
+
+def load_model(model: DistributedModelParallel, path: Path) -> None:
+    """Read what `save_model` wrote, into a model sharded over any number of ranks."""
+    state = _trainable_state(model)
+    dcp.load(state, checkpoint_id=str(path))
+    model.load_state_dict(state, strict=False)
+
+
+def _trainable_state(model: DistributedModelParallel) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if "mm_embeddings" not in name}

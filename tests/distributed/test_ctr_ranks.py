@@ -1,0 +1,190 @@
+"""Two gloo ranks train the same CTR model as one: same start, same losses, same predictions."""
+
+import os
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+STEPS, REQUESTS, ITEMS, MM_DIM = 20, 12, 40, 8
+RUNS = ("base", "mim")
+
+
+def make_requests(step: int, first: int, last: int, with_mm: bool):
+    """Requests [first, last) of the global batch of a step; ids are rows already."""
+    from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+    from mim_torchrec.data.batch import RequestBatch
+
+    rng = np.random.default_rng(step)
+    keys = ["user_id", "candidate_item_id", "behavior_item_id", "candidate_category", "behavior_category"]
+    keys += ["candidate_mm", "behavior_mm"] if with_mm else []
+    values: dict[str, list[int]] = {key: [] for key in keys}
+    lengths: dict[str, list[int]] = {key: [] for key in keys}
+    labels: list[float] = []
+    for request in range(REQUESTS):
+        user, candidates = rng.integers(10), rng.integers(ITEMS, size=rng.integers(1, 6))
+        behaviors = rng.integers(ITEMS, size=rng.integers(0, 9))
+        clicked = (candidates % 2 == user % 2).astype(float)
+        if not first <= request < last:
+            continue
+        labels += clicked.tolist()
+        columns = {"user_id": np.array([user])}
+        for role, ids in (("candidate", candidates), ("behavior", behaviors)):
+            columns[f"{role}_item_id"] = columns[f"{role}_mm"] = ids
+            columns[f"{role}_category"] = ids % 5
+        for key in keys:
+            values[key] += columns[key].tolist()
+            lengths[key].append(len(columns[key]))
+    count = last - first
+    return RequestBatch(
+        sparse=KeyedJaggedTensor(
+            keys=keys,
+            values=torch.tensor([v for key in keys for v in values[key]]),
+            lengths=torch.tensor([n for key in keys for n in lengths[key]]),
+        ),
+        labels=torch.tensor(labels),
+        request_ids=torch.arange(count),
+        request_ts=None,
+        behavior_ts=None,
+    )
+
+
+def train(name: str, folder: Path, ranks) -> dict[str, object]:
+    from mim_torchrec.ctr.config import CTRConfig
+    from mim_torchrec.ctr.sharding import build_model, shard
+    from mim_torchrec.ctr.task import global_mean_loss, load_model, save_model
+    from mim_torchrec.embeddings.sharded.frozen import frozen_config
+    from mim_torchrec.embeddings.sharded.load import load_table, table_digest
+    from mim_torchrec.embeddings.table.format import Table
+
+    with_mm = name == "mim"
+    config = CTRConfig(
+        data=folder, out=folder, mim="on" if with_mm else "off", embedding_dim=4, attention=(8,),
+        tower=(16, 8), seed=3, lr=1e-2, sparse_lr=0.1, products=True, content_projection="linear",
+        content_dim=6, attention_activation="dice",
+    )  # fmt: skip
+    table = Table.open(folder / "table") if with_mm else None
+    mm = frozen_config(table, ["candidate_mm", "behavior_mm"], name="mm") if table else None
+    rows = {"user_id": 10, "item_id": ITEMS, "category": 5}
+    model, optimizer = shard(build_model(config, rows, mm, torch.device("meta")), config, ranks)
+    digests = []
+    if table:
+        load_table(model.module.mm_embeddings, table, "mm")
+        digests.append(table_digest(model.module.mm_embeddings))
+    cut = REQUESTS // 3  # an uneven share for each rank
+    bounds = {1: [(0, REQUESTS)], 2: [(0, cut), (cut, REQUESTS)]}[ranks.world_size][ranks.rank]
+    losses = []
+    for step in range(STEPS):
+        batch = make_requests(step, *bounds, with_mm)
+        optimizer.zero_grad()
+        loss = global_mean_loss(model(batch), batch.labels, ranks.world_size)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(np.mean(ranks.all_gather_objects(loss.item()))))
+    model.eval()
+    with torch.no_grad():
+        logits = model(make_requests(STEPS, *bounds, with_mm))
+    scores = np.concatenate(ranks.all_gather_objects(logits.numpy()))
+    save_model(model, folder / f"{name}-{ranks.world_size}")
+    load_model(model, folder / f"{name}-1")
+    with torch.no_grad():
+        logits = model(make_requests(STEPS, *bounds, with_mm))
+    loaded = np.concatenate(ranks.all_gather_objects(logits.numpy()))
+    if table:
+        digests.append(table_digest(model.module.mm_embeddings))
+    trainable = [parameter for parameter, _ in model.named_parameters() if "mm_embeddings" in parameter]
+    return {
+        "losses": losses,
+        "scores": scores,
+        "loaded": loaded,
+        "digests": digests,
+        "frozen_parameters": trainable,
+    }
+
+
+def batch_norm(ranks) -> torch.Tensor:
+    """Output, input gradient and running statistics; with two ranks the first has no row at all."""
+    from mim_torchrec.training.batch_norm import GlobalBatchNorm1d
+
+    x, upstream = torch.randn(2, 7, 3, generator=torch.Generator().manual_seed(0))
+    mine = slice(0, 7) if ranks.world_size == 1 or ranks.rank == 1 else slice(0, 0)
+    norm = GlobalBatchNorm1d(3)
+    rows = x[mine].clone().requires_grad_()
+    out = norm(rows)
+    (out * upstream[mine]).sum().backward()
+    parts = ranks.all_gather_objects((out.detach(), rows.grad))
+    statistics = torch.stack([norm.running_mean, norm.running_var])
+    return torch.cat([torch.cat([o for o, _ in parts]), torch.cat([g for _, g in parts]), statistics])
+
+
+def worker(rank: int, world_size: int, port: int, folder: Path) -> None:
+    from mim_torchrec.training.distributed import distributed
+
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    with distributed(3) as ranks:
+        results = {name: train(name, folder, ranks) for name in RUNS}
+        results["batch_norm"] = batch_norm(ranks)
+        if ranks.is_main:
+            torch.save(results, folder / f"results-{world_size}.pt")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict[int, dict]:
+    from mim_torchrec.embeddings.table.format import TableWriter
+
+    folder = tmp_path_factory.mktemp("ctr_ranks")
+    vectors = torch.randn(ITEMS - 1, MM_DIM, generator=torch.Generator().manual_seed(1))
+    writer = TableWriter(folder / "table", table_version="v1", dim=MM_DIM, dtype="float16", encoder={})
+    writer.write_shard(torch.arange(1, ITEMS), vectors)
+    writer.finish(None)
+    for world_size in (1, 2):
+        with socket.socket() as s:
+            s.bind(("localhost", 0))
+            port = s.getsockname()[1]
+        mp.spawn(worker, (world_size, port, folder), nprocs=world_size)
+    return {n: torch.load(folder / f"results-{n}.pt", weights_only=False) for n in (1, 2)}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_ranks_have_the_loss_curve_of_one(results, name):
+    one, two = (np.array(results[n][name]["losses"]) for n in (1, 2))
+    np.testing.assert_allclose(two, one, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_loss_falls(results, name):
+    losses = results[1][name]["losses"]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_ranks_predict_what_one_predicts(results, name):
+    np.testing.assert_allclose(results[2][name]["scores"], results[1][name]["scores"], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_ranks_load_the_checkpoint_of_one(results, name):
+    np.testing.assert_allclose(results[2][name]["loaded"], results[1][name]["scores"], atol=1e-5)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_training_leaves_the_frozen_table_unchanged(results, world_size):
+    before, after = results[world_size]["mim"]["digests"]
+    assert before == after
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_frozen_table_is_not_a_parameter(results, world_size):
+    assert results[world_size]["mim"]["frozen_parameters"] == []
+
+
+def test_batch_norm_of_uneven_ranks_is_that_of_one(results):
+    torch.testing.assert_close(results[2]["batch_norm"], results[1]["batch_norm"], atol=1e-5, rtol=1e-4)

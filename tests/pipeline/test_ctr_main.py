@@ -1,0 +1,185 @@
+"""The CTR stage through its `main`, on a few hundred requests."""
+
+import datetime as dt
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from mim_torchrec.ctr.main import main
+from mim_torchrec.data.schema import ITEMS, REQUESTS
+from mim_torchrec.embeddings.table.format import TableWriter, VersionMismatch
+from mim_torchrec.training import metrics
+
+NUM_ITEMS, NUM_USERS, STYLES = 60, 20, 3
+EPOCH = dt.datetime(2024, 1, 1)
+SMALL = ["--epochs", "2", "--batch-size", "64", "--embedding-dim", "4", "--attention", "8", "--tower", "16"]
+
+
+def item_id(k: int) -> int:
+    return 1000 + 7 * k
+
+
+def write_dataset(root: Path) -> None:
+    """Users who click items of one style; items are listed one an hour."""
+    rng = np.random.default_rng(0)
+    image = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(image, "PNG")
+    items = [
+        {"item_id": item_id(k), "title": f"item {k}", "image": image.getvalue(), "category": f"c{k % 4}",
+         "listed_at": EPOCH + dt.timedelta(hours=k)}
+        for k in range(NUM_ITEMS)
+    ]  # fmt: skip
+    (root / "items").mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(items, schema=ITEMS), root / "items" / "part-00000.parquet")
+    sizes = {"train": 240, "validation": 60, "test": 60}
+    now = EPOCH + dt.timedelta(days=30)
+    for split, count in sizes.items():
+        rows = []
+        for _ in range(count):
+            now += dt.timedelta(minutes=5)
+            user = int(rng.integers(NUM_USERS))
+            taste = user % STYLES
+            behaviors = rng.choice(np.arange(taste, NUM_ITEMS, STYLES), rng.integers(0, 6), replace=False)
+            candidates = rng.choice(NUM_ITEMS, 4, replace=False)
+            clicks = (candidates % STYLES == taste) & (rng.random(4) < 0.9)
+            rows.append({
+                "request_id": len(rows) + 10_000 * list(sizes).index(split), "user_id": 500 + user,
+                "query_id": int(rng.integers(5)), "ts": now,
+                "behavior_item_ids": [item_id(int(k)) for k in behaviors],
+                "behavior_categories": [f"c{k % 4}" for k in behaviors],
+                "behavior_ts": [now - dt.timedelta(minutes=1)] * len(behaviors),
+                "candidate_item_ids": [item_id(int(k)) for k in candidates],
+                "candidate_categories": [f"c{k % 4}" for k in candidates],
+                "labels": clicks.astype(int).tolist(),
+            })  # fmt: skip
+        folder = root / "requests" / split
+        folder.mkdir(parents=True)
+        table = pa.Table.from_pylist(rows, schema=REQUESTS)
+        pq.write_table(table, folder / "part-00000.parquet", row_group_size=50)
+    (root / "dataset.json").write_text(json.dumps({"name": "tiny", "source": "test", "counts": sizes}))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("ctr")
+    write_dataset(root / "data")
+    writer = TableWriter(root / "table", table_version="styles", dim=8, dtype="float16", encoder={})
+    ids = torch.tensor([item_id(k) for k in range(NUM_ITEMS)])
+    style = torch.eye(8)[torch.arange(NUM_ITEMS) % STYLES]
+    noise = torch.randn(NUM_ITEMS, 8, generator=torch.Generator().manual_seed(0)) * 0.1
+    writer.write_shard(ids, style + noise)
+    writer.finish(None)
+    return root
+
+
+@pytest.fixture(scope="module")
+def base(folder) -> Path:
+    main(["--data", str(folder / "data"), "--mim", "off", "--out", str(folder / "base"), *SMALL])
+    return folder / "base"
+
+
+@pytest.fixture(scope="module")
+def mim(folder) -> Path:
+    main(["--data", str(folder / "data"), "--table", str(folder / "table"), "--table-version", "styles",
+          "--out", str(folder / "mim"), *SMALL])  # fmt: skip
+    return folder / "mim"
+
+
+def report(out: Path) -> dict:
+    return json.loads((out / "metrics.json").read_text())
+
+
+def test_base_trains_without_a_table(base):
+    assert report(base)["table"] is None
+    assert report(base)["mim"] == "off"
+
+
+def test_mim_reports_its_table_and_that_training_left_it_unchanged(mim):
+    table = report(mim)["table"]
+    assert (table["rows"], table["dim"], table["dtype"]) == (NUM_ITEMS, 8, "float16")
+    assert table["table_version"] == "styles"
+    assert table["digest_before"] == table["digest_after"]
+
+
+def test_content_that_tells_the_click_is_learned(mim):
+    assert report(mim)["auc"] > 0.6
+
+
+@pytest.mark.parametrize("run", ["base", "mim"])
+def test_metrics_are_those_of_the_predictions_file(run, request):
+    out = request.getfixturevalue(run)
+    rows = pq.read_table(out / "predictions.parquet").to_pydict()
+    assert list(rows) == ["request_id", "user_id", "item_id", "label", "score"]
+    labels, scores = np.array(rows["label"]), np.array(rows["score"])
+    found = report(out)
+    assert found["n"] == len(labels) == 240
+    assert found["auc"] == pytest.approx(metrics.auc(labels, scores))
+    assert found["gauc"] == pytest.approx(metrics.grouped_auc(labels, scores, np.array(rows["user_id"])))
+    assert found["logloss"] == pytest.approx(metrics.log_loss(labels, scores))
+    assert found["ne"] == pytest.approx(metrics.normalized_entropy(labels, scores))
+
+
+def test_predictions_keep_the_original_ids(base):
+    rows = pq.read_table(base / "predictions.parquet").to_pydict()
+    assert set(rows["user_id"]) <= set(range(500, 500 + NUM_USERS))
+    assert set(rows["item_id"]) <= {item_id(k) for k in range(NUM_ITEMS)}
+
+
+def test_age_sets_run_from_newest_to_oldest_and_cover_all_impressions(base):
+    rows = pq.read_table(base / "predictions.parquet").to_pydict()
+    sets = report(base)["by_age"]
+    assert [s["set"] for s in sets] == [f"S{k}" for k in range(1, 11)]
+    assert sum(s["n"] for s in sets) == 240
+    newest = {item_id(k) for k in range(54, 60)}
+    assert sets[0]["n"] == sum(i in newest for i in rows["item_id"])
+
+
+def test_categories_cover_all_impressions(base):
+    parts = report(base)["by_category"]
+    assert set(parts) == {"c0", "c1", "c2", "c3"}
+    assert sum(p["n"] for p in parts.values()) == 240
+
+
+def test_the_resolved_config_and_history_are_written(base):
+    assert json.loads((base / "config.json").read_text())["embedding_dim"] == 4
+    history = json.loads((base / "history.json").read_text())
+    assert len(history["epochs"]) == 2
+    assert {"auc", "gauc", "ne"} <= set(history["epochs"][0])
+
+
+def test_a_run_is_repeated_exactly_by_its_seed(folder, base):
+    again = folder / "again"
+    main(["--data", str(folder / "data"), "--mim", "off", "--out", str(again), *SMALL])
+    assert report(again)["auc"] == report(base)["auc"]
+
+
+def test_mim_without_a_table_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="--mim on needs --table"):
+        main(["--data", str(folder / "data"), "--out", str(tmp_path)])
+
+
+def test_a_table_of_another_version_is_refused(folder, tmp_path):
+    with pytest.raises(VersionMismatch):
+        main(["--data", str(folder / "data"), "--table", str(folder / "table"),
+              "--expected-table-version", "other", "--out", str(tmp_path)])  # fmt: skip
+
+
+def test_an_unknown_flag_is_refused(folder, tmp_path):
+    with pytest.raises(SystemExit):
+        main(["--data", str(folder / "data"), "--out", str(tmp_path), "--no-such-flag", "1"])
+
+
+@pytest.mark.parametrize("ubm", ["din", "avg_pooling"])
+@pytest.mark.parametrize("part", ["id", "content", "fusion"])
+def test_every_ablation_trains(folder, tmp_path, ubm, part):
+    main(["--data", str(folder / "data"), "--table", str(folder / "table"), "--out", str(tmp_path), *SMALL,
+          "--epochs", "1", "--ubm", ubm, f"--{part}-interest", "False"])  # fmt: skip
+    assert report(tmp_path)["auc"] is not None
