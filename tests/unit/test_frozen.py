@@ -1,0 +1,90 @@
+"""A frozen table in one process: looked up as written, filled from the table that fits, never trained."""
+
+import pytest
+import torch
+from torchrec.distributed.types import ParameterSharding
+from torchrec.modules.embedding_configs import DataType, EmbeddingConfig
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from mim_torchrec.embeddings.sharded.frozen import FrozenEmbeddingCollection, frozen_config
+from mim_torchrec.embeddings.sharded.load import load_table, open_table, table_digest
+from mim_torchrec.embeddings.sharded.sharder import FrozenEmbeddingCollectionSharder
+from mim_torchrec.embeddings.table.format import ChecksumMismatch, Table, TableError, TableWriter
+
+FEATURES = ["candidate_mm", "behavior_mm"]
+
+
+@pytest.fixture(params=["float16", "float32"])
+def table(request, tmp_path):
+    torch.manual_seed(0)
+    writer = TableWriter(tmp_path / "t", table_version="v1", dim=4, dtype=request.param, encoder={})
+    writer.write_shard(torch.tensor([30, 10, 20]), torch.randn(3, 4))
+    writer.write_shard(torch.tensor([15, 40]), torch.randn(2, 4))
+    writer.finish()
+    return Table.open(tmp_path / "t")
+
+
+def features(table, candidates, behaviors, lengths):
+    rows = table.row_index().rows(torch.tensor(candidates + behaviors))
+    return KeyedJaggedTensor(keys=FEATURES, values=rows, lengths=torch.tensor(lengths))
+
+
+def test_lookups_are_the_vectors_of_the_items_as_float32(table):
+    module = FrozenEmbeddingCollection([frozen_config(table, FEATURES)], device="cpu")
+    load_table(module, table)
+    out = module(features(table, [10, 40], [15, 15, 99], [2, 0, 1, 2]))
+    assert out["candidate_mm"].values().dtype == torch.float32
+    assert torch.equal(out["candidate_mm"].values(), table.read(torch.tensor([10, 40])).float())
+    assert torch.equal(out["behavior_mm"].values(), table.read(torch.tensor([15, 15, 99])).float())
+    assert out["behavior_mm"].lengths().tolist() == [1, 2]
+
+
+def test_an_unsharded_frozen_module_has_no_parameter_no_gradient_and_an_empty_state_dict(table):
+    module = FrozenEmbeddingCollection([frozen_config(table, FEATURES)], device="cpu")
+    out = module(features(table, [10], [], [1, 0]))
+    assert list(module.parameters()) == [] and module.state_dict() == {}
+    assert not out["candidate_mm"].values().requires_grad
+
+
+def test_the_load_report_says_what_was_loaded(table):
+    module = FrozenEmbeddingCollection([frozen_config(table, FEATURES)], device="cpu")
+    before = table_digest(module)
+    report = load_table(module, table)
+    assert (report.first_row, report.rows, report.total_rows, report.table_version) == (0, 6, 6, "v1")
+    assert table_digest(module) != before
+
+
+def test_a_model_without_the_table_is_refused_by_name(table):
+    with pytest.raises(TableError, match="no frozen table 'mm'"):
+        load_table(torch.nn.Linear(1, 1), table)
+
+
+def test_a_table_of_another_shape_is_refused_naming_both(table):
+    config = EmbeddingConfig(name="mm", num_embeddings=9, embedding_dim=4, feature_names=FEATURES)
+    module = FrozenEmbeddingCollection([config], device="cpu")
+    with pytest.raises(TableError, match=r"\(6, 4, .*\(9, 4, "):
+        load_table(module, table)
+
+
+def test_an_int8_frozen_table_is_refused(table):
+    config = EmbeddingConfig(
+        name="mm", num_embeddings=9, embedding_dim=4, feature_names=FEATURES, data_type=DataType.INT8
+    )
+    with pytest.raises(ValueError, match="mm: data type .* is not FP32 or FP16"):
+        FrozenEmbeddingCollection([config])
+
+
+def test_a_changed_shard_is_refused_when_ranks_open_a_table_together(table):
+    file = table.path / table.manifest.shards[1].file
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ChecksumMismatch, match=file.name):
+        open_table(table.path)
+
+
+def test_any_plan_but_row_wise_is_refused(table):
+    module = FrozenEmbeddingCollection([frozen_config(table, FEATURES)])
+    plan = {"mm": ParameterSharding(sharding_type="table_wise", compute_kernel="fused", ranks=[0])}
+    with pytest.raises(ValueError, match="mm is sharded row_wise, not table_wise"):
+        FrozenEmbeddingCollectionSharder().shard(module, plan, env=None)
