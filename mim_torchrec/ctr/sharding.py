@@ -13,12 +13,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torchrec.distributed.comm import get_local_size
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
-from torchrec.distributed.planner.types import ParameterConstraints
+from torchrec.distributed.planner.types import (
+    KernelConfig,
+    ParameterConstraints,
+    TopologyFactory,
+    TrainerConfig,
+)
 from torchrec.distributed.types import ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
@@ -127,11 +133,7 @@ def shard(
         EmbeddingCollectionSharder(),
         FrozenEmbeddingCollectionSharder(),
     ]
-    topology = Topology(
-        world_size=ranks.world_size,
-        compute_device=ranks.device.type,
-        ddr_cap=psutil.virtual_memory().total // ranks.world_size,
-    )
+    topology = _topology(ranks)
     planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints)
     plan = planner.collective_plan(model, sharders, dist.group.WORLD)
     if ranks.is_main:
@@ -143,6 +145,21 @@ def shard(
         lambda params: torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay),
     )
     return sharded, CombinedOptimizer([("sparse", sharded.fused_optimizer), ("dense", dense)])
+
+
+def _topology(ranks: Ranks) -> Topology:
+    """The memory that each rank really has; the planner's defaults describe another machine."""
+    local_ranks = get_local_size(ranks.world_size)
+    on_gpu = ranks.device.type == "cuda"
+    return TopologyFactory.create_topology(
+        TrainerConfig(
+            world_size=ranks.world_size,
+            local_world_size=local_ranks,
+            ddr_cap_bytes=psutil.virtual_memory().total // local_ranks,
+            hbm_cap_bytes=torch.cuda.mem_get_info(ranks.device)[1] if on_gpu else None,
+        ),
+        kernel_config=KernelConfig(compute_device=ranks.device.type),
+    )
 
 
 @torch.no_grad()

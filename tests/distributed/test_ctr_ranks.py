@@ -15,9 +15,8 @@ RUNS = ("base", "mim")
 
 def make_requests(step: int, first: int, last: int, with_mm: bool):
     """Requests [first, last) of the global batch of a step; ids are rows already."""
-    from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
-
     from mim_torchrec.data.batch import RequestBatch
+    from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
     rng = np.random.default_rng(step)
     keys = ["user_id", "candidate_item_id", "behavior_item_id", "candidate_category", "behavior_category"]
@@ -54,12 +53,13 @@ def make_requests(step: int, first: int, last: int, with_mm: bool):
 
 
 def train(name: str, folder: Path, ranks) -> dict[str, object]:
-    from mim_torchrec.ctr.config import CTRConfig
-    from mim_torchrec.ctr.sharding import build_model, shard
-    from mim_torchrec.ctr.task import global_mean_loss, load_model, save_model
     from mim_torchrec.embeddings.sharded.frozen import frozen_config
     from mim_torchrec.embeddings.sharded.load import load_table, table_digest
     from mim_torchrec.embeddings.table.format import Table
+
+    from mim_torchrec.ctr.config import CTRConfig
+    from mim_torchrec.ctr.sharding import build_model, shard
+    from mim_torchrec.ctr.task import global_mean_loss, load_model, save_model
 
     with_mm = name == "mim"
     config = CTRConfig(
