@@ -99,8 +99,11 @@ class CTRTask:
 
 
 def save_model(model: DistributedModelParallel, path: Path) -> None:
-    """Write the trainable state, each rank its shards; the frozen table has files of its own."""
-    dcp.save(_trainable_state(model), checkpoint_id=str(path))
+    """Write the trainable state over what is at `path`, each rank its shards.
+
+    The frozen table is left out: it has files of its own.
+    """
+    dcp.save(_trainable_state(model), storage_writer=dcp.FileSystemWriter(str(path), overwrite=True))
 
 
 def load_model(model: DistributedModelParallel, path: Path) -> None:
