@@ -139,9 +139,13 @@ def main(argv: list[str] | None = None) -> None:
     config = tyro.cli(
         CTRConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,)
     )
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("mim_torchrec").setLevel(logging.INFO)
+    # torch and torchrec about themselves
     warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
     warnings.filterwarnings("ignore", message="Please use DTensor instead")
+    warnings.filterwarnings("ignore", message="Detected an existing checkpoint")
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     with distributed(config.seed) as ranks:
         train_and_evaluate(config, ranks)
 

@@ -19,6 +19,7 @@ from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import (
     KernelConfig,
     ParameterConstraints,
@@ -134,7 +135,11 @@ def shard(
         FrozenEmbeddingCollectionSharder(),
     ]
     topology = _topology(ranks)
-    planner = EmbeddingShardingPlanner(topology=topology, constraints=constraints)
+    planner = EmbeddingShardingPlanner(
+        topology=topology,
+        constraints=constraints,
+        storage_reservation=FixedPercentageStorageReservation(percentage=0.15),
+    )
     plan = planner.collective_plan(model, sharders, dist.group.WORLD)
     if ranks.is_main:
         log.info("sharding plan:\n%s", plan)
