@@ -1,0 +1,71 @@
+"""A batch of requests: what readers yield and what CTR models take."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.streamable import Pipelineable
+
+
+@dataclass
+class RequestBatch(Pipelineable):
+    """B requests, each with one history and some labelled candidates.
+
+    Args:
+        sparse: ids by feature, with a stride of B: `user_id`, `query_id` (where logged), `candidate_item_id`,
+            `behavior_item_id`, `candidate_category` and `behavior_category` (where logged), in this order.
+        labels: (sum_candidates,) float32, 0 or 1, in the order of `candidate_item_id`.
+        request_ids: (B,) int64.
+        request_ts: (B,) int64, microseconds since 1970, or None where not logged.
+        behavior_ts: (sum_behaviors,) int64 likewise, in the order of `behavior_item_id`.
+    """
+
+    sparse: KeyedJaggedTensor
+    labels: Tensor
+    request_ids: Tensor
+    request_ts: Tensor | None = None
+    behavior_ts: Tensor | None = None
+
+    @property
+    def num_requests(self) -> int:
+        return self.sparse.stride()
+
+    @property
+    def num_candidates(self) -> int:
+        return self.labels.numel()
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "RequestBatch":
+        """The same batch on another device."""
+        return replace(
+            self,
+            sparse=self.sparse.to(device, non_blocking=non_blocking),
+            labels=self.labels.to(device, non_blocking=non_blocking),
+            request_ids=self.request_ids.to(device, non_blocking=non_blocking),
+            request_ts=_to(self.request_ts, device, non_blocking),
+            behavior_ts=_to(self.behavior_ts, device, non_blocking),
+        )
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keep the memory until the stream has used it; on a CPU there is no stream to wait for."""
+        if not self.labels.is_cuda:
+            return
+        self.sparse.record_stream(stream)
+        for tensor in (self.labels, self.request_ids, self.request_ts, self.behavior_ts):
+            if tensor is not None:
+                tensor.record_stream(stream)
+
+    def pin_memory(self) -> "RequestBatch":
+        """The same batch in page-locked memory."""
+        return replace(
+            self,
+            sparse=self.sparse.pin_memory(),
+            labels=self.labels.pin_memory(),
+            request_ids=self.request_ids.pin_memory(),
+            request_ts=None if self.request_ts is None else self.request_ts.pin_memory(),
+            behavior_ts=None if self.behavior_ts is None else self.behavior_ts.pin_memory(),
+        )
+
+
+def _to(tensor: Tensor | None, device: torch.device, non_blocking: bool) -> Tensor | None:
+    return None if tensor is None else tensor.to(device, non_blocking=non_blocking)

@@ -1,0 +1,43 @@
+"""Bytes of an image to an RGB picture, and back."""
+
+import io
+import struct
+import zlib
+
+from PIL import Image
+
+from mim_torchrec.data.errors import DataError, Location
+
+_UNREADABLE = (
+    OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
+
+
+def decode_image(data: bytes, where: Location | str = "image") -> Image.Image:
+    """Decode JPEG, PNG, WebP or whatever Pillow reads.
+
+    Args:
+        data: the encoded image.
+        where: what the error message says about its place.
+
+    Returns:
+        The picture in mode RGB.
+
+    Raises:
+        DataError: the bytes are truncated or no image.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.convert("RGB")  # reads all of it
+    except _UNREADABLE as error:
+        problem = f"the image of {len(data)} bytes cannot be decoded ({error})"
+        if isinstance(where, Location):
+            raise DataError(problem, where.file, where.row_group, where.row, where.column) from None
+        raise DataError(f"{where}: {problem}") from None
+
+
+def encode_jpeg(image: Image.Image, quality: int = 85) -> bytes:
+    """Encode a picture as JPEG."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()

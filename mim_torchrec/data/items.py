@@ -1,0 +1,193 @@
+"""Random access to items by an Arrow IPC memory map, about a thousand times faster than Parquet row groups.
+
+The index is one file, written once per data set in the order of the Parquet files, one record batch a row
+group; ids are sorted when it is opened. Ranks of one machine share its pages.
+"""
+
+import json
+import logging
+import os
+import uuid
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from mim_torchrec.data.errors import DataError, Location
+from mim_torchrec.data.images import decode_image
+from mim_torchrec.data.schema import (
+    ITEMS,
+    ITEMS_REQUIRED,
+    TIME,
+    Dataset,
+    open_parquet,
+    present_columns,
+    read_row_group,
+)
+
+log = logging.getLogger(__name__)
+
+_SOURCE = b"mim.source"
+_STORED = {"item_id": pa.int64(), "title": pa.large_string(), "image": pa.large_binary(),
+           "category": pa.large_string(), "listed_at": TIME}  # fmt: skip
+
+
+class ItemStore:
+    """All items of a data set, by row; rows are in ascending order of item id.
+
+    Open it with :meth:`open`. `item_ids` is (num_items,) int64, strictly ascending.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._reader = pa.ipc.open_file(pa.memory_map(str(file)))
+        self._batches = [self._reader.get_batch(k) for k in range(self._reader.num_record_batches)]
+        self._units: list[tuple[str, int]] = [
+            (unit["file"], unit["row_group"]) for unit in _source_of(self._reader.schema)["units"]
+        ]
+        self._starts = np.cumsum([0] + [batch.num_rows for batch in self._batches])
+        stored = np.concatenate([batch.column("item_id").to_numpy() for batch in self._batches])
+        self._stored_at = np.argsort(stored, kind="stable")
+        self.item_ids: np.ndarray = stored[self._stored_at]
+        twice = np.flatnonzero(self.item_ids[1:] == self.item_ids[:-1])
+        if len(twice):
+            first, second = self.location(int(twice[0])), self.location(int(twice[0]) + 1, "item_id")
+            raise DataError(
+                f"item id {self.item_ids[twice[0]]} is there twice, first in {first}",
+                second.file, second.row_group, second.row, second.column,
+            )  # fmt: skip
+
+    @classmethod
+    def open(cls, dataset: Dataset, cache: str | Path) -> "ItemStore":
+        """Open the items of a data set, building the index if it is not there or the files have changed.
+
+        Args:
+            dataset: the data set.
+            cache: directory for the index. Several ranks may open it at once; each builds a file of its own
+                and the last one's stays.
+
+        Raises:
+            DataError: a file is malformed, or an id is missing or there twice.
+        """
+        index = Path(cache) / "items.arrow"
+        source = _describe(dataset.items())
+        if not index.is_file() or _source_of(pa.ipc.open_file(pa.memory_map(str(index))).schema) != source:
+            _build(source, index)
+        return cls(index)
+
+    def __len__(self) -> int:
+        return len(self.item_ids)
+
+    def rows_of(self, ids: np.ndarray) -> np.ndarray:
+        """Rows of item ids (any shape, int64). Raises DataError naming ids that are no items."""
+        ids = np.asarray(ids, np.int64)
+        rows = np.searchsorted(self.item_ids, ids).clip(max=max(len(self) - 1, 0))
+        unknown = np.unique(ids[self.item_ids[rows] != ids])
+        if len(unknown):
+            shown = ", ".join(str(i) for i in unknown[:10]) + (", …" if len(unknown) > 10 else "")
+            raise DataError(f"{len(unknown)} item ids are not in the item table: {shown}", column="item_id")
+        return rows
+
+    def titles(self, rows: np.ndarray) -> list[str]:
+        """Titles; that of an item without one is empty."""
+        return [title or "" for title in self._column("title", rows)]
+
+    def categories(self, rows: np.ndarray) -> list[str]:
+        """Categories; that of an item without one is empty."""
+        return [category or "" for category in self._column("category", rows)]
+
+    def image_bytes(self, rows: np.ndarray) -> list[bytes]:
+        """Encoded images. Raises DataError for an item without one."""
+        values = self._column("image", rows)
+        for row, value in zip(rows, values, strict=True):
+            if value is None:
+                self._refuse(int(row), "image", "is null")
+        return values
+
+    def images(self, rows: np.ndarray) -> list[Image.Image]:
+        """Decoded RGB pictures. Raises DataError naming the place of one that is truncated."""
+        return [
+            decode_image(data, self.location(int(row), "image"))
+            for row, data in zip(rows, self.image_bytes(rows), strict=True)
+        ]
+
+    def listed_at(self, rows: np.ndarray) -> np.ndarray:
+        """Times of listing, (n,) int64, microseconds since 1970. Raises DataError where there is none."""
+        column = pa.chunked_array([batch.column(self._index("listed_at")) for batch in self._batches])
+        values = column.take(pa.array(self._stored_at[np.asarray(rows)]))
+        if values.null_count:
+            missing = int(np.flatnonzero(values.is_null().to_numpy())[0])
+            self._refuse(int(np.asarray(rows)[missing]), "listed_at", "is null")
+        return values.cast(pa.int64()).to_numpy()
+
+    def location(self, row: int, column: str | None = None) -> Location:
+        """Where the item of a row comes from."""
+        unit, offset = self._find(row)
+        return Location(*self._units[unit], offset, column)
+
+    def _find(self, row: int) -> tuple[int, int]:
+        stored = self._stored_at[row]
+        unit = int(np.searchsorted(self._starts, stored, side="right")) - 1
+        return unit, int(stored - self._starts[unit])
+
+    def _index(self, column: str) -> int:
+        index = self._reader.schema.get_field_index(column)
+        if index < 0:
+            raise DataError("the item table has no such column", file=self._units[0][0], column=column)
+        return index
+
+    def _column(self, name: str, rows: np.ndarray) -> list:
+        index = self._index(name)
+        columns = [batch.column(index) for batch in self._batches]
+        return [columns[unit][offset].as_py() for unit, offset in map(self._find, np.asarray(rows).tolist())]
+
+    def _refuse(self, row: int, column: str, problem: str) -> None:
+        where = self.location(row, column)
+        raise DataError(
+            f"{problem} (item {self.item_ids[row]})", where.file, where.row_group, where.row, column
+        )
+
+
+def _describe(files: list[Path]) -> dict:
+    """What an index is made from: it is built again when this changes."""
+    units, columns = [], None
+    for file in files:
+        parquet = open_parquet(file, ITEMS, ITEMS_REQUIRED)
+        found = present_columns(parquet, ITEMS)
+        if columns is not None and columns != found:
+            raise DataError(f"has columns {', '.join(found)}, {files[0]} has {', '.join(columns)}", file=file)
+        columns = found
+        stat = file.stat()
+        units += [
+            {"file": str(file), "row_group": k, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+            for k in range(parquet.num_row_groups)
+        ]
+    return {"columns": list(columns or ()), "units": units}
+
+
+def _source_of(schema: pa.Schema) -> dict:
+    return json.loads((schema.metadata or {}).get(_SOURCE, b"{}"))
+
+
+def _build(source: dict, index: Path) -> None:
+    schema = pa.schema([(name, _STORED[name]) for name in source["columns"]])
+    schema = schema.with_metadata({_SOURCE: json.dumps(source).encode()})
+    index.parent.mkdir(parents=True, exist_ok=True)
+    partial = index.with_name(f"{index.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with pa.ipc.new_file(str(partial), schema) as writer:
+            opened: tuple[str, object] | None = None
+            for unit in source["units"]:
+                file, group = unit["file"], unit["row_group"]
+                if opened is None or opened[0] != file:
+                    opened = (file, open_parquet(file, ITEMS, ITEMS_REQUIRED))
+                table = read_row_group(opened[1], group, source["columns"], file)
+                if table["item_id"].null_count:
+                    row = int(np.flatnonzero(table["item_id"].is_null().to_numpy())[0])
+                    raise DataError("is null", file, group, row, "item_id")
+                arrays = [table[name].cast(_STORED[name]).combine_chunks() for name in source["columns"]]
+                writer.write_batch(pa.record_batch(arrays, schema=schema))
+        os.replace(partial, index)
+    finally:
+        partial.unlink(missing_ok=True)
+    log.info("item index %s: %d row groups", index, len(source["units"]))

@@ -1,0 +1,197 @@
+"""The tables that mim-torchrec reads, and how a file is checked against them.
+
+A data set is a directory:
+
+    dataset.json                                  name, source, counts
+    items/*.parquet                               ITEMS
+    pairs/*.parquet                               PAIRS: searches by image and what was bought, training time
+    requests/{train,validation,test}/*.parquet    REQUESTS: one row a request, with its history and candidates
+    truth/{train,validation,test}/*.parquet       TRUTH (synthetic data only)
+
+Integers may be of any width up to int64, timestamps of any unit; more columns than these are left alone.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mim_torchrec.data.errors import DataError
+
+SPLITS = ("train", "validation", "test")
+TIME = pa.timestamp("us")
+
+ITEMS = pa.schema([
+    ("item_id", pa.int64()),
+    ("title", pa.string()),
+    ("image", pa.binary()),  # JPEG, PNG or WebP
+    ("category", pa.string()),
+    ("listed_at", TIME),
+])
+ITEMS_REQUIRED = ("item_id",)
+
+PAIRS = pa.schema([
+    ("query_image", pa.binary()),  # null: the query is the image of the item whose id is query_id
+    ("query_id", pa.int64()),
+    ("item_id", pa.int64()),
+    ("hard_negative_item_id", pa.int64()),  # null: drawn from the category of item_id
+    ("signal", pa.string()),
+    ("ts", TIME),
+])
+PAIRS_REQUIRED = ("query_id", "item_id")
+SIGNALS = ("purchase", "click")
+
+REQUESTS = pa.schema([
+    ("request_id", pa.int64()),
+    ("user_id", pa.int64()),
+    ("query_id", pa.int64()),
+    ("ts", TIME),
+    ("behavior_item_ids", pa.list_(pa.int64())),  # in order of time, strictly before ts
+    ("behavior_categories", pa.list_(pa.string())),
+    ("behavior_ts", pa.list_(TIME)),
+    ("candidate_item_ids", pa.list_(pa.int64())),
+    ("candidate_categories", pa.list_(pa.string())),
+    ("labels", pa.list_(pa.int8())),  # 0 or 1
+])
+REQUESTS_REQUIRED = ("request_id", "user_id", "behavior_item_ids", "candidate_item_ids", "labels")
+
+TRUTH = pa.schema([("request_id", pa.int64()), ("click_probability", pa.list_(pa.float32()))])
+
+
+class Dataset:
+    """Where the files of a data set are.
+
+    Args:
+        root: its directory.
+
+    Raises:
+        DataError: there is no such directory.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise DataError("no such directory", file=self.root)
+
+    def items(self) -> list[Path]:
+        """Files of the item table, sorted. Raises DataError if there are none."""
+        return self._files("items")
+
+    def pairs(self) -> list[Path]:
+        """Files of the C-SFT pairs, sorted. Raises DataError if there are none."""
+        return self._files("pairs")
+
+    def requests(self, split: str) -> list[Path]:
+        """Files of the requests of "train", "validation" or "test", sorted. Raises DataError if none."""
+        if split not in SPLITS:
+            raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}")
+        return self._files(f"requests/{split}")
+
+    def _files(self, folder: str) -> list[Path]:
+        files = sorted((self.root / folder).glob("*.parquet"))
+        if not files:
+            raise DataError("no *.parquet file there", file=self.root / folder)
+        return files
+
+
+def open_parquet(file: str | Path, expected: pa.Schema, required: Sequence[str]) -> pq.ParquetFile:
+    """Open a file and check its columns and their types, not its rows.
+
+    Args:
+        file: the Parquet file.
+        expected: names and types; a column of `expected` that is present must have a compatible type.
+        required: names that must be present.
+
+    Raises:
+        DataError: no Parquet file, without rows, without a required column, or with a wrong type.
+    """
+    if not Path(file).is_file():
+        raise DataError("no such file", file=file)
+    try:
+        parquet = pq.ParquetFile(file)
+    except (pa.ArrowException, OSError) as error:
+        empty = "the file is empty" if Path(file).stat().st_size == 0 else "not a readable Parquet file"
+        raise DataError(f"{empty} ({error})", file=file) from None
+    found = parquet.schema_arrow
+    for field in expected:
+        if found.get_field_index(field.name) < 0:
+            if field.name in required:
+                problem = f"the column is missing; the file has {', '.join(found.names)}"
+                raise DataError(problem, file=file, column=field.name)
+        elif not _compatible(found.field(field.name).type, field):
+            raise DataError(
+                f"expected {field.type}, found {found.field(field.name).type}", file=file, column=field.name
+            )
+    if parquet.metadata.num_rows == 0:
+        raise DataError("the file has no rows", file=file)
+    return parquet
+
+
+def read_row_group(
+    parquet: pq.ParquetFile, row_group: int, columns: Sequence[str], file: str | Path
+) -> pa.Table:
+    """Read columns of one row group. Raises DataError if the bytes are damaged."""
+    try:
+        return parquet.read_row_group(row_group, columns=list(columns), use_threads=False)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"cannot be read ({error})", file=file, row_group=row_group) from None
+
+
+def present_columns(parquet: pq.ParquetFile, expected: pa.Schema) -> tuple[str, ...]:
+    """Names of `expected` that the file has, in the order of `expected`."""
+    return tuple(name for name in expected.names if parquet.schema_arrow.get_field_index(name) >= 0)
+
+
+def category_ids(values: pa.Array) -> np.ndarray:
+    """Ids of categories: integers as they are, strings by a hash that is the same everywhere.
+
+    Args:
+        values: (n,) strings or integers without nulls.
+
+    Returns:
+        (n,) int64, of a string the first 63 bits of its BLAKE2b hash.
+
+    >>> category_ids(pa.array([7, 2])).tolist()
+    [7, 2]
+    """
+    if pa.types.is_integer(values.type):
+        return values.cast(pa.int64()).to_numpy(zero_copy_only=False)
+    encoded = values if pa.types.is_dictionary(values.type) else values.dictionary_encode()
+    hashes = [_hash(text) for text in encoded.dictionary.to_pylist()]
+    return np.asarray(hashes, np.int64)[encoded.indices.to_numpy(zero_copy_only=False)]
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def _compatible(found: pa.DataType, field: pa.Field) -> bool:
+    expected = field.type
+    if pa.types.is_list(expected):
+        if not (pa.types.is_list(found) or pa.types.is_large_list(found)):
+            return False
+        return _compatible(found.value_type, field.with_type(expected.value_type))
+    if pa.types.is_dictionary(found):
+        found = found.value_type
+    if field.name.endswith(("category", "categories")):
+        return _is_text(found) or _is_int64(found)
+    if pa.types.is_int8(expected):  # labels
+        return _is_int64(found) or pa.types.is_boolean(found) or pa.types.is_floating(found)
+    if pa.types.is_integer(expected):
+        return _is_int64(found)
+    if pa.types.is_timestamp(expected):
+        return pa.types.is_timestamp(found)
+    if pa.types.is_binary(expected):
+        return pa.types.is_binary(found) or pa.types.is_large_binary(found)
+    return _is_text(found)
+
+
+def _is_text(found: pa.DataType) -> bool:
+    return pa.types.is_string(found) or pa.types.is_large_string(found)
+
+
+def _is_int64(found: pa.DataType) -> bool:
+    return pa.types.is_integer(found) and not pa.types.is_uint64(found)

@@ -1,0 +1,182 @@
+"""Ids to rows of embedding tables, on the rank and at the start of a step.
+
+Readers hand out ids as they are in the log; what is unknown is decided here, so it can change while they run.
+"""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from mim_torchrec.data.batch import RequestBatch
+from mim_torchrec.data.errors import DataError
+from mim_torchrec.data.schema import (
+    REQUESTS,
+    REQUESTS_REQUIRED,
+    category_ids,
+    open_parquet,
+    present_columns,
+    read_row_group,
+)
+from mim_torchrec.embeddings.table.format import RowIndex
+
+log = logging.getLogger(__name__)
+
+COLUMNS: Mapping[str, tuple[str, ...]] = {
+    "user_id": ("user_id",),
+    "query_id": ("query_id",),
+    "item_id": ("candidate_item_ids", "behavior_item_ids"),
+    "category": ("candidate_categories", "behavior_categories"),
+}
+ALARM_WINDOW = 100_000
+
+
+class Vocabulary:
+    """Maps ids to rows 1, 2, … in ascending order of id, and every other id to row 0.
+
+    Args:
+        ids: (n,) int64, strictly ascending.
+        num_embeddings: rows of the table, at least n + 1; more is head-room for ids to come.
+
+    >>> vocabulary = Vocabulary.build(np.array([30, 10, 10]))
+    >>> vocabulary.rows(torch.tensor([10, 30, 99])).tolist(), vocabulary.num_embeddings
+    ([1, 2, 0], 3)
+    """
+
+    def __init__(self, ids: Tensor, num_embeddings: int) -> None:
+        if num_embeddings < ids.numel() + 1:
+            raise ValueError(f"{ids.numel()} ids need {ids.numel() + 1} rows, not {num_embeddings}")
+        self._index = RowIndex(ids)
+        self.num_embeddings = num_embeddings
+        self.seen = 0
+        self.unknown = 0
+
+    @classmethod
+    def build(cls, ids: np.ndarray, head_room: float = 0.0) -> "Vocabulary":
+        """Vocabulary of ids (any order, repeated or not), with `head_room` times as many spare rows."""
+        unique = torch.from_numpy(np.unique(np.asarray(ids, np.int64)))
+        return cls(unique, 1 + math.ceil(unique.numel() * (1.0 + head_room)))
+
+    @property
+    def ids(self) -> Tensor:
+        """(n,) int64, ascending; the id at position k has row k + 1."""
+        return self._index.ids
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of ids, in their shape; counts ids in `seen` and those without a row in `unknown`."""
+        rows = self._index.rows(ids)
+        self.seen += ids.numel()
+        self.unknown += ids.numel() - int(torch.count_nonzero(rows))
+        return rows
+
+    def save(self, path: str | Path) -> None:
+        """Write an .npz file."""
+        with Path(path).open("wb") as file:
+            np.savez(file, ids=self.ids.numpy(), num_embeddings=np.int64(self.num_embeddings))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Vocabulary":
+        """Read what :meth:`save` wrote."""
+        with np.load(path) as stored:
+            return cls(torch.from_numpy(stored["ids"]), int(stored["num_embeddings"]))
+
+
+def scan_ids(
+    files: Sequence[str | Path], columns: Mapping[str, Sequence[str]] = COLUMNS
+) -> dict[str, np.ndarray]:
+    """Distinct ids of request files, for vocabularies; give it the training part only.
+
+    Args:
+        files: Parquet files of requests.
+        columns: name of a vocabulary → columns whose ids it holds.
+
+    Returns:
+        Name → (n,) int64, ascending. Names whose columns the files do not have are left out.
+
+    Raises:
+        DataError: a file is malformed.
+    """
+    found: dict[str, list[np.ndarray]] = {}
+    for file in files:
+        parquet = open_parquet(file, REQUESTS, REQUESTS_REQUIRED)
+        present = set(present_columns(parquet, REQUESTS))
+        wanted = [column for names in columns.values() for column in names if column in present]
+        for group in range(parquet.num_row_groups):
+            table = read_row_group(parquet, group, wanted, file)
+            for name, sources in columns.items():
+                for column in present.intersection(sources):
+                    values = table[column].combine_chunks()
+                    values = values.flatten() if column != name else values
+                    found.setdefault(name, []).append(category_ids(pc.unique(values).drop_null()))
+    return {name: np.unique(np.concatenate(parts)) for name, parts in found.items()}
+
+
+class IdMapper:
+    """Puts embedding rows in the place of a batch's ids.
+
+    `candidate_x` and `behavior_x` share the vocabulary `x`. Where there is a multi-modal table, the batch
+    gets the features `candidate_mm` and `behavior_mm`: rows of that table, which knows more items than the
+    training part does.
+
+    Args:
+        vocabularies: by "user_id", "query_id", "item_id", "category", as far as the batches have them.
+        mm: rows of the multi-modal table, or None for none.
+        max_unknown: share of unknown ids, over 100,000 ids of one kind, above which a warning is logged.
+    """
+
+    def __init__(
+        self, vocabularies: Mapping[str, Vocabulary], mm: RowIndex | None, max_unknown: float
+    ) -> None:
+        self.vocabularies = dict(vocabularies)
+        self.max_unknown = max_unknown
+        self._mm = None if mm is None else Vocabulary(mm.ids, mm.num_embeddings)
+        self._checked: dict[str, tuple[int, int]] = {}
+
+    def __call__(self, batch: RequestBatch) -> RequestBatch:
+        """The batch with rows for ids; the batch given is left as it is.
+
+        Raises:
+            DataError: the batch has a feature that the vocabularies lack.
+        """
+        sparse = batch.sparse
+        features = {key: sparse[key] for key in sparse.keys()}  # noqa: SIM118  a KJT is no mapping
+        values, lengths = [], []
+        for key, feature in features.items():
+            name = key.removeprefix("candidate_").removeprefix("behavior_")
+            if name not in self.vocabularies:
+                problem = "the requests have it, the vocabularies of the training part do not"
+                raise DataError(problem, column=key)
+            values.append(self._rows(name, self.vocabularies[name], feature.values()))
+            lengths.append(feature.lengths())
+        keys = list(features)
+        if self._mm is not None:
+            for role in ("candidate", "behavior"):
+                feature = features[f"{role}_item_id"]
+                keys.append(f"{role}_mm")
+                values.append(self._rows("mm", self._mm, feature.values()))
+                lengths.append(feature.lengths())
+        mapped = KeyedJaggedTensor(keys=keys, values=torch.cat(values), lengths=torch.cat(lengths))
+        return replace(batch, sparse=mapped)
+
+    def unknown_shares(self) -> dict[str, float]:
+        """Share of unknown ids so far, by vocabulary ("mm" is the multi-modal table)."""
+        named = self.vocabularies | ({} if self._mm is None else {"mm": self._mm})
+        return {name: v.unknown / v.seen for name, v in named.items() if v.seen}
+
+    def _rows(self, name: str, vocabulary: Vocabulary, ids: Tensor) -> Tensor:
+        rows = vocabulary.rows(ids)
+        seen, unknown = self._checked.get(name, (0, 0))
+        if vocabulary.seen - seen >= ALARM_WINDOW:
+            share = (vocabulary.unknown - unknown) / (vocabulary.seen - seen)
+            if share > self.max_unknown:
+                log.warning("%.0f%% of the last %d ids of %s are unknown (limit %.0f%%)", 100 * share,
+                            vocabulary.seen - seen, name, 100 * self.max_unknown)  # fmt: skip
+            self._checked[name] = (vocabulary.seen, vocabulary.unknown)
+        return rows
