@@ -117,17 +117,14 @@ class FrozenRowWiseSharding(RwSequenceEmbeddingSharding):
 
 
 class FrozenAwaitable(LazyAwaitable[dict[str, JaggedTensor]]):
-    """Waits for the exchange of vectors without recording its backward, which would exchange gradients.
-
-    Vectors travel in the type they are stored in and become float32 here.
-    """
+    """Waits for the exchange of vectors, which travel in the type they are stored in, and makes them float32."""
 
     def __init__(self, vectors: LazyAwaitable[dict[str, JaggedTensor]]) -> None:
         super().__init__()
         self._vectors = vectors
 
     def _wait_impl(self) -> dict[str, JaggedTensor]:
-        with torch.no_grad():
+        with torch.no_grad():  # a lazy awaitable is waited for outside the forward that made it
             return {
                 feature: JaggedTensor(
                     values=vectors.values().float(),
