@@ -1,0 +1,1 @@
+"""Tests: unit (one process), distributed (two gloo ranks), pipeline (whole programs)."""
