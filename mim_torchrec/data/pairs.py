@@ -1,0 +1,185 @@
+"""Pairs for C-SFT (§3.3): the image somebody searched with, and the item that was then bought or clicked.
+
+Every pair comes with a hard negative: the one logged, or else another item of the positive's category.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from torch.utils.data import Dataset as TorchDataset
+
+from mim_torchrec.data.errors import DataError, Location
+from mim_torchrec.data.items import ItemStore
+from mim_torchrec.data.schema import (
+    PAIRS,
+    PAIRS_REQUIRED,
+    SIGNALS,
+    open_parquet,
+    present_columns,
+    read_row_group,
+)
+
+log = logging.getLogger(__name__)
+
+
+class PairDataset(TorchDataset):
+    """Pairs by index, held in memory.
+
+    An entry is a dict of `query_image` (bytes), `query_id`, `item_id` and `hard_negative_item_id` (ints). A pair
+    whose `query_image` is null or not logged is a search with the image of the item `query_id`.
+
+    Args:
+        files: Parquet files of pairs, see `schema.PAIRS`.
+        items: the items that the pairs name.
+        signal: only pairs of this signal, "purchase" or "click"; None for all.
+        seed: of the sampled hard negatives, with the epoch and the index of the pair.
+
+    `query_ids`, `item_ids` (num_pairs,) int64 and `query_is_item` (num_pairs,) bool are there for those who work
+    with vectors computed once per query and item.
+
+    Raises:
+        DataError: a file is malformed, an item is not in the store, or no pair has the signal.
+    """
+
+    def __init__(
+        self, files: Sequence[str | Path], items: ItemStore, *, signal: str | None = None, seed: int = 0
+    ) -> None:
+        if signal is not None and signal not in SIGNALS:
+            raise ValueError(f"signal {signal!r} is not one of {', '.join(SIGNALS)}")
+        self._items, self._seed, self._epoch = items, seed, 0
+        parts = [part for file in files for part in _read(Path(file), items, signal)]
+        if not parts:
+            raise DataError(f"no pair with signal {signal!r}", file=files[0] if files else None)
+        self._images = pa.chunked_array([part["query_image"] for part in parts])
+        self._origin = [origin for part in parts for origin in part["origin"]]
+        self.query_ids: np.ndarray = np.concatenate([part["query_id"] for part in parts])
+        self.item_ids: np.ndarray = np.concatenate([part["item_id"] for part in parts])
+        self._logged: np.ndarray = np.concatenate([part["hard_negative_item_id"] for part in parts])
+        self._has_logged: np.ndarray = np.concatenate([part["has_hard_negative"] for part in parts])
+        self.query_is_item: np.ndarray = self._images.is_null().to_numpy()
+        if len(items) < 3:
+            raise DataError(f"{len(items)} items are too few to draw hard negatives from")
+        self._members = self._members_by_category()
+
+    def __len__(self) -> int:
+        return len(self.item_ids)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the sampled hard negatives."""
+        self._epoch = epoch
+
+    def __getitem__(self, index: int) -> dict[str, bytes | int]:
+        index = range(len(self))[index]
+        return {
+            "query_image": self.query_image(index),
+            "query_id": int(self.query_ids[index]),
+            "item_id": int(self.item_ids[index]),
+            "hard_negative_item_id": self.hard_negative(index),
+        }
+
+    def query_image(self, index: int) -> bytes:
+        """Encoded image of the query."""
+        if self.query_is_item[index]:
+            return self._items.image_bytes(self._items.rows_of(self.query_ids[index : index + 1]))[0]
+        return self._images[index].as_py()
+
+    def query_location(self, index: int) -> Location:
+        """Where the query image comes from, for the message about one that cannot be decoded."""
+        if self.query_is_item[index]:
+            return self._items.location(int(self._items.rows_of(self.query_ids[index])), "image")
+        file, row_group, row = self._origin[index]
+        return Location(file, row_group, row, "query_image")
+
+    def hard_negative(self, index: int) -> int:
+        """Item id of the hard negative: the logged one, or a draw of (seed, epoch, index).
+
+        The draw is from the positive's category, without the positive and without the query where that is an
+        item; a category that has no other item gives a draw from all items.
+        """
+        if self._has_logged[index]:
+            return int(self._logged[index])
+        rng = np.random.default_rng((self._seed, self._epoch, index))
+        row = int(self._items.rows_of(self.item_ids[index]))
+        excluded = {int(self.item_ids[index])}
+        if self.query_is_item[index]:
+            excluded.add(int(self.query_ids[index]))
+        members = self._members[self._category_of[row]]
+        if len(members) <= len(excluded) and not set(members.tolist()) - excluded:
+            members = self._items.item_ids
+        while True:
+            drawn = int(members[rng.integers(len(members))])
+            if drawn not in excluded:
+                return drawn
+
+    def _members_by_category(self) -> list[np.ndarray]:
+        names = self._items.categories(np.arange(len(self._items)))
+        _, self._category_of = np.unique(np.asarray(names, dtype=object).astype(str), return_inverse=True)
+        order = np.argsort(self._category_of, kind="stable")
+        cuts = np.cumsum(np.bincount(self._category_of))[:-1]
+        members = np.split(self._items.item_ids[order], cuts)
+        alone = sum(len(m) for m in members if len(m) == 1)
+        if alone:
+            log.info("%d items are alone in their category; their hard negatives are of any category", alone)
+        return members
+
+
+def _read(file: Path, items: ItemStore, signal: str | None) -> list[dict]:
+    parquet = open_parquet(file, PAIRS, PAIRS_REQUIRED)
+    columns = present_columns(parquet, PAIRS)
+    if signal is not None and "signal" not in columns:
+        raise DataError(f"the column is missing, so pairs of signal {signal!r} cannot be told", file, None, None,
+                        "signal")  # fmt: skip
+    return [
+        part for group in range(parquet.num_row_groups)
+        if len((part := _read_group(parquet, file, group, columns, items, signal))["item_id"])
+    ]  # fmt: skip
+
+
+def _read_group(
+    parquet: pq.ParquetFile, file: Path, group: int, columns: Sequence[str], items: ItemStore, signal: str | None
+) -> dict:
+    table = read_row_group(parquet, group, columns, file)
+    rows = np.arange(len(table))
+    if "signal" in columns:
+        signals = table["signal"].to_pylist()
+        for row, found in enumerate(signals):
+            if found not in SIGNALS:
+                raise DataError(f"{found!r} is not one of {', '.join(SIGNALS)}", file, group, row, "signal")
+        if signal is not None:
+            rows = np.flatnonzero(np.array([found == signal for found in signals], bool))
+    table = table.take(pa.array(rows))
+
+    ids: dict[str, np.ndarray] = {}
+    missing: dict[str, np.ndarray] = {}
+    for name in ("query_id", "item_id", "hard_negative_item_id"):
+        values = table[name] if name in columns else pa.chunked_array([pa.nulls(len(rows), pa.int64())])
+        missing[name] = values.is_null().to_numpy()
+        ids[name] = values.fill_null(0).cast(pa.int64()).to_numpy()
+    if "query_image" in columns:
+        images = table["query_image"].cast(pa.large_binary()).combine_chunks()
+    else:
+        images = pa.nulls(len(rows), pa.large_binary())
+
+    def refuse(bad: np.ndarray, name: str, problem: str) -> None:
+        if bad.any():
+            first = int(np.argmax(bad))
+            shown = problem.format(ids[name][first])
+            raise DataError(shown, file, group, int(rows[first]), name)
+
+    for name in ("query_id", "item_id"):
+        refuse(missing[name], name, "is null")
+    is_item = images.is_null().to_numpy(zero_copy_only=False)
+    refuse(~np.isin(ids["item_id"], items.item_ids), "item_id", "item {} is not in the item table")
+    refuse(is_item & ~np.isin(ids["query_id"], items.item_ids), "query_id",
+           "item {} is not in the item table, and there is no query_image")  # fmt: skip
+    given = ~missing["hard_negative_item_id"]
+    refuse(given & ~np.isin(ids["hard_negative_item_id"], items.item_ids), "hard_negative_item_id",
+           "item {} is not in the item table")  # fmt: skip
+    refuse(given & (ids["hard_negative_item_id"] == ids["item_id"]), "hard_negative_item_id",
+           "item {} is the positive itself")  # fmt: skip
+    origin = [(file, group, int(row)) for row in rows]
+    return {**ids, "has_hard_negative": given, "query_image": images, "origin": origin}

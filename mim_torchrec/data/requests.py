@@ -1,0 +1,227 @@
+"""Streaming reader of requests: Parquet row groups in, batches out, as many on every rank.
+
+A collective waits for every rank, so no rank may run out of batches before the others. Row groups are put in
+an order of (seed, epoch) that all ranks compute alike; the rows they hold, taken as one sequence, are divided
+evenly and contiguously over the ranks; each rank permutes its rows in a buffer of a few row groups and cuts
+them into nearly equal batches.
+
+Not here: several worker processes for one reader, and continuing in the middle of an epoch.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from mim_torchrec.data.batch import RequestBatch
+from mim_torchrec.data.columns import Requests, concatenate, decode
+from mim_torchrec.data.errors import DataError
+from mim_torchrec.data.schema import (
+    REQUESTS,
+    REQUESTS_REQUIRED,
+    open_parquet,
+    present_columns,
+    read_row_group,
+)
+
+log = logging.getLogger(__name__)
+
+BUFFER_ROW_GROUPS = 8
+
+
+@dataclass(frozen=True)
+class _Unit:
+    file: Path
+    row_group: int
+    rows: int
+    candidates: int
+
+
+class RequestReader(IterableDataset):
+    """Batches of the requests that fall to one rank.
+
+    Args:
+        files: Parquet files with the same columns, see `schema.REQUESTS`.
+        batch_size: candidates (labelled samples) in a batch of this rank, on average.
+        rank: of this process.
+        world_size: number of ranks.
+        seed: of the order, with the epoch.
+        shuffle: whether there is another order than that of the files.
+        max_behaviors: behaviors of a request that are kept, the last ones.
+        on_bad_row: "fail" at a malformed row, or "skip" it and count it; to skip, all rows are read once
+            beforehand, because ranks must agree on how many batches there are.
+        drop_remainder: leave out the last rows of an epoch so that all ranks have equally many requests;
+            otherwise the numbers of requests, not of batches, differ by one.
+
+    Raises:
+        DataError: a file is malformed, files differ in columns, or there are fewer requests than ranks.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[str | Path],
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        shuffle: bool = False,
+        max_behaviors: int = 50,
+        on_bad_row: Literal["fail", "skip"] = "fail",
+        drop_remainder: bool = False,
+    ) -> None:
+        if batch_size < 1 or max_behaviors < 1 or not 0 <= rank < world_size:
+            raise ValueError(
+                f"impossible: batch_size {batch_size}, max_behaviors {max_behaviors}, rank {rank}/{world_size}"
+            )
+        if on_bad_row not in ("fail", "skip"):
+            raise ValueError(f'on_bad_row is {on_bad_row!r}, not "fail" or "skip"')
+        self._rank, self._world_size = rank, world_size
+        self._seed, self._shuffle, self._epoch = seed, shuffle, 0
+        self._max_behaviors, self._on_bad_row = max_behaviors, on_bad_row
+        self._drop_remainder = drop_remainder
+        self._columns: tuple[str, ...] = ()
+        self._opened: tuple[Path, pq.ParquetFile] | None = None
+        self.skipped = 0
+        """Malformed rows of all files; 0 where they fail."""
+        self._units = self._scan([Path(file) for file in files])
+        self.num_requests = sum(unit.rows for unit in self._units)
+        """Good requests of all ranks."""
+        self.num_candidates = sum(unit.candidates for unit in self._units)
+        """Candidates of these requests."""
+        if self.num_requests < world_size:
+            raise DataError(f"{self.num_requests} good requests cannot be divided over {world_size} ranks",
+                            file=files[0] if files else None)  # fmt: skip
+        self.requests_per_batch = max(1, round(batch_size * self.num_requests / self.num_candidates))
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of an epoch, the same on every rank."""
+        fewest = self.num_requests // self._world_size
+        most = fewest if self._drop_remainder else -(-self.num_requests // self._world_size)
+        return min(-(-most // self.requests_per_batch), fewest)
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next pass."""
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[RequestBatch]:
+        worker = get_worker_info()
+        if worker is not None and worker.num_workers > 1:
+            raise ValueError("a RequestReader reads in at most one worker process; use more ranks instead")
+        start, stop = self._share()
+        count, rows = self.num_batches, stop - start
+        sizes = [rows * (k + 1) // count - rows * k // count for k in range(count)]
+        buffer: Requests | None = None
+        position, done = 0, 0
+        for chunk in self._chunks(start, stop):
+            rest = [] if buffer is None else [buffer.take(np.arange(position, len(buffer)))]
+            buffer, position = concatenate([*rest, chunk]), 0
+            while done < count and position + sizes[done] <= len(buffer):
+                yield _to_batch(buffer.take(np.arange(position, position + sizes[done])))
+                position += sizes[done]
+                done += 1
+
+    def _scan(self, files: list[Path]) -> list[_Unit]:
+        units = []
+        for file in files:
+            parquet = open_parquet(file, REQUESTS, REQUESTS_REQUIRED)
+            columns = present_columns(parquet, REQUESTS)
+            if self._columns and columns != self._columns:
+                problem = f"has columns {', '.join(columns)}, but {files[0]} has {', '.join(self._columns)}"
+                raise DataError(problem, file=file)
+            if ("behavior_categories" in columns) != ("candidate_categories" in columns):
+                raise DataError("categories of behaviors and of candidates go together", file=file)
+            self._columns = columns
+            for group in range(parquet.num_row_groups):
+                if self._on_bad_row == "skip":
+                    requests, bad = self._read(file, group)
+                    units.append(_Unit(file, group, len(requests), int(requests.candidate.lengths.sum())))
+                    self.skipped += bad
+                else:
+                    units.append(_Unit(file, group, *_counts(parquet, group)))
+        if self.skipped and self._rank == 0:
+            log.warning("%d malformed requests skipped of %d", self.skipped,
+                        self.skipped + sum(unit.rows for unit in units))  # fmt: skip
+        return [unit for unit in units if unit.rows]
+
+    def _share(self) -> tuple[int, int]:
+        if self._drop_remainder:
+            each = self.num_requests // self._world_size
+            return self._rank * each, (self._rank + 1) * each
+        bounds = [self.num_requests * r // self._world_size for r in (self._rank, self._rank + 1)]
+        return bounds[0], bounds[1]
+
+    def _chunks(self, start: int, stop: int) -> Iterator[Requests]:
+        """Rows start to stop of the epoch's sequence, permuted within each chunk when shuffling."""
+        order = np.arange(len(self._units))
+        rng = np.random.default_rng((self._seed, self._epoch, self._rank + 1))
+        if self._shuffle:
+            order = np.random.default_rng((self._seed, self._epoch)).permutation(order)
+        waiting: list[Requests] = []
+        first = 0
+        for index in order:
+            unit = self._units[index]
+            begin, end = max(start - first, 0), min(stop - first, unit.rows)
+            first += unit.rows
+            if begin >= end:
+                continue
+            requests, _ = self._read(unit.file, unit.row_group)
+            waiting.append(requests if end - begin == len(requests) else requests.take(np.arange(begin, end)))
+            if not self._shuffle or len(waiting) == BUFFER_ROW_GROUPS or first >= stop:
+                chunk = concatenate(waiting)
+                yield chunk.take(rng.permutation(len(chunk))) if self._shuffle else chunk
+                waiting = []
+
+    def _read(self, file: Path, row_group: int) -> tuple[Requests, int]:
+        if self._opened is None or self._opened[0] != file:
+            self._opened = (file, open_parquet(file, REQUESTS, REQUESTS_REQUIRED))
+        table = read_row_group(self._opened[1], row_group, self._columns, file)
+        return decode(table, self._max_behaviors, self._on_bad_row, file, row_group)
+
+
+def _counts(parquet: pq.ParquetFile, row_group: int) -> tuple[int, int]:
+    """Rows and candidates of a row group, from the footer of the file."""
+    group = parquet.metadata.row_group(row_group)
+    column = next(
+        group.column(k) for k in range(group.num_columns)
+        if group.column(k).path_in_schema.split(".")[0] == "labels"
+    )  # fmt: skip
+    return group.num_rows, column.num_values
+
+
+def _to_batch(requests: Requests) -> RequestBatch:
+    ones = np.ones(len(requests), np.int32)
+    features = [("user_id", requests.scalars["user_id"], ones)]
+    if "query_id" in requests.scalars:
+        features.append(("query_id", requests.scalars["query_id"], ones))
+    roles = (("candidate", requests.candidate), ("behavior", requests.behavior))
+    for name in ("item_id", "category"):
+        features += [
+            (f"{role}_{name}", jagged.values[name], jagged.lengths.astype(np.int32))
+            for role, jagged in roles
+            if name in jagged.values
+        ]
+    behavior_ts = requests.behavior.values.get("ts")
+    request_ts = requests.scalars.get("ts")
+    return RequestBatch(
+        sparse=KeyedJaggedTensor(
+            keys=[key for key, _, _ in features],
+            values=torch.from_numpy(np.concatenate([values for _, values, _ in features])),
+            lengths=torch.from_numpy(np.concatenate([lengths for _, _, lengths in features])),
+        ),
+        labels=torch.from_numpy(requests.candidate.values["label"]),
+        request_ids=torch.from_numpy(requests.scalars["request_id"]),
+        request_ts=None if request_ts is None else torch.from_numpy(request_ts),
+        behavior_ts=None if behavior_ts is None else torch.from_numpy(behavior_ts),
+    )
