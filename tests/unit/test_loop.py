@@ -1,0 +1,124 @@
+"""The loop on a task of one weight."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mim_torchrec.training.checkpoint import whole_directory
+from mim_torchrec.training.distributed import Ranks, distributed
+from mim_torchrec.training.loop import fit
+
+ONE = Ranks(0, 1, torch.device("cpu"))
+
+
+class Line:
+    """Fits y = 3 x; its validation metric is what the test says."""
+
+    def __init__(self, scores: list[float], batch_values: tuple[float, ...] = (1.0, 2.0, 0.5)) -> None:
+        self.model = nn.Linear(1, 1, bias=False)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+        self.scores, self.batch_values = scores, batch_values
+        self.saved: list[float] = []
+
+    def num_batches(self, epoch):
+        return len(self.batch_values)
+
+    def batches(self, epoch):
+        for value in self.batch_values:
+            yield torch.tensor([[value]])
+
+    def num_samples(self, batch):
+        return len(batch)
+
+    def training_forward(self, batch):
+        error = self.model(batch) - 3 * batch
+        return error.square().mean(), {"error": error.mean()}
+
+    def after_epoch(self, epoch):
+        return {"score": self.scores[epoch]} if self.scores else {}
+
+    def save(self, path: Path):
+        path.mkdir(exist_ok=True)
+        self.saved.append(float(self.model.weight))
+
+
+def run(task, out, **changes):
+    return fit(task, **({"epochs": 3, "out": out, "ranks": ONE, "select": None, "patience": None} | changes))
+
+
+def test_the_loss_falls_and_every_step_is_in_the_history(tmp_path):
+    history = run(Line([]), tmp_path, log_every=2)
+    losses = [entry["loss"] for entry in history.steps]
+    assert [entry["step"] for entry in history.steps] == list(range(1, 10))
+    assert losses[-1] < 0.05 * losses[0]
+    assert {"samples_per_s", "data_wait", "error"} <= history.steps[1].keys()
+
+
+def test_the_best_epoch_is_the_first_with_the_highest_metric(tmp_path):
+    task = Line([0.1, 0.7, 0.7, 0.2])
+    history = run(task, tmp_path, epochs=4, select="score")
+    assert history.best_epoch == 1
+    assert len(task.saved) == 2
+
+
+def test_without_a_metric_the_last_epoch_is_the_best(tmp_path):
+    assert run(Line([]), tmp_path).best_epoch == 2
+
+
+def test_training_stops_when_patience_is_over(tmp_path):
+    history = run(Line([0.5, 0.4, 0.3, 0.9]), tmp_path, epochs=4, select="score", patience=2)
+    assert [entry["epoch"] for entry in history.epochs] == [0, 1, 2]
+
+
+def test_a_loss_that_is_not_finite_stops_before_its_step_and_names_epoch_and_step(tmp_path):
+    task = Line([], batch_values=(1.0, float("nan")))
+    with pytest.raises(FloatingPointError, match="epoch 0 at step 2"):
+        run(task, tmp_path)
+    assert torch.isfinite(task.model.weight).all()
+
+
+def test_an_unknown_metric_is_an_error_that_names_those_there_are(tmp_path):
+    with pytest.raises(ValueError, match="no finite auc .* score 0.5"):
+        run(Line([0.5]), tmp_path, select="auc")
+
+
+def test_the_history_file_holds_the_history(tmp_path):
+    history = run(Line([0.1, 0.2, 0.3]), tmp_path, select="score")
+    stored = json.loads((tmp_path / "history.json").read_text())
+    assert stored["epochs"] == history.epochs
+    assert stored["steps"] == history.steps
+    assert stored["best_epoch"] == 2
+
+
+def test_tensorboard_gets_event_files(tmp_path):
+    run(Line([]), tmp_path)
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_an_epoch_without_batches_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no batches"):
+        run(Line([], batch_values=()), tmp_path)
+
+
+def test_a_process_without_torchrun_is_a_world_of_one_with_a_fixed_seed():
+    drawn = []
+    for _ in range(2):
+        with distributed(5) as ranks:
+            assert (ranks.rank, ranks.world_size, ranks.is_main) == (0, 1, True)
+            assert ranks.all_gather_objects("me") == ["me"]
+            drawn.append(torch.rand(3))
+    assert torch.equal(*drawn)
+
+
+def test_a_directory_that_fails_halfway_leaves_the_old_one(tmp_path):
+    target = tmp_path / "encoder"
+    with whole_directory(target) as folder:
+        (folder / "a").write_text("first")
+    with pytest.raises(RuntimeError), whole_directory(target) as folder:
+        (folder / "a").write_text("second")
+        raise RuntimeError
+    assert (target / "a").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["encoder"]
