@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 class PairDataset(TorchDataset):
     """Pairs by index, held in memory.
 
-    An entry is a dict of `query_image` (bytes), `query_id`, `item_id` and `hard_negative_item_id` (ints). A pair
-    whose `query_image` is null or not logged is a search with the image of the item `query_id`.
+    An entry is a dict of `query_image` (bytes), `query_id`, `item_id` and `hard_negative_item_id` (ints). A
+    pair whose `query_image` is null or not logged is a search with the image of the item `query_id`.
 
     Args:
         files: Parquet files of pairs, see `schema.PAIRS`.
@@ -38,8 +38,8 @@ class PairDataset(TorchDataset):
         signal: only pairs of this signal, "purchase" or "click"; None for all.
         seed: of the sampled hard negatives, with the epoch and the index of the pair.
 
-    `query_ids`, `item_ids` (num_pairs,) int64 and `query_is_item` (num_pairs,) bool are there for those who work
-    with vectors computed once per query and item.
+    `query_ids`, `item_ids` (num_pairs,) int64 and `query_is_item` (num_pairs,) bool are there for those who
+    work with vectors computed once per query and item.
 
     Raises:
         DataError: a file is malformed, an item is not in the store, or no pair has the signal.
@@ -131,8 +131,8 @@ def _read(file: Path, items: ItemStore, signal: str | None) -> list[dict]:
     parquet = open_parquet(file, PAIRS, PAIRS_REQUIRED)
     columns = present_columns(parquet, PAIRS)
     if signal is not None and "signal" not in columns:
-        raise DataError(f"the column is missing, so pairs of signal {signal!r} cannot be told", file, None, None,
-                        "signal")  # fmt: skip
+        problem = f"the column is missing, so pairs of signal {signal!r} cannot be told"
+        raise DataError(problem, file, column="signal")
     return [
         part for group in range(parquet.num_row_groups)
         if len((part := _read_group(parquet, file, group, columns, items, signal))["item_id"])
@@ -140,7 +140,12 @@ def _read(file: Path, items: ItemStore, signal: str | None) -> list[dict]:
 
 
 def _read_group(
-    parquet: pq.ParquetFile, file: Path, group: int, columns: Sequence[str], items: ItemStore, signal: str | None
+    parquet: pq.ParquetFile,
+    file: Path,
+    group: int,
+    columns: Sequence[str],
+    items: ItemStore,
+    signal: str | None,
 ) -> dict:
     table = read_row_group(parquet, group, columns, file)
     rows = np.arange(len(table))

@@ -79,7 +79,7 @@ class RequestReader(IterableDataset):
     ) -> None:
         if batch_size < 1 or max_behaviors < 1 or not 0 <= rank < world_size:
             raise ValueError(
-                f"impossible: batch_size {batch_size}, max_behaviors {max_behaviors}, rank {rank}/{world_size}"
+                f"impossible: batch_size {batch_size}, max_behaviors {max_behaviors}, {rank}/{world_size}"
             )
         if on_bad_row not in ("fail", "skip"):
             raise ValueError(f'on_bad_row is {on_bad_row!r}, not "fail" or "skip"')

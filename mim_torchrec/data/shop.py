@@ -1,0 +1,208 @@
+"""A synthetic shop in the schema of real data, with the true click probability of everything shown.
+
+Users have tastes in style, prefer categories and follow the crowd; new items are listed all the time and get
+much of the traffic while they are new, so that late items are known by their content only. With
+`--style-weight 0` the very same items are shown to users who do not care for style: whatever content seems to
+add there is an artifact.
+"""
+
+import logging
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import tyro
+
+from mim_torchrec.data.schema import ITEMS, PAIRS, REQUESTS, SIGNALS, SPLITS, TIME, TRUTH
+from mim_torchrec.data.shop_items import (
+    NOUNS,
+    STYLE_DIM,
+    draw_images,
+    draw_styles,
+    draw_titles,
+)
+from mim_torchrec.data.shop_log import Catalog, Crowd, histories, search, simulate
+from mim_torchrec.data.writing import DatasetWriter, lists
+
+log = logging.getLogger(__name__)
+
+START = int(np.datetime64("2024-01-01", "us").astype(np.int64))
+DAY = 86_400_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShopConfig:
+    """Write a synthetic shop: items, image searches, requests and the true click probabilities."""
+
+    out: Path
+    """Directory to make; must not exist."""
+    items: int = 4000
+    """Items, a third of them listed before the first request, the others over the whole time."""
+    users: int = 3000
+    """Users."""
+    requests: int = 20_000
+    """Requests, divided by time into train, validation and test (80, 10, 10 percent)."""
+    candidates: int = 5
+    """Items shown in a request."""
+    searches: int = 4000
+    """Searches by image in training time, each a pair of a purchase and a pair of a click."""
+    browsing: int = 60_000
+    """Clicks outside the requests, which fill the histories."""
+    max_behaviors: int = 50
+    """Longest history of a request."""
+    categories: int = 12
+    """Categories of items."""
+    days: int = 60
+    """Length of the log."""
+    style_weight: float = 1.0
+    """How much users care for style; 0 is the negative control."""
+    image_size: int = 64
+    """Height and width of pictures in pixels."""
+    seed: int = 0
+    """Seed; equal arguments give equal bytes."""
+
+
+def make_catalog(config: ShopConfig) -> Catalog:
+    """Draw items: style, category, time of listing."""
+    rng = np.random.default_rng((config.seed, 1))
+    listed = rng.uniform(0, config.days, config.items)
+    stock = config.items // 3
+    listed[:stock] -= config.days
+    category = rng.integers(config.categories, size=config.items)
+    centers = 0.6 * rng.normal(size=(config.categories, STYLE_DIM))
+    return Catalog(
+        ids=1_000_000 + rng.permutation(10 * config.items)[: config.items].astype(np.int64),
+        category=category,
+        centers=centers,
+        style=draw_styles(category, centers, rng),
+        quality=rng.normal(size=config.items),
+        listed_at=START + (listed * DAY).astype(np.int64),
+        bid=rng.lognormal(-0.5, 0.5, config.items).round(2),
+    )
+
+
+def make_crowd(config: ShopConfig) -> Crowd:
+    """Draw users: two tastes each, preferred categories, activity."""
+    rng = np.random.default_rng((config.seed, 2))
+    tastes = rng.normal(size=(config.users, 2, STYLE_DIM))
+    activity = rng.lognormal(0.0, 0.8, config.users)
+    return Crowd(
+        ids=500_000 + rng.permutation(10 * config.users)[: config.users].astype(np.int64),
+        tastes=tastes / np.linalg.norm(tastes, axis=2, keepdims=True),
+        preference=rng.normal(size=(config.users, config.categories)),
+        activity=activity / activity.sum(),
+    )
+
+
+def items_table(config: ShopConfig, catalog: Catalog) -> pa.Table:
+    """Render the item table; `bid` is a column beside the schema's."""
+    rng = np.random.default_rng((config.seed, 3))
+    table = pa.table(
+        [
+            catalog.ids,
+            draw_titles(catalog.style, catalog.category, rng),
+            pa.array(draw_images(catalog.style, catalog.category, config.image_size, rng), pa.binary()),
+            category_names(config)[catalog.category],
+            pa.array(catalog.listed_at).cast(TIME),
+        ],
+        schema=ITEMS,
+    )
+    return table.append_column("bid", pa.array(catalog.bid))
+
+
+def pairs_table(config: ShopConfig, catalog: Catalog, crowd: Crowd) -> pa.Table:
+    """Render the image searches of training time: a purchase and a click each, in this order."""
+    rng = np.random.default_rng((config.seed, 4))
+    stop = START + int(0.8 * config.days * DAY)
+    found = search(catalog, crowd, searches=config.searches, start=START, stop=stop, rng=rng)
+    images = pa.array(draw_images(found.style, found.category, config.image_size, rng), pa.binary())
+    twice = np.repeat(np.arange(config.searches), 2)
+    items = np.stack([found.bought, found.clicked], axis=1).reshape(-1)
+    return pa.table(
+        [
+            images.take(pa.array(twice)),
+            1 + twice,
+            catalog.ids[items],
+            pa.nulls(len(twice), pa.int64()),
+            np.tile(np.array(SIGNALS), config.searches),
+            pa.array(found.ts[twice]).cast(TIME),
+        ],
+        schema=PAIRS,
+    )
+
+
+def requests_table(config: ShopConfig, catalog: Catalog, crowd: Crowd) -> tuple[pa.Table, pa.Table]:
+    """Simulate the log; returns the requests in order of time and the truth about them."""
+    rng = np.random.default_rng((config.seed, 5))
+    run = simulate(
+        catalog, crowd, requests=config.requests, candidates=config.candidates, browsing=config.browsing,
+        start=START, stop=START + config.days * DAY, style_weight=config.style_weight, rng=rng,
+    )  # fmt: skip
+    names = category_names(config)
+    lengths, behaviors, behavior_ts = histories(run, config.max_behaviors)
+    candidates, shown = run.items.reshape(-1), np.full(config.requests, config.candidates)
+    ids = pa.array(np.arange(1, config.requests + 1))
+    table = pa.table(
+        [
+            ids,
+            crowd.ids[run.user],
+            1 + run.category,
+            pa.array(run.ts).cast(TIME),
+            lists(catalog.ids[behaviors], lengths, pa.int64()),
+            lists(names[catalog.category[behaviors]], lengths, pa.string()),
+            lists(behavior_ts, lengths, TIME),
+            lists(catalog.ids[candidates], shown, pa.int64()),
+            lists(names[catalog.category[candidates]], shown, pa.string()),
+            lists(run.clicked.reshape(-1).astype(np.int8), shown, pa.int8()),
+        ],
+        schema=REQUESTS,
+    )
+    probability = run.probability.reshape(-1).astype(np.float32)
+    return table, pa.table([ids, lists(probability, shown, pa.float32())], schema=TRUTH)
+
+
+def category_names(config: ShopConfig) -> np.ndarray:
+    """(num_categories,) names, a noun each and a number where nouns repeat."""
+    names = [NOUNS[k % len(NOUNS)] + (f" {k // len(NOUNS) + 1}" if k >= len(NOUNS) else "")
+             for k in range(config.categories)]  # fmt: skip
+    return np.array(names, dtype=object)
+
+
+def make_shop(config: ShopConfig) -> None:
+    """Write the data set.
+
+    Raises:
+        DataError: `out` exists.
+        ValueError: the sizes do not make a shop.
+    """
+    if min(config.users, config.requests // 10, config.searches, config.categories, config.days) < 1:
+        raise ValueError("a shop needs users, searches, categories, days and at least 10 requests")
+    source = {"command": "mim shop", **asdict(config)}
+    source.pop("out")
+    with DatasetWriter(config.out, name="shop", source=source) as writer:
+        catalog, crowd = make_catalog(config), make_crowd(config)
+        requests, truth = requests_table(config, catalog, crowd)
+        count = config.requests
+        bounds = [0, count * 8 // 10, count * 9 // 10, count]
+        for split, start, stop in zip(SPLITS, bounds, bounds[1:], strict=False):
+            writer.write(f"requests/{split}", requests.slice(start, stop - start))
+            writer.write(f"truth/{split}", truth.slice(start, stop - start))
+        writer.write("items", items_table(config, catalog))
+        writer.write("pairs", pairs_table(config, catalog, crowd))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of `mim shop`."""
+    config = tyro.cli(ShopConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    started = time.time()
+    make_shop(config)
+    log.info("%s: %d items, %d requests, %d image searches in %.1f s", config.out, config.items,
+             config.requests, config.searches, time.time() - started)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

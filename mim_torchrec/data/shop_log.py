@@ -1,0 +1,211 @@
+"""What happens in the synthetic shop: who is shown what, who clicks, who searches by image and buys.
+
+Clicks follow
+
+    logit = bias + style_weight * 4 (match - 0.25) + 0.5 crowd + 0.5 preference + 0.4 quality,
+
+where match is the larger cosine of the item's style with the user's two tastes, crowd the standardized
+logarithm of the item's recent clicks, preference the user's for the category, and quality the item's own.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mim_torchrec.data.shop_items import STYLE_DIM, normalized
+
+BIAS = -1.5
+BLOCKS = 120
+BROWSED = 10
+IN_CATEGORY = 0.6
+SEARCHED = 60
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """Items: ids, category (n,), centers (num_categories, 8), style (n, 8), quality, listed_at (us), bid."""
+
+    ids: np.ndarray
+    category: np.ndarray
+    centers: np.ndarray
+    style: np.ndarray
+    quality: np.ndarray
+    listed_at: np.ndarray
+    bid: np.ndarray
+
+
+@dataclass(frozen=True)
+class Crowd:
+    """Users: ids, unit tastes (n, 2, 8), category preference (n, num_categories), activity (sums to 1)."""
+
+    ids: np.ndarray
+    tastes: np.ndarray
+    preference: np.ndarray
+    activity: np.ndarray
+
+
+@dataclass(frozen=True)
+class Log:
+    """Requests in order of time: user, ts, category asked for (n,); items, probability, clicked (n, k).
+
+    Users and items are positions, not ids. `clicks` is all clicks, of requests and browsing: user, item, ts.
+    """
+
+    user: np.ndarray
+    ts: np.ndarray
+    category: np.ndarray
+    items: np.ndarray
+    probability: np.ndarray
+    clicked: np.ndarray
+    clicks: tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Searches:
+    """Searches by image: style of the picture (n, 8), its category, ts, item bought and item clicked (n,)."""
+
+    style: np.ndarray
+    category: np.ndarray
+    ts: np.ndarray
+    bought: np.ndarray
+    clicked: np.ndarray
+
+
+class _Shelf:
+    """What is listed in a block of time, drawn with more weight for the new and the popular."""
+
+    def __init__(self, catalog: Catalog, recent_clicks: np.ndarray, now: int, span: int) -> None:
+        self.order = np.argsort(catalog.category, kind="stable")
+        self.order = self.order[catalog.listed_at[self.order] < now]
+        age = (now - catalog.listed_at[self.order]) / span
+        weight = (1 + 12 * np.exp(-age / 0.05)) * (1 + 0.5 * np.log1p(recent_clicks[self.order]))
+        self._cumulative = np.concatenate([[0.0], np.cumsum(weight)])
+        categories = np.arange(len(catalog.centers) + 1)
+        self._bounds = self._cumulative[np.searchsorted(catalog.category[self.order], categories)]
+        logs = np.log1p(recent_clicks)
+        listed = logs[self.order]
+        self.crowd = (logs - listed.mean()) / (listed.std() + 0.1)
+
+    def draw(self, category: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+        """Items (n, count), distinct in a row, often of the category (n,) asked for."""
+        wanted = np.repeat(category[:, None], count, axis=1)
+        items = self._draw(np.where(rng.random(wanted.shape) < IN_CATEGORY, wanted, -1), rng)
+        while True:
+            ordered = np.argsort(items, axis=1, kind="stable")
+            in_order = np.take_along_axis(items, ordered, axis=1)
+            again = np.zeros(items.shape, bool)
+            np.put_along_axis(again, ordered[:, 1:], in_order[:, 1:] == in_order[:, :-1], axis=1)
+            if not again.any():
+                return items
+            items[again] = self._draw(np.full(int(again.sum()), -1), rng)
+
+    def _draw(self, category: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        any_item = (category < 0) | (self._bounds[category + 1] <= self._bounds[category])
+        low = np.where(any_item, 0.0, self._bounds[category])
+        high = np.where(any_item, self._cumulative[-1], self._bounds[category + 1])
+        point = low + rng.random(category.shape) * (high - low)
+        position = np.searchsorted(self._cumulative, point, side="right") - 1
+        return self.order[position.clip(0, len(self.order) - 1)]
+
+
+def simulate(
+    catalog: Catalog,
+    crowd: Crowd,
+    *,
+    requests: int,
+    candidates: int,
+    browsing: int,
+    start: int,
+    stop: int,
+    style_weight: float,
+    rng: np.random.Generator,
+) -> Log:
+    """Run the shop from `start` to `stop` (microseconds) in blocks of time; the crowd moves between blocks.
+
+    Raises:
+        ValueError: fewer than twice `candidates` items are listed before the first request.
+    """
+    if (stock := int((catalog.listed_at < start).sum())) < 2 * max(candidates, BROWSED):
+        raise ValueError(f"{stock} items in stock at the start are too few for {candidates} candidates")
+    edges = np.linspace(start, stop, BLOCKS + 1).astype(np.int64)
+    recent = np.zeros(len(catalog.ids))
+    shown, clicks = [], []
+    for block in range(BLOCKS):
+        shelf = _Shelf(catalog, recent, edges[block] + 1, stop - start)
+        sizes = [total * (block + 1) // BLOCKS - total * block // BLOCKS for total in (requests, browsing)]
+
+        def visit(
+            count: int, items_each: int, begin: int = edges[block], end: int = edges[block + 1],
+            shelf: _Shelf = shelf,
+        ) -> tuple[np.ndarray, ...]:  # fmt: skip
+            user = rng.choice(len(crowd.ids), count, p=crowd.activity)
+            ts = np.sort(rng.integers(begin + 1, end, count))
+            gumbel = rng.gumbel(size=(count, crowd.preference.shape[1]))
+            category = np.argmax(crowd.preference[user] + gumbel, axis=1)
+            items = shelf.draw(category, items_each, rng)
+            return user, ts, category, items, _logits(catalog, crowd, shelf, user, items, style_weight)
+
+        user, ts, category, items, logits = visit(sizes[0], candidates)
+        probability = 1 / (1 + np.exp(-logits))
+        clicked = rng.random(logits.shape) < probability
+        shown.append((user, ts, category, items, probability, clicked))
+        row, column = np.nonzero(clicked)
+        delay = rng.integers(1_000_000, 60_000_000, len(row))
+        clicks.append((user[row], items[row, column], ts[row] + delay))
+        user, ts, _, items, logits = visit(sizes[1], BROWSED)
+        best = np.argmax(logits + rng.gumbel(size=logits.shape), axis=1)
+        clicks.append((user, items[np.arange(len(user)), best], ts))
+        recent = 0.97 * recent + sum(np.bincount(c[1], minlength=len(recent)) for c in clicks[-2:])
+    columns = [np.concatenate(parts) for parts in zip(*shown, strict=True)]
+    return Log(*columns, tuple(np.concatenate(parts) for parts in zip(*clicks, strict=True)))
+
+
+def _logits(
+    catalog: Catalog, crowd: Crowd, shelf: _Shelf, user: np.ndarray, items: np.ndarray, style_weight: float
+) -> np.ndarray:
+    """(n, items each)."""
+    style = catalog.style[items] / np.sqrt(STYLE_DIM)
+    match = np.einsum("nkd,nid->nik", crowd.tastes[user], style).max(axis=2)
+    preference = crowd.preference[user[:, None], catalog.category[items]]
+    others = 0.5 * shelf.crowd[items] + 0.5 * preference + 0.4 * catalog.quality[items]
+    return BIAS + style_weight * 4.0 * (match - 0.25) + others
+
+
+def histories(log: Log, max_behaviors: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The last clicks of each request's user strictly before it.
+
+    Returns:
+        lengths (num_requests,), and flat over all requests, in order of time, items and times.
+    """
+    user, item, ts = log.clicks
+    order = np.lexsort((ts, user))
+    user, item, ts = user[order], item[order], ts[order]
+    base, span = ts.min(), int(ts.max() - ts.min()) + 2
+    key = user * span + (ts - base)
+    stops = np.searchsorted(key, log.user * span + (log.ts - base).clip(0, span - 1), side="left")
+    starts = np.maximum(np.searchsorted(user, log.user, side="left"), stops - max_behaviors)
+    lengths = stops - starts
+    index = np.repeat(stops - np.cumsum(lengths), lengths) + np.arange(lengths.sum())
+    return lengths, item[index], ts[index]
+
+
+def search(
+    catalog: Catalog, crowd: Crowd, *, searches: int, start: int, stop: int, rng: np.random.Generator
+) -> Searches:
+    """Users search with a picture near a taste of theirs, buy the listed item most like it, click another."""
+    user = rng.choice(len(crowd.ids), searches, p=crowd.activity)
+    ts = np.sort(rng.integers(start, stop, searches))
+    taste = crowd.tastes[user, rng.integers(2, size=searches)] * np.sqrt(STYLE_DIM)
+    preference = crowd.preference[user]
+    category = np.argmax(preference + rng.gumbel(size=preference.shape), axis=1)
+    style = normalized(taste + 0.5 * catalog.centers[category] + 0.5 * rng.normal(size=taste.shape))
+
+    by_listing = np.argsort(catalog.listed_at, kind="stable")
+    listed = np.searchsorted(catalog.listed_at[by_listing], ts)
+    found = by_listing[(rng.random((searches, SEARCHED)) * listed[:, None]).astype(np.int64)]
+    likeness = np.einsum("nd,nkd->nk", style, catalog.style[found]) / STYLE_DIM
+    likeness += 0.3 * (catalog.category[found] == category[:, None])
+    likeness += rng.gumbel(scale=0.05, size=likeness.shape)
+    bought = found[np.arange(searches), np.argmax(likeness, axis=1)]
+    likeness[found == bought[:, None]] = -np.inf
+    return Searches(style, category, ts, bought, found[np.arange(searches), np.argmax(likeness, axis=1)])

@@ -1,0 +1,79 @@
+"""Writes a data set directory that appears under its name only when all of it is there."""
+
+import importlib.metadata
+import json
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mim_torchrec.data.errors import DataError
+
+
+class DatasetWriter:
+    """Context manager that writes tables into `<out>.partial` and renames it at the end.
+
+    Args:
+        out: the data set's directory; must not exist.
+        name: short name, for dataset.json.
+        source: where the data comes from, for dataset.json.
+
+    Raises:
+        DataError: `out` exists.
+    """
+
+    def __init__(self, out: str | Path, *, name: str, source: dict[str, Any]) -> None:
+        self.out = Path(out)
+        self._refuse_existing()
+        self.partial = self.out.with_name(self.out.name + ".partial")
+        version = importlib.metadata.version("mim-torchrec")
+        self.description: dict[str, Any] = {
+            "name": name, "source": source, "created_by": f"mim-torchrec {version}", "counts": {},
+        }  # fmt: skip
+
+    def __enter__(self) -> "DatasetWriter":
+        if self.partial.exists():
+            shutil.rmtree(self.partial)
+        self.partial.mkdir(parents=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            shutil.rmtree(self.partial)
+            return
+        text = json.dumps(self.description, indent=2, default=str) + "\n"
+        (self.partial / "dataset.json").write_text(text, encoding="utf-8")
+        self._refuse_existing()
+        os.rename(self.partial, self.out)
+
+    def write(
+        self, folder: str, table: pa.Table, *, row_group_size: int = 1000, file_rows: int = 8000
+    ) -> None:
+        """Write a table as `<folder>/part-*.parquet` and count its rows under `folder`."""
+        directory = self.partial / folder
+        directory.mkdir(parents=True)
+        for part, start in enumerate(range(0, len(table), file_rows)):
+            pq.write_table(
+                table.slice(start, file_rows),
+                directory / f"part-{part:05d}.parquet",
+                row_group_size=row_group_size,
+                compression="zstd",
+            )
+        self.description["counts"][folder] = len(table)
+
+    def _refuse_existing(self) -> None:
+        if self.out.exists():
+            raise DataError("exists; choose another directory or remove it", file=self.out)
+
+
+def lists(values: Any, lengths: Any, kind: pa.DataType) -> pa.ListArray:
+    """A list column of flat values (sum(lengths),) and the lengths of its rows (num_rows,)."""
+    offsets = [0, *lengths.cumsum().tolist()]
+    flat = values if isinstance(values, pa.Array) else pa.array(values)
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat.cast(kind))
