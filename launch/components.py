@@ -1,0 +1,186 @@
+"""TorchX components: one a stage, `torchx run -s <scheduler> mim.<stage> … -- <any flag of the stage>`.
+
+A component only builds the description of a job; it imports none of the stages. The job is one documented
+line of torchrun on every node:
+
+    python -m torch.distributed.run --nproc_per_node 2 -m mim_torchrec.<module> --data DIR --out DIR …
+
+TorchX reads `Optional`, `List` and `Dict` in signatures, private ones too, but neither `X | None` nor
+postponed annotations; the part of a docstring under `Args:` is the component's `--help`. Schedulers in use:
+local_cwd, local_docker, slurm and kubernetes.
+"""
+
+import shlex
+from typing import Dict, List, Optional  # noqa: UP035
+
+import torchx.specs as specs
+from torchx.components.dist import parse_nnodes
+from torchx.specs import macros
+
+PORT = 29500
+
+
+def csft(
+    *script_args: str,
+    data: str,
+    out: str,
+    j: str = "1x2",
+    image: str = "",
+    h: Optional[str] = None,  # noqa: UP045
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 8192,
+    max_restarts: int = 0,
+    max_retries: int = 0,
+    env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
+    mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
+) -> specs.AppDef:
+    """
+    Fine-tune the item encoder contrastively on what users bought (C-SFT).
+
+    Args:
+        script_args: further flags of the stage, after a lone --
+        data: dataset directory
+        out: directory of the encoder, history and config
+        j: [{min_nnodes}:]{nnodes}x{nproc_per_node}
+        image: container image with mim-torchrec in it, for kubernetes and local_docker
+        h: a named resource, in place of cpu, gpu and memMB
+        cpu: cores per node
+        gpu: accelerators per node
+        memMB: memory per node in MiB
+        max_restarts: times the workers are started again inside the job when one fails
+        max_retries: times the scheduler starts the job again; local_cwd never does
+        env: environment variables, A=1,B=2
+        mounts: type=bind,src=/host,dst=/job[,readonly]
+    """
+    command = ["-m", "mim_torchrec.csft.main", "--data", data, "--out", out, *script_args]
+    resource = specs.resource(cpu=cpu, gpu=gpu, memMB=memMB, h=h)
+    return _distributed("csft", command, j, image, resource, max_restarts, max_retries, env, mounts)
+
+
+def export(
+    *script_args: str,
+    data: str,
+    encoder: str,
+    out: str,
+    j: str = "1x2",
+    image: str = "",
+    h: Optional[str] = None,  # noqa: UP045
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 8192,
+    max_restarts: int = 0,
+    max_retries: int = 0,
+    env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
+    mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
+) -> specs.AppDef:
+    """
+    Encode every item and write the multi-modal table.
+
+    Args:
+        script_args: further flags of the stage, after a lone --
+        data: dataset directory
+        encoder: encoder directory written by csft, or plain:<vision>+<text>
+        out: directory of the table; must not exist
+        j: [{min_nnodes}:]{nnodes}x{nproc_per_node}
+        image: container image with mim-torchrec in it, for kubernetes and local_docker
+        h: a named resource, in place of cpu, gpu and memMB
+        cpu: cores per node
+        gpu: accelerators per node
+        memMB: memory per node in MiB
+        max_restarts: times the workers are started again inside the job when one fails
+        max_retries: times the scheduler starts the job again; local_cwd never does
+        env: environment variables, A=1,B=2
+        mounts: type=bind,src=/host,dst=/job[,readonly]
+    """
+    command = ["-m", "mim_torchrec.representation.export", "--data", data, "--encoder", encoder, "--out", out]
+    command += script_args
+    resource = specs.resource(cpu=cpu, gpu=gpu, memMB=memMB, h=h)
+    return _distributed("export", command, j, image, resource, max_restarts, max_retries, env, mounts)
+
+
+def ctr(
+    *script_args: str,
+    data: str,
+    out: str,
+    table: Optional[str] = None,  # noqa: UP045
+    j: str = "1x2",
+    image: str = "",
+    h: Optional[str] = None,  # noqa: UP045
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 8192,
+    max_restarts: int = 0,
+    max_retries: int = 0,
+    env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
+    mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
+) -> specs.AppDef:
+    """
+    Train a click-through-rate model, with content interest or (-- --mim off) without, and evaluate it.
+
+    Args:
+        script_args: further flags of the stage, after a lone --
+        data: dataset directory
+        out: directory of the metrics, predictions and checkpoint
+        table: directory of the multi-modal table; needed unless --mim is off
+        j: [{min_nnodes}:]{nnodes}x{nproc_per_node}
+        image: container image with mim-torchrec in it, for kubernetes and local_docker
+        h: a named resource, in place of cpu, gpu and memMB
+        cpu: cores per node
+        gpu: accelerators per node
+        memMB: memory per node in MiB
+        max_restarts: times the workers are started again inside the job when one fails
+        max_retries: times the scheduler starts the job again; local_cwd never does
+        env: environment variables, A=1,B=2
+        mounts: type=bind,src=/host,dst=/job[,readonly]
+    """
+    command = ["-m", "mim_torchrec.ctr.main", "--data", data, "--out", out]
+    command += ["--table", table] if table is not None else []
+    command += script_args
+    resource = specs.resource(cpu=cpu, gpu=gpu, memMB=memMB, h=h)
+    return _distributed("ctr", command, j, image, resource, max_restarts, max_retries, env, mounts)
+
+
+def _distributed(
+    stage: str,
+    command: list[str],
+    j: str,
+    image: str,
+    resource: specs.Resource,
+    max_restarts: int,
+    max_retries: int,
+    env: Optional[Dict[str, str]],  # noqa: UP006, UP045
+    mounts: Optional[List[str]],  # noqa: UP006, UP045
+) -> specs.AppDef:
+    """One role of torchrun agents, a replica for each node."""
+    min_nodes, max_nodes, processes, nodes = parse_nnodes(j)
+    # port 0 lets torchrun choose a free one; TorchX fills in ${rank0_env}, bash the variable it names
+    endpoint = "localhost:0" if max_nodes == 1 else f'"$${{{macros.rank0_env}:=localhost}}:{PORT}"'
+    options = {
+        "--rdzv_backend": "c10d",
+        "--rdzv_id": macros.app_id,
+        "--nnodes": nodes,
+        "--nproc_per_node": str(processes),
+        "--max_restarts": str(max_restarts),
+        "--tee": "3",
+        "--role": "",
+    }
+    words = [word for option in options.items() for word in option] + command
+    # not `torchrun`: the first one on PATH may belong to another environment
+    launcher = 'exec "$${MIM_PYTHON:-python}" -m torch.distributed.run --rdzv_endpoint'
+    role = specs.Role(
+        name=stage,
+        image=image,
+        entrypoint="bash",
+        args=["-c", f"{launcher} {endpoint} {shlex.join(words)}"],
+        num_replicas=max_nodes,
+        min_replicas=min_nodes,
+        # workers that are restarted hang when they share the store of the rendezvous
+        env={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **(env or {})},
+        port_map={"c10d": PORT},
+        max_retries=max_retries,
+        retry_policy=specs.RetryPolicy.APPLICATION,
+        resource=resource,
+        mounts=specs.parse_mounts(mounts) if mounts else [],
+    )
+    return specs.AppDef(name=f"mim-{stage}", roles=[role], metadata={"app": "mim", "stage": stage})

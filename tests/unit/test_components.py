@@ -1,0 +1,108 @@
+"""The TorchX components: what they launch, without launching it."""
+
+import inspect
+from collections.abc import Iterator
+
+import pytest
+from torchx.runner import Runner, get_runner
+from torchx.specs import AppDef
+from torchx.specs.builders import materialize_appdef
+from torchx.specs.file_linter import validate
+from torchx.specs.finder import get_component, get_components
+
+from mim_torchrec.launch import components
+
+STAGES = {
+    "csft": ["--data", "shop", "--out", "out"],
+    "export": ["--data", "shop", "--encoder", "encoder", "--out", "out"],
+    "ctr": ["--data", "shop", "--out", "out", "--table", "table"],
+}
+MODULES = {
+    "csft": "mim_torchrec.csft.main",
+    "export": "mim_torchrec.representation.export",
+    "ctr": "mim_torchrec.ctr.main",
+}
+
+
+@pytest.fixture(scope="module")
+def runner() -> Iterator[Runner]:
+    with get_runner() as runner:
+        yield runner
+
+
+def build(stage: str, *arguments: str) -> AppDef:
+    return materialize_appdef(getattr(components, stage), [*STAGES[stage], *arguments])
+
+
+def line(app: AppDef) -> str:
+    return app.roles[0].args[1]
+
+
+def test_every_public_function_is_a_tested_stage():
+    functions = inspect.getmembers(components, inspect.isfunction)
+    here = {name for name, function in functions if function.__module__ == components.__name__}
+    assert {name for name in here if not name.startswith("_")} == set(STAGES)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_torchx_finds_no_fault_with_a_component(stage):
+    assert [message.description for message in validate(components.__file__, stage)] == []
+
+
+def test_components_are_registered_beside_the_builtin_ones():
+    names = {f"mim.{stage}" for stage in STAGES} | {"dist.ddp", "dist.spmd", "utils.python", "utils.sh"}
+    assert names <= set(get_components())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_argument_is_documented(stage):
+    component = get_component(f"mim.{stage}")
+    documentation = inspect.getdoc(component.fn)
+    assert [p for p in inspect.signature(component.fn).parameters if f"{p}: " not in documentation] == []
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_component_launches_its_stage_by_torchrun(stage):
+    expected = 'exec "$${MIM_PYTHON:-python}" -m torch.distributed.run --rdzv_endpoint localhost:0'
+    assert line(build(stage)).startswith(expected)
+    assert f"-m {MODULES[stage]} {' '.join(STAGES[stage])}" in line(build(stage))
+
+
+def test_flags_after_two_dashes_go_to_the_stage():
+    assert line(build("ctr", "--", "--mim", "off")).endswith("--table table --mim off")
+
+
+def test_base_needs_no_table():
+    app = materialize_appdef(components.ctr, ["--data", "shop", "--out", "out", "--", "--mim", "off"])
+    assert "--table" not in line(app)
+
+
+def test_spaces_in_a_path_are_quoted():
+    app = materialize_appdef(components.csft, ["--data", "my shop", "--out", "out"])
+    assert "--data 'my shop'" in line(app)
+
+
+def test_nodes_are_replicas_that_meet_at_the_first():
+    app = build("ctr", "-j", "2x4")
+    assert app.roles[0].num_replicas == 2
+    assert '--rdzv_endpoint "$${${rank0_env}:=localhost}:29500"' in line(app)
+    assert "--nnodes 2 --nproc_per_node 4" in line(app)
+
+
+def test_restarted_workers_do_not_share_the_rendezvous_store():
+    environment = build("ctr", "--env", "A=1", "--max_restarts", "3").roles[0].env
+    assert environment == {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "A": "1"}
+    assert "--max_restarts 3" in line(build("ctr", "--max_restarts", "3"))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    "scheduler, config",
+    [("local_cwd", {}), ("slurm", {}), ("kubernetes", {"queue": "default", "validate_spec": False})],
+)
+def test_schedulers_accept_a_component(runner, stage, scheduler, config):
+    known = runner.scheduler_run_opts(scheduler)._opts
+    config = {name: value for name, value in config.items() if name in known}
+    arguments = [*STAGES[stage], "--image", "mim:1", "-j", "2x2"]
+    request = runner.dryrun_component(f"mim.{stage}", arguments, scheduler, config)
+    assert MODULES[stage] in str(request)
