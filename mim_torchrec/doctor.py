@@ -1,0 +1,313 @@
+"""`mim doctor`: is everything there that the stages need, and if not, what is wrong and how is it mended?
+
+One line a check. What is checked is loaded in processes of its own, so that a library that cannot load, or
+that crashes while it does, is a line of the report and not the end of it. This module itself needs only
+Python. Not checked: the network, a scheduler, GPU speed.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import distributions
+from pathlib import Path
+
+PYTHONS = ((3, 11), (3, 14))
+GIB = 1024**3
+MIN_DISK, MIN_MEMORY = 5 * GIB, 3 * GIB
+TIMEOUT = 180
+MISSING = "none"
+REINSTALL = "`make install` in a checkout, or pip install --no-deps -r requirements/{kind}.txt"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found; `mend` is empty when all is well."""
+
+    check: str
+    ok: bool
+    detail: str
+    mend: str = ""
+
+    def __str__(self) -> str:
+        mend = f"; mend it: {self.mend}" if self.mend else ""
+        return f"{'ok' if self.ok else 'FAIL':<5} {self.check:<14} {self.detail}{mend}"
+
+
+def check_python(version: tuple[int, ...] = sys.version_info[:3]) -> Finding:
+    """The interpreter is one that all packages have builds for."""
+    text = f"{'.'.join(map(str, version))} at {sys.executable}"
+    low, high = ("{}.{}".format(*v) for v in PYTHONS)
+    if PYTHONS[0] <= version[:2] < PYTHONS[1]:
+        return Finding("python", True, text)
+    mend = f"remove the environment, then make PYTHON=python{low}"
+    return Finding("python", False, f"{text}, not {low} or later and before {high}", mend)
+
+
+def installed() -> dict[str, str]:
+    """Version of each installed package, by its name in lower case and with dashes."""
+    return {d.metadata["Name"].lower().replace("_", "-"): d.version for d in distributions()}
+
+
+def check_versions(packages: Mapping[str, str], driver: bool) -> Finding:
+    """torch, torchrec and fbgemm come from one release: torchrec 1.n, fbgemm 1.n and torch 2.(n + 5).
+
+    Args:
+        packages: version by package.
+        driver: whether there is an NVIDIA driver; without one the CUDA build of fbgemm cannot load.
+    """
+    name = "versions"
+    mend = REINSTALL.format(kind="cuda" if driver else "cpu")
+    torch, torchrec = packages.get("torch", MISSING), packages.get("torchrec", MISSING)
+    builds = [build for build in ("fbgemm-gpu", "fbgemm-gpu-cpu") if build in packages]
+    fbgemm = " and ".join(f"{build} {packages[build]}" for build in builds) or f"fbgemm {MISSING}"
+    text = f"torch {torch}, torchrec {torchrec}, {fbgemm}"
+    if MISSING in (torch, torchrec) or not builds:
+        return Finding(name, False, f"not all installed: {text}", mend)
+    if len(builds) == 2:
+        both = f"pip uninstall -y {' '.join(builds)}, then {mend}"
+        return Finding(name, False, f"{text} overwrite each other's files", both)
+    if builds == ["fbgemm-gpu"] and not driver:
+        lone = f"pip uninstall -y fbgemm-gpu, then {mend}"
+        return Finding(name, False, f"{text}: the CUDA build cannot load without an NVIDIA driver", lone)
+    minor = _release(torchrec)[1]
+    wanted = {torchrec: (1, minor), packages[builds[0]]: (1, minor), torch: (2, minor + 5)}
+    if any(_release(version) != release for version, release in wanted.items()):
+        together = f"torchrec {torchrec} goes with fbgemm 1.{minor} and torch 2.{minor + 5}"
+        return Finding(name, False, f"{text} are of different releases: {together}", mend)
+    return Finding(name, True, text)
+
+
+def _release(version: str) -> tuple[int, int]:
+    major, minor = version.split("+")[0].split(".")[:2]
+    return int(major), int(minor)
+
+
+LOOKUP = """
+print("@loading torch", flush=True)
+import torch
+print("@loading fbgemm_gpu", flush=True)
+import fbgemm_gpu
+print("@loading torchrec", flush=True)
+import torchrec
+print("@looking up rows", flush=True)
+table = torchrec.EmbeddingBagConfig(name="t", embedding_dim=4, num_embeddings=8, feature_names=["f"])
+collection = torchrec.EmbeddingBagCollection(tables=[table])
+bags = torchrec.KeyedJaggedTensor.from_lengths_sync(
+    keys=["f"], values=torch.tensor([1, 2, 3]), lengths=torch.tensor([2, 0, 1]))
+found = collection(bags)["f"]
+rows = collection.embedding_bags["t"].weight
+expected = torch.stack([rows[1] + rows[2], torch.zeros(4), rows[3]])
+torch.testing.assert_close(found, expected)
+offsets = torch.ops.fbgemm.asynchronous_complete_cumsum(torch.tensor([2, 0, 1]))
+assert offsets.tolist() == [0, 2, 2, 3], offsets
+print("=torch, fbgemm and torchrec load, and a lookup in an EmbeddingBagCollection is right")
+"""
+
+ENCODERS = """
+print("@loading torch", flush=True)
+import torch
+print("@loading torchvision", flush=True)
+import torchvision
+boxes = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+assert torchvision.ops.nms(boxes, torch.ones(1), 0.5).tolist() == [0]
+print("@loading timm", flush=True)
+import timm
+print("@loading transformers", flush=True)
+import transformers
+print(f"=torchvision {torchvision.__version__}, timm {timm.__version__}, "
+      f"transformers {transformers.__version__} load")
+"""
+
+PACKAGE = """
+from pathlib import Path
+print("@loading mim_torchrec", flush=True)
+import mim_torchrec, mim_torchrec.embeddings, mim_torchrec.launch
+package, table = (Path(m.__file__).parent for m in (mim_torchrec, mim_torchrec.embeddings))
+assert table in (package / "embeddings", package.parent / "embeddings"), (
+    f"mim_torchrec is that of {package.parent}, but mim_torchrec.embeddings that of {table.parent}: "
+    "two checkouts share this environment")
+print("@loading torchx", flush=True)
+from torchx.specs.finder import get_components
+missing = {"mim.csft", "mim.export", "mim.ctr"} - set(get_components())
+assert not missing, f"TorchX does not know {sorted(missing)}"
+print(f"=mim_torchrec at {package}, its components known to TorchX")
+"""
+
+DEVICES = """
+print("@loading torch", flush=True)
+import torch
+names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+print("=" + (", ".join(names) if torch.cuda.is_available() else "no GPU"))
+"""
+
+GROUP = """
+import sys
+from datetime import timedelta
+print("@loading torch", flush=True)
+import torch
+import torch.distributed as dist
+backend, rank, size, path = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
+print(f"@starting {backend}", flush=True)
+dist.init_process_group(backend, store=dist.FileStore(path, size), rank=rank, world_size=size,
+                        timeout=timedelta(seconds=60))
+total = torch.full((1,), rank + 1.0, device=device)
+dist.all_reduce(total)
+assert total.item() == size * (size + 1) / 2, f"the sum over ranks is {total.item()}"
+dist.destroy_process_group()
+print("=")
+"""
+
+
+def start(script: str, *arguments: str, python: str = sys.executable) -> subprocess.Popen[str]:
+    """Start a script in a process of its own; it prints `@<step>` before a step and `=<result>` at its end."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [python, "-c", script, *arguments],
+        env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def outcome(process: subprocess.Popen[str], timeout: float = TIMEOUT) -> tuple[bool, str]:
+    """Wait for a script: (True, its result) or (False, what went wrong in which step)."""
+    try:
+        output, errors = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output, errors = process.communicate()
+        return False, f"{_last_step(output)} takes more than {timeout:.0f} s"
+    result = [line[1:] for line in output.splitlines() if line.startswith("=")]
+    if process.returncode == 0 and result:
+        return True, result[-1]
+    if process.returncode < 0:
+        return False, f"{_last_step(output)} crashed with signal {-process.returncode}"
+    messages = [line for line in errors.splitlines() if line and not line.startswith((" ", "Traceback"))]
+    return False, f"{_last_step(output)} failed: {messages[-1] if messages else process.returncode}"
+
+
+def _last_step(output: str) -> str:
+    steps = [line[1:] for line in output.splitlines() if line.startswith("@")]
+    return steps[-1] if steps else "starting Python"
+
+
+def check_script(check: str, script: str, mend: str, python: str = sys.executable) -> Finding:
+    """The script runs to its end."""
+    ok, detail = outcome(start(script, python=python))
+    return Finding(check, ok, detail, "" if ok else mend)
+
+
+def check_devices(driver: bool) -> tuple[Finding, int]:
+    """A machine with a driver has GPUs that torch sees; also returns how many."""
+    ok, detail = outcome(start(DEVICES))
+    gpus = 0 if not ok or detail == "no GPU" else len(detail.split(", "))
+    cores = f"{os.cpu_count()} cores"
+    if not ok:
+        return Finding("devices", False, detail, REINSTALL.format(kind="cuda" if driver else "cpu")), 0
+    if driver and not gpus:
+        problem = "nvidia-smi works but torch sees no GPU"
+        mend = "a driver for the CUDA of requirements/cuda.txt, and CUDA_VISIBLE_DEVICES unset"
+        return Finding("devices", False, f"{problem}, {cores}", mend), 0
+    return Finding("devices", True, f"{detail}, {cores}"), gpus
+
+
+def check_group(backend: str, size: int, script: str = GROUP) -> Finding:
+    """`size` real processes add up a number over a process group."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = str(Path(folder) / "store")
+        processes = [start(script, backend, str(rank), str(size), store) for rank in range(size)]
+        outcomes = [outcome(process) for process in processes]
+    problems = [f"rank {rank}: {text}" for rank, (ok, text) in enumerate(outcomes) if not ok]
+    if not problems:
+        return Finding(backend, True, f"{size} process{'es' * (size > 1)} summed a tensor")
+    mend = {
+        "gloo": "let this host's name resolve to an address of its own, or set GLOO_SOCKET_IFNAME=lo",
+        "nccl": "run again with NCCL_DEBUG=WARN, which names the cause; often /dev/shm is too small",
+    }[backend]
+    return Finding(backend, False, "; ".join(problems), mend)
+
+
+def check_disk(free: int, folder: Path) -> Finding:
+    """There is room for a run below the current folder."""
+    text = f"{free / GIB:.1f} GiB free in {folder}"
+    if free >= MIN_DISK:
+        return Finding("disk", True, text)
+    mend = "free some, or run in another folder"
+    return Finding("disk", False, f"{text}, a run wants {MIN_DISK // GIB}", mend)
+
+
+def check_memory(available: int) -> Finding:
+    """There is memory for two ranks."""
+    text = f"{available / GIB:.1f} GiB available"
+    if available >= MIN_MEMORY:
+        return Finding("memory", True, text)
+    mend = "end other programs, or run one rank (-j 1x1)"
+    return Finding("memory", False, f"{text}, two ranks want {MIN_MEMORY // GIB}", mend)
+
+
+def available_memory() -> int:
+    """Bytes that can still be had: the machine's, or less in a container with a limit."""
+    with open("/proc/meminfo") as file:
+        fields = dict(line.split(":") for line in file)
+    machine = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current"))
+    if limit.exists() and limit.read_text().strip() != "max":
+        return min(machine, int(limit.read_text()) - int(used.read_text()))
+    return machine
+
+
+def has_driver() -> bool:
+    """Whether there is a working NVIDIA driver, asked as the Makefile does."""
+    if shutil.which("nvidia-smi") is None:
+        return False
+    return subprocess.run(["nvidia-smi"], capture_output=True, check=False).returncode == 0
+
+
+def examine() -> Iterable[Finding]:
+    """All checks, one after the other."""
+    driver = has_driver()
+    install = REINSTALL.format(kind="cuda" if driver else "cpu")
+    yield check_python()
+    yield check_versions(installed(), driver)
+    yield check_script("lookup", LOOKUP, install)
+    yield check_script("encoders", ENCODERS, install)
+    yield check_script("package", PACKAGE, "`make install` in the checkout that is to be used")
+    devices, gpus = check_devices(driver)
+    yield devices
+    yield check_group("gloo", 2)
+    if gpus:
+        yield check_group("nccl", min(gpus, 2))
+    yield check_disk(shutil.disk_usage(Path.cwd()).free, Path.cwd())
+    if platform.system() == "Linux":
+        yield check_memory(available_memory())
+
+
+def main(argv: list[str] | None = None, examine: Callable[[], Iterable[Finding]] = examine) -> None:
+    """Run `mim doctor`; exits with status 1 when a check fails.
+
+    Args:
+        argv: the words after the command; by default those of the process.
+        examine: yields the findings.
+    """
+    parser = argparse.ArgumentParser(description="Check the installation; one line a check.")
+    parser.add_argument("--json", action="store_true", help="print one JSON list instead")
+    as_json = parser.parse_args(argv).json
+    findings = []
+    for finding in examine():
+        findings.append(finding)
+        if not as_json:
+            print(finding, flush=True)
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+    if not all(finding.ok for finding in findings):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
