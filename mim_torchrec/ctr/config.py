@@ -89,7 +89,7 @@ class CTRConfig(ModelConfig):
     head_room: float = 0.0
     """Spare rows of the ID tables, as a share of the ids seen in training."""
     max_unknown: float = 0.5
-    """Share of unknown ids in an epoch above which an alarm is logged."""
+    """Share of unknown ids of one kind above which an alarm is logged."""
     on_bad_row: Literal["fail", "skip"] = "fail"
     """Stop at a malformed request, or skip and count it."""
     item_cache: Path | None = None

@@ -1,16 +1,20 @@
 """Predictions of all ranks and what is reported about them: overall, by item age, by category."""
 
+import logging
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.requests import RequestReader
 from mim_torchrec.data.vocabulary import IdMapper
 from mim_torchrec.training import metrics
 from mim_torchrec.training.distributed import Ranks
+
+log = logging.getLogger(__name__)
 
 NUM_AGE_SETS = 10
 
@@ -20,7 +24,7 @@ def predict(model: nn.Module, reader: RequestReader, mapper: IdMapper, ranks: Ra
     """Score every candidate that the reader yields, on all ranks.
 
     Args:
-        model: gives logits of a batch; left in evaluation mode's opposite, as the loop expects.
+        model: gives logits of a batch; scores in evaluation mode and is left in the mode it had.
         reader: this rank's share, not shuffled.
         mapper: ids to embedding rows.
         ranks: the process group.
@@ -57,8 +61,16 @@ def summarize(predictions: dict[str, np.ndarray], items: ItemStore) -> dict[str,
     """Metrics of predictions; one that is undefined is None.
 
     Returns:
-        `auc`, `gauc` (by user), `ne`, `logloss`, `n`, `positives`, `by_age` and `by_category`.
+        `auc`, `gauc` (by user), `ne`, `logloss`, `n`, `positives`, and `by_age` and `by_category`, which are
+        None, with a line in the log, where the items have no such column.
     """
+    parts: dict[str, Any] = {}
+    for breakdown in (by_age, by_category):
+        try:
+            parts[breakdown.__name__] = breakdown(predictions, items)
+        except DataError as error:
+            log.warning("no results %s: %s", breakdown.__name__.replace("_", " "), error)
+            parts[breakdown.__name__] = None
     labels, scores = predictions["label"], predictions["score"]
     return {
         "auc": metrics.auc(labels, scores),
@@ -67,8 +79,7 @@ def summarize(predictions: dict[str, np.ndarray], items: ItemStore) -> dict[str,
         "logloss": metrics.log_loss(labels, scores),
         "n": len(labels),
         "positives": int(labels.sum()),
-        "by_age": by_age(predictions, items),
-        "by_category": by_category(predictions, items),
+        **parts,
     }
 
 
@@ -76,23 +87,27 @@ def by_age(predictions: dict[str, np.ndarray], items: ItemStore) -> list[dict[st
     """AUC of the impressions of ten equal sets of items, S1 the newest (MIM, Figure 6).
 
     All items of the store are divided by the time they were listed; ties are broken by item id.
+
+    Raises:
+        DataError: an item has no `listed_at`.
     """
     rows = np.arange(len(items))
     newest_first = np.lexsort((items.item_ids, -items.listed_at(rows)))
     age_set = np.empty(len(items), np.int64)
-    age_set[newest_first] = rows * NUM_AGE_SETS // max(len(items), 1)
+    age_set[newest_first] = rows * NUM_AGE_SETS // len(items)
     of_impression = age_set[items.rows_of(predictions["item_id"])]
-    return [
-        {"set": f"S{k + 1}", **_part(predictions, of_impression == k)} for k in range(NUM_AGE_SETS)
-    ]
+    return [{"set": f"S{k + 1}", **_part(predictions, of_impression == k)} for k in range(NUM_AGE_SETS)]
 
 
 def by_category(predictions: dict[str, np.ndarray], items: ItemStore) -> dict[str, dict[str, Any]]:
-    """AUC of the impressions of each category, by the items' own categories."""
-    names = np.asarray(items.categories(items.rows_of(predictions["item_id"])), dtype=object)
-    present = sorted({"" if name is None else name for name in names})
-    names[names == None] = ""  # noqa: E711  elementwise
-    return {name: _part(predictions, names == name) for name in present}
+    """AUC of the impressions of each category, by the items' own categories.
+
+    Raises:
+        DataError: the item table has no categories.
+    """
+    ids, of_impression = np.unique(predictions["item_id"], return_inverse=True)
+    names, category = np.unique(items.categories(items.rows_of(ids)), return_inverse=True)
+    return {str(name): _part(predictions, category[of_impression] == k) for k, name in enumerate(names)}
 
 
 def _part(predictions: dict[str, np.ndarray], mask: np.ndarray) -> dict[str, Any]:

@@ -4,13 +4,11 @@
     python -m torch.distributed.run --nproc_per_node 2 -m mim_torchrec.ctr.main --data DIR --mim off --out DIR
 """
 
-import json
 import logging
 import sys
 import time
 import warnings
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -28,6 +26,7 @@ from mim_torchrec.data.schema import Dataset
 from mim_torchrec.data.vocabulary import IdMapper, Vocabulary, scan_ids
 from mim_torchrec.embeddings.sharded.frozen import frozen_config
 from mim_torchrec.embeddings.sharded.load import load_table, open_table, table_digest
+from mim_torchrec.training.checkpoint import write_json
 from mim_torchrec.training.distributed import Ranks, distributed
 from mim_torchrec.training.loop import fit
 
@@ -43,7 +42,7 @@ def train_and_evaluate(config: CTRConfig, ranks: Ranks) -> dict[str, Any]:
         raise ValueError(f"--batch-size {config.batch_size} is not a multiple of {ranks.world_size} ranks")
     config.out.mkdir(parents=True, exist_ok=True)
     if ranks.is_main:
-        _write_json(config.out / "config.json", asdict(config))
+        write_json(config.out / "config.json", asdict(config))
 
     dataset = Dataset(config.data)
     items = ItemStore.open(dataset, config.item_cache or config.out / "items")
@@ -101,18 +100,24 @@ def train_and_evaluate(config: CTRConfig, ranks: Ranks) -> dict[str, Any]:
                 f"the frozen table {config.table} changed in training: digest {facts['digest_before']} "
                 f"before, {facts['digest_after']} after"
             )
+    unknown = mapper.unknown_shares()
+    for name, share in unknown.items():
+        if share > config.max_unknown:
+            log.warning("%.0f%% of the ids of %s are unknown (limit %.0f%%)", 100 * share, name,
+                        100 * config.max_unknown)  # fmt: skip
     report |= {
         "mim": config.mim,
         "ubm": config.ubm,
         "table": facts,
         "best_epoch": history.best_epoch,
         "seed": config.seed,
+        "unknown_ids": unknown,
         "world_size": ranks.world_size,
         "skipped_rows": {split: reader.skipped for split, reader in readers.items()},
         "seconds": time.time() - started,
     }
     if ranks.is_main:
-        _write_json(config.out / "metrics.json", report)
+        write_json(config.out / "metrics.json", report)
         pq.write_table(pa.table(predictions), config.out / "predictions.parquet")
         log.info("test: auc %.4f, gauc %s, ne %s, %d impressions", report["auc"] or float("nan"),
                  report["gauc"], report["ne"], report["n"])
@@ -128,10 +133,6 @@ def _vocabularies(dataset: Dataset, config: CTRConfig, ranks: Ranks) -> dict[str
             Vocabulary.build(ids, head_room=config.head_room).save(folder / f"{name}.npz")
     ranks.barrier()
     return {path.stem: Vocabulary.load(path) for path in sorted(folder.iterdir())}
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, default=str) + "\n")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -67,8 +67,8 @@ class CTRModel(nn.Module):
 
     Args:
         request_embeddings: pooled features of a request: `user_id` and, where the data has it, `query_id`.
-        item_embeddings: unpooled; one table of items and one of categories, each with the two features
-            `candidate_item_id` and `behavior_item_id` (`candidate_category`, `behavior_category`).
+        item_embeddings: unpooled; tables `item_id` and, where the data has categories, `category`, each with
+            two features: `candidate_item_id` and `behavior_item_id`, `candidate_category` and so on.
         mm_embeddings: unpooled frozen multi-modal vectors with the features `candidate_mm` and
             `behavior_mm`; None is the Base model, which knows ids only.
         config: interests, tower and their sizes.
@@ -95,6 +95,7 @@ class CTRModel(nn.Module):
 
         bags = request_embeddings.embedding_bag_configs()
         request_dim = sum(t.embedding_dim * len(t.feature_names) for t in bags)
+        self.item_columns = [t.name for t in item_embeddings.embedding_configs()]
         item_dim = sum(t.embedding_dim for t in item_embeddings.embedding_configs())
         mm_dim = mm_embeddings.embedding_configs()[0].embedding_dim if mm_embeddings is not None else 0
         content = mm_embeddings is not None and config.content_interest
@@ -141,7 +142,7 @@ class CTRModel(nn.Module):
         )
 
         def item(role: str) -> Tensor:
-            parts = [item_rows[f"{role}_{column}"].values() for column in ("item_id", "category")]
+            parts = [item_rows[f"{role}_{column}"].values() for column in self.item_columns]
             return torch.cat(parts, dim=-1)
 
         candidates, behaviors = item("candidate"), item("behavior")

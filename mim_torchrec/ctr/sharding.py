@@ -60,8 +60,8 @@ def build_model(
 
     Args:
         config: the stage's configuration.
-        num_embeddings: rows of the tables `user_id`, `item_id`, `category` and, where there are
-            queries, `query_id`.
+        num_embeddings: rows of the tables `user_id` and `item_id` and, where the data has them, `query_id`
+            and `category`.
         mm_config: table of the frozen multi-modal vectors; None for Base.
         device: where the embeddings live: `meta` before sharding.
     """
@@ -81,6 +81,7 @@ def build_model(
             feature_names=[f"candidate_{name}", f"behavior_{name}"],
         )
         for name in ("item_id", "category")
+        if name in num_embeddings
     ]
     # the dense part must not depend on how many random numbers the tables have drawn
     request_embeddings = EmbeddingBagCollection(tables=request, device=device)

@@ -1,13 +1,22 @@
 """Two gloo ranks train the same CTR model as one: same start, same losses, same predictions."""
 
-import os
-import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from mim_torchrec.ctr.config import CTRConfig
+from mim_torchrec.ctr.sharding import build_model, shard
+from mim_torchrec.ctr.task import global_mean_loss, load_model, save_model
+from mim_torchrec.data.batch import RequestBatch
+from mim_torchrec.embeddings.sharded.frozen import frozen_config
+from mim_torchrec.embeddings.sharded.load import load_table, table_digest
+from mim_torchrec.embeddings.table.format import Table, TableWriter
+from mim_torchrec.training.batch_norm import GlobalBatchNorm1d
+from mim_torchrec.training.distributed import distributed
+from tests.ranks import run_ranks
 
 STEPS, REQUESTS, ITEMS, MM_DIM = 20, 12, 40, 8
 RUNS = ("base", "mim")
@@ -15,9 +24,6 @@ RUNS = ("base", "mim")
 
 def make_requests(step: int, first: int, last: int, with_mm: bool):
     """Requests [first, last) of the global batch of a step; ids are rows already."""
-    from mim_torchrec.data.batch import RequestBatch
-    from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
-
     rng = np.random.default_rng(step)
     keys = ["user_id", "candidate_item_id", "behavior_item_id", "candidate_category", "behavior_category"]
     keys += ["candidate_mm", "behavior_mm"] if with_mm else []
@@ -53,13 +59,7 @@ def make_requests(step: int, first: int, last: int, with_mm: bool):
 
 
 def train(name: str, folder: Path, ranks) -> dict[str, object]:
-    from mim_torchrec.embeddings.sharded.frozen import frozen_config
-    from mim_torchrec.embeddings.sharded.load import load_table, table_digest
-    from mim_torchrec.embeddings.table.format import Table
 
-    from mim_torchrec.ctr.config import CTRConfig
-    from mim_torchrec.ctr.sharding import build_model, shard
-    from mim_torchrec.ctr.task import global_mean_loss, load_model, save_model
 
     with_mm = name == "mim"
     config = CTRConfig(
@@ -108,8 +108,6 @@ def train(name: str, folder: Path, ranks) -> dict[str, object]:
 
 def batch_norm(ranks) -> torch.Tensor:
     """Output, input gradient and running statistics; with two ranks the first has no row at all."""
-    from mim_torchrec.training.batch_norm import GlobalBatchNorm1d
-
     x, upstream = torch.randn(2, 7, 3, generator=torch.Generator().manual_seed(0))
     mine = slice(0, 7) if ranks.world_size == 1 or ranks.rank == 1 else slice(0, 0)
     norm = GlobalBatchNorm1d(3)
@@ -121,36 +119,24 @@ def batch_norm(ranks) -> torch.Tensor:
     return torch.cat([torch.cat([o for o, _ in parts]), torch.cat([g for _, g in parts]), statistics])
 
 
-def worker(rank: int, world_size: int, port: int, folder: Path) -> None:
-    from mim_torchrec.training.distributed import distributed
-
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
-    }  # fmt: skip
+def train_all(folder: Path) -> dict:
     with distributed(3) as ranks:
         results = {name: train(name, folder, ranks) for name in RUNS}
-        results["batch_norm"] = batch_norm(ranks)
-        if ranks.is_main:
-            torch.save(results, folder / f"results-{world_size}.pt")
+        return results | {"batch_norm": batch_norm(ranks), "world_size": ranks.world_size}
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[int, dict]:
-    from mim_torchrec.embeddings.table.format import TableWriter
-
     folder = tmp_path_factory.mktemp("ctr_ranks")
     vectors = torch.randn(ITEMS - 1, MM_DIM, generator=torch.Generator().manual_seed(1))
     writer = TableWriter(folder / "table", table_version="v1", dim=MM_DIM, dtype="float16", encoder={})
     writer.write_shard(torch.arange(1, ITEMS), vectors)
     writer.finish(None)
-    for world_size in (1, 2):
-        with socket.socket() as s:
-            s.bind(("localhost", 0))
-            port = s.getsockname()[1]
-        mp.spawn(worker, (world_size, port, folder), nprocs=world_size)
-    return {n: torch.load(folder / f"results-{n}.pt", weights_only=False) for n in (1, 2)}
+    return {world_size: run_ranks(train_all, world_size, folder)[0] for world_size in (1, 2)}
+
+
+def test_the_runs_had_the_ranks_they_are_compared_by(results):
+    assert [results[n]["world_size"] for n in (1, 2)] == [1, 2]
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -16,6 +16,7 @@ from mim_torchrec.ctr.main import main
 from mim_torchrec.data.schema import ITEMS, REQUESTS
 from mim_torchrec.embeddings.table.format import TableWriter, VersionMismatch
 from mim_torchrec.training import metrics
+from tests.ranks import run_ranks
 
 NUM_ITEMS, NUM_USERS, STYLES = 60, 20, 3
 EPOCH = dt.datetime(2024, 1, 1)
@@ -175,6 +176,38 @@ def test_a_table_of_another_version_is_refused(folder, tmp_path):
 def test_an_unknown_flag_is_refused(folder, tmp_path):
     with pytest.raises(SystemExit):
         main(["--data", str(folder / "data"), "--out", str(tmp_path), "--no-such-flag", "1"])
+
+
+def test_two_ranks_run_the_stage_as_one_does(folder):
+    out = folder / "two"
+    run_ranks(main, 2, ["--data", str(folder / "data"), "--table", str(folder / "table"), "--out", str(out),
+                        *SMALL])  # fmt: skip
+    found = report(out)
+    assert (found["world_size"], found["n"]) == (2, 240)
+    assert found["auc"] > 0.6
+
+
+def test_unknown_ids_are_counted_and_alarmed(folder, tmp_path, caplog):
+    main(["--data", str(folder / "data"), "--mim", "off", "--out", str(tmp_path), *SMALL, "--epochs", "1",
+          "--max-unknown", "-1"])  # fmt: skip
+    assert set(report(tmp_path)["unknown_ids"]) == {"user_id", "query_id", "item_id", "category"}
+    assert "of the ids of item_id are unknown" in caplog.text
+
+
+def test_requests_without_categories_and_queries_train(folder, tmp_path, caplog):
+    for split in ("train", "validation", "test"):
+        rows = pq.read_table(folder / "data" / "requests" / split)
+        (tmp_path / "requests" / split).mkdir(parents=True)
+        kept = rows.drop_columns(["query_id", "behavior_categories", "candidate_categories"])
+        pq.write_table(kept, tmp_path / "requests" / split / "part-00000.parquet")
+    items = pq.read_table(folder / "data" / "items").select(["item_id", "title"])
+    (tmp_path / "items").mkdir()
+    pq.write_table(items, tmp_path / "items" / "part-00000.parquet")
+    out = tmp_path / "out"
+    main(["--data", str(tmp_path), "--mim", "off", "--out", str(out), *SMALL])
+    assert report(out)["auc"] is not None
+    assert report(out)["by_age"] is report(out)["by_category"] is None
+    assert "no results by age" in caplog.text
 
 
 @pytest.mark.parametrize("ubm", ["din", "avg_pooling"])
