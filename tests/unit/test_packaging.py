@@ -1,0 +1,179 @@
+"""The packages as they are installed: complete, layered, free of machine paths, and every program starts."""
+
+import ast
+import configparser
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mim_torchrec import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = {
+    "mim_torchrec": "mim_torchrec",
+    "embeddings": "mim_torchrec.embeddings",
+    "launch": "mim_torchrec.launch",
+}
+STAGES = {"csft", "representation", "ctr"}
+PARTS = {"encoders", "losses", "ciubm", "data", "training"}
+TOP = {"launch", "cli", "doctor"}
+
+START = """
+import json, runpy, sys
+import mim_torchrec, mim_torchrec.embeddings, mim_torchrec.launch
+print(json.dumps([m.__file__ for m in (mim_torchrec, mim_torchrec.embeddings, mim_torchrec.launch)]))
+for module in sys.argv[1:]:
+    sys.argv = [module, "--help"]
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as exit:
+        assert not exit.code, f"{module} --help exits with {exit.code}"
+"""
+
+
+def sources() -> dict[str, Path]:
+    """Every module of the packages by its installed name."""
+    found = {}
+    for folder, package in FOLDERS.items():
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            found[".".join([package, *(part for part in parts if part != "__init__")])] = path
+    return found
+
+
+SOURCES = sources()
+PROGRAMS = [name for name, path in SOURCES.items() if '__name__ == "__main__"' in path.read_text()]
+
+
+def layer(module: str) -> int:
+    """0 for the bottom: a module may import from its own layer and those below."""
+    names = module.split(".")[1:2]
+    if not names:
+        return 0
+    layers = [{"embeddings"}, PARTS, STAGES, TOP]
+    return next(number for number, members in enumerate(layers) if names[0] in members)
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool]]:
+    """Every imported module, and whether it is imported when the file is."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [node.module]
+            if node.module == "mim_torchrec":
+                names = [f"mim_torchrec.{alias.name}" for alias in node.names]
+        yield from ((name, node in tree.body) for name in names)
+
+
+def test_setup_lists_every_package():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    packages = setup["options"]["packages"].split()
+    assert sorted(packages) == sorted(n for n, path in SOURCES.items() if path.name == "__init__.py")
+
+
+def test_every_folder_with_modules_is_a_package():
+    assert [path for path in SOURCES.values() if not (path.parent / "__init__.py").exists()] == []
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_imports_run_downwards_only(module):
+    for name, _ in imports(SOURCES[module]):
+        assert name.split(".")[0] not in ("embeddings", "launch", "benchmarks", "tests"), f"imports {name}"
+        if name.startswith("mim_torchrec"):
+            assert layer(name) <= layer(module), f"{module} must not import {name}"
+
+
+@pytest.mark.parametrize("module", ["mim_torchrec", "mim_torchrec.cli", "mim_torchrec.doctor"])
+def test_the_doctor_loads_where_no_library_does(module):
+    names = {name.split(".")[0] for name, at_once in imports(SOURCES[module]) if at_once}
+    assert names <= set(sys.stdlib_module_names)
+
+
+def test_every_command_has_a_program():
+    assert {module for module, _ in cli.COMMANDS.values()} <= set(PROGRAMS)
+
+
+def start_all(folder: Path, search: Path | None) -> list[Path]:
+    """`--help` of every program, as `python -m` from a folder; returns where the packages were found."""
+    result = subprocess.run(
+        [sys.executable, "-c", START, *PROGRAMS],
+        env={**os.environ, "PYTHONPATH": "" if search is None else str(search)},
+        cwd=folder, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    return [Path(file).parent for file in json.loads(result.stdout.splitlines()[0])]
+
+
+def test_every_program_starts_from_the_checkout():
+    assert start_all(ROOT, None) == [ROOT / folder for folder in FOLDERS]
+
+
+def test_every_program_starts_from_a_wheel(tmp_path: Path):
+    source = tmp_path / "source"
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, source / folder, ignore=ignore)
+    for file in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, source)
+    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--no-index"]
+    built = subprocess.run(
+        [*command, "-w", str(tmp_path)], cwd=source, capture_output=True, text=True, check=False
+    )
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    unpacked, elsewhere = tmp_path / "unpacked", tmp_path / "elsewhere"
+    zipfile.ZipFile(wheel).extractall(unpacked)
+    elsewhere.mkdir()
+    package = unpacked / "mim_torchrec"
+    assert start_all(elsewhere, unpacked) == [package, package / "embeddings", package / "launch"]
+    top = {path.name for path in unpacked.iterdir() if not path.name.endswith(".dist-info")}
+    assert top == {"mim_torchrec"}
+
+
+def tracked_files() -> list[Path]:
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).exists()]
+
+
+@pytest.mark.parametrize(
+    "what, pattern",
+    [
+        ("a path of one machine", r"(?<![\w.~<>*)}\]-])/(?:home|root|work|tmp|mnt|opt|Users|workspace|scratch)/\w"),
+        ("an address of a registry", r"(?i)https?://\S*(?:pypi|/simple\b|download\.pytorch|artifact|conda\.)"),
+        ("an option that names a registry", r"--(?:extra-)?index-url|--find-lin[k]s"),
+    ],
+)
+def test_no_tracked_file_holds(what, pattern):
+    found = []
+    for path in tracked_files():
+        for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+            if re.search(pattern, line):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
+    assert found == [], f"{what} in a tracked file"
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_lock_files_pin_every_package_to_one_version(kind):
+    lines = (ROOT / "requirements" / f"{kind}.txt").read_text().splitlines()[1:]
+    assert [line for line in lines if not re.fullmatch(r"[a-z0-9-]+==[\w.]+", line)] == []
+
+
+def test_lock_files_differ_in_the_build_of_fbgemm_only():
+    files = (ROOT / "requirements" / f"{kind}.txt" for kind in ("cpu", "cuda"))
+    cpu, cuda = (set(file.read_text().splitlines()) for file in files)
+    assert {line.split("==")[0] for line in cpu ^ cuda} == {"fbgemm-gpu-cpu", "fbgemm-gpu"}
