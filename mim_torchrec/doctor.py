@@ -167,7 +167,7 @@ print("=")
 
 
 def start(script: str, *arguments: str, python: str = sys.executable) -> subprocess.Popen[str]:
-    """Start a script in a process of its own; it prints `@<step>` before a step and `=<result>` at its end."""
+    """Start a script in a process of its own; it prints `@<step>` before a step, `=<result>` at its end."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [python, "-c", script, *arguments],

@@ -1,0 +1,137 @@
+"""What `mim doctor` says when something is wrong, and that it says nothing is when nothing is."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from mim_torchrec import cli, doctor
+from mim_torchrec.doctor import Finding
+
+TRIPLE = {"torch": "2.14.1", "torchrec": "1.9.2", "fbgemm-gpu-cpu": "1.9.0"}
+
+
+def test_this_installation_is_sound(capsys):
+    cli.main(["doctor", "--json"])
+    findings = json.loads(capsys.readouterr().out)
+    assert {"python", "versions", "lookup", "encoders", "package", "devices", "gloo", "disk"} <= {
+        finding["check"] for finding in findings
+    }
+    assert [finding for finding in findings if not finding["ok"]] == []
+
+
+def test_a_failed_check_is_the_exit_status(capsys):
+    findings = [Finding("disk", True, "much"), Finding("gloo", False, "no address", "give it one")]
+    with pytest.raises(SystemExit) as exit:
+        doctor.main([], examine=lambda: findings)
+    assert exit.value.code == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["ok    disk           much", "FAIL  gloo           no address; mend it: give it one"]
+
+
+@pytest.mark.parametrize("version", [(3, 10, 2), (3, 14, 0), (2, 7, 18)])
+def test_another_python_is_refused(version):
+    finding = doctor.check_python(version)
+    assert not finding.ok
+    assert "python3.11" in finding.mend
+
+
+def test_the_pinned_versions_go_together():
+    assert doctor.check_versions(TRIPLE, driver=False).ok
+
+
+@pytest.mark.parametrize(
+    "change, driver, problem",
+    [
+        ({"torch": "2.13.0"}, False, "torchrec 1.9.2 goes with fbgemm 1.9 and torch 2.14"),
+        ({"torch": "2.13.0+cu130"}, False, "different releases"),
+        ({"fbgemm-gpu-cpu": "1.8.0"}, False, "different releases"),
+        ({"fbgemm-gpu": "1.9.0"}, False, "overwrite each other's files"),
+        ({"fbgemm-gpu-cpu": None, "fbgemm-gpu": "1.9.0"}, False, "cannot load without an NVIDIA driver"),
+        ({"fbgemm-gpu-cpu": None}, False, "fbgemm none"),
+        ({"torchrec": None}, True, "torchrec none"),
+    ],
+)
+def test_versions_that_do_not_go_together_are_named(change, driver, problem):
+    packages = {name: version for name, version in (TRIPLE | change).items() if version}
+    finding = doctor.check_versions(packages, driver)
+    assert not finding.ok
+    assert problem in finding.detail
+    assert f"requirements/{'cuda' if driver else 'cpu'}.txt" in finding.mend
+
+
+def test_the_cuda_build_is_right_where_there_is_a_driver():
+    packages = {"torch": "2.14.1+cu130", "torchrec": "1.9.2", "fbgemm-gpu": "1.9.0"}
+    assert doctor.check_versions(packages, driver=True).ok
+
+
+def test_a_library_that_cannot_load_is_named(tmp_path: Path, monkeypatch):
+    (tmp_path / "fbgemm_gpu.py").write_text("raise OSError('libcuda.so.1: cannot open shared object file')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    finding = doctor.check_script("lookup", doctor.LOOKUP, "install it again")
+    assert not finding.ok
+    problem = "OSError: libcuda.so.1: cannot open shared object file"
+    assert finding.detail == f"loading fbgemm_gpu failed: {problem}"
+    assert finding.mend == "install it again"
+
+
+def test_a_library_that_crashes_is_named():
+    script = "import os; print('@loading it', flush=True); os.abort()"
+    finding = doctor.check_script("lookup", script, "mend")
+    assert (finding.ok, finding.detail) == (False, "loading it crashed with signal 6")
+
+
+def test_a_check_that_hangs_ends():
+    process = doctor.start("import threading; print('@waiting', flush=True); threading.Event().wait()")
+    assert doctor.outcome(process, timeout=1) == (False, "waiting takes more than 1 s")
+
+
+def test_two_checkouts_in_one_environment_are_told_apart(tmp_path: Path, monkeypatch):
+    (tmp_path / "mim_torchrec").mkdir()
+    (tmp_path / "mim_torchrec" / "__init__.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    finding = doctor.check_script("package", doctor.PACKAGE, "")
+    assert not finding.ok
+    assert "two checkouts share this environment" in finding.detail
+
+
+def test_a_failing_rank_is_named():
+    script = "import sys; print('@starting'); assert sys.argv[2] == '0', 'no address'; print('=')"
+    finding = doctor.check_group("gloo", 2, script)
+    assert finding.detail == "rank 1: starting failed: AssertionError: no address"
+    assert "GLOO_SOCKET_IFNAME" in finding.mend
+
+
+def test_too_little_disk_is_said():
+    finding = doctor.check_disk(doctor.MIN_DISK - 1, Path("runs"))
+    assert not finding.ok
+    assert "free in runs" in finding.detail
+
+
+def test_too_little_memory_is_said():
+    finding = doctor.check_memory(doctor.GIB)
+    assert not finding.ok
+    assert "1x1" in finding.mend
+
+
+def test_mim_names_a_command_it_does_not_have(capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.main(["sctr"])
+    assert exit.value.code == 2
+    assert "no command 'sctr'" in capsys.readouterr().err
+
+
+def test_mim_help_lists_every_command(capsys):
+    cli.main(["--help"])
+    shown = capsys.readouterr().out
+    assert [command for command in cli.COMMANDS if command not in shown] == []
+
+
+def test_mim_hands_on_its_arguments(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["mim"])
+    received = []
+    monkeypatch.setattr(doctor, "main", received.append)
+    cli.main(["doctor", "--json"])
+    assert received == [["--json"]]
