@@ -30,7 +30,7 @@ from mim_torchrec.training.checkpoint import write_json
 from mim_torchrec.training.distributed import Ranks, distributed
 from mim_torchrec.training.loop import fit
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("mim_torchrec.ctr.main")  # also where it runs as __main__
 
 
 def train_and_evaluate(config: CTRConfig, ranks: Ranks) -> dict[str, Any]:
