@@ -1,0 +1,1 @@
+"""Programs that measure, run from the checkout: `python -m benchmarks.<name>`."""

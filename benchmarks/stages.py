@@ -1,0 +1,193 @@
+"""Run stages one after the other or side by side, as a user would: by `torchx run -s local_cwd mim.<stage>`.
+
+Every finished stage leaves a record beside its log, `<run>/stages/<name>.{json,log}`: a digest of its
+command, of what it reads and of the source it runs, and the seconds it took. A stage whose record still
+matches is not run again, so that an interrupted run resumes where it stopped.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+COMMON = ("mim_torchrec/data", "mim_torchrec/training")
+SOURCES = {
+    "shop": ("mim_torchrec/data",),
+    "import": ("mim_torchrec/data",),
+    "table": ("embeddings/table",),
+    "csft": (*COMMON, "mim_torchrec/csft", "mim_torchrec/encoders", "mim_torchrec/losses"),
+    "export": (*COMMON, "mim_torchrec/representation", "mim_torchrec/encoders", "embeddings/table"),
+    "ctr": (*COMMON, "mim_torchrec/ctr", "mim_torchrec/ciubm", "embeddings"),
+}
+NOT_RUN_BY_STAGES = ("report.py", "report_pages.py", "comparison.py")
+TAIL_LINES = 40
+
+Value = str | int | float | bool | Path
+
+
+class StageError(RuntimeError):
+    """A stage ended with an error; the message holds the end of its log."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One command of a run.
+
+    Args:
+        name: unique in the run; names the log and the entry of the report.
+        command: words after `mim`, such as ("import", "movielens") or ("ctr",).
+        out: file or directory that the command makes; an outdated one is removed before it runs.
+        arguments: positional arguments.
+        options: flags and their values.
+        ranks: `<nodes>x<processes>` to launch with TorchX; None runs `mim <command>` in one process.
+        launcher_options: which of the options are arguments of the TorchX component itself.
+        after: stages whose results this one reads.
+        files: files from outside the run that it reads; changing one makes the result outdated.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    out: Path
+    arguments: tuple[Value, ...] = ()
+    options: Mapping[str, Value] = field(default_factory=dict)
+    ranks: str | None = None
+    launcher_options: tuple[str, ...] = ("data", "out", "encoder", "table")
+    after: tuple["Stage", ...] = ()
+    files: tuple[Path, ...] = ()
+
+    def argv(self) -> list[str]:
+        """The command line, to be run from the checkout."""
+        if self.ranks is None:
+            head = [sys.executable, "-m", "mim_torchrec.cli", *self.command]
+            return head + [str(a) for a in self.arguments] + _flags(self.options)
+        own = {key: value for key, value in self.options.items() if key in self.launcher_options}
+        rest = {key: value for key, value in self.options.items() if key not in self.launcher_options}
+        head = [sys.executable, "-m", "torchx.cli.main", "--log_level", "WARNING", "run", "-s", "local_cwd"]
+        tail = ["--", *_flags(rest)] if rest else []
+        return [*head, f"mim.{self.command[0]}", *_flags(own), "-j", self.ranks, *tail]
+
+    def digest(self) -> str:
+        """Hash of the command, its inputs and its source; equal digests give equal results."""
+        content = {
+            "command": self.command,
+            "arguments": [str(a) for a in self.arguments],
+            "options": {key: str(value) for key, value in self.options.items()},
+            "ranks": self.ranks,
+            "after": [stage.digest() for stage in self.after],
+            "files": [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self.files],
+            "source": _source_digest(SOURCES[self.command[0]]),
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _flags(options: Mapping[str, Value]) -> list[str]:
+    return [word for key, value in options.items() for word in (f"--{key}", str(value))]
+
+
+def _source_digest(folders: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for folder in folders:
+        for path in sorted((CHECKOUT / folder).rglob("*.py")):
+            if path.name not in NOT_RUN_BY_STAGES:
+                digest.update(str(path.relative_to(CHECKOUT)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+class Run:
+    """The stages of one run directory.
+
+    Args:
+        root: directory of the run; every stage's `out` lies inside.
+        verbose: print one line when a stage starts and one when it ends.
+    """
+
+    def __init__(self, root: Path, verbose: bool = True) -> None:
+        self.root = root.resolve()
+        self.seconds: dict[str, float] = {}
+        self._verbose = verbose
+
+    def run(self, stages: Iterable[Stage], jobs: int = 1, threads: int | None = None) -> None:
+        """Run stages, `jobs` at a time and in the order given, skipping those whose result is there.
+
+        Args:
+            stages: independent of one another when `jobs` is more than 1.
+            jobs: how many run side by side.
+            threads: OMP_NUM_THREADS of every process; by default the launcher decides.
+
+        Raises:
+            StageError: a stage failed; those already running end first.
+        """
+        stages = list(stages)
+        with ThreadPoolExecutor(max_workers=jobs) as pool:
+            for future in [pool.submit(self._run_one, stage, threads) for stage in stages]:
+                try:
+                    future.result()
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)
+                    raise
+
+    def _run_one(self, stage: Stage, threads: int | None) -> None:
+        if not stage.out.resolve().is_relative_to(self.root):
+            raise ValueError(f"stage {stage.name} writes to {stage.out}, which is outside {self.root}")
+        folder = self.root / "stages"
+        folder.mkdir(parents=True, exist_ok=True)
+        record, log = folder / f"{stage.name}.json", folder / f"{stage.name}.log"
+        digest = stage.digest()
+        if record.exists() and stage.out.exists():
+            done = json.loads(record.read_text())
+            if done["digest"] == digest:
+                self.seconds[stage.name] = done["seconds"]
+                self._say(f"{stage.name}: already there ({done['seconds']:.0f} s)")
+                return
+        record.unlink(missing_ok=True)
+        _remove(stage.out)
+        self._say(f"{stage.name}: started, log in {log}")
+        seconds = self._execute(stage, log, threads)
+        if not stage.out.exists():
+            raise StageError(f"stage {stage.name} ended without an error but made no {stage.out}; log: {log}")
+        text = json.dumps({"digest": digest, "seconds": seconds, "argv": stage.argv()}, indent=2)
+        partial = record.with_suffix(".partial")
+        partial.write_text(text + "\n")
+        os.replace(partial, record)
+        self.seconds[stage.name] = seconds
+        self._say(f"{stage.name}: done in {seconds:.0f} s")
+
+    def _execute(self, stage: Stage, log: Path, threads: int | None) -> float:
+        # the launched processes find this interpreter first, whether or not its environment is activated
+        environment = dict(os.environ, PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+        environment["MIM_PYTHON"] = sys.executable
+        if threads is not None:
+            environment["OMP_NUM_THREADS"] = str(threads)
+        argv = stage.argv()
+        started = time.monotonic()
+        with log.open("w") as stream:
+            stream.write(" ".join(argv) + "\n")
+            stream.flush()
+            code = subprocess.run(
+                argv, cwd=CHECKOUT, env=environment, stdin=subprocess.DEVNULL, stdout=stream,
+                stderr=subprocess.STDOUT, check=False,
+            ).returncode
+        if code:
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
+            raise StageError(f"stage {stage.name} failed with exit code {code}; end of {log}:\n{tail}")
+        return time.monotonic() - started
+
+    def _say(self, line: str) -> None:
+        if self._verbose:
+            print(line, flush=True)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+    shutil.rmtree(path.with_name(path.name + ".partial"), ignore_errors=True)

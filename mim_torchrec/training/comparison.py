@@ -1,0 +1,170 @@
+"""Two models compared on the same test impressions: gain, interval, cold start, categories.
+
+Reads what the CTR stage writes (metrics.json, predictions.parquet), one directory a seed. Figures are means
+over the seeds. An interval is of the mean gain over the seeds, by resampling users.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from mim_torchrec.training.metrics import paired_bootstrap
+
+BOOTSTRAP_SEED = 0
+IMPRESSION = ("request_id", "user_id", "item_id", "label")
+
+
+def read_metrics(runs: Sequence[Path]) -> list[dict[str, Any]]:
+    """metrics.json of each directory that the CTR stage wrote."""
+    return [json.loads((run / "metrics.json").read_text()) for run in runs]
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """Mean; None when one of the values is undefined, or there is none."""
+    if not values or any(value is None for value in values):
+        return None
+    return float(np.mean(values))
+
+
+def mean_metrics(runs: Sequence[Path]) -> dict[str, float | None]:
+    """Mean `auc`, `gauc`, `ne` and `logloss` over the seeds."""
+    metrics = read_metrics(runs)
+    return {key: mean([m[key] for m in metrics]) for key in ("auc", "gauc", "ne", "logloss")}
+
+
+def gain(base: Sequence[Path], other: Sequence[Path], n: int = 1000) -> dict[str, Any]:
+    """Mean over the seeds of AUC(other) - AUC(base), with a 95% interval by resampling users.
+
+    Args:
+        base: directories of the base runs, one a seed.
+        other: directories of the other model's runs, in the same order.
+        n: bootstrap draws.
+
+    Returns:
+        `gain`, `ci` [low, high] and `per_seed`, the gain on each seed.
+
+    Raises:
+        ValueError: two runs have not scored the same impressions.
+    """
+    if len(base) != len(other) or not base:
+        raise ValueError(f"{len(base)} base runs cannot be paired with {len(other)} others")
+    reference = _predictions(base[0])
+    labels, groups = reference["label"], reference["user_id"]
+    base_scores, other_scores = (
+        [_scores_of(run, reference, base[0]) for run in runs] for runs in (base, other)
+    )
+    # Ranks of seed s are moved above those of all seeds before. Pairs of two seeds then count the same for
+    # both models and cancel, in every draw, and what is left of the pooled difference is the mean of the
+    # seeds' differences over the number of seeds.
+    count = len(base)
+    difference, low, high = paired_bootstrap(
+        np.tile(labels, count),
+        np.concatenate([_ranks(s) + i * len(labels) for i, s in enumerate(base_scores)]),
+        np.concatenate([_ranks(s) + i * len(labels) for i, s in enumerate(other_scores)]),
+        np.tile(groups, count),
+        seed=BOOTSTRAP_SEED,
+        n=n,
+    )
+    per_seed = [
+        b["auc"] - a["auc"] for a, b in zip(read_metrics(base), read_metrics(other), strict=True)
+    ]
+    return {"gain": difference * count, "ci": [low * count, high * count], "per_seed": per_seed}
+
+
+def _predictions(run: Path) -> dict[str, np.ndarray]:
+    table = pq.read_table(run / "predictions.parquet")
+    columns = {name: table[name].to_numpy() for name in (*IMPRESSION, "score")}
+    order = np.lexsort((columns["label"], columns["item_id"], columns["request_id"]))
+    return {name: column[order] for name, column in columns.items()}
+
+
+def _scores_of(run: Path, reference: dict[str, np.ndarray], reference_run: Path) -> np.ndarray:
+    predictions = _predictions(run)
+    for name in IMPRESSION:
+        if not np.array_equal(predictions[name], reference[name]):
+            raise ValueError(f"{run} and {reference_run} differ in {name}: not the same test impressions")
+    return predictions["score"]
+
+
+def _ranks(scores: np.ndarray) -> np.ndarray:
+    return np.unique(scores, return_inverse=True)[1].astype(np.float64)
+
+
+def cold_start(base: Sequence[Path], mim: Sequence[Path]) -> list[dict[str, Any]]:
+    """AUC of the ten sets of items by age, S1 the newest, of both models."""
+    base_sets, mim_sets = ([m["by_age"] for m in read_metrics(runs)] for runs in (base, mim))
+    return [
+        {
+            "set": base_sets[0][k]["set"],
+            "base_auc": mean([sets[k]["auc"] for sets in base_sets]),
+            "mim_auc": mean([sets[k]["auc"] for sets in mim_sets]),
+            "n": base_sets[0][k]["n"],
+            "positives": base_sets[0][k]["positives"],
+        }
+        for k in range(len(base_sets[0]))
+    ]
+
+
+def by_category(base: Sequence[Path], mim: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """AUC of both models by the category of the candidate, most impressions first."""
+    base_parts, mim_parts = ([m["by_category"] for m in read_metrics(runs)] for runs in (base, mim))
+    names = sorted(base_parts[0], key=lambda name: -base_parts[0][name]["n"])
+    return {
+        name: {
+            "base_auc": mean([parts[name]["auc"] for parts in base_parts]),
+            "mim_auc": mean([parts[name]["auc"] for parts in mim_parts]),
+            "n": base_parts[0][name]["n"],
+            "positives": base_parts[0][name]["positives"],
+        }
+        for name in names
+    }
+
+
+def compare(base: Sequence[Path], mim: Sequence[Path]) -> dict[str, Any]:
+    """The parts `ctr`, `cold_start`, `by_category` and `table` of a report.
+
+    Args:
+        base: directories of the Base runs, one a seed.
+        mim: directories of the MIM runs, in the same order.
+    """
+    difference = gain(base, mim)
+    facts = read_metrics(mim)[0]["table"]
+    return {
+        "ctr": {
+            "base": mean_metrics(base),
+            "mim": mean_metrics(mim),
+            "mim_minus_base_auc": difference["gain"],
+            "mim_minus_base_ci": difference["ci"],
+        },
+        "cold_start": cold_start(base, mim),
+        "by_category": by_category(base, mim),
+        "table": facts,
+    }
+
+
+def control(claim: str, base: Sequence[Path], other: Sequence[Path]) -> dict[str, Any]:
+    """A negative control: what it does, its gain, its interval and whether that holds zero.
+
+    Args:
+        claim: one sentence on what has been taken away.
+        base: directories of the runs without content, one a seed.
+        other: directories of the runs of the control, in the same order.
+    """
+    result = gain(base, other)
+    low, high = result["ci"]
+    if low > 0:
+        verdict = "its interval lies above zero: something other than content gains"
+    elif high < 0:
+        verdict = "its interval lies below zero: no gain, and worse than Base"
+    else:
+        verdict = "its interval contains zero: the gain has vanished"
+    return {**result, "contains_zero": low <= 0 <= high, "what": claim, "verdict": verdict}
+
+
+def target(claim: str, value: float | None, met: bool) -> dict[str, Any]:
+    """One line of the report's list of targets."""
+    return {"claim": claim, "value": value, "met": bool(met)}
