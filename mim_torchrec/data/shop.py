@@ -77,6 +77,7 @@ def make_catalog(config: ShopConfig) -> Catalog:
         ids=1_000_000 + rng.permutation(10 * config.items)[: config.items].astype(np.int64),
         category=category,
         centers=centers,
+        appeal=rng.normal(size=config.categories),
         style=draw_styles(category, centers, rng),
         quality=rng.normal(size=config.items),
         listed_at=START + (listed * DAY).astype(np.int64),
@@ -93,6 +94,7 @@ def make_crowd(config: ShopConfig) -> Crowd:
         ids=500_000 + rng.permutation(10 * config.users)[: config.users].astype(np.int64),
         tastes=tastes / np.linalg.norm(tastes, axis=2, keepdims=True),
         preference=rng.normal(size=(config.users, config.categories)),
+        mood=rng.normal(size=config.users),
         activity=activity / activity.sum(),
     )
 

@@ -2,10 +2,13 @@
 
 Clicks follow
 
-    logit = bias + style_weight * 4 (match - 0.25) + 0.5 crowd + 0.5 preference + 0.4 quality,
+    logit = bias + style_weight * 3.5 (match - 0.2) + 0.4 crowd + 0.3 quality + 0.3 appeal + 0.25 mood,
 
-where match is the larger cosine of the item's style with the user's two tastes, crowd the standardized
-logarithm of the item's recent clicks, preference the user's for the category, and quality the item's own.
+where match is the larger cosine of the item's style with the user's two tastes, less 0.2 for the second,
+crowd the standardized logarithm of the item's recent clicks, quality the item's own, appeal its category's
+and mood the user's. A user's preference for categories decides what is asked for, not what is clicked: otherwise
+content, which shows the category, would help by that even where nobody cares for style. Users who browse
+choose one of 20 items, by twice the logit.
 """
 
 from dataclasses import dataclass
@@ -14,20 +17,22 @@ import numpy as np
 
 from mim_torchrec.data.shop_items import STYLE_DIM, normalized
 
-BIAS = -1.5
+BIAS = -1.3
+SECOND_TASTE = 0.2
 BLOCKS = 120
-BROWSED = 10
+BROWSED = 20
 IN_CATEGORY = 0.6
 SEARCHED = 60
 
 
 @dataclass(frozen=True)
 class Catalog:
-    """Items: ids, category (n,), centers (num_categories, 8), style (n, 8), quality, listed_at (us), bid."""
+    """Items: ids, category, style (n, 8), quality, listed_at (us), bid; of categories centers, appeal."""
 
     ids: np.ndarray
     category: np.ndarray
     centers: np.ndarray
+    appeal: np.ndarray
     style: np.ndarray
     quality: np.ndarray
     listed_at: np.ndarray
@@ -36,11 +41,12 @@ class Catalog:
 
 @dataclass(frozen=True)
 class Crowd:
-    """Users: ids, unit tastes (n, 2, 8), category preference (n, num_categories), activity (sums to 1)."""
+    """Users: ids, unit tastes (n, 2, 8), category preference (n, k), mood, activity (sums to 1)."""
 
     ids: np.ndarray
     tastes: np.ndarray
     preference: np.ndarray
+    mood: np.ndarray
     activity: np.ndarray
 
 
@@ -153,7 +159,7 @@ def simulate(
         delay = rng.integers(1_000_000, 60_000_000, len(row))
         clicks.append((user[row], items[row, column], ts[row] + delay))
         user, ts, _, items, logits = visit(sizes[1], BROWSED)
-        best = np.argmax(logits + rng.gumbel(size=logits.shape), axis=1)
+        best = np.argmax(2 * logits + rng.gumbel(size=logits.shape), axis=1)
         clicks.append((user, items[np.arange(len(user)), best], ts))
         recent = 0.97 * recent + sum(np.bincount(c[1], minlength=len(recent)) for c in clicks[-2:])
     columns = [np.concatenate(parts) for parts in zip(*shown, strict=True)]
@@ -165,10 +171,11 @@ def _logits(
 ) -> np.ndarray:
     """(n, items each)."""
     style = catalog.style[items] / np.sqrt(STYLE_DIM)
-    match = np.einsum("nkd,nid->nik", crowd.tastes[user], style).max(axis=2)
-    preference = crowd.preference[user[:, None], catalog.category[items]]
-    others = 0.5 * shelf.crowd[items] + 0.5 * preference + 0.4 * catalog.quality[items]
-    return BIAS + style_weight * 4.0 * (match - 0.25) + others
+    cosine = np.einsum("nkd,nid->nik", crowd.tastes[user], style)
+    match = np.maximum(cosine[..., 0], cosine[..., 1] - SECOND_TASTE)
+    others = 0.4 * shelf.crowd[items] + 0.3 * catalog.quality[items]
+    others += 0.3 * catalog.appeal[catalog.category[items]] + 0.25 * crowd.mood[user, None]
+    return BIAS + style_weight * 3.5 * (match - 0.2) + others
 
 
 def histories(log: Log, max_behaviors: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
