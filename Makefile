@@ -4,7 +4,10 @@ VENV ?= .venv
 DATA ?=
 
 BIN := $(abspath $(VENV))/bin
-LOCK := requirements/$(shell nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu).txt
+KIND := $(shell nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
+LOCK := requirements/$(KIND).txt
+# the two builds of fbgemm install the same files: the other one has to go first
+OTHER_FBGEMM := $(if $(filter cuda,$(KIND)),fbgemm-gpu-cpu,fbgemm-gpu)
 # one stamp for the packages of the environment, one for the checkout it runs: checkouts may share an environment
 PACKAGES := $(VENV)/.packages-$(shell cat $(LOCK) | cksum | cut -d' ' -f1)
 CHECKOUT := $(VENV)/.checkout-$(shell (pwd; cat setup.cfg) | cksum | cut -d' ' -f1)
@@ -23,6 +26,7 @@ install: $(CHECKOUT)  ## install everything into $(VENV)
 
 $(PACKAGES):
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip uninstall --quiet --yes $(OTHER_FBGEMM) 2>/dev/null
 	$(BIN)/python -m pip install --quiet --no-deps -r $(LOCK)
 	rm -f $(VENV)/.packages-* $(VENV)/.checkout-*
 	touch $@

@@ -23,7 +23,10 @@ GIB = 1024**3
 MIN_DISK, MIN_MEMORY = 5 * GIB, 3 * GIB
 TIMEOUT = 180
 MISSING = "none"
-REINSTALL = "`make install` in a checkout, or pip install --no-deps -r requirements/{kind}.txt"
+# not `make install`: what make has installed once it takes to be there still
+REPLACE = "python -m pip install --no-deps -r requirements/{kind}.txt, in a checkout"
+REBUILD = f"remove the environment {sys.prefix}, then `make install` in a checkout"
+RELINK = "python -m pip install --no-deps --no-build-isolation -e ., in the checkout that is to be used"
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def check_versions(packages: Mapping[str, str], driver: bool) -> Finding:
         driver: whether there is an NVIDIA driver; without one the CUDA build of fbgemm cannot load.
     """
     name = "versions"
-    mend = REINSTALL.format(kind="cuda" if driver else "cpu")
+    mend = REPLACE.format(kind="cuda" if driver else "cpu")
     torch, torchrec = packages.get("torch", MISSING), packages.get("torchrec", MISSING)
     builds = [build for build in ("fbgemm-gpu", "fbgemm-gpu-cpu") if build in packages]
     fbgemm = " and ".join(f"{build} {packages[build]}" for build in builds) or f"fbgemm {MISSING}"
@@ -71,10 +74,10 @@ def check_versions(packages: Mapping[str, str], driver: bool) -> Finding:
     if MISSING in (torch, torchrec) or not builds:
         return Finding(name, False, f"not all installed: {text}", mend)
     if len(builds) == 2:
-        both = f"pip uninstall -y {' '.join(builds)}, then {mend}"
+        both = f"python -m pip uninstall -y {' '.join(builds)}, then {mend}"
         return Finding(name, False, f"{text} overwrite each other's files", both)
     if builds == ["fbgemm-gpu"] and not driver:
-        lone = f"pip uninstall -y fbgemm-gpu, then {mend}"
+        lone = f"python -m pip uninstall -y fbgemm-gpu, then {mend}"
         return Finding(name, False, f"{text}: the CUDA build cannot load without an NVIDIA driver", lone)
     minor = _release(torchrec)[1]
     wanted = {torchrec: (1, minor), packages[builds[0]]: (1, minor), torch: (2, minor + 5)}
@@ -209,7 +212,7 @@ def check_devices(driver: bool) -> tuple[Finding, int]:
     gpus = 0 if not ok or detail == "no GPU" else len(detail.split(", "))
     cores = f"{os.cpu_count()} cores"
     if not ok:
-        return Finding("devices", False, detail, REINSTALL.format(kind="cuda" if driver else "cpu")), 0
+        return Finding("devices", False, detail, REBUILD), 0
     if driver and not gpus:
         problem = "nvidia-smi works but torch sees no GPU"
         mend = "a driver for the CUDA of requirements/cuda.txt, and CUDA_VISIBLE_DEVICES unset"
@@ -272,12 +275,11 @@ def has_driver() -> bool:
 def examine() -> Iterable[Finding]:
     """All checks, one after the other."""
     driver = has_driver()
-    install = REINSTALL.format(kind="cuda" if driver else "cpu")
     yield check_python()
     yield check_versions(installed(), driver)
-    yield check_script("lookup", LOOKUP, install)
-    yield check_script("encoders", ENCODERS, install)
-    yield check_script("package", PACKAGE, "`make install` in the checkout that is to be used")
+    yield check_script("lookup", LOOKUP, REBUILD)
+    yield check_script("encoders", ENCODERS, REBUILD)
+    yield check_script("package", PACKAGE, RELINK)
     devices, gpus = check_devices(driver)
     yield devices
     yield check_group("gloo", 2)
