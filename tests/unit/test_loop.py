@@ -42,7 +42,7 @@ class Line:
 
     def save(self, path: Path):
         path.mkdir(exist_ok=True)
-        self.saved.append(float(self.model.weight))
+        self.saved.append(float(self.model.weight.detach()))
 
 
 def run(task, out, **changes):

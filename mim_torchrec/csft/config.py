@@ -1,0 +1,81 @@
+"""Configuration of content-interest-aware fine-tuning; every field is a flag of `mim csft`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from mim_torchrec.encoders.item_encoder import HeadConfig, ItemEncoderConfig
+from mim_torchrec.encoders.text import TextEncoderConfig
+from mim_torchrec.encoders.vision import VisionEncoderConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class CSFTConfig:
+    """Fine-tune the item encoder on pairs of a query image and the item that was bought after it (§3.3).
+
+    One process, or several under torchrun. Writes `encoder/` (a self-contained checkpoint), config.json,
+    history.json, metrics.json and TensorBoard's files into `out`.
+    """
+
+    data: Path
+    """Dataset directory."""
+    out: Path
+    """Directory of the results; made if missing."""
+
+    vision: VisionEncoderConfig = field(default_factory=VisionEncoderConfig)
+    text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    init: Literal["auto", "pca", "random"] = "auto"
+    """How projections start: at the principal components of the towers' features (`pca`, frozen towers only)
+    or at random; `auto` is `pca` for frozen towers."""
+    freeze_towers: bool = True
+    """Train the head only, on features of the towers that are computed once."""
+    feature_cache: Path | None = None
+    """Folder where features of frozen towers are kept for other runs; by default one inside `out`."""
+
+    signal: Literal["purchase", "click", "all"] = "purchase"
+    """Which pairs are used (Table 4); `all` also takes files that have no column `signal`."""
+    alpha: float = 0.5
+    """Weight of the query against titles (Eq. 6)."""
+    beta: float = 0.5
+    """Weight of the query against images (Eq. 6)."""
+    gamma: float = 0.0
+    """Weight of a level beyond the paper: h^MM of the query against h^MM of the item. Needs queries that are
+    items."""
+    temperature: float | None = None
+    """Fixed temperature; 1 is Eq. 5 as printed. By default learned, from 0.07."""
+    mask_same_item: bool = True
+    """Leave out of the negatives what is the positive item once more, or the query's own item."""
+
+    epochs: int = 8
+    """Passes over the pairs; the best by recall@10 of held-out pairs is kept."""
+    patience: int | None = None
+    """Stop after this many epochs without a better recall@10."""
+    batch_size: int = 512
+    """Pairs in a step, over all ranks (N x P)."""
+    lr: float = 1e-3
+    """Highest learning rate of the head (AdamW)."""
+    tower_lr: float | None = None
+    """Highest learning rate of towers that are not frozen; by default `lr`."""
+    weight_decay: float = 0.01
+    """Weight decay of matrices; biases, norms and the temperature have none."""
+    warmup: float = 0.1
+    """Share of the steps in which the learning rate rises; after them it falls to 0 along a cosine."""
+    validation_share: float = 0.05
+    """Share of the pairs, the last by time, that are held out; with 0 the last epoch is kept."""
+    seed: int = 0
+    """Seed of the initial weights, of the order of the pairs, of hard negatives and of dropout."""
+
+    image_memory_gib: float = 2.0
+    """Decoded images are kept in the memory of every rank if they fit into this; else they are decoded anew
+    in every epoch. Only for towers that are not frozen."""
+    encode_batch_size: int = 64
+    """Images or titles that a tower takes at a time where no gradient is needed."""
+    item_cache: Path | None = None
+    """Folder of the item index; by default one inside `out`."""
+    log_every: int = 20
+    """Steps between two entries of the log."""
+
+    def encoder(self) -> ItemEncoderConfig:
+        """The part that describes the encoder."""
+        return ItemEncoderConfig(vision=self.vision, text=self.text, head=self.head)

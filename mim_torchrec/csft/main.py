@@ -1,0 +1,135 @@
+"""Stage: fine-tune the item encoder on pairs of a query image and a bought item (C-SFT, §3.3).
+
+    python -m mim_torchrec.csft.main --data DIR --out DIR
+    python -m torch.distributed.run --nproc_per_node 2 -m mim_torchrec.csft.main --data DIR --out DIR
+"""
+
+import logging
+import os
+import shutil
+import sys
+import time
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+
+from mim_torchrec.csft.config import CSFTConfig
+from mim_torchrec.csft.inputs import (
+    Catalog,
+    FeatureInputs,
+    Inputs,
+    PixelInputs,
+    frozen_features,
+    pair_times,
+    split_by_time,
+)
+from mim_torchrec.csft.task import RECALL_AT, CSFTTask
+from mim_torchrec.data.items import ItemStore
+from mim_torchrec.data.pairs import PairDataset
+from mim_torchrec.data.schema import Dataset
+from mim_torchrec.encoders.checkpoint import encoder_version
+from mim_torchrec.encoders.item_encoder import ItemEncoder
+from mim_torchrec.encoders.text import TINY, train_tokenizer
+from mim_torchrec.training.checkpoint import write_json
+from mim_torchrec.training.distributed import Ranks, distributed
+from mim_torchrec.training.loop import fit
+
+log = logging.getLogger("mim_torchrec.csft")  # also where this file is __main__
+
+
+def fine_tune(config: CSFTConfig, ranks: Ranks) -> dict[str, Any]:
+    """Run the stage on an initialized process group; returns what metrics.json holds."""
+    started = time.perf_counter()
+    if config.batch_size % ranks.world_size:
+        raise ValueError(f"--batch-size {config.batch_size} is not a multiple of {ranks.world_size} ranks")
+    if config.init == "pca" and not config.freeze_towers:
+        raise ValueError("--init pca needs --freeze-towers True: features change while towers are trained")
+    if not 0 <= config.validation_share < 1:
+        raise ValueError(f"--validation-share is {config.validation_share}; it must be in [0, 1)")
+    config.out.mkdir(parents=True, exist_ok=True)
+    if ranks.is_main:
+        write_json(config.out / "config.json", asdict(config))
+
+    dataset = Dataset(config.data)
+    items = ItemStore.open(dataset, config.item_cache or config.out / "items")
+    signal = None if config.signal == "all" else config.signal
+    pairs = PairDataset(dataset.pairs(), items, signal=signal, seed=config.seed)
+    times = pair_times(dataset.pairs(), signal) if config.validation_share else np.arange(len(pairs))
+    train, held_out = split_by_time(times, config.validation_share)
+    catalog = Catalog(items, pairs)
+    log.info("%d items, %d pairs to train on, %d held out, %d query images that are no items'", len(items),
+             len(train), len(held_out), catalog.num_pictures - len(items))  # fmt: skip
+
+    encoder = _build_encoder(config, items, ranks).to(ranks.device)
+    inputs = _inputs(config, encoder, catalog, ranks)
+    torch.manual_seed(config.seed + 1 + ranks.rank)  # dropout differs from rank to rank
+    task = CSFTTask(config, encoder, inputs, items, pairs, catalog, train, held_out, ranks)
+    history = fit(
+        task,
+        epochs=config.epochs,
+        out=config.out,
+        ranks=ranks,
+        select=f"recall_at_{RECALL_AT}" if len(held_out) else None,
+        patience=config.patience if len(held_out) else None,
+        log_every=config.log_every,
+    )
+    if ranks.is_main:
+        shutil.rmtree(config.out / "encoder", ignore_errors=True)
+        os.replace(config.out / "best", config.out / "encoder")
+    ranks.barrier()
+    best = history.epochs[history.best_epoch]
+    metrics = {name: value for name, value in best.items() if name not in ("epoch", "seconds")} | {
+        "chance": RECALL_AT / len(items),
+        "best_epoch": history.best_epoch,
+        "encoder_version": encoder_version(config.out / "encoder"),
+        "items": len(items),
+        "pairs": len(train),
+        "held_out_pairs": len(held_out),
+        "world_size": ranks.world_size,
+        "seed": config.seed,
+        "seconds": time.perf_counter() - started,
+    }
+    if ranks.is_main:
+        write_json(config.out / "metrics.json", metrics)
+        log.info("encoder %s, version %s, of epoch %d", config.out / "encoder", metrics["encoder_version"],
+                 history.best_epoch)  # fmt: skip
+    return metrics
+
+
+def _build_encoder(config: CSFTConfig, items: ItemStore, ranks: Ranks) -> ItemEncoder:
+    tokenizer = None
+    if config.text.name == TINY:
+        learned = train_tokenizer(items.titles(np.arange(len(items)))) if ranks.is_main else None
+        tokenizer = ranks.all_gather_objects(learned)[0]
+    return ItemEncoder.build(config.encoder(), tokenizer)
+
+
+def _inputs(config: CSFTConfig, encoder: ItemEncoder, catalog: Catalog, ranks: Ranks) -> Inputs:
+    if not config.freeze_towers:
+        return PixelInputs(catalog, encoder, config.image_memory_gib, ranks)
+    if "random" in (config.vision.weights, config.text.weights):
+        log.warning("a tower with random weights is frozen: it sees nothing. Train it, --freeze-towers False")
+    encoder.vision.eval().requires_grad_(False)
+    encoder.text.eval().requires_grad_(False)
+    cache = config.feature_cache or config.out / "features"
+    features: FeatureInputs = frozen_features(catalog, encoder, cache, config.encode_batch_size, ranks)
+    if config.init != "random":
+        encoder.head.cpu().init_pca(features.image[: catalog.num_items], features.text)
+        encoder.to(ranks.device)
+    return features
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of `mim csft`."""
+    config = tyro.cli(CSFTConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    with distributed(config.seed) as ranks:
+        logging.getLogger("mim_torchrec").setLevel(logging.INFO if ranks.is_main else logging.WARNING)
+        fine_tune(config, ranks)
+
+
+if __name__ == "__main__":
+    main()

