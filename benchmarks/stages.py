@@ -8,6 +8,7 @@ matches is not run again, so that an interrupted run resumes where it stopped.
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,7 @@ SOURCES = {
 }
 NOT_RUN_BY_STAGES = ("report.py", "report_pages.py", "comparison.py")
 TAIL_LINES = 40
+OF_A_RANK = re.compile(r"\S+/\d+ \[\d+\]:.*\S")
 
 Value = str | int | float | bool | Path
 
@@ -176,7 +178,7 @@ class Run:
                 stderr=subprocess.STDOUT, check=False,
             ).returncode
         if code:
-            tail = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
+            tail = _tail(log.read_text(errors="replace").splitlines())
             raise StageError(f"stage {stage.name} failed with exit code {code}; end of {log}:\n{tail}")
         return time.monotonic() - started
 
@@ -185,9 +187,55 @@ class Run:
             print(line, flush=True)
 
 
+def _tail(lines: Sequence[str]) -> str:
+    # what a rank said comes before the long farewell of its launchers
+    of_ranks = [line for line in lines if OF_A_RANK.match(line)]
+    return "\n".join((of_ranks or lines)[-TAIL_LINES:])
+
+
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
     shutil.rmtree(path.with_name(path.name + ".partial"), ignore_errors=True)
+
+
+def ctr_stage(
+    name: str,
+    *,
+    root: Path,
+    data: Stage,
+    table: Stage | None,
+    seed: int,
+    options: Mapping[str, Value],
+    ranks: str,
+) -> Stage:
+    """A run of the CTR stage: MIM on `table`, Base where it is None. The table must be there already."""
+    flags: dict[str, Value] = {"data": data.out, "out": root / "ctr" / name, "seed": seed}
+    flags["item-cache"] = root / "items" / data.name
+    if table is None:
+        flags["mim"] = "off"
+    else:
+        version = json.loads((table.out / "manifest.json").read_text())["table_version"]
+        flags |= {"mim": "on", "table": table.out, "table-version": version}
+    return Stage(
+        name=f"ctr-{name}",
+        command=("ctr",),
+        out=root / "ctr" / name,
+        options=flags | dict(options),
+        ranks=ranks,
+        after=(data,) if table is None else (data, table),
+    )
+
+
+def permute_stage(table: Stage, *, out: Path, seed: int) -> Stage:
+    """Negative control: the table with its vectors permuted among the items."""
+    return Stage(
+        name=out.name,
+        command=("table", "permute"),
+        arguments=(table.out,),
+        options={"out": out, "seed": seed},
+        out=out,
+        after=(table,),
+    )

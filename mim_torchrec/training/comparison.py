@@ -161,10 +161,18 @@ def control(claim: str, base: Sequence[Path], other: Sequence[Path]) -> dict[str
     elif high < 0:
         verdict = "its interval lies below zero: no gain, and worse than Base"
     else:
-        verdict = "its interval contains zero: the gain has vanished"
+        verdict = "its interval contains zero: the gain vanishes within it"
     return {**result, "contains_zero": low <= 0 <= high, "what": claim, "verdict": verdict}
 
 
 def target(claim: str, value: float | None, met: bool) -> dict[str, Any]:
     """One line of the report's list of targets."""
     return {"claim": claim, "value": value, "met": bool(met)}
+
+
+def target_of_difference(claim: str, part: dict[str, Any]) -> dict[str, Any]:
+    """A target that `mim_auc` of a part is above `base_auc`; not met where one is undefined."""
+    if part["base_auc"] is None or part["mim_auc"] is None:
+        return target(claim, None, False)
+    difference = part["mim_auc"] - part["base_auc"]
+    return target(claim, difference, difference > 0)

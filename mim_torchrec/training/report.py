@@ -37,7 +37,9 @@ MAX_CURVE_POINTS = 200
 
 def environment() -> dict[str, Any]:
     """Versions, hardware, date and git commit (None outside a repository) of this process."""
-    installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    installed = {
+        d.metadata["Name"].lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()
+    }
     return {
         "versions": {"python": platform.python_version()}
         | {name: installed[name] for name in PACKAGES if name in installed},
@@ -122,7 +124,7 @@ def write_report(report: dict[str, Any], out: Path) -> dict[str, Any]:
         (out / f"{name}.png").write_bytes(png)
     embedded = {name: base64.b64encode(png).decode() for name, png in plots.items()}
     pages = {"report.json": text + "\n"}
-    pages["report.md"] = _environment(False).from_string(MARKDOWN).render(r=report)
+    pages["report.md"] = _environment(False).from_string(MARKDOWN).render(r=report).rstrip() + "\n"
     pages["report.html"] = _environment(True).from_string(HTML).render(r=report, plots=embedded)
     for name, page in pages.items():
         partial = out / f"{name}.partial"

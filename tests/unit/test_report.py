@@ -90,7 +90,7 @@ def test_runs_on_other_impressions_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("signal", "contains_zero", "words"),
-    [(0.5, True, "has vanished"), (1.5, False, "lies above zero"), (-0.5, False, "lies below zero")],
+    [(0.5, True, "vanishes"), (1.5, False, "lies above zero"), (-0.5, False, "lies below zero")],
 )
 def test_a_control_says_where_its_interval_lies(tmp_path, signal, contains_zero, words):
     base = ctr_run(tmp_path / "base", 0, 0.5)
