@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import tyro
 
-from benchmarks.stages import Run, Stage, ctr_stage, permute_stage
+from benchmarks.stages import Run, Stage, ctr_stage, export_stage, permute_stage
 from mim_torchrec.training import comparison
 from mim_torchrec.training.report import loss_curve, write_report
 
@@ -67,34 +67,26 @@ def shop_stage(config: DemoConfig, root: Path, name: str, style_weight: float) -
     return Stage(name=name, command=("shop",), options=options, out=root / name)
 
 
+def csft_stage(config: DemoConfig, root: Path, name: str, shop: Stage) -> Stage:
+    """C-SFT from random weights on the shop's image searches."""
+    options = {
+        "data": shop.out,
+        "out": root / name,
+        "epochs": config.csft_epochs,
+        "batch-size": config.csft_batch_size,
+        "seed": config.seed,
+    }
+    return Stage(name=name, command=("csft",), options=options | ENCODER, out=root / name,
+                 ranks=f"1x{config.nproc}", after=(shop,))  # fmt: skip
+
+
 def run_stages(config: DemoConfig, run: Run) -> dict[str, Path]:
     """Run everything; returns the directories of the CTR runs by name."""
     root, ranks = run.root, f"1x{config.nproc}"
     shop = shop_stage(config, root, "shop", 1.0)
     no_style = shop_stage(config, root, "shop-no-style", 0.0)
-    csft = Stage(
-        name="csft",
-        command=("csft",),
-        options={
-            "data": shop.out,
-            "out": root / "csft",
-            "epochs": config.csft_epochs,
-            "batch-size": config.csft_batch_size,
-            "seed": config.seed,
-        }
-        | ENCODER,
-        out=root / "csft",
-        ranks=ranks,
-        after=(shop,),
-    )
-    export = Stage(
-        name="export",
-        command=("export",),
-        options={"data": shop.out, "encoder": csft.out / "encoder", "out": root / "table"},
-        out=root / "table",
-        ranks=ranks,
-        after=(csft,),
-    )
+    csft = csft_stage(config, root, "csft", shop)
+    export = export_stage(root, "table", shop, csft, ranks)
     permuted = permute_stage(export, out=root / "table-permuted", seed=config.seed + 1)
     run.run([shop, no_style, csft, export, permuted])
     if not _items(shop).equals(_items(no_style)):

@@ -229,6 +229,28 @@ def ctr_stage(
     )
 
 
+def export_stage(
+    root: Path,
+    name: str,
+    data: Stage,
+    encoder: Stage | str,
+    ranks: str,
+    options: Mapping[str, Value] | None = None,
+) -> Stage:
+    """The table of all items, by the encoder of a C-SFT stage or a `plain:<vision>+<text>`."""
+    trained = isinstance(encoder, Stage)
+    flags: dict[str, Value] = {"data": data.out, "out": root / name}
+    flags["encoder"] = encoder.out / "encoder" if trained else encoder
+    return Stage(
+        name=f"export-{name}",
+        command=("export",),
+        options=flags | dict(options or {}),
+        out=root / name,
+        ranks=ranks,
+        after=(data, encoder) if trained else (data,),
+    )
+
+
 def permute_stage(table: Stage, *, out: Path, seed: int) -> Stage:
     """Negative control: the table with its vectors permuted among the items."""
     return Stage(

@@ -165,6 +165,24 @@ def control(claim: str, base: Sequence[Path], other: Sequence[Path]) -> dict[str
     return {**result, "contains_zero": low <= 0 <= high, "what": claim, "verdict": verdict}
 
 
+def variant(what: str, base: Sequence[Path], other: Sequence[Path]) -> dict[str, Any]:
+    """A line of the report's variants: one model against another.
+
+    Args:
+        what: one sentence on the two.
+        base: directories of the runs that are compared with, one a seed.
+        other: directories of the variant's runs, in the same order.
+    """
+    aucs = {"base_auc": mean_metrics(base)["auc"], "auc": mean_metrics(other)["auc"]}
+    return {"what": what, **aucs, **gain(base, other)}
+
+
+def validation_auc(run: Path) -> float:
+    """Validation AUC of the best epoch of a CTR run."""
+    history = json.loads((run / "history.json").read_text())
+    return history["epochs"][history["best_epoch"]]["auc"]
+
+
 def target(claim: str, value: float | None, met: bool) -> dict[str, Any]:
     """One line of the report's list of targets."""
     return {"claim": claim, "value": value, "met": bool(met)}
