@@ -231,7 +231,7 @@ def build_report(job: Job, tuning: dict[str, Any]) -> dict[str, Any]:
     curves |= {f"ctr-{path.name}": loss_curve(path / "history.json") for path in (*base, *mim)}
     return {
         "title": "MIM on MovieLens and posters",
-        "summary": "MovieLens ml-latest-small: a rating of 4 or more is a positive, each user's positives are "
+        "summary": "MovieLens ml-latest-small: a rating of 4 or more is a positive, those of a user are "
         f"divided by time. Figures are means over the seeds {list(job.config.seeds)}.",
         **compared,
         "seeds": rows,
