@@ -63,7 +63,7 @@ def fine_tune(config: CSFTConfig, ranks: Ranks) -> dict[str, Any]:
     log.info("%d items, %d pairs to train on, %d held out, %d query images that are no items'", len(items),
              len(train), len(held_out), catalog.num_pictures - len(items))  # fmt: skip
 
-    encoder = _build_encoder(config, items, ranks).to(ranks.device)
+    encoder = _build_encoder(config, items).to(ranks.device)
     inputs = _inputs(config, encoder, catalog, ranks)
     torch.manual_seed(config.seed + 1 + ranks.rank)  # dropout differs from rank to rank
     task = CSFTTask(config, encoder, inputs, items, pairs, catalog, train, held_out, ranks)
@@ -99,11 +99,10 @@ def fine_tune(config: CSFTConfig, ranks: Ranks) -> dict[str, Any]:
     return metrics
 
 
-def _build_encoder(config: CSFTConfig, items: ItemStore, ranks: Ranks) -> ItemEncoder:
+def _build_encoder(config: CSFTConfig, items: ItemStore) -> ItemEncoder:
     tokenizer = None
     if config.text.name == TINY:
-        learned = train_tokenizer(items.titles(np.arange(len(items)))) if ranks.is_main else None
-        tokenizer = ranks.all_gather_objects(learned)[0]
+        tokenizer = train_tokenizer(items.titles(np.arange(len(items))))
     return ItemEncoder.build(config.encoder(), tokenizer)
 
 

@@ -3,6 +3,7 @@
 Not here: pre-training.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,6 @@ from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import TemplateProcessing
-from tokenizers.trainers import WordPieceTrainer
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -116,23 +116,30 @@ class TextEncoder(nn.Module):
 
 
 def train_tokenizer(titles: Iterable[str], vocabulary_size: int = 8192) -> str:
-    """Learn a WordPiece tokenizer.
+    """Learn a WordPiece tokenizer: the most frequent words whole, all others by their characters.
+
+    The trainers of `tokenizers` break ties at random; this gives the same for the same titles.
 
     Args:
         titles: the texts to learn from.
-        vocabulary_size: pieces at most.
+        vocabulary_size: entries at most, unless the characters alone are more.
 
     Returns:
-        The tokenizer as JSON. Let one rank learn it and all use it.
+        The tokenizer as JSON.
     """
-    tokenizer = Tokenizer(WordPiece(unk_token=_SPECIAL["unk_token"]))
-    tokenizer.normalizer = BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = BertPreTokenizer()
-    special = list(_SPECIAL.values())
-    tokenizer.train_from_iterator(
-        titles, WordPieceTrainer(vocab_size=vocabulary_size, special_tokens=special, show_progress=False)
-    )
-    ends = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+    normalizer, splitter = BertNormalizer(lowercase=True), BertPreTokenizer()
+    words: Counter[str] = Counter()
+    for title in titles:
+        words.update(word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(title)))
+    characters = sorted({character for word in words for character in word})
+    entries = [*_SPECIAL.values(), *characters, *(f"##{character}" for character in characters)]
+    known = set(entries)
+    frequent = sorted((word for word in words if word not in known), key=lambda word: (-words[word], word))
+    entries += frequent[: max(0, vocabulary_size - len(entries))]
+    vocabulary = {entry: i for i, entry in enumerate(entries)}
+    tokenizer = Tokenizer(WordPiece(vocabulary, unk_token=_SPECIAL["unk_token"]))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
+    ends = [(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
     return tokenizer.to_str()
 

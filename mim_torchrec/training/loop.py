@@ -140,7 +140,8 @@ def _train_epoch(
     if total < 1:
         raise ValueError(f"epoch {epoch} has no batches: the data is smaller than one batch on every rank")
     samples, waited, since = 0, 0.0, time.perf_counter()
-    with tqdm(total=total, desc=f"epoch {epoch}", unit="step", disable=not ranks.is_main) as progress:
+    bar = tqdm(total=total, desc=f"epoch {epoch}", unit="step", mininterval=1, disable=not ranks.is_main)
+    with bar as progress:
         for batch, seconds in _timed(task.batches(epoch)):
             waited += seconds
             step = len(history.steps) + 1
