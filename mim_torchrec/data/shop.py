@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import tyro
 
+from mim_torchrec.data.histories import histories
 from mim_torchrec.data.schema import ITEMS, PAIRS, REQUESTS, SIGNALS, SPLITS, TIME, TRUTH
 from mim_torchrec.data.shop_items import (
     NOUNS,
@@ -24,7 +25,7 @@ from mim_torchrec.data.shop_items import (
     draw_styles,
     draw_titles,
 )
-from mim_torchrec.data.shop_log import Catalog, Crowd, histories, search, simulate
+from mim_torchrec.data.shop_log import Catalog, Crowd, search, simulate
 from mim_torchrec.data.writing import DatasetWriter, lists
 
 log = logging.getLogger(__name__)
@@ -144,7 +145,7 @@ def requests_table(config: ShopConfig, catalog: Catalog, crowd: Crowd) -> tuple[
         start=START, stop=START + config.days * DAY, style_weight=config.style_weight, rng=rng,
     )  # fmt: skip
     names = category_names(config)
-    lengths, behaviors, behavior_ts = histories(run, config.max_behaviors)
+    lengths, behaviors, behavior_ts = histories(*run.clicks, run.user, run.ts, config.max_behaviors)
     candidates, shown = run.items.reshape(-1), np.full(config.requests, config.candidates)
     ids = pa.array(np.arange(1, config.requests + 1))
     table = pa.table(

@@ -6,9 +6,9 @@ Clicks follow
 
 where match is the larger cosine of the item's style with the user's two tastes, less 0.2 for the second,
 crowd the standardized logarithm of the item's recent clicks, quality the item's own, appeal its category's
-and mood the user's. A user's preference for categories decides what is asked for, not what is clicked: otherwise
-content, which shows the category, would help by that even where nobody cares for style. Users who browse
-choose one of 20 items, by twice the logit.
+and mood the user's. A user's preference for categories decides what is asked for, not what is clicked:
+otherwise content, which shows the category, would help by that even where nobody cares for style. Users who
+browse choose one of 20 items, by twice the logit.
 """
 
 from dataclasses import dataclass
@@ -176,24 +176,6 @@ def _logits(
     others = 0.4 * shelf.crowd[items] + 0.3 * catalog.quality[items]
     others += 0.3 * catalog.appeal[catalog.category[items]] + 0.25 * crowd.mood[user, None]
     return BIAS + style_weight * 3.5 * (match - 0.2) + others
-
-
-def histories(log: Log, max_behaviors: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The last clicks of each request's user strictly before it.
-
-    Returns:
-        lengths (num_requests,), and flat over all requests, in order of time, items and times.
-    """
-    user, item, ts = log.clicks
-    order = np.lexsort((ts, user))
-    user, item, ts = user[order], item[order], ts[order]
-    base, span = ts.min(), int(ts.max() - ts.min()) + 2
-    key = user * span + (ts - base)
-    stops = np.searchsorted(key, log.user * span + (log.ts - base).clip(0, span - 1), side="left")
-    starts = np.maximum(np.searchsorted(user, log.user, side="left"), stops - max_behaviors)
-    lengths = stops - starts
-    index = np.repeat(stops - np.cumsum(lengths), lengths) + np.arange(lengths.sum())
-    return lengths, item[index], ts[index]
 
 
 def search(
