@@ -1,6 +1,8 @@
 """Pairs for C-SFT (§3.3): the image somebody searched with, and the item that was then bought or clicked.
 
-Every pair comes with a hard negative: the one logged, or else another item of the positive's category.
+Every pair comes with a hard negative: the one logged, or else the item of another pair of the same category.
+It is drawn from what is bought, not from what is listed: otherwise the vectors learn to tell what sells from
+what does not, which is easy, and is no interest.
 """
 
 import logging
@@ -97,8 +99,9 @@ class PairDataset(TorchDataset):
     def hard_negative(self, index: int) -> int:
         """Item id of the hard negative: the logged one, or a draw of (seed, epoch, index).
 
-        The draw is from the positive's category, without the positive and without the query where that is an
-        item; a category that has no other item gives a draw from all items.
+        The draw is the item of another pair, of the positive's category where there is one, without the
+        positive and without the query where that is an item. Where all pairs have the same item, the draw is
+        from all items.
         """
         if self._has_logged[index]:
             return int(self._logged[index])
@@ -107,9 +110,9 @@ class PairDataset(TorchDataset):
         excluded = {int(self.item_ids[index])}
         if self.query_is_item[index]:
             excluded.add(int(self.query_ids[index]))
-        members = self._members[self._category_of[row]]
-        if len(members) <= len(excluded) and not set(members.tolist()) - excluded:
-            members = self._items.item_ids
+        for members in (self._members[self._category_of[row]], self.item_ids, self._items.item_ids):
+            if self._has_others(members, excluded):
+                break
         while True:
             drawn = int(members[rng.integers(len(members))])
             if drawn not in excluded:
@@ -118,13 +121,20 @@ class PairDataset(TorchDataset):
     def _members_by_category(self) -> list[np.ndarray]:
         names = self._items.categories(np.arange(len(self._items)))
         _, self._category_of = np.unique(np.asarray(names, dtype=object).astype(str), return_inverse=True)
-        order = np.argsort(self._category_of, kind="stable")
-        cuts = np.cumsum(np.bincount(self._category_of))[:-1]
-        members = np.split(self._items.item_ids[order], cuts)
-        alone = sum(len(m) for m in members if len(m) == 1)
+        bought = self._category_of[self._items.rows_of(self.item_ids)]
+        order = np.argsort(bought, kind="stable")
+        count = np.bincount(bought, minlength=self._category_of.max() + 1)
+        members = np.split(self.item_ids[order], np.cumsum(count)[:-1])
+        alone = sum(len(m) > 0 and len(np.unique(m)) == 1 for m in members)
         if alone:
-            log.info("%d items are alone in their category; their hard negatives are of any category", alone)
+            log.info("%d categories have pairs of one item only; their hard negatives are of any", alone)
         return members
+
+    @staticmethod
+    def _has_others(members: np.ndarray, excluded: set[int]) -> bool:
+        if any(int(member) not in excluded for member in members[:8]):
+            return True
+        return bool((~np.isin(members, list(excluded))).any())
 
 
 def _read(file: Path, items: ItemStore, signal: str | None) -> list[dict]:
