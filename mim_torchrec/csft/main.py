@@ -47,6 +47,8 @@ def fine_tune(config: CSFTConfig, ranks: Ranks) -> dict[str, Any]:
         raise ValueError(f"--batch-size {config.batch_size} is not a multiple of {ranks.world_size} ranks")
     if config.init == "pca" and not config.freeze_towers:
         raise ValueError("--init pca needs --freeze-towers True: features change while towers are trained")
+    if config.head.principal_dim and (config.init == "random" or not config.freeze_towers):
+        raise ValueError("--head.principal-dim needs --freeze-towers True and --init pca or auto")
     if not 0 <= config.validation_share < 1:
         raise ValueError(f"--validation-share is {config.validation_share}; it must be in [0, 1)")
     config.out.mkdir(parents=True, exist_ok=True)

@@ -15,24 +15,15 @@ class TensorFusion(nn.Module):
         \begin{bmatrix} b \\ 1 \end{bmatrix}\right), \quad
         a = \mathrm{LN}(W_a h^{img}), \; b = \mathrm{LN}(W_b h^{txt})
 
-    With a shortcut, a linear function of `[h^img, h^txt]` is added and the MLP starts at zero, so that
-    training starts from features of which nothing has been lost.
-
     Args:
         dim: size of both inputs and of the output.
         fusion_dim: size of a and b; the MLP reads (fusion_dim + 1)² products.
         hidden_dim: hidden layer of the MLP.
         dropout: on the hidden layer.
-        shortcut: add the linear function.
     """
 
     def __init__(
-        self,
-        dim: int,
-        fusion_dim: int = 64,
-        hidden_dim: int = 256,
-        dropout: float = 0.0,
-        shortcut: bool = False,
+        self, dim: int, fusion_dim: int = 64, hidden_dim: int = 256, dropout: float = 0.0
     ) -> None:
         super().__init__()
         self.image = nn.Sequential(nn.Linear(dim, fusion_dim), nn.LayerNorm(fusion_dim))
@@ -43,17 +34,10 @@ class TensorFusion(nn.Module):
             nn.Dropout(dropout),
             nn.Linear(hidden_dim, dim),
         )
-        self.shortcut = nn.Linear(2 * dim, dim, bias=False) if shortcut else None
-        if shortcut:
-            nn.init.zeros_(self.mlp[-1].weight)
-            nn.init.zeros_(self.mlp[-1].bias)
 
     def forward(self, image: Tensor, text: Tensor) -> Tensor:
         """Fuse h^img (n, dim) and h^txt (n, dim) into h^MM (n, dim)."""
         one = image.new_ones(len(image), 1)
         a = torch.cat([self.image(image), one], dim=1)
         b = torch.cat([self.text(text), one], dim=1)
-        fused = self.mlp((a[:, :, None] * b[:, None, :]).flatten(1))
-        if self.shortcut is None:
-            return fused
-        return fused + self.shortcut(torch.cat([image, text], dim=1))
+        return self.mlp((a[:, :, None] * b[:, None, :]).flatten(1))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mim_torchrec.encoders.fusion import TensorFusion
 from mim_torchrec.encoders.text import TextEncoder, TextEncoderConfig
@@ -27,8 +28,9 @@ class HeadConfig:
     """Hidden layer of the MLP (Eq. 4)."""
     dropout: float = 0.2
     """Dropout on the towers' features and on the hidden layer of the MLP."""
-    shortcut: bool = False
-    """Add a linear function of both projections to the MLP, which then starts at zero."""
+    principal_dim: int = 0
+    """Beyond the paper: so many principal components of the towers' features stand in the table beside
+    h^MM, fixed, each of the two parts of length 1. Needs `--init pca`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +64,11 @@ class ItemHead(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.image = nn.Linear(image_dim, config.dim)
         self.text = nn.Linear(text_dim, config.dim)
-        self.fusion = TensorFusion(
-            config.dim, config.fusion_dim, config.hidden_dim, config.dropout, config.shortcut
-        )
+        self.fusion = TensorFusion(config.dim, config.fusion_dim, config.hidden_dim, config.dropout)
+        self.principal = None
+        if config.principal_dim:
+            self.principal = nn.Linear(image_dim + text_dim, config.principal_dim).requires_grad_(False)
+        self.table_dim = config.dim + config.principal_dim
 
     def encode_query(self, image: Tensor) -> Tensor:
         """h_q^img (n, dim) of image features (n, image_dim)."""
@@ -75,11 +79,23 @@ class ItemHead(nn.Module):
         h_img, h_txt = self.image(self.dropout(image)), self.text(self.dropout(text))
         return ItemVectors(self.fusion(h_img, h_txt), h_img, h_txt)
 
+    def encode_table(self, image: Tensor, text: Tensor) -> Tensor:
+        """What the table holds, (n, table_dim): h^MM, and beside it principal components if there are any.
+
+        The cosine of two such vectors is then the mean of the cosines of their parts.
+        """
+        mm = self.encode_items(image, text).mm
+        if self.principal is None:
+            return mm
+        principal = self.principal(_unit_features(image, text))
+        return torch.cat([F.normalize(mm, dim=1), F.normalize(principal, dim=1)], dim=1)
+
     @torch.no_grad()
     def init_pca(self, image: Tensor, text: Tensor) -> None:
-        """Start the projections at the principal components of features, the shortcut at those of both.
+        """Start the projections at the principal components of features, and set the fixed ones.
 
-        Each projection is scaled to a unit variance of its first component.
+        Each projection is scaled to a unit variance of its first component. The fixed components are of both
+        towers' features together, those of each tower scaled to length 1.
 
         Args:
             image: (n, image_dim) features of items.
@@ -88,15 +104,13 @@ class ItemHead(nn.Module):
         Raises:
             ValueError: fewer items or features than `dim`.
         """
-        projected = []
-        for layer, features in ((self.image, image), (self.text, text)):
+        sources = [(self.image, image), (self.text, text)]
+        if self.principal is not None:
+            sources.append((self.principal, _unit_features(image, text)))
+        for layer, features in sources:
             mean, components, scale = _principal(features, layer.out_features)
             layer.weight.copy_(components.T / scale)
             layer.bias.copy_(-(mean @ components) / scale)
-            projected.append(layer(features))
-        if self.fusion.shortcut is not None:
-            _, components, _ = _principal(torch.cat(projected, dim=1), self.image.out_features)
-            self.fusion.shortcut.weight.copy_(components.T)
 
 
 class ItemEncoder(nn.Module):
@@ -108,7 +122,7 @@ class ItemEncoder(nn.Module):
         text: the text tower.
 
     Attributes:
-        dim: size of the vectors.
+        table_dim: size of the vectors that the table holds.
     """
 
     def __init__(self, config: ItemEncoderConfig, vision: VisionEncoder, text: TextEncoder) -> None:
@@ -117,7 +131,7 @@ class ItemEncoder(nn.Module):
         self.vision = vision
         self.text = text
         self.head = ItemHead(vision.feature_dim, text.feature_dim, config.head)
-        self.dim = config.head.dim
+        self.table_dim = self.head.table_dim
 
     @classmethod
     def build(cls, config: ItemEncoderConfig, tokenizer: str | None = None) -> "ItemEncoder":
@@ -140,13 +154,21 @@ class ItemEncoder(nn.Module):
         """
         return self.head.encode_items(self.vision(images), self.text(tokens))
 
+    def encode_table(self, images: Tensor, tokens: dict[str, Tensor]) -> Tensor:
+        """What the table holds of items, (n, table_dim); arguments as of `encode_items`."""
+        return self.head.encode_table(self.vision(images), self.text(tokens))
+
+
+def _unit_features(image: Tensor, text: Tensor) -> Tensor:
+    return torch.cat([F.normalize(image, dim=1), F.normalize(text, dim=1)], dim=1)
+
 
 def _principal(features: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """Mean (f,), components (f, dim) and standard deviation of the first component."""
     if min(features.shape) < dim:
         raise ValueError(
             f"{features.shape[0]} items of {features.shape[1]} features have no {dim} principal components; "
-            "lower --head.dim or take --init random"
+            "lower --head.dim and --head.principal-dim, or take --init random"
         )
     mean = features.mean(0)
     with torch.random.fork_rng(devices=[]):

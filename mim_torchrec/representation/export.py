@@ -50,14 +50,14 @@ class TrainedEncoder:
 
     def __init__(self, path: str, device: torch.device) -> None:
         self.encoder = load_encoder(path, device)
-        self.device, self.dim, self.version = device, self.encoder.dim, encoder_version(path)
+        self.device, self.dim, self.version = device, self.encoder.table_dim, encoder_version(path)
         self.description: dict[str, Any] = {"kind": "csft", **asdict(self.encoder.config)}
 
     def __call__(self, images: list[Image], titles: list[str]) -> Tensor:
         pixels = torch.stack([self.encoder.vision.transform(image) for image in images]).to(self.device)
         tokens = self.encoder.text.tokenize(titles)
         tokens = {name: value.to(self.device) for name, value in tokens.items()}
-        return self.encoder.encode_items(pixels, tokens).mm
+        return self.encoder.encode_table(pixels, tokens)
 
 
 @dataclass

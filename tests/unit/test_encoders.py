@@ -33,20 +33,16 @@ def encode(encoder: ItemEncoder):
         return encoder.encode_items(pixels, encoder.text.tokenize(TITLES))
 
 
-@pytest.mark.parametrize("shortcut", [False, True])
-def test_fusion_is_eq_3_and_4(shortcut):
+def test_fusion_is_eq_3_and_4():
     torch.manual_seed(0)
-    fusion = TensorFusion(dim=3, fusion_dim=2, hidden_dim=5, shortcut=shortcut)
+    fusion = TensorFusion(dim=3, fusion_dim=2, hidden_dim=5)
     torch.nn.init.normal_(fusion.mlp[-1].weight)
     image, text = torch.randn(4, 3), torch.randn(4, 3)
     for item in range(4):
         a = torch.cat([fusion.image(image[item]), torch.ones(1)])
         b = torch.cat([fusion.text(text[item]), torch.ones(1)])
         outer = torch.stack([a[i] * b[j] for i in range(3) for j in range(3)])
-        expected = fusion.mlp(outer)
-        if shortcut:
-            expected = expected + fusion.shortcut.weight @ torch.cat([image[item], text[item]])
-        torch.testing.assert_close(fusion(image, text)[item], expected)
+        torch.testing.assert_close(fusion(image, text)[item], fusion.mlp(outer))
 
 
 def test_all_outputs_of_the_encoder_have_one_size():
@@ -81,7 +77,7 @@ def test_pca_starts_the_projections_at_what_explains_most():
     torch.manual_seed(0)
     basis = torch.linalg.qr(torch.randn(12, 12)).Q
     image = torch.randn(200, 12) * torch.tensor([9.0, 5, 3] + [0.1] * 9) @ basis.T + 4
-    head = ItemHead(12, 12, HeadConfig(dim=3, fusion_dim=2, shortcut=True)).eval()
+    head = ItemHead(12, 12, HeadConfig(dim=3, fusion_dim=2)).eval()
     head.init_pca(image, image.flip(0))
     projected = head.encode_query(image).detach()
     centered = image - image.mean(0)
@@ -89,6 +85,35 @@ def test_pca_starts_the_projections_at_what_explains_most():
     expected = centered @ components[:3].T
     scale = expected[:, 0].square().mean().sqrt()
     torch.testing.assert_close(projected.abs(), (expected / scale).abs(), atol=1e-3, rtol=1e-3)
+
+
+def test_a_table_vector_is_h_mm_beside_principal_components_of_the_features():
+    torch.manual_seed(0)
+    image, text = torch.randn(50, 6), torch.randn(50, 4)
+    head = ItemHead(6, 4, HeadConfig(dim=3, fusion_dim=2, principal_dim=2)).eval()
+    head.init_pca(image, text)
+    unit = torch.nn.functional.normalize
+    features = torch.cat([unit(image, dim=1), unit(text, dim=1)], dim=1)
+    features = features - features.mean(0)
+    components = torch.linalg.svd(features, full_matrices=False)[2][:2].T
+    vectors = head.encode_table(image, text)
+    assert vectors.shape == (50, head.table_dim) == (50, 5)
+    torch.testing.assert_close(vectors[:, :3], unit(head.encode_items(image, text).mm, dim=1))
+    expected = unit(features @ components, dim=1)
+    # a component may come out with the other sign
+    torch.testing.assert_close(vectors[:, 3:].abs(), expected.abs(), atol=1e-3, rtol=1e-3)
+
+
+def test_without_principal_components_the_table_holds_h_mm():
+    torch.manual_seed(0)
+    image, text = torch.randn(5, 6), torch.randn(5, 4)
+    head = ItemHead(6, 4, HeadConfig(dim=3, fusion_dim=2)).eval()
+    torch.testing.assert_close(head.encode_table(image, text), head.encode_items(image, text).mm)
+
+
+def test_principal_components_are_not_trained():
+    head = ItemHead(6, 4, HeadConfig(dim=3, fusion_dim=2, principal_dim=2))
+    assert not any(p.requires_grad for name, p in head.named_parameters() if name.startswith("principal"))
 
 
 def test_pca_of_too_few_items_is_an_error_with_a_way_out():
