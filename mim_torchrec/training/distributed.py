@@ -1,4 +1,4 @@
-"""The process group of a stage: torchrun's ranks, or a world of one without it."""
+"""The process group of a stage: the ranks of torchrun or another launcher, or a world of one."""
 
 import os
 import random
@@ -45,9 +45,9 @@ class Ranks:
 def distributed(seed: int) -> Iterator[Ranks]:
     """Set up the process group and the seeds, and take the group down at the end.
 
-    Under torchrun the group spans its ranks; otherwise it is a world of one, so that code has one path. With
-    GPUs, tensors on them are exchanged by NCCL and those in memory by gloo. A group that the caller has set
-    up is used and left as it is.
+    Where a launcher such as torchrun has set RANK and WORLD_SIZE the group spans its ranks; otherwise it is a
+    world of one, so that code has one path. With GPUs, tensors on them are exchanged by NCCL and those in
+    memory by gloo. A group that the caller has set up is used and left as it is.
 
     Args:
         seed: of Python, numpy and torch. It is the same on every rank, so that all build the same model.
@@ -62,7 +62,7 @@ def distributed(seed: int) -> Iterator[Ranks]:
     mine = not dist.is_initialized()
     if mine:
         backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
-        if dist.is_torchelastic_launched():
+        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
