@@ -25,10 +25,15 @@ ENCODER: dict[str, Value] = {
     "text.name": "minilm",
     "freeze-towers": True,
 }
-CSFT: dict[str, Value] = {"signal": "purchase", "epochs": 8, "batch-size": 512, "lr": 1e-3}
-PLAIN = "plain:efficientnet_lite0+minilm"
+CSFT: dict[str, Value] = {
+    "epochs": 8,
+    "batch-size": 512,
+    "lr": 1e-3,
+    "gamma": 1.0,
+    "head.principal-dim": 128,
+}
 PLAIN_OPTIONS: dict[str, Value] = {"image-size": 128}
-CTR: dict[str, Value] = {"epochs": 6, "products": True, "content-pooling": "mean", "dropout": 0.2}
+CTR: dict[str, Value] = demo.CTR | {"epochs": 6, "dropout": 0.2}
 GRID: tuple[dict[str, Value], ...] = (
     {"weight-decay": 0.0, "sparse-lr": 0.02},
     {"weight-decay": 1e-2, "sparse-lr": 0.02},
@@ -95,7 +100,7 @@ class Job:
         self._side_by_side([user_csft, time_csft, shop_csft])
         self.table = export_stage(self.root, "table", self.user, user_csft, "1x1")
         self.time_table = export_stage(self.root, "table-global", self.by_time, time_csft, "1x1")
-        self.plain = export_stage(self.root, "table-plain", self.user, PLAIN, "1x1", PLAIN_OPTIONS)
+        self.plain = export_stage(self.root, "table-plain", self.user, demo.PLAIN, "1x1", PLAIN_OPTIONS)
         self.shop_table = export_stage(self.root, "table-shop-no-style", self.shop, shop_csft, "1x1")
         self._side_by_side([self.table, self.time_table, self.plain, self.shop_table])
         self.permuted = {
@@ -202,10 +207,7 @@ def build_report(job: Job, tuning: dict[str, Any]) -> dict[str, Any]:
         ),
     }  # fmt: skip
     variants = {
-        "without_csft": comparison.variant(
-            "MIM on a table of the plain pretrained towers (PCA), against Base.", base, plain),
-        "csft_over_plain": comparison.variant(
-            "MIM with C-SFT, against MIM on the plain table (in the column Base AUC).", plain, mim),
+        **comparison.csft_variants(base, plain, mim),
         "global_split": comparison.variant(
             "Base and MIM with train, validation and test divided by global time, "
             f"seeds {list(global_seeds)}.",

@@ -177,6 +177,24 @@ def variant(what: str, base: Sequence[Path], other: Sequence[Path]) -> dict[str,
     return {"what": what, **aucs, **gain(base, other)}
 
 
+def csft_variants(
+    base: Sequence[Path], plain: Sequence[Path], mim: Sequence[Path]
+) -> dict[str, dict[str, Any]]:
+    """What content gives without C-SFT, and what C-SFT adds to it (Table 5, "w/o C-SFT").
+
+    Args:
+        base: directories of the Base runs, one a seed.
+        plain: directories of the MIM runs on a table of plain towers, in the same order.
+        mim: directories of the MIM runs on a table of the fine-tuned encoder, in the same order.
+    """
+    return {
+        "without_csft": variant("MIM on a table of the plain pretrained towers (PCA), against Base.",
+                                base, plain),
+        "csft_over_plain": variant("MIM with C-SFT, against MIM on the plain table (in the column Base AUC).",
+                                   plain, mim),
+    }  # fmt: skip
+
+
 def validation_auc(run: Path) -> float:
     """Validation AUC of the best epoch of a CTR run."""
     history = json.loads((run / "history.json").read_text())
