@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mim_torchrec.encoders.fusion import TensorFusion
+from mim_torchrec.encoders.principal import principal_components
 from mim_torchrec.encoders.text import TextEncoder, TextEncoderConfig
 from mim_torchrec.encoders.vision import VisionEncoder, VisionEncoderConfig
 
@@ -102,15 +103,15 @@ class ItemHead(nn.Module):
             text: (n, text_dim) of the same items.
 
         Raises:
-            ValueError: fewer items or features than `dim`.
+            ValueError: fewer items or features than components.
         """
         sources = [(self.image, image), (self.text, text)]
         if self.principal is not None:
             sources.append((self.principal, _unit_features(image, text)))
         for layer, features in sources:
-            mean, components, scale = _principal(features, layer.out_features)
-            layer.weight.copy_(components.T / scale)
-            layer.bias.copy_(-(mean @ components) / scale)
+            found = principal_components(features, layer.out_features)
+            layer.weight.copy_(found.components.T / found.scale)
+            layer.bias.copy_(-(found.mean @ found.components) / found.scale)
 
 
 class ItemEncoder(nn.Module):
@@ -161,17 +162,3 @@ class ItemEncoder(nn.Module):
 
 def _unit_features(image: Tensor, text: Tensor) -> Tensor:
     return torch.cat([F.normalize(image, dim=1), F.normalize(text, dim=1)], dim=1)
-
-
-def _principal(features: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean (f,), components (f, dim) and standard deviation of the first component."""
-    if min(features.shape) < dim:
-        raise ValueError(
-            f"{features.shape[0]} items of {features.shape[1]} features have no {dim} principal components; "
-            "lower --head.dim and --head.principal-dim, or take --init random"
-        )
-    mean = features.mean(0)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        _, singular, components = torch.pca_lowrank(features - mean, q=dim, center=False, niter=4)
-    return mean, components, singular[0] / len(features) ** 0.5

@@ -30,7 +30,5 @@ class ExportConfig:
     """Items the PCA is computed from, at most; only for ``plain:``."""
     image_size: int | None = None
     """Side of the images in pixels; ``None`` is the tower's own; only for ``plain:``."""
-    seed: int = 0
-    """Seed of the PCA."""
     item_cache: Path | None = None
     """Folder of the item index; by default ``<out>.items``."""

@@ -91,9 +91,9 @@ def export(config: ExportConfig, ranks: Ranks) -> Manifest:
     if config.encoder.startswith(PLAIN):
         towers = PlainTowers(config.encoder, config.image_size, ranks.device)
         features = _joined(_encode(items, rows, towers, config, ranks, skipped), towers.feature_dim)
-        projection = fit_projection(features.vectors, config.dim, config.pca_items, config.seed, ranks)
+        projection = fit_projection(features.vectors, config.dim, config.pca_items, ranks)
         version, dim = projection.version(towers.version), config.dim
-        description = {**towers.description, "pca": {"items": projection.items, "seed": config.seed}}
+        description = {**towers.description, "pca": {"items": projection.items}}
         batches: Iterable[Encoded] = [Encoded(features.ids, projection(features.vectors))]
     else:
         encoder = TrainedEncoder(config.encoder, ranks.device)
@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of ``mim export``."""
     config = tyro.cli(ExportConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    with distributed(config.seed) as ranks:
+    with distributed(seed=0) as ranks:  # nothing here is drawn
         if not ranks.is_main:
             logging.getLogger().setLevel(logging.WARNING)
         export(config, ranks)

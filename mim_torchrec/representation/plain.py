@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mim_torchrec.encoders.checkpoint import module_version
+from mim_torchrec.encoders.principal import principal_components
 from mim_torchrec.encoders.text import TextEncoder, TextEncoderConfig
 from mim_torchrec.encoders.vision import VisionEncoder, VisionEncoderConfig
 from mim_torchrec.training.distributed import Ranks
@@ -73,14 +74,13 @@ class Projection:
         return f"plain-{digest.hexdigest()[:16]}"
 
 
-def fit_projection(features: Tensor, dim: int, most: int, seed: int, ranks: Ranks) -> Projection:
+def fit_projection(features: Tensor, dim: int, most: int, ranks: Ranks) -> Projection:
     """Compute the principal components on rank 0 and give them to all ranks.
 
     Args:
         features: (num_items, feature_dim) of this rank's items.
         dim: number of components.
         most: items used, over all ranks; evenly spaced where there are more.
-        seed: seed of the randomized decomposition.
         ranks: the ranks, all of which call this.
 
     Raises:
@@ -90,15 +90,8 @@ def fit_projection(features: Tensor, dim: int, most: int, seed: int, ranks: Rank
     step = -(-total // most) if total else 1
     gathered = ranks.all_gather_objects(features[::step])
     sample = torch.cat(gathered)
-    if min(sample.shape) < dim:
-        raise ValueError(
-            f"--dim {dim} is more than the {sample.shape[0]} items or {sample.shape[1]} features of the PCA"
-        )
     projection = None
     if ranks.is_main:
-        mean = sample.mean(0)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            _, _, components = torch.pca_lowrank(sample - mean, q=dim, center=False)
-        projection = Projection(mean, components, len(sample))
+        found = principal_components(sample, dim)
+        projection = Projection(found.mean, found.components, len(sample))
     return ranks.all_gather_objects(projection)[0]
