@@ -6,6 +6,7 @@ session waits for it.
 
 import os
 import tempfile
+import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing import set_forkserver_preload
@@ -28,15 +29,24 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
         args: what can be pickled.
 
     Raises:
-        torch.multiprocessing.ProcessRaisedException: a rank raised; its traceback is in the message. The
-            other ranks are ended.
+        RankError: a rank raised. The tracebacks of all that did are in the message, the first one first:
+            the others may only have lost it. Those that still ran are ended.
     """
     set_forkserver_preload(["torchrec"])
-    with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(
-            _rank, args=(fn, world_size, Path(folder), args), nprocs=world_size, start_method="forkserver"
-        )
-        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        try:
+            mp.start_processes(
+                _rank, args=(fn, world_size, folder, args), nprocs=world_size, start_method="forkserver"
+            )
+        except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
+            found = sorted(folder.glob("*.error"), key=lambda file: file.stat().st_mtime_ns)
+            raise RankError("\n".join(file.read_text() for file in found) or str(error)) from None
+        return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+class RankError(RuntimeError):
+    """A rank ended with an error."""
 
 
 def _rank(rank: int, fn: Callable[..., Any], world_size: int, folder: Path, args: tuple[Any, ...]) -> None:
@@ -47,5 +57,9 @@ def _rank(rank: int, fn: Callable[..., Any], world_size: int, folder: Path, args
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
     try:
         torch.save(fn(*args), folder / f"{rank}.pt")
+    except BaseException:
+        # written while the connections are still up, so before the others notice
+        (folder / f"{rank}.error").write_text(f"rank {rank}:\n{traceback.format_exc()}")
+        raise
     finally:
         dist.destroy_process_group()
