@@ -33,7 +33,7 @@ CSFT: dict[str, Value] = {
     "head.principal-dim": 128,
 }
 PLAIN_OPTIONS: dict[str, Value] = {"image-size": 128}
-CTR: dict[str, Value] = demo.CTR | {"epochs": 6, "dropout": 0.2}
+CTR: dict[str, Value] = demo.CTR | {"epochs": 10, "patience": 2, "dropout": 0.2}
 GRID: tuple[dict[str, Value], ...] = (
     {"weight-decay": 0.0, "sparse-lr": 0.02},
     {"weight-decay": 1e-2, "sparse-lr": 0.02},

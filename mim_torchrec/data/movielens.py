@@ -91,7 +91,11 @@ def read_csv(file: Path, expected: pa.Schema) -> pa.Table:
             file,
             read_options=pyarrow.csv.ReadOptions(use_threads=False),  # else errors do not name the row
             convert_options=pyarrow.csv.ConvertOptions(
-                include_columns=expected.names, column_types=expected, strings_can_be_null=True
+                include_columns=expected.names,
+                column_types=expected,
+                null_values=[""],  # a film may be called Null
+                strings_can_be_null=True,
+                quoted_strings_can_be_null=False,
             ),
         )
     except (pa.ArrowException, OSError) as error:
