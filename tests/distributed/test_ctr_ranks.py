@@ -60,7 +60,6 @@ def make_requests(step: int, first: int, last: int, with_mm: bool):
 
 def train(name: str, folder: Path, ranks) -> dict[str, object]:
 
-
     with_mm = name == "mim"
     config = CTRConfig(
         data=folder, out=folder, mim="on" if with_mm else "off", embedding_dim=4, attention=(8,),

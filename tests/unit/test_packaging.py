@@ -154,7 +154,10 @@ def tracked_files() -> list[Path]:
     "what, pattern",
     [
         ("a path of one machine", r"(?<![\w.~<>*)}\]-])/(?:home|root|work|tmp|mnt|opt|Users|workspace)/\w"),
-        ("an address of a registry", r"(?i)https?://\S*(?:pypi|/simple\b|download\.pytorch|artifact|conda\.)"),
+        (
+            "an address of a registry",
+            r"(?i)https?://\S*(?:pypi|/simple\b|download\.pytorch|artifact|conda\.)",
+        ),
         ("an option that names a registry", r"--(?:extra-)?index-url|--find-lin[k]s"),
     ],
 )

@@ -21,13 +21,15 @@ def ctr_run(path, seed, signal, order=None, labels=None):
     users = rng.integers(40, size=IMPRESSIONS)
     noise = np.random.default_rng(seed + 1000).normal(size=IMPRESSIONS)
     scores = 1 / (1 + np.exp(-(noise + signal * truth)))
-    predictions = pa.table({
-        "request_id": np.arange(IMPRESSIONS) // 4,
-        "user_id": users,
-        "item_id": np.arange(IMPRESSIONS),
-        "label": truth.astype(np.float32),
-        "score": scores.astype(np.float32),
-    })
+    predictions = pa.table(
+        {
+            "request_id": np.arange(IMPRESSIONS) // 4,
+            "user_id": users,
+            "item_id": np.arange(IMPRESSIONS),
+            "label": truth.astype(np.float32),
+            "score": scores.astype(np.float32),
+        }
+    )
     path.mkdir(parents=True)
     pq.write_table(predictions if order is None else predictions.take(order), path / "predictions.parquet")
     part = {"auc": auc(truth, scores), "n": IMPRESSIONS, "positives": int(truth.sum())}
@@ -52,8 +54,7 @@ def runs(tmp_path):
 def test_the_gain_is_the_mean_over_the_seeds(runs):
     result = comparison.gain(*runs, n=50)
     expected = [
-        b["auc"] - a["auc"]
-        for a, b in zip(*(comparison.read_metrics(side) for side in runs), strict=True)
+        b["auc"] - a["auc"] for a, b in zip(*(comparison.read_metrics(side) for side in runs), strict=True)
     ]
     assert result["per_seed"] == pytest.approx(expected)
     assert result["gain"] == pytest.approx(np.mean(expected), abs=1e-6)
@@ -67,10 +68,15 @@ def test_the_interval_resamples_users_and_takes_the_mean_over_seeds(runs):
     draws = []
     for _ in range(200):
         rows = np.concatenate([np.flatnonzero(users == u) for u in rng.integers(40, size=40)])
-        draws.append(np.mean([
-            auc(labels[rows], np.array(m["score"])[rows]) - auc(labels[rows], np.array(b["score"])[rows])
-            for b, m in zip(base, mim, strict=True)
-        ]))
+        draws.append(
+            np.mean(
+                [
+                    auc(labels[rows], np.array(m["score"])[rows])
+                    - auc(labels[rows], np.array(b["score"])[rows])
+                    for b, m in zip(base, mim, strict=True)
+                ]
+            )
+        )
     assert [low, high] == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.006)
 
 
@@ -131,10 +137,21 @@ def full_report(runs):
         "config": {"seed": 0},
         "notes": ["Towers are frozen."],
         "seeds": [{"seed": 0, "base_auc": 0.61, "mim_auc": 0.7, "gain": 0.09}],
-        "variants": {"plain": {"what": "No C-SFT.", "base_auc": 0.6, "auc": 0.65, "gain": 0.05,
-                               "ci": [0.01, 0.09]}},  # fmt: skip
-        "tuning": {"how": "On validation.", "grid": [{"setting": {"lr": 0.001}, "base": 0.7, "mim": 0.8,
-                   "chosen_for_base": True, "chosen_for_mim": False}]},  # fmt: skip
+        "variants": {
+            "plain": {"what": "No C-SFT.", "base_auc": 0.6, "auc": 0.65, "gain": 0.05, "ci": [0.01, 0.09]}
+        },  # fmt: skip
+        "tuning": {
+            "how": "On validation.",
+            "grid": [
+                {
+                    "setting": {"lr": 0.001},
+                    "base": 0.7,
+                    "mim": 0.8,
+                    "chosen_for_base": True,
+                    "chosen_for_mim": False,
+                }
+            ],
+        },  # fmt: skip
     }
 
 
