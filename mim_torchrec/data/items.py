@@ -185,7 +185,9 @@ def _build(source: dict, index: Path) -> None:
                 if table["item_id"].null_count:
                     row = int(np.flatnonzero(table["item_id"].is_null().to_numpy())[0])
                     raise DataError("is null", file, group, row, "item_id")
-                arrays = [table[name].cast(_STORED[name]).combine_chunks() for name in source["columns"]]
+                # unsafe only in that times finer than a microsecond lose what is finer
+                arrays = [table[name].cast(_STORED[name], safe=name != "listed_at").combine_chunks()
+                          for name in source["columns"]]  # fmt: skip
                 writer.write_batch(pa.record_batch(arrays, schema=schema))
         os.replace(partial, index)
     finally:

@@ -149,7 +149,7 @@ class RequestReader(IterableDataset):
                     units.append(_Unit(file, group, len(requests), int(requests.candidate.lengths.sum())))
                     self.skipped += bad
                 else:
-                    units.append(_Unit(file, group, *_counts(parquet, group)))
+                    units.append(_Unit(file, group, *_counts(parquet, group, file)))
         if self.skipped and self._rank == 0:
             log.warning("%d malformed requests skipped of %d", self.skipped,
                         self.skipped + sum(unit.rows for unit in units))  # fmt: skip
@@ -190,13 +190,17 @@ class RequestReader(IterableDataset):
         return decode(table, self._max_behaviors, self._on_bad_row, file, row_group)
 
 
-def _counts(parquet: pq.ParquetFile, row_group: int) -> tuple[int, int]:
-    """Rows and candidates of a row group, from the footer of the file."""
-    group = parquet.metadata.row_group(row_group)
-    column = next(
-        group.column(k) for k in range(group.num_columns)
-        if group.column(k).path_in_schema.split(".")[0] == "labels"
-    )  # fmt: skip
+def _counts(parquet: pq.ParquetFile, row_group: int, file: Path) -> tuple[int, int]:
+    """Rows and candidates of a row group, from the footer of the file. Raises DataError if it is damaged."""
+    try:
+        group = parquet.metadata.row_group(row_group)
+        column = next(
+            group.column(k) for k in range(group.num_columns)
+            if group.column(k).path_in_schema.split(".")[0] == "labels"
+        )  # fmt: skip
+    except (UnicodeDecodeError, StopIteration) as error:
+        problem = f"the footer is damaged ({type(error).__name__}: {error})"
+        raise DataError(problem, file=file, row_group=row_group) from None
     return group.num_rows, column.num_values
 
 

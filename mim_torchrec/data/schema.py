@@ -112,7 +112,7 @@ def open_parquet(file: str | Path, expected: pa.Schema, required: Sequence[str])
         raise DataError("no such file", file=file)
     try:
         parquet = pq.ParquetFile(file)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         empty = "the file is empty" if Path(file).stat().st_size == 0 else "not a readable Parquet file"
         raise DataError(f"{empty} ({error})", file=file) from None
     found = parquet.schema_arrow
@@ -133,11 +133,18 @@ def open_parquet(file: str | Path, expected: pa.Schema, required: Sequence[str])
 def read_row_group(
     parquet: pq.ParquetFile, row_group: int, columns: Sequence[str], file: str | Path
 ) -> pa.Table:
-    """Read columns of one row group. Raises DataError if the bytes are damaged."""
+    """Read columns of one row group. Raises DataError if the bytes are damaged or text is not UTF-8."""
     try:
-        return parquet.read_row_group(row_group, columns=list(columns), use_threads=False)
-    except (pa.ArrowException, OSError) as error:
+        table = parquet.read_row_group(row_group, columns=list(columns), use_threads=False)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot be read ({error})", file=file, row_group=row_group) from None
+    for name in table.column_names:
+        if _holds_text(table.schema.field(name).type):
+            try:
+                table[name].validate(full=True)
+            except pa.ArrowException as error:
+                raise DataError(f"cannot be read ({error})", file, row_group, column=name) from None
+    return table
 
 
 def present_columns(parquet: pq.ParquetFile, expected: pa.Schema) -> tuple[str, ...]:
@@ -186,6 +193,12 @@ def _compatible(found: pa.DataType, field: pa.Field) -> bool:
         return pa.types.is_timestamp(found)
     if pa.types.is_binary(expected):
         return pa.types.is_binary(found) or pa.types.is_large_binary(found)
+    return _is_text(found)
+
+
+def _holds_text(found: pa.DataType) -> bool:
+    if pa.types.is_list(found) or pa.types.is_large_list(found) or pa.types.is_dictionary(found):
+        return _holds_text(found.value_type)
     return _is_text(found)
 
 

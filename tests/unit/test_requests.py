@@ -1,194 +1,387 @@
-"""The streaming reader: every request once, as many batches on every rank, what is kept and what is not."""
+"""RequestReader against a naive row-by-row reading, over ranks, epochs and kinds of columns."""
 
-from itertools import chain
+from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
+from torch.utils.data import DataLoader
 
+from mim_torchrec.data.batch import RequestBatch
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.requests import RequestReader
-from mim_torchrec.data.schema import REQUESTS
-from tests.datasets import SECOND, request, write_requests
+from mim_torchrec.data.schema import REQUESTS, category_ids
+from tests.datasets import SECOND, START, Rows, request_rows, without, write_requests, write_rows
 
-COUNT = 31
+NUM_REQUESTS = 47
+FEATURES = {
+    "user_id": "user_id",
+    "query_id": "query_id",
+    "candidate_item_id": "candidate_item_ids",
+    "behavior_item_id": "behavior_item_ids",
+    "candidate_category": "candidate_categories",
+    "behavior_category": "behavior_categories",
+}
 
 
-@pytest.fixture
-def files(tmp_path):
-    """Two files of 31 requests in row groups of 4."""
-    rows = [request(k) for k in range(COUNT)]
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> list[Path]:
+    """47 requests in two files with row groups of 4."""
+    folder, rows = tmp_path_factory.mktemp("requests"), request_rows(NUM_REQUESTS)
     return [
-        write_requests(tmp_path / "a.parquet", rows[:17]),
-        write_requests(tmp_path / "b.parquet", rows[17:]),
+        write_requests(folder / "part-0.parquet", rows[:30]),
+        write_requests(folder / "part-1.parquet", rows[30:]),
     ]
 
 
-def unpack(batches):
-    """One dict a request, from batches."""
-    found = []
+def read(files: Iterable[Path], *, epoch: int = 0, batch_size: int = 7, **options) -> list[RequestBatch]:
+    reader = RequestReader(list(files), batch_size=batch_size, **options)
+    reader.set_epoch(epoch)
+    return list(reader)
+
+
+def as_rows(batches: list[RequestBatch]) -> Rows:
+    """Naive: one dict a request, in the schema's names, categories as ids."""
+    rows = []
     for batch in batches:
-        parts = {}
-        for key in ("behavior_item_id", "candidate_item_id"):
-            feature = batch.sparse[key]
-            parts[key] = [p.tolist() for p in feature.values().split(feature.lengths().tolist())]
-        lengths = batch.sparse["candidate_item_id"].lengths().tolist()
-        labels = [p.tolist() for p in batch.labels.split(lengths)]
-        ts = batch.behavior_ts.split(batch.sparse["behavior_item_id"].lengths().tolist())
+        features = {
+            column: [part.tolist() for part in batch.sparse[key].to_dense()]
+            for key, column in FEATURES.items()
+            if key in batch.sparse.keys()  # noqa: SIM118  a KJT is no mapping
+        }
+        ends = np.cumsum([len(ids) for ids in features["candidate_item_ids"]])
+        labels = np.split(batch.labels.numpy(), ends[:-1])
+        ends = np.cumsum([len(ids) for ids in features["behavior_item_ids"]])
         for k in range(batch.num_requests):
-            found.append(
-                {
-                    "request_id": int(batch.request_ids[k]),
-                    "user_id": int(batch.sparse["user_id"].values()[k]),
-                    "query_id": int(batch.sparse["query_id"].values()[k]),
-                    "ts": int(batch.request_ts[k]),
-                    "behavior_item_ids": parts["behavior_item_id"][k],
-                    "behavior_ts": ts[k].tolist(),
-                    "candidate_item_ids": parts["candidate_item_id"][k],
-                    "labels": [int(label) for label in labels[k]],
-                }
-            )
-    return found
+            row = {column: values[k] for column, values in features.items()}
+            row |= {"request_id": int(batch.request_ids[k]), "labels": labels[k].tolist()}
+            for scalar in {"user_id", "query_id"} & set(row):
+                (row[scalar],) = row[scalar]
+            if batch.request_ts is not None:
+                row["ts"] = int(batch.request_ts[k])
+            if batch.behavior_ts is not None:
+                row["behavior_ts"] = np.split(batch.behavior_ts.numpy(), ends[:-1])[k].tolist()
+            rows.append(row)
+    return rows
 
 
-def ids(reader):
-    return list(chain.from_iterable(batch.request_ids.tolist() for batch in reader))
+def expected(rows: Rows) -> Rows:
+    """The rows with ids for the names of categories."""
+    categories = ("behavior_categories", "candidate_categories")
+    return [
+        row | {c: category_ids(pa.array(row[c], pa.string())).tolist() for c in categories if c in row}
+        for row in rows
+    ]
 
 
-def test_what_is_read_is_what_was_written_in_its_order(files):
-    found = unpack(RequestReader(files, batch_size=5))
-    names = found[0].keys()
-    assert found == [{name: request(k)[name] for name in names} for k in range(COUNT)]
+def ids(batches: list[RequestBatch]) -> list[int]:
+    return [request for batch in batches for request in batch.request_ids.tolist()]
+
+
+def test_batches_are_the_rows_of_the_files_in_order(files):
+    assert as_rows(read(files)) == expected(request_rows(NUM_REQUESTS))
+
+
+def test_shuffled_batches_are_the_same_rows(files):
+    rows = as_rows(read(files, shuffle=True))
+    assert [row["request_id"] for row in rows] != list(range(1, NUM_REQUESTS + 1))
+    assert sorted(rows, key=lambda row: row["request_id"]) == expected(request_rows(NUM_REQUESTS))
+
+
+def test_shuffling_moves_requests_beyond_a_buffer_of_row_groups(tmp_path):
+    file = write_requests(tmp_path / "r.parquet", request_rows(100), row_group_size=2)
+    order = ids(read([file], shuffle=True))
+    assert sorted(order) == list(range(1, 101))
+    assert min(order[:50]) <= 25 and max(order[:50]) > 75
+
+
+def test_keys_come_in_a_fixed_order_with_the_stride_of_the_requests(files):
+    for batch in read(files):
+        assert batch.sparse.keys() == list(FEATURES)
+        assert batch.sparse.stride() == batch.num_requests == len(batch.request_ids)
+        assert batch.num_candidates == batch.sparse["candidate_item_id"].values().numel()
+
+
+def test_types_are_what_models_take(files):
+    batch = read(files)[0]
+    integers = (batch.sparse.values(), batch.request_ids, batch.request_ts, batch.behavior_ts)
+    assert {tensor.dtype for tensor in integers} == {torch.int64}
+    assert batch.labels.dtype == torch.float32
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_ranks_read_every_request_once_in_as_many_batches(files, world_size, shuffle):
-    readers = [
-        RequestReader(files, batch_size=5, rank=rank, world_size=world_size, shuffle=shuffle)
-        for rank in range(world_size)
-    ]
-    batches = [list(reader) for reader in readers]
-    assert {len(own) for own in batches} == {readers[0].num_batches}
-    read = [request["request_id"] for own in batches for request in unpack(own)]
-    assert sorted(read) == [1000 + k for k in range(COUNT)]
+def test_ranks_together_read_every_request_once(files, world_size, shuffle):
+    parts = [read(files, rank=r, world_size=world_size, shuffle=shuffle) for r in range(world_size)]
+    assert sorted(sum((ids(part) for part in parts), [])) == list(range(1, NUM_REQUESTS + 1))
 
 
+@pytest.mark.parametrize("drop_remainder", [False, True])
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 1000])
+def test_every_rank_has_the_number_of_batches_announced(
+    files, world_size, shuffle, drop_remainder, batch_size
+):
+    announced = set()
+    for rank in range(world_size):
+        reader = RequestReader(
+            files, batch_size=batch_size, rank=rank, world_size=world_size, shuffle=shuffle,
+            drop_remainder=drop_remainder,
+        )  # fmt: skip
+        batches = list(reader)
+        announced.add(reader.num_batches)
+        assert len(batches) == len(reader) == reader.num_batches
+        assert all(batch.num_requests > 0 for batch in batches)
+    assert len(announced) == 1
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_without_the_remainder_all_ranks_have_equally_many_requests(files, world_size):
-    read = [
-        ids(RequestReader(files, batch_size=5, rank=rank, world_size=world_size, drop_remainder=True))
-        for rank in range(world_size)
+def test_without_the_remainder_ranks_have_equally_many_requests(files, world_size, shuffle):
+    parts = [
+        ids(read(files, rank=r, world_size=world_size, shuffle=shuffle, drop_remainder=True))
+        for r in range(world_size)
     ]
-    assert {len(own) for own in read} == {COUNT // world_size}
-    assert len(set(chain.from_iterable(read))) == COUNT // world_size * world_size
+    assert {len(part) for part in parts} == {NUM_REQUESTS // world_size}
+    assert len(set(sum(parts, []))) == world_size * (NUM_REQUESTS // world_size)
 
 
-def test_the_order_is_that_of_seed_and_epoch(files):
-    def order(seed, epoch):
-        reader = RequestReader(files, batch_size=5, seed=seed, shuffle=True)
-        reader.set_epoch(epoch)
-        return ids(reader)
-
-    assert order(0, 1) == order(0, 1)
-    assert order(0, 1) != order(0, 2)
-    assert order(0, 1) != order(1, 1)
-    assert sorted(order(0, 1)) == sorted(order(1, 2))
+def test_batches_have_about_batch_size_candidates(files):
+    sizes = [batch.num_candidates for batch in read(files, batch_size=8)]
+    assert np.mean(sizes) == pytest.approx(8, rel=0.15)
 
 
-def test_a_batch_has_the_features_in_order_and_a_stride_of_its_requests(files):
-    batch = next(iter(RequestReader(files, batch_size=10)))
-    assert batch.sparse.keys() == [
-        "user_id", "query_id", "candidate_item_id", "behavior_item_id", "candidate_category",
-        "behavior_category",
-    ]  # fmt: skip
-    assert batch.sparse.stride() == batch.num_requests == len(batch.request_ids)
-    assert batch.num_candidates == batch.sparse["candidate_item_id"].values().numel()
+def test_batches_differ_by_at_most_one_request(files):
+    sizes = {batch.num_requests for batch in read(files, batch_size=12)}
+    assert max(sizes) - min(sizes) <= 1
 
 
-def test_the_batch_size_counts_candidates(files):
-    reader = RequestReader(files, batch_size=8)
-    sizes = [batch.num_candidates for batch in reader]
-    assert abs(np.mean(sizes) - 8) < 2
+def test_equal_seed_and_epoch_give_an_equal_order(files):
+    first, again = (ids(read(files, shuffle=True, seed=3, epoch=2)) for _ in range(2))
+    assert first == again
 
 
-def test_of_a_long_history_the_last_behaviors_are_kept(files):
-    by_id = {
-        found["request_id"]: found for found in unpack(RequestReader(files, batch_size=5, max_behaviors=2))
-    }
-    assert by_id[1003]["behavior_item_ids"] == request(3)["behavior_item_ids"][-2:]
-    assert by_id[1001]["behavior_item_ids"] == request(1)["behavior_item_ids"]
-    assert by_id[1000]["behavior_item_ids"] == []
+def test_a_reader_used_twice_gives_an_equal_order(files):
+    reader = RequestReader(files, batch_size=7, shuffle=True)
+    assert ids(list(reader)) == ids(list(reader))
 
 
-def test_columns_that_are_not_required_may_be_absent(tmp_path):
-    without = ["query_id", "ts", "behavior_ts", "behavior_categories", "candidate_categories"]
-    path = write_requests(tmp_path / "r.parquet", [request(k) for k in range(5)], without=without)
-    (batch,) = RequestReader([path], batch_size=100)
-    assert batch.sparse.keys() == ["user_id", "candidate_item_id", "behavior_item_id"]
-    assert batch.request_ts is None and batch.behavior_ts is None
+@pytest.mark.parametrize("other", [{"seed": 4, "epoch": 2}, {"seed": 3, "epoch": 3}], ids=["seed", "epoch"])
+def test_another_seed_or_epoch_gives_another_order(files, other):
+    assert ids(read(files, shuffle=True, seed=3, epoch=2)) != ids(read(files, shuffle=True, **other))
 
 
-def test_files_that_differ_in_columns_are_refused(tmp_path):
-    first = write_requests(tmp_path / "a.parquet", [request(0)])
-    second = write_requests(tmp_path / "b.parquet", [request(1)], without=["query_id"])
-    with pytest.raises(DataError, match=r"b.parquet: has columns .*, but .*a.parquet has .*query_id"):
-        RequestReader([first, second], batch_size=4)
+def test_without_shuffling_the_epoch_changes_nothing(files):
+    assert ids(read(files, epoch=5)) == list(range(1, NUM_REQUESTS + 1))
 
 
-def test_categories_of_only_one_side_are_refused(tmp_path):
-    path = write_requests(tmp_path / "r.parquet", [request(0)], without=["behavior_categories"])
-    with pytest.raises(DataError, match="categories of behaviors and of candidates go together"):
-        RequestReader([path], batch_size=4)
+def test_max_behaviors_keeps_the_last_ones(files):
+    rows = request_rows(NUM_REQUESTS)
+    for row in rows:
+        for column in ("behavior_item_ids", "behavior_categories", "behavior_ts"):
+            row[column] = row[column][-2:]
+    assert as_rows(read(files, max_behaviors=2)) == expected(rows)
 
 
-def test_skipping_leaves_out_the_bad_rows_and_counts_them(tmp_path):
-    rows = [request(k) for k in range(12)]
-    rows[2]["user_id"] = None
-    rows[9]["labels"] = [3] * len(rows[9]["labels"])
-    path = write_requests(tmp_path / "r.parquet", rows)
-    reader = RequestReader([path], batch_size=4, on_bad_row="skip")
-    assert reader.skipped == 2 and reader.num_requests == 10
-    assert ids(reader) == [1000 + k for k in range(12) if k not in (2, 9)]
+@pytest.mark.parametrize(
+    "absent",
+    [
+        ("query_id",),
+        ("behavior_categories", "candidate_categories"),
+        ("ts",),
+        ("behavior_ts",),
+        ("query_id", "behavior_categories", "candidate_categories", "ts", "behavior_ts"),
+    ],
+    ids="+".join,
+)
+def test_optional_columns_may_be_absent(tmp_path, absent):
+    rows = without(request_rows(), *absent)
+    assert as_rows(read([write_requests(tmp_path / "r.parquet", rows)])) == expected(rows)
 
 
-def test_skipping_changes_nothing_where_all_rows_are_good(files):
-    reader = RequestReader(files, batch_size=5, on_bad_row="skip")
-    assert reader.skipped == 0
-    assert ids(reader) == ids(RequestReader(files, batch_size=5))
+def test_columns_beside_the_schema_are_left_alone(tmp_path):
+    rows = [row | {"price": 1.5} for row in request_rows()]
+    file = write_rows(tmp_path / "r.parquet", rows, REQUESTS.append(pa.field("price", pa.float64())))
+    assert as_rows(read([file])) == expected(request_rows())
+
+
+def test_categories_of_one_role_only_are_refused(tmp_path):
+    file = write_requests(tmp_path / "r.parquet", without(request_rows(), "behavior_categories"))
+    with pytest.raises(DataError, match=r"r\.parquet: categories .* go together"):
+        read([file])
+
+
+def test_files_that_differ_in_columns_are_refused(tmp_path, files):
+    other = write_requests(tmp_path / "other.parquet", without(request_rows(), "query_id"))
+    with pytest.raises(DataError, match=r"other\.parquet: has columns .*part-0\.parquet has .*query_id"):
+        read([*files, other])
+
+
+def write_some_bad(folder: Path) -> tuple[list[Path], set[int]]:
+    """Two files of 30 requests, and the ids of the bad ones, three of them in one row group."""
+    rows = request_rows(30)
+    rows[3]["user_id"] = None
+    rows[8]["labels"] = [2] * len(rows[8]["labels"])
+    rows[9]["behavior_ts"] = rows[9]["behavior_ts"][::-1]
+    rows[10]["candidate_categories"] = rows[10]["candidate_categories"] * 2
+    rows[29]["behavior_item_ids"] = None
+    folder.mkdir(exist_ok=True)
+    files = [
+        write_requests(folder / "part-0.parquet", rows[:18]),
+        write_requests(folder / "part-1.parquet", rows[18:]),
+    ]
+    return files, {4, 9, 10, 11, 30}
+
+
+def test_skipping_leaves_out_exactly_the_bad_rows(tmp_path):
+    files, bad = write_some_bad(tmp_path)
+    good = [row for row in request_rows(30) if row["request_id"] not in bad]
+    assert as_rows(read(files, on_bad_row="skip")) == expected(good)
+
+
+def test_skipping_counts_the_bad_rows(tmp_path):
+    files, bad = write_some_bad(tmp_path)
+    reader = RequestReader(files, batch_size=7, on_bad_row="skip")
+    good = [row for row in request_rows(30) if row["request_id"] not in bad]
+    assert reader.skipped == len(bad)
+    assert reader.num_requests == len(good)
+    assert reader.num_candidates == sum(len(row["labels"]) for row in good)
+
+
+def test_skipping_says_how_many_it_skips(tmp_path, caplog):
+    read(write_some_bad(tmp_path)[0], on_bad_row="skip")
+    assert "5 malformed requests skipped of 30" in caplog.text
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_that_skip_read_every_good_request_once(tmp_path, world_size, shuffle):
+    files, bad = write_some_bad(tmp_path)
+    parts = [
+        read(files, rank=r, world_size=world_size, shuffle=shuffle, on_bad_row="skip")
+        for r in range(world_size)
+    ]
+    assert len({len(part) for part in parts}) == 1
+    assert sorted(sum((ids(part) for part in parts), [])) == sorted(set(range(1, 31)) - bad)
+
+
+def test_a_row_group_of_bad_rows_only_is_passed_over(tmp_path):
+    rows = request_rows()
+    for row in rows[4:8]:
+        row["user_id"] = None
+    file = write_requests(tmp_path / "r.parquet", rows)
+    assert ids(read([file], on_bad_row="skip")) == [1, 2, 3, 4, 9, 10, 11, 12]
+
+
+def test_without_bad_rows_nothing_is_skipped(files):
+    assert RequestReader(files, batch_size=7, on_bad_row="skip").skipped == 0
 
 
 def test_fewer_requests_than_ranks_are_refused(tmp_path):
-    path = write_requests(tmp_path / "r.parquet", [request(0)])
-    with pytest.raises(DataError, match="1 good requests cannot be divided over 2 ranks"):
-        RequestReader([path], batch_size=4, rank=0, world_size=2)
+    file = write_requests(tmp_path / "r.parquet", request_rows(2))
+    with pytest.raises(DataError, match="2 good requests cannot be divided over 3 ranks"):
+        read([file], world_size=3)
+
+
+def test_only_bad_requests_are_refused_rather_than_skipped(tmp_path):
+    rows = [row | {"user_id": None} for row in request_rows(3)]
+    file = write_requests(tmp_path / "r.parquet", rows)
+    with pytest.raises(DataError, match="0 good requests"):
+        read([file], on_bad_row="skip")
+
+
+@pytest.mark.parametrize(
+    "options", [{"batch_size": 0}, {"max_behaviors": 0}, {"rank": 1}, {"rank": -1}, {"on_bad_row": "ignore"}],
+    ids=str,
+)  # fmt: skip
+def test_impossible_arguments_are_refused(files, options):
+    with pytest.raises(ValueError, match="impossible|on_bad_row"):
+        read(files, **options)
+
+
+def rewritten(path: Path, **types: pa.DataType) -> Path:
+    """The default requests with some columns in other types."""
+    table = pq.read_table(write_requests(path))
+    for column, kind in types.items():
+        values = table[column].cast(kind)
+        table = table.set_column(table.column_names.index(column), column, values)
+    pq.write_table(table, path, row_group_size=4)
+    return path
 
 
 @pytest.mark.parametrize("unit", ["s", "ms", "ns"])
-def test_times_of_any_unit_come_out_in_microseconds(tmp_path, unit):
+def test_times_of_another_unit_come_out_in_microseconds(tmp_path, unit):
+    times = {"ts": pa.timestamp(unit), "behavior_ts": pa.list_(pa.timestamp(unit))}
+    assert as_rows(read([rewritten(tmp_path / "r.parquet", **times)])) == expected(request_rows())
+
+
+def test_times_with_a_time_zone_come_out_in_microseconds(tmp_path):
+    times = {"ts": pa.timestamp("us", "UTC"), "behavior_ts": pa.list_(pa.timestamp("us", "UTC"))}
+    assert as_rows(read([rewritten(tmp_path / "r.parquet", **times)])) == expected(request_rows())
+
+
+@pytest.mark.parametrize("kind", [pa.int32(), pa.int16(), pa.uint32()], ids=str)
+def test_narrower_ids_are_accepted(tmp_path, kind):
+    types = {"request_id": kind, "user_id": kind, "query_id": kind, "behavior_item_ids": pa.list_(kind),
+             "candidate_item_ids": pa.list_(kind)}  # fmt: skip
+    assert as_rows(read([rewritten(tmp_path / "r.parquet", **types)])) == expected(request_rows())
+
+
+@pytest.mark.parametrize("kind", [pa.bool_(), pa.int64(), pa.float32()], ids=str)
+def test_labels_of_another_type_are_accepted(tmp_path, kind):
+    file = rewritten(tmp_path / "r.parquet", labels=pa.list_(kind))
+    assert as_rows(read([file])) == expected(request_rows())
+
+
+def test_large_lists_are_accepted(tmp_path):
+    types = {"behavior_item_ids": pa.large_list(pa.int64()), "labels": pa.large_list(pa.int8())}
+    assert as_rows(read([rewritten(tmp_path / "r.parquet", **types)])) == expected(request_rows())
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.large_string(), pa.dictionary(pa.int32(), pa.string())], ids=["large", "dictionary"]
+)
+def test_categories_of_another_text_type_have_the_same_ids(tmp_path, kind):
+    types = {"behavior_categories": pa.list_(kind), "candidate_categories": pa.list_(kind)}
+    assert as_rows(read([rewritten(tmp_path / "r.parquet", **types)])) == expected(request_rows())
+
+
+def test_categories_that_are_integers_stay_as_they_are(tmp_path):
+    rows = request_rows()
+    for row in rows:
+        for role in ("behavior", "candidate"):
+            row[f"{role}_categories"] = [i % 3 for i in row[f"{role}_item_ids"]]
     schema = REQUESTS
-    for name, kind in (("ts", pa.timestamp(unit)), ("behavior_ts", pa.list_(pa.timestamp(unit)))):
-        schema = schema.set(schema.get_field_index(name), pa.field(name, kind))
-    scale = {"s": 1, "ms": 10**3, "ns": 10**9}[unit]
-    row = request(3) | {
-        "ts": 103 * scale,
-        "behavior_ts": [t // SECOND * scale for t in request(3)["behavior_ts"]],
-    }
-    (batch,) = RequestReader([write_requests(tmp_path / "r.parquet", [row], schema=schema)], batch_size=4)
-    assert batch.request_ts.tolist() == [103 * SECOND]
-    assert batch.behavior_ts.tolist() == request(3)["behavior_ts"]
+    for column in ("behavior_categories", "candidate_categories"):
+        schema = schema.set(schema.get_field_index(column), pa.field(column, pa.list_(pa.int64())))
+    assert as_rows(read([write_rows(tmp_path / "r.parquet", rows, schema)])) == rows
 
 
-def test_narrow_integers_are_read_as_int64(tmp_path):
-    schema = REQUESTS.set(1, pa.field("user_id", pa.int32()))
-    schema = schema.set(schema.get_field_index("labels"), pa.field("labels", pa.list_(pa.bool_())))
-    row = request(4) | {"labels": [bool(label) for label in request(4)["labels"]]}
-    (batch,) = RequestReader([write_requests(tmp_path / "r.parquet", [row], schema=schema)], batch_size=4)
-    assert batch.sparse["user_id"].values().tolist() == [request(4)["user_id"]]
-    assert batch.labels.tolist() == [float(label) for label in request(4)["labels"]]
+def test_a_history_may_begin_before_that_of_the_request_ahead(tmp_path):
+    rows = request_rows()
+    for k, row in enumerate(rows):
+        row["behavior_ts"] = [START - (100 * k - b) * SECOND for b in range(len(row["behavior_ts"]))]
+    assert as_rows(read([write_requests(tmp_path / "r.parquet", rows)])) == expected(rows)
 
 
-@pytest.mark.parametrize("options", [{"batch_size": 0}, {"rank": 2, "world_size": 2}, {"max_behaviors": 0}])
-def test_impossible_sizes_are_refused(files, options):
-    with pytest.raises(ValueError, match="impossible"):
-        RequestReader(files, **{"batch_size": 4} | options)
+def test_a_batch_of_empty_histories_has_no_behaviors(tmp_path):
+    nothing = {"behavior_item_ids": [], "behavior_categories": [], "behavior_ts": []}
+    rows = [row | nothing for row in request_rows()]
+    batches = read([write_requests(tmp_path / "r.parquet", rows)])
+    assert as_rows(batches) == expected(rows)
+    assert sum(batch.behavior_ts.numel() for batch in batches) == 0
+
+
+def test_a_data_loader_passes_the_batches_on(files):
+    reader = RequestReader(files, batch_size=7)
+    assert ids(list(DataLoader(reader, batch_size=None))) == list(range(1, NUM_REQUESTS + 1))
+
+
+def test_a_batch_moves_with_all_of_its_tensors(files):
+    batch = read(files)[0].to(torch.device("meta"))
+    tensors = (batch.sparse.values(), batch.labels, batch.request_ids, batch.request_ts, batch.behavior_ts)
+    assert {tensor.device.type for tensor in tensors} == {"meta"}

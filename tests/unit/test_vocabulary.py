@@ -1,6 +1,7 @@
-"""Ids to rows: what is known, what is not, and how that is counted."""
+"""Vocabularies of ids, the scan that fills them, and the rows that a batch gets from them."""
 
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -8,132 +9,236 @@ import pytest
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from mim_torchrec.data import vocabulary as module
 from mim_torchrec.data.batch import RequestBatch
 from mim_torchrec.data.errors import DataError
-from mim_torchrec.data.schema import category_ids
-from mim_torchrec.data.vocabulary import IdMapper, Vocabulary, scan_ids
+from mim_torchrec.data.requests import RequestReader
+from mim_torchrec.data.schema import REQUESTS, category_ids
+from mim_torchrec.data.vocabulary import ALARM_WINDOW, IdMapper, Vocabulary, scan_ids
 from mim_torchrec.embeddings.table.format import RowIndex
-from tests.datasets import request, write_requests
+from tests.datasets import CATEGORIES, request_rows, without, write_requests, write_rows
 
 
-def batch(users, candidates, behaviors):
-    """One request a user, with one candidate each and the behaviors with the first."""
-    lengths = [1] * len(users) + [1] * len(candidates) + [len(behaviors)] + [0] * (len(users) - 1)
-    sparse = KeyedJaggedTensor(
-        keys=["user_id", "candidate_item_id", "behavior_item_id"],
-        values=torch.tensor([*users, *candidates, *behaviors]),
-        lengths=torch.tensor(lengths),
-    )
-    return RequestBatch(sparse, torch.zeros(len(users)), torch.arange(len(users)))
+def vocabulary(*ids: int) -> Vocabulary:
+    return Vocabulary.build(np.array(ids))
 
 
-def mapper(mm=None, max_unknown=0.5, users=(1, 2), items=(10, 20, 30)):
-    vocabularies = {
-        "user_id": Vocabulary.build(np.array(users)),
-        "item_id": Vocabulary.build(np.array(items)),
-    }
-    return IdMapper(vocabularies, mm, max_unknown)
+def test_rows_ascend_with_the_ids():
+    assert vocabulary(30, -5, 10).rows(torch.tensor([-5, 10, 30])).tolist() == [1, 2, 3]
 
 
-def test_rows_ascend_with_ids_and_unknown_ids_have_row_0():
-    vocabulary = Vocabulary.build(np.array([30, 10, 10, -5]))
-    assert vocabulary.rows(torch.tensor([[-5, 10], [30, 31]])).tolist() == [[1, 2], [3, 0]]
+def test_repeated_ids_have_one_row():
+    assert vocabulary(7, 9, 7, 7).ids.tolist() == [7, 9]
 
 
-def test_ids_seen_and_unknown_are_counted():
-    vocabulary = Vocabulary.build(np.array([1, 2]))
-    vocabulary.rows(torch.tensor([1, 7, 8]))
-    vocabulary.rows(torch.tensor([2]))
-    assert (vocabulary.seen, vocabulary.unknown) == (4, 2)
+def test_unknown_ids_get_row_0():
+    assert vocabulary(10, 20).rows(torch.tensor([9, 11, 20, 21])).tolist() == [0, 0, 2, 0]
 
 
-def test_head_room_is_spare_rows():
-    assert Vocabulary.build(np.arange(10), head_room=0.25).num_embeddings == 1 + 13
+def test_rows_have_the_shape_of_the_ids():
+    assert vocabulary(10, 20).rows(torch.tensor([[10, 20], [20, 30]])).tolist() == [[1, 2], [2, 0]]
+
+
+def test_an_empty_vocabulary_knows_nothing():
+    assert vocabulary().rows(torch.tensor([1, 2])).tolist() == [0, 0]
+
+
+def test_ids_seen_and_unknown_are_counted_over_calls():
+    found = vocabulary(10, 20)
+    found.rows(torch.tensor([10, 11, 12]))
+    found.rows(torch.tensor([20, 13]))
+    assert (found.seen, found.unknown) == (5, 3)
+
+
+@pytest.mark.parametrize("head_room, rows", [(0.0, 11), (0.25, 14), (1.0, 21)])
+def test_head_room_adds_spare_rows_to_those_of_the_ids_and_the_unknown(head_room, rows):
+    assert Vocabulary.build(np.arange(10), head_room).num_embeddings == rows
 
 
 def test_too_few_rows_are_refused():
     with pytest.raises(ValueError, match="3 ids need 4 rows, not 3"):
-        Vocabulary(torch.tensor([1, 2, 3]), 3)
+        Vocabulary(torch.tensor([1, 2, 3]), num_embeddings=3)
 
 
-def test_a_vocabulary_is_loaded_as_it_was_saved(tmp_path):
-    saved = Vocabulary.build(np.array([5, 3]), head_room=1.0)
-    saved.save(tmp_path / "v.npz")
-    loaded = Vocabulary.load(tmp_path / "v.npz")
-    assert loaded.ids.tolist() == [3, 5] and loaded.num_embeddings == saved.num_embeddings == 5
+def test_what_is_saved_is_loaded(tmp_path):
+    saved = Vocabulary.build(np.array([5, 2**62, -1]), head_room=0.5)
+    saved.save(tmp_path / "item_id.npz")
+    loaded = Vocabulary.load(tmp_path / "item_id.npz")
+    assert torch.equal(loaded.ids, saved.ids)
+    assert loaded.num_embeddings == saved.num_embeddings
 
 
-def test_scanning_finds_the_distinct_ids_of_all_files(tmp_path):
-    rows = [request(k) for k in range(9)]
+def test_the_scan_finds_the_distinct_ids_of_all_files_and_row_groups(tmp_path):
+    rows = request_rows(20)
     files = [
-        write_requests(tmp_path / "a.parquet", rows[:5]),
-        write_requests(tmp_path / "b.parquet", rows[5:]),
+        write_requests(tmp_path / "0.parquet", rows[:9]),
+        write_requests(tmp_path / "1.parquet", rows[9:]),
     ]
-    found = scan_ids(files)
-    assert found["user_id"].tolist() == sorted({row["user_id"] for row in rows})
+    found = {name: ids.tolist() for name, ids in scan_ids(files).items()}
     items = {i for row in rows for i in row["candidate_item_ids"] + row["behavior_item_ids"]}
-    assert found["item_id"].tolist() == sorted(items)
-    assert len(found["category"]) == 2
+    assert found == {
+        "user_id": sorted({row["user_id"] for row in rows}),
+        "query_id": sorted({row["query_id"] for row in rows}),
+        "item_id": sorted(items),
+        "category": sorted(category_ids(pa.array(CATEGORIES)).tolist()),
+    }
 
 
-def test_scanning_leaves_out_what_is_not_logged(tmp_path):
-    path = write_requests(tmp_path / "r.parquet", [request(3)], without=["query_id"])
-    assert "query_id" not in scan_ids([path])
+def test_the_scan_finds_items_that_are_only_candidates_or_only_behaviors(tmp_path):
+    rows = request_rows()
+    rows[7]["candidate_item_ids"][0], rows[9]["behavior_item_ids"][0] = 7, 9
+    assert {7, 9} < set(scan_ids([write_requests(tmp_path / "r.parquet", rows)])["item_id"].tolist())
 
 
-def test_equal_names_of_categories_have_equal_ids_everywhere():
-    plain, coded = pa.array(["a", "b", "a"]), pa.array(["b", "a"]).dictionary_encode()
-    a, b, again = category_ids(plain).tolist()
-    assert a == again != b and category_ids(coded).tolist() == [b, a]
+def test_the_scan_leaves_out_what_the_files_do_not_have(tmp_path):
+    absent = ("query_id", "behavior_categories", "candidate_categories")
+    file = write_requests(tmp_path / "r.parquet", without(request_rows(), *absent))
+    assert set(scan_ids([file])) == {"user_id", "item_id"}
+
+
+def test_the_scan_passes_over_nulls_and_empty_histories(tmp_path):
+    nothing = {"behavior_item_ids": [], "behavior_categories": None, "query_id": None}
+    file = write_requests(tmp_path / "r.parquet", [row | nothing for row in request_rows()])
+    found = scan_ids([file])
+    assert found["query_id"].tolist() == []
+    assert set(found["item_id"]) == {i for row in request_rows() for i in row["candidate_item_ids"]}
+
+
+def test_the_scan_finds_the_ids_that_readers_give(tmp_path):
+    schema = REQUESTS
+    for column in ("behavior_item_ids", "candidate_item_ids"):
+        schema = schema.set(schema.get_field_index(column), pa.field(column, pa.list_(pa.int32())))
+    file = write_rows(tmp_path / "r.parquet", request_rows(), schema)
+    mapper = IdMapper({name: Vocabulary.build(ids) for name, ids in scan_ids([file]).items()}, None, 0.0)
+    for batch in RequestReader([file], batch_size=4):
+        mapper(batch)
+    assert mapper.unknown_shares() == dict.fromkeys(("user_id", "query_id", "item_id", "category"), 0.0)
+
+
+def batch_of(**features: Sequence[Sequence[int]]) -> RequestBatch:
+    """A batch of features by name, of each a list of ids a request."""
+    values = [i for lists in features.values() for ids in lists for i in ids]
+    lengths = [len(ids) for lists in features.values() for ids in lists]
+    sparse = KeyedJaggedTensor(
+        keys=list(features), values=torch.tensor(values), lengths=torch.tensor(lengths, dtype=torch.int32)
+    )
+    candidates = sum(map(len, features["candidate_item_id"]))
+    return RequestBatch(sparse, torch.zeros(candidates), torch.arange(sparse.stride()))
+
+
+def small_batch() -> RequestBatch:
+    return batch_of(
+        user_id=[[1], [2]],
+        candidate_item_id=[[10, 20], [30]],
+        behavior_item_id=[[20], []],
+        candidate_category=[[7, 8], [7]],
+        behavior_category=[[8], []],
+    )
+
+
+VOCABULARIES = {"user_id": (2, 3), "item_id": (10, 20), "category": (7, 8)}
+
+
+def mapper_of(mm: RowIndex | None = None, max_unknown: float = 0.5, **ids: Sequence[int]) -> IdMapper:
+    """Of the vocabularies above, or others."""
+    named = {name: vocabulary(*values) for name, values in (VOCABULARIES | ids).items()}
+    return IdMapper(named, mm, max_unknown)
+
+
+def lists_of(batch: RequestBatch) -> dict[str, list[list[int]]]:
+    return {key: [part.tolist() for part in batch.sparse[key].to_dense()] for key in batch.sparse.keys()}  # noqa: SIM118
 
 
 def test_candidates_and_behaviors_share_a_vocabulary():
-    mapped = mapper()(batch([1, 9], [20, 99], [30, 10])).sparse
-    assert mapped["user_id"].values().tolist() == [1, 0]
-    assert mapped["candidate_item_id"].values().tolist() == [2, 0]
-    assert mapped["behavior_item_id"].values().tolist() == [3, 1]
-    assert mapped["behavior_item_id"].lengths().tolist() == [2, 0]
+    assert lists_of(mapper_of()(small_batch())) == {
+        "user_id": [[0], [1]],
+        "candidate_item_id": [[1, 2], [0]],
+        "behavior_item_id": [[2], []],
+        "candidate_category": [[1, 2], [1]],
+        "behavior_category": [[2], []],
+    }
 
 
-def test_the_batch_given_stays_as_it_is():
-    given = batch([1], [20], [30])
-    before = given.sparse.values().clone()
-    mapper()(given)
-    assert torch.equal(given.sparse.values(), before)
+def test_the_batch_given_is_left_as_it_is():
+    batch = small_batch()
+    mapper_of(RowIndex(torch.tensor([10, 30])))(batch)
+    assert lists_of(batch) == lists_of(small_batch())
 
 
-def test_rows_of_the_multi_modal_table_are_added(index_of):
-    mapped = mapper(mm=index_of([20, 99]))(batch([1, 9], [20, 99], [30, 99])).sparse
-    assert mapped.keys()[-2:] == ["candidate_mm", "behavior_mm"]
-    assert mapped["candidate_mm"].values().tolist() == [1, 2]
-    assert mapped["behavior_mm"].values().tolist() == [0, 2]
-    assert mapped["behavior_mm"].lengths().tolist() == [2, 0]
+def test_what_is_no_id_is_passed_on():
+    batch = small_batch()
+    mapped = mapper_of()(batch)
+    assert mapped.labels is batch.labels and mapped.request_ids is batch.request_ids
+    assert mapped.num_requests == batch.num_requests
 
 
-def test_a_feature_without_a_vocabulary_is_refused_by_name():
-    with pytest.raises(DataError, match="column user_id: the requests have it"):
-        IdMapper({"item_id": Vocabulary.build(np.array([1]))}, None, 0.5)(batch([1], [1], []))
+def test_a_multi_modal_table_adds_its_rows_as_features():
+    index = RowIndex(torch.tensor([5, 10, 30]))
+    mapped = lists_of(mapper_of(index)(small_batch()))
+    expected = lists_of(mapper_of()(small_batch()))
+    expected |= {"candidate_mm": [[2, 0], [3]], "behavior_mm": [[0], []]}
+    assert mapped == expected
 
 
-def test_shares_of_unknown_ids_are_by_vocabulary(index_of):
-    ids = mapper(mm=index_of([20]))
-    ids(batch([1, 9], [20, 99], [30, 99]))
-    assert ids.unknown_shares() == {"user_id": 0.5, "item_id": 0.5, "mm": 0.75}
+def test_a_feature_without_a_vocabulary_is_refused():
+    mapper = IdMapper({"user_id": vocabulary(1), "item_id": vocabulary(10)}, None, 0.5)
+    with pytest.raises(DataError, match="column candidate_category: .* vocabularies .* do not"):
+        mapper(small_batch())
 
 
-@pytest.mark.parametrize(("max_unknown", "warned"), [(0.2, True), (0.3, False)])
-def test_too_many_unknown_ids_are_warned_of(monkeypatch, caplog, max_unknown, warned):
-    monkeypatch.setattr(module, "ALARM_WINDOW", 8)
-    ids = mapper(max_unknown=max_unknown, users=(1, 2, 3))
-    with caplog.at_level(logging.WARNING):
-        for _ in range(2):
-            ids(batch([1, 2, 3, 9], [10, 10, 20, 20], []))
-    found = [record.getMessage() for record in caplog.records]
-    assert found == (["25% of the last 8 ids of user_id are unknown (limit 20%)"] if warned else [])
+def test_a_vocabulary_without_a_feature_is_left_alone():
+    assert "query_id" not in lists_of(mapper_of(query_id=(1,))(small_batch()))
 
 
-@pytest.fixture
-def index_of():
-    """The index of a multi-modal table with these ids."""
-    return lambda ids: RowIndex(torch.tensor(ids))
+def test_unknown_shares_count_candidates_and_behaviors_of_all_batches():
+    mapper = mapper_of(RowIndex(torch.tensor([20])))
+    mapper(small_batch())
+    assert mapper.unknown_shares() == {"user_id": 1 / 2, "item_id": 1 / 4, "category": 0.0, "mm": 2 / 4}
+    mapper(batch_of(user_id=[[3]], candidate_item_id=[[40, 50]], behavior_item_id=[[10, 60]]))
+    assert mapper.unknown_shares() == {"user_id": 1 / 3, "item_id": 4 / 8, "category": 0.0, "mm": 6 / 8}
+
+
+def test_unknown_shares_leave_out_what_was_never_seen():
+    assert mapper_of().unknown_shares() == {}
+
+
+def candidates(count: int, unknown: int) -> RequestBatch:
+    return batch_of(candidate_item_id=[[99] * unknown + [10] * (count - unknown)], behavior_item_id=[[]])
+
+
+def test_more_unknown_ids_than_the_limit_are_warned_of(caplog):
+    mapper_of(max_unknown=0.5)(candidates(ALARM_WINDOW, ALARM_WINDOW * 6 // 10))
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.getMessage() == "60% of the last 100000 ids of item_id are unknown (limit 50%)"
+
+
+def test_as_many_unknown_ids_as_the_limit_are_not_warned_of(caplog):
+    mapper_of(max_unknown=0.5)(candidates(ALARM_WINDOW, ALARM_WINDOW // 2))
+    assert not caplog.records
+
+
+def test_fewer_ids_than_the_window_are_not_warned_of(caplog):
+    mapper_of(max_unknown=0.5)(candidates(ALARM_WINDOW - 1, ALARM_WINDOW - 1))
+    assert not caplog.records
+
+
+def test_the_window_spans_batches(caplog):
+    mapper = mapper_of(max_unknown=0.5)
+    for _ in range(4):
+        assert not caplog.records
+        mapper(candidates(ALARM_WINDOW // 4, ALARM_WINDOW // 4))
+    assert len(caplog.records) == 1
+
+
+def test_a_window_does_not_count_what_was_unknown_before_it(caplog):
+    mapper = mapper_of(max_unknown=0.5)
+    mapper(candidates(ALARM_WINDOW, ALARM_WINDOW))
+    caplog.clear()
+    mapper(candidates(ALARM_WINDOW, ALARM_WINDOW // 10))
+    assert not caplog.records
+
+
+def test_unknown_rows_of_the_multi_modal_table_are_warned_of(caplog):
+    mapper = mapper_of(RowIndex(torch.tensor([20])), max_unknown=0.5)
+    mapper(candidates(ALARM_WINDOW, 0))
+    assert "100% of the last 100000 ids of mm are unknown" in caplog.text
