@@ -1,0 +1,138 @@
+"""The manifest of a table, and the errors that everything about tables raises."""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mim_torchrec.embeddings.table.quantize import DTYPES, row_bytes, stored_width
+
+FORMAT_VERSION = 2
+READABLE = (1, 2)  # 1: float32 and float16 only, no capacity
+MANIFEST = "manifest.json"
+
+
+class TableError(ValueError):
+    """Something is wrong with a table; the message names the file, and the row and id where there is one."""
+
+
+class VersionMismatch(TableError):
+    """The table was written by another encoder than the one its reader expects."""
+
+
+class ChecksumMismatch(TableError):
+    """The bytes of a shard are not the bytes that were written."""
+
+
+class IncompleteTable(TableError):
+    """The table is absent, or its writer stopped before ``finish``."""
+
+
+class DuplicateId(TableError):
+    """An item has two vectors."""
+
+
+class NonFiniteVector(TableError):
+    """A vector holds NaN or infinity."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardInfo:
+    """One shard file: its name inside the table, its number of rows and the SHA-256 of its bytes."""
+
+    file: str
+    rows: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a table holds. ``table_version`` names the encoder, so vectors of two versions are never mixed.
+
+    ``dim`` is the length of a vector in every storage type. ``capacity`` is the number of items that a live
+    table loaded from this one has room for: ``rows``, and head-room for new ones.
+    """
+
+    format_version: int
+    table_version: str
+    rows: int
+    capacity: int
+    dim: int
+    dtype: str
+    seq: int
+    encoder: dict[str, Any]
+    shards: tuple[ShardInfo, ...]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def stored_width(self) -> int:
+        """Columns of a stored row."""
+        return stored_width(self.dtype, self.dim)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a stored row."""
+        return row_bytes(self.dtype, self.dim)
+
+    @property
+    def head_room(self) -> int:
+        """Rows kept free for new items, after those of the table's items."""
+        return self.capacity - self.rows
+
+    @classmethod
+    def load(cls, path: Path) -> "Manifest":
+        """Read and check ``manifest.json``; one of format version 1 has no head-room.
+
+        Raises:
+            TableError: it is not JSON, has unknown or missing keys, another format version or a wrong sum.
+        """
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise TableError(f"{path}: not JSON ({error})") from None
+        if not isinstance(raw, dict):
+            raise TableError(f"{path}: expected an object, found {type(raw).__name__}")
+        if raw.get("format_version") not in READABLE:
+            raise TableError(
+                f"{path}: format_version {raw.get('format_version')!r}, this release reads "
+                f"{' and '.join(map(str, READABLE))}; export again"
+            )
+        if raw["format_version"] == 1 and "capacity" not in raw and "rows" in raw:
+            raw["capacity"] = raw["rows"]
+        _check_keys(raw, cls, path)
+        for shard in raw["shards"]:
+            _check_keys(shard, ShardInfo, path)
+        manifest = cls(**{**raw, "shards": tuple(ShardInfo(**shard) for shard in raw["shards"])})
+        check_dtype(manifest.dtype, manifest.dim, path)
+        if (total := sum(shard.rows for shard in manifest.shards)) != manifest.rows:
+            raise TableError(f"{path}: rows is {manifest.rows} but the shards have {total}")
+        if manifest.capacity < manifest.rows:
+            raise TableError(f"{path}: capacity is {manifest.capacity}, fewer than the {manifest.rows} rows")
+        return manifest
+
+
+def check_dtype(dtype: str, dim: int, path: Path) -> None:
+    """Raise a :class:`TableError` unless vectors of ``dim`` can be stored as ``dtype``."""
+    if dtype not in DTYPES:
+        raise TableError(f"{path}: dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    try:
+        stored_width(dtype, dim)
+    except ValueError as error:
+        raise TableError(f"{path}: {error}") from None
+
+
+def partial_path(path: Path) -> Path:
+    """Return where the table of ``path`` is while it is being written."""
+    return path.with_name(path.name + ".partial")
+
+
+def _check_keys(raw: dict[str, Any], of: type, path: Path) -> None:
+    names = {field.name for field in fields(of)}
+    if set(raw) != names:
+        unknown, lacking = sorted(set(raw) - names), sorted(names - set(raw))
+        raise TableError(f"{path}: {of.__name__} has unknown keys {unknown} and lacks {lacking}")

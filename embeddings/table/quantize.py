@@ -1,0 +1,108 @@
+"""How vectors are stored: the storage types of a table, and the way from float32 to each and back.
+
+``int8`` is fbgemm's fused 8-bit row-wise format: a row is ``dim`` unsigned bytes q, then scale and bias as
+float32, and its vector is q * scale + bias. Its bytes are those of ``FloatToFused8BitRowwiseQuantized``, so
+that fbgemm's kernels read a stored row as it is. A row of zero bytes is the zero vector in every type.
+
+Not here: int4, and a scale shared by several rows.
+"""
+
+import fbgemm_gpu  # noqa: F401  registers torch.ops.fbgemm
+import torch
+from torch import Tensor
+
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.uint8,
+}
+SCALE_AND_BIAS = 8  # bytes: two float32
+
+
+def stored_width(dtype: str, dim: int) -> int:
+    """Return the number of columns of a stored row: ``dim``, and 8 bytes more for int8.
+
+    Raises:
+        ValueError: int8 vectors whose dim is not a multiple of 4, which fbgemm lays out differently on a GPU.
+
+    >>> stored_width("float16", 128), stored_width("int8", 128)
+    (128, 136)
+    """
+    if dtype != "int8":
+        return dim
+    if dim % 4:
+        raise ValueError(f"int8 rows need a dim that is a multiple of 4, found {dim}; pad it or use float16")
+    return dim + SCALE_AND_BIAS
+
+
+def row_bytes(dtype: str, dim: int) -> int:
+    """Return the bytes of a stored row.
+
+    >>> row_bytes("float16", 128), row_bytes("int8", 128)
+    (256, 136)
+    """
+    return stored_width(dtype, dim) * DTYPES[dtype].itemsize
+
+
+def encode(vectors: Tensor, dtype: str) -> Tensor:
+    """Return vectors as they are stored.
+
+    Args:
+        vectors: (num_rows, dim) float32. For int8, a row with NaN or infinity becomes one whose bias is NaN,
+            so that :func:`finite_rows` finds it: fbgemm alone overlooks a NaN that is not the first value.
+        dtype: a key of ``DTYPES``.
+
+    Returns:
+        (num_rows, stored_width) in ``DTYPES[dtype]``.
+    """
+    width = stored_width(dtype, vectors.shape[1])
+    if dtype != "int8":
+        return vectors.to(DTYPES[dtype])
+    stored = torch.ops.fbgemm.FloatToFused8BitRowwiseQuantized(vectors.contiguous())
+    assert stored.shape[1] == width
+    wrong = ~torch.isfinite(vectors).all(1)
+    if wrong.any():
+        nan = torch.tensor([float("nan")], device=stored.device).view(torch.uint8)
+        stored[wrong, width - nan.numel() :] = nan
+    return stored
+
+
+def decode(stored: Tensor, dtype: str) -> Tensor:
+    """Return stored rows (num_rows, stored_width) as float32 vectors (num_rows, dim)."""
+    if dtype != "int8":
+        return stored.float()
+    return torch.ops.fbgemm.Fused8BitRowwiseQuantizedToFloat(stored.contiguous())
+
+
+def fuse_codes(codes: Tensor) -> Tensor:
+    """Return int8 codes without a scale as stored int8 rows, exactly: q = code + 128, scale 1, bias -128.
+
+    Args:
+        codes: (num_rows, dim) int8.
+
+    Returns:
+        (num_rows, dim + 8) uint8; :func:`decode` gives the codes as floats.
+    """
+    stored = torch.empty(codes.shape[0], stored_width("int8", codes.shape[1]), dtype=torch.uint8)
+    stored[:, :-SCALE_AND_BIAS] = codes.view(torch.uint8) ^ 0x80  # two's complement: + 128 flips the sign bit
+    stored[:, -SCALE_AND_BIAS:] = torch.tensor([1.0, -128.0]).view(torch.uint8)
+    return stored
+
+
+def finite_rows(stored: Tensor, dtype: str) -> Tensor:
+    """Return (num_rows,) bool: whether a stored row's vector is finite (int8: its scale and bias are)."""
+    if dtype == "int8":
+        stored = stored[:, -SCALE_AND_BIAS:].contiguous().view(torch.float32)
+    return torch.isfinite(stored).all(1)
+
+
+def cosine_errors(vectors: Tensor, others: Tensor) -> Tensor:
+    """Return 1 - cos of each pair of float32 vectors (num_rows, dim), float64 (num_rows,); 0 for two zeros.
+
+    >>> cosine_errors(torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([[0.0, 2.0], [0.0, 0.0]])).tolist()
+    [1.0, 0.0]
+    """
+    both_zero = ~(vectors.any(1) | others.any(1))
+    similarity = torch.cosine_similarity(vectors.double(), others.double(), dim=1)
+    return torch.where(both_zero, 0.0, 1 - similarity)

@@ -1,0 +1,238 @@
+"""Reading a table: by id, by range of rows, or in place; it stays in the page cache, not in private memory.
+
+Where the shards hold consecutive ranges of ids (as ``mim export``, ``mim table import`` and ``convert`` write
+them), opening a table reads its ids and allocates nothing of the table's size. Shards whose ranges of ids
+overlap are read through a sorted copy of all ids; ``mim table convert`` puts them in order.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mim_torchrec.embeddings.table.manifest import (
+    MANIFEST,
+    DuplicateId,
+    IncompleteTable,
+    Manifest,
+    ShardInfo,
+    TableError,
+    VersionMismatch,
+    partial_path,
+)
+from mim_torchrec.embeddings.table.quantize import decode
+from mim_torchrec.embeddings.table.shards import CHUNK, check_finite, map_shard, verify_shard
+
+
+class RowIndex:
+    """Maps item ids to rows of the sharded table: 1 + the id's position in ascending order, unknown to 0.
+
+    Row 0 is the zero vector, whose cosine with anything is 0.
+
+    Args:
+        ids: (num_rows,) int64, strictly ascending.
+    """
+
+    def __init__(self, ids: Tensor) -> None:
+        self.ids = ids
+
+    @property
+    def num_embeddings(self) -> int:
+        return self.ids.numel() + 1
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return the row of every id, int64 in the shape of ``ids``; 0 for an id not in the table."""
+        if not self.ids.numel():
+            return torch.zeros_like(ids)
+        position = torch.searchsorted(self.ids, ids).clamp_(max=self.ids.numel() - 1)
+        return torch.where(self.ids[position] == ids, position + 1, 0)
+
+    def to(self, device: torch.device) -> "RowIndex":
+        return RowIndex(self.ids.to(device))
+
+
+class Table:
+    """A finished table, memory-mapped; open it with :meth:`open`.
+
+    Vectors are given as they are stored, (num_rows, stored_width) in ``manifest.torch_dtype`` (see
+    ``quantize.py``); :meth:`read_float` gives float32.
+
+    >>> table = Table.open("runs/table", expected_version="9f2c")    # doctest: +SKIP
+    >>> table.read_float(torch.tensor([17, 4])).shape                # doctest: +SKIP
+    torch.Size([2, 128])
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path, self.manifest = Path(path), manifest
+        mapped = [(info, *map_shard(self.path, manifest, info)) for info in manifest.shards]
+        mapped = [shard for shard in mapped if shard[0].rows]
+        self._shards: list[tuple[ShardInfo, Tensor, Tensor]] = sorted(
+            mapped, key=lambda shard: int(shard[1][0])
+        )
+        self._index: RowIndex | None = None
+        self._in_order = all(
+            int(before[1][-1]) < int(after[1][0])
+            for before, after in zip(self._shards, self._shards[1:], strict=False)
+        )
+        if not self._in_order:
+            self._check_unique(self.row_index().ids)
+
+    @classmethod
+    def open(cls, path: str | Path, expected_version: str | None = None, verify: bool = True) -> "Table":
+        """Open a table.
+
+        Args:
+            path: the table's directory.
+            expected_version: the ``table_version`` that the reader is for; ``None`` accepts any.
+            verify: compare the SHA-256 of every shard, which reads all of it. Ranks that load one together
+                share this work through :func:`mim_torchrec.embeddings.sharded.load.open_table`.
+
+        Raises:
+            IncompleteTable: there is no finished table at ``path``.
+            VersionMismatch: it is of another version.
+            ChecksumMismatch: a shard was changed or truncated.
+        """
+        path = Path(path)
+        if not (path / MANIFEST).is_file():
+            if partial_path(path).exists():
+                raise IncompleteTable(
+                    f"{path}: half-written, its writer stopped before the end (see {partial_path(path)}); "
+                    f"export again"
+                )
+            raise IncompleteTable(f"{path / MANIFEST}: not found, so this is no finished table")
+        manifest = Manifest.load(path / MANIFEST)
+        if expected_version is not None and manifest.table_version != expected_version:
+            raise VersionMismatch(
+                f"{path / MANIFEST}: table_version is {manifest.table_version}, expected {expected_version}; "
+                f"export the table with the encoder that this reader is for"
+            )
+        if verify:
+            for info in manifest.shards:
+                verify_shard(path, info)
+        return cls(path, manifest)
+
+    def row_index(self) -> RowIndex:
+        """Return the map from ids to rows; it is made once (8 bytes a row, none where there is one shard)."""
+        if self._index is None:
+            parts = [ids for _, ids, _ in self._shards]
+            ids = parts[0] if len(parts) == 1 else torch.cat([torch.empty(0, dtype=torch.int64), *parts])
+            self._index = RowIndex(ids if self._in_order else ids.sort().values)
+        return self._index
+
+    def rows_for(
+        self,
+        start: int,
+        stop: int,
+        out: Tensor | None = None,
+        progress: Callable[[int], object] | None = None,
+    ) -> Tensor:
+        """Read rows ``start`` to ``stop`` of the sharded table and nothing else, some rows at a time.
+
+        Row 0 is the zero vector, rows 1 to n are those of the items in ascending order of their ids, and the
+        rows of the head-room after them are zero.
+
+        Args:
+            start: the first row.
+            stop: one past the last; at most 1 + ``manifest.capacity``.
+            out: (stop - start, stored_width) of the table's ``torch_dtype``, on any device, which is filled;
+                ``None`` makes a new one.
+            progress: called with the number of rows read since its last call.
+
+        Returns:
+            ``out``, as stored.
+
+        Raises:
+            TableError: the rows are not within the table, or ``out`` is of another shape or type.
+            NonFiniteVector: a row read holds NaN or infinity.
+        """
+        self._check_range(start, stop)
+        shape = (stop - start, self.manifest.stored_width)
+        if out is None:
+            out = torch.empty(shape, dtype=self.manifest.torch_dtype)
+        if out.shape != shape or out.dtype != self.manifest.torch_dtype:
+            raise TableError(
+                f"{self.path}: rows {start}:{stop} are {self.manifest.torch_dtype} {shape}, "
+                f"out is {out.dtype} {tuple(out.shape)}"
+            )
+        filled = start
+        for first, ids, stored in self._slices(start, stop):
+            out[filled - start : first - start] = 0
+            filled = first + ids.numel()
+            out[first - start : filled - start].copy_(stored)
+            if progress is not None:
+                progress(ids.numel())
+        out[filled - start :] = 0
+        return out
+
+    def spans(self, start: int, stop: int) -> list[tuple[int, Tensor]]:
+        """Return where rows ``start`` to ``stop`` lie on the disk, mapped into memory and not read.
+
+        Returns:
+            (first_row, rows) in ascending order, ``rows`` (num_rows, stored_width) as stored and not checked
+            for NaN (``mim table verify`` does). Row 0 and the head-room are in none of them: they are zero.
+            What is written into ``rows`` stays in this process and costs private memory by the page.
+
+        Raises:
+            TableError: the rows are not within the table, or the ranges of ids of its shards overlap.
+        """
+        self._check_range(start, stop)
+        if not self._in_order:
+            raise TableError(
+                f"{self.path}: the shards' ranges of ids overlap, so rows are not consecutive on the disk; "
+                f"put them in order: mim table convert {self.path} --dtype {self.manifest.dtype} --out DIR"
+            )
+        return [(first, vectors) for first, _, vectors, _, _ in self._parts(start, stop)]
+
+    def read(self, ids: Tensor) -> Tensor:
+        """Return the vectors (num_ids, stored_width) of ids (num_ids,), as stored; zeros if unknown."""
+        out = torch.zeros(ids.numel(), self.manifest.stored_width, dtype=self.manifest.torch_dtype)
+        for info, shard_ids, vectors in self._shards:
+            near = ((ids >= shard_ids[0]) & (ids <= shard_ids[-1])).nonzero()[:, 0]
+            row = RowIndex(shard_ids).rows(ids[near]) - 1
+            here, row = near[row >= 0], row[row >= 0]
+            part = vectors[row]
+            check_finite(part, self.manifest.dtype, ids[here], self.path / info.file, row)
+            out[here] = part
+        return out
+
+    def read_float(self, ids: Tensor) -> Tensor:
+        """Return the vectors (num_ids, dim) of ids (num_ids,) as float32; zeros if unknown."""
+        return decode(self.read(ids), self.manifest.dtype)
+
+    def _check_range(self, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= 1 + self.manifest.capacity:
+            raise TableError(f"{self.path}: rows {start}:{stop} not within 0:{1 + self.manifest.capacity}")
+
+    def _parts(self, start: int, stop: int) -> Iterator[tuple[int, Tensor, Tensor, ShardInfo, int]]:
+        """The rows of each shard in order: first row, ids, vectors, shard, first row in its file."""
+        at = 1
+        for info, ids, vectors in self._shards:
+            first, last = max(start - at, 0), min(stop - at, info.rows)
+            if first < last:
+                yield at + first, ids[first:last], vectors[first:last], info, first
+            at += info.rows
+
+    def _slices(self, start: int, stop: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Consecutive rows of items, at most ``CHUNK`` at once and checked: first row, ids, vectors."""
+        if not self._in_order:
+            ids = self.row_index().ids[max(start - 1, 0) : max(stop - 1, 0)]
+            for at, part in enumerate(ids.split(CHUNK)):
+                yield max(start, 1) + at * CHUNK, part, self.read(part)
+            return
+        for first, ids, vectors, info, at in self._parts(start, stop):
+            for offset in range(0, ids.numel(), CHUNK):
+                own, stored = ids[offset : offset + CHUNK], vectors[offset : offset + CHUNK]
+                check_finite(stored, self.manifest.dtype, own, self.path / info.file, at + offset)
+                yield first + offset, own, stored
+
+    def _check_unique(self, ids: Tensor) -> None:
+        twice = ids[1:] == ids[:-1]
+        if twice.any():
+            item = int(ids[1:][twice][0])
+            found = [
+                f"{self.path / info.file} row {int(torch.searchsorted(ids, item))}"
+                for info, ids, _ in self._shards
+                if (ids == item).any()
+            ]
+            raise DuplicateId(f"item id {item} has more than one vector: {', '.join(sorted(found))}")
