@@ -1,192 +1,417 @@
 """Frozen multi-modal embeddings inside a TorchRec model (§3.5): looked up like any others, never trained.
 
-``FrozenEmbeddingCollection`` is an ``EmbeddingCollection`` (unpooled) of its own type, and so
-``DistributedModelParallel`` gives it its own sharder and kernel. Row-wise sharded, its rows cost exactly
-their bytes: there is no parameter, no gradient, no optimizer state and no backward communication.
-``state_dict`` does not hold them: they come from a table on disk, whose version the owner of a checkpoint
-states (see ``load.py``).
+``FrozenEmbeddingCollection`` (unpooled) and ``FrozenEmbeddingBagCollection`` (pooled) are used as TorchRec's
+``EmbeddingCollection`` and ``EmbeddingBagCollection`` are, and are of types of their own, so that planner
+constraints and sharders apply to them apart from trainable tables. Their rows are neither parameters nor
+buffers: no optimizer, no gradient, no data-parallel wrapper and no broadcast ever sees them.
 
-Not here: other shardings than row-wise, updates of rows while training, de-duplication of ids before the
-exchange.
+This module is what both have in one process, sharded or not: tables, their state, and what a checkpoint
+holds. ``sharded.py`` divides the rows over ranks, ``load.py`` fills them, ``live.py`` changes them.
 """
 
-from collections.abc import Iterator
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchrec.distributed.embedding import (
-    EmbeddingCollectionContext,
-    KJTList,
-    ShardedEmbeddingCollection,
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.nn import functional as F
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.modules.embedding_configs import (
+    BaseEmbeddingConfig,
+    DataType,
+    EmbeddingBagConfig,
+    EmbeddingConfig,
+    PoolingType,
 )
-from torchrec.distributed.embedding_sharding import BaseEmbeddingLookup, EmbeddingShardingInfo
-from torchrec.distributed.embedding_types import BaseGroupedFeatureProcessor, ShardedEmbeddingTable
-from torchrec.distributed.sharding.rw_sequence_sharding import RwSequenceEmbeddingSharding
-from torchrec.distributed.types import LazyAwaitable, QuantizedCommCodecs, ShardingEnv
-from torchrec.modules.embedding_configs import DataType, EmbeddingConfig
-from torchrec.modules.embedding_modules import EmbeddingCollection
-from torchrec.sparse.jagged_tensor import JaggedTensor
+from torchrec.modules.embedding_modules import (
+    EmbeddingBagCollection,
+    EmbeddingCollection,
+    get_embedding_names_by_table,
+)
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
-from mim_torchrec.embeddings.sharded.kernels import ROW_DTYPES, FrozenLookup, FrozenRows
-from mim_torchrec.embeddings.table.format import Table
+from mim_torchrec.embeddings.sharded.rows import DenseRows, RowStore, make_rows
+from mim_torchrec.embeddings.table.format import Table, TableError, VersionMismatch
 
-DATA_TYPES = {"float32": DataType.FP32, "float16": DataType.FP16}
+log = logging.getLogger(__name__)
+
+DATA_TYPES = {
+    "float32": DataType.FP32,
+    "float16": DataType.FP16,
+    "bfloat16": DataType.BF16,
+    "int8": DataType.INT8,
+}
+MODES = {PoolingType.SUM: "sum", PoolingType.MEAN: "mean"}
 
 
-def frozen_config(table: Table, feature_names: list[str], name: str = "mm") -> EmbeddingConfig:
-    """Return the embedding config of a table on disk.
+@dataclass(frozen=True)
+class TableState:
+    """Which vectors rows hold: ``table_version`` (None before loading) and the last window applied."""
+
+    table_version: str | None = None
+    seq: int = 0
+
+
+@dataclass
+class FrozenTable:
+    """What a process has of one table: rows ``first_row`` and following, in ``store``."""
+
+    config: BaseEmbeddingConfig
+    first_row: int
+    store: RowStore
+    state: TableState
+    expected: TableState | None = None  # of a checkpoint that was loaded before the rows
+
+    @property
+    def dtype(self) -> str:
+        return self.store.dtype
+
+
+def frozen_config(table: Table, feature_names: Sequence[str], name: str = "mm") -> EmbeddingConfig:
+    """Return the embedding config of a table on disk, for a :class:`FrozenEmbeddingCollection`.
 
     Args:
-        table: the table; row 0 is added to its rows, for unknown items.
+        table: the table; row 0, for unknown items, and its head-room are added to its rows.
         feature_names: keys of the features that are looked up in it.
         name: the embedding table's name in the model.
     """
     return EmbeddingConfig(
         name=name,
-        num_embeddings=table.row_index().num_embeddings,
+        num_embeddings=1 + table.manifest.capacity,
         embedding_dim=table.manifest.dim,
         feature_names=list(feature_names),
         data_type=DATA_TYPES[table.manifest.dtype],
     )
 
 
-class FrozenTable(nn.Module):
-    """All rows of one frozen table in one process: a buffer outside the state dict."""
+def frozen_bag_config(
+    table: Table,
+    feature_names: Sequence[str],
+    name: str = "mm",
+    pooling: PoolingType = PoolingType.SUM,
+) -> EmbeddingBagConfig:
+    """Return the embedding config of a table on disk, for a :class:`FrozenEmbeddingBagCollection`."""
+    return EmbeddingBagConfig(
+        name=name,
+        num_embeddings=1 + table.manifest.capacity,
+        embedding_dim=table.manifest.dim,
+        feature_names=list(feature_names),
+        data_type=DATA_TYPES[table.manifest.dtype],
+        pooling=pooling,
+    )
 
-    def __init__(self, config: EmbeddingConfig, device: torch.device) -> None:
-        super().__init__()
-        if config.data_type not in ROW_DTYPES:
-            raise ValueError(f"frozen table {config.name}: data type {config.data_type} is not FP32 or FP16")
-        shape = (config.num_embeddings, config.embedding_dim)
-        rows = torch.zeros(shape, dtype=ROW_DTYPES[config.data_type], device=device)
-        self.register_buffer("weight", rows, persistent=False)
 
-    @torch.no_grad()
-    def forward(self, input: Tensor) -> Tensor:
-        return self.weight.index_select(0, input)
+def storage_dtype(config: BaseEmbeddingConfig) -> str:
+    """Return how rows of a table with this config are stored, a key of ``quantize.DTYPES``.
+
+    Raises:
+        ValueError: its data type is none of FP32, FP16, BF16 and INT8.
+    """
+    found = {data_type: name for name, data_type in DATA_TYPES.items()}.get(config.data_type)
+    if found is None:
+        names = ", ".join(data_type.name for data_type in DATA_TYPES.values())
+        raise ValueError(f"frozen table {config.name}: data type {config.data_type} is none of {names}")
+    return found
 
 
-class FrozenEmbeddingCollection(EmbeddingCollection):
+class FrozenModule(nn.Module):
+    """A module with frozen tables: their rows in this process, and their share of a checkpoint.
+
+    ``state_dict`` holds ``(table_version, seq)`` of every table as extra state; with ``store_rows`` also the
+    rows, as ``<prefix>.<table>.weight``. A checkpoint of other vectors than the loaded ones is refused.
+    """
+
+    _prefix: str
+
+    def init_frozen(self, tables: Sequence[FrozenTable], store_rows: bool) -> None:
+        self._frozen = {table.config.name: table for table in tables}
+        self.store_rows = store_rows
+
+    def frozen_tables(self) -> dict[str, FrozenTable]:
+        """Return what this process has of each table, by name."""
+        return self._frozen
+
+    def reset_parameters(self) -> None:
+        """Do nothing: the rows come from a table on disk."""
+
+    def get_extra_state(self) -> str:
+        states = {name: [t.state.table_version, t.state.seq] for name, t in self._frozen.items()}
+        return json.dumps(states)
+
+    def set_extra_state(self, state: str) -> None:
+        """Take the states of a checkpoint.
+
+        Raises:
+            TableError: it has other tables.
+            VersionMismatch: the rows are of another version than the checkpoint.
+        """
+        states = {name: TableState(*pair) for name, pair in json.loads(state).items()}
+        if set(states) != set(self._frozen):
+            raise TableError(f"the checkpoint has frozen tables {sorted(states)}, not {sorted(self._frozen)}")
+        for name, table in self._frozen.items():
+            if self.store_rows:
+                table.state = states[name]
+            elif table.state.table_version is None:
+                table.expected = states[name]
+            else:
+                check_state(name, table.state, states[name])
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.store_rows:
+            for name, table in self._frozen.items():
+                destination[f"{prefix}{self._prefix}.{name}.weight"] = self._rows_to_save(table)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        if self.store_rows:
+            for name, table in self._frozen.items():
+                key = f"{prefix}{self._prefix}.{name}.weight"
+                if key in state_dict:
+                    self._restore(table, state_dict.pop(key))
+                elif strict:
+                    missing_keys.append(key)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _rows_to_save(self, table: FrozenTable) -> Tensor | ShardedTensor:
+        return whole_rows(table)
+
+    def _restore(self, table: FrozenTable, saved: Tensor | ShardedTensor) -> None:
+        if isinstance(saved, ShardedTensor):
+            shards = saved.local_shards()
+            saved = shards[0].tensor if shards else torch.empty(0, table.store.stored_width)
+        else:
+            saved = saved[table.first_row : table.first_row + table.store.num_rows]
+        own = whole_rows(table)
+        if own.data_ptr() != saved.data_ptr():
+            own.copy_(saved)
+
+
+class FrozenEmbeddingCollection(FrozenModule, EmbeddingCollection):
     """Unpooled embeddings that are never trained; zeros until ``load_table`` has filled them.
 
     Args:
-        tables: one config per table, FP16 or FP32, of one ``embedding_dim``; see :func:`frozen_config`.
+        tables: one config a table, FP32, FP16, BF16 or INT8 (row-wise), of one ``embedding_dim``; see
+            :func:`frozen_config`.
         device: "meta" for a model that will be sharded (no memory is used), or where an unsharded one lives.
         need_indices: as in ``EmbeddingCollection``.
+        output_dtype: of the vectors that come out.
+        store_rows: whether checkpoints hold the rows, or only which rows they were.
 
-    Its forward maps a ``KeyedJaggedTensor`` of rows to a ``JaggedTensor`` of float32 vectors (num_ids, dim)
-    for each feature.
+    Its forward maps a ``KeyedJaggedTensor`` of rows to a ``JaggedTensor`` of vectors (num_ids, dim) for each
+    feature. Row 0 is the zero vector. Raises IndexError for a row that the table does not have.
+
+    >>> config = EmbeddingConfig(name="mm", num_embeddings=9, embedding_dim=4, feature_names=["item"])
+    >>> module = FrozenEmbeddingCollection([config], device="cpu")
+    >>> ids = KeyedJaggedTensor(["item"], torch.tensor([3, 0, 3]), lengths=torch.tensor([2, 1]))
+    >>> module(ids)["item"].values().shape, list(module.parameters())
+    (torch.Size([3, 4]), [])
     """
+
+    _prefix = "embeddings"
 
     def __init__(
         self,
         tables: list[EmbeddingConfig],
         device: torch.device | str = "meta",
         need_indices: bool = False,
+        output_dtype: torch.dtype = torch.float32,
+        store_rows: bool = False,
     ) -> None:
-        super().__init__(tables=tables, device=torch.device("meta"), need_indices=need_indices)
+        # The shapes that TorchRec makes of the configs are never used, whatever their type is.
+        shapes = [replace(config, data_type=DataType.FP32) for config in tables]
+        super().__init__(tables=shapes, device=torch.device("meta"), need_indices=need_indices)
+        self.embeddings = nn.ModuleDict()
+        self._embedding_configs = tables
         self._device = torch.device(device)
-        for config in tables:
-            self.embeddings[config.name] = FrozenTable(config, self._device)
+        self.output_dtype = output_dtype
+        self.init_frozen([_whole_table(config, self._device) for config in tables], store_rows)
 
-    def local_tables(self) -> Iterator[tuple[str, int, Tensor]]:
-        """Yield each table's name, first row (0) and rows (num_embeddings, dim)."""
-        for name, table in self.embeddings.items():
-            yield name, 0, table.weight
+    def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
+        by_feature = features.to_dict()
+        found = {}
+        for (table, names), keys in zip(
+            zip(self._frozen.values(), self.embedding_names_by_table(), strict=True),
+            (config.feature_names for config in self._embedding_configs),
+            strict=True,
+        ):
+            for key, name in zip(keys, names, strict=True):
+                rows = by_feature[key].values().long()
+                check_rows(rows, table.config)
+                vectors = table.store.vectors(rows).to(self.output_dtype)
+                found[name] = jagged(vectors, by_feature[key], self._need_indices)
+        return found
 
-    def reset_parameters(self) -> None:
-        """Do nothing: the rows come from a table on disk."""
+    def _apply(self, fn: Any, recurse: bool = True) -> "FrozenEmbeddingCollection":
+        _move(self, fn)
+        return super()._apply(fn, recurse)
 
 
-class FrozenRowWiseSharding(RwSequenceEmbeddingSharding):
-    """Row-wise sharding whose lookup is ours; distribution of ids and vectors is TorchRec's."""
+class FrozenEmbeddingBagCollection(FrozenModule, EmbeddingBagCollection):
+    """Pooled embeddings that are never trained; zeros until ``load_table`` has filled them.
 
-    def create_lookup(
+    Args:
+        tables: one config a table, FP32, FP16, BF16 or INT8 (row-wise); see :func:`frozen_bag_config`.
+        is_weighted: whether the features' weights weight their vectors; the weights get gradients.
+        device: "meta" for a model that will be sharded, or where an unsharded one lives.
+        store_rows: whether checkpoints hold the rows, or only which rows they were.
+
+    Its forward maps a ``KeyedJaggedTensor`` of rows to a float32 ``KeyedTensor`` (batch_size, sum of dims).
+    An empty bag is the zero vector.
+
+    Raises:
+        ValueError: a weighted mean, which TorchRec does not have either.
+    """
+
+    _prefix = "embedding_bags"
+
+    def __init__(
         self,
-        device: torch.device | None = None,
-        fused_params: dict[str, Any] | None = None,
-        feature_processor: BaseGroupedFeatureProcessor | None = None,
-    ) -> BaseEmbeddingLookup:
-        return FrozenLookup(
-            grouped_configs=self._grouped_embedding_configs,
-            pg=self._pg,
-            device=device if device is not None else self._device,
-            env=self._env,
+        tables: list[EmbeddingBagConfig],
+        is_weighted: bool = False,
+        device: torch.device | str = "meta",
+        store_rows: bool = False,
+    ) -> None:
+        shapes = [replace(config, data_type=DataType.FP32) for config in tables]
+        super().__init__(tables=shapes, is_weighted=is_weighted, device=torch.device("meta"))
+        check_pooling(tables, is_weighted)
+        self.embedding_bags = nn.ModuleDict()
+        self._embedding_bag_configs = tables
+        self._device = torch.device(device)
+        self.init_frozen([_whole_table(config, self._device) for config in tables], store_rows)
+
+    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        by_feature = features.to_dict()
+        pooled = []
+        for table in self._frozen.values():
+            for key in table.config.feature_names:
+                bags = by_feature[key]
+                rows = bags.values().long()
+                check_rows(rows, table.config)
+                vectors, index = table.store.vectors(rows), torch.arange(rows.numel(), device=rows.device)
+                pooled.append(pool(vectors, index, bags, table.config, self.is_weighted()))
+        return keyed(pooled, self._embedding_bag_configs)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "FrozenEmbeddingBagCollection":
+        _move(self, fn)
+        return super()._apply(fn, recurse)
+
+
+def check_state(name: str, found: TableState, expected: TableState) -> None:
+    """Compare the rows of a table with a checkpoint's.
+
+    Raises:
+        VersionMismatch: they are vectors of another encoder.
+    """
+    if found.table_version != expected.table_version:
+        raise VersionMismatch(
+            f"frozen table {name}: its rows are of table_version {found.table_version}, the checkpoint was "
+            f"trained on {expected.table_version}; load that table"
+        )
+    if found.seq < expected.seq:
+        log.warning("frozen table %s: the checkpoint had seen windows up to %d, the rows have those up to %d",
+                    name, expected.seq, found.seq)  # fmt: skip
+
+
+def check_rows(rows: Tensor, config: BaseEmbeddingConfig, ascending: bool = False) -> None:
+    """Raise IndexError unless rows (n,) are in the table; on a GPU, fail the kernel that finds it.
+
+    TorchRec itself maps a row that is out of range to another one, and to which depends on the world size.
+    """
+    if not rows.numel():
+        return
+    low, high = (rows[0], rows[-1]) if ascending else rows.aminmax()
+    if rows.device.type != "cpu":
+        torch._assert_async((low >= 0) & (high < config.num_embeddings))
+    elif low < 0 or high >= config.num_embeddings:
+        wrong = int(low if low < 0 else high)
+        raise IndexError(
+            f"frozen table {config.name}: row {wrong} is not within 0:{config.num_embeddings}; features are "
+            f"rows, and unknown ids are row 0 (see ItemIndex)"
         )
 
 
-class FrozenAwaitable(LazyAwaitable[dict[str, JaggedTensor]]):
-    """Waits for the exchange of vectors, which travel as they are stored, and makes them float32."""
-
-    def __init__(self, vectors: LazyAwaitable[dict[str, JaggedTensor]]) -> None:
-        super().__init__()
-        self._vectors = vectors
-
-    def _wait_impl(self) -> dict[str, JaggedTensor]:
-        with torch.no_grad():  # a lazy awaitable is waited for outside the forward that made it
-            return {
-                feature: JaggedTensor(
-                    values=vectors.values().float(),
-                    lengths=vectors.lengths(),
-                    weights=vectors.weights_or_none(),
-                )
-                for feature, vectors in self._vectors.wait().items()
-            }
+def check_pooling(tables: Sequence[EmbeddingBagConfig], is_weighted: bool) -> None:
+    """Raise ValueError for a pooling that is neither a sum nor a mean without weights."""
+    for config in tables:
+        if config.pooling not in MODES or (is_weighted and config.pooling is not PoolingType.SUM):
+            weighted = "weighted " if is_weighted else ""
+            raise ValueError(f"frozen table {config.name}: there is no {weighted}pooling {config.pooling}")
 
 
-class ShardedFrozenEmbeddingCollection(ShardedEmbeddingCollection):
-    """A ``FrozenEmbeddingCollection`` whose rows are divided over the ranks; made by its sharder."""
+def jagged(vectors: Tensor, feature: JaggedTensor, need_indices: bool) -> JaggedTensor:
+    """Return the vectors (num_ids, dim) of a feature in the form that EmbeddingCollection gives them."""
+    weights = feature.values() if need_indices else None
+    return JaggedTensor(values=vectors, lengths=feature.lengths(), weights=weights)
 
-    @classmethod
-    def create_embedding_sharding(
-        cls,
-        sharding_type: str,
-        sharding_infos: list[EmbeddingShardingInfo],
-        env: ShardingEnv,
-        device: torch.device | None = None,
-        qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None = None,
-    ) -> FrozenRowWiseSharding:
-        return FrozenRowWiseSharding(
-            sharding_infos=sharding_infos,
-            env=env,
-            device=device,
-            qcomm_codecs_registry=qcomm_codecs_registry,
+
+def pool(
+    vectors: Tensor, index: Tensor, bags: JaggedTensor, config: EmbeddingBagConfig, is_weighted: bool
+) -> Tensor:
+    """Return pooled vectors (batch_size, dim), float32.
+
+    Args:
+        vectors: (num_vectors, dim).
+        index: (num_ids,) which of the vectors each id of the bags has.
+        bags: lengths of the bags, and weights where they are weighted.
+        config: of the table.
+        is_weighted: whether the weights are used.
+    """
+    weights = bags.weights().float() if is_weighted else None
+    if not index.numel():
+        zeros = vectors.new_zeros(bags.lengths().numel(), config.embedding_dim, dtype=torch.float32)
+        return zeros if weights is None else zeros + weights.sum()
+    offsets = bags.offsets().to(index.dtype)
+    return F.embedding_bag(
+        index, vectors.float(), offsets, mode=MODES[config.pooling], per_sample_weights=weights,
+        include_last_offset=True,
+    )  # fmt: skip
+
+
+def keyed(pooled: list[Tensor], tables: Sequence[EmbeddingBagConfig]) -> KeyedTensor:
+    """Join pooled vectors (batch_size, dim) of all features of all tables."""
+    names = [name for names in get_embedding_names_by_table(list(tables)) for name in names]
+    dims = [config.embedding_dim for config in tables for _ in config.feature_names]
+    return KeyedTensor(keys=names, length_per_key=dims, values=torch.cat(pooled, dim=1))
+
+
+def whole_rows(table: FrozenTable) -> Tensor:
+    """Return this process's rows of a table as one tensor (num_rows, stored_width), not a copy.
+
+    Raises:
+        TableError: they are memory-mapped, in many pieces.
+    """
+    if not isinstance(table.store, DenseRows):
+        raise TableError(
+            f"frozen table {table.config.name}: rows in {type(table.store).__name__} are not stored in "
+            f"checkpoints; use store_rows=False"
         )
+    return table.store.tensor
 
-    def local_tables(self) -> Iterator[tuple[str, int, Tensor]]:
-        """Yield each table's name, first row of this rank and local rows (local_rows, dim)."""
-        for table, rows in self._local():
-            yield table.name, table.local_metadata.shard_offsets[0], rows
 
-    def table_config(self, name: str) -> EmbeddingConfig:
-        return self._table_name_to_config[name]
+def _whole_table(config: BaseEmbeddingConfig, device: torch.device) -> FrozenTable:
+    kernel = EmbeddingComputeKernel.FUSED.value
+    store = make_rows(storage_dtype(config), config.num_embeddings, config.embedding_dim, device, kernel, 0.0)
+    return FrozenTable(config, 0, store, TableState())
 
-    @property
-    def env(self) -> ShardingEnv:
-        return self._env
 
-    def _local(self) -> Iterator[tuple[ShardedEmbeddingTable, Tensor]]:
-        for lookup in self._lookups:
-            for kernel in lookup._emb_modules:
-                assert isinstance(kernel, FrozenRows)
-                yield from kernel.tables()
+def _move(module: FrozenModule, fn: Any) -> None:
+    """Let ``.to(device)`` move rows; nothing changes how they are stored."""
+    for table in module.frozen_tables().values():
+        if isinstance(table.store, DenseRows):
+            table.store.tensor = table.store.tensor.to(fn(table.store.tensor.new_empty(0)).device)
 
-    def reset_parameters(self) -> None:
-        """Do nothing: the rows come from a table on disk."""
 
-    @torch.no_grad()
-    def compute(self, ctx: EmbeddingCollectionContext, dist_input: KJTList) -> list[Tensor]:
-        return super().compute(ctx, dist_input)
-
-    @torch.no_grad()
-    def output_dist(
-        self, ctx: EmbeddingCollectionContext, output: list[Tensor]
-    ) -> LazyAwaitable[dict[str, JaggedTensor]]:
-        return FrozenAwaitable(super().output_dist(ctx, output))
-
-    @torch.no_grad()
-    def compute_and_output_dist(
-        self, ctx: EmbeddingCollectionContext, input: KJTList
-    ) -> LazyAwaitable[dict[str, JaggedTensor]]:
-        return FrozenAwaitable(super().compute_and_output_dist(ctx, input))
+def iterate_frozen(model: nn.Module) -> Iterator[FrozenModule]:
+    """Yield the frozen collections of a model, sharded or not."""
+    for module in model.modules():
+        if isinstance(module, FrozenModule):
+            yield module

@@ -6,23 +6,29 @@ waiting.
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import nn
+from tqdm import tqdm
 
 from mim_torchrec.embeddings.sharded.frozen import (
     DATA_TYPES,
-    FrozenEmbeddingCollection,
-    ShardedFrozenEmbeddingCollection,
+    FrozenModule,
+    FrozenTable,
+    TableState,
+    check_state,
+    iterate_frozen,
 )
+from mim_torchrec.embeddings.sharded.rows import CachedRows, DenseRows, MappedRows
+from mim_torchrec.embeddings.sharded.sharded import ShardedFrozenModule
 from mim_torchrec.embeddings.table.format import Table, TableError, verify_shard
 
 T = TypeVar("T")
-Frozen = FrozenEmbeddingCollection | ShardedFrozenEmbeddingCollection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +36,12 @@ class LoadReport:
     """What this rank loaded: rows ``first_row`` to ``first_row + rows`` of ``total_rows``."""
 
     table_version: str
+    seq: int
     first_row: int
     rows: int
     total_rows: int
     bytes: int
+    memory: str
     seconds: float
 
 
@@ -54,49 +62,71 @@ def open_table(
 
     def open_and_verify() -> Table:
         table = Table.open(path, expected_version=expected_version, verify=False)
-        for info in table.manifest.shards[rank::world_size]:
+        for info in tqdm(table.manifest.shards[rank::world_size], desc="verify", unit="shard",
+                         disable=True if rank else None):  # fmt: skip
             verify_shard(table.path, info)
         return table
 
-    return _together(open_and_verify, group)
+    return together(open_and_verify, group)
 
 
-def load_table(model: nn.Module, table: Table, name: str = "mm") -> LoadReport:
-    """Copy a table's rows into the frozen table ``name`` of a model; each rank reads only the rows it owns.
+def load_table(model: nn.Module, table: Table, name: str = "mm", mapped: bool = False) -> LoadReport:
+    """Give the frozen table ``name`` of a model the rows of a table; each rank reads only those it owns.
 
     Args:
         model: a ``DistributedModelParallel``, or any module that holds a frozen collection, sharded or not.
         table: the opened table.
         name: the embedding config's name.
+        mapped: leave the rows in the page cache, mapped into memory, where they cost no private memory and
+            are read when they are looked up; on a CPU only. ``mim table verify`` looks for NaN in them.
 
     Raises:
-        TableError: the model has no such frozen table, or one of another shape or type;
-            NaN in a row. On every rank if on one.
+        TableError: the model has no such frozen table, or one of another shape or type; NaN in a row; rows
+            to be mapped on a GPU. On every rank if on one.
+        VersionMismatch: the model was loaded from a checkpoint that is of other vectors.
     """
     started = time.perf_counter()
-    module = _find(model, name)
+    module, frozen = find_frozen(model, name)
 
     def load() -> LoadReport:
-        config = next(config for config in _configs(module) if config.name == name)
-        index, manifest = table.row_index(), table.manifest
-        found = (index.num_embeddings, manifest.dim, DATA_TYPES[manifest.dtype])
+        config, manifest = frozen.config, table.manifest
+        found = (1 + manifest.capacity, manifest.dim, DATA_TYPES[manifest.dtype])
         expected = (config.num_embeddings, config.embedding_dim, config.data_type)
         if found != expected:
             raise TableError(
-                f"{table.path}: has rows + 1, dim, type {found}; the model's {name} has {expected}"
+                f"{table.path}: has capacity + 1, dim, type {found}; the model's {name} has {expected}"
             )
-        first, rows = next((first, rows) for each, first, rows in module.local_tables() if each == name)
-        rows.copy_(table.rows_for(first, first + rows.shape[0]))
+        state = TableState(manifest.table_version, manifest.seq)
+        if frozen.expected is not None:
+            check_state(name, state, frozen.expected)
+        first, store = frozen.first_row, frozen.store
+        stop = first + store.num_rows
+        if mapped:
+            if not isinstance(store, DenseRows | MappedRows) or _device_of(store) != "cpu":
+                raise TableError(f"frozen table {name}: only rows on a CPU are mapped; use mapped=False")
+            spans = [(at - first, rows) for at, rows in table.spans(first, stop)]
+            frozen.store = MappedRows(store.dtype, store.num_rows, store.dim, spans)
+        else:
+            if isinstance(store, MappedRows):
+                raise TableError(f"frozen table {name}: its rows are mapped; load it with mapped=True")
+            dense = store.backing if isinstance(store, CachedRows) else store
+            rank = dist.get_rank(group_of(module)) if dist.is_initialized() else 0
+            with tqdm(total=store.num_rows, desc=f"load {name}", unit="row", unit_scale=True,
+                      disable=True if rank else None) as bar:  # fmt: skip
+                table.rows_for(first, stop, out=dense.tensor, progress=bar.update)
+        frozen.state, frozen.expected = state, None
         return LoadReport(
-            table_version=manifest.table_version,
+            table_version=state.table_version,
+            seq=state.seq,
             first_row=first,
-            rows=rows.shape[0],
-            total_rows=index.num_embeddings,
-            bytes=rows.nbytes,
+            rows=store.num_rows,
+            total_rows=config.num_embeddings,
+            bytes=frozen.store.nbytes,
+            memory=type(frozen.store).__name__,
             seconds=time.perf_counter() - started,
         )
 
-    return _together(load, _group(module))
+    return together(load, group_of(module))
 
 
 def table_digest(model: nn.Module, name: str = "mm") -> str:
@@ -104,30 +134,35 @@ def table_digest(model: nn.Module, name: str = "mm") -> str:
 
     It depends on how the rows are divided over ranks, so compare digests of one run.
     """
-    module = _find(model, name)
-    local = next(rows for each, _, rows in module.local_tables() if each == name)
-    digest = hashlib.sha256(local.cpu().numpy().tobytes()).hexdigest()
-    return hashlib.sha256("".join(_gather(digest, _group(module))).encode()).hexdigest()
+    module, frozen = find_frozen(model, name)
+    digest = hashlib.sha256()
+    for rows in frozen.store.blocks():
+        digest.update(rows.cpu().view(torch.uint8).numpy())
+    return hashlib.sha256("".join(gather(digest.hexdigest(), group_of(module))).encode()).hexdigest()
 
 
-def _find(model: nn.Module, name: str) -> Frozen:
-    for module in model.modules():
-        if isinstance(module, Frozen) and any(config.name == name for config in _configs(module)):
-            return module
-    raise TableError(f"the model has no frozen table {name!r}")
+def find_frozen(model: nn.Module, name: str) -> tuple[FrozenModule, FrozenTable]:
+    """Return the collection of a model that has the frozen table ``name``, and what it has of it.
+
+    Raises:
+        TableError: there is none.
+    """
+    names: list[str] = []
+    for module in iterate_frozen(model):
+        tables = module.frozen_tables()
+        if name in tables:
+            return module, tables[name]
+        names += tables
+    raise TableError(f"the model has no frozen table {name!r}, it has {names}")
 
 
-def _configs(module: Frozen) -> Iterator:
-    if isinstance(module, FrozenEmbeddingCollection):
-        return iter(module.embedding_configs())
-    return iter(module._embedding_configs)
+def group_of(module: FrozenModule) -> dist.ProcessGroup | None:
+    """Return the ranks that share a collection's rows."""
+    return module.env.process_group if isinstance(module, ShardedFrozenModule) else None
 
 
-def _group(module: Frozen) -> dist.ProcessGroup | None:
-    return None if isinstance(module, FrozenEmbeddingCollection) else module.env.process_group
-
-
-def _gather(value: T, group: dist.ProcessGroup | None) -> list[T]:
+def gather(value: T, group: dist.ProcessGroup | None) -> list[T]:
+    """Return the values of all ranks."""
     if not dist.is_initialized():
         return [value]
     every: list = [None] * dist.get_world_size(group)
@@ -135,14 +170,18 @@ def _gather(value: T, group: dist.ProcessGroup | None) -> list[T]:
     return every
 
 
-def _together(work: Callable[[], T], group: dist.ProcessGroup | None) -> T:
+def together(work: Callable[[], T], group: dist.ProcessGroup | None) -> T:
     """Do ``work`` on every rank; if it fails on one, raise that rank's error on all."""
     result, error = None, None
     try:
         result = work()
     except TableError as caught:
         error = caught
-    for rank, failed in enumerate(_gather(error, group)):
+    for rank, failed in enumerate(gather(error, group)):
         if failed is not None:
             raise type(failed)(f"rank {rank}: {failed}") if error is None else error
     return result
+
+
+def _device_of(store: DenseRows | MappedRows) -> str:
+    return store.tensor.device.type if isinstance(store, DenseRows) else "cpu"

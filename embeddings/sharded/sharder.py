@@ -1,85 +1,121 @@
-"""How ``DistributedModelParallel`` shards a frozen table.
+"""How the planner and ``DistributedModelParallel`` shard frozen collections.
 
-Pass ``FrozenEmbeddingCollectionSharder()`` among the sharders of the planner and of
-``DistributedModelParallel``. The planner of TorchRec 1.9 cannot price a custom kernel, so a frozen table is
-planned as ``fused`` (which prices its rows without optimizer state) and the kernel is exchanged when the
-module is sharded.
+Pass ``frozen_sharders()`` among the sharders of both. A plan's compute kernel says which memory the rows are
+in: "fused" is memory of the device (HBM, or host memory on a CPU), "fused_uvm" is managed (UVM) memory and
+"fused_uvm_caching" that behind a cache in HBM; constrain it per table with :func:`frozen_constraint`. The
+planner prices rows by their stored bytes, and no optimizer state.
 """
 
-import dataclasses
+from typing import Any, Literal
 
 import torch
 from torch import nn
-from torchrec.distributed.embedding import EmbeddingCollectionSharder
-from torchrec.distributed.embedding_types import EmbeddingComputeKernel
-from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingType
-from torchrec.modules.embedding_modules import EmbeddingCollection
-
-from mim_torchrec.embeddings.sharded.frozen import (
-    FrozenEmbeddingCollection,
-    ShardedFrozenEmbeddingCollection,
+from torchrec.distributed.embedding_types import BaseEmbeddingSharder, EmbeddingComputeKernel
+from torchrec.distributed.planner.types import ParameterConstraints
+from torchrec.distributed.types import (
+    CacheParams,
+    ModuleSharder,
+    ParameterSharding,
+    ShardingEnv,
+    ShardingType,
 )
 
+from mim_torchrec.embeddings.sharded.frozen import (
+    FrozenEmbeddingBagCollection,
+    FrozenEmbeddingCollection,
+    FrozenModule,
+)
+from mim_torchrec.embeddings.sharded.sharded import (
+    ShardedFrozenEmbeddingBagCollection,
+    ShardedFrozenEmbeddingCollection,
+    ShardedFrozenModule,
+)
+from mim_torchrec.embeddings.table.quantize import DTYPES
 
-class FrozenEmbeddingCollectionSharder(EmbeddingCollectionSharder):
-    """Shards :class:`FrozenEmbeddingCollection` row-wise with a kernel that has nothing to train."""
+Memory = Literal["device", "uvm", "uvm_caching"]
+KERNELS: dict[Memory, EmbeddingComputeKernel] = {
+    "device": EmbeddingComputeKernel.FUSED,
+    "uvm": EmbeddingComputeKernel.FUSED_UVM,
+    "uvm_caching": EmbeddingComputeKernel.FUSED_UVM_CACHING,
+}
+
+
+def frozen_constraint(memory: Memory = "device", load_factor: float | None = None) -> ParameterConstraints:
+    """Return the planner's constraint that puts a frozen table into one kind of memory.
+
+    Args:
+        memory: "device" (HBM, or host memory on a CPU), "uvm" or "uvm_caching" (GPU only).
+        load_factor: rows of the cache per row of the table, for "uvm_caching".
+    """
+    return ParameterConstraints(
+        sharding_types=[ShardingType.ROW_WISE.value],
+        compute_kernels=[KERNELS[memory].value],
+        cache_params=None if load_factor is None else CacheParams(load_factor=load_factor),
+    )
+
+
+def frozen_sharders() -> list[ModuleSharder[nn.Module]]:
+    """Return the sharders of both frozen collections."""
+    return [FrozenEmbeddingCollectionSharder(), FrozenEmbeddingBagCollectionSharder()]
+
+
+class _FrozenSharder(BaseEmbeddingSharder):
+    """What both sharders have in common."""
+
+    sharded: type[ShardedFrozenModule[Any]]
 
     def shard(
         self,
-        module: FrozenEmbeddingCollection,
+        module: FrozenModule,
         params: dict[str, ParameterSharding],
         env: ShardingEnv,
         device: torch.device | None = None,
         module_fqn: str | None = None,
-    ) -> ShardedFrozenEmbeddingCollection:
+    ) -> ShardedFrozenModule[Any]:
         """Return the sharded module; rows that an unsharded module already has are kept.
 
         Raises:
-            ValueError: the plan is not row-wise.
+            ValueError: the plan is not row-wise, or names a kernel that a frozen table does not have.
         """
         for name, plan in params.items():
             if plan.sharding_type != ShardingType.ROW_WISE.value:
                 raise ValueError(f"frozen table {name} is sharded row_wise, not {plan.sharding_type}")
-        kernel = EmbeddingComputeKernel.CUSTOMIZED_KERNEL.value
-        params = {name: dataclasses.replace(plan, compute_kernel=kernel) for name, plan in params.items()}
-        # TorchRec reads shapes from parameters, which a frozen module has not: show it a twin without memory.
-        twin = EmbeddingCollection(
-            tables=module.embedding_configs(),
-            device=torch.device("meta"),
-            need_indices=module.need_indices(),
-        )
-        sharded = ShardedFrozenEmbeddingCollection(
-            twin,
-            params,
-            env,
-            self.fused_params,
-            device,
-            qcomm_codecs_registry=self.qcomm_codecs_registry,
-            module_fqn=module_fqn,
-        )
-        if module.device.type != "meta":
-            whole = {name: rows for name, _, rows in module.local_tables()}
-            for name, first, rows in sharded.local_tables():
-                rows.copy_(whole[name][first : first + rows.shape[0]])
-        return sharded
+        return self.sharded(module, params, env, device)
 
-    def shardable_parameters(self, module: FrozenEmbeddingCollection) -> dict[str, nn.Parameter]:
-        """Return the tables' shapes and types for the planner, as parameters without memory."""
+    def shardable_parameters(self, module: FrozenModule) -> dict[str, nn.Parameter]:
+        """Return the stored shapes and types for the planner, as parameters without memory."""
         return {
-            name: nn.Parameter(rows.to("meta"), requires_grad=False)
-            for name, _, rows in module.local_tables()
-        }
+            name: nn.Parameter(
+                torch.empty(table.store.num_rows, table.store.stored_width, dtype=DTYPES[table.dtype],
+                            device="meta"),
+                requires_grad=False,
+            )
+            for name, table in module.frozen_tables().items()
+        }  # fmt: skip
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         return [ShardingType.ROW_WISE.value]
 
     def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
-        return [EmbeddingComputeKernel.FUSED.value]
+        kinds = KERNELS.values() if compute_device_type == "cuda" else [KERNELS["device"]]
+        return [kernel.value for kernel in kinds]
+
+
+class FrozenEmbeddingCollectionSharder(_FrozenSharder):
+    """Shards :class:`FrozenEmbeddingCollection` row-wise."""
+
+    sharded = ShardedFrozenEmbeddingCollection
 
     @property
     def module_type(self) -> type[FrozenEmbeddingCollection]:
         return FrozenEmbeddingCollection
 
+
+class FrozenEmbeddingBagCollectionSharder(_FrozenSharder):
+    """Shards :class:`FrozenEmbeddingBagCollection` row-wise."""
+
+    sharded = ShardedFrozenEmbeddingBagCollection
+
     @property
-    def sharded_module_type(self) -> type[ShardedFrozenEmbeddingCollection]:
-        return ShardedFrozenEmbeddingCollection
+    def module_type(self) -> type[FrozenEmbeddingBagCollection]:
+        return FrozenEmbeddingBagCollection

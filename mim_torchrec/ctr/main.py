@@ -25,6 +25,7 @@ from mim_torchrec.data.requests import RequestReader
 from mim_torchrec.data.schema import Dataset
 from mim_torchrec.data.vocabulary import IdMapper, Vocabulary, scan_ids
 from mim_torchrec.embeddings.sharded.frozen import frozen_config
+from mim_torchrec.embeddings.sharded.live import ItemIndex
 from mim_torchrec.embeddings.sharded.load import load_table, open_table, table_digest
 from mim_torchrec.training.checkpoint import write_json
 from mim_torchrec.training.distributed import Ranks, distributed
@@ -62,8 +63,8 @@ def train_and_evaluate(config: CTRConfig, ranks: Ranks) -> dict[str, Any]:
         for split in ("train", "validation", "test")
     }
     vocabularies = _vocabularies(dataset, config, ranks)
-    row_index = table.row_index() if table is not None else None
-    mapper = IdMapper(vocabularies, row_index, config.max_unknown)
+    index = ItemIndex.of(table) if table is not None else None
+    mapper = IdMapper(vocabularies, index, config.max_unknown)
 
     mm = frozen_config(table, ["candidate_mm", "behavior_mm"], name="mm") if table is not None else None
     rows = {name: vocabulary.num_embeddings for name, vocabulary in vocabularies.items()}

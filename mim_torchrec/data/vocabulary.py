@@ -25,6 +25,7 @@ from mim_torchrec.data.schema import (
     present_columns,
     read_row_group,
 )
+from mim_torchrec.embeddings.sharded.live import ItemIndex
 from mim_torchrec.embeddings.table.format import RowIndex
 
 log = logging.getLogger(__name__)
@@ -127,16 +128,16 @@ class IdMapper:
 
     Args:
         vocabularies: by "user_id", "query_id", "item_id", "category", as far as the batches have them.
-        mm: rows of the multi-modal table, or None for none.
+        mm: index of the multi-modal table, or None for none.
         max_unknown: share of unknown ids, over 100,000 ids of one kind, above which a warning is logged.
     """
 
     def __init__(
-        self, vocabularies: Mapping[str, Vocabulary], mm: RowIndex | None, max_unknown: float
+        self, vocabularies: Mapping[str, Vocabulary], mm: ItemIndex | None, max_unknown: float
     ) -> None:
         self.vocabularies = dict(vocabularies)
         self.max_unknown = max_unknown
-        self._mm = None if mm is None else Vocabulary(mm.ids, mm.num_embeddings)
+        self._mm = mm
         self._checked: dict[str, tuple[int, int]] = {}
 
     def __call__(self, batch: RequestBatch) -> RequestBatch:
@@ -170,7 +171,7 @@ class IdMapper:
         named = self.vocabularies | ({} if self._mm is None else {"mm": self._mm})
         return {name: v.unknown / v.seen for name, v in named.items() if v.seen}
 
-    def _rows(self, name: str, vocabulary: Vocabulary, ids: Tensor) -> Tensor:
+    def _rows(self, name: str, vocabulary: Vocabulary | ItemIndex, ids: Tensor) -> Tensor:
         rows = vocabulary.rows(ids)
         seen, unknown = self._checked.get(name, (0, 0))
         if vocabulary.seen - seen >= ALARM_WINDOW:

@@ -14,7 +14,7 @@ from mim_torchrec.embeddings.table.format import ChecksumMismatch, Table, TableE
 FEATURES = ["candidate_mm", "behavior_mm"]
 
 
-@pytest.fixture(params=["float16", "float32"])
+@pytest.fixture(params=["float16", "float32", "bfloat16", "int8"])
 def table(request, tmp_path):
     torch.manual_seed(0)
     writer = TableWriter(tmp_path / "t", table_version="v1", dim=4, dtype=request.param, encoder={})
@@ -34,16 +34,22 @@ def test_lookups_are_the_vectors_of_the_items_as_float32(table):
     load_table(module, table)
     out = module(features(table, [10, 40], [15, 15, 99], [2, 0, 1, 2]))
     assert out["candidate_mm"].values().dtype == torch.float32
-    assert torch.equal(out["candidate_mm"].values(), table.read(torch.tensor([10, 40])).float())
-    assert torch.equal(out["behavior_mm"].values(), table.read(torch.tensor([15, 15, 99])).float())
+    assert torch.equal(out["candidate_mm"].values(), table.read_float(torch.tensor([10, 40])))
+    assert torch.equal(out["behavior_mm"].values(), table.read_float(torch.tensor([15, 15, 99])))
     assert out["behavior_mm"].lengths().tolist() == [1, 2]
 
 
-def test_an_unsharded_frozen_module_has_no_parameter_no_gradient_and_an_empty_state_dict(table):
+def test_an_unsharded_frozen_module_has_no_parameter_no_buffer_and_no_gradient(table):
     module = FrozenEmbeddingCollection([frozen_config(table, FEATURES)], device="cpu")
     out = module(features(table, [10], [], [1, 0]))
-    assert list(module.parameters()) == [] and module.state_dict() == {}
+    assert list(module.parameters()) == [] and list(module.buffers()) == []
     assert not out["candidate_mm"].values().requires_grad
+
+
+def test_its_state_dict_says_which_vectors_it_has_and_holds_none(table):
+    module = FrozenEmbeddingCollection([frozen_config(table, FEATURES)], device="cpu")
+    load_table(module, table)
+    assert module.state_dict() == {"_extra_state": '{"mm": ["v1", 0]}'}
 
 
 def test_the_load_report_says_what_was_loaded(table):
@@ -66,11 +72,11 @@ def test_a_table_of_another_shape_is_refused_naming_both(table):
         load_table(module, table)
 
 
-def test_an_int8_frozen_table_is_refused(table):
+def test_a_data_type_that_is_not_stored_is_refused():
     config = EmbeddingConfig(
-        name="mm", num_embeddings=9, embedding_dim=4, feature_names=FEATURES, data_type=DataType.INT8
+        name="mm", num_embeddings=9, embedding_dim=4, feature_names=FEATURES, data_type=DataType.INT4
     )
-    with pytest.raises(ValueError, match="mm: data type .* is not FP32 or FP16"):
+    with pytest.raises(ValueError, match="mm: data type .* is none of FP32, FP16, BF16, INT8"):
         FrozenEmbeddingCollection([config])
 
 

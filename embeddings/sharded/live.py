@@ -1,0 +1,241 @@
+"""Change rows of a live table: new items, new vectors of known ones, and items that are taken down.
+
+Every rank is given the same windows in the same order, writes the rows that it owns and remembers all ids: so
+ranks agree without a collective, and neither storage nor rows ever move. New items get the rows that were
+kept free, in the order of their ids. Apply windows between steps: a lookup that runs at the same time could
+see half a vector.
+
+Not here: who delivers windows, and the rule which of them apply.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mim_torchrec.embeddings.sharded.frozen import FrozenTable, TableState
+from mim_torchrec.embeddings.sharded.load import find_frozen
+from mim_torchrec.embeddings.table.format import (
+    DuplicateId,
+    NonFiniteVector,
+    RowIndex,
+    Table,
+    TableError,
+    VersionMismatch,
+    encode,
+)
+from mim_torchrec.embeddings.table.quantize import finite_rows
+
+
+class HeadRoomExhausted(TableError):
+    """There are more new items than rows were kept free."""
+
+
+class ItemIndex:
+    """Maps item ids to rows of a live table and counts those it does not know, whose row is 0.
+
+    Args:
+        ids: (num_items,) int64, strictly ascending: the items of rows 1 to num_items.
+        capacity: items that the table has rows for.
+        source: where the table is, for messages.
+
+    ``seen`` and ``unknown`` count ids looked up.
+
+    >>> index = ItemIndex(torch.tensor([10, 30]), capacity=3)
+    >>> index.rows(torch.tensor([30, 10, 20])).tolist(), index.unknown
+    ([2, 1, 0], 1)
+    >>> index.add(torch.tensor([20])).tolist(), index.rows(torch.tensor([20])).tolist(), index.head_room
+    ([3], [3], 0)
+    """
+
+    def __init__(self, ids: Tensor, capacity: int, source: str = "TABLE") -> None:
+        self._index, self.capacity, self._source = RowIndex(ids), capacity, source
+        self._new: dict[int, int] = {}  # items in the rows after those of `ids`
+        self._gone: set[int] = set()
+        self._changed = RowIndex(torch.empty(0, dtype=torch.int64))
+        self._changed_rows = torch.zeros(1, dtype=torch.int64)
+        self.seen = 0
+        self.unknown = 0
+
+    @classmethod
+    def of(cls, table: Table) -> "ItemIndex":
+        """Return the index of a table on disk, with its head-room."""
+        return cls(table.row_index().ids, table.manifest.capacity, str(table.path))
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows of the table, with row 0 and the head-room."""
+        return 1 + self.capacity
+
+    @property
+    def head_room(self) -> int:
+        """Rows that are still free; the row of an item taken down stays its own."""
+        return self.capacity - self._index.ids.numel() - len(self._new)
+
+    def __len__(self) -> int:
+        return self._index.ids.numel() + len(self._new) - len(self._gone)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return the row of every id, int64 in the shape of ``ids``, and count."""
+        rows = self._index.rows(ids)
+        if self._changed.ids.numel():
+            at = self._changed.rows(ids)
+            rows = torch.where(at > 0, self._changed_rows[at], rows)
+        self.seen += ids.numel()
+        self.unknown += ids.numel() - int(torch.count_nonzero(rows))
+        return rows
+
+    def add(self, ids: Tensor) -> Tensor:
+        """Return the rows of items (n,) int64, giving those that have none a free one each.
+
+        Raises:
+            HeadRoomExhausted: there are too few free rows; nothing is changed.
+            DuplicateId: an id is there twice.
+        """
+        _check_distinct(ids)
+        known = self._home(ids)
+        fresh = ids[known == 0].sort().values.tolist()
+        if len(fresh) > self.head_room:
+            more = max(len(fresh) - self.head_room, self.capacity // 10)
+            raise HeadRoomExhausted(
+                f"{len(fresh)} new items, {self.head_room} free rows of {self.capacity}: make room with "
+                f"`mim table grow {self._source} --out DIR --head-room {more}`, which keeps every row, and "
+                f"load the table that it writes"
+            )
+        for item in fresh:
+            self._new[item] = 1 + self._index.ids.numel() + len(self._new)
+        self._gone.difference_update(ids.tolist())
+        self._refresh()
+        return self._home(ids)
+
+    def remove(self, ids: Tensor) -> Tensor:
+        """Forget items (n,) int64; returns the rows of those that were known."""
+        _check_distinct(ids)
+        rows = self._home(ids)
+        self._gone.update(ids[rows > 0].tolist())
+        self._refresh()
+        return rows[rows > 0]
+
+    def _home(self, ids: Tensor) -> Tensor:
+        """The rows of items, taken down or not; 0 for those that never had one."""
+        rows = self._index.rows(ids)
+        new = [self._new.get(item, 0) for item in ids[rows == 0].tolist()]
+        rows[rows == 0] = torch.tensor(new, dtype=torch.int64)
+        return rows
+
+    def _refresh(self) -> None:
+        changed = {**self._new, **dict.fromkeys(self._gone, 0)}
+        ids = torch.tensor(sorted(changed), dtype=torch.int64)
+        self._changed = RowIndex(ids)
+        self._changed_rows = torch.tensor([0, *(changed[item] for item in ids.tolist())])
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateReport:
+    """What a window did: items of the window, rows written on this rank, free rows left."""
+
+    items: int
+    rows: int
+    head_room: int
+
+
+def update_items(
+    model: nn.Module,
+    index: ItemIndex,
+    ids: Tensor,
+    vectors: Tensor,
+    *,
+    table_version: str,
+    seq: int,
+    name: str = "mm",
+) -> UpdateReport:
+    """Write the vectors of items into a live table: a row of its own for each, new or known.
+
+    Args:
+        model: the model, or its frozen collection, sharded or not.
+        index: of the table; the same on every rank.
+        ids: (num_items,) int64, each once; the same on every rank.
+        vectors: (num_items, dim) floating point.
+        table_version: of the encoder that made the vectors.
+        seq: number of the window, larger than the last one's.
+        name: of the table.
+
+    Raises:
+        VersionMismatch: the vectors are not of the table's encoder.
+        HeadRoomExhausted: there are too few free rows. Nothing is changed.
+        NonFiniteVector: a vector has NaN or infinity, or overflows the stored type. Nothing is changed.
+        TableError: shapes do not fit, or the window is not newer than the last one.
+    """
+    _, frozen = find_frozen(model, name)
+    _check_window(frozen, table_version, seq)
+    if vectors.shape != (ids.numel(), frozen.config.embedding_dim) or not vectors.is_floating_point():
+        raise TableError(
+            f"frozen table {name}: {ids.numel()} ids need vectors floating point "
+            f"({ids.numel()}, {frozen.config.embedding_dim}), found {vectors.dtype} {tuple(vectors.shape)}"
+        )
+    stored = encode(vectors.float(), frozen.dtype)
+    finite = finite_rows(stored, frozen.dtype)
+    if not finite.all():
+        wrong = int(ids[~finite][0])
+        raise NonFiniteVector(f"window {seq}, item id {wrong}: the vector holds NaN or infinity as "
+                              f"{frozen.dtype}")  # fmt: skip
+    written = _write(frozen, index.add(ids), stored)
+    frozen.state = TableState(table_version, seq)
+    return UpdateReport(items=ids.numel(), rows=written, head_room=index.head_room)
+
+
+def take_down(
+    model: nn.Module, index: ItemIndex, ids: Tensor, *, table_version: str, seq: int, name: str = "mm"
+) -> UpdateReport:
+    """Remove items from a live table: their rows become zero and their ids unknown.
+
+    The row of an item stays its own, should it come back: a batch that was mapped before the window must not
+    find another item there.
+
+    Args:
+        model: as in :func:`update_items`.
+        index: likewise.
+        ids: (num_items,) int64, each once; unknown ones are left alone.
+        table_version: likewise.
+        seq: likewise.
+        name: likewise.
+
+    Raises:
+        VersionMismatch: the window is not of the table's encoder.
+        TableError: it is not newer than the last one.
+    """
+    _, frozen = find_frozen(model, name)
+    _check_window(frozen, table_version, seq)
+    rows = index.remove(ids)
+    zeros = encode(torch.zeros(rows.numel(), frozen.config.embedding_dim), frozen.dtype)
+    zeros.zero_()
+    written = _write(frozen, rows, zeros)
+    frozen.state = TableState(table_version, seq)
+    return UpdateReport(items=rows.numel(), rows=written, head_room=index.head_room)
+
+
+def _write(frozen: FrozenTable, rows: Tensor, stored: Tensor) -> int:
+    rows = rows - frozen.first_row
+    own = (rows >= 0) & (rows < frozen.store.num_rows)
+    frozen.store.write(rows[own], stored[own])
+    return int(own.sum())
+
+
+def _check_window(frozen: FrozenTable, table_version: str, seq: int) -> None:
+    state, name = frozen.state, frozen.config.name
+    if state.table_version is None:
+        raise TableError(f"frozen table {name} is not loaded; load_table comes before updates")
+    if table_version != state.table_version:
+        raise VersionMismatch(
+            f"frozen table {name} has table_version {state.table_version}, window {seq} has {table_version}"
+        )
+    if seq <= state.seq:
+        raise TableError(
+            f"frozen table {name} has applied windows up to {state.seq}; window {seq} is not newer"
+        )
+
+
+def _check_distinct(ids: Tensor) -> None:
+    found, counts = ids.unique(return_counts=True)
+    if (counts > 1).any():
+        raise DuplicateId(f"item id {int(found[counts > 1][0])} is there twice in one window")

@@ -1,0 +1,238 @@
+"""Where the rows that a rank owns are kept, and how they are looked up there: nothing here can be trained.
+
+A row is stored as on the disk (``table/quantize.py``) and read without being converted: on a CPU by the
+embedding bag kernels, with bags of one row, which are faster than ``index_select``; on a GPU by
+``index_select``. Rows are numbered from 0 on each rank.
+
+Three places: a tensor (``DenseRows``: host memory, HBM, or managed (UVM) memory), the pages of the files that
+a table was written to (``MappedRows``), and managed memory behind a cache in HBM (``CachedRows``).
+"""
+
+import abc
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+
+from mim_torchrec.embeddings.table.quantize import DTYPES, decode, stored_width
+
+CHUNK = 1 << 16
+
+
+class RowStore(abc.ABC):
+    """Rows of one table on one rank.
+
+    Args:
+        dtype: how vectors are stored, a key of ``quantize.DTYPES``.
+        num_rows: rows of this rank.
+        dim: length of a vector.
+    """
+
+    def __init__(self, dtype: str, num_rows: int, dim: int) -> None:
+        self.dtype, self.num_rows, self.dim = dtype, num_rows, dim
+        self.stored_width = stored_width(dtype, dim)
+
+    @abc.abstractmethod
+    def gather(self, rows: Tensor) -> Tensor:
+        """Return rows (n,) int64 as they are stored, (n, stored_width)."""
+
+    @abc.abstractmethod
+    def write(self, rows: Tensor, stored: Tensor) -> None:
+        """Replace rows (n,) int64, each at most once, by (n, stored_width)."""
+
+    @abc.abstractmethod
+    def blocks(self) -> Iterator[Tensor]:
+        """Yield all rows in order, some at a time, as they are stored."""
+
+    def vectors(self, rows: Tensor) -> Tensor:
+        """Return the vectors (n, dim) of rows (n,): float32 of int8 rows, else in the type stored."""
+        stored = self.gather(rows)
+        return decode(stored, self.dtype) if self.dtype == "int8" else stored
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows, wherever they are."""
+        return self.num_rows * self.stored_width * DTYPES[self.dtype].itemsize
+
+
+class DenseRows(RowStore):
+    """Rows in one tensor, zeros at first.
+
+    Args:
+        dtype: as in ``RowStore``.
+        num_rows: likewise.
+        dim: likewise.
+        device: where the tensor is.
+        managed: whether it is in managed (UVM) memory: host memory that a GPU reads as its own.
+    """
+
+    def __init__(
+        self, dtype: str, num_rows: int, dim: int, device: torch.device, managed: bool = False
+    ) -> None:
+        super().__init__(dtype, num_rows, dim)
+        shape = (num_rows, self.stored_width)
+        if managed:
+            like = torch.empty(0, dtype=DTYPES[dtype], device=device)
+            self.tensor = torch.ops.fbgemm.new_unified_tensor(like, shape, False).zero_()
+        else:
+            self.tensor = torch.zeros(shape, dtype=DTYPES[dtype], device=device)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        return _select(self.tensor, rows)
+
+    def vectors(self, rows: Tensor) -> Tensor:
+        if self.dtype != "int8" or self.tensor.device.type != "cpu" or not rows.numel():
+            return super().vectors(rows)
+        # Reads bytes and writes floats in one go. Arguments: no scaling by frequency, sum, not pruned.
+        bags = torch.arange(rows.numel())
+        return torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
+            self.tensor, rows, bags, False, 0, False, None, None, False
+        )
+
+    def write(self, rows: Tensor, stored: Tensor) -> None:
+        self.tensor.index_copy_(0, rows.to(self.tensor.device), stored.to(self.tensor.device))
+
+    def blocks(self) -> Iterator[Tensor]:
+        yield from self.tensor.split(CHUNK)
+
+
+class MappedRows(RowStore):
+    """Rows in the files of a table: in the page cache, which all processes of a machine share.
+
+    Rows that are written get pages of their own in this process; the files stay as they are.
+
+    Args:
+        dtype: as in ``RowStore``.
+        num_rows: likewise.
+        dim: likewise.
+        spans: (first_row, rows) in ascending order, rows (n, stored_width); rows between them are zero.
+    """
+
+    def __init__(self, dtype: str, num_rows: int, dim: int, spans: list[tuple[int, Tensor]]) -> None:
+        super().__init__(dtype, num_rows, dim)
+        self._spans: list[Tensor] = []
+        starts, at = [], 0
+        for first, rows in [*spans, (num_rows, torch.empty(0, 0))]:
+            if first > at:
+                starts.append(at)
+                self._spans.append(torch.zeros(first - at, self.stored_width, dtype=DTYPES[dtype]))
+            if rows.numel():
+                starts.append(first)
+                self._spans.append(rows)
+            at = first + rows.shape[0]
+        self._starts = torch.tensor(starts, dtype=torch.int64)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        if len(self._spans) == 1:
+            return _select(self._spans[0], rows)
+        if rows.numel() > 1 and not bool((rows[1:] >= rows[:-1]).all()):
+            rows, order = rows.sort()
+            out = torch.empty(rows.numel(), self.stored_width, dtype=DTYPES[self.dtype])
+            return out.index_copy_(0, order, self.gather(rows))
+        parts = [_select(span, rows[part] - first) for span, first, part in self._parts(rows)]
+        return torch.cat(parts) if parts else _select(self._spans[0], rows) if self._spans else self._none()
+
+    def write(self, rows: Tensor, stored: Tensor) -> None:
+        rows, order = rows.sort()
+        stored = stored[order]
+        for span, first, part in self._parts(rows):
+            span.index_copy_(0, rows[part] - first, stored[part])
+
+    def blocks(self) -> Iterator[Tensor]:
+        for span in self._spans:
+            yield from span.split(CHUNK)
+
+    def _parts(self, rows: Tensor) -> Iterator[tuple[Tensor, int, slice]]:
+        """The spans that ascending rows (n,) fall into: span, its first row, which of the rows."""
+        bounds = [*torch.searchsorted(rows, self._starts).tolist(), rows.numel()]
+        for k, span in enumerate(self._spans):
+            if bounds[k] < bounds[k + 1]:
+                yield span, int(self._starts[k]), slice(bounds[k], bounds[k + 1])
+
+    def _none(self) -> Tensor:
+        return torch.empty(0, self.stored_width, dtype=DTYPES[self.dtype])
+
+
+class CachedRows(RowStore):
+    """Rows in large and slow memory behind a direct-mapped cache in small and fast memory.
+
+    A row has one slot of the cache, its number modulo the slots; a miss takes the slot.
+
+    Args:
+        backing: all rows.
+        slots: rows of the cache.
+        device: where the cache is.
+    """
+
+    def __init__(self, backing: DenseRows, slots: int, device: torch.device) -> None:
+        super().__init__(backing.dtype, backing.num_rows, backing.dim)
+        self.backing = backing
+        slots = max(1, min(slots, backing.num_rows))
+        self._cache = torch.zeros(slots, self.stored_width, dtype=DTYPES[self.dtype], device=device)
+        self._holds = torch.full((slots,), -1, dtype=torch.int64, device=device)
+        self.hits = 0
+        self.misses = 0
+
+    def gather(self, rows: Tensor) -> Tensor:
+        slot = rows % self._holds.numel()
+        missing = (self._holds[slot] != rows).nonzero()[:, 0]
+        self.misses += missing.numel()
+        self.hits += rows.numel() - missing.numel()
+        out = _select(self._cache, slot)
+        if missing.numel():
+            fetched = self.backing.gather(rows[missing])
+            out.index_copy_(0, missing, fetched)
+            self._fill(slot[missing], rows[missing], fetched)
+        return out
+
+    def write(self, rows: Tensor, stored: Tensor) -> None:
+        self.backing.write(rows, stored)
+        rows = rows.to(self._holds.device)
+        slot = rows % self._holds.numel()
+        slot = slot[self._holds[slot] == rows]
+        self._holds[slot] = -1
+
+    def blocks(self) -> Iterator[Tensor]:
+        yield from self.backing.blocks()
+
+    def _fill(self, slot: Tensor, rows: Tensor, fetched: Tensor) -> None:
+        """Give each slot to one of the rows that want it: all of them say so, the slot keeps one."""
+        self._holds[slot] = rows
+        won = (self._holds[slot] == rows).nonzero()[:, 0]  # a repeated row wins with equal bytes
+        self._cache[slot[won]] = fetched[won]
+
+
+def make_rows(
+    dtype: str, num_rows: int, dim: int, device: torch.device, compute_kernel: str, load_factor: float
+) -> RowStore:
+    """Allocate rows where a plan puts them.
+
+    Args:
+        dtype: how vectors are stored.
+        num_rows: rows of this rank.
+        dim: length of a vector.
+        device: of the lookups.
+        compute_kernel: "fused" (memory of the device), "fused_uvm" or "fused_uvm_caching" (GPU only).
+        load_factor: rows of the cache per row, where there is a cache.
+
+    Raises:
+        ValueError: there is no such memory on the device.
+    """
+    if compute_kernel == EmbeddingComputeKernel.FUSED.value:
+        return DenseRows(dtype, num_rows, dim, device)
+    managed = (EmbeddingComputeKernel.FUSED_UVM.value, EmbeddingComputeKernel.FUSED_UVM_CACHING.value)
+    if compute_kernel not in managed or device.type != "cuda":
+        raise ValueError(f"a frozen table on {device.type} has no memory kind {compute_kernel!r}")
+    backing = DenseRows(dtype, num_rows, dim, device, managed=True)
+    if compute_kernel == EmbeddingComputeKernel.FUSED_UVM.value:
+        return backing
+    return CachedRows(backing, int(load_factor * num_rows), device)
+
+
+def _select(table: Tensor, rows: Tensor) -> Tensor:
+    """Return table[rows] for rows (n,) int64 of a table (num_rows, width)."""
+    if table.device.type != "cpu" or not table.is_floating_point() or not rows.numel():
+        return table.index_select(0, rows)
+    return F.embedding_bag(rows, table, torch.arange(rows.numel()), mode="sum")
