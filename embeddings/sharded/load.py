@@ -104,7 +104,8 @@ def load_table(model: nn.Module, table: Table, name: str = "mm", mapped: bool = 
         if mapped:
             if not isinstance(store, DenseRows | MappedRows) or _device_of(store) != "cpu":
                 raise TableError(f"frozen table {name}: only rows on a CPU are mapped; use mapped=False")
-            spans = [(at - first, rows) for at, rows in table.spans(first, stop)]
+            own = Table.open(table.path, verify=False)  # a map of its own: updates stay out of `table`
+            spans = [(at - first, rows) for at, rows in own.spans(first, stop)]
             frozen.store = MappedRows(store.dtype, store.num_rows, store.dim, spans)
         else:
             if isinstance(store, MappedRows):

@@ -186,10 +186,15 @@ class ShardedFrozenModule(
     def create_context(self) -> FrozenContext:
         return FrozenContext()
 
-    @torch.no_grad()
     def input_dist(self, ctx: FrozenContext, features: KeyedJaggedTensor) -> Awaitable[Awaitable[KJTList]]:
         ctx.features = features
-        by_feature = features.to_dict()
+        by_feature = features.to_dict()  # it is remembered, so weights must not lose their gradient here
+        with torch.no_grad():
+            return self._send_rows(ctx, by_feature)
+
+    def _send_rows(
+        self, ctx: FrozenContext, by_feature: dict[str, JaggedTensor]
+    ) -> Awaitable[Awaitable[KJTList]]:
         awaitables: list[Awaitable[Awaitable[KeyedJaggedTensor]]] = []
         for k, table in enumerate(self._frozen.values()):
             asked = [by_feature[key].values() for key in table.config.feature_names]

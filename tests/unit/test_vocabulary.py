@@ -14,7 +14,7 @@ from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.requests import RequestReader
 from mim_torchrec.data.schema import REQUESTS, category_ids
 from mim_torchrec.data.vocabulary import ALARM_WINDOW, IdMapper, Vocabulary, scan_ids
-from mim_torchrec.embeddings.table.format import RowIndex
+from mim_torchrec.embeddings.sharded.live import ItemIndex
 from tests.datasets import CATEGORIES, request_rows, without, write_requests, write_rows
 
 
@@ -138,7 +138,7 @@ def small_batch() -> RequestBatch:
 VOCABULARIES = {"user_id": (2, 3), "item_id": (10, 20), "category": (7, 8)}
 
 
-def mapper_of(mm: RowIndex | None = None, max_unknown: float = 0.5, **ids: Sequence[int]) -> IdMapper:
+def mapper_of(mm: ItemIndex | None = None, max_unknown: float = 0.5, **ids: Sequence[int]) -> IdMapper:
     """Of the vocabularies above, or others."""
     named = {name: vocabulary(*values) for name, values in (VOCABULARIES | ids).items()}
     return IdMapper(named, mm, max_unknown)
@@ -160,7 +160,7 @@ def test_candidates_and_behaviors_share_a_vocabulary():
 
 def test_the_batch_given_is_left_as_it_is():
     batch = small_batch()
-    mapper_of(RowIndex(torch.tensor([10, 30])))(batch)
+    mapper_of(ItemIndex(torch.tensor([10, 30]), capacity=4))(batch)
     assert lists_of(batch) == lists_of(small_batch())
 
 
@@ -172,7 +172,7 @@ def test_what_is_no_id_is_passed_on():
 
 
 def test_a_multi_modal_table_adds_its_rows_as_features():
-    index = RowIndex(torch.tensor([5, 10, 30]))
+    index = ItemIndex(torch.tensor([5, 10, 30]), capacity=4)
     mapped = lists_of(mapper_of(index)(small_batch()))
     expected = lists_of(mapper_of()(small_batch()))
     expected |= {"candidate_mm": [[2, 0], [3]], "behavior_mm": [[0], []]}
@@ -190,7 +190,7 @@ def test_a_vocabulary_without_a_feature_is_left_alone():
 
 
 def test_unknown_shares_count_candidates_and_behaviors_of_all_batches():
-    mapper = mapper_of(RowIndex(torch.tensor([20])))
+    mapper = mapper_of(ItemIndex(torch.tensor([20]), capacity=4))
     mapper(small_batch())
     assert mapper.unknown_shares() == {"user_id": 1 / 2, "item_id": 1 / 4, "category": 0.0, "mm": 2 / 4}
     mapper(batch_of(user_id=[[3]], candidate_item_id=[[40, 50]], behavior_item_id=[[10, 60]]))
@@ -239,6 +239,6 @@ def test_a_window_does_not_count_what_was_unknown_before_it(caplog):
 
 
 def test_unknown_rows_of_the_multi_modal_table_are_warned_of(caplog):
-    mapper = mapper_of(RowIndex(torch.tensor([20])), max_unknown=0.5)
+    mapper = mapper_of(ItemIndex(torch.tensor([20]), capacity=4), max_unknown=0.5)
     mapper(candidates(ALARM_WINDOW, 0))
     assert "100% of the last 100000 ids of mm are unknown" in caplog.text
