@@ -1,4 +1,4 @@
-"""``mim table``: look at, check, convert and permute multi-modal tables."""
+"""``mim table``: import, look at, check, convert, grow and permute multi-modal tables."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -9,7 +9,9 @@ import tyro
 from tqdm import tqdm
 
 from mim_torchrec.embeddings.table.convert import convert
-from mim_torchrec.embeddings.table.format import Table
+from mim_torchrec.embeddings.table.format import Manifest, Table
+from mim_torchrec.embeddings.table.grow import grow
+from mim_torchrec.embeddings.table.importing import import_vectors
 from mim_torchrec.embeddings.table.permute import permute
 from mim_torchrec.embeddings.table.shards import CHUNK
 
@@ -17,15 +19,62 @@ Dtype = Literal["float32", "float16", "bfloat16", "int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Import:
+    """Bring vectors that others have made into a table.
+
+    Sources are Parquet files with a column of integer ids and one of lists of numbers, directories of such
+    files, .npy files (num_rows, dim) with --ids, and .safetensors files with a tensor of each. Rows may come
+    in any order; arranging them takes as much disk again as the vectors while it lasts. Memory does not grow
+    with the vectors, only by 8 bytes a row with the ids.
+    """
+
+    sources: tyro.conf.Positional[tuple[Path, ...]]
+    """Files, or directories of Parquet files; all their rows make one table."""
+    out: Path
+    """Directory of the new table; must not exist."""
+    dtype: Dtype | None = None
+    """Type stored; by default int8 for int8 vectors, which keeps them exactly, and else float16."""
+    id_column: str | None = None
+    """Column or tensor of the ids; by default the only column of integers, or the tensor "ids"."""
+    vector_column: str | None = None
+    """Column or tensor of the vectors; by default the only column of lists, or the tensor "vectors"."""
+    ids: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    """A .npy of ids (num_rows,), once for each .npy of vectors and in their order."""
+    table_version: str | None = None
+    """Name of what made the vectors; by default a hash of them, for which they are read once more."""
+    head_room: int = 0
+    """Rows that a live table made from this one keeps free for new items."""
+
+    def run(self) -> None:
+        made = import_vectors(
+            self.sources, self.out, dtype=self.dtype, id_column=self.id_column,
+            vector_column=self.vector_column, ids=self.ids, table_version=self.table_version,
+            head_room=self.head_room, show_progress=True,
+        )  # fmt: skip
+        origin = made.encoder["imported"]
+        print(
+            f"{self.out}: ids from {origin['columns']['id']!r}, vectors from {origin['columns']['vector']!r} "
+            f"({', '.join(origin['vectors'])}); {summary(made)}; table_version {made.table_version}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Info:
-    """Print the manifest of a table."""
+    """Print the manifest of a table, as JSON, and with it how large the table is."""
 
     table: tyro.conf.Positional[Path]
     """The table's directory."""
 
     def run(self) -> None:
         manifest = Table.open(self.table, verify=False).manifest
-        print(json.dumps(asdict(manifest), indent=2))
+        sizes = {
+            "head_room": manifest.head_room,
+            "row_bytes": manifest.row_bytes,
+            "vector_bytes": manifest.rows * manifest.row_bytes,
+            "live_bytes": (1 + manifest.capacity) * manifest.row_bytes,
+            "summary": summary(manifest),
+        }
+        print(json.dumps({**sizes, **asdict(manifest)}, indent=2))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +128,23 @@ class Convert:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Grow:
+    """Write a copy with more head-room for new items, which keeps every row, byte, table_version and seq."""
+
+    table: tyro.conf.Positional[Path]
+    """The table to copy."""
+    out: Path
+    """Directory of the new table; must not exist."""
+    head_room: int
+    """All rows that the new table keeps free; more than the table does."""
+    link: bool = False
+    """Link the shards instead of copying them (on one file system): at once, but the bytes are shared."""
+
+    def run(self) -> None:
+        print(f"{self.out}: {summary(grow(self.table, self.out, self.head_room, link=self.link))}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Permute:
     """Write a copy whose vectors are permuted among the ids (negative control)."""
 
@@ -94,10 +160,38 @@ class Permute:
         print(f"{self.out}: {manifest.rows} rows, table_version {manifest.table_version}")
 
 
+def summary(manifest: Manifest) -> str:
+    """Say how large a table is; sizes are in powers of 1000.
+
+    >>> summary(Manifest(
+    ...     format_version=2, table_version="v", rows=35_000_000, capacity=36_000_000, dim=128, dtype="int8",
+    ...     seq=0, encoder={}, shards=(),
+    ... ))
+    '35,000,000 x 128 int8, 136 bytes a row, 4.76 GB; head-room 1,000,000, capacity 36,000,000, 4.90 GB live'
+    """
+    width = manifest.row_bytes
+    return (
+        f"{manifest.rows:,} x {manifest.dim} {manifest.dtype}, {width} bytes a row, "
+        f"{_size(manifest.rows * width)}; head-room {manifest.head_room:,}, capacity {manifest.capacity:,}, "
+        f"{_size((1 + manifest.capacity) * width)} live"
+    )
+
+
+def _size(count: int) -> str:
+    size, unit = float(count), "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{count} bytes" if unit == "bytes" else f"{size:.2f} {unit}"
+
+
 Command = (
-    Annotated[Info, tyro.conf.subcommand("info")]
+    Annotated[Import, tyro.conf.subcommand("import")]
+    | Annotated[Info, tyro.conf.subcommand("info")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Convert, tyro.conf.subcommand("convert")]
+    | Annotated[Grow, tyro.conf.subcommand("grow")]
     | Annotated[Permute, tyro.conf.subcommand("permute")]
 )
 

@@ -1,0 +1,107 @@
+"""Vectors of a foreign team: what a file of them gives, and the checks that all files share.
+
+A source gives ids as int64 and vectors in their own type (float64 as float32), a batch of rows at a time, and
+refuses by file, row, id and column what cannot be imported. ``foreign_parquet.py`` and ``foreign_tensors.py``
+know the files. Not here: text formats, sparse vectors, and int8 vectors that come with a scale.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mim_torchrec.embeddings.table.manifest import NonFiniteVector, TableError
+from mim_torchrec.embeddings.table.shards import CHUNK
+
+BATCH_BYTES = 32 << 20  # of a batch's vectors as float32
+
+
+class Source(Protocol):
+    """One file of ids and vectors.
+
+    ``dtype`` is the type of the vectors as :meth:`read` gives them; ``columns`` names the column or tensor of
+    the ids and that of the vectors.
+    """
+
+    path: Path
+    format: str
+    columns: tuple[str, str]
+    rows: int
+    dim: int
+    dtype: torch.dtype
+
+    def ids(self) -> Iterator[Tensor]:
+        """Give the ids in the order of the file: int64 (num_rows,), a batch at a time."""
+
+    def read(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Give ids (num_rows,) and finite vectors (num_rows, dim), a batch at a time."""
+
+    def place(self, row: int) -> str:
+        """Say where a row of the file is."""
+
+
+def places(sources: Iterable[Source], item: int) -> list[str]:
+    """Say where all rows of an item id are, by reading the ids again."""
+    found = []
+    for source in sources:
+        at = 0
+        for ids in source.ids():
+            found += [source.place(at + int(row)) for row in (ids == item).nonzero()[:, 0]]
+            at += ids.numel()
+    return found
+
+
+def batch_rows(dim: int) -> int:
+    """Return how many rows make a batch."""
+    return max(1, min(CHUNK, BATCH_BYTES // (4 * dim)))
+
+
+def type_name(dtype: torch.dtype) -> str:
+    """Return the name of a type as messages and the manifest have it.
+
+    >>> type_name(torch.int8)
+    'int8'
+    """
+    return str(dtype).removeprefix("torch.")
+
+
+def delivered_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the type in which a source gives vectors that lie in its file as ``dtype``."""
+    return torch.float32 if dtype == torch.float64 else dtype
+
+
+def as_int64(source: Source, ids: Tensor, start: int) -> Tensor:
+    """Return ids (num_rows,) of the rows of ``source`` from ``start`` as int64.
+
+    Raises:
+        TableError: an id of uint64 does not fit.
+    """
+    made = ids.to(torch.int64)  # a uint64 that does not fit becomes negative
+    if ids.dtype == torch.uint64 and (wrong := (made < 0).nonzero()).numel():
+        row = int(wrong[0])
+        raise TableError(
+            f"{source.place(start + row)}, column {source.columns[0]!r}: item id "
+            f"{int(made[row]) + (1 << 64)} is above {(1 << 63) - 1} and does not fit int64; map such ids to "
+            f"smaller ones"
+        )
+    return made
+
+
+def as_delivered(source: Source, ids: Tensor, vectors: Tensor, start: int) -> Tensor:
+    """Return vectors (num_rows, dim) of the rows of ``source`` from ``start`` in the type it gives.
+
+    Raises:
+        NonFiniteVector: one holds NaN or infinity, or is too large for float32.
+    """
+    made = vectors.to(source.dtype)
+    if made.is_floating_point() and (wrong := (~torch.isfinite(made).all(1)).nonzero()).numel():
+        row = int(wrong[0])
+        finite = bool(torch.isfinite(vectors[row]).all())
+        problem = "is too large for float32" if finite else "holds NaN or infinity"
+        raise NonFiniteVector(
+            f"{source.place(start + row)}, item id {int(ids[row])}, column {source.columns[1]!r}: the vector "
+            f"{problem}; leave the row out or mend it"
+        )
+    return made

@@ -1,0 +1,92 @@
+"""Vectors of a foreign team as mapped tensors: ``.npy`` beside a ``.npy`` of ids, and safetensors."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mim_torchrec.embeddings.table.foreign import (
+    as_delivered,
+    as_int64,
+    batch_rows,
+    delivered_dtype,
+    type_name,
+)
+from mim_torchrec.embeddings.table.manifest import TableError
+from mim_torchrec.embeddings.table.shards import CHUNK
+
+ID_TYPES = (
+    torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64,
+)  # fmt: skip
+VECTOR_TYPES = (torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class TensorSource:
+    """Ids and vectors as two tensors that are mapped into memory; see :class:`foreign.Source`."""
+
+    def __init__(
+        self, path: Path, kind: str, columns: tuple[str, str], ids: Tensor, vectors: Tensor, ids_from: Path
+    ) -> None:
+        self.path, self.format, self.columns = path, kind, columns
+        if ids.ndim != 1 or ids.dtype not in ID_TYPES:
+            raise TableError(
+                f"{ids_from}: {columns[0]!r} is {type_name(ids.dtype)} {tuple(ids.shape)}, expected the ids "
+                f"as integers (num_rows,)"
+            )
+        if vectors.ndim != 2 or not vectors.shape[1] or vectors.dtype not in VECTOR_TYPES:
+            raise TableError(
+                f"{path}: {columns[1]!r} is {type_name(vectors.dtype)} {tuple(vectors.shape)}, expected "
+                f"vectors (num_rows, dim) of {', '.join(map(type_name, VECTOR_TYPES))}"
+            )
+        if ids.numel() != vectors.shape[0]:
+            raise TableError(
+                f"{ids_from}: {ids.numel()} ids {columns[0]!r}, but {vectors.shape[0]} vectors "
+                f"{columns[1]!r} in {path}; one id is needed for each vector"
+            )
+        self.rows, self.dim = vectors.shape
+        self.dtype = delivered_dtype(vectors.dtype)
+        self._ids, self._vectors = ids, vectors
+
+    def ids(self) -> Iterator[Tensor]:
+        for start in range(0, self.rows, CHUNK):
+            yield as_int64(self, self._ids[start : start + CHUNK], start)
+
+    def read(self) -> Iterator[tuple[Tensor, Tensor]]:
+        step = batch_rows(self.dim)
+        for start in range(0, self.rows, step):
+            ids = as_int64(self, self._ids[start : start + step], start)
+            yield ids, as_delivered(self, ids, self._vectors[start : start + step], start)
+
+    def place(self, row: int) -> str:
+        return f"{self.path}: row {row}"
+
+
+def open_npy(path: Path, ids: Path) -> TensorSource:
+    """Map a ``.npy`` of vectors (num_rows, dim) and one of their ids (num_rows,)."""
+    tensors = []
+    for file in (ids, path):
+        try:
+            tensors.append(torch.from_numpy(np.load(file, mmap_mode="c", allow_pickle=False)))
+        except FileNotFoundError:
+            raise TableError(f"{file}: not found") from None
+        except (ValueError, OSError, EOFError, TypeError) as error:
+            raise TableError(f"{file}: not a readable .npy file of numbers ({error})") from None
+    return TensorSource(path, "npy", ("ids", "vectors"), tensors[0], tensors[1], ids)
+
+
+def open_safetensors(path: Path, id_name: str, vector_name: str) -> TensorSource:
+    """Map a safetensors file with a tensor of ids (num_rows,) and one of vectors (num_rows, dim)."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            if lacking := {id_name, vector_name} - set(file.keys()):
+                raise TableError(
+                    f"{path}: no tensor {sorted(lacking)}, there are {sorted(file.keys())}; say which are "
+                    f"ids and vectors with --id-column and --vector-column"
+                )
+            ids, vectors = file.get_tensor(id_name), file.get_tensor(vector_name)
+    except SafetensorError as error:
+        raise TableError(f"{path}: not a readable safetensors file ({error})") from None
+    return TensorSource(path, "safetensors", (id_name, vector_name), ids, vectors, path)

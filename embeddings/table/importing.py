@@ -1,0 +1,273 @@
+"""Bring vectors that a foreign team has made into a table: ``mim table import``.
+
+Sources whose ids ascend stream straight through; the rows of others are first brought into the order of ids
+on the disk (``arranging.py``). Either way memory holds a batch of rows, the shard being written with its
+copies, and at first 8 bytes a row of ids. Without a version given, the vectors are read once more to hash
+them. ``foreign.py`` and its two readers say what the files may hold.
+"""
+
+import hashlib
+import importlib.metadata
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mim_torchrec.embeddings.table.arranging import Buckets
+from mim_torchrec.embeddings.table.convert import SHARD_BYTES, shard_rows
+from mim_torchrec.embeddings.table.foreign import Source, places, type_name
+from mim_torchrec.embeddings.table.foreign_parquet import ParquetSource
+from mim_torchrec.embeddings.table.foreign_tensors import open_npy, open_safetensors
+from mim_torchrec.embeddings.table.manifest import DuplicateId, Manifest, NonFiniteVector, TableError
+from mim_torchrec.embeddings.table.quantize import DTYPES, encode, finite_rows, fuse_codes, stored_width
+from mim_torchrec.embeddings.table.writer import TableWriter
+
+Parts = Iterator[
+    tuple[Tensor, Tensor]
+]  # ids (num_rows,) int64 and vectors (num_rows, dim), a batch at a time
+
+
+def import_vectors(
+    paths: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    dtype: str | None = None,
+    id_column: str | None = None,
+    vector_column: str | None = None,
+    ids: Sequence[str | Path] = (),
+    table_version: str | None = None,
+    head_room: int = 0,
+    rows_per_shard: int | None = None,
+    show_progress: bool = False,
+) -> Manifest:
+    """Write the vectors of foreign files as a table, its shards in ascending order of ids.
+
+    int8 vectors have no scale: they are stored as int8 exactly (:func:`quantize.fuse_codes`), and in another
+    type as the floats that the codes are. Rows may come in any order; arranging them takes as much disk as
+    their vectors in ``<out>.partial``, given back as the shards are written.
+
+    Args:
+        paths: ``.parquet``, ``.npy`` or ``.safetensors`` files, or directories of Parquet files.
+        out: directory of the new table; must not exist.
+        dtype: "float32", "float16", "bfloat16" or "int8"; ``None`` is int8 for int8 vectors, else float16.
+        id_column: column (Parquet) or tensor (safetensors) of the ids. ``None``: the only column of integers,
+            or the tensor ``ids``.
+        vector_column: likewise of the vectors. ``None``: the only column of lists of numbers, or the tensor
+            ``vectors``.
+        ids: for each ``.npy`` of vectors, the ``.npy`` of its ids (num_rows,).
+        table_version: name of what made the vectors; ``None`` makes one of what they are, see
+            :func:`content_version`.
+        head_room: rows that a live table made from this one keeps free for new items.
+        rows_per_shard: rows of a shard; ``None`` makes shards of 256 MiB.
+        show_progress: show a bar for every pass.
+
+    Returns:
+        The new table's manifest; ``encoder["imported"]`` says where it comes from.
+
+    Raises:
+        TableError: a file, column, id or vector cannot be imported, or ``out`` exists.
+        DuplicateId: an item has two vectors; both places are named.
+        NonFiniteVector: a vector holds NaN or infinity, or overflows ``dtype``.
+            Nothing is left at ``out`` after any of them.
+    """
+    if head_room < 0:
+        raise TableError(f"{out}: head-room is {head_room}, expected 0 or more")
+    if table_version is not None and not table_version.strip():
+        raise TableError(f"{out}: the table_version given is empty; leave it out to make one of the content")
+    given = [paths] if isinstance(paths, str | Path) else paths
+    sources = _open([Path(path) for path in given], id_column, vector_column, [Path(path) for path in ids])
+    first = sources[0]
+    dtype = dtype or ("int8" if first.dtype == torch.int8 else "float16")
+    try:
+        stored_width(dtype, first.dim)
+    except ValueError as error:
+        raise TableError(f"{first.path}, column {first.columns[1]!r}: {error} (--dtype float16)") from None
+    writer = TableWriter(
+        out, table_version=table_version or "", dim=first.dim, dtype=dtype, head_room=head_room,
+        encoder={"imported": _origin(sources, dtype, head_room)},
+    )  # fmt: skip
+    try:
+        read = _in_order(sources, writer.partial / "arranged", rows_per_shard, show_progress)
+        if table_version is None:
+            writer.table_version = content_version(_with_bar(read(False), sources, "hash", show_progress))
+        parts = _with_bar(read(True), sources, "write", show_progress)
+        _write(writer, parts, rows_per_shard or shard_rows(dtype, first.dim), sources)
+        return writer.finish()
+    except BaseException:
+        writer.discard()
+        raise
+
+
+def content_version(parts: Iterable[tuple[Tensor, Tensor]]) -> str:
+    """Return ``imported-`` and 16 hexadecimal digits that say which vectors a table has.
+
+    They are the first of SHA-256(SHA-256(ids as int64) + SHA-256(vectors as float32)), both little-endian in
+    ascending order of ids: equal content has equal versions, however it was stored, split or ordered, and
+    whatever type the table stores.
+
+    Args:
+        parts: ids (num_rows,) and vectors (num_rows, dim), a batch at a time, in ascending order of ids.
+
+    >>> content_version([(torch.tensor([4, 9]), torch.tensor([[1, 2], [3, 4]]))])
+    'imported-5a0a2189ee4eeb5e'
+    """
+    of_ids, of_vectors = hashlib.sha256(), hashlib.sha256()
+    for ids, vectors in parts:
+        of_ids.update(np.ascontiguousarray(ids.numpy(), dtype="<i8"))
+        of_vectors.update(np.ascontiguousarray(vectors.float().numpy(), dtype="<f4"))
+    return f"imported-{hashlib.sha256(of_ids.digest() + of_vectors.digest()).hexdigest()[:16]}"
+
+
+def _in_order(
+    sources: Sequence[Source], folder: Path, rows: int | None, show_progress: bool
+) -> Callable[[bool], Parts]:
+    """A function that gives all rows in ascending order of ids; called with True, for the last time."""
+    ids = np.empty(sum(source.rows for source in sources), dtype=np.int64)
+    at = 0
+    with _bar(sources, "read ids", show_progress) as bar:
+        for part in (part for source in sources for part in source.ids()):
+            ids[at : at + part.numel()] = part.numpy()
+            at += part.numel()
+            bar.update(part.numel())
+    if bool((ids[1:] > ids[:-1]).all()):
+        return lambda last: _straight(sources)
+    ids.sort()
+    if (twice := np.flatnonzero(ids[1:] == ids[:-1])).size:
+        item = int(ids[twice[0]])
+        raise DuplicateId(f"item id {item} has more than one vector: {', '.join(places(sources, item))}")
+    dtypes = {source.dtype for source in sources}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    rows = rows or max(1, SHARD_BYTES // (sources[0].dim * dtype.itemsize))
+    buckets = Buckets(folder, ids, rows, sources[0].dim, dtype)
+    del ids
+    for part_ids, vectors in _with_bar(_straight(sources), sources, "arrange", show_progress):
+        buckets.add(part_ids, vectors)
+    return buckets.read
+
+
+def _straight(sources: Sequence[Source]) -> Parts:
+    for source in sources:
+        yield from source.read()
+
+
+def _write(writer: TableWriter, parts: Parts, step: int, sources: Sequence[Source]) -> None:
+    """Write rows that come in ascending order of ids as shards of ``step`` rows."""
+    total = sum(source.rows for source in sources)
+    ids = torch.empty(min(step, total), dtype=torch.int64)
+    shard = torch.empty(ids.numel(), writer.stored_width, dtype=DTYPES[writer.dtype])
+    filled = 0
+    for part_ids, vectors in parts:
+        stored = _stored(part_ids, vectors, writer.dtype, sources)
+        at = 0
+        while at < part_ids.numel():
+            count = min(ids.numel() - filled, part_ids.numel() - at)
+            ids[filled : filled + count] = part_ids[at : at + count]
+            shard[filled : filled + count] = stored[at : at + count]
+            filled, at = filled + count, at + count
+            if filled == ids.numel():
+                writer.write_shard(ids, shard)
+                filled = 0
+    if filled:
+        writer.write_shard(ids[:filled], shard[:filled])
+
+
+def _stored(ids: Tensor, vectors: Tensor, dtype: str, sources: Sequence[Source]) -> Tensor:
+    if vectors.dtype == torch.int8 and dtype == "int8":
+        return fuse_codes(vectors)
+    stored = encode(vectors.float(), dtype)
+    if (wrong := (~finite_rows(stored, dtype)).nonzero()).numel():
+        item = int(ids[wrong[0]])
+        raise NonFiniteVector(
+            f"{places(sources, item)[0]}, item id {item}, column {sources[0].columns[1]!r}: the vector is "
+            f"too large for {dtype}; import as --dtype float32 or bfloat16, or scale the vectors"
+        )
+    return stored
+
+
+def _bar(sources: Sequence[Source], name: str, show: bool) -> tqdm:
+    total = sum(source.rows for source in sources)
+    return tqdm(total=total, unit="row", unit_scale=True, desc=name, disable=not show)
+
+
+def _with_bar(parts: Parts, sources: Sequence[Source], name: str, show: bool) -> Parts:
+    with _bar(sources, name, show) as bar:
+        for ids, vectors in parts:
+            yield ids, vectors
+            bar.update(ids.numel())
+
+
+def _origin(sources: Sequence[Source], dtype: str, head_room: int) -> dict[str, Any]:
+    first = sources[0]
+    return {
+        "files": [source.path.name for source in sources],
+        "format": sorted({source.format for source in sources}),
+        "columns": {"id": first.columns[0], "vector": first.columns[1]},
+        "vectors": sorted({type_name(source.dtype) for source in sources}),
+        "options": {"dtype": dtype, "head_room": head_room},
+        "created_by": f"mim-torchrec {importlib.metadata.version('mim-torchrec')}",
+    }
+
+
+def _open(
+    paths: Sequence[Path], id_column: str | None, vector_column: str | None, ids: Sequence[Path]
+) -> list[Source]:
+    """The files that have rows, at least one; those of a directory in the order of their names."""
+    files = [file for path in paths for file in _files(path)]
+    arrays = [file for file in files if file.suffix == ".npy"]
+    if len(arrays) != len(ids):
+        raise TableError(
+            f"{len(arrays)} .npy files of vectors and {len(ids)} of ids; give each .npy of vectors, in the "
+            f"same order, a .npy of its ids: --ids FILE"
+        )
+    if arrays and (id_column or vector_column):
+        raise TableError(
+            f"{arrays[0]}: a .npy file has no columns; leave out --id-column and --vector-column"
+        )
+    ids_left = iter(ids)
+    sources: list[Source] = []
+    names: tuple[str | None, str | None] = (id_column, vector_column)
+    for file in files:
+        if file.suffix == ".npy":
+            source: Source = open_npy(file, next(ids_left))
+        elif file.suffix == ".safetensors":
+            source = open_safetensors(file, id_column or "ids", vector_column or "vectors")
+        else:
+            source = ParquetSource(file, *names)
+            names = source.columns
+        sources.append(source)
+    filled = [source for source in sources if source.rows]
+    if not filled:
+        raise TableError(
+            f"{', '.join(map(str, paths)) or 'no source was given'}: there are no rows to import"
+        )
+    first = filled[0]
+    for source in filled[1:]:
+        if source.dim != first.dim:
+            raise TableError(
+                f"{source.path}: vectors of {source.dim} values, those of {first.path} have {first.dim}; "
+                f"import them into two tables"
+            )
+        if (source.dtype == torch.int8) != (first.dtype == torch.int8):
+            raise TableError(
+                f"{source.path}: vectors are {type_name(source.dtype)}, those of {first.path} "
+                f"{type_name(first.dtype)}; codes and floats do not make one table"
+            )
+    return filled
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        if files := sorted(path.rglob("*.parquet")):
+            return files
+        raise TableError(f"{path}: there are no .parquet files in this directory")
+    if not path.is_file():
+        raise TableError(f"{path}: not found")
+    if path.suffix not in (".parquet", ".npy", ".safetensors"):
+        raise TableError(
+            f"{path}: not a .parquet, .npy or .safetensors file, nor a directory of Parquet files"
+        )
+    return [path]
