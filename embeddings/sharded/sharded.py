@@ -125,6 +125,7 @@ class VectorsBack(Awaitable[Tensor]):
     def _wait_impl(self) -> Tensor:
         self._work.wait()
         stored = self._received.view(DTYPES[self._dtype])
+        del self._received, self._sent  # who waits may hold this object for longer than the bytes are needed
         return decode(stored, self._dtype) if self._dtype == "int8" else stored
 
 
