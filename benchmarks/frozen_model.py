@@ -1,7 +1,7 @@
-"""A small CTR model whose content table is frozen in four ways, and what a step of it costs in time and memory.
+"""A small CTR model whose content table is frozen in four ways, and what its steps cost in time and memory.
 
-`frozen` is ours, `trainable` is trained with row-wise Adagrad, `lr0` is the same with a learning rate of 0, and
-`unsharded` is an `nn.Embedding` with `requires_grad=False` on every rank.
+`frozen` is ours, `trainable` is trained with row-wise Adagrad, `lr0` is the same with a learning rate of 0,
+and `unsharded` is an `nn.Embedding` with `requires_grad=False` on every rank.
 """
 
 import statistics
@@ -133,15 +133,16 @@ def content_config(sizes: Sizes, dtype: str = "float32") -> EmbeddingConfig:
 def wrap(model: nn.Module) -> DistributedModelParallel:
     """Shard the content of a model row-wise over all ranks."""
     sharders = [EmbeddingCollectionSharder(), FrozenEmbeddingCollectionSharder()]
-    plan = {
-        "content": construct_module_sharding_plan(
-            model.content,
-            {TABLE: row_wise(compute_kernel=EmbeddingComputeKernel.FUSED.value)},
-            sharder=sharder, local_size=dist.get_world_size(), device_type="cpu",
-        )
-        for sharder in sharders
-        if type(model.content) is sharder.module_type
-    }  # fmt: skip
+    plan = {}
+    for sharder in sharders:
+        if type(model.content) is sharder.module_type:
+            plan["content"] = construct_module_sharding_plan(
+                model.content,
+                {TABLE: row_wise(compute_kernel=EmbeddingComputeKernel.FUSED.value)},
+                sharder=sharder,
+                local_size=dist.get_world_size(),
+                device_type="cpu",
+            )
     return DistributedModelParallel(
         model, device=torch.device("cpu"), plan=ShardingPlan(plan), sharders=sharders
     )
@@ -222,7 +223,7 @@ def labels_of(sizes: Sizes) -> Tensor:
 
 
 def bare_exchange(rows: Tensor, sizes: Sizes, world_size: int) -> Callable[[], Any]:
-    """What a frozen lookup exchanges: distinct rows there, their float32 vectors back, by plain collectives."""
+    """What a frozen lookup exchanges, by plain collectives: distinct rows there, float32 vectors back."""
     block = -(-sizes.rows // world_size)
     distinct = rows.unique()
     sent = torch.bincount(distinct // block, minlength=world_size)

@@ -1,9 +1,9 @@
 """What a frozen table costs, beside the ways TorchRec users have to freeze one: `make bench-frozen-table`.
 
-Steps of four variants are timed turn by turn in the same processes; memory is that of fresh processes with one of
-them. Lookups, from the KeyedJaggedTensor in to the vectors out through DistributedModelParallel, are timed beside
-`torch.index_select` on the same rows, and the speed of copying memory says what no lookup can exceed. At last a
-table as large as TAOBAO-MM's is generated, mapped into memory on two ranks and looked up.
+Steps of four variants are timed turn by turn in the same processes; memory is that of fresh processes with
+one of them. Lookups, from the KeyedJaggedTensor in to the vectors out through DistributedModelParallel, are
+timed beside `torch.index_select` on the same rows, and the speed of copying memory says what no lookup can
+exceed. At last a table as large as TAOBAO-MM's is generated, mapped into memory on two ranks and looked up.
 """
 
 import json
@@ -283,22 +283,20 @@ def render(report: dict[str, Any]) -> str:
     lines = ["# A frozen table beside its alternatives", ""]
     for ranks, timed in report["step"].items():
         base = timed["unsharded"]["seconds"]
-        lines += [f"## {ranks} rank(s)", "",
-                  "| variant | step (ms) | of unsharded | peak memory (MB) | optimizer state (MB) | gradients (MB) |",
-                  "|---|---|---|---|---|---|"]  # fmt: skip
+        columns = ["variant", "step (ms)", "of unsharded", "peak memory (MB)", "optimizer state (MB)",
+                   "gradients (MB)"]  # fmt: skip
+        lines += [f"## {ranks} rank(s)", "", *_header(columns)]
         for name, row in report["memory"][ranks].items():
             seconds = timed[name]["seconds"]
             megabytes = " | ".join(f"{row[key] / 1e6:.1f}" for key in row)
             lines.append(f"| {name} | {1000 * seconds:.1f} | {seconds / base:.2f} | {megabytes} |")
         if "exchange" in timed:
-            lines += [
-                "",
-                f"The exchange alone, by plain collectives: {1000 * timed['exchange']['seconds']:.1f} ms.",
-            ]
+            alone = 1000 * timed["exchange"]["seconds"]
+            lines += ["", f"The exchange alone, by plain collectives: {alone:.1f} ms."]
         lines.append("")
-    lines += ["## Lookups on one rank", "",
-              "| type | million rows/s | of index_select | as float32: million rows/s | of index_select | "
-              "copying memory allows | two ranks, each |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+    columns = ["type", "million rows/s", "of index_select", "as float32: million rows/s", "of index_select",
+               "copying memory allows", "two ranks, each"]  # fmt: skip
+    lines += ["## Lookups on one rank", "", *_header(columns)]
     for name, row in report["lookup"].items():
         lines.append(
             f"| {name} | {row['rows_per_s'] / 1e6:.1f} | {row['vs_index_select']:.2f} | "
@@ -307,20 +305,26 @@ def render(report: dict[str, Any]) -> str:
         )
     if "scale" in report:
         s = report["scale"]
-        lines += ["", "## A table as large as TAOBAO-MM's", "",
-                  f"{s['rows']:,} rows, {s['table_gb']:.1f} GB, mapped by 2 ranks in {s['load_seconds']:.0f} s; "
-                  f"batches of {s['rows_per_batch_of_a_rank']:,.0f} rows a rank: "
-                  f"{s['lookup_rows_per_s'] / 1e6:.2f} million rows/s, {s['private_gb']:.2f} GB of private memory "
-                  f"a rank at the most ({s['private_gb_before_lookups']:.2f} GB before the lookups)."]  # fmt: skip
+        lines += [
+            "", "## A table as large as TAOBAO-MM's", "",
+            f"{s['rows']:,} rows, {s['table_gb']:.1f} GB, mapped by 2 ranks in {s['load_seconds']:.0f} s; "
+            f"batches of {s['rows_per_batch_of_a_rank']:,.0f} rows a rank: "
+            f"{s['lookup_rows_per_s'] / 1e6:.2f} million rows/s, at the most {s['private_gb']:.2f} GB of "
+            f"private memory a rank ({s['private_gb_before_lookups']:.2f} GB before the lookups).",
+        ]  # fmt: skip
     lines += ["", "## Targets", ""]
-    lines += [
-        f"- {'met' if t['met'] else '**not met**'}: {t['claim']}: {t['value']:.4g}" for t in report["targets"]
-    ]
+    for target in report["targets"]:
+        met = "met" if target["met"] else "**not met**"
+        lines.append(f"- {met}: {target['claim']}: {target['value']:.4g}")
     hardware = report["hardware"]
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     lines += ["", f"{report['date']}, {hardware['processor']}, {hardware['cores']} cores, "
-              f"{hardware['memory_gib']} GiB, GPUs: {hardware['gpus'] or 'none'}; "
-              + ", ".join(f"{name} {version}" for name, version in report["versions"].items())]  # fmt: skip
+              f"{hardware['memory_gib']} GiB, GPUs: {hardware['gpus'] or 'none'}; {versions}"]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def _header(columns: list[str]) -> list[str]:
+    return ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
 
 
 def main(argv: list[str] | None = None) -> None:

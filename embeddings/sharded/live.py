@@ -96,10 +96,10 @@ class ItemIndex:
         known = self._home(ids)
         fresh = ids[known == 0].sort().values.tolist()
         if len(fresh) > self.head_room:
-            more = max(len(fresh) - self.head_room, self.capacity // 10)
+            room = self.capacity - self._index.ids.numel() + max(len(fresh), self.capacity // 10)
             raise HeadRoomExhausted(
                 f"{len(fresh)} new items, {self.head_room} free rows of {self.capacity}: make room with "
-                f"`mim table grow {self._source} --out DIR --head-room {more}`, which keeps every row, and "
+                f"`mim table grow {self._source} --out DIR --head-room {room}`, which keeps every row, and "
                 f"load the table that it writes"
             )
         for item in fresh:
