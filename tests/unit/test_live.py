@@ -111,7 +111,8 @@ def test_an_item_that_comes_back_has_the_row_it_had(live):
 def test_without_room_the_error_names_the_command_and_nothing_is_changed(live):
     module, index, table = live()
     before = table_digest(module), index.head_room
-    with pytest.raises(HeadRoomExhausted, match=r"3 new items, 2 free rows of 5: .*mim table grow .*float16 --out DIR --head-room 5"):
+    command = "mim table grow .*float16 --out DIR --head-room 5"
+    with pytest.raises(HeadRoomExhausted, match=f"3 new items, 2 free rows of 5: .*{command}"):
         apply(module, index, [30, 1, 2, 3], torch.ones(4, 4))
     assert (table_digest(module), index.head_room) == before
     assert index.rows(tensor(1, 2, 3)).tolist() == [0, 0, 0]
