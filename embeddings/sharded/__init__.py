@@ -1,1 +1,36 @@
-"""The frozen, sharded embedding of TorchRec models."""
+"""The frozen, sharded embedding of TorchRec models: what a user's own model needs of it."""
+
+from mim_torchrec.embeddings.sharded.frozen import (
+    FrozenEmbeddingBagCollection,
+    FrozenEmbeddingCollection,
+    frozen_bag_config,
+    frozen_config,
+)
+from mim_torchrec.embeddings.sharded.joined import JoinedEmbeddingBags
+from mim_torchrec.embeddings.sharded.live import HeadRoomExhausted, ItemIndex, take_down, update_items
+from mim_torchrec.embeddings.sharded.load import load_table, open_table, table_digest
+from mim_torchrec.embeddings.sharded.sharder import (
+    FrozenEmbeddingBagCollectionSharder,
+    FrozenEmbeddingCollectionSharder,
+    frozen_constraint,
+    frozen_sharders,
+)
+
+__all__ = [
+    "FrozenEmbeddingBagCollection",
+    "FrozenEmbeddingBagCollectionSharder",
+    "FrozenEmbeddingCollection",
+    "FrozenEmbeddingCollectionSharder",
+    "HeadRoomExhausted",
+    "ItemIndex",
+    "JoinedEmbeddingBags",
+    "frozen_bag_config",
+    "frozen_config",
+    "frozen_constraint",
+    "frozen_sharders",
+    "load_table",
+    "open_table",
+    "table_digest",
+    "take_down",
+    "update_items",
+]

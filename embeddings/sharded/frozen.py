@@ -407,7 +407,7 @@ def _move(module: FrozenModule, fn: Any) -> None:
     """Let ``.to(device)`` move rows; nothing changes how they are stored."""
     for table in module.frozen_tables().values():
         if isinstance(table.store, DenseRows):
-            table.store.tensor = table.store.tensor.to(fn(table.store.tensor.new_empty(0)).device)
+            table.store.move(fn(torch.empty(0, device=table.store.device)).device)
 
 
 def iterate_frozen(model: nn.Module) -> Iterator[FrozenModule]:

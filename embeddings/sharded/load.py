@@ -24,7 +24,7 @@ from mim_torchrec.embeddings.sharded.frozen import (
     check_state,
     iterate_frozen,
 )
-from mim_torchrec.embeddings.sharded.rows import CachedRows, DenseRows, MappedRows
+from mim_torchrec.embeddings.sharded.rows import CachedRows, DenseRows, MappedRows, RowStore
 from mim_torchrec.embeddings.sharded.sharded import ShardedFrozenModule
 from mim_torchrec.embeddings.table.format import Table, TableError, verify_shard
 
@@ -102,7 +102,7 @@ def load_table(model: nn.Module, table: Table, name: str = "mm", mapped: bool = 
         first, store = frozen.first_row, frozen.store
         stop = first + store.num_rows
         if mapped:
-            if not isinstance(store, DenseRows | MappedRows) or _device_of(store) != "cpu":
+            if not (isinstance(store, MappedRows) or _is_on_cpu(store)):
                 raise TableError(f"frozen table {name}: only rows on a CPU are mapped; use mapped=False")
             own = Table.open(table.path, verify=False)  # a map of its own: updates stay out of `table`
             spans = [(at - first, rows) for at, rows in own.spans(first, stop)]
@@ -184,5 +184,5 @@ def together(work: Callable[[], T], group: dist.ProcessGroup | None) -> T:
     return result
 
 
-def _device_of(store: DenseRows | MappedRows) -> str:
-    return store.tensor.device.type if isinstance(store, DenseRows) else "cpu"
+def _is_on_cpu(store: RowStore) -> bool:
+    return isinstance(store, DenseRows) and store.device.type == "cpu"

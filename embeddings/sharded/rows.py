@@ -58,7 +58,7 @@ class RowStore(abc.ABC):
 
 
 class DenseRows(RowStore):
-    """Rows in one tensor, zeros at first.
+    """Rows in one tensor, zeros at first; it is allocated when it is first asked for.
 
     Args:
         dtype: as in ``RowStore``.
@@ -72,18 +72,32 @@ class DenseRows(RowStore):
         self, dtype: str, num_rows: int, dim: int, device: torch.device, managed: bool = False
     ) -> None:
         super().__init__(dtype, num_rows, dim)
-        shape = (num_rows, self.stored_width)
-        if managed:
-            like = torch.empty(0, dtype=DTYPES[dtype], device=device)
-            self.tensor = torch.ops.fbgemm.new_unified_tensor(like, shape, False).zero_()
-        else:
-            self.tensor = torch.zeros(shape, dtype=DTYPES[dtype], device=device)
+        self.device, self._managed = device, managed
+        self._tensor: Tensor | None = None
+
+    @property
+    def tensor(self) -> Tensor:
+        """All rows, (num_rows, stored_width)."""
+        if self._tensor is None:
+            shape, dtype = (self.num_rows, self.stored_width), DTYPES[self.dtype]
+            if self._managed:
+                like = torch.empty(0, dtype=dtype, device=self.device)
+                self._tensor = torch.ops.fbgemm.new_unified_tensor(like, shape, False).zero_()
+            else:
+                self._tensor = torch.zeros(shape, dtype=dtype, device=self.device)
+        return self._tensor
+
+    def move(self, device: torch.device) -> None:
+        """Put the rows into the memory of another device."""
+        if self._tensor is not None:
+            self._tensor = self._tensor.to(device)
+        self.device = device
 
     def gather(self, rows: Tensor) -> Tensor:
         return _select(self.tensor, rows)
 
     def vectors(self, rows: Tensor) -> Tensor:
-        if self.dtype != "int8" or self.tensor.device.type != "cpu" or not rows.numel():
+        if self.dtype != "int8" or self.device.type != "cpu" or not rows.numel():
             return super().vectors(rows)
         # Reads bytes and writes floats in one go. Arguments: no scaling by frequency, sum, not pruned.
         bags = torch.arange(rows.numel())
@@ -92,7 +106,7 @@ class DenseRows(RowStore):
         )
 
     def write(self, rows: Tensor, stored: Tensor) -> None:
-        self.tensor.index_copy_(0, rows.to(self.tensor.device), stored.to(self.tensor.device))
+        self.tensor.index_copy_(0, rows.to(self.device), stored.to(self.device))
 
     def blocks(self) -> Iterator[Tensor]:
         yield from self.tensor.split(CHUNK)

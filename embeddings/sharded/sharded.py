@@ -256,7 +256,7 @@ class ShardedFrozenModule(
             storage_dtype(config), stop - first, config.embedding_dim, self._device, plan.compute_kernel,
             CACHE_LOAD_FACTOR if load_factor is None else load_factor,
         )  # fmt: skip
-        if isinstance(whole.store, DenseRows) and whole.store.tensor.device.type != "meta":
+        if isinstance(whole.store, DenseRows) and whole.store.device.type != "meta":
             rows = torch.arange(stop - first, device=self._device)
             store.write(rows, whole.store.tensor[first:stop].to(self._device))
         return FrozenTable(config, first, store, whole.state)

@@ -1,0 +1,74 @@
+"""A two-tower retrieval model trained on random clicks: what `two_tower_frozen.py` starts from.
+
+Run: python -m torch.distributed.run --nproc_per_node 2 examples/two_tower.py
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.modules.embedding_configs import EmbeddingBagConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.mlp import MLP
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+ITEMS, USERS, DIM, REQUESTS = 1000, 500, 16, 64
+
+
+class TwoTower(nn.Module):
+    """Scores every item of a batch for every user of it; the item that was clicked is on the diagonal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        tables = [
+            EmbeddingBagConfig(name="user", num_embeddings=USERS, embedding_dim=DIM, feature_names=["user"]),
+            EmbeddingBagConfig(name="item", num_embeddings=ITEMS, embedding_dim=DIM, feature_names=["item"]),
+        ]
+        self.ids = EmbeddingBagCollection(tables=tables, device=torch.device("meta"))
+        apply_optimizer_in_backward(RowWiseAdagrad, self.ids.parameters(), {"lr": 0.05})
+        self.user_tower = MLP(DIM, [32, 16])
+        self.item_tower = MLP(DIM, [32, 16])
+
+    def forward(self, features: KeyedJaggedTensor) -> Tensor:
+        """Return the loss over the items of the batch."""
+        found = self.ids(features).to_dict()
+        users = self.user_tower(found["user"])
+        items = self.item_tower(found["item"])
+        logits = users @ items.T
+        return nn.functional.cross_entropy(logits, torch.arange(len(logits)))
+
+
+def make_batch(seed: int) -> KeyedJaggedTensor:
+    """Random clicks: a user and an item each."""
+    torch.manual_seed(seed)
+    users, items = torch.randint(USERS, (REQUESTS,)), torch.randint(ITEMS, (REQUESTS,))
+    features = {"user": users, "item": items}
+    values = torch.cat(list(features.values()))
+    return KeyedJaggedTensor(list(features), values, lengths=torch.ones_like(values))
+
+
+def main() -> None:
+    """Shard the model, train it for some steps, print the loss."""
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)
+    sharders = [EmbeddingBagCollectionSharder()]
+    model = TwoTower()
+    topology = Topology(world_size=dist.get_world_size(), compute_device="cpu")
+    plan = EmbeddingShardingPlanner(topology=topology).collective_plan(model, sharders, dist.group.WORLD)
+    model = DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
+    optimizer = torch.optim.Adam([p for n, p in model.named_parameters() if "tower" in n])
+    for step in range(10):
+        loss = model(make_batch(seed=100 * step + dist.get_rank()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    print(f"rank {dist.get_rank()}: loss {loss.item():.3f}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""The examples run on two ranks, and a frozen table costs a user's program at most 15 lines."""
+
+import difflib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mim_torchrec.embeddings.table.format import TableWriter
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+PAIRS = [("dlrm.py", "dlrm_frozen.py"), ("two_tower.py", "two_tower_frozen.py")]
+ITEMS, DIM = 1000, 16  # as in the examples
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory) -> Path:
+    """Vectors of all items but the last hundred."""
+    path = tmp_path_factory.mktemp("example") / "table"
+    writer = TableWriter(path, table_version="v1", dim=DIM, encoder={}, head_room=10)
+    writer.write_shard(torch.arange(ITEMS - 100), torch.randn(ITEMS - 100, DIM))
+    writer.finish()
+    return path
+
+
+def code(name: str) -> list[str]:
+    """Lines of an example after its docstring."""
+    return (EXAMPLES / name).read_text().split('"""\n', 2)[1].splitlines()
+
+
+@pytest.mark.parametrize(("plain", "frozen"), PAIRS)
+def test_a_frozen_table_takes_at_most_15_lines(plain, frozen):
+    changes = difflib.unified_diff(code(plain), code(frozen), lineterm="", n=0)
+    added = [line for line in changes if line.startswith("+") and line[1:].strip() and line[:3] != "+++"]
+    assert 0 < len(added) <= 15
+
+
+@pytest.mark.parametrize("example", [name for pair in PAIRS for name in pair])
+def test_it_trains_on_two_ranks(example, table):
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+             str(EXAMPLES / example), str(table)]  # fmt: skip
+    done = subprocess.run(
+        words, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    losses = re.findall(r"rank ([01]): loss (\d\.\d+)", done.stdout)
+    assert sorted(rank for rank, _ in losses) == ["0", "1"]
