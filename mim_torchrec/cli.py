@@ -11,6 +11,7 @@ COMMANDS = {
     "csft": ("mim_torchrec.csft.main", "fine-tune the item encoder on what users bought"),
     "export": ("mim_torchrec.representation.export", "encode every item into the multi-modal table"),
     "ctr": ("mim_torchrec.ctr.main", "train and evaluate a click-through-rate model"),
+    "plan": ("mim_torchrec.embeddings.sharded.plan", "say where tables would go on a cluster"),
     "table": ("mim_torchrec.embeddings.table.main", "import, verify, convert or grow a multi-modal table"),
 }
 

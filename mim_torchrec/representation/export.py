@@ -189,10 +189,11 @@ def _write(
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``mim export``."""
     config = tyro.cli(ExportConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("mim_torchrec").setLevel(logging.INFO)  # fbgemm has given the root a handler of its own
     with distributed(seed=0) as ranks:  # nothing here is drawn
         if not ranks.is_main:
-            logging.getLogger().setLevel(logging.WARNING)
+            logging.getLogger("mim_torchrec").setLevel(logging.WARNING)
         export(config, ranks)
 
 

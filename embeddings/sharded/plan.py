@@ -1,0 +1,230 @@
+"""``mim plan``: where tables would go on a cluster, by TorchRec's planner, without a GPU and without a table.
+
+The frozen table and the trainable ones of a model are planned together; what is printed is bytes of rows and
+of the optimizer's state on each rank, by kind of memory. Tables that fit nowhere are an error with a way out.
+
+Not here: what batches and activations take, beyond the share of HBM that is kept free for them.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import tyro
+from torch import nn
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.planner import EmbeddingShardingPlanner
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import (
+    KernelConfig,
+    ParameterConstraints,
+    PlannerError,
+    TopologyFactory,
+    TrainerConfig,
+)
+from torchrec.distributed.types import ParameterSharding, ShardingPlan
+from torchrec.modules.embedding_configs import EmbeddingConfig
+from torchrec.modules.embedding_modules import EmbeddingCollection
+from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+
+from mim_torchrec.embeddings.sharded.frozen import DATA_TYPES, FrozenEmbeddingCollection
+from mim_torchrec.embeddings.sharded.sharded import CACHE_LOAD_FACTOR
+from mim_torchrec.embeddings.sharded.sharder import (
+    KERNELS,
+    FrozenEmbeddingCollectionSharder,
+    frozen_constraint,
+)
+from mim_torchrec.embeddings.table.quantize import row_bytes
+
+GIB = 2**30
+FROZEN = "frozen"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """Say where a frozen table and trainable tables go on a cluster, without a GPU."""
+
+    rows: int
+    """Rows of the frozen table, with its head-room."""
+    dim: int = 128
+    """Length of its vectors."""
+    dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float16"
+    """How its vectors are stored."""
+    trainable: tuple[str, ...] = ()
+    """Trainable float32 tables with row-wise Adagrad, each ROWSxDIM, such as 100000000x64."""
+    world_size: int = 8
+    """GPUs."""
+    local_world_size: int = 8
+    """GPUs of one machine; they share its host memory."""
+    hbm_gb: float = 80.0
+    """Memory of a GPU, in GiB."""
+    ddr_gb: float = 1024.0
+    """Host memory of a machine, in GiB."""
+    reserve: float = 0.15
+    """Share of all memory that is kept free for batches, activations and the dense part."""
+    memory: Literal["any", "device", "uvm", "uvm_caching"] = "any"
+    """Kind of memory of the frozen table; any lets the planner choose."""
+    load_factor: float = CACHE_LOAD_FACTOR
+    """Rows of the cache in HBM per row, for uvm_caching."""
+    json: bool = False
+    """Print the plan as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where one table goes: its kind of memory, and bytes of rows and of optimizer state on each rank."""
+
+    table: str
+    sharding: str
+    kernel: str
+    bytes: int
+    hbm: tuple[int, ...]
+    ddr: tuple[int, ...]
+    optimizer_bytes: int
+
+
+def simulate(config: PlanConfig) -> list[Placement]:
+    """Plan the tables of a config.
+
+    Returns:
+        One placement a table, the frozen one first; ``hbm`` and ``ddr`` are (world_size,) bytes.
+
+    Raises:
+        ValueError: a size is impossible, or the tables do not fit.
+    """
+    shapes = {f"trainable_{k}": _shape(text) for k, text in enumerate(config.trainable)}
+    if min(config.rows, config.dim, config.world_size, config.local_world_size) < 1:
+        raise ValueError("--rows, --dim, --world-size and --local-world-size are at least 1")
+    if config.world_size > config.local_world_size and config.world_size % config.local_world_size:
+        raise ValueError(f"{config.world_size} GPUs do not make machines of {config.local_world_size}")
+    model, constraints = nn.Module(), {}
+    model.frozen = FrozenEmbeddingCollection([
+        EmbeddingConfig(name=FROZEN, num_embeddings=config.rows, embedding_dim=config.dim,
+                        feature_names=[FROZEN], data_type=DATA_TYPES[config.dtype])
+    ])  # fmt: skip
+    for name, (rows, dim) in shapes.items():
+        table = EmbeddingConfig(name=name, num_embeddings=rows, embedding_dim=dim, feature_names=[name])
+        collection = EmbeddingCollection(tables=[table], device=torch.device("meta"))
+        apply_optimizer_in_backward(RowWiseAdagrad, collection.parameters(), {"lr": 0.01})
+        setattr(model, name, collection)
+    if config.memory != "any":
+        cached = config.load_factor if config.memory == "uvm_caching" else None
+        constraints[FROZEN] = frozen_constraint(config.memory, cached)
+    else:
+        kernels = [kernel.value for kernel in KERNELS.values()]
+        constraints[FROZEN] = ParameterConstraints(compute_kernels=kernels)
+    local = min(config.local_world_size, config.world_size)
+    planner = EmbeddingShardingPlanner(
+        topology=TopologyFactory.create_topology(
+            TrainerConfig(
+                world_size=config.world_size,
+                local_world_size=local,
+                hbm_cap_bytes=int(config.hbm_gb * GIB),
+                ddr_cap_bytes=int(config.ddr_gb * GIB / local),
+            ),
+            kernel_config=KernelConfig(compute_device="cuda"),
+        ),
+        constraints=constraints,
+        storage_reservation=FixedPercentageStorageReservation(percentage=config.reserve),
+    )
+    try:
+        plan = planner.plan(model, [EmbeddingCollectionSharder(), FrozenEmbeddingCollectionSharder()])
+    except PlannerError as error:
+        need = config.rows * row_bytes(config.dtype, config.dim) / GIB
+        raise ValueError(
+            f"the tables do not fit: the frozen one alone has {need:,.0f} GiB, for {config.world_size} x "
+            f"{config.hbm_gb:g} GiB of HBM; take more GPUs, a smaller --dtype, or --memory uvm ({error})"
+        ) from None
+    return _placements(plan, config, shapes)
+
+
+def _placements(
+    plan: ShardingPlan, config: PlanConfig, shapes: dict[str, tuple[int, int]]
+) -> list[Placement]:
+    found = []
+    for module in [FROZEN, *shapes]:
+        (name, how), = plan.plan[module].items()  # fmt: skip
+        rows = _rows_of_ranks(how, config.world_size)
+        if name == FROZEN:
+            width, state = row_bytes(config.dtype, config.dim), 0
+        else:
+            width, state = 4 * shapes[name][1], 4
+        kernel = how.compute_kernel
+        on_device = kernel in (EmbeddingComputeKernel.FUSED.value, EmbeddingComputeKernel.DENSE.value)
+        cached = kernel == EmbeddingComputeKernel.FUSED_UVM_CACHING.value
+        factor = how.cache_params.load_factor if cached and how.cache_params else None
+        share = 1.0 if on_device else (factor or config.load_factor) if cached else 0.0
+        found.append(
+            Placement(
+                table=name,
+                sharding=how.sharding_type,
+                kernel=kernel,
+                bytes=sum(rows) * width,
+                hbm=tuple(int(share * own * width) + (own * state if on_device else 0) for own in rows),
+                ddr=tuple(0 if on_device else own * (width + state) for own in rows),
+                optimizer_bytes=sum(rows) * state,
+            )
+        )
+    return found
+
+
+def _rows_of_ranks(how: ParameterSharding, world_size: int) -> list[int]:
+    """Rows of a table on each rank; a shard of some columns counts as that share of its rows."""
+    assert how.sharding_spec is not None
+    shards = how.sharding_spec.shards
+    width = max(shard.shard_offsets[1] + shard.shard_sizes[1] for shard in shards)
+    rows = [0.0] * world_size
+    for shard in shards:
+        rows[shard.placement.rank()] += shard.shard_sizes[0] * shard.shard_sizes[1] / width
+    return [round(own) for own in rows]
+
+
+def _shape(text: str) -> tuple[int, int]:
+    rows, _, dim = text.partition("x")
+    if not (rows.isdigit() and dim.isdigit() and int(rows) and int(dim)):
+        raise ValueError(f"--trainable {text!r} is not ROWSxDIM, such as 100000000x64")
+    return int(rows), int(dim)
+
+
+def render(placements: Sequence[Placement], config: PlanConfig) -> str:
+    """A plan as text: a line a table, and the fullest rank."""
+    lines = [
+        f"{'table':<14}{'sharding':<14}{'memory':<20}{'GiB':>9}{'HBM a rank':>13}{'host a rank':>13}"
+        f"{'optimizer':>11}"
+    ]
+    for p in placements:
+        figures = p.bytes / GIB, max(p.hbm) / GIB, max(p.ddr) / GIB, p.optimizer_bytes / GIB
+        lines.append(
+            f"{p.table:<14}{p.sharding:<14}{p.kernel:<20}{figures[0]:>9,.1f}{figures[1]:>13,.1f}"
+            f"{figures[2]:>13,.1f}{figures[3]:>11,.1f}"
+        )
+    hbm = max(sum(own) for own in zip(*(p.hbm for p in placements), strict=True)) / GIB
+    ddr = max(sum(own) for own in zip(*(p.ddr for p in placements), strict=True)) / GIB
+    host = config.ddr_gb / min(config.local_world_size, config.world_size)
+    lines.append(
+        f"fullest of {config.world_size} ranks: {hbm:,.1f} of {config.hbm_gb:g} GiB of HBM, {ddr:,.1f} of "
+        f"{host:,.1f} GiB of host memory"
+    )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of ``mim plan``."""
+    config = tyro.cli(PlanConfig, args=argv, prog="mim plan", config=(tyro.conf.FlagConversionOff,))
+    try:
+        placements = simulate(config)
+    except ValueError as error:
+        raise SystemExit(f"mim plan: {error}") from None
+    if config.json:
+        print(json.dumps([dataclasses.asdict(placement) for placement in placements]))
+    else:
+        print(render(placements, config))
+
+
+if __name__ == "__main__":
+    main()
