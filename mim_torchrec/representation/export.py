@@ -190,10 +190,9 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of ``mim export``."""
     config = tyro.cli(ExportConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("mim_torchrec").setLevel(logging.INFO)  # fbgemm has given the root a handler of its own
     with distributed(seed=0) as ranks:  # nothing here is drawn
-        if not ranks.is_main:
-            logging.getLogger("mim_torchrec").setLevel(logging.WARNING)
+        # not by basicConfig, which does nothing where fbgemm has given the root a handler
+        logging.getLogger().setLevel(logging.INFO if ranks.is_main else logging.WARNING)
         export(config, ranks)
 
 
