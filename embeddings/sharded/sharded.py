@@ -15,6 +15,7 @@ repetitions.
 Not here: other shardings than row-wise, two-dimensional parallelism, int4.
 """
 
+import abc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -233,9 +234,9 @@ class ShardedFrozenModule(
         ]
         return FrozenAwaitable(self, ctx, vectors)
 
+    @abc.abstractmethod
     def assemble(self, ctx: FrozenContext, vectors: list[Tensor]) -> Out:
         """Give every feature its vectors: of those (num_vectors, dim) of its table, ``ctx.index``."""
-        raise NotImplementedError
 
     def _needs_distinct(self, table: FrozenTable) -> bool:
         return self._is_divided
