@@ -189,11 +189,20 @@ def train_step(
     optimizer.step()
 
 
-def take_turns(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each run; they take turns, and the first round warms up and is left out."""
+def take_turns(
+    runs: dict[str, Callable[[], Any]], rounds: int, before: Callable[[], Any] = lambda: None
+) -> dict[str, float]:
+    """Median seconds of each run; they take turns, and the first round warms up and is left out.
+
+    Args:
+        runs: by name.
+        rounds: turns of each.
+        before: what is done before each run and not timed.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(rounds + 1):
         for name, run in runs.items():
+            before()
             if dist.get_world_size() > 1:
                 dist.barrier()
             started = time.perf_counter()

@@ -192,15 +192,18 @@ class ShardedFrozenModule(
         ctx.features = features
         by_feature = features.to_dict()  # it is remembered, so weights must not lose their gradient here
         with torch.no_grad():
-            return self._send_rows(ctx, by_feature)
+            return self._send_rows(ctx, features, by_feature)
 
     def _send_rows(
-        self, ctx: FrozenContext, by_feature: dict[str, JaggedTensor]
+        self, ctx: FrozenContext, features: KeyedJaggedTensor, by_feature: dict[str, JaggedTensor]
     ) -> Awaitable[Awaitable[KJTList]]:
         awaitables: list[Awaitable[Awaitable[KeyedJaggedTensor]]] = []
         for k, table in enumerate(self._frozen.values()):
-            asked = [by_feature[key].values() for key in table.config.feature_names]
-            rows = (asked[0] if len(asked) == 1 else torch.cat(asked)).long()
+            keys = table.config.feature_names
+            if keys == features.keys():
+                rows = features.values().long()
+            else:
+                rows = torch.cat([by_feature[key].values() for key in keys]).long()
             index = None
             if self._needs_distinct(table):
                 rows, index = torch.unique(rows, return_inverse=True)
