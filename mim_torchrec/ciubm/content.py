@@ -29,19 +29,7 @@ def content_relevance(candidates: Tensor, behaviors: Tensor, pairs: RequestPairs
         (num_pairs,) cosines; 0 where either vector is zero, as the vector of an unknown item is.
     """
     candidates, behaviors = F.normalize(candidates.float(), dim=-1), F.normalize(behaviors.float(), dim=-1)
-    if pairs.num_pairs == 0:
-        return candidates.new_zeros(0)
-    if candidates.is_cuda or torch.backends.mkl.is_available():
-        # dot products of the listed pairs only, and no gathered copies: 25 times faster on CPU
-        structure = torch.sparse_csr_tensor(
-            pairs.pair_offsets,
-            pairs.behavior_index,
-            candidates.new_zeros(pairs.num_pairs),
-            (candidates.shape[0], behaviors.shape[0]),
-            check_invariants=False,
-        )
-        return torch.sparse.sampled_addmm(structure, candidates, behaviors.t()).values()
-    return (candidates[pairs.candidate_index] * behaviors[pairs.behavior_index]).sum(-1)
+    return pairs.inner_products(candidates, behaviors)
 
 
 def relevant_interest(

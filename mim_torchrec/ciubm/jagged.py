@@ -1,37 +1,161 @@
 """Pairs of (candidate, behavior) of the same request, kept packed.
 
 A batch holds `num_requests` requests; each has its own number of candidates and of behaviors. Every user
-behavior model (MIM, section 3.4) compares a candidate with all behaviors of its own request, so the pairs
-form one ragged list in which no position is padding. They are ordered by candidate, then by behavior,
-which makes the pairs of a candidate a contiguous segment: the compressed-sparse-row layout.
+behavior model (MIM, section 3.4) compares a candidate with behaviors of its own request, so the pairs form
+one ragged list in which no position is padding. They are ordered by candidate, then by behavior, which makes
+the pairs of a candidate a contiguous segment: the compressed-sparse-row layout. What is computed on them is
+in `packed.py`; a search unit keeps some of them (`Pairs.top_k`, `Pairs.select`).
 """
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mim_torchrec.ciubm.packed import inner_products, segment_softmax, weighted_sum
+
+
+class ByBehavior(NamedTuple):
+    """The same pairs ordered by behavior, then by candidate; gradients of behaviors are sums in this order.
+
+    Attributes:
+        candidate_index: (num_pairs,) the candidate of each pair.
+        offsets: (sum_behaviors + 1,) where the pairs of each behavior start.
+        position: (num_pairs,) where each pair stands in the order by candidate.
+    """
+
+    candidate_index: Tensor
+    offsets: Tensor
+    position: Tensor
+
 
 @dataclass(frozen=True)
-class RequestPairs:
-    """All (candidate, behavior) pairs of a batch; built once, used by every interest module.
+class Pairs:
+    """Some (candidate, behavior) pairs of a batch.
+
+    Attributes:
+        candidate_index: (num_pairs,) the candidate of each pair, ascending.
+        behavior_index: (num_pairs,) the behavior of each pair, ascending within a candidate.
+        pair_offsets: (sum_candidates + 1,) where the pairs of each candidate start.
+        by_behavior: the same pairs in the other order.
+    """
+
+    candidate_index: Tensor
+    behavior_index: Tensor
+    pair_offsets: Tensor
+    by_behavior: ByBehavior
+
+    @property
+    def num_candidates(self) -> int:
+        """Candidates in the batch, over all requests."""
+        return self.pair_offsets.numel() - 1
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs that are listed."""
+        return self.candidate_index.numel()
+
+    def history_lengths(self) -> Tensor:
+        """Behaviors each candidate is compared with, (sum_candidates,) int64."""
+        return self.pair_offsets.diff()
+
+    @cached_property
+    def longest(self) -> int:
+        """The most behaviors that a candidate is compared with."""
+        return int(self.history_lengths().max()) if self.num_pairs else 0
+
+    def inner_products(self, candidates: Tensor, behaviors: Tensor) -> Tensor:
+        r"""$\langle q_t, s_i \rangle$ of each pair, (num_pairs,).
+
+        Args:
+            candidates: (sum_candidates, dim).
+            behaviors: (sum_behaviors, dim).
+        """
+        return inner_products(candidates, behaviors, self)
+
+    def weighted_sum(self, behaviors: Tensor, weights: Tensor) -> Tensor:
+        r"""Sum over the behaviors of each candidate, $\sum_i w_{t,i} h_i$.
+
+        Args:
+            behaviors: (sum_behaviors, dim).
+            weights: (num_pairs,), the weight of each pair.
+
+        Returns:
+            (sum_candidates, dim); zeros for a candidate without pairs.
+        """
+        return weighted_sum(behaviors, weights, self)
+
+    def segment_softmax(self, scores: Tensor) -> Tensor:
+        """Softmax of pair scores (num_pairs,) over the behaviors of each candidate."""
+        return segment_softmax(scores, self)
+
+    @torch.no_grad()
+    def top_k(self, scores: Tensor, k: int) -> Tensor:
+        """Which pairs have the k largest scores of their candidate.
+
+        Candidates with at most k pairs keep all; the others are compared in groups whose numbers of pairs
+        lie within a factor of two, so a long history pads no short one.
+
+        Args:
+            scores: (num_pairs,).
+            k: pairs of a candidate that are kept.
+
+        Returns:
+            (num_pairs,) bool.
+        """
+        lengths = self.history_lengths()
+        kept = (lengths <= k)[self.candidate_index]
+        width = k
+        while width < self.longest:
+            rows = ((lengths > width) & (lengths <= 2 * width)).nonzero().squeeze(1)
+            width *= 2
+            if not rows.numel():
+                continue
+            columns = torch.arange(min(width, self.longest), device=scores.device)
+            position = self.pair_offsets[rows][:, None] + columns
+            exists = columns < lengths[rows][:, None]
+            padded = torch.where(exists, scores[position.clamp(max=self.num_pairs - 1)], -torch.inf)
+            kept[position.gather(1, padded.topk(k, dim=1).indices).reshape(-1)] = True
+        return kept
+
+    def select(self, kept: Tensor) -> "Pairs":
+        """The pairs that are kept.
+
+        Args:
+            kept: (num_pairs,) bool.
+        """
+        kept_by_behavior = kept[self.by_behavior.position]
+        new_position = kept.cumsum(0) - 1
+        return Pairs(
+            candidate_index=self.candidate_index[kept],
+            behavior_index=self.behavior_index[kept],
+            pair_offsets=_kept_offsets(kept, self.pair_offsets),
+            by_behavior=ByBehavior(
+                candidate_index=self.by_behavior.candidate_index[kept_by_behavior],
+                offsets=_kept_offsets(kept_by_behavior, self.by_behavior.offsets),
+                position=new_position[self.by_behavior.position[kept_by_behavior]],
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class RequestPairs(Pairs):
+    """All pairs of each candidate with the behaviors of its request; built once, used by every module.
 
     Attributes:
         candidate_offsets: (num_requests + 1,) where the candidates of each request start.
         behavior_offsets: (num_requests + 1,) where the behaviors of each request start.
         candidate_request: (sum_candidates,) the request of each candidate.
-        candidate_index: (num_pairs,) the candidate of each pair, ascending.
-        behavior_index: (num_pairs,) the behavior of each pair.
-        pair_offsets: (sum_candidates + 1,) where the pairs of each candidate start.
+        behavior_request: (sum_behaviors,) the request of each behavior.
     """
 
     candidate_offsets: Tensor
     behavior_offsets: Tensor
     candidate_request: Tensor
-    candidate_index: Tensor
-    behavior_index: Tensor
-    pair_offsets: Tensor
+    behavior_request: Tensor
 
     @classmethod
     def build(cls, candidate_offsets: Tensor, behavior_offsets: Tensor) -> "RequestPairs":
@@ -51,74 +175,59 @@ class RequestPairs:
                 f"but behaviors to {behavior_offsets.numel() - 1}"
             )
         candidate_offsets, behavior_offsets = candidate_offsets.long(), behavior_offsets.long()
-        device = candidate_offsets.device
-        num_candidates = candidate_offsets.diff()
-        num_requests = num_candidates.numel()
-        candidate_request = torch.repeat_interleave(
-            torch.arange(num_requests, device=device), num_candidates
-        )
-        num_pairs = behavior_offsets.diff()[candidate_request]
-        pair_offsets = F.pad(num_pairs.cumsum(0), (1, 0))
-        candidate_index = torch.repeat_interleave(
-            torch.arange(candidate_request.numel(), device=device), num_pairs
-        )
-        shift = behavior_offsets[:-1][candidate_request] - pair_offsets[:-1]
-        behavior_index = torch.arange(candidate_index.numel(), device=device) + shift[candidate_index]
+        candidate_request, behavior_request = _owners(candidate_offsets), _owners(behavior_offsets)
+        candidate_index, behavior_index, pair_offsets = _product(candidate_request, behavior_offsets)
+        behavior, candidate, offsets = _product(behavior_request, candidate_offsets)
+        start = behavior_offsets[behavior_request]  # of the history that a behavior belongs to
+        place = torch.arange(behavior_request.numel(), device=start.device) - start
         return cls(
-            candidate_offsets=candidate_offsets,
-            behavior_offsets=behavior_offsets,
-            candidate_request=candidate_request,
             candidate_index=candidate_index,
             behavior_index=behavior_index,
             pair_offsets=pair_offsets,
+            by_behavior=ByBehavior(candidate, offsets, pair_offsets[candidate] + place[behavior]),
+            candidate_offsets=candidate_offsets,
+            behavior_offsets=behavior_offsets,
+            candidate_request=candidate_request,
+            behavior_request=behavior_request,
         )
 
-    @property
-    def num_candidates(self) -> int:
-        """Candidates in the batch, over all requests."""
-        return self.candidate_request.numel()
+    @cached_property
+    def order(self) -> Tensor:
+        """How many behaviors of its request come after each behavior, (sum_behaviors,) int64."""
+        last = self.behavior_offsets[1:][self.behavior_request]
+        return last - 1 - torch.arange(last.numel(), device=last.device)
 
-    @property
-    def num_pairs(self) -> int:
-        """(candidate, behavior) pairs in the batch."""
-        return self.candidate_index.numel()
-
-    def history_lengths(self) -> Tensor:
-        """Behaviors each candidate is compared with, (sum_candidates,) int64."""
-        return self.pair_offsets.diff()
-
-    def segment_softmax(self, scores: Tensor) -> Tensor:
-        """Softmax of pair scores (num_pairs,) over the behaviors of each candidate."""
-        largest = scores.new_full((self.num_candidates,), -torch.inf).scatter_reduce(
-            0, self.candidate_index, scores.detach(), "amax"
-        )
-        weights = (scores - largest[self.candidate_index]).exp()
-        total = weights.new_zeros(self.num_candidates).index_add(0, self.candidate_index, weights)
-        return weights / total[self.candidate_index]
-
-    def weighted_sum(self, behaviors: Tensor, weights: Tensor) -> Tensor:
-        r"""Sum over the behaviors of each candidate, $\sum_i w_{t,i} h_i$.
-
-        An embedding bag is this product with a sparse matrix without ever writing the (num_pairs, dim)
-        rows it adds up; measured on CPU at 27,000 pairs, its forward and backward take a seventh of the
-        time of `index_add` at dim 128, and an eighth to a sixth of a CSR matrix product.
+    def recent(self, limit: int) -> "tuple[Tensor, RequestPairs]":
+        """Histories cut to their last behaviors.
 
         Args:
-            behaviors: (sum_behaviors, dim).
-            weights: (num_pairs,), the weight of each pair.
+            limit: behaviors of a request that are kept.
 
         Returns:
-            (sum_candidates, dim); zeros for a candidate whose request has no behaviors.
+            The behaviors that are kept, (sum_kept,) int64 ascending, and the pairs with them, numbered by
+            their place in this list.
         """
-        if behaviors.shape[0] == 0:
-            # no pair exists; stay in the graph so that every rank computes the same set of gradients
-            zeros = behaviors.new_zeros(self.num_candidates, behaviors.shape[1])
-            return zeros + behaviors.sum() + weights.sum()
-        return F.embedding_bag(
-            self.behavior_index,
-            behaviors,
-            self.pair_offsets,
-            mode="sum",
-            per_sample_weights=weights.to(behaviors.dtype),
-            include_last_offset=True,
-        )
+        kept = self.order < limit
+        offsets = F.pad(self.behavior_offsets.diff().clamp(max=limit).cumsum(0), (1, 0))
+        return kept.nonzero().squeeze(1), RequestPairs.build(self.candidate_offsets, offsets)
+
+
+def _owners(offsets: Tensor) -> Tensor:
+    """The segment that each element belongs to."""
+    lengths = offsets.diff()
+    return torch.repeat_interleave(torch.arange(lengths.numel(), device=offsets.device), lengths)
+
+
+def _product(request: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each of the one side with all of its request's of the other side: both indices, and offsets."""
+    lengths = offsets.diff()[request]
+    pair_offsets = F.pad(lengths.cumsum(0), (1, 0))
+    one = _owners(pair_offsets)
+    shift = offsets[:-1][request] - pair_offsets[:-1]
+    other = torch.arange(one.numel(), device=one.device) + shift[one]
+    return one, other, pair_offsets
+
+
+def _kept_offsets(kept: Tensor, offsets: Tensor) -> Tensor:
+    """Offsets of segments after dropping the elements that are not kept."""
+    return F.pad(kept.cumsum(0), (1, 0))[offsets]
