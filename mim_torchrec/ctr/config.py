@@ -8,6 +8,9 @@ import tyro
 
 from mim_torchrec.ciubm.content import Pooling
 from mim_torchrec.ciubm.ubm.activation import Activation
+from mim_torchrec.ciubm.ubm.sim import Search
+
+UBM = Literal["avg_pooling", "din", "dien", "bst", "sim", "twin"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +19,7 @@ class ModelConfig:
 
     mim: Literal["on", "off"] = "on"
     """`off` is Base: ids only, no table."""
-    ubm: Literal["din", "avg_pooling"] = "din"
+    ubm: UBM = "din"
     """User behavior model of the ID interest (Eq. 1)."""
     id_interest: bool = True
     """Feed the ID interest to the tower (Table 5)."""
@@ -40,12 +43,24 @@ class ModelConfig:
     """Activation of DIN's attention unit."""
     attention_softmax: bool = False
     """Normalize attention weights, which DIN does not."""
+    heads: int = 4
+    """Attention heads of BST, SIM and TWIN; each takes its share of the embeddings of an item."""
+    top_k: int = 50
+    """Behaviors that the searches of SIM and TWIN keep."""
+    search: Search = "soft"
+    """SIM's general search: by relevance, or among the behaviors of the candidate's category."""
+    max_positions: int = 50
+    """Most recent behaviors that BST uses."""
+    gaps: Literal["time", "order"] = "time"
+    """How far a behavior lies back for BST, SIM and TWIN: in time, or, where times lack, in behaviors."""
+    aux_weight: float = 1.0
+    """Weight of the auxiliary loss of DIEN and of SIM's soft search; 0 leaves it out."""
     tower: tuple[int, ...] = (200, 80)
     """Hidden layers of the deepCTR tower."""
     batch_norm: bool = True
     """Batch normalization in the tower, over the batch of all ranks."""
     dropout: float = 0.0
-    """Dropout in the tower."""
+    """Dropout in the tower and in BST."""
 
 
 @dataclass(frozen=True, kw_only=True)

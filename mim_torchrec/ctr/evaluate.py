@@ -24,7 +24,7 @@ def predict(model: nn.Module, reader: RequestReader, mapper: IdMapper, ranks: Ra
     """Score every candidate that the reader yields, on all ranks.
 
     Args:
-        model: gives logits of a batch; scores in evaluation mode and is left in the mode it had.
+        model: gives a `Prediction` for a batch; scores in evaluation mode and is left in the mode it had.
         reader: this rank's share, not shuffled.
         mapper: ids to embedding rows.
         ranks: the process group.
@@ -40,7 +40,7 @@ def predict(model: nn.Module, reader: RequestReader, mapper: IdMapper, ranks: Ra
         candidates = batch.sparse["candidate_item_id"]
         users = batch.sparse["user_id"].values()
         repeats = candidates.lengths().long()
-        logits = model(mapper(batch).to(ranks.device))
+        logits = model(mapper(batch).to(ranks.device)).logits
         parts.append({
             "request_id": batch.request_ids.repeat_interleave(repeats).numpy(),
             "user_id": users.repeat_interleave(repeats).numpy(),

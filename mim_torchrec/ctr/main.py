@@ -81,7 +81,8 @@ def train_and_evaluate(config: CTRConfig, ranks: Ranks) -> dict[str, Any]:
             "digest_before": table_digest(frozen),
         }
 
-    task = CTRTask(model, optimizer, readers["train"], readers["validation"], mapper, ranks)
+    task = CTRTask(model, optimizer, readers["train"], readers["validation"], mapper, ranks,
+                   config.aux_weight)  # fmt: skip
     history = fit(
         task,
         epochs=config.epochs,

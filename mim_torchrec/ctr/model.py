@@ -7,6 +7,7 @@ features, multi-task heads.
 """
 
 from dataclasses import replace
+from typing import NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,19 +18,48 @@ from mim_torchrec.ciubm.ciubm import CiUBM
 from mim_torchrec.ciubm.jagged import RequestPairs
 from mim_torchrec.ciubm.ubm.activation import PReLU
 from mim_torchrec.ciubm.ubm.avg_pooling import AvgPooling
+from mim_torchrec.ciubm.ubm.bst import BST
+from mim_torchrec.ciubm.ubm.dien import DIEN
 from mim_torchrec.ciubm.ubm.din import DIN
-from mim_torchrec.ctr.config import ModelConfig
+from mim_torchrec.ciubm.ubm.interface import Auxiliary, BehaviorContext, UserBehaviorModel
+from mim_torchrec.ciubm.ubm.sim import SIM
+from mim_torchrec.ciubm.ubm.twin import TWIN
+from mim_torchrec.ctr.config import UBM, ModelConfig
 from mim_torchrec.data.batch import RequestBatch
 from mim_torchrec.training.batch_norm import GlobalBatchNorm1d
 
+MICROSECONDS = 1_000_000
 
-def build_ubm(config: ModelConfig, dim: int) -> nn.Module:
+
+class Prediction(NamedTuple):
+    """What the model says of the candidates of a batch.
+
+    Attributes:
+        logits: (sum_candidates,) in the order of the batch's candidates.
+        auxiliary: in training mode, the auxiliary task of the user behavior model, if it has one.
+    """
+
+    logits: Tensor
+    auxiliary: Auxiliary | None
+
+
+def build_ubm(config: ModelConfig, dim: int) -> UserBehaviorModel:
     """The user behavior model that the config names, over ID embeddings of size `dim`."""
-    if config.ubm == "avg_pooling":
-        return AvgPooling(dim)
-    if config.ubm == "din":
-        return DIN(dim, config.attention, config.attention_activation, config.attention_softmax)
-    raise ValueError(f"ubm is 'din' or 'avg_pooling', not {config.ubm!r}")
+    auxiliary = config.aux_weight > 0
+    match config.ubm:
+        case "avg_pooling":
+            return AvgPooling(dim)
+        case "din":
+            return DIN(dim, config.attention, config.attention_activation, config.attention_softmax)
+        case "dien":
+            return DIEN(dim, auxiliary=auxiliary)
+        case "bst":
+            return BST(dim, config.heads, config.max_positions, dropout=config.dropout)
+        case "sim":
+            return SIM(dim, config.search, config.top_k, config.heads, auxiliary=auxiliary)
+        case "twin":
+            return TWIN(dim, config.top_k, config.heads)
+    raise ValueError(f"ubm is one of {', '.join(get_args(UBM))}, not {config.ubm!r}")
 
 
 class DeepCTR(nn.Module):
@@ -92,6 +122,7 @@ class CTRModel(nn.Module):
         self.item_embeddings = item_embeddings
         self.mm_embeddings = mm_embeddings
         self.products = config.products
+        self.gaps = config.gaps
 
         bags = request_embeddings.embedding_bag_configs()
         request_dim = sum(t.embedding_dim * len(t.feature_names) for t in bags)
@@ -100,8 +131,9 @@ class CTRModel(nn.Module):
         mm_dim = mm_embeddings.embedding_configs()[0].embedding_dim if mm_embeddings is not None else 0
         content = mm_embeddings is not None and config.content_interest
         fusion = mm_embeddings is not None and config.fusion_interest
+        ubm = build_ubm(config, item_dim) if config.id_interest else None
         self.ciubm = CiUBM(
-            build_ubm(config, item_dim) if config.id_interest else None,
+            ubm,
             content=content,
             fusion=fusion,
             pooling=config.content_pooling,
@@ -113,7 +145,12 @@ class CTRModel(nn.Module):
         elif content and config.content_projection == "linear":
             content_dim = config.content_dim
             self.content_projection = nn.Sequential(nn.LayerNorm(mm_dim), nn.Linear(mm_dim, content_dim))
-        parts = [(config.id_interest, item_dim), (content, content_dim), (fusion, item_dim)]
+        id_dim = ubm.out_dim if ubm is not None else 0
+        # an ID interest of another size than the target's is brought to it before they are multiplied
+        self.id_product: nn.Module = nn.Identity()
+        if self.products and id_dim not in (0, item_dim):
+            self.id_product = nn.Linear(id_dim, item_dim, bias=False)
+        parts = [(ubm is not None, id_dim), (content, content_dim), (fusion, item_dim)]
         interest_dim = sum(size for on, size in parts if on)
         num_products = sum(on for on, _ in parts) if self.products else 0
         self.tower = DeepCTR(
@@ -123,14 +160,14 @@ class CTRModel(nn.Module):
             config.dropout,
         )
 
-    def forward(self, batch: RequestBatch) -> Tensor:
+    def forward(self, batch: RequestBatch) -> Prediction:
         """Score the candidates.
 
         Args:
             batch: requests whose ids are embedding rows already.
 
-        Returns:
-            (sum_candidates,) logits in the order of the batch's candidates.
+        Raises:
+            ValueError: the user behavior model needs times or categories that the batch does not have.
         """
         sparse = batch.sparse
         # start every exchange between ranks before waiting for the first
@@ -148,12 +185,14 @@ class CTRModel(nn.Module):
         candidates, behaviors = item("candidate"), item("behavior")
         candidates_mm = mm_rows["candidate_mm"].values() if mm_rows is not None else None
         behaviors_mm = mm_rows["behavior_mm"].values() if mm_rows is not None else None
-        interests = self.ciubm(candidates, behaviors, pairs, candidates_mm, behaviors_mm)
+        context = self._context(batch, pairs)
+        interests = self.ciubm(candidates, behaviors, pairs, candidates_mm, behaviors_mm, context)
 
         features = [pooled.values().index_select(0, pairs.candidate_request), candidates]
         if self.products:
             # agreement of each interest with the target, as product-based CTR towers feed it
-            for interest in (interests.id, interests.fusion):
+            of_ids = self.id_product(interests.id) if interests.id is not None else None
+            for interest in (of_ids, interests.fusion):
                 if interest is not None:
                     features.append((interest * candidates).sum(-1, keepdim=True))
             if interests.content is not None:
@@ -162,4 +201,19 @@ class CTRModel(nn.Module):
         if interests.content is not None:
             interests = replace(interests, content=self.content_projection(interests.content))
         features += [interests.concatenate(), pairs.history_lengths().to(candidates.dtype).log1p()[:, None]]
-        return self.tower(torch.cat(features, dim=-1))
+        return Prediction(self.tower(torch.cat(features, dim=-1)), interests.auxiliary)
+
+    def _context(self, batch: RequestBatch, pairs: RequestPairs) -> BehaviorContext:
+        """What the batch knows of behaviors besides ids; what it does not know is None."""
+        gaps = None
+        if self.gaps == "order":
+            gaps = pairs.order
+        elif batch.request_ts is not None and batch.behavior_ts is not None:
+            gaps = (batch.request_ts[pairs.behavior_request] - batch.behavior_ts) / MICROSECONDS
+        categories = {}
+        if "category" in self.item_columns:
+            categories = {
+                f"{role}_categories": batch.sparse[f"{role}_category"].values()
+                for role in ("candidate", "behavior")
+            }
+        return BehaviorContext(gaps=gaps, **categories)

@@ -33,7 +33,8 @@ def global_mean_loss(logits: Tensor, labels: Tensor, world_size: int) -> Tensor:
     count = torch.tensor(float(labels.numel()), device=labels.device)
     if world_size > 1:
         dist.all_reduce(count)
-    return F.binary_cross_entropy_with_logits(logits, labels, reduction="sum") * world_size / count
+    total = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
+    return total * world_size / count.clamp(min=1)  # an auxiliary task may have nothing to compare
 
 
 class CTRTask:
@@ -46,6 +47,7 @@ class CTRTask:
         validation: reader of this rank's share of the validation requests.
         mapper: ids to embedding rows.
         ranks: the process group.
+        aux_weight: weight of the auxiliary loss of the user behavior model, if it has one.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class CTRTask:
         validation: RequestReader,
         mapper: IdMapper,
         ranks: Ranks,
+        aux_weight: float = 1.0,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -63,6 +66,7 @@ class CTRTask:
         self._validation = validation
         self._mapper = mapper
         self._ranks = ranks
+        self._aux_weight = aux_weight
 
     def num_batches(self, epoch: int) -> int:
         """Steps of an epoch, the same on every rank."""
@@ -79,8 +83,14 @@ class CTRTask:
         return batch.labels.numel()
 
     def training_forward(self, batch: RequestBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of a batch; nothing else is reported."""
-        return global_mean_loss(self.model(batch), batch.labels, self._ranks.world_size), {}
+        """Loss of a batch; of an auxiliary part its value before its weight is reported."""
+        logits, auxiliary = self.model(batch)
+        loss = global_mean_loss(logits, batch.labels, self._ranks.world_size)
+        if auxiliary is None:
+            return loss, {}
+        targets = batch.labels if auxiliary.targets is None else auxiliary.targets
+        auxiliary_loss = global_mean_loss(auxiliary.logits, targets, self._ranks.world_size)
+        return loss + self._aux_weight * auxiliary_loss, {"auxiliary_loss": auxiliary_loss}
 
     def after_epoch(self, epoch: int) -> dict[str, float]:
         """Validation metrics, the same on every rank; a metric that is undefined is left out."""

@@ -80,18 +80,18 @@ def train(name: str, folder: Path, ranks) -> dict[str, object]:
     for step in range(STEPS):
         batch = make_requests(step, *bounds, with_mm)
         optimizer.zero_grad()
-        loss = global_mean_loss(model(batch), batch.labels, ranks.world_size)
+        loss = global_mean_loss(model(batch).logits, batch.labels, ranks.world_size)
         loss.backward()
         optimizer.step()
         losses.append(float(np.mean(ranks.all_gather_objects(loss.item()))))
     model.eval()
     with torch.no_grad():
-        logits = model(make_requests(STEPS, *bounds, with_mm))
+        logits = model(make_requests(STEPS, *bounds, with_mm)).logits
     scores = np.concatenate(ranks.all_gather_objects(logits.numpy()))
     save_model(model, folder / f"{name}-{ranks.world_size}")
     load_model(model, folder / f"{name}-1")
     with torch.no_grad():
-        logits = model(make_requests(STEPS, *bounds, with_mm))
+        logits = model(make_requests(STEPS, *bounds, with_mm)).logits
     loaded = np.concatenate(ranks.all_gather_objects(logits.numpy()))
     if table:
         digests.append(table_digest(model.module.mm_embeddings))

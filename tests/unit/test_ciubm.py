@@ -111,7 +111,7 @@ def test_weighted_sum_has_the_gradients_of_index_add(pairs, ids):
 
 
 def test_eq1_average_pooling_is_the_mean_of_the_behaviors(pairs, ids):
-    actual = AvgPooling(DIM)(*ids, pairs)
+    actual = AvgPooling(DIM)(*ids, pairs).value
     rows = []
     for cs, bs in requests():
         rows += [sum((ids[1][i] for i in bs), torch.zeros(DIM)) / max(len(bs), 1)] * len(cs)
@@ -122,7 +122,7 @@ def test_eq1_average_pooling_is_the_mean_of_the_behaviors(pairs, ids):
 def test_eq1_din_equals_the_attention_unit_applied_to_one_pair_at_a_time(pairs, ids, softmax):
     torch.manual_seed(2)
     model = DIN(DIM, hidden=(8, 4), softmax=softmax)
-    torch.testing.assert_close(model(*ids, pairs), naive_din(model, *ids), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(model(*ids, pairs).value, naive_din(model, *ids), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("softmax", [False, True])
@@ -133,7 +133,7 @@ def test_din_with_a_folded_first_layer_has_the_gradients_of_the_naive_form(pairs
     wanted = [*inputs, *model.parameters()]
     upstream = torch.randn(sum(CANDIDATES), DIM)
     expected = torch.autograd.grad((naive_din(model, *inputs) * upstream).sum(), wanted)
-    actual = torch.autograd.grad((model(*inputs, pairs) * upstream).sum(), wanted)
+    actual = torch.autograd.grad((model(*inputs, pairs).value * upstream).sum(), wanted)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
 
 

@@ -6,12 +6,13 @@ computed once a request and shared by all its candidates.
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mim_torchrec.ciubm.jagged import RequestPairs
+from mim_torchrec.ciubm.ubm.interface import BehaviorContext, Interest, UserBehaviorModel
 
 
-class AvgPooling(nn.Module):
+class AvgPooling(UserBehaviorModel):
     r"""Mean of the behaviors: Eq. 1 with $\alpha_{t,i} = 1/l$.
 
     Args:
@@ -22,21 +23,19 @@ class AvgPooling(nn.Module):
         super().__init__()
         self.out_dim = dim
 
-    def forward(self, candidates: Tensor, behaviors: Tensor, pairs: RequestPairs) -> Tensor:
-        """Pool the behaviors of each candidate's request.
-
-        Args:
-            candidates: (sum_candidates, dim), not looked at.
-            behaviors: (sum_behaviors, dim).
-            pairs: the pairs of the batch.
-
-        Returns:
-            (sum_candidates, dim); zeros without behaviors.
-        """
+    def forward(
+        self,
+        candidates: Tensor,
+        behaviors: Tensor,
+        pairs: RequestPairs,
+        context: BehaviorContext | None = None,
+    ) -> Interest:
+        """Pool the behaviors of each candidate's request; neither candidates nor context are looked at."""
         if behaviors.shape[0] == 0:
-            return behaviors.new_zeros(pairs.num_candidates, self.out_dim) + behaviors.sum()
+            # stay in the graph, so that every rank computes the same set of gradients
+            return Interest(behaviors.new_zeros(pairs.num_candidates, self.out_dim) + behaviors.sum())
         everyone = torch.arange(behaviors.shape[0], device=behaviors.device)
         means = F.embedding_bag(
             everyone, behaviors, pairs.behavior_offsets, mode="mean", include_last_offset=True
         )
-        return means.index_select(0, pairs.candidate_request)
+        return Interest(means.index_select(0, pairs.candidate_request))

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from mim_torchrec.ciubm.jagged import RequestPairs
 from mim_torchrec.ciubm.ubm.activation import Activation, build_activation
+from mim_torchrec.ciubm.ubm.interface import BehaviorContext, Interest, UserBehaviorModel
 
 
-class DIN(nn.Module):
+class DIN(UserBehaviorModel):
     """DIN's attention pooling over packed pairs.
 
     Args:
@@ -45,20 +46,17 @@ class DIN(nn.Module):
             layers += [nn.Linear(width_in, width_out), build_activation(activation, width_out)]
         self.rest = nn.Sequential(*layers, nn.Linear(hidden[-1], 1))
 
-    def forward(self, candidates: Tensor, behaviors: Tensor, pairs: RequestPairs) -> Tensor:
-        """Pool the behaviors of each candidate by attention.
-
-        Args:
-            candidates: (sum_candidates, dim).
-            behaviors: (sum_behaviors, dim).
-            pairs: the pairs of the batch.
-
-        Returns:
-            (sum_candidates, dim); zeros without behaviors.
-        """
+    def forward(
+        self,
+        candidates: Tensor,
+        behaviors: Tensor,
+        pairs: RequestPairs,
+        context: BehaviorContext | None = None,
+    ) -> Interest:
+        """Pool the behaviors of each candidate by attention; the context is not looked at."""
         scores = self.scores(candidates, behaviors, pairs)
         weights = pairs.segment_softmax(scores) if self.softmax else scores
-        return pairs.weighted_sum(behaviors, weights)
+        return Interest(pairs.weighted_sum(behaviors, weights))
 
     def scores(self, candidates: Tensor, behaviors: Tensor, pairs: RequestPairs) -> Tensor:
         """The attention unit's output for each pair, (num_pairs,)."""

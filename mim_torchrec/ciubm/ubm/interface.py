@@ -1,0 +1,101 @@
+"""What the user behavior models have in common: their inputs beyond embeddings, and their result.
+
+Each is a module `forward(candidates, behaviors, pairs, context) -> Interest` with the size of its interest as
+`out_dim`. One history serves the candidates of a request; what depends on the history alone is computed once.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from mim_torchrec.ciubm.jagged import RequestPairs
+
+NUM_GAP_BUCKETS = 64
+
+
+@dataclass(frozen=True)
+class BehaviorContext:
+    """What a model may know of candidates and behaviors besides their embeddings.
+
+    Attributes:
+        gaps: (sum_behaviors,) how far each behavior lies before its request, not negative: seconds, or the
+            number of behaviors in between.
+        candidate_categories: (sum_candidates,) int64; 0 is an unknown category, which equals no other.
+        behavior_categories: (sum_behaviors,) int64 likewise.
+    """
+
+    gaps: Tensor | None = None
+    candidate_categories: Tensor | None = None
+    behavior_categories: Tensor | None = None
+
+
+class Auxiliary(NamedTuple):
+    """An auxiliary task of binary choices, whose loss is their mean cross entropy.
+
+    Attributes:
+        logits: (n,).
+        targets: (n,) 0 or 1; None stands for the labels of the candidates, in their order.
+    """
+
+    logits: Tensor
+    targets: Tensor | None
+
+
+class Interest(NamedTuple):
+    """The interest that a history shows in each candidate.
+
+    Attributes:
+        value: (sum_candidates, out_dim); zeros where the history is empty.
+        auxiliary: in training mode, the model's auxiliary task if it has one.
+    """
+
+    value: Tensor
+    auxiliary: Auxiliary | None = None
+
+
+class UserBehaviorModel(nn.Module):
+    """Base class of the models; an `nn.Module` with this `forward` and `out_dim` does as well."""
+
+    out_dim: int
+
+    def forward(
+        self,
+        candidates: Tensor,
+        behaviors: Tensor,
+        pairs: RequestPairs,
+        context: BehaviorContext | None = None,
+    ) -> Interest:
+        """Interest of each candidate's history in it.
+
+        Args:
+            candidates: (sum_candidates, dim) ID embeddings.
+            behaviors: (sum_behaviors, dim) ID embeddings, the oldest of a request first.
+            pairs: the pairs of the batch.
+            context: gaps and categories, for the models that need them.
+
+        Raises:
+            ValueError: the context lacks what the model needs.
+        """
+        raise NotImplementedError
+
+
+def gap_buckets(context: BehaviorContext | None, model: str) -> Tensor:
+    """Gaps in half octaves, `floor(2 log2(1 + gap))`, at most 63; 63 is 96 years where gaps are seconds.
+
+    Returns:
+        (sum_behaviors,) int64.
+
+    Raises:
+        ValueError: there are no gaps.
+
+    >>> import torch
+    >>> gap_buckets(BehaviorContext(gaps=torch.tensor([0.0, 1.0, 60.0, 86400.0])), "SIM").tolist()
+    [0, 2, 11, 32]
+    """
+    if context is None or context.gaps is None:
+        raise ValueError(
+            f"{model} needs to know how far behaviors lie back: the times of requests and behaviors, or "
+            "their order (--gaps order)"
+        )
+    return (context.gaps.double() + 1).log2().mul(2).floor().long().clamp(0, NUM_GAP_BUCKETS - 1)

@@ -1,0 +1,133 @@
+r"""Search-based Interest Model (Pi et al., CIKM 2020).
+
+A general search unit keeps few behaviors of a long history: `hard`, those of the candidate's category, or
+`soft`, those with the largest $r_i = \langle W_b e_i, W_a e_a \rangle$ (Eq. 1). The exact search unit attends
+to them with several heads over $z_i = [e_i; e^t_i]$, the embedding with that of the time gap (Eq. 4–6):
+
+    att^h = softmax(⟨W_b^h z_i, W_a^h e_a⟩)      head^h = Σ_i att^h_i z_i      interest = [head^1; …; head^q]
+
+The soft search is trained by an auxiliary click prediction from $[\sum_i r_i e_i; e_a]$ over the whole
+history (Eq. 2), since choosing has no gradient. Without it the projections would stay as they were drawn, so
+the embeddings themselves are compared.
+
+Left out: the short-term model (DIEN) that the paper puts beside it, and an inner-product index: the search is
+exact. A hard search keeps the last `top_k` where more than that have the category.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from mim_torchrec.ciubm.jagged import Pairs, RequestPairs
+from mim_torchrec.ciubm.ubm.activation import PReLU
+from mim_torchrec.ciubm.ubm.interface import (
+    NUM_GAP_BUCKETS,
+    Auxiliary,
+    BehaviorContext,
+    Interest,
+    UserBehaviorModel,
+    gap_buckets,
+)
+
+Search = Literal["soft", "hard"]
+
+
+class SIM(UserBehaviorModel):
+    """SIM's two search units.
+
+    Args:
+        dim: size of candidate and behavior embeddings.
+        search: "soft" or "hard"; the hard one needs categories in the context.
+        top_k: behaviors that the general search unit keeps.
+        heads: attention heads of the exact search unit.
+        attention_dim: size of the compared vectors of all heads together; `dim` by default.
+        gap_dim: size of the embedding of a time gap.
+        auxiliary: train the soft search by an auxiliary click prediction.
+        auxiliary_hidden: width of the hidden layer that predicts it.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        search: Search = "soft",
+        top_k: int = 50,
+        heads: int = 4,
+        attention_dim: int | None = None,
+        gap_dim: int = 8,
+        auxiliary: bool = True,
+        auxiliary_hidden: int = 80,
+    ) -> None:
+        super().__init__()
+        attention_dim = attention_dim or dim
+        if search not in ("soft", "hard"):
+            raise ValueError(f"search is 'soft' or 'hard', not {search!r}")
+        if top_k < 1 or attention_dim % heads:
+            raise ValueError(f"impossible: top_k {top_k}, {heads} heads over {attention_dim} dimensions")
+        self.out_dim = heads * (dim + gap_dim)
+        self.search: Search = search
+        self.top_k = top_k
+        self.heads = heads
+        self.gap = nn.Embedding(NUM_GAP_BUCKETS, gap_dim)
+        self.query = nn.Linear(dim, attention_dim, bias=False)
+        self.key = nn.Linear(dim + gap_dim, attention_dim, bias=False)
+        self.auxiliary = auxiliary and search == "soft"
+        if self.auxiliary:
+            self.search_query = nn.Linear(dim, dim, bias=False)
+            self.search_key = nn.Linear(dim, dim, bias=False)
+            self.click = nn.Sequential(
+                nn.Linear(2 * dim, auxiliary_hidden), PReLU(), nn.Linear(auxiliary_hidden, 1)
+            )
+
+    def forward(
+        self,
+        candidates: Tensor,
+        behaviors: Tensor,
+        pairs: RequestPairs,
+        context: BehaviorContext | None = None,
+    ) -> Interest:
+        """Search the history of each candidate and attend to what is found."""
+        found, auxiliary = self._search(candidates, behaviors, pairs, context)
+        z = torch.cat([behaviors, self.gap(gap_buckets(context, "SIM"))], dim=-1)
+        queries = self.query(candidates).chunk(self.heads, dim=1)
+        keys = self.key(z).chunk(self.heads, dim=1)
+        heads = [
+            found.weighted_sum(z, found.segment_softmax(found.inner_products(query, key)))
+            for query, key in zip(queries, keys, strict=True)
+        ]
+        return Interest(torch.cat(heads, dim=-1), auxiliary)
+
+    def _search(
+        self,
+        candidates: Tensor,
+        behaviors: Tensor,
+        pairs: RequestPairs,
+        context: BehaviorContext | None,
+    ) -> tuple[Pairs, Auxiliary | None]:
+        """The general search unit: the pairs that are kept, and its task in training."""
+        if self.search == "hard":
+            same = pairs.select(_same_category(pairs, context))
+            if same.longest > self.top_k:
+                same = same.select(same.top_k(same.behavior_index.double(), self.top_k))
+            return same, None
+        training = self.training and self.auxiliary
+        if pairs.longest <= self.top_k and not training:
+            return pairs, None
+        queries, keys = candidates, behaviors
+        if self.auxiliary:
+            queries, keys = self.search_query(candidates), self.search_key(behaviors)
+        relevance = pairs.inner_products(queries, keys)
+        found: Pairs = pairs
+        if pairs.longest > self.top_k:
+            found = pairs.select(pairs.top_k(relevance, self.top_k))
+        if not training:
+            return found, None
+        pooled = torch.cat([pairs.weighted_sum(behaviors, relevance), candidates], dim=-1)
+        return found, Auxiliary(self.click(pooled).squeeze(-1), None)
+
+
+def _same_category(pairs: RequestPairs, context: BehaviorContext | None) -> Tensor:
+    if context is None or context.candidate_categories is None or context.behavior_categories is None:
+        raise ValueError("SIM's hard search needs the categories of candidates and behaviors")
+    wanted = context.candidate_categories[pairs.candidate_index]
+    return (wanted == context.behavior_categories[pairs.behavior_index]) & (wanted != 0)

@@ -1,0 +1,88 @@
+r"""Two-stage Interest Network (Chang et al., KDD 2023).
+
+Both stages share one target attention, so that what the first one keeps is what the second one would weigh
+most. For each head (Eq. 5–8), with inherent features $K_h$ and cross features $K_c$ of the behaviors:
+
+    α = (K_h W^h)(q W^q)ᵀ / √d_k + (K_c W^c) β      head = softmax(α_top)ᵀ [K_h; K_c]_top W^v
+
+of which the `top_k` largest enter the softmax, head by head; the interest is $[head_1; …] W^o$. Inherent
+features, which do not depend on who looks, are the behavior's embedding: projected once a history for all its
+candidates. Cross features of user and item are compressed to a bias: here the time gap, whose embedding and
+projections are a table of 64 rows.
+
+With `top_k` at least the length of the history it is target attention over all of it. Left out: the paper's
+other cross features (playing time, finishing), which belong to videos, its short-term models, and the offline
+store of projected behaviors.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mim_torchrec.ciubm.jagged import RequestPairs
+from mim_torchrec.ciubm.ubm.interface import (
+    NUM_GAP_BUCKETS,
+    BehaviorContext,
+    Interest,
+    UserBehaviorModel,
+    gap_buckets,
+)
+
+
+class TWIN(UserBehaviorModel):
+    """TWIN's consistency-preserved search and attention.
+
+    Args:
+        dim: size of candidate and behavior embeddings, and of the interest.
+        top_k: behaviors that a head attends to.
+        heads: attention heads.
+        attention_dim: size of the vectors of all heads together; `dim` by default.
+        gap_dim: size of the embedding of a time gap.
+    """
+
+    def __init__(
+        self, dim: int, top_k: int = 50, heads: int = 4, attention_dim: int | None = None, gap_dim: int = 8
+    ) -> None:
+        super().__init__()
+        attention_dim = attention_dim or dim
+        if top_k < 1 or attention_dim % heads:
+            raise ValueError(f"impossible: top_k {top_k}, {heads} heads over {attention_dim} dimensions")
+        self.out_dim = dim
+        self.top_k = top_k
+        self.heads = heads
+        self.gap = nn.Embedding(NUM_GAP_BUCKETS, gap_dim)
+        self.query = nn.Linear(dim, attention_dim, bias=False)
+        self.key = nn.Linear(dim, attention_dim, bias=False)
+        self.cross = nn.Linear(gap_dim, heads, bias=False)
+        self.cross_weight = nn.Parameter(torch.ones(heads))
+        self.value = nn.Linear(dim + gap_dim, attention_dim, bias=False)
+        self.out = nn.Linear(attention_dim, dim, bias=False)
+
+    def forward(
+        self,
+        candidates: Tensor,
+        behaviors: Tensor,
+        pairs: RequestPairs,
+        context: BehaviorContext | None = None,
+    ) -> Interest:
+        """Attend to the most relevant behaviors of each candidate's history."""
+        buckets = gap_buckets(context, "TWIN")
+        dim = behaviors.shape[1]
+        gap_values = F.linear(self.gap.weight, self.value.weight[:, dim:])
+        values = F.linear(behaviors, self.value.weight[:, :dim]) + F.embedding(buckets, gap_values)
+        biases = F.embedding(buckets, self.cross(self.gap.weight) * self.cross_weight)
+        queries = self.query(candidates) / math.sqrt(self.key.out_features // self.heads)
+        of_heads = zip(
+            *(x.chunk(self.heads, dim=1) for x in (queries, self.key(behaviors), values, biases)), strict=True
+        )
+        heads = []
+        for query, key, value, bias in of_heads:
+            scores = pairs.inner_products(query, key) + bias.squeeze(1).index_select(0, pairs.behavior_index)
+            found = pairs
+            if pairs.longest > self.top_k:
+                kept = pairs.top_k(scores.detach(), self.top_k)
+                found, scores = pairs.select(kept), scores[kept]
+            heads.append(found.weighted_sum(value, found.segment_softmax(scores)))
+        return Interest(self.out(torch.cat(heads, dim=-1)))
