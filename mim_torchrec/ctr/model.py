@@ -74,10 +74,12 @@ class DeepCTR(nn.Module):
 
     def __init__(self, in_features: int, hidden: tuple[int, ...], batch_norm: bool, dropout: float) -> None:
         super().__init__()
-        layers: list[nn.Module] = [GlobalBatchNorm1d(in_features)] if batch_norm else []
+        # no scale and shift where a linear layer follows, see below
+        layers: list[nn.Module] = [GlobalBatchNorm1d(in_features, affine=False)] if batch_norm else []
         width = in_features
         for size in hidden:
-            # batch normalization cancels a bias, whose gradient would be rounding noise that Adam scales up
+            # batch normalization cancels a bias, whose gradient would be rounding noise that Adam scales up,
+            # and so would be that of a shift ahead of it: ranks would drift apart
             layers.append(nn.Linear(width, size, bias=not batch_norm))
             if batch_norm:
                 layers.append(GlobalBatchNorm1d(size))
@@ -140,11 +142,13 @@ class CTRModel(nn.Module):
         )
         content_dim = mm_dim
         self.content_projection: nn.Module = nn.Identity()
-        if content and config.content_projection == "layer_norm":
-            self.content_projection = nn.LayerNorm(mm_dim)
-        elif content and config.content_projection == "linear":
-            content_dim = config.content_dim
-            self.content_projection = nn.Sequential(nn.LayerNorm(mm_dim), nn.Linear(mm_dim, content_dim))
+        if content and config.content_projection != "none":
+            bias = not config.batch_norm  # which would cancel it at the entry of the tower
+            self.content_projection = nn.LayerNorm(mm_dim, bias=bias)
+            if config.content_projection == "linear":
+                content_dim = config.content_dim
+                linear = nn.Linear(mm_dim, content_dim, bias=bias)
+                self.content_projection = nn.Sequential(self.content_projection, linear)
         id_dim = ubm.out_dim if ubm is not None else 0
         # an ID interest of another size than the target's is brought to it before they are multiplied
         self.id_product: nn.Module = nn.Identity()
