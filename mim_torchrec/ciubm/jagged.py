@@ -106,6 +106,7 @@ class Pairs:
         Returns:
             (num_pairs,) bool.
         """
+        scores = scores.clamp(min=torch.finfo(scores.dtype).min)  # above the padding
         lengths = self.history_lengths()
         kept = (lengths <= k)[self.candidate_index]
         width = k
