@@ -51,6 +51,16 @@ def segment_sum(rows: Tensor, pairs: "Pairs") -> Tensor:
     return _SegmentSum.apply(rows, pairs)
 
 
+def rows_of_candidates(rows: Tensor, pairs: "Pairs") -> Tensor:
+    """The row (sum_candidates, dim) of each pair's candidate, (num_pairs, dim)."""
+    return _CandidateRows.apply(rows, pairs)
+
+
+def rows_of_behaviors(rows: Tensor, pairs: "Pairs") -> Tensor:
+    """The row (sum_behaviors, dim) of each pair's behavior, (num_pairs, dim)."""
+    return _BehaviorRows.apply(rows, pairs)
+
+
 class _InnerProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, candidates: Tensor, behaviors: Tensor, pairs: "Pairs") -> Tensor:
@@ -126,16 +136,38 @@ class _SegmentLogSumExp(torch.autograd.Function):
 class _SegmentSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, pairs: "Pairs") -> Tensor:
-        ctx.index = pairs.candidate_index
-        if not rows.numel():
-            return rows.new_zeros(pairs.num_candidates, rows.shape[1])
-        every = torch.arange(rows.shape[0], device=rows.device)
-        return F.embedding_bag(every, rows, pairs.pair_offsets, mode="sum", include_last_offset=True)
+        ctx.pairs = pairs
+        return _bags(rows, None, _every(rows), pairs.pair_offsets)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.index_select(0, ctx.index), None
+        return grad.index_select(0, ctx.pairs.candidate_index), None
+
+
+class _CandidateRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, pairs: "Pairs") -> Tensor:
+        ctx.pairs = pairs
+        return rows.index_select(0, pairs.candidate_index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _bags(grad, None, _every(grad), ctx.pairs.pair_offsets), None
+
+
+class _BehaviorRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, pairs: "Pairs") -> Tensor:
+        ctx.pairs = pairs
+        return rows.index_select(0, pairs.behavior_index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        order = ctx.pairs.by_behavior
+        return _bags(grad, None, order.position, order.offsets), None
 
 
 def _segment_exp(scores: Tensor, pairs: "Pairs") -> tuple[Tensor, Tensor, Tensor]:
@@ -176,14 +208,18 @@ def _sum_by_behavior(candidates: Tensor, weights: Tensor, pairs: "Pairs") -> Ten
     return _bags(candidates, weights.index_select(0, order.position), order.candidate_index, order.offsets)
 
 
-def _bags(rows: Tensor, weights: Tensor, index: Tensor, offsets: Tensor) -> Tensor:
+def _every(rows: Tensor) -> Tensor:
+    return torch.arange(rows.shape[0], device=rows.device)
+
+
+def _bags(rows: Tensor, weights: Tensor | None, index: Tensor, offsets: Tensor) -> Tensor:
     if index.numel() == 0:
         return rows.new_zeros(offsets.numel() - 1, rows.shape[1])
     return F.embedding_bag(
         index,
-        rows.contiguous(),
+        rows.detach().contiguous(),  # without a gradient it takes a faster path, which autograd functions may
         offsets,
         mode="sum",
-        per_sample_weights=weights.contiguous(),
+        per_sample_weights=None if weights is None else weights.contiguous(),
         include_last_offset=True,
     )

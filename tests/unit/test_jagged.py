@@ -63,8 +63,8 @@ def test_top_k_keeps_k_of_equal_scores(pairs):
 
 
 def test_top_k_takes_scores_of_minus_infinity_before_padding(pairs):
-    kept = pairs.select(pairs.top_k(torch.full((pairs.num_pairs,), -torch.inf), 5))
-    assert kept.history_lengths().tolist() == [min(n, 5) for n in pairs.history_lengths().tolist()]
+    kept = pairs.select(pairs.top_k(torch.full((pairs.num_pairs,), -torch.inf), 20))
+    assert kept.history_lengths().tolist() == [min(n, 20) for n in pairs.history_lengths().tolist()]
 
 
 def test_recent_keeps_the_last_behaviors_of_each_request(pairs):

@@ -17,13 +17,16 @@ attention is quadratic in the length once a history, and linear for each candida
 """
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from mim_torchrec.ciubm.jagged import RequestPairs
-from mim_torchrec.ciubm.packed import segment_logsumexp, segment_sum
+from mim_torchrec.ciubm.packed import rows_of_behaviors, rows_of_candidates, segment_logsumexp, segment_sum
 from mim_torchrec.ciubm.ubm.interface import (
     NUM_GAP_BUCKETS,
     BehaviorContext,
@@ -87,7 +90,7 @@ class BST(UserBehaviorModel):
         target_out, pair_out = self._attend(of_target, of_history, pairs)
 
         num_pairs = pairs.num_pairs
-        inputs = torch.cat([history.index_select(0, pairs.behavior_index), target])
+        inputs = torch.cat([rows_of_behaviors(history, pairs), target])
         s = self.attention_norm(inputs + self.dropout(self.out(torch.cat([pair_out, target_out]))))
         outputs = self.norm(s + self.dropout(self.narrow(F.leaky_relu(self.widen(s)))))
 
@@ -108,23 +111,31 @@ class BST(UserBehaviorModel):
             What the target of each candidate reads, (sum_candidates, dim), and what each behavior reads in
             the presence of each candidate, (num_pairs, dim).
         """
-        among, normalizer = attend_within(history, pairs.behavior_offsets, self.heads)
+        among, normalizers = attend_within(history, pairs.behavior_offsets, self.heads)
         width = target.shape[1] // (3 * self.heads)
-        at_targets, at_pairs = [], []
-        for head in range(self.heads):
-            q_t, k_t, v_t = target.unflatten(1, (3, self.heads, width))[:, :, head].unbind(1)
-            q_i, k_i, v_i = history.unflatten(1, (3, self.heads, width))[:, :, head].unbind(1)
-            q_t, q_i = q_t / math.sqrt(width), q_i / math.sqrt(width)
+        of_heads = zip(*(_split(x, self.heads).unbind(0) for x in (target, history)), strict=True)
+        at_targets, back = [], []
+        for of_target, of_history in of_heads:
+            q_t, k_t, v_t = of_target.unbind(0)
+            q_i, k_i, v_i = of_history.unbind(0)
+            q_t = q_t / math.sqrt(width)
             scores = pairs.inner_products(q_t, k_i)
             read = pairs.weighted_sum(v_i, pairs.segment_softmax(scores))
             share = torch.sigmoid((q_t * k_t).sum(-1) - segment_logsumexp(scores, pairs))
             at_targets.append(torch.lerp(read, v_t, share[:, None]))
+            back.append(pairs.inner_products(k_t / math.sqrt(width), q_i))
 
-            own = among[:, head].index_select(0, pairs.behavior_index)
-            back = pairs.inner_products(k_t, q_i)
-            share = torch.sigmoid(back - normalizer[:, head].index_select(0, pairs.behavior_index))
-            at_pairs.append(torch.lerp(own, v_t.index_select(0, pairs.candidate_index), share[:, None]))
-        return torch.cat(at_targets, dim=-1), torch.cat(at_pairs, dim=-1)
+        share = torch.sigmoid(torch.stack(back, dim=1) - rows_of_behaviors(normalizers, pairs))
+        values = target[:, -self.heads * width :]
+        own, offered = rows_of_behaviors(among, pairs), rows_of_candidates(values, pairs)
+        by_head = (pairs.num_pairs, self.heads, width)
+        at_pairs = torch.lerp(own.view(by_head), offered.view(by_head), share[:, :, None])
+        return torch.cat(at_targets, dim=-1), at_pairs.flatten(1)
+
+
+def _split(projected: Tensor, heads: int) -> Tensor:
+    """(n, 3 dim) to (heads, 3, n, dim / heads)."""
+    return projected.unflatten(1, (3, heads, -1)).permute(2, 1, 0, 3).contiguous()
 
 
 def attend_within(projected: Tensor, offsets: Tensor, heads: int) -> tuple[Tensor, Tensor]:
@@ -138,28 +149,63 @@ def attend_within(projected: Tensor, offsets: Tensor, heads: int) -> tuple[Tenso
         heads: attention heads.
 
     Returns:
-        (num_positions, heads, dim / heads) outputs, and (num_positions, heads) logarithms of the normalizer.
+        (num_positions, dim) outputs, and (num_positions, heads) logarithms of the normalizers.
     """
+    return _AttendWithin.apply(projected, offsets, heads)
+
+
+class _AttendWithin(torch.autograd.Function):
+    """Scaled dot-product attention that gives its normalizers too, with their gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, projected: Tensor, offsets: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+        out = projected.new_empty(projected.shape[0], projected.shape[1] // 3)
+        normalizers = projected.new_empty(projected.shape[0], heads)
+        scale = math.sqrt(projected.shape[1] // (3 * heads))
+        ctx.heads, ctx.groups = heads, []
+        for position, exists in _groups(offsets):
+            q, k, v = _pad(projected, position, exists, 3 * heads).chunk(3, dim=1)
+            weights = (q / scale) @ k.transpose(2, 3)
+            weights.masked_fill_(~exists[:, None, None], -torch.inf)
+            largest = weights.amax(-1, keepdim=True)
+            total = weights.sub_(largest).exp_().sum(-1, keepdim=True)
+            weights /= total
+            out[position] = (weights @ v).transpose(1, 2)[exists].flatten(1)
+            normalizers[position] = (largest + total.log()).squeeze(-1).transpose(1, 2)[exists]
+            ctx.groups.append((position, exists, weights))
+        ctx.save_for_backward(projected, out)
+        return out, normalizers
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_normalizers: Tensor) -> tuple[Tensor, None, None]:
+        projected, out = ctx.saved_tensors
+        grad_projected = torch.empty_like(projected)
+        scale = math.sqrt(projected.shape[1] // (3 * ctx.heads))
+        shift = (grad * out).unflatten(1, (ctx.heads, -1)).sum(-1) - grad_normalizers
+        for position, exists, weights in ctx.groups:
+            q, k, v = _pad(projected, position, exists, 3 * ctx.heads).chunk(3, dim=1)
+            d_out = _pad(grad, position, exists, ctx.heads)
+            d_scores = d_out @ v.transpose(2, 3)
+            d_scores.sub_(_pad(shift, position, exists, ctx.heads)).mul_(weights).div_(scale)
+            parts = d_scores @ k, d_scores.transpose(2, 3) @ q, weights.transpose(2, 3) @ d_out
+            grad_projected[position] = torch.cat(parts, dim=1).transpose(1, 2)[exists].flatten(1)
+        return grad_projected, None, None
+
+
+def _groups(offsets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Sequences of like length: their positions, and which places of a block (n, longest) these fill."""
     lengths = offsets.diff()
-    width = projected.shape[1] // (3 * heads)
-    outputs, normalizers, order = [], [], []
-    groups = (lengths + GROUP_STEP - 1) // GROUP_STEP
-    for group in groups[lengths > 0].unique().tolist():
-        rows = (groups == group).nonzero().squeeze(1)
-        longest = int(lengths[rows].max())
-        columns = torch.arange(longest, device=offsets.device)
+    group_of = (lengths + GROUP_STEP - 1) // GROUP_STEP
+    for group in group_of[lengths > 0].unique().tolist():
+        rows = (group_of == group).nonzero().squeeze(1)
+        columns = torch.arange(int(lengths[rows].max()), device=offsets.device)
         exists = columns < lengths[rows][:, None]
-        position = (offsets[rows][:, None] + columns).clamp(max=projected.shape[0] - 1)
-        padded = projected.index_select(0, position.reshape(-1))
-        q, k, v = padded.view(rows.numel(), longest, 3, heads, width).permute(2, 0, 3, 1, 4)
-        scores = (q / math.sqrt(width)) @ k.transpose(2, 3)
-        scores = scores.masked_fill(~exists[:, None, None], -torch.inf)
-        normalizer = scores.logsumexp(-1)
-        out = (scores - normalizer[..., None]).exp() @ v
-        outputs.append(out.transpose(1, 2)[exists])
-        normalizers.append(normalizer.transpose(1, 2)[exists])
-        order.append(position[exists])
-    if not order:
-        return projected[:, : heads * width].unflatten(1, (heads, width)), projected[:, :heads]
-    back = torch.cat(order).argsort()
-    return torch.cat(outputs).index_select(0, back), torch.cat(normalizers).index_select(0, back)
+        yield (offsets[rows][:, None] + columns)[exists], exists
+
+
+def _pad(rows: Tensor, position: Tensor, exists: Tensor, parts: int) -> Tensor:
+    """The rows at these positions as (n, parts, longest, dim / parts), zeros where there is none."""
+    padded = rows.new_zeros(*exists.shape, rows.shape[1])
+    padded[exists] = rows.index_select(0, position)
+    return padded.unflatten(2, (parts, -1)).transpose(1, 2)
