@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mim_torchrec.ciubm.jagged import RequestPairs
+from mim_torchrec.ciubm.packed import rows_of_behaviors, rows_of_candidates
 from mim_torchrec.ciubm.ubm.activation import Activation, build_activation
 from mim_torchrec.ciubm.ubm.interface import BehaviorContext, Interest, UserBehaviorModel
 
@@ -63,12 +64,7 @@ class DIN(UserBehaviorModel):
         w_candidate, w_behavior, w_difference, w_product = self.first.weight.chunk(4, dim=1)
         per_candidate = F.linear(candidates, w_candidate + w_difference, self.first.bias)
         per_behavior = F.linear(behaviors, w_behavior - w_difference)
-        c = candidates.index_select(0, pairs.candidate_index)
-        b = behaviors.index_select(0, pairs.behavior_index)
-        hidden = torch.addmm(
-            per_candidate.index_select(0, pairs.candidate_index)
-            + per_behavior.index_select(0, pairs.behavior_index),
-            c * b,
-            w_product.t(),
-        )
+        product = rows_of_candidates(candidates, pairs) * rows_of_behaviors(behaviors, pairs)
+        per_pair = rows_of_candidates(per_candidate, pairs) + rows_of_behaviors(per_behavior, pairs)
+        hidden = torch.addmm(per_pair, product, w_product.t())
         return self.rest(hidden).squeeze(-1)
