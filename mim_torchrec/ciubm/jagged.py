@@ -96,8 +96,10 @@ class Pairs:
     def top_k(self, scores: Tensor, k: int) -> Tensor:
         """Which pairs have the k largest scores of their candidate.
 
-        Candidates with at most k pairs keep all; the others are compared in groups whose numbers of pairs
-        lie within a factor of two, so a long history pads no short one.
+        Of equal scores, as an item that was seen twice has, the later behavior's is kept, so that the choice
+        does not depend on what else is in the batch. Candidates with at most k pairs keep all; the others are
+        compared in groups whose numbers of pairs lie within a factor of two, so a long history pads no short
+        one.
 
         Args:
             scores: (num_pairs,).
@@ -116,10 +118,11 @@ class Pairs:
             if not rows.numel():
                 continue
             columns = torch.arange(min(width, self.longest), device=scores.device)
-            position = self.pair_offsets[rows][:, None] + columns
+            position = self.pair_offsets[rows + 1][:, None] - 1 - columns  # the last behavior first
             exists = columns < lengths[rows][:, None]
-            padded = torch.where(exists, scores[position.clamp(max=self.num_pairs - 1)], -torch.inf)
-            kept[position.gather(1, padded.topk(k, dim=1).indices).reshape(-1)] = True
+            padded = torch.where(exists, scores[position.clamp(min=0)], -torch.inf)
+            places = padded.sort(dim=1, descending=True, stable=True).indices[:, :k]
+            kept[position.gather(1, places).reshape(-1)] = True
         return kept
 
     def select(self, kept: Tensor) -> "Pairs":

@@ -9,7 +9,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.sharding import build_model, shard
-from mim_torchrec.ctr.task import global_mean_loss, load_model, save_model
+from mim_torchrec.ctr.task import CTRTask, load_model, save_model
 from mim_torchrec.data.batch import RequestBatch
 from mim_torchrec.embeddings.sharded.frozen import frozen_config
 from mim_torchrec.embeddings.sharded.load import load_table, table_digest
@@ -19,7 +19,8 @@ from mim_torchrec.training.distributed import distributed
 from tests.ranks import run_ranks
 
 STEPS, REQUESTS, ITEMS, MM_DIM = 20, 12, 40, 8
-RUNS = ("base", "mim")
+UBMS = ("dien", "bst", "sim", "twin")
+RUNS = ("base", "mim", *UBMS)
 
 
 def make_requests(step: int, first: int, last: int, with_mm: bool):
@@ -62,14 +63,18 @@ def train(name: str, folder: Path, ranks) -> dict[str, object]:
 
     with_mm = name == "mim"
     config = CTRConfig(
+        ubm=name if name in UBMS else "din", heads=2, top_k=3, max_positions=4, gaps="order",
         data=folder, out=folder, mim="on" if with_mm else "off", embedding_dim=4, attention=(8,),
         tower=(16, 8), seed=3, lr=1e-2, sparse_lr=0.1, products=True, content_projection="linear",
         content_dim=6, attention_activation="dice",
+        # DIEN's negatives are drawn from the rank's own histories
+        aux_weight=0.0 if name == "dien" else 1.0,
     )  # fmt: skip
     table = Table.open(folder / "table") if with_mm else None
     mm = frozen_config(table, ["candidate_mm", "behavior_mm"], name="mm") if table else None
     rows = {"user_id": 10, "item_id": ITEMS, "category": 5}
     model, optimizer = shard(build_model(config, rows, mm, torch.device("meta")), config, ranks)
+    task = CTRTask(model, optimizer, None, None, None, ranks, config.aux_weight)
     digests = []
     if table:
         load_table(model.module.mm_embeddings, table, "mm")
@@ -80,7 +85,7 @@ def train(name: str, folder: Path, ranks) -> dict[str, object]:
     for step in range(STEPS):
         batch = make_requests(step, *bounds, with_mm)
         optimizer.zero_grad()
-        loss = global_mean_loss(model(batch).logits, batch.labels, ranks.world_size)
+        loss, _ = task.training_forward(batch)
         loss.backward()
         optimizer.step()
         losses.append(float(np.mean(ranks.all_gather_objects(loss.item()))))
@@ -152,7 +157,7 @@ def test_the_loss_falls(results, name):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_ranks_predict_what_one_predicts(results, name):
-    np.testing.assert_allclose(results[2][name]["scores"], results[1][name]["scores"], atol=1e-3)
+    np.testing.assert_allclose(results[2][name]["scores"], results[1][name]["scores"], atol=1e-4)
 
 
 @pytest.mark.parametrize("name", RUNS)

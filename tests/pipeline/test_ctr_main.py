@@ -216,3 +216,58 @@ def test_every_ablation_trains(folder, tmp_path, ubm, part):
     main(["--data", str(folder / "data"), "--table", str(folder / "table"), "--out", str(tmp_path), *SMALL,
           "--epochs", "1", "--ubm", ubm, f"--{part}-interest", "False"])  # fmt: skip
     assert report(tmp_path)["auc"] is not None
+
+
+UBM_FLAGS = {
+    "dien": [],
+    "bst": ["--heads", "2", "--max-positions", "3"],
+    "sim": ["--heads", "2", "--top-k", "2"],
+    "sim_hard": ["--ubm", "sim", "--search", "hard", "--heads", "2", "--top-k", "2"],
+    "twin": ["--heads", "2", "--top-k", "2", "--products", "True"],
+}
+
+
+@pytest.mark.parametrize("ubm", UBM_FLAGS)
+@pytest.mark.parametrize("mim", ["on", "off"])
+def test_every_user_behavior_model_trains_with_and_without_content(folder, tmp_path, ubm, mim):
+    table = ["--table", str(folder / "table")] if mim == "on" else []
+    main(["--data", str(folder / "data"), "--mim", mim, *table, "--out", str(tmp_path), *SMALL,
+          "--epochs", "1", "--ubm", ubm.removesuffix("_hard"), *UBM_FLAGS[ubm]])  # fmt: skip
+    assert report(tmp_path)["auc"] is not None
+    assert report(tmp_path)["ubm"] == ubm.removesuffix("_hard")
+
+
+@pytest.mark.parametrize(
+    "ubm, weight, reported", [("dien", "1", True), ("dien", "0", False), ("twin", "1", False)]
+)
+def test_an_auxiliary_loss_is_reported_where_there_is_one(folder, tmp_path, ubm, weight, reported):
+    main(["--data", str(folder / "data"), "--mim", "off", "--out", str(tmp_path), *SMALL, "--epochs", "1",
+          "--ubm", ubm, "--heads", "2", "--aux-weight", weight])  # fmt: skip
+    first = json.loads((tmp_path / "history.json").read_text())["steps"][0]
+    assert ("auxiliary_loss" in first) == reported
+
+
+def drop_columns(source: Path, target: Path, *columns: str) -> Path:
+    """The dataset without some columns of its requests."""
+    for split in ("train", "validation", "test"):
+        (target / "requests" / split).mkdir(parents=True)
+        rows = pq.read_table(source / "requests" / split).drop_columns(list(columns))
+        pq.write_table(rows, target / "requests" / split / "part-00000.parquet")
+    (target / "items").symlink_to(source / "items")
+    return target
+
+
+def test_without_times_gaps_are_refused_in_seconds_and_taken_in_behaviors(folder, tmp_path):
+    data = drop_columns(folder / "data", tmp_path / "data", "behavior_ts")
+    flags = ["--data", str(data), "--mim", "off", *SMALL, "--epochs", "1", "--ubm", "twin", "--heads", "2"]
+    with pytest.raises(ValueError, match="--gaps order"):
+        main([*flags, "--out", str(tmp_path / "time")])
+    main([*flags, "--out", str(tmp_path / "order"), "--gaps", "order"])
+    assert report(tmp_path / "order")["auc"] is not None
+
+
+def test_a_hard_search_without_categories_is_refused(folder, tmp_path):
+    data = drop_columns(folder / "data", tmp_path / "data", "behavior_categories", "candidate_categories")
+    with pytest.raises(ValueError, match="categories of candidates and behaviors"):
+        main(["--data", str(data), "--mim", "off", *SMALL, "--ubm", "sim", "--search", "hard", "--heads", "2",
+              "--out", str(tmp_path / "out")])  # fmt: skip

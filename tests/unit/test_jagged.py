@@ -57,14 +57,11 @@ def test_top_k_keeps_the_largest_of_each_candidate(pairs, k):
         assert sorted(scores[of_t & kept].tolist(), reverse=True) == largest
 
 
-def test_top_k_keeps_k_of_equal_scores(pairs):
-    kept = pairs.select(pairs.top_k(torch.zeros(pairs.num_pairs), 5))
-    assert kept.history_lengths().tolist() == [min(n, 5) for n in pairs.history_lengths().tolist()]
-
-
-def test_top_k_takes_scores_of_minus_infinity_before_padding(pairs):
-    kept = pairs.select(pairs.top_k(torch.full((pairs.num_pairs,), -torch.inf), 20))
-    assert kept.history_lengths().tolist() == [min(n, 20) for n in pairs.history_lengths().tolist()]
+@pytest.mark.parametrize("value", [0.0, -torch.inf])
+def test_top_k_keeps_the_last_of_equal_scores(pairs, value):
+    kept = pairs.select(pairs.top_k(torch.full((pairs.num_pairs,), value), 20))
+    of = [[pair for pair in listed(pairs) if pair[0] == t] for t in range(pairs.num_candidates)]
+    assert listed(kept) == [pair for every in of for pair in every[-20:]]
 
 
 def test_recent_keeps_the_last_behaviors_of_each_request(pairs):
