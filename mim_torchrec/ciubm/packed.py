@@ -74,8 +74,8 @@ class _InnerProducts(torch.autograd.Function):
         candidates, behaviors = ctx.saved_tensors
         needs_candidates, needs_behaviors, _ = ctx.needs_input_grad
         return (
-            _sum_by_candidate(behaviors, grad, ctx.pairs) if needs_candidates else None,
-            _sum_by_behavior(candidates, grad, ctx.pairs) if needs_behaviors else None,
+            _weigh_by_candidate(behaviors, grad, ctx.pairs) if needs_candidates else None,
+            _weigh_by_behavior(candidates, grad, ctx.pairs) if needs_behaviors else None,
             None,
         )
 
@@ -85,7 +85,7 @@ class _WeightedSum(torch.autograd.Function):
     def forward(ctx: Any, behaviors: Tensor, weights: Tensor, pairs: "Pairs") -> Tensor:
         ctx.save_for_backward(behaviors, weights)
         ctx.pairs = pairs
-        return _sum_by_candidate(behaviors, weights, pairs)
+        return _weigh_by_candidate(behaviors, weights, pairs)
 
     @staticmethod
     @once_differentiable
@@ -93,7 +93,7 @@ class _WeightedSum(torch.autograd.Function):
         behaviors, weights = ctx.saved_tensors
         needs_behaviors, needs_weights, _ = ctx.needs_input_grad
         return (
-            _sum_by_behavior(grad, weights, ctx.pairs) if needs_behaviors else None,
+            _weigh_by_behavior(grad, weights, ctx.pairs) if needs_behaviors else None,
             _sample(grad, behaviors, ctx.pairs) if needs_weights else None,
             None,
         )
@@ -137,7 +137,7 @@ class _SegmentSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, pairs: "Pairs") -> Tensor:
         ctx.pairs = pairs
-        return _bags(rows, None, _every(rows), pairs.pair_offsets)
+        return sum_by_candidate(rows, pairs)
 
     @staticmethod
     @once_differentiable
@@ -154,7 +154,7 @@ class _CandidateRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _bags(grad, None, _every(grad), ctx.pairs.pair_offsets), None
+        return sum_by_candidate(grad, ctx.pairs), None
 
 
 class _BehaviorRows(torch.autograd.Function):
@@ -166,8 +166,7 @@ class _BehaviorRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        order = ctx.pairs.by_behavior
-        return _bags(grad, None, order.position, order.offsets), None
+        return sum_by_behavior(grad, ctx.pairs), None
 
 
 def _segment_exp(scores: Tensor, pairs: "Pairs") -> tuple[Tensor, Tensor, Tensor]:
@@ -199,17 +198,23 @@ def _sample(candidates: Tensor, behaviors: Tensor, pairs: "Pairs") -> Tensor:
     return (c * behaviors.index_select(0, pairs.behavior_index)).sum(-1)
 
 
-def _sum_by_candidate(behaviors: Tensor, weights: Tensor, pairs: "Pairs") -> Tensor:
+def sum_by_candidate(rows: Tensor, pairs: "Pairs") -> Tensor:
+    """Rows (num_pairs, dim) summed over the pairs of each candidate; for use within autograd functions."""
+    return _bags(rows, None, torch.arange(rows.shape[0], device=rows.device), pairs.pair_offsets)
+
+
+def sum_by_behavior(rows: Tensor, pairs: "Pairs") -> Tensor:
+    """Rows (num_pairs, dim) summed over the pairs of each behavior; for use within autograd functions."""
+    return _bags(rows, None, pairs.by_behavior.position, pairs.by_behavior.offsets)
+
+
+def _weigh_by_candidate(behaviors: Tensor, weights: Tensor, pairs: "Pairs") -> Tensor:
     return _bags(behaviors, weights, pairs.behavior_index, pairs.pair_offsets)
 
 
-def _sum_by_behavior(candidates: Tensor, weights: Tensor, pairs: "Pairs") -> Tensor:
+def _weigh_by_behavior(candidates: Tensor, weights: Tensor, pairs: "Pairs") -> Tensor:
     order = pairs.by_behavior
     return _bags(candidates, weights.index_select(0, order.position), order.candidate_index, order.offsets)
-
-
-def _every(rows: Tensor) -> Tensor:
-    return torch.arange(rows.shape[0], device=rows.device)
 
 
 def _bags(rows: Tensor, weights: Tensor | None, index: Tensor, offsets: Tensor) -> Tensor:

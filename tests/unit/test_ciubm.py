@@ -68,6 +68,10 @@ def naive_weighted(mm_candidates: Tensor, mm_behaviors: Tensor, values: Tensor, 
     return torch.stack(rows)
 
 
+def unit(model: DIN, row: Tensor) -> Tensor:
+    return model.last(model.activation(model.middle(model.first(row)[None]))).squeeze()
+
+
 def naive_din(model: DIN, candidates: Tensor, behaviors: Tensor) -> Tensor:
     """Eq. 1 with the attention unit on [q, s, q - s, q * s], a pair at a time."""
     rows = []
@@ -75,7 +79,7 @@ def naive_din(model: DIN, candidates: Tensor, behaviors: Tensor) -> Tensor:
         for t in cs:
             q = candidates[t]
             scores = [
-                model.rest(model.first(torch.cat([q, s, q - s, q * s]))[None]).squeeze()
+                unit(model, torch.cat([q, s, q - s, q * s]))
                 for s in (behaviors[i] for i in bs)
             ]
             weights = torch.stack(scores).softmax(0) if scores and model.softmax else scores

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from mim_torchrec.ciubm.jagged import RequestPairs
-from mim_torchrec.ciubm.ubm.activation import Dice
 from mim_torchrec.ciubm.ubm.din import DIN
 from tests.histories import Case, assert_same_with_gradients, make_case, naive_value, offsets
 
@@ -26,10 +25,10 @@ def model(oracle) -> DIN:
     """DIN with the weights and the statistics of the oracle."""
     widths = [oracle[f"weight_{k}"].shape[0] for k in range(2)]
     model = DIN(oracle["candidates"].shape[1], tuple(widths), "dice").eval()
-    linears = [model.first, *(layer for layer in model.rest if isinstance(layer, torch.nn.Linear))]
+    linears = [model.first, model.middle[1], model.last]
     for k, linear in enumerate(linears):
         linear.load_state_dict({"weight": oracle[f"weight_{k}"], "bias": oracle[f"bias_{k}"]})
-    for k, dice in enumerate(layer for layer in model.rest if isinstance(layer, Dice)):
+    for k, dice in enumerate([model.middle[0], model.activation]):
         dice.slope.data = oracle[f"slope_{k}"]
         dice.normalize.running_mean = oracle[f"mean_{k}"]
         dice.normalize.running_var = oracle[f"variance_{k}"] - dice.normalize.eps
@@ -50,8 +49,8 @@ def test_din_equals_the_attention_unit_on_one_pair_at_a_time_in_evaluation(activ
 
     def naive(case: Case) -> Tensor:
         def interest(q: Tensor, history: Tensor, *_) -> Tensor:
-            rows = [torch.cat([q, s, q - s, q * s]) for s in history]
-            weights = [model.rest(model.first(row)[None]).squeeze() for row in rows]
+            first = model.first(torch.stack([torch.cat([q, s, q - s, q * s]) for s in history]))
+            weights = model.last(model.activation(model.middle(first))).squeeze(1)
             return sum((w * s for w, s in zip(weights, history, strict=True)), torch.zeros(8).double())
 
         return naive_value(case, interest, 8)
