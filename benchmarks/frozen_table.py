@@ -3,7 +3,8 @@
 Steps of four variants are timed turn by turn in the same processes; memory is that of fresh processes with
 one of them. Lookups, from the KeyedJaggedTensor in to the vectors out through DistributedModelParallel, are
 timed beside `torch.index_select` on the same rows, each with caches as a training step leaves them, and the
-speed of copying memory says what no lookup can exceed. At last a table as large as TAOBAO-MM's is generated, mapped into memory on two ranks and looked up.
+speed of copying memory says what no lookup can exceed. At last a table as large as TAOBAO-MM's is generated,
+mapped into memory on two ranks and looked up.
 """
 
 import json

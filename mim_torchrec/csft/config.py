@@ -63,6 +63,9 @@ class CSFTConfig:
     """Share of the steps in which the learning rate rises; after them it falls to 0 along a cosine."""
     validation_share: float = 0.05
     """Share of the pairs, the last by time, that are held out; with 0 the last epoch is kept."""
+    on_bad_row: Literal["fail", "skip"] = "fail"
+    """`skip` leaves out, and counts, pairs without an item, with an item that is not in the item table or
+    with an image that cannot be decoded; such items are nobody's hard negative. It decodes all pictures."""
     seed: int = 0
     """Seed of the initial weights, of the order of the pairs, of hard negatives and of dropout."""
 

@@ -6,15 +6,14 @@ item's.
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -23,14 +22,6 @@ from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.images import decode_image
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.pairs import PairDataset
-from mim_torchrec.data.schema import (
-    PAIRS,
-    PAIRS_REQUIRED,
-    TIME,
-    open_parquet,
-    present_columns,
-    read_row_group,
-)
 from mim_torchrec.encoders.checkpoint import module_version
 from mim_torchrec.encoders.item_encoder import ItemEncoder
 from mim_torchrec.encoders.vision import VisionEncoder
@@ -58,6 +49,7 @@ class Catalog:
     Args:
         items: the items.
         pairs: the pairs, for their query images.
+        readable: (num_items,) bool, items whose image can be decoded, by default all; others are blank.
 
     Attributes:
         query_picture: (num_pairs,) int64, the picture of each pair's query.
@@ -65,8 +57,9 @@ class Catalog:
         item_row: (num_pairs,) int64, the row of each pair's item.
     """
 
-    def __init__(self, items: ItemStore, pairs: PairDataset) -> None:
+    def __init__(self, items: ItemStore, pairs: PairDataset, readable: np.ndarray | None = None) -> None:
         self._items, self._pairs = items, pairs
+        self.readable = np.ones(len(items), bool) if readable is None else readable
         self.num_items = len(items)
         self.item_row = items.rows_of(pairs.item_ids)
         self.query_row = np.full(len(pairs), -1)
@@ -82,21 +75,26 @@ class Catalog:
         """Titles of items."""
         return self._items.titles(rows)
 
-    def decode(self, picture: int, vision: VisionEncoder) -> Tensor:
-        """One picture as the tower takes it. Raises DataError naming the place of one that is damaged."""
+    def open(self, picture: int) -> Image.Image:
+        """One picture. Raises DataError naming the place of one that is damaged or missing."""
         if picture < self.num_items:
-            return vision.transform(self._items.images(np.array([picture]))[0])
+            return self._items.images(np.array([picture]))[0]
         pair = int(self._pair_of[picture - self.num_items])
-        return vision.transform(
-            decode_image(self._pairs.query_image(pair), self._pairs.query_location(pair))
-        )
+        return decode_image(self._pairs.query_image(pair), self._pairs.query_location(pair))
+
+    def decode(self, picture: int, vision: VisionEncoder) -> Tensor:
+        """One picture as the tower takes it. Raises DataError as `open` does."""
+        if picture < self.num_items and not self.readable[picture]:
+            return torch.zeros(3, vision.image_size, vision.image_size, dtype=torch.uint8)
+        return vision.transform(self.open(picture))
 
     def digest(self) -> str:
         """Hash of all ids, titles and encoded images."""
         digest = hashlib.sha256(self._items.item_ids.tobytes())
         for row in range(self.num_items):
             one = np.array([row])
-            digest.update(self._items.titles(one)[0].encode() + b"\0" + self._items.image_bytes(one)[0])
+            image = self._items.image_bytes(one)[0] if self.readable[row] else b""
+            digest.update(self._items.titles(one)[0].encode() + b"\0" + image)
         for pair in self._pair_of:
             digest.update(self._pairs.query_ids[pair].tobytes() + self._pairs.query_image(int(pair)))
         return digest.hexdigest()
@@ -212,6 +210,40 @@ def frozen_features(
     return FeatureInputs(image, text, ranks.device)
 
 
+def leave_out_unreadable(items: ItemStore, pairs: PairDataset) -> np.ndarray:
+    """Leave out pairs whose query image or item image cannot be decoded, and such items as hard negatives.
+
+    Every picture is decoded once for this.
+
+    Returns:
+        (num_items,) bool, the items whose image can be decoded.
+
+    Raises:
+        DataError: nothing is left.
+    """
+    catalog = Catalog(items, pairs)
+
+    def is_readable(picture: int) -> bool:
+        try:
+            catalog.open(picture)
+        except DataError as error:
+            log.warning("left out: %s", error)
+            return False
+        return True
+
+    with ThreadPoolExecutor() as pool:
+        readable = np.fromiter(pool.map(is_readable, range(catalog.num_pictures)), bool)
+    of_items = readable[: catalog.num_items]
+    if not readable.all():
+        negatives_are_readable = of_items[items.rows_of(pairs.logged_negatives())]
+        keep = readable[catalog.query_picture] & of_items[catalog.item_row] & negatives_are_readable
+        log.warning("%d items and %d pairs are left out for images that cannot be decoded",
+                    int((~of_items).sum()), int((~keep).sum()))  # fmt: skip
+        pairs.skipped += int((~keep).sum())
+        pairs.select(keep, items.item_ids[of_items])
+    return of_items
+
+
 def split_by_time(times: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
     """Indexes of the pairs to train on and of those to hold out, the last by time.
 
@@ -221,32 +253,6 @@ def split_by_time(times: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarr
     order = np.argsort(times, kind="stable")
     cut = len(times) - round(len(times) * share)
     return np.sort(order[:cut]), np.sort(order[cut:])
-
-
-def pair_times(files: Sequence[Path], signal: str | None) -> np.ndarray:
-    """Times of the pairs that `PairDataset` of the same files and signal holds, in its order.
-
-    Returns:
-        (num_pairs,) int64, microseconds since 1970.
-
-    Raises:
-        DataError: a file has no column `ts`, or a pair has no time.
-    """
-    times = []
-    for file in files:
-        parquet = open_parquet(file, PAIRS, PAIRS_REQUIRED)
-        if "ts" not in present_columns(parquet, PAIRS):
-            problem = "the column is missing, so the last pairs cannot be held out"
-            raise DataError(f"{problem}; --validation-share 0 trains on all", file, column="ts")
-        for group in range(parquet.num_row_groups):
-            table = read_row_group(parquet, group, ["ts"] if signal is None else ["ts", "signal"], file)
-            missing = np.flatnonzero(table["ts"].is_null().to_numpy())
-            if len(missing):
-                raise DataError("is null", file, group, int(missing[0]), "ts")
-            if signal is not None:
-                table = table.filter(pc.equal(table["signal"], signal))
-            times.append(table["ts"].cast(TIME).cast(pa.int64()).to_numpy())
-    return np.concatenate(times)
 
 
 def share_of(count: int, ranks: Ranks) -> np.ndarray:

@@ -23,7 +23,7 @@ from mim_torchrec.csft.inputs import (
     Inputs,
     PixelInputs,
     frozen_features,
-    pair_times,
+    leave_out_unreadable,
     split_by_time,
 )
 from mim_torchrec.csft.task import RECALL_AT, CSFTTask
@@ -58,10 +58,16 @@ def fine_tune(config: CSFTConfig, ranks: Ranks) -> dict[str, Any]:
     dataset = Dataset(config.data)
     items = ItemStore.open(dataset, config.item_cache or config.out / "items")
     signal = None if config.signal == "all" else config.signal
-    pairs = PairDataset(dataset.pairs(), items, signal=signal, seed=config.seed)
-    times = pair_times(dataset.pairs(), signal) if config.validation_share else np.arange(len(pairs))
+    pairs = PairDataset(
+        dataset.pairs(), items, signal=signal, seed=config.seed, on_bad_row=config.on_bad_row
+    )
+    readable = leave_out_unreadable(items, pairs) if config.on_bad_row == "skip" else None
+    times = pairs.times() if config.validation_share else np.arange(len(pairs))
     train, held_out = split_by_time(times, config.validation_share)
-    catalog = Catalog(items, pairs)
+    catalog = Catalog(items, pairs, readable)
+    untitled = sum(not title.strip() for title in items.titles(np.arange(len(items))))
+    if untitled:
+        log.warning("%d of %d items have an empty title", untitled, len(items))
     log.info("%d items, %d pairs to train on, %d held out, %d query images that are no items'", len(items),
              len(train), len(held_out), catalog.num_pictures - len(items))  # fmt: skip
 
@@ -90,6 +96,9 @@ def fine_tune(config: CSFTConfig, ranks: Ranks) -> dict[str, Any]:
         "items": len(items),
         "pairs": len(train),
         "held_out_pairs": len(held_out),
+        "skipped_pairs": pairs.skipped,
+        "unreadable_items": int((~catalog.readable).sum()),
+        "untitled_items": untitled,
         "world_size": ranks.world_size,
         "seed": config.seed,
         "seconds": time.perf_counter() - started,

@@ -112,7 +112,7 @@ def changed_pairs(shop: Path, to: Path, change) -> Path:
 
 def test_pairs_without_time_cannot_be_held_out(shop, tmp_path):
     data = changed_pairs(shop, tmp_path / "shop", lambda table: table.drop_columns("ts"))
-    with pytest.raises(DataError, match=r"part-.*\.parquet, column ts: .*--validation-share 0"):
+    with pytest.raises(DataError, match=r"part-.*, row 0, column ts: .*--validation-share 0"):
         run(data, tmp_path / "out")
     run(data, tmp_path / "out", validation_share="0", epochs="1")
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["best_epoch"] == 0
