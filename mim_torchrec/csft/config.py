@@ -22,6 +22,8 @@ class CSFTConfig:
     out: Path
     """Directory of the results; made if missing."""
 
+    towers: Path | None = None
+    """Directory of towers that `mim pretrain` wrote, in the place of those that --vision and --text name."""
     vision: VisionEncoderConfig = field(default_factory=VisionEncoderConfig)
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     head: HeadConfig = field(default_factory=HeadConfig)

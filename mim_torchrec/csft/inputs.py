@@ -24,13 +24,12 @@ from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.pairs import PairDataset
 from mim_torchrec.encoders.checkpoint import module_version
 from mim_torchrec.encoders.item_encoder import ItemEncoder
+from mim_torchrec.encoders.pixels import PixelInputs, Tokens, share_of
 from mim_torchrec.encoders.vision import VisionEncoder
 from mim_torchrec.training.checkpoint import whole_directory
 from mim_torchrec.training.distributed import Ranks
 
 log = logging.getLogger(__name__)
-
-Tokens = dict[str, Tensor]
 
 
 class Inputs(Protocol):
@@ -98,51 +97,6 @@ class Catalog:
         for pair in self._pair_of:
             digest.update(self._pairs.query_ids[pair].tobytes() + self._pairs.query_image(int(pair)))
         return digest.hexdigest()
-
-
-class PixelInputs:
-    """Pixels and tokens, for towers that are trained.
-
-    Args:
-        catalog: pictures and titles.
-        encoder: whose preprocessing is used.
-        memory_gib: pictures are decoded once if they fit into this; None decodes whenever they are asked for.
-        ranks: the process group; each rank decodes its share, all keep all.
-    """
-
-    def __init__(
-        self, catalog: Catalog, encoder: ItemEncoder, memory_gib: float | None, ranks: Ranks
-    ) -> None:
-        self._catalog, self._encoder, self._ranks = catalog, encoder, ranks
-        self._pool = ThreadPoolExecutor(4)
-        size = catalog.num_pictures * 3 * encoder.vision.image_size**2
-        self._pixels: Tensor | None = None
-        if memory_gib is None:
-            return
-        if size <= memory_gib * 2**30:
-            mine = share_of(catalog.num_pictures, ranks)
-            chunks = [mine[i : i + 256] for i in range(0, len(mine), 256)]
-            progress = tqdm(chunks, desc="decode images", unit="batch", disable=not ranks.is_main)
-            decoded = [self._decode(chunk).numpy() for chunk in progress]
-            parts = ranks.all_gather_objects(decoded)
-            self._pixels = torch.from_numpy(np.concatenate([array for part in parts for array in part]))
-        else:
-            log.info("%.1f GiB of pixels are over the limit of %.1f GiB: every epoch decodes its images",
-                     size / 2**30, memory_gib)  # fmt: skip
-
-    def pictures(self, index: np.ndarray) -> Tensor:
-        """(n, 3, image_size, image_size) uint8."""
-        pixels = self._decode(index) if self._pixels is None else self._pixels[torch.from_numpy(index)]
-        return pixels.to(self._ranks.device)
-
-    def texts(self, rows: np.ndarray) -> Tokens:
-        """`input_ids` and `attention_mask`, (n, num_tokens)."""
-        tokens = self._encoder.text.tokenize(self._catalog.titles(rows))
-        return {name: value.to(self._ranks.device) for name, value in tokens.items()}
-
-    def _decode(self, index: np.ndarray) -> Tensor:
-        decoded = self._pool.map(lambda one: self._catalog.decode(int(one), self._encoder.vision), index)
-        return torch.stack(list(decoded))
 
 
 class FeatureInputs:
@@ -253,8 +207,3 @@ def split_by_time(times: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarr
     order = np.argsort(times, kind="stable")
     cut = len(times) - round(len(times) * share)
     return np.sort(order[:cut]), np.sort(order[cut:])
-
-
-def share_of(count: int, ranks: Ranks) -> np.ndarray:
-    """This rank's share of 0 … count - 1, contiguous."""
-    return np.arange(count * ranks.rank // ranks.world_size, count * (ranks.rank + 1) // ranks.world_size)

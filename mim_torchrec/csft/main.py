@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ from mim_torchrec.csft.task import RECALL_AT, CSFTTask
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.pairs import PairDataset
 from mim_torchrec.data.schema import Dataset
-from mim_torchrec.encoders.checkpoint import encoder_version
+from mim_torchrec.encoders.checkpoint import encoder_version, towers_in_place_of
 from mim_torchrec.encoders.item_encoder import ItemEncoder
 from mim_torchrec.encoders.text import TINY, train_tokenizer
 from mim_torchrec.training.checkpoint import write_json
@@ -111,6 +111,10 @@ def fine_tune(config: CSFTConfig, ranks: Ranks) -> dict[str, Any]:
 
 
 def _build_encoder(config: CSFTConfig, items: ItemStore) -> ItemEncoder:
+    if config.towers is not None:
+        towers = towers_in_place_of(config.towers, config.vision, config.text)
+        settings = replace(config.encoder(), vision=towers.vision.config, text=towers.text.config)
+        return ItemEncoder(settings, *towers)
     tokenizer = None
     if config.text.name == TINY:
         tokenizer = train_tokenizer(items.titles(np.arange(len(items))))

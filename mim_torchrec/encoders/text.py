@@ -62,6 +62,7 @@ class TextEncoder(nn.Module):
         self, config: TextEncoderConfig, *, tokenizer: str | None = None, saved: Path | None = None
     ) -> None:
         super().__init__()
+        self.config = config
         self.max_length = config.max_length
         if saved is not None:
             self.tokenizer = AutoTokenizer.from_pretrained(saved, local_files_only=True)

@@ -46,6 +46,7 @@ class VisionEncoder(nn.Module):
 
     def __init__(self, config: VisionEncoderConfig, *, load_weights: bool = True) -> None:
         super().__init__()
+        self.config = config
         name = PACKAGED.get(config.name, config.name)
         if not timm.is_model(name.split(".")[0]):
             close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8])
