@@ -9,6 +9,7 @@ COMMANDS = {
     "shop": ("mim_torchrec.data.shop", "write a synthetic shop"),
     "import movielens": ("mim_torchrec.data.movielens", "convert MovieLens and posters"),
     "csft": ("mim_torchrec.csft.main", "fine-tune the item encoder on what users bought"),
+    "retrieve": ("mim_torchrec.csft.retrieve", "find bought items by image with an encoder"),
     "export": ("mim_torchrec.representation.export", "encode every item into the multi-modal table"),
     "ctr": ("mim_torchrec.ctr.main", "train and evaluate a click-through-rate model"),
     "plan": ("mim_torchrec.embeddings.sharded.plan", "say where tables would go on a cluster"),

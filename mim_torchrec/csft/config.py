@@ -14,7 +14,8 @@ class CSFTConfig:
     """Fine-tune the item encoder on pairs of a query image and the item that was bought after it (§3.3).
 
     One process, or several under torchrun. Writes `encoder/` (a self-contained checkpoint), config.json,
-    history.json, metrics.json and TensorBoard's files into `out`.
+    history.json, metrics.json, retrieval.json and retrieval.png (image search of the held-out pairs) and
+    TensorBoard's files into `out`.
     """
 
     data: Path
@@ -65,6 +66,8 @@ class CSFTConfig:
     """Share of the steps in which the learning rate rises; after them it falls to 0 along a cosine."""
     validation_share: float = 0.05
     """Share of the pairs, the last by time, that are held out; with 0 the last epoch is kept."""
+    pictures: int = 8
+    """Held-out queries of which `retrieval.png` shows what they find."""
     on_bad_row: Literal["fail", "skip"] = "fail"
     """`skip` leaves out, and counts, pairs without an item, with an item that is not in the item table or
     with an image that cannot be decoded; such items are nobody's hard negative. It decodes all pictures."""

@@ -17,6 +17,7 @@ import torch
 import tyro
 
 from mim_torchrec.csft.config import CSFTConfig
+from mim_torchrec.csft.image_search import draw, encode, evaluate, find, write
 from mim_torchrec.csft.inputs import (
     Catalog,
     FeatureInputs,
@@ -30,7 +31,7 @@ from mim_torchrec.csft.task import RECALL_AT, CSFTTask
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.pairs import PairDataset
 from mim_torchrec.data.schema import Dataset
-from mim_torchrec.encoders.checkpoint import encoder_version, towers_in_place_of
+from mim_torchrec.encoders.checkpoint import encoder_version, load_encoder, towers_in_place_of
 from mim_torchrec.encoders.item_encoder import ItemEncoder
 from mim_torchrec.encoders.text import TINY, train_tokenizer
 from mim_torchrec.training.checkpoint import write_json
@@ -88,9 +89,11 @@ def fine_tune(config: CSFTConfig, ranks: Ranks) -> dict[str, Any]:
         shutil.rmtree(config.out / "encoder", ignore_errors=True)
         os.replace(config.out / "best", config.out / "encoder")
     ranks.barrier()
+    found = _search(config, inputs, held_out, catalog, items, ranks)
     best = history.epochs[history.best_epoch]
     metrics = {name: value for name, value in best.items() if name not in ("epoch", "seconds")} | {
         "chance": RECALL_AT / len(items),
+        "retrieval": found,
         "best_epoch": history.best_epoch,
         "encoder_version": encoder_version(config.out / "encoder"),
         "items": len(items),
@@ -108,6 +111,22 @@ def fine_tune(config: CSFTConfig, ranks: Ranks) -> dict[str, Any]:
         log.info("encoder %s, version %s, of epoch %d", config.out / "encoder", metrics["encoder_version"],
                  history.best_epoch)  # fmt: skip
     return metrics
+
+
+def _search(
+    config: CSFTConfig, inputs: Inputs, held_out: np.ndarray, catalog: Catalog, items: ItemStore, ranks: Ranks
+) -> dict[str, Any] | None:
+    """Image search with the encoder that was kept; None where no pairs are held out."""
+    if not len(held_out):
+        return None
+    encoder = load_encoder(config.out / "encoder", ranks.device)
+    model = encoder.head if config.freeze_towers else encoder
+    query, items_mm = encode(model, inputs, held_out, catalog, config.encode_batch_size, ranks)
+    found = find(query, items_mm, held_out, catalog)
+    report = evaluate(found, held_out, catalog, items)
+    if ranks.is_main:
+        write(report, draw(held_out, found, catalog, config.pictures), config.out)
+    return report
 
 
 def _build_encoder(config: CSFTConfig, items: ItemStore) -> ItemEncoder:

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mim_torchrec.csft.config import CSFTConfig
-from mim_torchrec.csft.inputs import Catalog, Inputs, Tokens, share_of
+from mim_torchrec.csft.image_search import encode, find
+from mim_torchrec.csft.inputs import Catalog, Inputs, Tokens
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.pairs import PairDataset
 from mim_torchrec.encoders.checkpoint import save_encoder
@@ -136,7 +136,6 @@ class CSFTTask:
         """Multi-level InfoNCE of a batch."""
         return self.model(batch)
 
-    @torch.no_grad()
     def after_epoch(self, epoch: int) -> dict[str, float]:
         """Recall of the bought item among all items: h_q^img of held-out queries against h^MM.
 
@@ -146,23 +145,12 @@ class CSFTTask:
         """
         if not len(self._held_out):
             return {}
-        encoder = self._contrast.encoder
-        encoder.eval()
-        item_mm = F.normalize(self._all_items(encoder), dim=1)
-        mine = self._held_out[share_of(len(self._held_out), self._ranks)]
-        ranks = [torch.zeros(0)]
-        for chunk in self._chunks(mine):
-            pictures = self._inputs.pictures(self._catalog.query_picture[chunk])
-            scores = F.normalize(encoder.encode_query(pictures).float(), dim=1) @ item_mm.T
-            own = torch.from_numpy(self._catalog.query_row[chunk])
-            of_items = torch.nonzero(own >= 0).flatten()
-            scores[of_items, own[of_items]] = -torch.inf
-            positive = torch.from_numpy(self._catalog.item_row[chunk])[:, None].to(scores.device)
-            # all that score as high come first, so that vectors that are all the same find nothing
-            ranks.append((scores >= scores.gather(1, positive)).sum(1).float().cpu())
-        place = torch.cat(self._ranks.all_gather_objects(torch.cat(ranks)))
+        encoder = self._contrast.encoder.eval()
+        size = self._config.encode_batch_size
+        vectors = encode(encoder, self._inputs, self._held_out, self._catalog, size, self._ranks)
+        place = find(*vectors, self._held_out, self._catalog).place.double()
         return {
-            f"recall_at_{RECALL_AT}": float((place <= RECALL_AT).float().mean()),
+            f"recall_at_{RECALL_AT}": float((place <= RECALL_AT).double().mean()),
             "mrr": float((1 / place).mean()),
         }
 
@@ -183,19 +171,6 @@ class CSFTTask:
             item_row=torch.from_numpy(rows).to(self._ranks.device),
             query_row=torch.from_numpy(query_row).to(self._ranks.device),
         )
-
-    def _all_items(self, encoder: ItemEncoder | ItemHead) -> Tensor:
-        parts = [
-            encoder.encode_items(self._inputs.pictures(rows), self._inputs.texts(rows)).mm.float().cpu()
-            for rows in self._chunks(share_of(len(self._items), self._ranks))
-        ]
-        gathered = self._ranks.all_gather_objects(parts)
-        return torch.cat([part for rank in gathered for part in rank]).to(self._ranks.device)
-
-    def _chunks(self, index: np.ndarray) -> Iterator[np.ndarray]:
-        size = self._config.encode_batch_size
-        for start in range(0, len(index), size):
-            yield index[start : start + size]
 
 
 def make_optimizer(model: Contrast, config: CSFTConfig) -> torch.optim.AdamW:
