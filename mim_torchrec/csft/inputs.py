@@ -6,7 +6,6 @@ item's.
 
 import hashlib
 import logging
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -14,19 +13,20 @@ from typing import Protocol
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.images import decode_image
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.pairs import PairDataset
-from mim_torchrec.encoders.checkpoint import module_version
-from mim_torchrec.encoders.item_encoder import ItemEncoder
-from mim_torchrec.encoders.pixels import PixelInputs, Tokens, share_of
+from mim_torchrec.encoders.features import (
+    compute_features,
+    item_features_file,
+    query_features_file,
+    read_or_compute,
+)
+from mim_torchrec.encoders.pixels import HasTowers, PixelInputs, Tokens
 from mim_torchrec.encoders.vision import VisionEncoder
-from mim_torchrec.training.checkpoint import whole_directory
 from mim_torchrec.training.distributed import Ranks
 
 log = logging.getLogger(__name__)
@@ -87,13 +87,13 @@ class Catalog:
             return torch.zeros(3, vision.image_size, vision.image_size, dtype=torch.uint8)
         return vision.transform(self.open(picture))
 
-    def digest(self) -> str:
-        """Hash of all ids, titles and encoded images."""
-        digest = hashlib.sha256(self._items.item_ids.tobytes())
-        for row in range(self.num_items):
-            one = np.array([row])
-            image = self._items.image_bytes(one)[0] if self.readable[row] else b""
-            digest.update(self._items.titles(one)[0].encode() + b"\0" + image)
+    def items_digest(self) -> str:
+        """Hash of the items' ids, titles and images."""
+        return self._items.digest(self.readable)
+
+    def queries_digest(self) -> str:
+        """Hash of the query images that are no item's."""
+        digest = hashlib.sha256()
         for pair in self._pair_of:
             digest.update(self._pairs.query_ids[pair].tobytes() + self._pairs.query_image(int(pair)))
         return digest.hexdigest()
@@ -121,47 +121,40 @@ class FeatureInputs:
 
 
 def frozen_features(
-    catalog: Catalog, encoder: ItemEncoder, cache: Path, batch_size: int, ranks: Ranks
+    catalog: Catalog, towers: HasTowers, cache: Path, batch_size: int, ranks: Ranks
 ) -> FeatureInputs:
     """Features of all pictures and titles, each computed by one rank, or read from the cache.
 
     Args:
         catalog: pictures and titles.
-        encoder: on the rank's device, in evaluation mode.
+        towers: on the rank's device, in evaluation mode.
         cache: folder; features are kept by the version of the towers and the content of the catalog.
         batch_size: pictures or titles at a time.
         ranks: the process group.
     """
-    key = None
-    if ranks.is_main:
-        versions = [module_version(encoder.vision), module_version(encoder.text), catalog.digest()]
-        key = hashlib.sha256(" ".join(versions).encode()).hexdigest()[:16]
-    file = cache / ranks.all_gather_objects(key)[0] / "features.safetensors"
-    if all(ranks.all_gather_objects(file.is_file())):
-        log.info("features of frozen towers read from %s", file)
-        features = load_file(file)
-        return FeatureInputs(features["image"], features["text"], ranks.device)
+    inputs = PixelInputs(catalog, towers, None, ranks)
+    rows = np.arange(catalog.num_items)
 
-    def computed(count: int, what: str, encode: Callable[[np.ndarray], Tensor]) -> Tensor:
-        mine = share_of(count, ranks)
-        parts = []
-        with tqdm(total=len(mine), desc=f"encode {what}", disable=not ranks.is_main) as progress:
-            for start in range(0, len(mine), batch_size):
-                index = mine[start : start + batch_size]
-                parts.append(encode(index).cpu().numpy())
-                progress.update(len(index))
-        gathered = ranks.all_gather_objects(parts)
-        return torch.from_numpy(np.concatenate([array for part in gathered for array in part]))
+    def pictures(index: np.ndarray, what: str) -> Tensor:
+        return compute_features(lambda i: towers.vision(inputs.pictures(i)), index, batch_size, what, ranks)
 
-    inputs = PixelInputs(catalog, encoder, None, ranks)
-    with torch.no_grad():
-        image = computed(catalog.num_pictures, "images", lambda i: encoder.vision(inputs.pictures(i)))
-        text = computed(catalog.num_items, "titles", lambda i: encoder.text(inputs.texts(i)))
-    if ranks.is_main:
-        with whole_directory(file.parent) as folder:
-            save_file({"image": image, "text": text}, folder / file.name)
-    ranks.barrier()
-    return FeatureInputs(image, text, ranks.device)
+    def of_items() -> dict[str, Tensor]:
+        text = compute_features(lambda i: towers.text(inputs.texts(i)), rows, batch_size, "titles", ranks)
+        return {"image": pictures(rows, "images"), "text": text}
+
+    def of_queries() -> dict[str, Tensor]:
+        return {"image": pictures(np.arange(catalog.num_items, catalog.num_pictures), "queries")}
+
+    items = read_or_compute(
+        lambda: item_features_file(cache, towers, catalog.items_digest()), of_items, ranks
+    )
+    image = items["image"]
+    if catalog.num_pictures > catalog.num_items:
+        queries = read_or_compute(
+            lambda: query_features_file(cache, towers, catalog.queries_digest()), of_queries, ranks
+        )
+        image = torch.cat([image, queries["image"]])
+    return FeatureInputs(image, items["text"], ranks.device)
 
 
 def leave_out_unreadable(items: ItemStore, pairs: PairDataset) -> np.ndarray:

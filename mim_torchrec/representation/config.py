@@ -30,5 +30,8 @@ class ExportConfig:
     """Items the PCA is computed from, at most; only for ``plain:``."""
     image_size: int | None = None
     """Side of the images in pixels; ``None`` is the tower's own; only for ``plain:<vision>+<text>``."""
+    feature_cache: Path | None = None
+    """Folder in which C-SFT with frozen towers, or ``mim retrieve``, has kept the features of these very
+    items; they are read from there instead of encoding every item once more."""
     item_cache: Path | None = None
     """Folder of the item index; by default ``<out>.items``."""

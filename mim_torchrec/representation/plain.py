@@ -60,8 +60,11 @@ class PlainTowers:
         """Return the concatenated features (num_items, feature_dim), the part of each tower of length 1."""
         pixels = torch.stack([self.vision.transform(image) for image in images]).to(self.device)
         tokens = {name: value.to(self.device) for name, value in self.text.tokenize(titles).items()}
-        features = self.vision(pixels), self.text(tokens)
-        return torch.cat([F.normalize(part, dim=1) for part in features], dim=1)
+        return self.of_features(self.vision(pixels), self.text(tokens))
+
+    def of_features(self, image: Tensor, text: Tensor) -> Tensor:
+        """Return what a call returns, from the features (num_items, dim) of each tower."""
+        return torch.cat([F.normalize(image, dim=1), F.normalize(text, dim=1)], dim=1)
 
 
 @dataclass(frozen=True)

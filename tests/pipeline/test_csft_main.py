@@ -74,8 +74,6 @@ def test_the_kept_epoch_is_the_best_by_recall(finished):
 def test_features_of_frozen_towers_are_computed_once_for_many_runs(shop, tmp_path, monkeypatch):
     cache = str(tmp_path / "features")
     run(shop, tmp_path / "one", freeze_towers="True", feature_cache=cache)
-    files = list(Path(cache).rglob("features.safetensors"))
-    assert len(files) == 1
 
     def refuse(*_):
         raise AssertionError("a picture was decoded again")
