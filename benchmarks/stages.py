@@ -28,7 +28,7 @@ SOURCES = {
     "export": (*COMMON, "mim_torchrec/representation", "mim_torchrec/encoders", "embeddings/table"),
     "ctr": (*COMMON, "mim_torchrec/ctr", "mim_torchrec/ciubm", "embeddings"),
 }
-NOT_RUN_BY_STAGES = ("report.py", "report_pages.py", "comparison.py")
+NOT_RUN_BY_STAGES = ("report.py", "report_pages.py", "pages.py", "comparison.py")
 TAIL_LINES = 40
 OF_A_RANK = re.compile(r"\S+/\d+ \[\d+\]:.*\S")
 
