@@ -25,6 +25,7 @@ SOURCES = {
     "import": ("mim_torchrec/data",),
     "table": ("embeddings/table",),
     "csft": (*COMMON, "mim_torchrec/csft", "mim_torchrec/encoders", "mim_torchrec/losses"),
+    "retrieve": (*COMMON, "mim_torchrec/csft", "mim_torchrec/encoders", "mim_torchrec/representation"),
     "export": (*COMMON, "mim_torchrec/representation", "mim_torchrec/encoders", "embeddings/table"),
     "ctr": (*COMMON, "mim_torchrec/ctr", "mim_torchrec/ciubm", "embeddings"),
 }
