@@ -163,6 +163,6 @@ def _refuse_unequal(level: Level, item_ids: Tensor, group: dist.ProcessGroup | N
                 f"rank {rank} has {queries} queries, {items} items and {ids} item ids; every query needs its "
                 "positive among the items, and every item its id"
             )
-    if any((row[0], row[3]) != (rows[0][0], rows[0][3]) for row in rows):
-        shown = ", ".join(f"{row[0]} x {row[3]} on rank {rank}" for rank, row in enumerate(rows))
-        raise ValueError(f"the ranks have batches of different sizes: {shown} (queries x dim)")
+    if any(row != rows[0] for row in rows):
+        shown = "; ".join(f"rank {rank}: {row[0]}, {row[1]}, {row[3]}" for rank, row in enumerate(rows))
+        raise ValueError(f"the ranks have batches of different sizes (queries, items, dim): {shown}")

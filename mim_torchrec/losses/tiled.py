@@ -157,9 +157,7 @@ class _TiledLogSumExp(torch.autograd.Function):
         logsumexp = largest + total.log()
         if mean is not None:
             mean /= total.clamp_min(torch.finfo(total.dtype).tiny)[:, None]
-        ctx.save_for_backward(
-            queries, items if ctx.needs_input_grad[1] else None, scale, logsumexp, mean
-        )
+        ctx.save_for_backward(queries, items if ctx.needs_input_grad[1] else None, scale, logsumexp, mean)
         ctx.left_out, ctx.tile = left_out, tile
         ctx.mark_non_differentiable(largest)
         return logsumexp, largest
