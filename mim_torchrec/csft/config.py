@@ -36,8 +36,11 @@ class CSFTConfig:
     feature_cache: Path | None = None
     """Folder where features of frozen towers are kept for other runs; by default one inside `out`."""
 
-    signal: Literal["purchase", "click", "all"] = "purchase"
-    """Which pairs are used (Table 4); `all` also takes files that have no column `signal`."""
+    loss: Literal["contrastive", "cross_entropy"] = "contrastive"
+    """Contrast with all items (Eq. 5–6), or cross-entropy of one item or pair at a time (Table 4)."""
+    signal: Literal["purchase", "click", "all", "category"] = "purchase"
+    """Which pairs are used (Table 4); `all` also takes files that have no column `signal`. `category` has the
+    categories of the items of all pairs told, whatever came of the pairs; for `cross_entropy` only."""
     alpha: float = 0.5
     """Weight of the query against titles (Eq. 6)."""
     beta: float = 0.5
@@ -49,6 +52,13 @@ class CSFTConfig:
     """Fixed temperature; 1 is Eq. 5 as printed. By default learned, from 0.07."""
     mask_same_item: bool = True
     """Leave out of the negatives what is the positive item once more, or the query's own item."""
+    hard_negatives: bool = True
+    """Contrast every query with an item of the positive's category too (ST-NSG)."""
+    queue_batches: int = 0
+    """Batches before this one whose items are negatives too (k in ST-NSG); 0 for none. Each takes 1.5 KiB a
+    pair on its rank, for three levels of vectors of 128."""
+    queue_start_step: int = 0
+    """Steps before those batches are used; the queue is filled from the first step."""
 
     epochs: int = 8
     """Passes over the pairs; the best by recall@10 of held-out pairs is kept."""

@@ -27,6 +27,7 @@ from mim_torchrec.csft.inputs import (
     leave_out_unreadable,
     split_by_time,
 )
+from mim_torchrec.csft.objective import check_objective
 from mim_torchrec.csft.task import RECALL_AT, CSFTTask
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.pairs import PairDataset
@@ -50,6 +51,7 @@ def fine_tune(config: CSFTConfig, ranks: Ranks) -> dict[str, Any]:
         raise ValueError("--init pca needs --freeze-towers True: features change while towers are trained")
     if config.head.principal_dim and (config.init == "random" or not config.freeze_towers):
         raise ValueError("--head.principal-dim needs --freeze-towers True and --init pca or auto")
+    check_objective(config)
     if not 0 <= config.validation_share < 1:
         raise ValueError(f"--validation-share is {config.validation_share}; it must be in [0, 1)")
     config.out.mkdir(parents=True, exist_ok=True)
@@ -58,7 +60,7 @@ def fine_tune(config: CSFTConfig, ranks: Ranks) -> dict[str, Any]:
 
     dataset = Dataset(config.data)
     items = ItemStore.open(dataset, config.item_cache or config.out / "items")
-    signal = None if config.signal == "all" else config.signal
+    signal = None if config.signal in ("all", "category") else config.signal
     pairs = PairDataset(
         dataset.pairs(), items, signal=signal, seed=config.seed, on_bad_row=config.on_bad_row
     )

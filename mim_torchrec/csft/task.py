@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from mim_torchrec.csft.config import CSFTConfig
 from mim_torchrec.csft.image_search import encode, find
 from mim_torchrec.csft.inputs import Catalog, Inputs, Tokens
+from mim_torchrec.csft.objective import Objective, make_objective
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.pairs import PairDataset
 from mim_torchrec.encoders.checkpoint import save_encoder
 from mim_torchrec.encoders.item_encoder import ItemEncoder, ItemHead
-from mim_torchrec.losses.info_nce import MultiLevelInfoNCE
+from mim_torchrec.losses.cross_entropy import CategoryCrossEntropy, PairCrossEntropy
 from mim_torchrec.training.distributed import Ranks
 
 RECALL_AT = 10
@@ -24,7 +25,10 @@ RECALL_AT = 10
 
 @dataclass
 class PairBatch:
-    """N pairs of a rank: queries, and items, the N positives first and the N hard negatives after them."""
+    """N pairs of a rank: queries, and items, the N positives first and after them the N hard negatives.
+
+    Hard negatives may be left out as a whole; `item_category` is there for the loss that classifies.
+    """
 
     query: Tensor
     query_text: Tensor | Tokens | None
@@ -32,6 +36,7 @@ class PairBatch:
     text: Tensor | Tokens
     item_row: Tensor
     query_row: Tensor
+    item_category: Tensor | None = None
 
 
 class Contrast(nn.Module):
@@ -42,7 +47,7 @@ class Contrast(nn.Module):
         loss: the loss.
     """
 
-    def __init__(self, encoder: ItemEncoder | ItemHead, loss: MultiLevelInfoNCE) -> None:
+    def __init__(self, encoder: ItemEncoder | ItemHead, loss: Objective) -> None:
         super().__init__()
         self.encoder = encoder
         self.loss = loss
@@ -50,11 +55,15 @@ class Contrast(nn.Module):
     def forward(self, batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a batch and scalars about it."""
         items = self.encoder.encode_items(batch.image, batch.text)
+        if isinstance(self.loss, CategoryCrossEntropy):
+            return self.loss(items.mm, items.text, items.image, batch.item_category)
         query_mm = None
         if batch.query_text is not None:
             query_mm, query, _ = self.encoder.encode_items(batch.query, batch.query_text)
         else:
             query = self.encoder.encode_query(batch.query)
+        if isinstance(self.loss, PairCrossEntropy):
+            return self.loss(query, items.mm, items.text, items.image)
         return self.loss(
             query, items.mm, items.text, items.image, batch.item_row, batch.query_row, query_mm
         )
@@ -101,9 +110,13 @@ class CSFTTask:
         self._items, self._pairs, self._catalog = items, pairs, catalog
         self._train, self._held_out, self._ranks = train, held_out, ranks
         self._per_rank = config.batch_size // ranks.world_size
-        loss = MultiLevelInfoNCE(
-            config.alpha, config.beta, config.gamma, config.temperature, config.mask_same_item
-        )
+        self._category: np.ndarray | None = None
+        num_categories = 0
+        if config.signal == "category":
+            names = np.asarray(items.categories(np.arange(len(items))), dtype=object).astype(str)
+            known, self._category = np.unique(names, return_inverse=True)
+            num_categories = len(known)
+        loss = make_objective(config, num_categories)
         trained = encoder.head if config.freeze_towers else encoder
         self._contrast = Contrast(trained, loss).to(ranks.device)
         self.model: nn.Module = self._contrast
@@ -160,8 +173,10 @@ class CSFTTask:
             save_encoder(self._encoder, path)
 
     def _batch(self, index: np.ndarray) -> PairBatch:
-        negatives = [self._pairs.hard_negative(int(i)) for i in index]
-        rows = np.concatenate([self._catalog.item_row[index], self._items.rows_of(np.array(negatives))])
+        rows = self._catalog.item_row[index]
+        if self._config.hard_negatives and self._category is None:
+            negatives = [self._pairs.hard_negative(int(i)) for i in index]
+            rows = np.concatenate([rows, self._items.rows_of(np.array(negatives))])
         query_row = self._catalog.query_row[index]
         return PairBatch(
             query=self._inputs.pictures(self._catalog.query_picture[index]),
@@ -170,6 +185,8 @@ class CSFTTask:
             text=self._inputs.texts(rows),
             item_row=torch.from_numpy(rows).to(self._ranks.device),
             query_row=torch.from_numpy(query_row).to(self._ranks.device),
+            item_category=None if self._category is None
+            else torch.from_numpy(self._category[rows]).to(self._ranks.device),
         )
 
 
