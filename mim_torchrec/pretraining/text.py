@@ -19,7 +19,7 @@ from transformers import (
     DataCollatorForLanguageModeling,
     PreTrainedModel,
 )
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from mim_torchrec.encoders.pixels import PixelInputs, Tokens
@@ -68,7 +68,9 @@ class LanguageModel(Objective):
         tokens = self._inputs.texts(rows)
         device = tokens["input_ids"].device
         if not tokens["input_ids"].shape[1]:  # no title has a token, not even a special one
-            return TokenBatch(tokens, tokens["input_ids"])
+            nothing = tokens["input_ids"].new_zeros(len(rows), 1)
+            tokens = {"input_ids": nothing, "attention_mask": nothing}
+            return TokenBatch(tokens, torch.full_like(nothing, IGNORED))
         # its own `seed` would go on from batch to batch, and works in main processes only
         self._collate.generator = generator(key)
         examples = zip(tokens["input_ids"].tolist(), tokens["attention_mask"].tolist(), strict=True)
@@ -126,8 +128,10 @@ class LanguageHead(nn.Module):
 class _GivenStates(nn.Module):
     """In the place of the encoder inside a language model: its output is what it is given."""
 
-    def forward(self, input_ids: None = None, *, inputs_embeds: Tensor, **_: object) -> BaseModelOutput:
-        return BaseModelOutput(last_hidden_state=inputs_embeds)
+    def forward(
+        self, input_ids: None = None, *, inputs_embeds: Tensor, **_: object
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=inputs_embeds)
 
 
 def objective_of(text: TextEncoder, wanted: Literal["auto", "mlm", "causal"]) -> Literal["mlm", "causal"]:
