@@ -71,7 +71,11 @@ class MaskedImageModel(Objective):
                 "--vision.image-size, a multiple of the tower's stride"
             )
         stride = size // shape[-1]
-        self.head = nn.Sequential(nn.Conv2d(shape[1], 3 * stride**2, 1), nn.PixelShuffle(stride))
+        pixels = nn.Conv2d(shape[1], 3 * stride**2, 1)
+        # it starts at the mean color, so that a random head does not shake a pretrained tower
+        nn.init.zeros_(pixels.weight)
+        nn.init.zeros_(pixels.bias)
+        self.head = nn.Sequential(pixels, nn.PixelShuffle(stride))
 
     def batch(self, rows: np.ndarray, key: Sequence[int]) -> MaskedImages:
         """Images of items, and a mask drawn for each."""
