@@ -24,6 +24,7 @@ SOURCES = {
     "shop": ("mim_torchrec/data",),
     "import": ("mim_torchrec/data",),
     "table": ("embeddings/table",),
+    "pretrain": (*COMMON, "mim_torchrec/pretraining", "mim_torchrec/encoders", "mim_torchrec/losses"),
     "csft": (*COMMON, "mim_torchrec/csft", "mim_torchrec/encoders", "mim_torchrec/losses"),
     "retrieve": (*COMMON, "mim_torchrec/csft", "mim_torchrec/encoders", "mim_torchrec/representation"),
     "export": (*COMMON, "mim_torchrec/representation", "mim_torchrec/encoders", "embeddings/table"),

@@ -8,6 +8,7 @@ COMMANDS = {
     "doctor": ("mim_torchrec.doctor", "check the installation and say how to mend it"),
     "shop": ("mim_torchrec.data.shop", "write a synthetic shop"),
     "import movielens": ("mim_torchrec.data.movielens", "convert MovieLens and posters"),
+    "pretrain": ("mim_torchrec.pretraining.main", "adapt the towers to the items, align them"),
     "csft": ("mim_torchrec.csft.main", "fine-tune the item encoder on what users bought"),
     "retrieve": ("mim_torchrec.csft.retrieve", "find bought items by image with an encoder"),
     "export": ("mim_torchrec.representation.export", "encode every item into the multi-modal table"),

@@ -13,11 +13,13 @@ from torchx.specs.finder import get_component, get_components
 from mim_torchrec.launch import components
 
 STAGES = {
+    "pretrain": ["--data", "shop", "--out", "out"],
     "csft": ["--data", "shop", "--out", "out"],
     "export": ["--data", "shop", "--encoder", "encoder", "--out", "out"],
     "ctr": ["--data", "shop", "--out", "out", "--table", "table"],
 }
 MODULES = {
+    "pretrain": "mim_torchrec.pretraining.main",
     "csft": "mim_torchrec.csft.main",
     "export": "mim_torchrec.representation.export",
     "ctr": "mim_torchrec.ctr.main",
