@@ -17,7 +17,7 @@ export MIM_PYTHON := $(BIN)/python
 export PYTHONPATH :=
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install demo test movielens bench-frozen-table doctor lint lock clean
+.PHONY: help install demo test movielens bench-frozen-table bench-csft-loss doctor lint lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -45,6 +45,9 @@ movielens: install  ## the real job on MovieLens and posters: make movielens DAT
 
 bench-frozen-table: install  ## a frozen sharded table beside trainable and unsharded ones
 	$(BIN)/python -m benchmarks.frozen_table --out runs/frozen_table
+
+bench-csft-loss: install  ## the loss of C-SFT at the size of the paper, beside the naive one
+	$(BIN)/python -m benchmarks.csft_loss --out runs/csft_loss
 
 test: install  ## unit, distributed and pipeline tests
 	$(BIN)/python -m pytest

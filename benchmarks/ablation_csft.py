@@ -38,10 +38,10 @@ BASE_AUC = 0.7024  # Table 3
 PLAIN, DDA, DMA, MIM = "plain", "dda", "dma", "mim"
 TRAINED: dict[str, dict[str, Value]] = {
     MIM: {},
-    "category-ce": {"loss": "cross_entropy", "signal": "category"},
-    "click-ce": {"loss": "cross_entropy", "signal": "click"},
-    "purchase-ce": {"loss": "cross_entropy", "signal": "purchase"},
-    "click-cl": {"signal": "click"},
+    "category-ce": {"loss": "cross_entropy", "interest-signal": "category"},
+    "click-ce": {"loss": "cross_entropy", "interest-signal": "click"},
+    "purchase-ce": {"loss": "cross_entropy", "interest-signal": "purchase"},
+    "click-cl": {"interest-signal": "click"},
     "no-tfn": {"head.fusion": "concat"},
     "no-st-nsg": {"hard-negatives": False, "queue-batches": 0, "queue-start-step": 0},
     "no-multi-level": {"alpha": 0.0, "beta": 0.0},

@@ -31,11 +31,10 @@ from benchmarks.frozen_model import (
     make_batch,
     measure_memory,
     measure_steps,
-    peak_private_bytes,
-    private_bytes,
     take_turns,
     wrap,
 )
+from benchmarks.memory import peak_private_bytes, private_bytes
 from mim_torchrec.embeddings.sharded.frozen import FrozenEmbeddingCollection, frozen_config
 from mim_torchrec.embeddings.sharded.load import find_frozen, load_table, open_table
 from mim_torchrec.embeddings.table.format import TableWriter, decode, encode, row_bytes

@@ -38,7 +38,7 @@ class CSFTConfig:
 
     loss: Literal["contrastive", "cross_entropy"] = "contrastive"
     """Contrast with all items (Eq. 5–6), or cross-entropy of one item or pair at a time (Table 4)."""
-    signal: Literal["purchase", "click", "all", "category"] = "purchase"
+    interest_signal: Literal["purchase", "click", "all", "category"] = "purchase"
     """Which pairs are used (Table 4); `all` also takes files that have no column `signal`. `category` has the
     categories of the items of all pairs told, whatever came of the pairs; for `cross_entropy` only."""
     alpha: float = 0.5

@@ -60,7 +60,7 @@ def fine_tune(config: CSFTConfig, ranks: Ranks) -> dict[str, Any]:
 
     dataset = Dataset(config.data)
     items = ItemStore.open(dataset, config.item_cache or config.out / "items")
-    signal = None if config.signal in ("all", "category") else config.signal
+    signal = None if config.interest_signal in ("all", "category") else config.interest_signal
     pairs = PairDataset(
         dataset.pairs(), items, signal=signal, seed=config.seed, on_bad_row=config.on_bad_row
     )

@@ -1,6 +1,6 @@
 """Which loss a configuration of C-SFT asks for (Eq. 5–6 and the variants of Table 4).
 
-| variant of Table 4 | `--loss` | `--signal` |
+| variant of Table 4 | `--loss` | `--interest-signal` |
 |---|---|---|
 | v1 | cross_entropy | category |
 | v2 | cross_entropy | click |
@@ -22,15 +22,15 @@ Objective = MultiLevelInfoNCE | PairCrossEntropy | CategoryCrossEntropy
 def check_objective(config: CSFTConfig) -> None:
     """ValueError, with a way out, where the loss, the signal and their options do not go together."""
     if config.loss == "contrastive":
-        if config.signal == "category":
+        if config.interest_signal == "category":
             raise ValueError(
-                "--loss contrastive needs pairs of a query and an item, which --signal category does not "
+                "--loss contrastive needs pairs of a query and an item, which --interest-signal category does not "
                 "use; take --loss cross_entropy, or another signal"
             )
         return
     if config.gamma or config.queue_batches:
         raise ValueError("--gamma and --queue-batches are options of --loss contrastive; leave them at 0")
-    if config.signal != "category" and not config.hard_negatives:
+    if config.interest_signal != "category" and not config.hard_negatives:
         raise ValueError(
             "--loss cross_entropy tells positives from hard negatives: it needs --hard-negatives True"
         )
@@ -53,6 +53,6 @@ def make_objective(config: CSFTConfig, num_categories: int) -> Objective:
             config.queue_batches,
             config.queue_start_step,
         )
-    if config.signal == "category":
+    if config.interest_signal == "category":
         return CategoryCrossEntropy(config.head.dim, num_categories, config.alpha, config.beta)
     return PairCrossEntropy(config.alpha, config.beta, config.temperature)

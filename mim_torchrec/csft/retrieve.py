@@ -38,7 +38,7 @@ class RetrieveConfig:
     `plain:<directory>`."""
     out: Path
     """Directory of the results; made if missing."""
-    signal: Literal["purchase", "click", "all"] = "purchase"
+    interest_signal: Literal["purchase", "click", "all"] = "purchase"
     """Which pairs are searched for."""
     held_out_share: float = 0.05
     """Share of the pairs, the last by time, whose queries are used; 1 takes all."""
@@ -68,7 +68,7 @@ def retrieve(config: RetrieveConfig, ranks: Ranks) -> dict[str, Any]:
         raise ValueError(f"--held-out-share is {config.held_out_share}; it must be in (0, 1]")
     dataset = Dataset(config.data)
     items = ItemStore.open(dataset, config.item_cache or config.out / "items")
-    signal = None if config.signal == "all" else config.signal
+    signal = None if config.interest_signal == "all" else config.interest_signal
     pairs = PairDataset(dataset.pairs(), items, signal=signal, on_bad_row=config.on_bad_row)
     readable = leave_out_unreadable(items, pairs) if config.on_bad_row == "skip" else None
     catalog = Catalog(items, pairs, readable)

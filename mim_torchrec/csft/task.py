@@ -112,7 +112,7 @@ class CSFTTask:
         self._per_rank = config.batch_size // ranks.world_size
         self._category: np.ndarray | None = None
         num_categories = 0
-        if config.signal == "category":
+        if config.interest_signal == "category":
             names = np.asarray(items.categories(np.arange(len(items))), dtype=object).astype(str)
             known, self._category = np.unique(names, return_inverse=True)
             num_categories = len(known)

@@ -128,7 +128,7 @@ def test_a_truncated_query_image_is_named(shop, tmp_path):
 
     data = changed_pairs(shop, tmp_path / "shop", cut)
     with pytest.raises(DataError, match=rf"row group 0, row {first[0]}, column query_image"):
-        run(data, tmp_path / "out", signal="all")
+        run(data, tmp_path / "out", interest_signal="all")
     assert not (tmp_path / "out" / "encoder").exists()
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mim_torchrec.csft.config import CSFTConfig
+from mim_torchrec.csft.main import main
 from mim_torchrec.csft.objective import check_objective, make_objective
 from mim_torchrec.losses.cross_entropy import CategoryCrossEntropy, PairCrossEntropy
 from mim_torchrec.losses.info_nce import MultiLevelInfoNCE
@@ -83,13 +84,13 @@ def test_pairs_without_hard_negatives_are_refused():
     ("contrastive", "purchase", MultiLevelInfoNCE),
 ])  # fmt: skip
 def test_the_five_variants_of_table_4(loss, signal, expected):
-    chosen = config(loss=loss, signal=signal)
+    chosen = config(loss=loss, interest_signal=signal)
     check_objective(chosen)
     assert type(make_objective(chosen, CATEGORIES)) is expected
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"signal": "category"}, "take --loss cross_entropy, or another signal"),
+    ({"interest_signal": "category"}, "take --loss cross_entropy, or another signal"),
     ({"loss": "cross_entropy", "gamma": 0.5}, "options of --loss contrastive"),
     ({"loss": "cross_entropy", "queue_batches": 1}, "options of --loss contrastive"),
     ({"loss": "cross_entropy", "hard_negatives": False}, "needs --hard-negatives True"),
@@ -97,3 +98,9 @@ def test_the_five_variants_of_table_4(loss, signal, expected):
 def test_options_that_do_not_go_together_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         check_objective(config(**options))
+
+
+def test_the_program_refuses_them_before_it_reads_data(tmp_path):
+    with pytest.raises(ValueError, match="--loss contrastive needs pairs"):
+        main(["--data", str(tmp_path / "none"), "--out", str(tmp_path / "out"), "--interest-signal", "category"])
+    assert not (tmp_path / "out").exists()
