@@ -24,8 +24,8 @@ def check_objective(config: CSFTConfig) -> None:
     if config.loss == "contrastive":
         if config.interest_signal == "category":
             raise ValueError(
-                "--loss contrastive needs pairs of a query and an item, which --interest-signal category does not "
-                "use; take --loss cross_entropy, or another signal"
+                "--loss contrastive needs pairs of a query and an item, which --interest-signal category "
+                "does not use; take --loss cross_entropy, or another signal"
             )
         return
     if config.gamma or config.queue_batches:

@@ -63,7 +63,7 @@ def test_components_are_registered_beside_the_builtin_ones():
 def test_torchrun_takes_no_flag_of_a_stage_for_an_ambiguous_one_of_its_own(stage, capsys):
     with pytest.raises(SystemExit):
         import_module(MODULES[stage]).main(["--help"])
-    flags = set(re.findall(r"--[a-z][a-z0-9.-]*[a-z0-9]", capsys.readouterr().out))
+    flags = set(re.findall(r"^[│|]? *(--[a-z][a-z0-9.-]*)", capsys.readouterr().out, re.MULTILINE))
     assert {"--data", "--out"} <= flags
     for flag in sorted(flags):
         parsed = get_args_parser().parse_args(["-m", MODULES[stage], flag, "value"])

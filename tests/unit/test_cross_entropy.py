@@ -102,5 +102,6 @@ def test_options_that_do_not_go_together_are_refused(options, message):
 
 def test_the_program_refuses_them_before_it_reads_data(tmp_path):
     with pytest.raises(ValueError, match="--loss contrastive needs pairs"):
-        main(["--data", str(tmp_path / "none"), "--out", str(tmp_path / "out"), "--interest-signal", "category"])
+        main(["--data", str(tmp_path / "none"), "--out", str(tmp_path / "out"), "--interest-signal",
+              "category"])  # fmt: skip
     assert not (tmp_path / "out").exists()
