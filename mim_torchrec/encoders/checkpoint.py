@@ -85,8 +85,15 @@ def save_towers(vision: VisionEncoder, text: TextEncoder, path: Path) -> str:
     return version
 
 
-def load_towers(path: Path | str) -> Towers:
+def load_towers(
+    path: Path | str, vision: VisionEncoderConfig | None = None, text: TextEncoderConfig | None = None
+) -> Towers:
     """Read two towers.
+
+    Args:
+        path: what `save_towers` wrote.
+        vision: options besides the name, the weights and the sizes, which are those in `path`.
+        text: likewise.
 
     Returns:
         The towers on the CPU, in evaluation mode.
@@ -96,11 +103,11 @@ def load_towers(path: Path | str) -> Towers:
     """
     path = Path(path)
     config = _read_config(path, "towers_version")
-    vision, text = _build_towers(config, path)
-    _load_weights(vision, path / "vision.safetensors")
-    _load_weights(text, path / "text.safetensors")
-    _check_version(path, config["towers_version"], towers_version(vision, text))
-    return Towers(vision.eval(), text.eval())
+    towers = _build_towers(config, path, vision, text)
+    _load_weights(towers.vision, path / "vision.safetensors")
+    _load_weights(towers.text, path / "text.safetensors")
+    _check_version(path, config["towers_version"], towers_version(*towers))
+    return Towers(towers.vision.eval(), towers.text.eval())
 
 
 def towers_in_place_of(path: Path, vision: VisionEncoderConfig, text: TextEncoderConfig) -> Towers:
@@ -117,7 +124,7 @@ def towers_in_place_of(path: Path, vision: VisionEncoderConfig, text: TextEncode
             if dataclasses.asdict(given)[name] != dataclasses.asdict(default)[name]:
                 flag = f"--{tower}.{name.replace('_', '-')}"
                 raise ValueError(f"{flag} is settled by --towers {path}; leave one of them out")
-    return load_towers(path)
+    return load_towers(path, vision, text)
 
 
 def towers_version(vision: VisionEncoder, text: TextEncoder) -> str:
@@ -151,11 +158,15 @@ def _describe(vision: VisionEncoder, text: TextEncoder) -> dict[str, Any]:
     }
 
 
-def _build_towers(config: dict[str, Any], path: Path) -> Towers:
-    vision = VisionEncoderConfig(
-        name=config["vision"]["name"], weights="random", image_size=config["vision"]["image_size"]
-    )
-    text = TextEncoderConfig(weights="random", **config["text"])
+def _build_towers(
+    config: dict[str, Any],
+    path: Path,
+    vision: VisionEncoderConfig | None = None,
+    text: TextEncoderConfig | None = None,
+) -> Towers:
+    sizes = {"name": config["vision"]["name"], "image_size": config["vision"]["image_size"]}
+    vision = dataclasses.replace(vision or VisionEncoderConfig(), weights="random", **sizes)
+    text = dataclasses.replace(text or TextEncoderConfig(), weights="random", **config["text"])
     return Towers(VisionEncoder(vision, load_weights=False), TextEncoder(text, saved=path / "text"))
 
 
