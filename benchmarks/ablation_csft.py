@@ -26,7 +26,8 @@ from mim_torchrec.training.retrieval import exchange_rate
 # --- settings, all in one place -----------------------------------------------------------------------------
 PRETRAIN: dict[str, Value] = {
     "vision.name": "efficientnet_lite0", "vision.image-size": 64, "text.name": "minilm",
-    "dda-vision.epochs": 2, "dda-text.epochs": 2, "dma.epochs": 4, "dma.batch-size": 256,
+    "dda-vision.epochs": 2, "dda-vision.batch-size": 128, "dda-vision.mask-size": 16,
+    "dda-text.epochs": 2, "dda-text.batch-size": 128, "dma.epochs": 3, "dma.batch-size": 128,
 }  # fmt: skip
 CSFT: dict[str, Value] = {"epochs": 10, "batch-size": 256, "freeze-towers": True,
                           "queue-batches": 4, "queue-start-step": 20, "validation-share": 0.1}  # fmt: skip

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -228,7 +229,9 @@ def measure(config: CSFTLossConfig) -> dict[str, Any]:
         "tile": CPU_TILE._asdict(),
     }
     report["targets"] = targets(report)
-    return report | {"config": json.loads(json.dumps(asdict(config), default=str)), **environment()}
+    report |= {"config": json.loads(json.dumps(asdict(config), default=str)), **environment()}
+    report["versions"]["open-clip-torch"] = version("open-clip-torch")
+    return report
 
 
 def targets(report: dict[str, Any]) -> list[dict[str, Any]]:
