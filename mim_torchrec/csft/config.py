@@ -1,12 +1,14 @@
 """Configuration of content-interest-aware fine-tuning; every field is a flag of `mim csft`."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from mim_torchrec.encoders.item_encoder import HeadConfig, ItemEncoderConfig
 from mim_torchrec.encoders.text import TextEncoderConfig
 from mim_torchrec.encoders.vision import VisionEncoderConfig
+from mim_torchrec.training.checkpoints import CheckpointConfig
+from mim_torchrec.training.parallel import Parallel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,15 @@ class CSFTConfig:
     seed: int = 0
     """Seed of the initial weights, of the order of the pairs, of hard negatives and of dropout."""
 
+    parallel: Parallel = "ddp"
+    """Weights whole on every rank, or (`fsdp`) those of trained towers divided over the ranks."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision in which towers compute; heads and losses always take float32."""
+    chunk_size: int | None = None
+    """Pictures or titles that a trained tower takes at a time, computed again in the backward pass: the
+    gradient of a whole batch in the memory of a chunk (GradCache, Gao et al. 2021)."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
     image_memory_gib: float = 2.0
     """Decoded images are kept in the memory of every rank if they fit into this; else they are decoded anew
     in every epoch. Only for towers that are not frozen."""
@@ -93,6 +104,12 @@ class CSFTConfig:
     """Folder of the item index; by default one inside `out`."""
     log_every: int = 20
     """Steps between two entries of the log."""
+
+    def same_run(self) -> dict[str, Any]:
+        """What a run that is taken up must have been started with."""
+        free = {"out", "checkpoint", "log_every", "pictures", "image_memory_gib", "encode_batch_size",
+                "feature_cache", "item_cache"}  # fmt: skip
+        return {name: value for name, value in asdict(self).items() if name not in free}
 
     def encoder(self) -> ItemEncoderConfig:
         """The part that describes the encoder."""

@@ -52,17 +52,20 @@ def encode(
         h_q^img (num_held_out, dim) and h^MM (num_items, dim), float32 on the CPU.
     """
 
-    def chunks(index: np.ndarray) -> list[np.ndarray]:
+    def chunks(index: np.ndarray) -> list[tuple[np.ndarray, int]]:
+        """As many on every rank, as divided towers need; an idle rank encodes something and keeps 0 of it."""
         mine = index[share_of(len(index), ranks)]
-        return [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+        starts = range(0, -(-len(index) // ranks.world_size), batch_size)
+        parts = [mine[start : start + batch_size] for start in starts]
+        return [(part, len(part)) if len(part) else (index[:1], 0) for part in parts]
 
     queries = [
-        encoder.encode_query(inputs.pictures(catalog.query_picture[part])).float().cpu()
-        for part in chunks(held_out)
+        encoder.encode_query(inputs.pictures(catalog.query_picture[part])).float().cpu()[:count]
+        for part, count in chunks(held_out)
     ]
     items = [
-        encoder.encode_items(inputs.pictures(part), inputs.texts(part)).mm.float().cpu()
-        for part in chunks(np.arange(catalog.num_items))
+        encoder.encode_items(inputs.pictures(part), inputs.texts(part)).mm.float().cpu()[:count]
+        for part, count in chunks(np.arange(catalog.num_items))
     ]
     query, mm = (
         torch.cat([part for share in ranks.all_gather_objects(parts) for part in share])

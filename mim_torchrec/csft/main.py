@@ -36,6 +36,7 @@ from mim_torchrec.encoders.checkpoint import encoder_version, load_encoder, towe
 from mim_torchrec.encoders.item_encoder import ItemEncoder
 from mim_torchrec.encoders.text import TINY, train_tokenizer
 from mim_torchrec.training.checkpoint import write_json
+from mim_torchrec.training.checkpoints import Checkpoints
 from mim_torchrec.training.distributed import Ranks, distributed
 from mim_torchrec.training.loop import fit
 
@@ -78,6 +79,7 @@ def fine_tune(config: CSFTConfig, ranks: Ranks) -> dict[str, Any]:
     inputs = _inputs(config, encoder, catalog, ranks)
     torch.manual_seed(config.seed + 1 + ranks.rank)  # dropout differs from rank to rank
     task = CSFTTask(config, encoder, inputs, items, pairs, catalog, train, held_out, ranks)
+    same_run = config.same_run() | {"items": len(items), "pairs": len(pairs)}
     history = fit(
         task,
         epochs=config.epochs,
@@ -86,8 +88,9 @@ def fine_tune(config: CSFTConfig, ranks: Ranks) -> dict[str, Any]:
         select=f"recall_at_{RECALL_AT}" if len(held_out) else None,
         patience=config.patience if len(held_out) else None,
         log_every=config.log_every,
+        checkpoints=Checkpoints(config.out / "checkpoints", config.checkpoint, same_run, ranks),
     )
-    if ranks.is_main:
+    if ranks.is_main and (config.out / "best").exists():  # not so where a finished run is started again
         shutil.rmtree(config.out / "encoder", ignore_errors=True)
         os.replace(config.out / "best", config.out / "encoder")
     ranks.barrier()

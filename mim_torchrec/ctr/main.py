@@ -28,6 +28,7 @@ from mim_torchrec.embeddings.sharded.frozen import frozen_config
 from mim_torchrec.embeddings.sharded.live import ItemIndex
 from mim_torchrec.embeddings.sharded.load import load_table, open_table, table_digest
 from mim_torchrec.training.checkpoint import write_json
+from mim_torchrec.training.checkpoints import Checkpoints
 from mim_torchrec.training.distributed import Ranks, distributed
 from mim_torchrec.training.loop import fit
 
@@ -90,6 +91,7 @@ def train_and_evaluate(config: CTRConfig, ranks: Ranks) -> dict[str, Any]:
         select="auc",
         patience=config.patience,
         log_every=config.log_every,
+        checkpoints=Checkpoints(config.out / "checkpoints", config.checkpoint, config.same_run(), ranks),
     )
     load_model(model, config.out / "best")
     predictions = predict(model, readers["test"], mapper, ranks)

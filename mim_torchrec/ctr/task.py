@@ -1,7 +1,9 @@
 """CTR training as a task of the shared loop: batches, loss, validation, checkpoint."""
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,6 +38,34 @@ def global_mean_loss(logits: Tensor, labels: Tensor, world_size: int) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, labels, reduction="sum") * world_size / count
 
 
+class CTRState:
+    """What checkpoints hold of a sharded model and its optimizers, each rank its shards.
+
+    Args:
+        model: the sharded model.
+        optimizer: of everything trainable.
+    """
+
+    def __init__(self, model: DistributedModelParallel, optimizer: CombinedOptimizer) -> None:
+        self._model, self._optimizer = model, optimizer
+
+    def shared(self) -> dict[str, Any]:
+        """Everything trainable, and the optimizers' state."""
+        return {"model": _trainable_state(self._model), "optimizer": self._optimizer.state_dict()}
+
+    def load_shared(self, state: dict[str, Any]) -> None:
+        """Take what a checkpoint filled."""
+        self._model.load_state_dict(state["model"], strict=False)
+        self._optimizer.load_state_dict(state["optimizer"])
+
+    def local(self) -> dict[str, Any]:
+        """Nothing is a rank's own."""
+        return {}
+
+    def load_local(self, state: dict[str, Any]) -> None:
+        """Take nothing."""
+
+
 class CTRTask:
     """What `training.loop.fit` needs to train a CTR model.
 
@@ -63,20 +93,25 @@ class CTRTask:
         self._validation = validation
         self._mapper = mapper
         self._ranks = ranks
+        self.state = CTRState(model, optimizer)
 
     def num_batches(self, epoch: int) -> int:
         """Steps of an epoch, the same on every rank."""
         return self._train.num_batches
 
-    def batches(self, epoch: int) -> Iterator[RequestBatch]:
-        """Batches of an epoch, ids mapped to rows and on the rank's device."""
+    def batches(self, epoch: int, first: int = 0) -> Iterator[RequestBatch]:
+        """Batches of an epoch from `first` on, ids mapped to rows and on the rank's device."""
         self._train.set_epoch(epoch)
-        for batch in self._train:
+        for batch in islice(self._train, first, None):
             yield self._mapper(batch).to(self._ranks.device)
 
     def num_samples(self, batch: RequestBatch) -> int:
         """Candidates in a batch."""
         return batch.labels.numel()
+
+    def batch_ids(self, batch: RequestBatch) -> dict[str, list[int]]:
+        """Ids of a batch's requests."""
+        return {"request_ids": batch.request_ids.tolist()}
 
     def training_forward(self, batch: RequestBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a batch; nothing else is reported."""

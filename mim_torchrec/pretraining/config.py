@@ -1,11 +1,12 @@
 """Configuration of pre-training; every field is a flag of `mim pretrain`."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from mim_torchrec.encoders.text import TextEncoderConfig
 from mim_torchrec.encoders.vision import VisionEncoderConfig
+from mim_torchrec.training.checkpoints import CheckpointConfig
 
 Phase = Literal["dda-vision", "dda-text", "dma"]
 
@@ -97,6 +98,8 @@ class PretrainConfig:
     seed: int = 0
     """Seed of the initial weights, of the order of the items, of masks and of dropout."""
 
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
     image_memory_gib: float = 2.0
     """Decoded images are kept in the memory of every rank if they fit into this; else they are decoded anew
     in every epoch."""
@@ -104,3 +107,8 @@ class PretrainConfig:
     """Folder of the item index; by default one inside `out`."""
     log_every: int = 20
     """Steps between two entries of the log."""
+
+    def same_run(self) -> dict[str, Any]:
+        """What a run that is taken up must have been started with."""
+        free = {"out", "checkpoint", "log_every", "image_memory_gib", "item_cache"}
+        return {name: value for name, value in asdict(self).items() if name not in free}

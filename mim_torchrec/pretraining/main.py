@@ -39,6 +39,7 @@ from mim_torchrec.pretraining.task import PretrainTask
 from mim_torchrec.pretraining.text import LanguageModel
 from mim_torchrec.pretraining.vision import MaskedImageModel
 from mim_torchrec.training.checkpoint import write_json
+from mim_torchrec.training.checkpoints import Checkpoints
 from mim_torchrec.training.distributed import Ranks, distributed
 from mim_torchrec.training.loop import fit
 
@@ -82,7 +83,9 @@ def pretrain(config: PretrainConfig, ranks: Ranks) -> dict[str, Any]:
     metrics: dict[str, Any] = {"items": len(train), "held_out_items": len(held_out), "seed": config.seed,
                                "world_size": ranks.world_size, "phases": {}}  # fmt: skip
     for name in config.phases:
-        metrics["phases"][name] = _run_phase(config, name, towers, inputs, train, held_out, ranks)
+        metrics["phases"][name] = _run_phase(
+            config, name, towers, inputs, train, held_out, items.item_ids, ranks
+        )
     if ranks.is_main:
         metrics["towers_version"] = save_towers(*towers, config.out / "towers")
         write_json(config.out / "metrics.json", metrics)
@@ -98,6 +101,7 @@ def _run_phase(
     inputs: PixelInputs,
     train: np.ndarray,
     held_out: np.ndarray,
+    item_ids: np.ndarray,
     ranks: Ranks,
 ) -> dict[str, Any]:
     """Train a phase and leave its best epoch in the towers; returns what its metrics.json holds."""
@@ -108,7 +112,7 @@ def _run_phase(
     torch.manual_seed(config.seed)  # a phase starts alike whether or not others ran before it
     objective = _objective(config, name, towers, inputs).to(ranks.device)
     torch.manual_seed(config.seed + 1 + ranks.rank)  # dropout differs from rank to rank
-    task = PretrainTask(config, phase, name, objective, towers, train, held_out, ranks)
+    task = PretrainTask(config, phase, name, objective, towers, train, held_out, item_ids, ranks)
     before = task.validate()
     if before:
         log.info("%s before training: %s", name, before)
@@ -120,8 +124,9 @@ def _run_phase(
         select="score" if before else None,
         patience=config.patience if before else None,
         log_every=config.log_every,
+        checkpoints=Checkpoints(out / "checkpoints", config.checkpoint, config.same_run(), ranks),
     )
-    if ranks.is_main:
+    if ranks.is_main and (out / "best").exists():  # not so where a finished phase is started again
         shutil.rmtree(out / "towers", ignore_errors=True)
         os.replace(out / "best", out / "towers")
     ranks.barrier()

@@ -14,6 +14,7 @@ from mim_torchrec.encoders.checkpoint import Towers, save_towers
 from mim_torchrec.pretraining.config import PhaseConfig, PretrainConfig
 from mim_torchrec.pretraining.objective import Objective
 from mim_torchrec.training.distributed import Ranks
+from mim_torchrec.training.state import TrainingState
 
 VALIDATION, TRAINING = 0, 1
 
@@ -29,6 +30,7 @@ class PretrainTask:
         towers: saved as a whole, whichever is trained.
         train: item rows to train on.
         held_out: item rows to validate on.
+        item_ids: (num_items,) ids by row.
         ranks: the process group.
 
     Raises:
@@ -44,6 +46,7 @@ class PretrainTask:
         towers: Towers,
         train: np.ndarray,
         held_out: np.ndarray,
+        item_ids: np.ndarray,
         ranks: Ranks,
     ) -> None:
         size = phase.batch_size
@@ -54,7 +57,8 @@ class PretrainTask:
             raise ValueError(f"{few}; lower it")
         self._config, self._batch_size, self._objective = config, size, objective
         self._towers, self._ranks = towers, ranks
-        self._train = train
+        self._train, self._item_ids = train, item_ids
+        self._rows = train[:0]  # of this rank in the batch that was yielded last
         # every rank validates on as many items: what is left over, fewer than there are ranks, is not used
         self._held_out = held_out[: len(held_out) // ranks.world_size * ranks.world_size]
         self.model: nn.Module = objective
@@ -66,21 +70,27 @@ class PretrainTask:
         steps = self.num_batches(0) * phase.epochs
         schedule = get_cosine_schedule_with_warmup(self.optimizer, math.ceil(config.warmup * steps), steps)
         self.optimizer.register_step_post_hook(lambda *_: schedule.step())
+        self.state = TrainingState(self.model, self.optimizer, schedule)
 
     def num_batches(self, epoch: int) -> int:
         """Whole batches of an epoch; the rest of the items waits for the next order."""
         return len(self._train) // self._batch_size
 
-    def batches(self, epoch: int) -> Iterator[Any]:
-        """This rank's part of every batch, in an order of (seed, epoch)."""
+    def batches(self, epoch: int, first: int = 0) -> Iterator[Any]:
+        """This rank's part of every batch from `first` on, in an order of (seed, epoch)."""
         order = np.random.default_rng((self._config.seed, epoch)).permutation(self._train)
-        for step in range(self.num_batches(epoch)):
+        for step in range(first, self.num_batches(epoch)):
             rows = order[step * self._batch_size : (step + 1) * self._batch_size]
+            self._rows = self._mine(rows)
             yield self._batch(rows, (self._config.seed, TRAINING, epoch, step))
 
     def num_samples(self, batch: Any) -> int:
         """Items of this rank in a batch."""
         return self._batch_size // self._ranks.world_size
+
+    def batch_ids(self, batch: Any) -> dict[str, list[int]]:
+        """Item ids of this rank's batch, the last that `batches` has yielded."""
+        return {"item_ids": self._item_ids[self._rows].tolist()}
 
     def training_forward(self, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The phase's loss of a batch."""
@@ -126,9 +136,11 @@ class PretrainTask:
 
     def _batch(self, rows: np.ndarray, key: tuple[int, ...]) -> Any:
         """This rank's part of a batch of all ranks."""
+        return self._objective.batch(self._mine(rows), (*key, self._ranks.rank))
+
+    def _mine(self, rows: np.ndarray) -> np.ndarray:
         count = len(rows) // self._ranks.world_size
-        mine = rows[self._ranks.rank * count : (self._ranks.rank + 1) * count]
-        return self._objective.batch(mine, (*key, self._ranks.rank))
+        return rows[self._ranks.rank * count : (self._ranks.rank + 1) * count]
 
 
 def make_optimizer(objective: Objective, phase: PhaseConfig, weight_decay: float) -> torch.optim.AdamW:

@@ -10,6 +10,7 @@ from torch import nn
 from mim_torchrec.training.checkpoint import whole_directory
 from mim_torchrec.training.distributed import Ranks, distributed
 from mim_torchrec.training.loop import fit
+from mim_torchrec.training.state import TrainingState
 
 ONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -22,13 +23,18 @@ class Line:
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
         self.scores, self.batch_values = scores, batch_values
         self.saved: list[float] = []
+        schedule = torch.optim.lr_scheduler.ConstantLR(self.optimizer)
+        self.state = TrainingState(self.model, self.optimizer, schedule)
 
     def num_batches(self, epoch):
         return len(self.batch_values)
 
-    def batches(self, epoch):
-        for value in self.batch_values:
+    def batches(self, epoch, first=0):
+        for value in self.batch_values[first:]:
             yield torch.tensor([[value]])
+
+    def batch_ids(self, batch):
+        return {"values": batch.flatten().tolist()}
 
     def num_samples(self, batch):
         return len(batch)
