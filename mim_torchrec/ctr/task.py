@@ -50,7 +50,11 @@ class CTRState:
         self._model, self._optimizer = model, optimizer
 
     def shared(self) -> dict[str, Any]:
-        """Everything trainable, and the optimizers' state."""
+        """Everything trainable, and the optimizers' state, which is made where no step has made it yet."""
+        for _, optimizer in self._optimizer.optimizers:
+            if optimizer.params and not optimizer.state:
+                optimizer.init_state()  # a step of gradients that are 0; what it changes is loaded over
+                optimizer.zero_grad()
         return {"model": _trainable_state(self._model), "optimizer": self._optimizer.state_dict()}
 
     def load_shared(self, state: dict[str, Any]) -> None:
