@@ -17,7 +17,7 @@ export MIM_PYTHON := $(BIN)/python
 export PYTHONPATH :=
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install demo test movielens bench-frozen-table bench-csft-loss doctor lint lock clean
+.PHONY: help install demo test movielens ablation-csft bench-frozen-table bench-csft-loss doctor lint lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -42,6 +42,9 @@ demo: install  ## every stage on a synthetic shop, two ranks; prints Base and MI
 movielens: install  ## the real job on MovieLens and posters: make movielens DATA=<folder>
 	@test -n "$(DATA)" || { echo "make movielens DATA=<folder with ratings.csv, movies.csv and posters.parquet>"; exit 2; }
 	$(BIN)/python -m benchmarks.movielens --data $(DATA) --out runs/movielens
+
+ablation-csft: install  ## what pre-training and C-SFT are worth in AUC: Tables 3, 4 and 5
+	$(BIN)/python -m benchmarks.ablation_csft --out runs/ablation_csft
 
 bench-frozen-table: install  ## a frozen sharded table beside trainable and unsharded ones
 	$(BIN)/python -m benchmarks.frozen_table --out runs/frozen_table

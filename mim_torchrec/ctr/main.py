@@ -148,7 +148,6 @@ def main(argv: list[str] | None = None) -> None:
     # torch and torchrec about themselves
     warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
     warnings.filterwarnings("ignore", message="Please use DTensor instead")
-    warnings.filterwarnings("ignore", message="Detected an existing checkpoint")
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     with distributed(config.seed) as ranks:
         train_and_evaluate(config, ranks)

@@ -18,6 +18,7 @@ from mim_torchrec.data.batch import RequestBatch
 from mim_torchrec.data.requests import RequestReader
 from mim_torchrec.data.vocabulary import IdMapper
 from mim_torchrec.training import metrics
+from mim_torchrec.training.checkpoint import whole_directory_of_ranks
 from mim_torchrec.training.distributed import Ranks
 
 
@@ -134,15 +135,16 @@ class CTRTask:
 
     def save(self, path: Path) -> None:
         """Write the trainable state, see `save_model`."""
-        save_model(self.model, path)
+        with whole_directory_of_ranks(path, self._ranks) as folder:
+            save_model(self.model, folder)
 
 
 def save_model(model: DistributedModelParallel, path: Path) -> None:
-    """Write the trainable state over what is at `path`, each rank its shards.
+    """Write the trainable state into a directory, each rank its shards.
 
     The frozen table is left out: it has files of its own.
     """
-    dcp.save(_trainable_state(model), storage_writer=dcp.FileSystemWriter(str(path), overwrite=True))
+    dcp.save(_trainable_state(model), checkpoint_id=str(path))
 
 
 def load_model(model: DistributedModelParallel, path: Path) -> None:

@@ -140,7 +140,7 @@ def module_version(encoder: ItemEncoder | VisionEncoder | TextEncoder) -> str:
         settings: dict[str, Any] = {
             "vision": encoder.vision.preprocessing(),
             "text": encoder.text.preprocessing(),
-            "head": dataclasses.asdict(encoder.config.head),
+            "head": encoder.config.head.facts(),
         }
     else:
         settings = encoder.preprocessing()

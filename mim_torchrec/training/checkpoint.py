@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mim_torchrec.training.distributed import Ranks
+
 
 def write_json(path: Path, value: Any) -> None:
     """Write indented JSON; what JSON does not know (a Path, say) becomes a string."""
@@ -41,3 +43,31 @@ def whole_directory(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def whole_directory_of_ranks(path: Path, ranks: Ranks) -> Iterator[Path]:
+    """As `whole_directory`, for a directory that all ranks see and write into.
+
+    Args:
+        path: where the directory shall be.
+        ranks: the process group; every rank calls it.
+
+    Yields:
+        The same empty directory on every rank.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    if ranks.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    ranks.barrier()
+    yield partial
+    ranks.barrier()
+    if ranks.is_main:
+        old = path.with_name(f"{path.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(partial, path)
+        shutil.rmtree(old, ignore_errors=True)
+    ranks.barrier()
