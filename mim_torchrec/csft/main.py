@@ -34,7 +34,7 @@ from mim_torchrec.data.pairs import PairDataset
 from mim_torchrec.data.schema import Dataset
 from mim_torchrec.encoders.checkpoint import encoder_version, load_encoder, towers_in_place_of
 from mim_torchrec.encoders.item_encoder import ItemEncoder
-from mim_torchrec.encoders.text import TINY, train_tokenizer
+from mim_torchrec.encoders.text import learns_tokenizer, train_tokenizer
 from mim_torchrec.training.checkpoint import write_json
 from mim_torchrec.training.checkpoints import Checkpoints
 from mim_torchrec.training.distributed import Ranks, distributed
@@ -140,7 +140,7 @@ def _build_encoder(config: CSFTConfig, items: ItemStore) -> ItemEncoder:
         settings = replace(config.encoder(), vision=towers.vision.config, text=towers.text.config)
         return ItemEncoder(settings, *towers)
     tokenizer = None
-    if config.text.name == TINY:
+    if learns_tokenizer(config.text):
         tokenizer = train_tokenizer(items.titles(np.arange(len(items))))
     return ItemEncoder.build(config.encoder(), tokenizer)
 

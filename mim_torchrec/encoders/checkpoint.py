@@ -117,8 +117,9 @@ def towers_in_place_of(path: Path, vision: VisionEncoderConfig, text: TextEncode
         CheckpointError: as `load_towers`.
         ValueError: a flag names a tower, its weights or its sizes, all of which are those in `path`.
     """
+    of_text = ("name", "weights", "tokenizer", "max_length", "pooling")
     defaults = {"vision": (vision, VisionEncoderConfig(), ("name", "weights", "image_size")),
-                "text": (text, TextEncoderConfig(), ("name", "weights", "max_length"))}  # fmt: skip
+                "text": (text, TextEncoderConfig(), of_text)}  # fmt: skip
     for tower, (given, default, fields) in defaults.items():
         for name in fields:
             if dataclasses.asdict(given)[name] != dataclasses.asdict(default)[name]:
@@ -154,7 +155,9 @@ def module_version(encoder: ItemEncoder | VisionEncoder | TextEncoder) -> str:
 def _describe(vision: VisionEncoder, text: TextEncoder) -> dict[str, Any]:
     return {
         "vision": {"name": vision.config.name} | vision.preprocessing(),
-        "text": {"name": Path(text.config.name).name, "max_length": text.max_length},
+        "text": {
+            "name": Path(text.config.name).name, "max_length": text.max_length, "pooling": text.pooling
+        },
     }
 
 

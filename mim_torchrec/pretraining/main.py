@@ -30,7 +30,7 @@ from mim_torchrec.encoders.checkpoint import (
     towers_version,
 )
 from mim_torchrec.encoders.pixels import PixelInputs
-from mim_torchrec.encoders.text import TINY, TextEncoder, train_tokenizer
+from mim_torchrec.encoders.text import TextEncoder, learns_tokenizer, train_tokenizer
 from mim_torchrec.encoders.vision import VisionEncoder
 from mim_torchrec.pretraining.alignment import ImageTextModel
 from mim_torchrec.pretraining.config import PhaseConfig, PretrainConfig
@@ -155,7 +155,7 @@ def _towers(config: PretrainConfig, items: ItemStore) -> Towers:
     if config.towers is not None:
         return towers_in_place_of(config.towers, config.vision, config.text)
     tokenizer = None
-    if config.text.name == TINY:
+    if learns_tokenizer(config.text):
         tokenizer = train_tokenizer(items.titles(np.arange(len(items))))
     return Towers(VisionEncoder(config.vision), TextEncoder(config.text, tokenizer=tokenizer))
 
