@@ -37,14 +37,16 @@ HELD_OUT = CSFT["validation-share"]
 
 BASE_AUC = 0.7024  # Table 3
 PLAIN, DDA, DMA, MIM = "plain", "dda", "dma", "mim"
+NO_QUEUE: dict[str, Value] = {"queue-batches": 0, "queue-start-step": 0}
+CROSS_ENTROPY = NO_QUEUE | {"loss": "cross_entropy"}
 TRAINED: dict[str, dict[str, Value]] = {
     MIM: {},
-    "category-ce": {"loss": "cross_entropy", "interest-signal": "category"},
-    "click-ce": {"loss": "cross_entropy", "interest-signal": "click"},
-    "purchase-ce": {"loss": "cross_entropy", "interest-signal": "purchase"},
+    "category-ce": CROSS_ENTROPY | {"interest-signal": "category"},
+    "click-ce": CROSS_ENTROPY | {"interest-signal": "click"},
+    "purchase-ce": CROSS_ENTROPY | {"interest-signal": "purchase"},
     "click-cl": {"interest-signal": "click"},
     "no-tfn": {"head.fusion": "concat"},
-    "no-st-nsg": {"hard-negatives": False, "queue-batches": 0, "queue-start-step": 0},
+    "no-st-nsg": NO_QUEUE | {"hard-negatives": False},
     "no-multi-level": {"alpha": 0.0, "beta": 0.0},
 }
 """C-SFT runs and what they change."""
