@@ -17,7 +17,7 @@ export MIM_PYTHON := $(BIN)/python
 export PYTHONPATH :=
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install demo test movielens ablation-csft bench-frozen-table bench-csft-loss doctor lint lock clean
+.PHONY: help install demo test movielens ablation-csft figure5 bench-frozen-table bench-csft-loss doctor lint lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -45,6 +45,9 @@ movielens: install  ## the real job on MovieLens and posters: make movielens DAT
 
 ablation-csft: install  ## what pre-training and C-SFT are worth in AUC: Tables 3, 4 and 5
 	$(BIN)/python -m benchmarks.ablation_csft --out runs/ablation_csft
+
+figure5: install  ## vision and text models by cost and by AUC: make figure5 [DATA=<dataset>]
+	$(BIN)/python -m benchmarks.figure5 --out runs/figure5 $(if $(DATA),--data $(DATA))
 
 bench-frozen-table: install  ## a frozen sharded table beside trainable and unsharded ones
 	$(BIN)/python -m benchmarks.frozen_table --out runs/frozen_table
