@@ -1,8 +1,8 @@
 """Vision and text models by what they cost and what they are worth in click prediction: `make figure5`.
 
 Every model whose weights are here goes through C-SFT (above frozen towers), export and CTR; its AUC stands
-over its parameters and GFLOPs, as in Figure 5. Models without local weights, as a rule those of the paper, are
-built with random ones, run forward once, and left out of the plot.
+over its parameters and GFLOPs, as in Figure 5. Models without local weights, as a rule those of the paper,
+are built with random ones, run forward once, and left out of the plot.
 """
 
 import dataclasses
