@@ -10,17 +10,15 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from mim_torchrec.csft.main import main
 from mim_torchrec.csft.task import Contrast, PairBatch, join_tokens
-from mim_torchrec.data.shop import main as make_shop
 from mim_torchrec.encoders.item_encoder import HeadConfig, ItemEncoder, ItemEncoderConfig
 from mim_torchrec.encoders.text import TextEncoderConfig, train_tokenizer
 from mim_torchrec.encoders.vision import VisionEncoderConfig
 from mim_torchrec.losses.info_nce import MultiLevelInfoNCE
 from mim_torchrec.training.parallel import blocks
+from tests.programs import TINY_TOWERS, small_shop, words
 from tests.ranks import RankError, run_ranks
 
-FLAGS = {
-    "vision.name": "test_vit", "vision.weights": "random", "vision.image-size": "32",
-    "text.name": "bert-tiny", "text.weights": "random", "head.dim": "16", "head.fusion-dim": "8",
+FLAGS = TINY_TOWERS | {
     "head.dropout": "0", "freeze-towers": "False", "epochs": "2", "batch-size": "64", "queue-batches": "2",
     "lr": "0.003", "log-every": "1",
 }  # fmt: skip
@@ -29,15 +27,11 @@ TITLES = ["a red lamp", "blue vase", "a long rug of wool and silk", "lamp", "gre
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory) -> Path:
-    data = tmp_path_factory.mktemp("parallel") / "shop"
-    make_shop(["--out", str(data), "--items", "151", "--users", "30", "--requests", "50", "--searches", "300",
-               "--browsing", "100", "--categories", "3", "--image-size", "32"])  # fmt: skip
-    return data
+    return small_shop(tmp_path_factory.mktemp("parallel"), items=151)
 
 
-def words(data: Path, out: Path, **changes: str) -> list[str]:
-    flags = FLAGS | {name.replace("_", "-"): value for name, value in changes.items()}
-    return ["--data", str(data), "--out", str(out), *(w for k, v in flags.items() for w in (f"--{k}", v))]
+def command(data: Path, out: Path, **changes: str) -> list[str]:
+    return words(data, out, FLAGS, **changes)
 
 
 def result(out: Path) -> tuple[list[float], dict]:
@@ -48,13 +42,13 @@ def result(out: Path) -> tuple[list[float], dict]:
 @pytest.fixture(scope="module")
 def ddp(shop, tmp_path_factory) -> tuple[list[float], dict]:
     out = tmp_path_factory.mktemp("ddp") / "csft"
-    run_ranks(main, 2, words(shop, out))
+    run_ranks(main, 2, command(shop, out))
     return result(out)
 
 
 def test_divided_towers_train_as_whole_ones(shop, ddp, tmp_path):
     out = tmp_path / "csft"
-    run_ranks(main, 2, words(shop, out, parallel="fsdp"))
+    run_ranks(main, 2, command(shop, out, parallel="fsdp"))
     losses, metrics = result(out)
     assert np.allclose(losses, ddp[0], rtol=1e-4, atol=1e-4)
     assert metrics["retrieval"]["mean_rank"] == pytest.approx(ddp[1]["retrieval"]["mean_rank"], rel=0.05)
@@ -62,31 +56,31 @@ def test_divided_towers_train_as_whole_ones(shop, ddp, tmp_path):
 
 def test_divided_towers_are_taken_up_where_they_were(shop, tmp_path):
     out = tmp_path / "csft"
-    run_ranks(main, 2, words(shop, out, parallel="fsdp"))
+    run_ranks(main, 2, command(shop, out, parallel="fsdp"))
     whole = result(out)
     # as if it had been broken off after the first epoch
     for path in (out / "checkpoints").glob("epoch-0002-*"):
         path.rename(path.with_name(f"{path.name}.partial"))
     (out / "metrics.json").unlink()
-    run_ranks(main, 2, words(shop, out, parallel="fsdp"))
+    run_ranks(main, 2, command(shop, out, parallel="fsdp"))
     assert result(out)[0] == whole[0]
     assert result(out)[1]["encoder_version"] == whole[1]["encoder_version"]
 
 
 def test_fsdp_without_trained_towers_is_refused(shop, tmp_path):
     with pytest.raises(ValueError, match="fsdp divides towers that are trained"):
-        main(words(shop, tmp_path / "csft", parallel="fsdp", **{"freeze_towers": "True", "init": "random"}))
+        main(command(shop, tmp_path / "csft", parallel="fsdp", freeze_towers="True", init="random"))
 
 
 def test_chunks_train_as_whole_batches(shop, ddp, tmp_path):
     out = tmp_path / "csft"
-    run_ranks(main, 2, words(shop, out, chunk_size="20"))
+    run_ranks(main, 2, command(shop, out, chunk_size="20"))
     assert np.allclose(result(out)[0], ddp[0], rtol=1e-4, atol=1e-4)
 
 
 def test_bfloat16_towers_learn_alike(shop, ddp, tmp_path):
     out = tmp_path / "csft"
-    run_ranks(main, 2, words(shop, out, precision="bf16"))
+    run_ranks(main, 2, command(shop, out, precision="bf16"))
     losses = result(out)[0]
     assert losses != ddp[0]
     assert np.allclose(losses, ddp[0], rtol=0.1)
@@ -95,17 +89,17 @@ def test_bfloat16_towers_learn_alike(shop, ddp, tmp_path):
 @pytest.mark.parametrize(("changes", "message"), [
     ({"chunk_size": "8", "freeze_towers": "True", "init": "random"}, "for towers that are trained"),
     ({"chunk_size": "0"}, "must be positive"),
-    ({"chunk_size": "8", "vision.name": "test_resnet"}, "test_resnet has batch normalization"),
+    ({"chunk_size": "8", "vision__name": "test_resnet"}, "test_resnet has batch normalization"),
     ({"chunk_size": "8", "parallel": "fsdp"}, "needs --parallel ddp"),
 ])  # fmt: skip
 def test_chunks_that_cannot_be_are_refused(shop, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        main(words(shop, tmp_path / "csft", **changes))
+        main(command(shop, tmp_path / "csft", **changes))
 
 
 def test_a_loss_that_is_not_finite_leaves_the_ids_of_every_rank(shop, tmp_path):
     with pytest.raises(RankError, match="the loss is (nan|inf) in epoch"):
-        run_ranks(main, 2, words(shop, tmp_path / "csft", lr="1e30"))
+        run_ranks(main, 2, command(shop, tmp_path / "csft", lr="1e30"))
     for rank in range(2):
         bad = json.loads((tmp_path / "csft" / "bad_batch" / f"rank{rank}.json").read_text())
         assert len(bad["item_ids"]) == 64 and set(bad["query_item_ids"]) == {-1}

@@ -12,12 +12,10 @@ import pytest
 
 from mim_torchrec.csft.main import main
 from mim_torchrec.csft.task import CSFTTask
-from mim_torchrec.data.shop import main as make_shop
 from mim_torchrec.training.checkpoints import ResumeError
+from tests.programs import TINY_TOWERS, small_shop, words
 
-FLAGS = {
-    "vision.name": "test_vit", "vision.weights": "random", "vision.image-size": "32",
-    "text.name": "bert-tiny", "text.weights": "random", "head.dim": "16", "head.fusion-dim": "8",
+FLAGS = TINY_TOWERS | {
     "freeze-towers": "False",
     "epochs": "3", "batch-size": "64", "queue-batches": "2", "checkpoint.every": "2", "log-every": "1",
 }  # fmt: skip
@@ -25,27 +23,23 @@ FLAGS = {
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory) -> Path:
-    data = tmp_path_factory.mktemp("resume") / "shop"
-    make_shop(["--out", str(data), "--items", "150", "--users", "30", "--requests", "50", "--searches", "400",
-               "--browsing", "100", "--categories", "3", "--image-size", "32"])  # fmt: skip
-    return data
+    return small_shop(tmp_path_factory.mktemp("resume"), searches=400)
 
 
-def words(data: Path, out: Path, **changes: str) -> list[str]:
-    flags = FLAGS | {name.replace("_", "-"): value for name, value in changes.items()}
-    return ["--data", str(data), "--out", str(out), *(w for k, v in flags.items() for w in (f"--{k}", v))]
+def command(data: Path, out: Path, **changes: str) -> list[str]:
+    return words(data, out, FLAGS, **changes)
 
 
 def launch(data: Path, out: Path, ranks: int = 2, restarts: int = 0) -> subprocess.Popen:
     """The stage under torchrun, in a process group of its own."""
-    command = [
+    line = [
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks),
         "--max_restarts", str(restarts), "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0",
-        "--monitor_interval", "0.1", "-m", "mim_torchrec.csft.main", *words(data, out),
+        "--monitor_interval", "0.1", "-m", "mim_torchrec.csft.main", *command(data, out),
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     log = out.with_suffix(".log").open("w")
-    return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT,
+    return subprocess.Popen(line, env=environment, stdout=log, stderr=subprocess.STDOUT,
                             start_new_session=True)  # fmt: skip
 
 
@@ -122,33 +116,33 @@ def break_off(monkeypatch, at: int) -> None:
 
 @pytest.mark.parametrize("at", [1, 5, 7])
 def test_one_process_is_taken_up_in_the_middle_of_an_epoch(shop, tmp_path, monkeypatch, at):
-    main(words(shop, tmp_path / "whole"))
+    main(command(shop, tmp_path / "whole"))
     with monkeypatch.context() as patched, pytest.raises(SystemExit) as stopped:
         break_off(patched, at)
-        main(words(shop, tmp_path / "broken"))
+        main(command(shop, tmp_path / "broken"))
     assert stopped.value.code == 143
-    main(words(shop, tmp_path / "broken"))
+    main(command(shop, tmp_path / "broken"))
     assert result(tmp_path / "broken") == result(tmp_path / "whole")
 
 
 def test_a_finished_run_that_is_started_again_gives_the_same(shop, tmp_path, monkeypatch):
-    main(words(shop, tmp_path / "csft"))
+    main(command(shop, tmp_path / "csft"))
     before = result(tmp_path / "csft")
     monkeypatch.setattr(CSFTTask, "training_forward", None)  # nothing is trained
-    main(words(shop, tmp_path / "csft"))
+    main(command(shop, tmp_path / "csft"))
     assert result(tmp_path / "csft") == before
 
 
 def test_another_configuration_in_the_same_place_is_refused(shop, tmp_path):
-    main(words(shop, tmp_path / "csft", epochs="1"))
+    main(command(shop, tmp_path / "csft", epochs="1"))
     with pytest.raises(ResumeError, match=r"epochs 1 \(now 2\).*--checkpoint.resume never"):
-        main(words(shop, tmp_path / "csft", epochs="2"))
-    main(words(shop, tmp_path / "csft", **{"epochs": "2", "checkpoint.resume": "never"}))
+        main(command(shop, tmp_path / "csft", epochs="2"))
+    main(command(shop, tmp_path / "csft", epochs="2", checkpoint__resume="never"))
     assert len(json.loads((tmp_path / "csft" / "history.json").read_text())["epochs"]) == 2
 
 
 def test_another_number_of_ranks_is_refused(shop, tmp_path):
-    main(words(shop, tmp_path / "csft"))
+    main(command(shop, tmp_path / "csft"))
     process = launch(shop, tmp_path / "csft")
     assert process.wait(timeout=200) != 0
     assert "is of 1 ranks, this run has 2" in (tmp_path / "csft.log").read_text()

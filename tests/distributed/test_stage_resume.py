@@ -7,17 +7,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from mim_torchrec.ctr.main import main as train_ctr
-from mim_torchrec.data.shop import main as make_shop
 from mim_torchrec.pretraining.main import main as pretrain
+from tests.programs import small_shop
 from tests.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory) -> Path:
-    data = tmp_path_factory.mktemp("resume") / "shop"
-    make_shop(["--out", str(data), "--items", "150", "--users", "60", "--requests", "400", "--searches", "40",
-               "--browsing", "500", "--categories", "3", "--image-size", "32"])  # fmt: skip
-    return data
+    return small_shop(tmp_path_factory.mktemp("resume"), searches=40, requests=400, users=60)
 
 
 def forget_after(out: Path, name: str) -> None:

@@ -10,27 +10,18 @@ import pytest
 
 from mim_torchrec.csft.main import main
 from mim_torchrec.data.errors import DataError
-from mim_torchrec.data.shop import main as make_shop
+from tests.programs import TINY_TOWERS, small_shop, words
 
-FLAGS = {
-    "vision.name": "test_convnext", "vision.weights": "random", "vision.image-size": "32",
-    "text.name": "bert-tiny", "text.weights": "random", "head.dim": "16", "head.fusion-dim": "8",
-    "batch-size": "64", "epochs": "1", "freeze-towers": "True", "init": "random",
-}  # fmt: skip
+FLAGS = TINY_TOWERS | {"batch-size": "64", "epochs": "1", "freeze-towers": "True", "init": "random"}
 
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory) -> Path:
-    data = tmp_path_factory.mktemp("bad") / "shop"
-    make_shop(["--out", str(data), "--items", "120", "--users", "30", "--requests", "50",
-               "--searches", "300", "--browsing", "100", "--categories", "3",
-               "--image-size", "32"])  # fmt: skip
-    return data
+    return small_shop(tmp_path_factory.mktemp("bad"))
 
 
 def run(data: Path, out: Path, **changes: str) -> dict:
-    flags = FLAGS | {name.replace("_", "-"): value for name, value in changes.items()}
-    main(["--data", str(data), "--out", str(out), *(w for k, v in flags.items() for w in (f"--{k}", v))])
+    main(words(data, out, FLAGS, **changes))
     return json.loads((out / "metrics.json").read_text())
 
 

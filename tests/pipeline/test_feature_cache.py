@@ -7,27 +7,20 @@ import torch
 
 from mim_torchrec.csft.main import main as fine_tune
 from mim_torchrec.csft.retrieve import main as retrieve
-from mim_torchrec.data.shop import main as make_shop
 from mim_torchrec.embeddings.table.format import Table
 from mim_torchrec.encoders.vision import VisionEncoder
 from mim_torchrec.representation.export import main as export
+from tests.programs import TINY_TOWERS, small_shop, words
 
-FLAGS = {
-    "vision.name": "test_convnext", "vision.weights": "random", "vision.image-size": "32",
-    "text.name": "bert-tiny", "text.weights": "random", "head.dim": "16", "head.fusion-dim": "8",
-    "batch-size": "64", "epochs": "1", "init": "pca",
-}  # fmt: skip
+FLAGS = TINY_TOWERS | {"batch-size": "64", "epochs": "1", "init": "pca"}
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """A folder with the shop, its C-SFT run and the features it kept."""
     root = tmp_path_factory.mktemp("cache")
-    make_shop(["--out", str(root / "shop"), "--items", "120", "--users", "30", "--requests", "50",
-               "--searches", "300", "--browsing", "100", "--categories", "3",
-               "--image-size", "32"])  # fmt: skip
-    fine_tune(["--data", str(root / "shop"), "--out", str(root / "csft"), "--feature-cache",
-               str(root / "features"), *(w for k, v in FLAGS.items() for w in (f"--{k}", v))])  # fmt: skip
+    cache = str(root / "features")
+    fine_tune(words(small_shop(root), root / "csft", FLAGS, feature_cache=cache))
     return root
 
 
@@ -65,9 +58,7 @@ def test_the_table_is_that_of_an_export_that_encodes(trained, tmp_path):
 
 
 def test_features_of_other_items_are_not_taken(trained, tmp_path, no_tower):
-    make_shop(["--out", str(tmp_path / "shop"), "--items", "120", "--users", "30", "--requests", "50",
-               "--searches", "300", "--browsing", "100", "--categories", "3", "--image-size", "32", "--seed",
-               "1"])  # fmt: skip
+    small_shop(tmp_path, seed=1)
     with pytest.raises(AssertionError, match="a tower was run"):
         export(["--data", str(tmp_path / "shop"), "--encoder", str(trained / "csft" / "encoder"), "--out",
                 str(tmp_path / "table"), "--feature-cache", str(trained / "features")])  # fmt: skip

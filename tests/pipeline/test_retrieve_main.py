@@ -8,27 +8,20 @@ from PIL import Image
 
 from mim_torchrec.csft.main import main as fine_tune
 from mim_torchrec.csft.retrieve import main
-from mim_torchrec.data.shop import main as make_shop
 from mim_torchrec.encoders.checkpoint import CheckpointError, load_encoder, save_towers
+from tests.programs import TINY_TOWERS, small_shop, words
 
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory) -> Path:
-    data = tmp_path_factory.mktemp("retrieve") / "shop"
-    make_shop(["--out", str(data), "--items", "200", "--users", "30", "--requests", "50", "--searches", "400",
-               "--browsing", "100", "--categories", "3", "--image-size", "32"])  # fmt: skip
-    return data
+    return small_shop(tmp_path_factory.mktemp("retrieve"), items=200, searches=400)
 
 
 @pytest.fixture(scope="module")
 def trained(shop, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("run") / "csft"
-    flags = {
-        "vision.name": "test_convnext", "vision.weights": "random", "vision.image-size": "32",
-        "text.name": "bert-tiny", "text.weights": "random", "head.dim": "16", "head.fusion-dim": "8",
-        "batch-size": "64", "epochs": "3", "lr": "0.003", "freeze-towers": "False", "validation-share": "0.1",
-    }  # fmt: skip
-    fine_tune(["--data", str(shop), "--out", str(out), *(w for k, v in flags.items() for w in (f"--{k}", v))])
+    flags = TINY_TOWERS | {"batch-size": "64", "epochs": "3", "lr": "0.003", "freeze-towers": "False"}
+    fine_tune(words(shop, out, flags, validation_share="0.1"))
     return out
 
 
