@@ -26,7 +26,7 @@ from mim_torchrec.training.comparison import read_metrics
 from mim_torchrec.training.pages import Section, write_pages
 from mim_torchrec.training.report import tidy, to_png
 
-CSFT: dict[str, Value] = {"freeze-towers": True, "init": "pca", "epochs": 10, "batch-size": 256}
+CSFT: dict[str, Value] = {"freeze-towers": True, "epochs": 10, "batch-size": 256, "head.dim": 128}
 CTR: dict[str, Value] = demo.CTR | {"epochs": 3}
 WORDS = train_tokenizer([" ".join(f"word{k}" for k in range(64))], 256)
 
@@ -65,7 +65,7 @@ class Figure5Config:
     """Dataset directory; by default a synthetic shop is made."""
     out: Path = Path("runs/figure5")
     """Directory of the run; a run that was interrupted there resumes."""
-    vision: tuple[str, ...] = ("efficientnet_lite0@64", "efficientnet_lite0@32", "test_vit@64=random")
+    vision: tuple[str, ...] = ("efficientnet_lite0@64", "efficientnet_lite0@32", "resnet10t@64=random")
     """Vision models, `<name>[@<image size>][=<weights>]`; the first is the one text models are run with."""
     text: tuple[str, ...] = ("minilm", "bert-tiny=random")
     """Text models, `<name>[=<weights>]`; the first is the one that vision models are run with."""
@@ -81,6 +81,15 @@ class Figure5Config:
     """Stages that run side by side, one process and one thread each."""
 
 
+@dataclass(frozen=True)
+class Built:
+    """A tower that was built and run forward; with random weights where there is a problem with its own."""
+
+    cost: Cost
+    feature_dim: int
+    problem: str | None = None
+
+
 def pairs_of(config: Figure5Config) -> list[tuple[Tower, Tower]]:
     """Which vision model runs with which text model."""
     vision, text = ([Tower.parse(words) for words in names] for names in (config.vision, config.text))
@@ -89,8 +98,8 @@ def pairs_of(config: Figure5Config) -> list[tuple[Tower, Tower]]:
     return [(v, text[0]) for v in vision] + [(vision[0], t) for t in text[1:]]
 
 
-def vision_cost(tower: Tower) -> tuple[Cost, str | None]:
-    """Cost of an image, and why the weights cannot be had, if so: then those are random."""
+def build_vision(tower: Tower) -> Built:
+    """Build a vision model and run it on one image."""
     config = VisionEncoderConfig(name=tower.name, weights=tower.weights, image_size=tower.size)
     problem = None
     try:
@@ -100,11 +109,11 @@ def vision_cost(tower: Tower) -> tuple[Cost, str | None]:
         encoder = VisionEncoder(dataclasses.replace(config, weights="random"))
     shape = (1, 3, encoder.image_size, encoder.image_size)
     image = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    return _checked(encoder, image), problem
+    return Built(_checked(encoder, image), encoder.feature_dim, problem)
 
 
-def text_cost(tower: Tower, max_length: int) -> tuple[Cost, str | None]:
-    """Cost of a title of that many tokens, and why the weights cannot be had, if so."""
+def build_text(tower: Tower, max_length: int) -> Built:
+    """Build a text model and run it on a title of that many tokens."""
     config = TextEncoderConfig(name=tower.name, weights=tower.weights, max_length=max_length)
     problem = None
     try:
@@ -113,7 +122,8 @@ def text_cost(tower: Tower, max_length: int) -> tuple[Cost, str | None]:
         problem = str(error)
         encoder = TextEncoder(dataclasses.replace(config, weights="random"), tokenizer=WORDS)
     ids = torch.randint(0, 64, (1, max_length), generator=torch.Generator().manual_seed(0))
-    return _checked(encoder, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}), problem
+    cost = _checked(encoder, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    return Built(cost, encoder.feature_dim, problem)
 
 
 def _checked(encoder: VisionEncoder | TextEncoder, inputs: Any) -> Cost:
@@ -133,8 +143,10 @@ class Job:
         auc: (num_pairs, num_seeds) test AUC of every pair of models.
     """
 
-    def __init__(self, config: Figure5Config, pairs: Sequence[tuple[Tower, Tower]]) -> None:
-        self._config, self._pairs, self.run = config, pairs, Run(config.out)
+    def __init__(
+        self, config: Figure5Config, pairs: Sequence[tuple[Tower, Tower]], built: dict[Tower, Built]
+    ) -> None:
+        self._config, self._pairs, self._built, self.run = config, pairs, built, Run(config.out)
         self.root = self.run.root
         if config.data is None:
             self._data = demo.shop_stage(demo.DemoConfig(), self.root, "shop", 1.0)
@@ -173,6 +185,8 @@ class Job:
         }  # fmt: skip
         if vision.size is not None:
             options["vision.image-size"] = vision.size
+        smallest = min(self._built[tower].feature_dim for tower in (vision, text))
+        options["init"] = "pca" if smallest >= CSFT["head.dim"] else "random"  # as many components as features
         return Stage(name=out.name, command=("csft",), options=options | CSFT, out=out, ranks="1x1",
                      after=(self._data,))  # fmt: skip
 
@@ -206,31 +220,33 @@ def main(argv: list[str] | None = None) -> None:
     config = tyro.cli(Figure5Config, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
     torch.set_num_threads(config.jobs)
     pairs = pairs_of(config)
-    vision_costs = {vision: vision_cost(vision) for vision, _ in pairs}
-    text_costs = {text: text_cost(text, config.max_length) for _, text in pairs}
+    built = {vision: build_vision(vision) for vision, _ in pairs}
+    built |= {text: build_text(text, config.max_length) for _, text in pairs}
     forward: list[dict[str, Any]] = []
 
-    def only_forward(kind: str, tower: Tower, cost: Cost, why: str) -> None:
-        forward.append({"kind": kind, "model": str(tower), **dataclasses.asdict(cost), "why": why})
-        millions = cost.parameters / 1e6
-        print(f"{tower}: {millions:.0f} M parameters, {cost.gflops:.1f} GFLOPs; {why}", flush=True)
+    def only_forward(tower: Tower, found: Built, why: str) -> None:
+        forward.append({"model": str(tower), **dataclasses.asdict(found), "why": why})
+        millions = found.cost.parameters / 1e6
+        print(f"{tower}: {millions:.0f} M parameters, {found.cost.gflops:.1f} GFLOPs; {why}", flush=True)
 
-    for kind, costs in (("vision", vision_costs), ("text", text_costs)):
-        for tower, (cost, problem) in costs.items():
-            if problem is not None:
-                only_forward(kind, tower, cost, "no weights here")
+    for tower, found in built.items():
+        if found.problem is not None:
+            only_forward(tower, found, "no weights here")
     if config.forward_paper:
+        why = "of the paper, random weights, run forward"
         for name in VISION.values():
-            only_forward("vision", *_paper(name, lambda tower: vision_cost(tower)[0]))
+            tower = Tower(name, weights="random")
+            only_forward(tower, build_vision(tower), why)
         for name in TEXT:
-            only_forward("text", *_paper(name, lambda tower: text_cost(tower, config.max_length)[0]))
-    runnable = [p for p in pairs if vision_costs[p[0]][1] is None and text_costs[p[1]][1] is None]
+            tower = Tower(name, weights="random")
+            only_forward(tower, build_text(tower, config.max_length), why)
+    runnable = [pair for pair in pairs if all(built[tower].problem is None for tower in pair)]
     if not runnable:
         raise SystemExit("no pair of models has its weights here: name files, --vision <name>=<file>")
-    job = Job(config, runnable)
+    job = Job(config, runnable, built)
     points = []
     for (vision, text), auc in zip(runnable, job.auc, strict=True):
-        costs = (vision_costs[vision][0], text_costs[text][0])
+        costs = (built[vision].cost, built[text].cost)
         points.append({
             "vision": str(vision), "text": str(text),
             "parameters": sum(cost.parameters for cost in costs),
@@ -239,11 +255,6 @@ def main(argv: list[str] | None = None) -> None:
             "delta": float((auc - job.base).mean()),
         })  # fmt: skip
     write(config, job, points, forward)
-
-
-def _paper(name: str, cost: Any) -> tuple[Tower, Cost, str]:
-    tower = Tower(name, weights="random")
-    return tower, cost(tower), "of the paper, random weights, run forward"
 
 
 def write(
@@ -260,7 +271,7 @@ def write(
         ),
         Section(
             "Built and run forward, not in the plot", columns=["model", "parameters (M)", "GFLOPs", "why"],
-            rows=[[f["model"], f"{f['parameters'] / 1e6:.1f}", f"{f['gflops']:.2f}", f["why"]]
+            rows=[[f["model"], f"{f['cost']['parameters'] / 1e6:.1f}", f"{f['cost']['gflops']:.2f}", f["why"]]
                   for f in forward],
         ),
     ]  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import ablation_csft, figure5
 from benchmarks.ablation_csft import TABLES, TRAINED, exchange, line, other_orders
-from benchmarks.figure5 import Figure5Config, Tower, pairs_of, text_cost, vision_cost
+from benchmarks.figure5 import Figure5Config, Tower, build_text, build_vision, pairs_of
 from mim_torchrec.csft.config import CSFTConfig
 from mim_torchrec.csft.main import main as csft
 from mim_torchrec.csft.objective import check_objective
@@ -32,21 +32,21 @@ def test_every_model_runs_with_the_first_of_the_other_kind():
 
 
 def test_a_model_without_local_weights_is_run_forward_with_random_ones(tmp_path):
-    cost, problem = vision_cost(Tower("test_vit", 32, str(tmp_path / "none.pth")))
-    assert "no such file" in problem and cost.parameters > 0 and cost.gflops > 0
-    cost, problem = text_cost(Tower("bert", weights=str(tmp_path)), 4)
-    assert "cannot be loaded" in problem and cost.parameters > 1e8
+    vision = build_vision(Tower("test_vit", 32, str(tmp_path / "none.pth")))
+    assert "no such file" in vision.problem and vision.cost.parameters > 0 and vision.cost.gflops > 0
+    text = build_text(Tower("bert", weights=str(tmp_path)), 4)
+    assert "cannot be loaded" in text.problem and text.cost.parameters > 1e8
 
 
 def test_a_model_with_weights_has_no_problem():
-    assert vision_cost(Tower("test_vit", 32, "random"))[1] is None
-    assert text_cost(Tower("bert-tiny", weights="random"), 8)[1] is None
+    assert build_vision(Tower("test_vit", 32, "random")).problem is None
+    assert build_text(Tower("bert-tiny", weights="random"), 8).problem is None
 
 
 def test_a_model_whose_vectors_are_not_finite_is_an_error(monkeypatch):
     monkeypatch.setattr(figure5.VisionEncoder, "forward", lambda self, images: torch.full((1, 64), torch.nan))
     with pytest.raises(RuntimeError, match="not finite"):
-        vision_cost(Tower("test_vit", 32, "random"))
+        build_vision(Tower("test_vit", 32, "random"))
 
 
 @pytest.mark.parametrize("name", TRAINED)
