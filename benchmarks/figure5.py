@@ -186,7 +186,7 @@ class Job:
         if vision.size is not None:
             options["vision.image-size"] = vision.size
         smallest = min(self._built[tower].feature_dim for tower in (vision, text))
-        options["init"] = "pca" if smallest >= CSFT["head.dim"] else "random"  # as many components as features
+        options["init"] = "pca" if smallest >= CSFT["head.dim"] else "random"  # no more components than that
         return Stage(name=out.name, command=("csft",), options=options | CSFT, out=out, ranks="1x1",
                      after=(self._data,))  # fmt: skip
 
