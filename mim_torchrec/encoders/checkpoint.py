@@ -169,7 +169,8 @@ def _build_towers(
 ) -> Towers:
     sizes = {"name": config["vision"]["name"], "image_size": config["vision"]["image_size"]}
     vision = dataclasses.replace(vision or VisionEncoderConfig(), weights="random", **sizes)
-    text = dataclasses.replace(text or TextEncoderConfig(), weights="random", **config["text"])
+    written = {"pooling": "mean"} | config["text"]  # all there was before there was a choice
+    text = dataclasses.replace(text or TextEncoderConfig(), weights="random", **written)
     return Towers(VisionEncoder(vision, load_weights=False), TextEncoder(text, saved=path / "text"))
 
 

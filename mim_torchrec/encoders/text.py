@@ -206,12 +206,22 @@ def _build(config: TextEncoderConfig, tokenizer: str | None) -> Tower:
             model.load_original(_beit3_file(config))
             return _tokenizer(config, tokenizer), model
         source = _source(config)
+        if known is not None:
+            _check_sizes(AutoConfig.from_pretrained(source), known.config())
         return _tokenizer(config, tokenizer), AutoModel.from_pretrained(source, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"text tower {config.name!r} cannot be loaded ({error}); give a local directory with "
             f"--text.weights, or take `minilm`, `{TINY}` or --text.weights random"
         ) from error
+
+
+def _check_sizes(found: PretrainedConfig, known: PretrainedConfig) -> None:
+    theirs, ours = found.to_dict(), known.to_dict()
+    for entry in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+        entry = known.attribute_map.get(entry, entry)
+        if theirs.get(entry) != ours[entry]:
+            raise ValueError(f"its {entry} is {theirs.get(entry)}, that of the named model {ours[entry]}")
 
 
 def _source(config: TextEncoderConfig) -> str:
@@ -259,7 +269,9 @@ def _pooling(config: TextEncoderConfig, model: PreTrainedModel) -> str:
         return config.pooling
     if config.name in TEXT:
         return TEXT[config.name].pooling
-    return "last" if model.config.model_type == "gpt2" else "mean"
+    if model.config.model_type == "gpt2":
+        return "last"
+    return "cls" if "bge" in Path(config.name).name.lower() else "mean"
 
 
 def _tiny(config: TextEncoderConfig, tokenizer: str | None) -> Tower:

@@ -82,9 +82,10 @@ class VisionEncoder(nn.Module):
         data = timm.data.resolve_model_data_config(self.model)
         self.image_size = config.image_size or data["input_size"][1]
         self.interpolation = data["interpolation"]
-        mean, std = (torch.tensor(data[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
+        # apart from the buffers, which hold nothing on the meta device
+        self._scaling = {key: torch.tensor(data[key], device="cpu").tolist() for key in ("mean", "std")}
+        for key in ("mean", "std"):
+            self.register_buffer(key, torch.tensor(data[key]).view(1, 3, 1, 1), persistent=False)
         self.feature_dim = self._probe()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -109,8 +110,7 @@ class VisionEncoder(nn.Module):
 
     def preprocessing(self) -> dict[str, object]:
         """What the vectors depend on besides the weights."""
-        return {"image_size": self.image_size, "interpolation": self.interpolation,
-                "mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}  # fmt: skip
+        return {"image_size": self.image_size, "interpolation": self.interpolation, **self._scaling}
 
     @torch.no_grad()
     def _probe(self) -> int:
@@ -155,9 +155,8 @@ def _load_file(model: nn.Module, file: Path) -> None:
 
 def _weights_file(path: Path) -> Path:
     """The file itself, or the one in a directory."""
-    found = [path] if path.is_file() else sorted(
-        file for pattern in ("*.safetensors", "*.bin", "*.pth") for file in path.glob(pattern)
-    )
+    found = [path] if path.is_file() else sorted(path.glob("*.safetensors"))  # hubs have the same as .bin
+    found = found or sorted(file for pattern in ("*.bin", "*.pth", "*.pt") for file in path.glob(pattern))
     if len(found) != 1:
         problem = f"{len(found)} files of weights in it" if path.is_dir() else "no such file"
         raise ValueError(f"vision weights {path}: {problem}; or take `pretrained` or `random`")

@@ -1,5 +1,6 @@
 """The foundation models of Figure 5: built by name, read from files, and what they cost."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -46,11 +47,15 @@ def random(name: str, **options) -> TextEncoder:
 
 
 @pytest.mark.parametrize("name", foundation.VISION.values())
-def test_every_vision_model_of_the_paper_is_timms(name):
+def test_every_vision_model_of_the_paper_is_built_at_full_size_with_its_own_preprocessing(name):
+    own = timm.get_pretrained_cfg(name)
     with torch.device("meta"):
-        model = timm.create_model(name, num_classes=0)
-        size = timm.data.resolve_model_data_config(model)["input_size"][1]
-        assert model(torch.zeros(1, 3, size, size)).shape == (1, model.num_features)
+        encoder = VisionEncoder(VisionEncoderConfig(name=name, weights="random"))
+        images = torch.zeros(2, 3, own.input_size[1], own.input_size[2], dtype=torch.uint8)
+        assert encoder(images).shape == (2, encoder.feature_dim)
+    found = encoder.preprocessing()
+    assert found["mean"] == pytest.approx(own.mean) and found["std"] == pytest.approx(own.std)
+    assert (found["image_size"], found["interpolation"]) == (own.input_size[1], own.interpolation)
 
 
 def test_preprocessing_is_each_models_own():
@@ -129,6 +134,30 @@ def test_weights_come_from_a_local_directory(small, tmp_path):
     assert all(torch.equal(value, expected[name]) for name, value in encoder.model.state_dict().items())
 
 
+def test_weights_of_another_size_than_the_name_says_are_refused(small, tmp_path):
+    other = BertConfig(vocab_size=64, hidden_size=12, num_attention_heads=2, intermediate_size=16)
+    folder = saved_directory(tmp_path / "other", other, BertModel)
+    with pytest.raises(ValueError, match="its hidden_size is 12, that of the named model 8"):
+        TextEncoder(TextEncoderConfig(name="bge_base", weights=folder))
+
+
+def test_a_directory_of_bge_takes_the_first_token(tmp_path):
+    folder = saved_directory(tmp_path / "bge-small-zh", SMALL["bert"], BertModel)
+    assert TextEncoder(TextEncoderConfig(name=folder)).pooling == "cls"
+
+
+def test_towers_of_before_there_was_a_pooling_come_back_with_the_mean(tmp_path):
+    folder = saved_directory(tmp_path / "gpt2", SMALL["gpt2"], GPT2Model)
+    text = TextEncoder(TextEncoderConfig(name=folder, pooling="mean")).eval()
+    vision = VisionEncoder(VisionEncoderConfig(name="test_vit", weights="random", image_size=32))
+    save_towers(vision, text, tmp_path / "towers")
+    file = tmp_path / "towers" / "config.json"
+    config = json.loads(file.read_text())
+    del config["text"]["pooling"]
+    file.write_text(json.dumps(config))
+    assert load_towers(tmp_path / "towers").text.pooling == "mean"
+
+
 def test_gpt2_without_a_padding_token_takes_titles_without_a_token(tmp_path):
     folder = saved_directory(tmp_path / "gpt2", SMALL["gpt2"], GPT2Model)
     (tmp_path / "gpt2" / "tokenizer.json").write_text(without_special_tokens())
@@ -164,6 +193,14 @@ def test_vision_weights_come_from_a_file_and_a_directory(tmp_path):
         encoder = VisionEncoder(VisionEncoderConfig(name="test_vit", weights=str(weights)))
         state = encoder.model.state_dict()
         assert all(torch.equal(value, model.state_dict()[name]) for name, value in state.items())
+
+
+def test_a_directory_with_weights_in_both_forms_of_a_hub_is_read(tmp_path):
+    state = timm.create_model("test_vit").state_dict()
+    save_file(state, tmp_path / "model.safetensors")
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    encoder = VisionEncoder(VisionEncoderConfig(name="test_vit", weights=str(tmp_path)))
+    assert torch.equal(encoder.model.cls_token, state["cls_token"])
 
 
 @pytest.mark.parametrize("change", ["lacks", "shape"])
