@@ -28,7 +28,8 @@ def tower_cost(module: nn.Module, call: Callable[[], Any]) -> Cost:
     products and convolutions are counted, which is nearly all.
 
     Args:
-        module: on any device; on the meta device nothing is computed.
+        module: on any device. Built under `FakeTensorMode` or, of timm, on the meta device it takes no memory
+            and nothing is computed; models of transformers ask for values, which a meta tensor has not.
         call: calls the module once.
     """
     was_training = module.training

@@ -82,8 +82,8 @@ class VisionEncoder(nn.Module):
         data = timm.data.resolve_model_data_config(self.model)
         self.image_size = config.image_size or data["input_size"][1]
         self.interpolation = data["interpolation"]
-        # apart from the buffers, which hold nothing on the meta device
-        self._scaling = {key: torch.tensor(data[key], device="cpu").tolist() for key in ("mean", "std")}
+        # apart from the buffers, which hold nothing on the meta device; rounded as they are
+        self._scaling = {key: np.asarray(data[key], np.float32).tolist() for key in ("mean", "std")}
         for key in ("mean", "std"):
             self.register_buffer(key, torch.tensor(data[key]).view(1, 3, 1, 1), persistent=False)
         self.feature_dim = self._probe()

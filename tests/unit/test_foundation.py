@@ -8,6 +8,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, PreTrainedTokenizerFast
 
@@ -78,6 +79,23 @@ def test_preprocessing_is_each_models_own():
 def test_every_text_model_of_the_paper_has_its_sizes(name, size, layers):
     config = foundation.TEXT[name].config()
     assert (config.hidden_size, config.num_hidden_layers) == (size, layers)
+
+
+@pytest.mark.parametrize(("name", "millions"), [
+    ("bert", 109.5), ("gpt2", 124.4), ("bge_base", 109.5), ("bge_large", 335.1),
+    ("beit3_base", 135.1), ("beit3_large", 369.2),
+])  # fmt: skip
+def test_every_text_model_of_the_paper_runs_forward_at_full_size(name, millions):
+    with FakeTensorMode():
+        encoder = TextEncoder(TextEncoderConfig(name=name, weights="random"), tokenizer=TOKENIZER)
+        ids = torch.zeros(2, 10, dtype=torch.int64)
+        tokens = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        cost = tower_cost(encoder, lambda: encoder(tokens))
+        assert encoder(tokens).shape == (2, encoder.feature_dim)
+    size, layers = encoder.feature_dim, encoder.model.config.num_hidden_layers
+    products = layers * 2 * 10 * (12 * size**2 + 2 * 10 * size)  # projections, MLP, attention
+    assert cost.gflops * 1e9 == pytest.approx(2 * products, rel=2e-3)  # and BERT's pooler
+    assert cost.parameters / 1e6 == pytest.approx(millions, abs=0.05)
 
 
 @pytest.mark.parametrize("name", foundation.TEXT)
