@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
 FIRST_POSITION = 2  # rows before it stand for special positions, as in fairseq
 
@@ -77,6 +77,10 @@ class Beit3TextModel(PreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The embeddings of tokens."""
+        return self.token_embed
+
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
@@ -126,6 +130,40 @@ class Beit3TextModel(PreTrainedModel):
         except RuntimeError as error:
             raise ValueError(f"weights {file} are not those of this BEiT-3 text tower: {error}") from error
 
+
+class Beit3TextForMaskedLM(PreTrainedModel):
+    """The tower and a linear layer that predicts tokens, BEiT-3's head of masked language modelling.
+
+    Args:
+        config: sizes of the tower.
+    """
+
+    config_class = Beit3TextConfig
+    base_model_prefix = "model"
+    _supports_sdpa = True
+
+    def __init__(self, config: Beit3TextConfig) -> None:
+        super().__init__(config)
+        self.model = Beit3TextModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Linear:
+        """What maps hidden states to logits."""
+        return self.lm_head
+
+    def _init_weights(self, module: nn.Module) -> None:
+        self.model._init_weights(module)
+
+    def forward(self, *args: Any, **inputs: Any) -> MaskedLMOutput:
+        """`logits` (n, num_tokens, vocab_size); arguments as of `Beit3TextModel`."""
+        return MaskedLMOutput(logits=self.lm_head(self.model(*args, **inputs).last_hidden_state))
+
+
+# so that transformers' own ways to read a directory and to find a head know the tower
+AutoConfig.register(Beit3TextConfig.model_type, Beit3TextConfig, exist_ok=True)
+AutoModel.register(Beit3TextConfig, Beit3TextModel, exist_ok=True)
+AutoModelForMaskedLM.register(Beit3TextConfig, Beit3TextForMaskedLM, exist_ok=True)
 
 _NAMES = (
     (r"^beit3\.", ""),

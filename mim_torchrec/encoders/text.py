@@ -3,7 +3,6 @@
 Not here: pre-training.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mim_torchrec.encoders.beit3 import Beit3TextConfig, Beit3TextModel
+from mim_torchrec.encoders.beit3 import Beit3TextModel
 from mim_torchrec.encoders.foundation import TEXT
 
 TINY = "bert-tiny"
@@ -83,7 +82,7 @@ class TextEncoder(nn.Module):
         self.max_length = config.max_length
         if saved is not None:
             self.tokenizer = AutoTokenizer.from_pretrained(saved, local_files_only=True)
-            self.model = _from_config(_read_config(saved))
+            self.model = AutoModel.from_config(AutoConfig.from_pretrained(saved, local_files_only=True))
         else:
             self.tokenizer, self.model = _build(config, tokenizer)
         if not self.tokenizer.is_fast:
@@ -200,7 +199,7 @@ def _build(config: TextEncoderConfig, tokenizer: str | None) -> Tower:
     try:
         if config.weights == "random":
             settings = known.config() if known else AutoConfig.from_pretrained(_source(config))
-            return _tokenizer(config, tokenizer), _from_config(settings)
+            return _tokenizer(config, tokenizer), AutoModel.from_config(settings)
         if known is not None and known.hub is None:
             model = Beit3TextModel(known.config())
             model.load_original(_beit3_file(config))
@@ -250,18 +249,6 @@ def _tokenizer(config: TextEncoderConfig, learned: str | None) -> PreTrainedToke
     if learned is None:
         raise ValueError(f"{config.name} needs a tokenizer, see train_tokenizer")
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(learned), **_SPECIAL)
-
-
-def _read_config(folder: Path) -> PretrainedConfig:
-    kind = json.loads((folder / "config.json").read_text())["model_type"]
-    own = Beit3TextConfig if kind == Beit3TextConfig.model_type else AutoConfig
-    return own.from_pretrained(folder, local_files_only=True)
-
-
-def _from_config(settings: PretrainedConfig) -> PreTrainedModel:
-    if isinstance(settings, Beit3TextConfig):
-        return Beit3TextModel(settings)
-    return AutoModel.from_config(settings)
 
 
 def _pooling(config: TextEncoderConfig, model: PreTrainedModel) -> str:

@@ -19,6 +19,7 @@ from mim_torchrec.encoders.checkpoint import load_towers, save_towers
 from mim_torchrec.encoders.cost import tower_cost
 from mim_torchrec.encoders.text import TextEncoder, TextEncoderConfig, learns_tokenizer, train_tokenizer
 from mim_torchrec.encoders.vision import VisionEncoder, VisionEncoderConfig
+from mim_torchrec.pretraining.text import LanguageHead, objective_of
 
 TITLES = ["a red lamp", "blue vase", "a long rug of wool and silk", ""]
 TOKENIZER = train_tokenizer(TITLES, 64)
@@ -307,6 +308,23 @@ def test_beit3_refuses_what_is_not_its_checkpoint_and_titles_that_are_too_long(t
         model.load_original(tmp_path / "half.safetensors")
     with pytest.raises(ValueError, match="titles of 3 tokens: the tower has positions for 2"):
         model(torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 3))
+
+
+def test_beit3_is_adapted_by_masked_language_modelling(small):
+    text = random("beit3_base")
+    assert objective_of(text, "auto") == "mlm"
+    head, hidden = LanguageHead(text.model, "mlm"), torch.randn(5, 8)
+    expected = hidden @ text.model.token_embed.weight.T + head.model.lm_head.bias
+    torch.testing.assert_close(head(hidden), expected)
+
+
+def test_beit3_comes_back_from_a_directory_of_transformers(small, tmp_path):
+    text = random("beit3_base")
+    text.model.save_pretrained(tmp_path)
+    text.tokenizer.save_pretrained(tmp_path)
+    other = TextEncoder(TextEncoderConfig(name=str(tmp_path))).eval()
+    tokens = text.tokenize(TITLES)
+    assert torch.equal(other(tokens), text(tokens))
 
 
 def gradients(module: nn.Module, call) -> dict[str, torch.Tensor]:
