@@ -23,6 +23,16 @@ VISION = {
 }
 """The paper's vision models, and what timm calls them."""
 
+SHORT = {
+    "swin": VISION["Swin Transformer"],
+    "convnext": VISION["ConvNeXt v1"],
+    "convnextv2": VISION["ConvNeXt V2"],
+    "eva02": VISION["EVA-02"],
+    "beit3_base": VISION["BEiT-3 base"],
+    "beit3_large": VISION["BEiT-3 large"],
+}
+"""Shorter names of them. None is another model of timm, whose `resnet50` is not the `resnet50d` here."""
+
 
 @dataclass(frozen=True)
 class TextModel:

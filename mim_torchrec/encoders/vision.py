@@ -16,6 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mim_torchrec.encoders.foundation import SHORT
+
 PACKAGED = {"efficientnet_lite0": "tf_efficientnet_lite0"}
 """Names whose weights come in a Python package, and timm's names of these models."""
 
@@ -25,7 +27,8 @@ class VisionEncoderConfig:
     """The vision tower."""
 
     name: str = "efficientnet_lite0"
-    """A model of timm, or `efficientnet_lite0`: the same with ImageNet weights from the extra [encoders]."""
+    """A model of timm, of which `swin`, `convnext`, `convnextv2`, `eva02`, `beit3_base` and `beit3_large` are
+    short names, or `efficientnet_lite0`, whose ImageNet weights come from the extra [encoders]."""
     weights: str = "pretrained"
     """`pretrained` (cached by timm, or from its hub), `random`, or a local file of weights (.safetensors or
     .pth, converted as timm does) or directory with one."""
@@ -51,7 +54,7 @@ class VisionEncoder(nn.Module):
     def __init__(self, config: VisionEncoderConfig, *, load_weights: bool = True) -> None:
         super().__init__()
         self.config = config
-        name = PACKAGED.get(config.name, config.name)
+        name = (PACKAGED | SHORT).get(config.name, config.name)
         if not timm.is_model(name.split(".")[0]):
             close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8])
             raise ValueError(f"vision tower {config.name!r} is no model of timm; near it: {close or '-'}")

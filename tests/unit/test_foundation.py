@@ -73,6 +73,14 @@ def test_preprocessing_is_each_models_own():
     assert len({encoder.mean.flatten()[0].item() for encoder in made.values()}) > 1
 
 
+@pytest.mark.parametrize("name", foundation.SHORT)
+def test_a_short_name_is_that_model_of_the_paper_and_hides_none_of_timms(name):
+    assert not timm.is_model(name)
+    with torch.device("meta"):
+        encoder = VisionEncoder(VisionEncoderConfig(name=name, weights="random"))
+    assert encoder.model.pretrained_cfg["architecture"] == foundation.SHORT[name]
+
+
 @pytest.mark.parametrize(("name", "size", "layers"), [
     ("bert", 768, 12), ("gpt2", 768, 12), ("bge_base", 768, 12), ("bge_large", 1024, 24),
     ("beit3_base", 768, 12), ("beit3_large", 1024, 24),
