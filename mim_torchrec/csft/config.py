@@ -61,6 +61,9 @@ class CSFTConfig:
     pair on its rank, for three levels of vectors of 128."""
     queue_start_step: int = 0
     """Steps before those batches are used; the queue is filled from the first step."""
+    balance_queue: bool = True
+    """Push items away from queries, in their own batch, as often as they are negatives in all: those that are
+    queued have no gradient, and would only ever be pulled. The loss is the same."""
 
     epochs: int = 8
     """Passes over the pairs; the best by recall@10 of held-out pairs is kept."""

@@ -52,6 +52,7 @@ def make_objective(config: CSFTConfig, num_categories: int) -> Objective:
             config.mask_same_item,
             config.queue_batches,
             config.queue_start_step,
+            config.balance_queue,
         )
     if config.interest_signal == "category":
         return CategoryCrossEntropy(config.head.dim, num_categories, config.alpha, config.beta)

@@ -85,6 +85,7 @@ def contrast(
     own_ids: Tensor | None = None,
     queue_ids: Tensor | None = None,
     mask_same_item: bool = True,
+    balance_queue: bool = False,
 ) -> list[InfoNCE]:
     """Eq. 5 with cosine similarity for every level; every rank calls it with as many queries.
 
@@ -96,6 +97,8 @@ def contrast(
         queue_ids: (num_queued,) int64.
         mask_same_item: leave out columns that hold the query's positive item once more, or the query's own
             item. False counts them as negatives, as the paper's formula does.
+        balance_queue: give items, as negatives, the gradient that they will not get while they are queued:
+            that of this step times (num_items + num_queued) / num_items. Losses are the same.
 
     Returns:
         One entry a level.
@@ -123,7 +126,10 @@ def contrast(
 
     partial, hardest = [], []
     for level in levels:
-        vectors = [level.items] if level.queue is None else [level.items, level.queue]
+        vectors = [level.items]
+        if level.queue is not None:
+            share = len(level.queue) / len(level.items)
+            vectors = [_more_gradient(level.items, share) if balance_queue else level.items, level.queue]
         parts = [
             tiled_logsumexp(queries[id(level.query)], items, scale.to(level.query.dtype), left_out)
             for items, left_out in zip(vectors, blocks, strict=True)
@@ -149,6 +155,11 @@ def contrast(
         accuracy = (score.detach() > facts[..., number].amax(0)).to(score.dtype).mean()
         results.append(InfoNCE(loss.mean(), accuracy, negatives))
     return results
+
+
+def _more_gradient(vectors: Tensor, share: float) -> Tensor:
+    """The same vectors, whose gradient counts 1 + share times."""
+    return vectors + share * (vectors - vectors.detach())
 
 
 def _refuse_unequal(level: Level, item_ids: Tensor, group: dist.ProcessGroup | None) -> None:

@@ -34,6 +34,10 @@ class MultiLevelInfoNCE(ScaledLoss):
         queue_batches: k, batches of this rank whose items are negatives of later queries.
         queue_start_step: training steps before the queue is read; it is filled from the first. Early vectors
             change so fast that those of the last steps are poor negatives.
+        balance_queue: give items the push away from queries that they would miss, because nothing that is
+            queued has a gradient. An item is a negative in its own batch and in k later ones, but is pushed
+            in its own only, while its query pulls it with full weight: without the balance all items are
+            drawn towards the queries' mean.
 
     Raises:
         ValueError: the temperature is not positive, or a number of batches or steps is negative.
@@ -48,6 +52,7 @@ class MultiLevelInfoNCE(ScaledLoss):
         mask_same_item: bool = True,
         queue_batches: int = 0,
         queue_start_step: int = 0,
+        balance_queue: bool = False,
     ) -> None:
         super().__init__(temperature)
         if queue_batches < 0 or queue_start_step < 0:
@@ -55,7 +60,7 @@ class MultiLevelInfoNCE(ScaledLoss):
                              "neither can be negative")  # fmt: skip
         self.alpha, self.beta, self.gamma = alpha, beta, gamma
         self.mask_same_item = mask_same_item
-        self.queue_start_step = queue_start_step
+        self.queue_start_step, self.balance_queue = queue_start_step, balance_queue
         self.queue: ItemQueue | None = None
         if queue_batches:
             weights = {"mm": 1.0, "text": alpha, "image": beta}
@@ -114,6 +119,7 @@ class MultiLevelInfoNCE(ScaledLoss):
             own_ids=query_ids,
             queue_ids=None if used is None else used.ids,
             mask_same_item=self.mask_same_item,
+            balance_queue=self.balance_queue,
         )
         if queue is not None:
             # no backward pass reads queued vectors, so they may change before it

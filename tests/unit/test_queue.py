@@ -156,3 +156,40 @@ def test_negative_numbers_are_refused():
         MultiLevelInfoNCE(queue_batches=-1)
     with pytest.raises(ValueError, match="holds nothing"):
         ItemQueue(["mm"], 0)
+
+
+def test_balance_counts_the_push_of_an_items_own_batch_for_all_in_which_it_is_a_negative():
+    """Loss as without; an item's gradient as a negative times (items + queued) / items, else once."""
+    found = {}
+    for balance in (False, True):
+        module = loss(balance_queue=balance)
+        for step in range(3):
+            now = batch(step)
+            total, _ = module(**now)
+        found[balance] = float(total.detach()), torch.autograd.grad(total, [now["mm"], now["query"]])
+    assert found[True][0] == found[False][0]
+
+    now = {name: value.detach().double() for name, value in batch(2).items()}
+    ids, own = now["item_ids"].long(), now["query_ids"].long()
+    queued = torch.cat([F.normalize(batch(s)["mm"].detach(), dim=1).bfloat16().double() for s in (0, 1)])
+    queued_ids = torch.cat([batch(s)["item_ids"] for s in (0, 1)])
+    as_positive, as_negative = (now["mm"].clone().requires_grad_() for _ in range(2))
+    queries = {"query": 1.0, "query_mm": 0.3}
+    expected_total = 0.0
+    for name, weight in queries.items():
+        query = F.normalize(now[name], dim=1)
+        for i in range(N):
+            score = query[i] @ F.normalize(as_positive[i], dim=0) / 0.2
+            others = [
+                query[i] @ F.normalize(as_negative[j], dim=0) / 0.2
+                for j in range(2 * N) if j != i and int(ids[j]) not in (int(ids[i]), int(own[i]))
+            ]
+            others += [query[i] @ v / 0.2 for v, k in zip(queued, queued_ids, strict=True)
+                       if int(k) not in (int(ids[i]), int(own[i]))]  # fmt: skip
+            one = torch.stack([score, *others]).logsumexp(0) - score
+            expected_total = expected_total + weight * one / N
+    pull, push = torch.autograd.grad(expected_total, [as_positive, as_negative])
+    share = (2 * N + len(queued)) / (2 * N)
+    assert torch.allclose(found[True][1][0].double(), pull + share * push, atol=1e-5)
+    assert torch.allclose(found[False][1][0].double(), pull + push, atol=1e-5)
+    assert torch.equal(found[True][1][1], found[False][1][1])
