@@ -4,6 +4,7 @@
     python -m torch.distributed.run --nproc_per_node 2 -m mim_torchrec.csft.main --data DIR --out DIR
 """
 
+import hashlib
 import logging
 import os
 import shutil
@@ -79,7 +80,7 @@ def fine_tune(config: CSFTConfig, ranks: Ranks) -> dict[str, Any]:
     inputs = _inputs(config, encoder, catalog, ranks)
     torch.manual_seed(config.seed + 1 + ranks.rank)  # dropout differs from rank to rank
     task = CSFTTask(config, encoder, inputs, items, pairs, catalog, train, held_out, ranks)
-    same_run = config.same_run() | {"items": len(items), "pairs": len(pairs)}
+    same_run = config.same_run() | {"pairs_digest": _digest(items.item_ids, pairs.query_ids, pairs.item_ids)}
     history = fit(
         task,
         epochs=config.epochs,
@@ -116,6 +117,10 @@ def fine_tune(config: CSFTConfig, ranks: Ranks) -> dict[str, Any]:
         log.info("encoder %s, version %s, of epoch %d", config.out / "encoder", metrics["encoder_version"],
                  history.best_epoch)  # fmt: skip
     return metrics
+
+
+def _digest(*ids: np.ndarray) -> str:
+    return hashlib.sha256(b"".join(one.tobytes() for one in ids)).hexdigest()[:16]
 
 
 def _search(

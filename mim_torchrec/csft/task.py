@@ -23,7 +23,7 @@ from mim_torchrec.encoders.checkpoint import save_encoder
 from mim_torchrec.encoders.item_encoder import ItemEncoder, ItemHead
 from mim_torchrec.losses.cross_entropy import CategoryCrossEntropy, PairCrossEntropy
 from mim_torchrec.training.distributed import Ranks
-from mim_torchrec.training.parallel import parallelize, whole_state
+from mim_torchrec.training.parallel import parallelize, synchronize_buffers, whole_state
 from mim_torchrec.training.state import TrainingState
 
 RECALL_AT = 10
@@ -42,6 +42,8 @@ class PairBatch:
     text: Tensor | Tokens
     item_row: Tensor
     query_row: Tensor
+    pair: np.ndarray
+    """(N,) indexes of the pairs."""
     item_category: Tensor | None = None
 
 
@@ -202,11 +204,9 @@ class CSFTTask:
         return len(batch.query_row)
 
     def batch_ids(self, batch: PairBatch) -> dict[str, list[int]]:
-        """Item ids of a batch's items, and of its queries, -1 where one is no item."""
-        item, query = batch.item_row.cpu().numpy(), batch.query_row.cpu().numpy()
-        ids = self._items.item_ids
-        queries = np.where(query < 0, -1, ids[query])
-        return {"item_ids": ids[item].tolist(), "query_item_ids": queries.tolist()}
+        """Item ids of a batch's items, and the ids of its queries."""
+        items = self._items.item_ids[batch.item_row.cpu().numpy()]
+        return {"item_ids": items.tolist(), "query_ids": self._pairs.query_ids[batch.pair].tolist()}
 
     def training_forward(self, batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Multi-level InfoNCE of a batch."""
@@ -221,6 +221,7 @@ class CSFTTask:
         """
         if not len(self._held_out):
             return {}
+        synchronize_buffers(self.model)
         encoder = self._contrast.encoder.eval()
         size = self._config.encode_batch_size
         vectors = encode(encoder, self._inputs, self._held_out, self._catalog, size, self._ranks)
@@ -253,6 +254,7 @@ class CSFTTask:
             text=self._inputs.texts(rows),
             item_row=torch.from_numpy(rows).to(self._ranks.device),
             query_row=torch.from_numpy(query_row).to(self._ranks.device),
+            pair=index,
             item_category=None if self._category is None
             else torch.from_numpy(self._category[rows]).to(self._ranks.device),
         )

@@ -82,6 +82,8 @@ def train_and_evaluate(config: CTRConfig, ranks: Ranks) -> dict[str, Any]:
             "digest_before": table_digest(frozen),
         }
 
+    # a table is the same by what it holds, wherever it lies
+    same_run = config.same_run() | {"table": None if facts is None else facts["digest_before"]}
     task = CTRTask(model, optimizer, readers["train"], readers["validation"], mapper, ranks)
     history = fit(
         task,
@@ -91,7 +93,7 @@ def train_and_evaluate(config: CTRConfig, ranks: Ranks) -> dict[str, Any]:
         select="auc",
         patience=config.patience,
         log_every=config.log_every,
-        checkpoints=Checkpoints(config.out / "checkpoints", config.checkpoint, config.same_run(), ranks),
+        checkpoints=Checkpoints(config.out / "checkpoints", config.checkpoint, same_run, ranks),
     )
     load_model(model, config.out / "best")
     predictions = predict(model, readers["test"], mapper, ranks)

@@ -14,6 +14,7 @@ from mim_torchrec.encoders.checkpoint import Towers, save_towers
 from mim_torchrec.pretraining.config import PhaseConfig, PretrainConfig
 from mim_torchrec.pretraining.objective import Objective
 from mim_torchrec.training.distributed import Ranks
+from mim_torchrec.training.parallel import synchronize_buffers
 from mim_torchrec.training.state import TrainingState
 
 VALIDATION, TRAINING = 0, 1
@@ -115,6 +116,7 @@ class PretrainTask:
         """
         if not len(self._held_out):
             return {}
+        synchronize_buffers(self._objective)
         self._objective.eval()
         # in columns of one item a rank, so that every part has as many items on every rank
         columns = self._held_out.reshape(-1, self._ranks.world_size)

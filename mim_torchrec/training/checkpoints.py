@@ -15,7 +15,6 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -25,7 +24,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 
-from mim_torchrec.training.distributed import Ranks
+from mim_torchrec.training.checkpoint import remove, together, whole_directory_of_ranks
+from mim_torchrec.training.distributed import Ranks, is_restarted
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class CheckpointConfig:
     """How many of the newest are kept."""
     resume: Literal["auto", "never"] = "auto"
     """`auto` goes on from the newest checkpoint in `out`, exactly as if the run had not been broken off;
-    `never` removes what is there and starts anew."""
+    `never` removes what is there and starts anew, though not when torchrun starts its workers again."""
 
 
 class ResumeError(ValueError):
@@ -98,22 +98,15 @@ class Checkpoints:
             OSError: a rank could not write; all ranks raise, and the checkpoints before are untouched.
         """
         path = self._folder / f"epoch-{epoch:04d}-step-{step:08d}"
-        partial = path.with_name(f"{path.name}.partial")
-        if self._ranks.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        self._ranks.barrier()
-        try:
+        with whole_directory_of_ranks(path, self._ranks) as folder:
             try:
-                dcp.save(state.shared(), checkpoint_id=str(partial / "state"))
+                dcp.save(state.shared(), checkpoint_id=str(folder / "state"))
             except CheckpointException as error:
-                rank, (cause, _) = next(iter(error.failures.items()))
-                raise OSError(f"{partial} could not be written: rank {rank}: {cause}") from error
-            self._together(lambda: self._write(partial, state.local(), epoch, step, progress))
-            self._together(lambda: self._publish(partial, path))
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+                raise OSError(f"{path} could not be written: {_cause(error)}") from error
+            local = state.local()
+            together(lambda: self._write(folder, local, epoch, step, progress), self._ranks)
+        together(self._leave_newest, self._ranks)
+        log.info("checkpoint %s", path)
 
     def restore(self, state: State) -> tuple[int, int, dict[str, Any]] | None:
         """Put a task into the state of the newest checkpoint, and the generators of this rank too.
@@ -122,26 +115,34 @@ class Checkpoints:
             Epoch, step and progress as they were saved; None if there is no checkpoint, or none is asked for.
 
         Raises:
-            ResumeError: the checkpoint is of another configuration or another number of ranks.
+            ResumeError: the checkpoint is of another configuration or another number of ranks, or damaged.
         """
         if self._ranks.is_main:
-            for leftover in self._folder.glob("*.partial"):
+            for leftover in (*self._folder.glob("*.partial"), *self._folder.glob("*.old")):
                 shutil.rmtree(leftover)
-            if self._config.resume == "never":
-                shutil.rmtree(self._folder, ignore_errors=True)
+            if self._config.resume == "never" and not is_restarted() and self._folder.exists():
+                remove(self._folder)
         newest = self._all()[-1:] if self._ranks.is_main else []
-        path = self._ranks.all_gather_objects(newest)[0]
-        if not path:
+        found = self._ranks.all_gather_objects(newest)[0]
+        if not found:
             return None
-        run = json.loads((path[0] / "run.json").read_text())
-        self._check(run, path[0])
-        shared = state.shared()
-        dcp.load(shared, checkpoint_id=str(path[0] / "state"))
+        path = found[0]
+        try:
+            run = json.loads((path / "run.json").read_text())
+            self._check(run, path)
+            shared = state.shared()
+            dcp.load(shared, checkpoint_id=str(path / "state"))
+            own = path / f"rank-{self._ranks.rank}.pt"
+            local = torch.load(own, map_location="cpu", weights_only=True)
+        except (CheckpointException, OSError, EOFError, RuntimeError, json.JSONDecodeError) as error:
+            cause = _cause(error) if isinstance(error, CheckpointException) else error
+            raise ResumeError(
+                f"{path} cannot be read: {cause}; remove it to go on from the one before it, if there is one"
+            ) from error
         state.load_shared(shared)
-        local = torch.load(path[0] / f"rank-{self._ranks.rank}.pt", map_location="cpu", weights_only=True)
         state.load_local(local["state"])
         set_generators(local["generators"])
-        log.info("taken up from %s", path[0])
+        log.info("taken up from %s", path)
         return run["epoch"], run["step"], run["progress"]
 
     def _all(self) -> list[Path]:
@@ -162,25 +163,10 @@ class Checkpoints:
                 stream.flush()
                 os.fsync(stream.fileno())
 
-    def _publish(self, partial: Path, path: Path) -> None:
+    def _leave_newest(self) -> None:
         if self._ranks.is_main:
-            shutil.rmtree(path, ignore_errors=True)  # of a run that was taken up from an earlier one
-            os.replace(partial, path)
-            _sync(self._folder)
-            for old in self._all()[: -self._config.keep]:
-                shutil.rmtree(old)
-            log.info("checkpoint %s", path)
-
-    def _together(self, write: Callable[[], None]) -> None:
-        """Do it on all ranks; if it fails on one, all of them raise."""
-        problem = None
-        try:
-            write()
-        except OSError as error:
-            problem = f"rank {self._ranks.rank}: {error}"
-        problems = [found for found in self._ranks.all_gather_objects(problem) if found is not None]
-        if problems:
-            raise OSError(f"the checkpoint could not be written: {'; '.join(problems)}")
+            for path in self._all()[: -self._config.keep]:
+                remove(path)
 
     def _check(self, run: dict[str, Any], path: Path) -> None:
         way_out = "choose another --out, or --checkpoint.resume never to start anew"
@@ -197,14 +183,14 @@ class Checkpoints:
 
 
 def get_generators() -> dict[str, Any]:
-    """States of the generators of Python, numpy and torch in this process."""
+    """States of the generators of Python, numpy and torch in this process, on the CPU and its own GPU."""
     version, internal, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "python": [version, list(internal), gauss],
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
 
 
@@ -215,13 +201,10 @@ def set_generators(states: dict[str, Any]) -> None:
     name, keys, position, has_gauss, cached = states["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(states["torch"])
-    if states["cuda"]:
-        torch.cuda.set_rng_state_all(states["cuda"])
+    if states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"])
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _cause(error: CheckpointException) -> str:
+    rank, (cause, _) = next(iter(error.failures.items()))
+    return f"rank {rank}: {cause}"

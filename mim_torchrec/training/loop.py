@@ -15,7 +15,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from types import FrameType
+from typing import Any, NoReturn, Protocol
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from tqdm import tqdm
 from mim_torchrec.training.checkpoint import write_json
 from mim_torchrec.training.checkpoints import Checkpoints, State
 from mim_torchrec.training.distributed import Ranks
+from mim_torchrec.training.parallel import gradient_norm
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +69,7 @@ class Task(Protocol):
 
 
 class Interrupted(SystemExit):
-    """SIGTERM came: the run stopped after a step and left a checkpoint. The exit status is 143."""
+    """SIGTERM or SIGINT came: the run stopped after a step and left a checkpoint. The exit status is 143."""
 
     STATUS = 128 + signal.SIGTERM
 
@@ -76,7 +78,7 @@ class Interrupted(SystemExit):
         self.where = where
 
     def __str__(self) -> str:
-        return f"interrupted by SIGTERM; the same command goes on from {self.where}"
+        return f"interrupted by a signal; the same command goes on from {self.where}"
 
 
 @dataclass
@@ -86,7 +88,7 @@ class History:
     Args:
         steps: of every step `step` (from 1), `epoch` (from 0) and `loss` (mean over ranks); every few steps
             also `samples_per_s` (of all ranks), `data_wait` (share of time spent waiting for batches),
-            `peak_memory_gib` (of rank 0, so far) and what the task reports.
+            `grad_norm` (before the step), `peak_memory_gib` (of rank 0, so far) and what the task reports.
         epochs: of every epoch `epoch`, `loss` (mean over steps), `seconds` and the validation metrics.
         best_epoch: whose weights are in `best`.
     """
@@ -119,7 +121,7 @@ def fit(
         patience: stop after this many epochs that were no better than the best before them.
         log_every: steps between two entries of the log.
         checkpoints: where the run is taken up from, and leaves checkpoints: at the end of every epoch, as
-            often as they say, and when SIGTERM comes. None leaves none.
+            often as they say, and when SIGTERM or SIGINT comes. None leaves none.
 
     Returns:
         The history, the same on every rank.
@@ -127,7 +129,8 @@ def fit(
     Raises:
         FloatingPointError: a loss is not finite; it names epoch and step. No step is taken on it, and
             `bad_batch/rank<r>.json` has the ids of the batch.
-        Interrupted: SIGTERM came, to whichever rank; all stop after the same step.
+        Interrupted: SIGTERM or SIGINT came, to whichever rank; all stop after the same step. A second
+            SIGINT ends the process at once.
         ResumeError: the checkpoints are of another run.
         ValueError: no epochs, no batches, or an epoch without a finite value of the metric `select`.
     """
@@ -142,7 +145,7 @@ def fit(
     steps = len(history.steps)
     writer = SummaryWriter(str(out / "tensorboard"), purge_step=steps + 1) if ranks.is_main else None
     try:
-        with _sigterm(checkpoints is not None) as stop:
+        with _signals(checkpoints is not None) as stop:
             while epoch < epochs and not _is_over(history, select, patience):
                 started = time.perf_counter()
                 task.model.train()
@@ -162,6 +165,8 @@ def fit(
                 epoch, first = epoch + 1, 0
                 if checkpoints is not None:
                     checkpoints.save(task.state, epoch, first, asdict(history))
+                    if any(ranks.all_gather_objects(stop.is_set)):  # in the evaluation
+                        _interrupt(out)
     finally:
         if writer is not None:
             writer.close()
@@ -214,13 +219,16 @@ def _train_epoch(
                 )
             task.optimizer.zero_grad()
             loss.backward()
+            is_logged = step % log_every == 0 or step == 1
+            norm = float(gradient_norm(task.model)) if is_logged else math.nan
             task.optimizer.step()
             samples += task.num_samples(batch)
             entry = {"step": step, "epoch": epoch, "loss": value}
-            if step % log_every == 0 or step == 1:
+            if is_logged:
                 elapsed = time.perf_counter() - since
                 entry["samples_per_s"] = samples * ranks.world_size / elapsed
                 entry["data_wait"] = waited / elapsed
+                entry["grad_norm"] = norm
                 entry["peak_memory_gib"] = peak_memory(ranks.device) / 2**30
                 entry |= {name: float(scalar.detach()) for name, scalar in report.items()}
                 samples, waited, since = 0, 0.0, time.perf_counter()
@@ -233,9 +241,13 @@ def _train_epoch(
             if checkpoints is not None and (stopping or checkpoints.is_due(step)):
                 checkpoints.save(task.state, epoch, place, asdict(history))
             if stopping:
-                interrupted = Interrupted(out)
-                log.warning("%s", interrupted)
-                raise interrupted
+                _interrupt(out)
+
+
+def _interrupt(out: Path) -> NoReturn:
+    interrupted = Interrupted(out / "checkpoints")
+    log.warning("%s", interrupted)
+    raise interrupted
 
 
 def peak_memory(device: torch.device) -> int:
@@ -246,27 +258,30 @@ def peak_memory(device: torch.device) -> int:
 
 
 class _Flag:
-    """Whether SIGTERM came."""
+    """Whether a signal to stop came."""
 
     def __init__(self) -> None:
         self.is_set = False
 
-    def set(self, *_: Any) -> None:
+    def set(self, number: int, _: FrameType | None) -> None:
         self.is_set = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # the next one is meant at once
 
 
 @contextmanager
-def _sigterm(catch: bool) -> Iterator[_Flag]:
-    """Remember SIGTERM in place of ending at once, where checkpoints are left and signals arrive."""
+def _signals(catch: bool) -> Iterator[_Flag]:
+    """Remember SIGTERM and SIGINT in place of ending, where checkpoints are left and signals arrive."""
     flag = _Flag()
     if not catch or threading.current_thread() is not threading.main_thread():
         yield flag
         return
-    before = signal.signal(signal.SIGTERM, flag.set)
+    before = {number: signal.signal(number, flag.set) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield flag
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _timed(batches: Iterable[Any]) -> Iterator[tuple[Any, float]]:

@@ -8,11 +8,14 @@ by `forward`, as often and in the same order on all ranks.
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 
 from mim_torchrec.training.distributed import Ranks
 
@@ -69,6 +72,31 @@ def blocks(model: nn.Module) -> Iterator[nn.Module]:
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
     """State of a model whose parts are divided, gathered on the CPU of rank 0; {} elsewhere."""
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def synchronize_buffers(model: nn.Module) -> None:
+    """Give every rank the buffers of rank 0, as DDP does before a step and FSDP2 never.
+
+    In between, the running statistics of batch normalization are those of a rank's own batches, and ranks
+    would evaluate different models.
+    """
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def gradient_norm(model: nn.Module) -> Tensor:
+    """Length of the gradient of all parameters together, whether whole or divided; every rank calls it.
+
+    Tables whose optimizer is fused into the backward pass have no gradient to measure.
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    divided = [g for g in gradients if isinstance(g, DTensor)]
+    whole = [g for g in gradients if not isinstance(g, DTensor)]
+    norms = [get_total_norm(whole)]
+    if divided:
+        norms.append(get_total_norm(divided).full_tensor().to(norms[0].device))
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def _average(parameter: Tensor) -> None:

@@ -11,6 +11,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from mim_torchrec.training.parallel import synchronize_buffers
+
 EXTRA = "_extra_state"
 
 
@@ -34,7 +36,9 @@ class TrainingState:
         self._model, self._optimizer, self._schedule = model, optimizer, schedule
 
     def shared(self) -> dict[str, Any]:
-        """Parameters, buffers and the optimizer's state."""
+        """Parameters, buffers (those of rank 0, on every rank) and the optimizer's state."""
+        synchronize_buffers(self._model)
+        _complete(self._optimizer)
         model = get_model_state_dict(self._model)
         return {
             "model": {name: value for name, value in model.items() if not name.endswith(EXTRA)},
@@ -60,3 +64,20 @@ class TrainingState:
     def _extra(self) -> dict[str, Any]:
         model = get_model_state_dict(self._model)
         return {name: value for name, value in model.items() if name.endswith(EXTRA)}
+
+
+def _complete(optimizer: torch.optim.Optimizer) -> None:
+    """Give the state of AdamW before its first step to parameters that no gradient has reached yet.
+
+    Loading asks for a state of every parameter; a tower may have layers that a loss does not use.
+    """
+    example = next(((p, state) for p, state in optimizer.state.items() if state), None)
+    if example is None:  # no step yet: PyTorch makes the state of all parameters
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.requires_grad and not optimizer.state[parameter]:
+                optimizer.state[parameter] = {
+                    name: torch.zeros_like(parameter if value.shape == example[0].shape else value)
+                    for name, value in example[1].items()
+                }

@@ -38,6 +38,7 @@ def batch_of(pairs: np.ndarray) -> PairBatch:
     return PairBatch(
         query=image[query[pairs]], query_text=text[query[pairs]], image=image[rows], text=text[rows],
         item_row=torch.from_numpy(rows), query_row=torch.from_numpy(query[pairs]),
+        pair=pairs,
     )  # fmt: skip
 
 
@@ -100,7 +101,7 @@ def shop(tmp_path_factory) -> str:
     ["--freeze-towers", "False"],
     ["--queue-batches", "2", "--queue-start-step", "1", "--hard-negatives", "False"],
     ["--loss", "cross_entropy"],
-    ["--loss", "cross_entropy", "--signal", "category"],
+    ["--loss", "cross_entropy", "--interest-signal", "category"],
 ], ids=" ".join)  # fmt: skip
 def test_two_ranks_train_the_same_encoder_as_one(shop, tmp_path, options):
     histories = []

@@ -1,5 +1,6 @@
 """Checkpoints: only whole ones count, the newest are kept, generators go on where they were."""
 
+import copy
 import random
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from mim_torchrec.training import checkpoints as module
+from mim_torchrec.training.checkpoint import remove
 from mim_torchrec.training.checkpoints import (
     CheckpointConfig,
     Checkpoints,
@@ -98,6 +100,61 @@ def test_resume_never_removes_what_is_there(tmp_path, ranks):
     Checkpoints(tmp_path, CheckpointConfig(), {}, ranks).save(state, 0, 5, {})
     assert Checkpoints(tmp_path, CheckpointConfig(resume="never"), {}, ranks).restore(state) is None
     assert not tmp_path.exists()
+
+
+def test_resume_never_is_of_the_first_start_only_and_not_of_workers_that_torchrun_starts_again(
+    tmp_path, ranks, monkeypatch
+):
+    state = make_state(0)[2]
+    store = Checkpoints(tmp_path, CheckpointConfig(resume="never"), {}, ranks)
+    store.save(state, 0, 5, {})
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert store.restore(state)[:2] == (0, 5)
+
+
+def test_one_that_is_being_removed_does_not_count(tmp_path, ranks, monkeypatch):
+    state = make_state(0)[2]
+    store = Checkpoints(tmp_path, CheckpointConfig(keep=1), {}, ranks)
+    store.save(state, 0, 5, {})
+
+    def killed(path, **_):
+        if path.exists():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("shutil.rmtree", killed)
+        remove(tmp_path / "epoch-0000-step-00000005")
+    assert store.restore(state) is None
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("file", ["run.json", "rank-0.pt", "state/.metadata", "state/__0_0.distcp"])
+def test_a_damaged_one_is_an_error_that_says_what_to_do(tmp_path, ranks, file):
+    state = make_state(0)[2]
+    store = Checkpoints(tmp_path, CheckpointConfig(), {}, ranks)
+    store.save(state, 0, 5, {})
+    damaged = tmp_path / "epoch-0000-step-00000005" / file
+    damaged.write_bytes(damaged.read_bytes()[:20])
+    with pytest.raises(ResumeError, match="step-00000005 cannot be read: .*; remove it to go on"):
+        store.restore(state)
+
+
+def test_a_parameter_without_a_gradient_has_the_state_that_adamw_begins_with(tmp_path, ranks):
+    model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    optimizer = torch.optim.AdamW(model.parameters())
+    state = TrainingState(model, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer))
+    model[0](torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    store = Checkpoints(tmp_path, CheckpointConfig(), {}, ranks)
+    store.save(state, 0, 1, {})
+    store.restore(state)
+    assert all(not value.any() for value in optimizer.state[model[1].weight].values())
+    fresh = copy.deepcopy(model[1])
+    model[1](torch.ones(1, 2)).sum().backward()
+    fresh(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    torch.optim.AdamW(fresh.parameters(), lr=optimizer.param_groups[0]["lr"]).step()
+    assert torch.equal(model[1].weight, fresh.weight)
 
 
 def test_another_run_is_refused_by_what_differs(tmp_path, ranks):
