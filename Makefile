@@ -17,7 +17,7 @@ export MIM_PYTHON := $(BIN)/python
 export PYTHONPATH :=
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install demo test movielens bench-frozen-table doctor lint lock clean
+.PHONY: help install demo test movielens ablation-csft figure5 bench-frozen-table bench-csft-loss doctor lint lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -43,8 +43,17 @@ movielens: install  ## the real job on MovieLens and posters: make movielens DAT
 	@test -n "$(DATA)" || { echo "make movielens DATA=<folder with ratings.csv, movies.csv and posters.parquet>"; exit 2; }
 	$(BIN)/python -m benchmarks.movielens --data $(DATA) --out runs/movielens
 
+ablation-csft: install  ## what pre-training and C-SFT are worth in AUC: Tables 3, 4 and 5
+	$(BIN)/python -m benchmarks.ablation_csft --out runs/ablation_csft
+
+figure5: install  ## vision and text models by cost and by AUC: make figure5 [DATA=<dataset>]
+	$(BIN)/python -m benchmarks.figure5 --out runs/figure5 $(if $(DATA),--data $(DATA))
+
 bench-frozen-table: install  ## a frozen sharded table beside trainable and unsharded ones
 	$(BIN)/python -m benchmarks.frozen_table --out runs/frozen_table
+
+bench-csft-loss: install  ## the loss of C-SFT at the size of the paper, beside the naive one
+	$(BIN)/python -m benchmarks.csft_loss --out runs/csft_loss
 
 test: install  ## unit, distributed and pipeline tests
 	$(BIN)/python -m pytest

@@ -5,12 +5,9 @@ and `unsharded` is an `nn.Embedding` with `requires_grad=False` on every rank.
 """
 
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +28,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
+from benchmarks.memory import peak_private_bytes, private_bytes
 from mim_torchrec.embeddings.sharded.frozen import DATA_TYPES, FrozenEmbeddingCollection
 from mim_torchrec.embeddings.sharded.load import find_frozen
 from mim_torchrec.embeddings.sharded.sharder import FrozenEmbeddingCollectionSharder
@@ -247,32 +245,6 @@ def bare_exchange(rows: Tensor, sizes: Sizes, world_size: int) -> Callable[[], A
         dist.all_to_all_single(found, back, sent.tolist(), received.tolist())
 
     return run
-
-
-def private_bytes() -> int:
-    """Resident memory of this process that no file backs."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    fields = dict(line.split(":", 1) for line in lines)
-    return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
-
-
-@contextmanager
-def peak_private_bytes() -> Iterator[Callable[[], int]]:
-    """Within it, a function that returns the largest private memory so far, sampled every 5 ms."""
-    peak, done = private_bytes(), threading.Event()
-
-    def sample() -> None:
-        nonlocal peak
-        while not done.wait(0.005):
-            peak = max(peak, private_bytes())
-
-    thread = threading.Thread(target=sample, daemon=True)
-    thread.start()
-    try:
-        yield lambda: max(peak, private_bytes())
-    finally:
-        done.set()
-        thread.join()
 
 
 def measure_memory(sizes: Sizes, variant: str) -> dict[str, int]:

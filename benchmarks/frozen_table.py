@@ -3,7 +3,8 @@
 Steps of four variants are timed turn by turn in the same processes; memory is that of fresh processes with
 one of them. Lookups, from the KeyedJaggedTensor in to the vectors out through DistributedModelParallel, are
 timed beside `torch.index_select` on the same rows, each with caches as a training step leaves them, and the
-speed of copying memory says what no lookup can exceed. At last a table as large as TAOBAO-MM's is generated, mapped into memory on two ranks and looked up.
+speed of copying memory says what no lookup can exceed. At last a table as large as TAOBAO-MM's is generated,
+mapped into memory on two ranks and looked up.
 """
 
 import json
@@ -30,11 +31,10 @@ from benchmarks.frozen_model import (
     make_batch,
     measure_memory,
     measure_steps,
-    peak_private_bytes,
-    private_bytes,
     take_turns,
     wrap,
 )
+from benchmarks.memory import peak_private_bytes, private_bytes
 from mim_torchrec.embeddings.sharded.frozen import FrozenEmbeddingCollection, frozen_config
 from mim_torchrec.embeddings.sharded.load import find_frozen, load_table, open_table
 from mim_torchrec.embeddings.table.format import TableWriter, decode, encode, row_bytes

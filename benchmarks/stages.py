@@ -24,11 +24,13 @@ SOURCES = {
     "shop": ("mim_torchrec/data",),
     "import": ("mim_torchrec/data",),
     "table": ("embeddings/table",),
+    "pretrain": (*COMMON, "mim_torchrec/pretraining", "mim_torchrec/encoders", "mim_torchrec/losses"),
     "csft": (*COMMON, "mim_torchrec/csft", "mim_torchrec/encoders", "mim_torchrec/losses"),
+    "retrieve": (*COMMON, "mim_torchrec/csft", "mim_torchrec/encoders", "mim_torchrec/representation"),
     "export": (*COMMON, "mim_torchrec/representation", "mim_torchrec/encoders", "embeddings/table"),
     "ctr": (*COMMON, "mim_torchrec/ctr", "mim_torchrec/ciubm", "embeddings"),
 }
-NOT_RUN_BY_STAGES = ("report.py", "report_pages.py", "comparison.py")
+NOT_RUN_BY_STAGES = ("report.py", "report_pages.py", "pages.py", "comparison.py")
 TAIL_LINES = 40
 OF_A_RANK = re.compile(r"\S+/\d+ \[\d+\]:.*\S")
 

@@ -20,6 +20,44 @@ from torchx.specs import macros
 PORT = 29500
 
 
+def pretrain(
+    *script_args: str,
+    data: str,
+    out: str,
+    j: str = "1x2",
+    image: str = "",
+    h: Optional[str] = None,  # noqa: UP045
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 8192,
+    max_restarts: int = 0,
+    max_retries: int = 0,
+    env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
+    mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
+) -> specs.AppDef:
+    """
+    Adapt the towers to images and titles of the items (DDA) and align them with each other (DMA).
+
+    Args:
+        script_args: further flags of the stage, after a lone --
+        data: dataset directory
+        out: directory of the towers, metrics and config
+        j: [{min_nnodes}:]{nnodes}x{nproc_per_node}
+        image: container image with mim-torchrec in it, for kubernetes and local_docker
+        h: a named resource, in place of cpu, gpu and memMB
+        cpu: cores per node
+        gpu: accelerators per node
+        memMB: memory per node in MiB
+        max_restarts: times the workers are started again inside the job when one fails
+        max_retries: times the scheduler starts the job again; local_cwd never does
+        env: environment variables, A=1,B=2
+        mounts: type=bind,src=/host,dst=/job[,readonly]
+    """
+    command = ["-m", "mim_torchrec.pretraining.main", "--data", data, "--out", out, *script_args]
+    resource = specs.resource(cpu=cpu, gpu=gpu, memMB=memMB, h=h)
+    return _distributed("pretrain", command, j, image, resource, max_restarts, max_retries, env, mounts)
+
+
 def csft(
     *script_args: str,
     data: str,
@@ -80,7 +118,7 @@ def export(
     Args:
         script_args: further flags of the stage, after a lone --
         data: dataset directory
-        encoder: encoder directory written by csft, or plain:<vision>+<text>
+        encoder: encoder directory written by csft, or plain:<vision>+<text>, or plain:<directory of towers>
         out: directory of the table; must not exist
         j: [{min_nnodes}:]{nnodes}x{nproc_per_node}
         image: container image with mim-torchrec in it, for kubernetes and local_docker

@@ -1,12 +1,14 @@
 """Configuration of content-interest-aware fine-tuning; every field is a flag of `mim csft`."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from mim_torchrec.encoders.item_encoder import HeadConfig, ItemEncoderConfig
 from mim_torchrec.encoders.text import TextEncoderConfig
 from mim_torchrec.encoders.vision import VisionEncoderConfig
+from mim_torchrec.training.checkpoints import CheckpointConfig
+from mim_torchrec.training.parallel import Parallel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +16,8 @@ class CSFTConfig:
     """Fine-tune the item encoder on pairs of a query image and the item that was bought after it (§3.3).
 
     One process, or several under torchrun. Writes `encoder/` (a self-contained checkpoint), config.json,
-    history.json, metrics.json and TensorBoard's files into `out`.
+    history.json, metrics.json, retrieval.json and retrieval.png (image search of the held-out pairs) and
+    TensorBoard's files into `out`.
     """
 
     data: Path
@@ -22,6 +25,8 @@ class CSFTConfig:
     out: Path
     """Directory of the results; made if missing."""
 
+    towers: Path | None = None
+    """Directory of towers that `mim pretrain` wrote, in the place of those that --vision and --text name."""
     vision: VisionEncoderConfig = field(default_factory=VisionEncoderConfig)
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
@@ -33,8 +38,11 @@ class CSFTConfig:
     feature_cache: Path | None = None
     """Folder where features of frozen towers are kept for other runs; by default one inside `out`."""
 
-    signal: Literal["purchase", "click", "all"] = "purchase"
-    """Which pairs are used (Table 4); `all` also takes files that have no column `signal`."""
+    loss: Literal["contrastive", "cross_entropy"] = "contrastive"
+    """Contrast with all items (Eq. 5–6), or cross-entropy of one item or pair at a time (Table 4)."""
+    interest_signal: Literal["purchase", "click", "all", "category"] = "purchase"
+    """Which pairs are used (Table 4); `all` also takes files that have no column `signal`. `category` has the
+    categories of the items of all pairs told, whatever came of the pairs; for `cross_entropy` only."""
     alpha: float = 0.5
     """Weight of the query against titles (Eq. 6)."""
     beta: float = 0.5
@@ -46,6 +54,16 @@ class CSFTConfig:
     """Fixed temperature; 1 is Eq. 5 as printed. By default learned, from 0.07."""
     mask_same_item: bool = True
     """Leave out of the negatives what is the positive item once more, or the query's own item."""
+    hard_negatives: bool = True
+    """Contrast every query with an item of the positive's category too (ST-NSG)."""
+    queue_batches: int = 0
+    """Batches before this one whose items are negatives too (k in ST-NSG); 0 for none. Each takes 1.5 KiB a
+    pair on its rank, for three levels of vectors of 128."""
+    queue_start_step: int = 0
+    """Steps before those batches are used; the queue is filled from the first step."""
+    balance_queue: bool = True
+    """Push items away from queries, in their own batch, as often as they are negatives in all: those that are
+    queued have no gradient, and would only ever be pulled. The loss is the same."""
 
     epochs: int = 8
     """Passes over the pairs; the best by recall@10 of held-out pairs is kept."""
@@ -63,8 +81,22 @@ class CSFTConfig:
     """Share of the steps in which the learning rate rises; after them it falls to 0 along a cosine."""
     validation_share: float = 0.05
     """Share of the pairs, the last by time, that are held out; with 0 the last epoch is kept."""
+    pictures: int = 8
+    """Held-out queries of which `retrieval.png` shows what they find."""
+    on_bad_row: Literal["fail", "skip"] = "fail"
+    """`skip` leaves out, and counts, pairs without an item, with an item that is not in the item table or
+    with an image that cannot be decoded; such items are nobody's hard negative. It decodes all pictures."""
     seed: int = 0
     """Seed of the initial weights, of the order of the pairs, of hard negatives and of dropout."""
+
+    parallel: Parallel = "ddp"
+    """Weights whole on every rank, or (`fsdp`) those of trained towers divided over the ranks."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision in which towers compute; heads and losses always take float32."""
+    chunk_size: int | None = None
+    """Pictures or titles that a trained tower takes at a time, computed again in the backward pass: the
+    gradient of a whole batch in the memory of a chunk (GradCache, Gao et al. 2021)."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     image_memory_gib: float = 2.0
     """Decoded images are kept in the memory of every rank if they fit into this; else they are decoded anew
@@ -75,6 +107,12 @@ class CSFTConfig:
     """Folder of the item index; by default one inside `out`."""
     log_every: int = 20
     """Steps between two entries of the log."""
+
+    def same_run(self) -> dict[str, Any]:
+        """What a run that is taken up must have been started with."""
+        free = {"out", "checkpoint", "log_every", "pictures", "image_memory_gib", "encode_batch_size",
+                "feature_cache", "item_cache"}  # fmt: skip
+        return {name: value for name, value in asdict(self).items() if name not in free}
 
     def encoder(self) -> ItemEncoderConfig:
         """The part that describes the encoder."""

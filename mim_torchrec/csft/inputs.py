@@ -6,40 +6,30 @@ item's.
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
-from safetensors.torch import load_file, save_file
+from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.images import decode_image
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.pairs import PairDataset
-from mim_torchrec.data.schema import (
-    PAIRS,
-    PAIRS_REQUIRED,
-    TIME,
-    open_parquet,
-    present_columns,
-    read_row_group,
+from mim_torchrec.encoders.features import (
+    compute_features,
+    item_features_file,
+    query_features_file,
+    read_or_compute,
 )
-from mim_torchrec.encoders.checkpoint import module_version
-from mim_torchrec.encoders.item_encoder import ItemEncoder
+from mim_torchrec.encoders.pixels import HasTowers, PixelInputs, Tokens
 from mim_torchrec.encoders.vision import VisionEncoder
-from mim_torchrec.training.checkpoint import whole_directory
 from mim_torchrec.training.distributed import Ranks
 
 log = logging.getLogger(__name__)
-
-Tokens = dict[str, Tensor]
 
 
 class Inputs(Protocol):
@@ -58,6 +48,7 @@ class Catalog:
     Args:
         items: the items.
         pairs: the pairs, for their query images.
+        readable: (num_items,) bool, items whose image can be decoded, by default all; others are blank.
 
     Attributes:
         query_picture: (num_pairs,) int64, the picture of each pair's query.
@@ -65,8 +56,9 @@ class Catalog:
         item_row: (num_pairs,) int64, the row of each pair's item.
     """
 
-    def __init__(self, items: ItemStore, pairs: PairDataset) -> None:
+    def __init__(self, items: ItemStore, pairs: PairDataset, readable: np.ndarray | None = None) -> None:
         self._items, self._pairs = items, pairs
+        self.readable = np.ones(len(items), bool) if readable is None else readable
         self.num_items = len(items)
         self.item_row = items.rows_of(pairs.item_ids)
         self.query_row = np.full(len(pairs), -1)
@@ -82,69 +74,29 @@ class Catalog:
         """Titles of items."""
         return self._items.titles(rows)
 
-    def decode(self, picture: int, vision: VisionEncoder) -> Tensor:
-        """One picture as the tower takes it. Raises DataError naming the place of one that is damaged."""
+    def open(self, picture: int) -> Image.Image:
+        """One picture. Raises DataError naming the place of one that is damaged or missing."""
         if picture < self.num_items:
-            return vision.transform(self._items.images(np.array([picture]))[0])
+            return self._items.images(np.array([picture]))[0]
         pair = int(self._pair_of[picture - self.num_items])
-        return vision.transform(
-            decode_image(self._pairs.query_image(pair), self._pairs.query_location(pair))
-        )
+        return decode_image(self._pairs.query_image(pair), self._pairs.query_location(pair))
 
-    def digest(self) -> str:
-        """Hash of all ids, titles and encoded images."""
-        digest = hashlib.sha256(self._items.item_ids.tobytes())
-        for row in range(self.num_items):
-            one = np.array([row])
-            digest.update(self._items.titles(one)[0].encode() + b"\0" + self._items.image_bytes(one)[0])
+    def decode(self, picture: int, vision: VisionEncoder) -> Tensor:
+        """One picture as the tower takes it. Raises DataError as `open` does."""
+        if picture < self.num_items and not self.readable[picture]:
+            return torch.zeros(3, vision.image_size, vision.image_size, dtype=torch.uint8)
+        return vision.transform(self.open(picture))
+
+    def items_digest(self) -> str:
+        """Hash of the items' ids, titles and images."""
+        return self._items.digest(self.readable)
+
+    def queries_digest(self) -> str:
+        """Hash of the query images that are no item's."""
+        digest = hashlib.sha256()
         for pair in self._pair_of:
             digest.update(self._pairs.query_ids[pair].tobytes() + self._pairs.query_image(int(pair)))
         return digest.hexdigest()
-
-
-class PixelInputs:
-    """Pixels and tokens, for towers that are trained.
-
-    Args:
-        catalog: pictures and titles.
-        encoder: whose preprocessing is used.
-        memory_gib: pictures are decoded once if they fit into this; None decodes whenever they are asked for.
-        ranks: the process group; each rank decodes its share, all keep all.
-    """
-
-    def __init__(
-        self, catalog: Catalog, encoder: ItemEncoder, memory_gib: float | None, ranks: Ranks
-    ) -> None:
-        self._catalog, self._encoder, self._ranks = catalog, encoder, ranks
-        self._pool = ThreadPoolExecutor(4)
-        size = catalog.num_pictures * 3 * encoder.vision.image_size**2
-        self._pixels: Tensor | None = None
-        if memory_gib is None:
-            return
-        if size <= memory_gib * 2**30:
-            mine = share_of(catalog.num_pictures, ranks)
-            chunks = [mine[i : i + 256] for i in range(0, len(mine), 256)]
-            progress = tqdm(chunks, desc="decode images", unit="batch", disable=not ranks.is_main)
-            decoded = [self._decode(chunk).numpy() for chunk in progress]
-            parts = ranks.all_gather_objects(decoded)
-            self._pixels = torch.from_numpy(np.concatenate([array for part in parts for array in part]))
-        else:
-            log.info("%.1f GiB of pixels are over the limit of %.1f GiB: every epoch decodes its images",
-                     size / 2**30, memory_gib)  # fmt: skip
-
-    def pictures(self, index: np.ndarray) -> Tensor:
-        """(n, 3, image_size, image_size) uint8."""
-        pixels = self._decode(index) if self._pixels is None else self._pixels[torch.from_numpy(index)]
-        return pixels.to(self._ranks.device)
-
-    def texts(self, rows: np.ndarray) -> Tokens:
-        """`input_ids` and `attention_mask`, (n, num_tokens)."""
-        tokens = self._encoder.text.tokenize(self._catalog.titles(rows))
-        return {name: value.to(self._ranks.device) for name, value in tokens.items()}
-
-    def _decode(self, index: np.ndarray) -> Tensor:
-        decoded = self._pool.map(lambda one: self._catalog.decode(int(one), self._encoder.vision), index)
-        return torch.stack(list(decoded))
 
 
 class FeatureInputs:
@@ -169,47 +121,74 @@ class FeatureInputs:
 
 
 def frozen_features(
-    catalog: Catalog, encoder: ItemEncoder, cache: Path, batch_size: int, ranks: Ranks
+    catalog: Catalog, towers: HasTowers, cache: Path, batch_size: int, ranks: Ranks
 ) -> FeatureInputs:
     """Features of all pictures and titles, each computed by one rank, or read from the cache.
 
     Args:
         catalog: pictures and titles.
-        encoder: on the rank's device, in evaluation mode.
+        towers: on the rank's device, in evaluation mode.
         cache: folder; features are kept by the version of the towers and the content of the catalog.
         batch_size: pictures or titles at a time.
         ranks: the process group.
     """
-    key = None
-    if ranks.is_main:
-        versions = [module_version(encoder.vision), module_version(encoder.text), catalog.digest()]
-        key = hashlib.sha256(" ".join(versions).encode()).hexdigest()[:16]
-    file = cache / ranks.all_gather_objects(key)[0] / "features.safetensors"
-    if all(ranks.all_gather_objects(file.is_file())):
-        log.info("features of frozen towers read from %s", file)
-        features = load_file(file)
-        return FeatureInputs(features["image"], features["text"], ranks.device)
+    inputs = PixelInputs(catalog, towers, None, ranks)
+    rows = np.arange(catalog.num_items)
 
-    def computed(count: int, what: str, encode: Callable[[np.ndarray], Tensor]) -> Tensor:
-        mine = share_of(count, ranks)
-        parts = []
-        with tqdm(total=len(mine), desc=f"encode {what}", disable=not ranks.is_main) as progress:
-            for start in range(0, len(mine), batch_size):
-                index = mine[start : start + batch_size]
-                parts.append(encode(index).cpu().numpy())
-                progress.update(len(index))
-        gathered = ranks.all_gather_objects(parts)
-        return torch.from_numpy(np.concatenate([array for part in gathered for array in part]))
+    def pictures(index: np.ndarray, what: str) -> Tensor:
+        return compute_features(lambda i: towers.vision(inputs.pictures(i)), index, batch_size, what, ranks)
 
-    inputs = PixelInputs(catalog, encoder, None, ranks)
-    with torch.no_grad():
-        image = computed(catalog.num_pictures, "images", lambda i: encoder.vision(inputs.pictures(i)))
-        text = computed(catalog.num_items, "titles", lambda i: encoder.text(inputs.texts(i)))
-    if ranks.is_main:
-        with whole_directory(file.parent) as folder:
-            save_file({"image": image, "text": text}, folder / file.name)
-    ranks.barrier()
-    return FeatureInputs(image, text, ranks.device)
+    def of_items() -> dict[str, Tensor]:
+        text = compute_features(lambda i: towers.text(inputs.texts(i)), rows, batch_size, "titles", ranks)
+        return {"image": pictures(rows, "images"), "text": text}
+
+    def of_queries() -> dict[str, Tensor]:
+        return {"image": pictures(np.arange(catalog.num_items, catalog.num_pictures), "queries")}
+
+    items = read_or_compute(
+        lambda: item_features_file(cache, towers, catalog.items_digest()), of_items, ranks
+    )
+    image = items["image"]
+    if catalog.num_pictures > catalog.num_items:
+        queries = read_or_compute(
+            lambda: query_features_file(cache, towers, catalog.queries_digest()), of_queries, ranks
+        )
+        image = torch.cat([image, queries["image"]])
+    return FeatureInputs(image, items["text"], ranks.device)
+
+
+def leave_out_unreadable(items: ItemStore, pairs: PairDataset) -> np.ndarray:
+    """Leave out pairs whose query image or item image cannot be decoded, and such items as hard negatives.
+
+    Every picture is decoded once for this.
+
+    Returns:
+        (num_items,) bool, the items whose image can be decoded.
+
+    Raises:
+        DataError: nothing is left.
+    """
+    catalog = Catalog(items, pairs)
+
+    def is_readable(picture: int) -> bool:
+        try:
+            catalog.open(picture)
+        except DataError as error:
+            log.warning("left out: %s", error)
+            return False
+        return True
+
+    with ThreadPoolExecutor() as pool:
+        readable = np.fromiter(pool.map(is_readable, range(catalog.num_pictures)), bool)
+    of_items = readable[: catalog.num_items]
+    if not readable.all():
+        negatives_are_readable = of_items[items.rows_of(pairs.logged_negatives())]
+        keep = readable[catalog.query_picture] & of_items[catalog.item_row] & negatives_are_readable
+        log.warning("%d items and %d pairs are left out for images that cannot be decoded",
+                    int((~of_items).sum()), int((~keep).sum()))  # fmt: skip
+        pairs.skipped += int((~keep).sum())
+        pairs.select(keep, items.item_ids[of_items])
+    return of_items
 
 
 def split_by_time(times: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
@@ -221,34 +200,3 @@ def split_by_time(times: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarr
     order = np.argsort(times, kind="stable")
     cut = len(times) - round(len(times) * share)
     return np.sort(order[:cut]), np.sort(order[cut:])
-
-
-def pair_times(files: Sequence[Path], signal: str | None) -> np.ndarray:
-    """Times of the pairs that `PairDataset` of the same files and signal holds, in its order.
-
-    Returns:
-        (num_pairs,) int64, microseconds since 1970.
-
-    Raises:
-        DataError: a file has no column `ts`, or a pair has no time.
-    """
-    times = []
-    for file in files:
-        parquet = open_parquet(file, PAIRS, PAIRS_REQUIRED)
-        if "ts" not in present_columns(parquet, PAIRS):
-            problem = "the column is missing, so the last pairs cannot be held out"
-            raise DataError(f"{problem}; --validation-share 0 trains on all", file, column="ts")
-        for group in range(parquet.num_row_groups):
-            table = read_row_group(parquet, group, ["ts"] if signal is None else ["ts", "signal"], file)
-            missing = np.flatnonzero(table["ts"].is_null().to_numpy())
-            if len(missing):
-                raise DataError("is null", file, group, int(missing[0]), "ts")
-            if signal is not None:
-                table = table.filter(pc.equal(table["signal"], signal))
-            times.append(table["ts"].cast(TIME).cast(pa.int64()).to_numpy())
-    return np.concatenate(times)
-
-
-def share_of(count: int, ranks: Ranks) -> np.ndarray:
-    """This rank's share of 0 … count - 1, contiguous."""
-    return np.arange(count * ranks.rank // ranks.world_size, count * (ranks.rank + 1) // ranks.world_size)

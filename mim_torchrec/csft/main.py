@@ -4,12 +4,13 @@
     python -m torch.distributed.run --nproc_per_node 2 -m mim_torchrec.csft.main --data DIR --out DIR
 """
 
+import hashlib
 import logging
 import os
 import shutil
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -17,23 +18,26 @@ import torch
 import tyro
 
 from mim_torchrec.csft.config import CSFTConfig
+from mim_torchrec.csft.image_search import draw, encode, evaluate, find, write
 from mim_torchrec.csft.inputs import (
     Catalog,
     FeatureInputs,
     Inputs,
     PixelInputs,
     frozen_features,
-    pair_times,
+    leave_out_unreadable,
     split_by_time,
 )
+from mim_torchrec.csft.objective import check_objective
 from mim_torchrec.csft.task import RECALL_AT, CSFTTask
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.pairs import PairDataset
 from mim_torchrec.data.schema import Dataset
-from mim_torchrec.encoders.checkpoint import encoder_version
+from mim_torchrec.encoders.checkpoint import encoder_version, load_encoder, towers_in_place_of
 from mim_torchrec.encoders.item_encoder import ItemEncoder
-from mim_torchrec.encoders.text import TINY, train_tokenizer
+from mim_torchrec.encoders.text import learns_tokenizer, train_tokenizer
 from mim_torchrec.training.checkpoint import write_json
+from mim_torchrec.training.checkpoints import Checkpoints
 from mim_torchrec.training.distributed import Ranks, distributed
 from mim_torchrec.training.loop import fit
 
@@ -49,6 +53,7 @@ def fine_tune(config: CSFTConfig, ranks: Ranks) -> dict[str, Any]:
         raise ValueError("--init pca needs --freeze-towers True: features change while towers are trained")
     if config.head.principal_dim and (config.init == "random" or not config.freeze_towers):
         raise ValueError("--head.principal-dim needs --freeze-towers True and --init pca or auto")
+    check_objective(config)
     if not 0 <= config.validation_share < 1:
         raise ValueError(f"--validation-share is {config.validation_share}; it must be in [0, 1)")
     config.out.mkdir(parents=True, exist_ok=True)
@@ -57,11 +62,17 @@ def fine_tune(config: CSFTConfig, ranks: Ranks) -> dict[str, Any]:
 
     dataset = Dataset(config.data)
     items = ItemStore.open(dataset, config.item_cache or config.out / "items")
-    signal = None if config.signal == "all" else config.signal
-    pairs = PairDataset(dataset.pairs(), items, signal=signal, seed=config.seed)
-    times = pair_times(dataset.pairs(), signal) if config.validation_share else np.arange(len(pairs))
+    signal = None if config.interest_signal in ("all", "category") else config.interest_signal
+    pairs = PairDataset(
+        dataset.pairs(), items, signal=signal, seed=config.seed, on_bad_row=config.on_bad_row
+    )
+    readable = leave_out_unreadable(items, pairs) if config.on_bad_row == "skip" else None
+    times = pairs.times() if config.validation_share else np.arange(len(pairs))
     train, held_out = split_by_time(times, config.validation_share)
-    catalog = Catalog(items, pairs)
+    catalog = Catalog(items, pairs, readable)
+    untitled = sum(not title.strip() for title in items.titles(np.arange(len(items))))
+    if untitled:
+        log.warning("%d of %d items have an empty title", untitled, len(items))
     log.info("%d items, %d pairs to train on, %d held out, %d query images that are no items'", len(items),
              len(train), len(held_out), catalog.num_pictures - len(items))  # fmt: skip
 
@@ -69,6 +80,7 @@ def fine_tune(config: CSFTConfig, ranks: Ranks) -> dict[str, Any]:
     inputs = _inputs(config, encoder, catalog, ranks)
     torch.manual_seed(config.seed + 1 + ranks.rank)  # dropout differs from rank to rank
     task = CSFTTask(config, encoder, inputs, items, pairs, catalog, train, held_out, ranks)
+    same_run = config.same_run() | {"pairs_digest": _digest(items.item_ids, pairs.query_ids, pairs.item_ids)}
     history = fit(
         task,
         epochs=config.epochs,
@@ -77,19 +89,25 @@ def fine_tune(config: CSFTConfig, ranks: Ranks) -> dict[str, Any]:
         select=f"recall_at_{RECALL_AT}" if len(held_out) else None,
         patience=config.patience if len(held_out) else None,
         log_every=config.log_every,
+        checkpoints=Checkpoints(config.out / "checkpoints", config.checkpoint, same_run, ranks),
     )
-    if ranks.is_main:
+    if ranks.is_main and (config.out / "best").exists():  # not so where a finished run is started again
         shutil.rmtree(config.out / "encoder", ignore_errors=True)
         os.replace(config.out / "best", config.out / "encoder")
     ranks.barrier()
+    found = _search(config, inputs, held_out, catalog, items, ranks)
     best = history.epochs[history.best_epoch]
     metrics = {name: value for name, value in best.items() if name not in ("epoch", "seconds")} | {
         "chance": RECALL_AT / len(items),
+        "retrieval": found,
         "best_epoch": history.best_epoch,
         "encoder_version": encoder_version(config.out / "encoder"),
         "items": len(items),
         "pairs": len(train),
         "held_out_pairs": len(held_out),
+        "skipped_pairs": pairs.skipped,
+        "unreadable_items": int((~catalog.readable).sum()),
+        "untitled_items": untitled,
         "world_size": ranks.world_size,
         "seed": config.seed,
         "seconds": time.perf_counter() - started,
@@ -101,9 +119,33 @@ def fine_tune(config: CSFTConfig, ranks: Ranks) -> dict[str, Any]:
     return metrics
 
 
+def _digest(*ids: np.ndarray) -> str:
+    return hashlib.sha256(b"".join(one.tobytes() for one in ids)).hexdigest()[:16]
+
+
+def _search(
+    config: CSFTConfig, inputs: Inputs, held_out: np.ndarray, catalog: Catalog, items: ItemStore, ranks: Ranks
+) -> dict[str, Any] | None:
+    """Image search with the encoder that was kept; None where no pairs are held out."""
+    if not len(held_out):
+        return None
+    encoder = load_encoder(config.out / "encoder", ranks.device)
+    model = encoder.head if config.freeze_towers else encoder
+    query, items_mm = encode(model, inputs, held_out, catalog, config.encode_batch_size, ranks)
+    found = find(query, items_mm, held_out, catalog)
+    report = evaluate(found, held_out, catalog, items)
+    if ranks.is_main:
+        write(report, draw(held_out, found, catalog, config.pictures), config.out)
+    return report
+
+
 def _build_encoder(config: CSFTConfig, items: ItemStore) -> ItemEncoder:
+    if config.towers is not None:
+        towers = towers_in_place_of(config.towers, config.vision, config.text)
+        settings = replace(config.encoder(), vision=towers.vision.config, text=towers.text.config)
+        return ItemEncoder(settings, *towers)
     tokenizer = None
-    if config.text.name == TINY:
+    if learns_tokenizer(config.text):
         tokenizer = train_tokenizer(items.titles(np.arange(len(items))))
     return ItemEncoder.build(config.encoder(), tokenizer)
 

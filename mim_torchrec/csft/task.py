@@ -1,7 +1,8 @@
 """C-SFT as a task of the shared loop: pairs with hard negatives, the loss, recall of what was bought."""
 
+import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,22 +10,31 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from mim_torchrec.csft.config import CSFTConfig
-from mim_torchrec.csft.inputs import Catalog, Inputs, Tokens, share_of
+from mim_torchrec.csft.image_search import encode, find
+from mim_torchrec.csft.inputs import Catalog, Inputs, Tokens
+from mim_torchrec.csft.objective import Objective, make_objective
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.pairs import PairDataset
 from mim_torchrec.encoders.checkpoint import save_encoder
 from mim_torchrec.encoders.item_encoder import ItemEncoder, ItemHead
-from mim_torchrec.losses.info_nce import MultiLevelInfoNCE
+from mim_torchrec.losses.cross_entropy import CategoryCrossEntropy, PairCrossEntropy
 from mim_torchrec.training.distributed import Ranks
+from mim_torchrec.training.parallel import parallelize, synchronize_buffers, whole_state
+from mim_torchrec.training.state import TrainingState
 
 RECALL_AT = 10
 
 
 @dataclass
 class PairBatch:
-    """N pairs of a rank: queries, and items, the N positives first and the N hard negatives after them."""
+    """N pairs of a rank: queries, and items, the N positives first and after them the N hard negatives.
+
+    Hard negatives may be left out as a whole; `item_category` is there for the loss that classifies.
+    """
 
     query: Tensor
     query_text: Tensor | Tokens | None
@@ -32,32 +42,84 @@ class PairBatch:
     text: Tensor | Tokens
     item_row: Tensor
     query_row: Tensor
+    pair: np.ndarray
+    """(N,) indexes of the pairs."""
+    item_category: Tensor | None = None
 
 
 class Contrast(nn.Module):
     """The trained part and the loss in one module, so that DDP averages every gradient.
 
+    Each tower is called once a step, for queries and items together.
+
     Args:
         encoder: the whole encoder, which takes pixels and tokens, or its head, which takes features.
         loss: the loss.
+        bf16: whether towers compute in bfloat16.
+        chunk_size: what a tower takes at a time; None for all of a batch.
     """
 
-    def __init__(self, encoder: ItemEncoder | ItemHead, loss: MultiLevelInfoNCE) -> None:
+    def __init__(
+        self,
+        encoder: ItemEncoder | ItemHead,
+        loss: Objective,
+        bf16: bool = False,
+        chunk_size: int | None = None,
+    ) -> None:
         super().__init__()
         self.encoder = encoder
         self.loss = loss
+        self._bf16, self._chunk_size = bf16, chunk_size
 
     def forward(self, batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a batch and scalars about it."""
-        items = self.encoder.encode_items(batch.image, batch.text)
+        head, query, query_text, image, text = self._features(batch)
+        items = head.encode_items(image, text)
+        if isinstance(self.loss, CategoryCrossEntropy):
+            return self.loss(items.mm, items.text, items.image, batch.item_category)
         query_mm = None
-        if batch.query_text is not None:
-            query_mm, query, _ = self.encoder.encode_items(batch.query, batch.query_text)
+        if query_text is not None:
+            query_mm, h_query, _ = head.encode_items(query, query_text)
         else:
-            query = self.encoder.encode_query(batch.query)
+            h_query = head.encode_query(query)
+        if isinstance(self.loss, PairCrossEntropy):
+            return self.loss(h_query, items.mm, items.text, items.image)
         return self.loss(
-            query, items.mm, items.text, items.image, batch.item_row, batch.query_row, query_mm
+            h_query, items.mm, items.text, items.image, batch.item_row, batch.query_row, query_mm
         )
+
+    def _features(self, batch: PairBatch) -> tuple[ItemHead, Tensor, Tensor | None, Tensor, Tensor]:
+        """The head, and what it takes: features of queries, of their titles, of items and of theirs."""
+        if isinstance(self.encoder, ItemHead):
+            return self.encoder, batch.query, batch.query_text, batch.image, batch.text
+        image = self._encode(self.encoder.vision, torch.cat([batch.query, batch.image]))
+        titles = batch.text if batch.query_text is None else join_tokens(batch.query_text, batch.text)
+        text = self._encode(self.encoder.text, titles)
+        queries = len(batch.query)
+        query_text = None if batch.query_text is None else text[: len(text) - len(image) + queries]
+        text = text if query_text is None else text[len(query_text) :]
+        return self.encoder.head, image[:queries], query_text, image[queries:], text
+
+    def _encode(self, tower: nn.Module, inputs: Tensor | Tokens) -> Tensor:
+        whole = inputs if isinstance(inputs, Tensor) else inputs["input_ids"]
+        with torch.autocast(whole.device.type, torch.bfloat16, enabled=self._bf16):
+            if self._chunk_size is None or not self.training or len(whole) <= self._chunk_size:
+                return tower(inputs).float()
+            parts = [
+                inputs[start : start + self._chunk_size] if isinstance(inputs, Tensor)
+                else {name: value[start : start + self._chunk_size] for name, value in inputs.items()}
+                for start in range(0, len(whole), self._chunk_size)
+            ]  # fmt: skip
+            return torch.cat([checkpoint(tower, part, use_reentrant=False).float() for part in parts])
+
+
+def join_tokens(first: Tokens, second: Tokens) -> Tokens:
+    """Titles of both, padded to the longest; what is padded is masked."""
+    width = max(first["input_ids"].shape[1], second["input_ids"].shape[1])
+    return {
+        name: torch.cat([F.pad(part[name], (0, width - part[name].shape[1])) for part in (first, second)])
+        for name in first
+    }
 
 
 class CSFTTask:
@@ -101,30 +163,39 @@ class CSFTTask:
         self._items, self._pairs, self._catalog = items, pairs, catalog
         self._train, self._held_out, self._ranks = train, held_out, ranks
         self._per_rank = config.batch_size // ranks.world_size
-        loss = MultiLevelInfoNCE(
-            config.alpha, config.beta, config.gamma, config.temperature, config.mask_same_item
-        )
+        self._category: np.ndarray | None = None
+        num_categories = 0
+        if config.interest_signal == "category":
+            names = np.asarray(items.categories(np.arange(len(items))), dtype=object).astype(str)
+            known, self._category = np.unique(names, return_inverse=True)
+            num_categories = len(known)
+        loss = make_objective(config, num_categories)
         trained = encoder.head if config.freeze_towers else encoder
-        self._contrast = Contrast(trained, loss).to(ranks.device)
-        self.model: nn.Module = self._contrast
-        if ranks.world_size > 1:
-            self.model = nn.parallel.DistributedDataParallel(self._contrast)
+        towers = [] if config.freeze_towers else [encoder.vision, encoder.text]
+        if config.chunk_size is not None:
+            check_chunks(config, towers)
+        self._plain: ItemEncoder | None = None
+        if config.parallel == "fsdp" and ranks.is_main:
+            self._plain = copy.deepcopy(encoder).cpu()  # takes the whole weights, to be saved
+        self._contrast = Contrast(trained, loss, config.precision == "bf16", config.chunk_size)
+        self.model = parallelize(self._contrast.to(ranks.device), config.parallel, towers, ranks)
         self.optimizer = make_optimizer(self._contrast, config)
         steps = self.num_batches(0) * config.epochs
         schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, warmup_cosine(math.ceil(config.warmup * steps), steps)
         )
         self.optimizer.register_step_post_hook(lambda *_: schedule.step())
+        self.state = TrainingState(self.model, self.optimizer, schedule)
 
     def num_batches(self, epoch: int) -> int:
         """Whole batches of an epoch; the rest of the pairs waits for the next order."""
         return len(self._train) // self._config.batch_size
 
-    def batches(self, epoch: int) -> Iterator[PairBatch]:
-        """This rank's part of every batch, in an order of (seed, epoch)."""
+    def batches(self, epoch: int, first: int = 0) -> Iterator[PairBatch]:
+        """This rank's part of every batch from `first` on, in an order of (seed, epoch)."""
         self._pairs.set_epoch(epoch)
         order = np.random.default_rng((self._config.seed, epoch)).permutation(self._train)
-        for step in range(self.num_batches(epoch)):
+        for step in range(first, self.num_batches(epoch)):
             start = step * self._config.batch_size + self._ranks.rank * self._per_rank
             yield self._batch(order[start : start + self._per_rank])
 
@@ -132,11 +203,15 @@ class CSFTTask:
         """Pairs in a batch."""
         return len(batch.query_row)
 
+    def batch_ids(self, batch: PairBatch) -> dict[str, list[int]]:
+        """Item ids of a batch's items, and the ids of its queries."""
+        items = self._items.item_ids[batch.item_row.cpu().numpy()]
+        return {"item_ids": items.tolist(), "query_ids": self._pairs.query_ids[batch.pair].tolist()}
+
     def training_forward(self, batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Multi-level InfoNCE of a batch."""
         return self.model(batch)
 
-    @torch.no_grad()
     def after_epoch(self, epoch: int) -> dict[str, float]:
         """Recall of the bought item among all items: h_q^img of held-out queries against h^MM.
 
@@ -146,34 +221,31 @@ class CSFTTask:
         """
         if not len(self._held_out):
             return {}
-        encoder = self._contrast.encoder
-        encoder.eval()
-        item_mm = F.normalize(self._all_items(encoder), dim=1)
-        mine = self._held_out[share_of(len(self._held_out), self._ranks)]
-        ranks = [torch.zeros(0)]
-        for chunk in self._chunks(mine):
-            pictures = self._inputs.pictures(self._catalog.query_picture[chunk])
-            scores = F.normalize(encoder.encode_query(pictures).float(), dim=1) @ item_mm.T
-            own = torch.from_numpy(self._catalog.query_row[chunk])
-            of_items = torch.nonzero(own >= 0).flatten()
-            scores[of_items, own[of_items]] = -torch.inf
-            positive = torch.from_numpy(self._catalog.item_row[chunk])[:, None].to(scores.device)
-            # all that score as high come first, so that vectors that are all the same find nothing
-            ranks.append((scores >= scores.gather(1, positive)).sum(1).float().cpu())
-        place = torch.cat(self._ranks.all_gather_objects(torch.cat(ranks)))
+        synchronize_buffers(self.model)
+        encoder = self._contrast.encoder.eval()
+        size = self._config.encode_batch_size
+        vectors = encode(encoder, self._inputs, self._held_out, self._catalog, size, self._ranks)
+        place = find(*vectors, self._held_out, self._catalog).place.double()
         return {
-            f"recall_at_{RECALL_AT}": float((place <= RECALL_AT).float().mean()),
+            f"recall_at_{RECALL_AT}": float((place <= RECALL_AT).double().mean()),
             "mrr": float((1 / place).mean()),
         }
 
     def save(self, path: Path) -> None:
         """Write the encoder's checkpoint, towers included."""
-        if self._ranks.is_main:
+        if self._config.parallel == "fsdp":
+            weights = whole_state(self._encoder)
+            if self._plain is not None:
+                self._plain.load_state_dict(weights)
+                save_encoder(self._plain, path)
+        elif self._ranks.is_main:
             save_encoder(self._encoder, path)
 
     def _batch(self, index: np.ndarray) -> PairBatch:
-        negatives = [self._pairs.hard_negative(int(i)) for i in index]
-        rows = np.concatenate([self._catalog.item_row[index], self._items.rows_of(np.array(negatives))])
+        rows = self._catalog.item_row[index]
+        if self._config.hard_negatives and self._category is None:
+            negatives = [self._pairs.hard_negative(int(i)) for i in index]
+            rows = np.concatenate([rows, self._items.rows_of(np.array(negatives))])
         query_row = self._catalog.query_row[index]
         return PairBatch(
             query=self._inputs.pictures(self._catalog.query_picture[index]),
@@ -182,20 +254,25 @@ class CSFTTask:
             text=self._inputs.texts(rows),
             item_row=torch.from_numpy(rows).to(self._ranks.device),
             query_row=torch.from_numpy(query_row).to(self._ranks.device),
+            pair=index,
+            item_category=None if self._category is None
+            else torch.from_numpy(self._category[rows]).to(self._ranks.device),
         )
 
-    def _all_items(self, encoder: ItemEncoder | ItemHead) -> Tensor:
-        parts = [
-            encoder.encode_items(self._inputs.pictures(rows), self._inputs.texts(rows)).mm.float().cpu()
-            for rows in self._chunks(share_of(len(self._items), self._ranks))
-        ]
-        gathered = self._ranks.all_gather_objects(parts)
-        return torch.cat([part for rank in gathered for part in rank]).to(self._ranks.device)
 
-    def _chunks(self, index: np.ndarray) -> Iterator[np.ndarray]:
-        size = self._config.encode_batch_size
-        for start in range(0, len(index), size):
-            yield index[start : start + size]
+def check_chunks(config: CSFTConfig, towers: Sequence[nn.Module]) -> None:
+    """Raise ValueError where a batch in chunks is not the batch in one, or there is nothing to cut."""
+    if not towers:
+        raise ValueError("--chunk-size is for towers that are trained; the features of frozen ones are small")
+    if config.chunk_size < 1:
+        raise ValueError(f"--chunk-size is {config.chunk_size}; it must be positive")
+    if config.parallel == "fsdp":
+        raise ValueError("--chunk-size needs --parallel ddp; with fsdp take activation checkpointing")
+    if any(isinstance(module, _BatchNorm) for tower in towers for module in tower.modules()):
+        raise ValueError(
+            f"--chunk-size: {config.vision.name} has batch normalization, whose statistics would be those of "
+            "chunks; choose a tower without, or a smaller batch"
+        )
 
 
 def make_optimizer(model: Contrast, config: CSFTConfig) -> torch.optim.AdamW:

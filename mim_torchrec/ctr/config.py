@@ -1,14 +1,15 @@
 """Configuration of the CTR stage; every field is a flag of `mim ctr`."""
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from mim_torchrec.ciubm.content import Pooling
 from mim_torchrec.ciubm.ubm.activation import Activation
 from mim_torchrec.ciubm.ubm.sim import Search
+from mim_torchrec.training.checkpoints import CheckpointConfig
 
 UBM = Literal["avg_pooling", "din", "dien", "bst", "sim", "twin"]
 
@@ -107,10 +108,16 @@ class CTRConfig(ModelConfig):
     """Share of unknown ids of one kind above which an alarm is logged."""
     on_bad_row: Literal["fail", "skip"] = "fail"
     """Stop at a malformed request, or skip and count it."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     item_cache: Path | None = None
     """Folder of the item index; by default one inside `out`."""
     log_every: int = 20
     """Steps between two lines of the log."""
+
+    def same_run(self) -> dict[str, Any]:
+        """What a run that is taken up must have been started with."""
+        free = {"out", "checkpoint", "log_every", "item_cache"}
+        return {name: value for name, value in asdict(self).items() if name not in free}
 
     def model(self) -> ModelConfig:
         """The part that describes the model."""

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from mim_torchrec.data.ages import NUM_AGE_SETS, age_sets
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.requests import RequestReader
@@ -15,8 +16,6 @@ from mim_torchrec.training import metrics
 from mim_torchrec.training.distributed import Ranks
 
 log = logging.getLogger(__name__)
-
-NUM_AGE_SETS = 10
 
 
 @torch.no_grad()
@@ -86,16 +85,10 @@ def summarize(predictions: dict[str, np.ndarray], items: ItemStore) -> dict[str,
 def by_age(predictions: dict[str, np.ndarray], items: ItemStore) -> list[dict[str, Any]]:
     """AUC of the impressions of ten equal sets of items, S1 the newest (MIM, Figure 6).
 
-    All items of the store are divided by the time they were listed; ties are broken by item id.
-
     Raises:
         DataError: an item has no `listed_at`.
     """
-    rows = np.arange(len(items))
-    newest_first = np.lexsort((items.item_ids, -items.listed_at(rows)))
-    age_set = np.empty(len(items), np.int64)
-    age_set[newest_first] = rows * NUM_AGE_SETS // len(items)
-    of_impression = age_set[items.rows_of(predictions["item_id"])]
+    of_impression = age_sets(items)[items.rows_of(predictions["item_id"])]
     return [{"set": f"S{k + 1}", **_part(predictions, of_impression == k)} for k in range(NUM_AGE_SETS)]
 
 

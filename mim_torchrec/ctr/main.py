@@ -28,6 +28,7 @@ from mim_torchrec.embeddings.sharded.frozen import frozen_config
 from mim_torchrec.embeddings.sharded.live import ItemIndex
 from mim_torchrec.embeddings.sharded.load import load_table, open_table, table_digest
 from mim_torchrec.training.checkpoint import write_json
+from mim_torchrec.training.checkpoints import Checkpoints
 from mim_torchrec.training.distributed import Ranks, distributed
 from mim_torchrec.training.loop import fit
 
@@ -81,6 +82,8 @@ def train_and_evaluate(config: CTRConfig, ranks: Ranks) -> dict[str, Any]:
             "digest_before": table_digest(frozen),
         }
 
+    # a table is the same by what it holds, wherever it lies
+    same_run = config.same_run() | {"table": None if facts is None else facts["digest_before"]}
     task = CTRTask(model, optimizer, readers["train"], readers["validation"], mapper, ranks,
                    config.aux_weight)  # fmt: skip
     history = fit(
@@ -91,6 +94,7 @@ def train_and_evaluate(config: CTRConfig, ranks: Ranks) -> dict[str, Any]:
         select="auc",
         patience=config.patience,
         log_every=config.log_every,
+        checkpoints=Checkpoints(config.out / "checkpoints", config.checkpoint, same_run, ranks),
     )
     load_model(model, config.out / "best")
     predictions = predict(model, readers["test"], mapper, ranks)
@@ -147,7 +151,6 @@ def main(argv: list[str] | None = None) -> None:
     # torch and torchrec about themselves
     warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
     warnings.filterwarnings("ignore", message="Please use DTensor instead")
-    warnings.filterwarnings("ignore", message="Detected an existing checkpoint")
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     with distributed(config.seed) as ranks:
         train_and_evaluate(config, ranks)

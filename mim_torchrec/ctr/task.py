@@ -1,7 +1,9 @@
 """CTR training as a task of the shared loop: batches, loss, validation, checkpoint."""
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +18,7 @@ from mim_torchrec.data.batch import RequestBatch
 from mim_torchrec.data.requests import RequestReader
 from mim_torchrec.data.vocabulary import IdMapper
 from mim_torchrec.training import metrics
+from mim_torchrec.training.checkpoint import whole_directory_of_ranks
 from mim_torchrec.training.distributed import Ranks
 
 
@@ -35,6 +38,38 @@ def global_mean_loss(logits: Tensor, labels: Tensor, world_size: int) -> Tensor:
         dist.all_reduce(count)
     total = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
     return total * world_size / count.clamp(min=1)  # an auxiliary task may have nothing to compare
+
+
+class CTRState:
+    """What checkpoints hold of a sharded model and its optimizers, each rank its shards.
+
+    Args:
+        model: the sharded model.
+        optimizer: of everything trainable.
+    """
+
+    def __init__(self, model: DistributedModelParallel, optimizer: CombinedOptimizer) -> None:
+        self._model, self._optimizer = model, optimizer
+
+    def shared(self) -> dict[str, Any]:
+        """Everything trainable, and the optimizers' state, which is made where no step has made it yet."""
+        for _, optimizer in self._optimizer.optimizers:
+            if optimizer.params and not optimizer.state:
+                optimizer.init_state()  # a step of gradients that are 0; what it changes is loaded over
+                optimizer.zero_grad()
+        return {"model": _trainable_state(self._model), "optimizer": self._optimizer.state_dict()}
+
+    def load_shared(self, state: dict[str, Any]) -> None:
+        """Take what a checkpoint filled."""
+        self._model.load_state_dict(state["model"], strict=False)
+        self._optimizer.load_state_dict(state["optimizer"])
+
+    def local(self) -> dict[str, Any]:
+        """Nothing is a rank's own."""
+        return {}
+
+    def load_local(self, state: dict[str, Any]) -> None:
+        """Take nothing."""
 
 
 class CTRTask:
@@ -67,20 +102,25 @@ class CTRTask:
         self._mapper = mapper
         self._ranks = ranks
         self._aux_weight = aux_weight
+        self.state = CTRState(model, optimizer)
 
     def num_batches(self, epoch: int) -> int:
         """Steps of an epoch, the same on every rank."""
         return self._train.num_batches
 
-    def batches(self, epoch: int) -> Iterator[RequestBatch]:
-        """Batches of an epoch, ids mapped to rows and on the rank's device."""
+    def batches(self, epoch: int, first: int = 0) -> Iterator[RequestBatch]:
+        """Batches of an epoch from `first` on, ids mapped to rows and on the rank's device."""
         self._train.set_epoch(epoch)
-        for batch in self._train:
+        for batch in islice(self._train, first, None):
             yield self._mapper(batch).to(self._ranks.device)
 
     def num_samples(self, batch: RequestBatch) -> int:
         """Candidates in a batch."""
         return batch.labels.numel()
+
+    def batch_ids(self, batch: RequestBatch) -> dict[str, list[int]]:
+        """Ids of a batch's requests."""
+        return {"request_ids": batch.request_ids.tolist()}
 
     def training_forward(self, batch: RequestBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a batch; of an auxiliary part its value before its weight is reported."""
@@ -105,15 +145,16 @@ class CTRTask:
 
     def save(self, path: Path) -> None:
         """Write the trainable state, see `save_model`."""
-        save_model(self.model, path)
+        with whole_directory_of_ranks(path, self._ranks) as folder:
+            save_model(self.model, folder)
 
 
 def save_model(model: DistributedModelParallel, path: Path) -> None:
-    """Write the trainable state over what is at `path`, each rank its shards.
+    """Write the trainable state into a directory, each rank its shards.
 
     The frozen table is left out: it has files of its own.
     """
-    dcp.save(_trainable_state(model), storage_writer=dcp.FileSystemWriter(str(path), overwrite=True))
+    dcp.save(_trainable_state(model), checkpoint_id=str(path))
 
 
 def load_model(model: DistributedModelParallel, path: Path) -> None:

@@ -4,6 +4,7 @@ The index is one file, written once per data set in the order of the Parquet fil
 group; ids are sorted when it is opened. Ranks of one machine share its pages.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -119,6 +120,15 @@ class ItemStore:
             missing = int(np.flatnonzero(values.is_null().to_numpy())[0])
             self._refuse(int(np.asarray(rows)[missing]), "listed_at", "is null")
         return values.cast(pa.int64()).to_numpy()
+
+    def digest(self, readable: np.ndarray | None = None) -> str:
+        """Hash of all ids, titles and encoded images; of images outside `readable` (num_items,) nothing."""
+        digest = hashlib.sha256(self.item_ids.tobytes())
+        for row in range(len(self)):
+            one = np.array([row])
+            image = self._column("image", one)[0] if readable is None or readable[row] else None
+            digest.update(self.titles(one)[0].encode() + b"\0" + (image or b""))
+        return digest.hexdigest()
 
     def location(self, row: int, column: str | None = None) -> Location:
         """Where the item of a row comes from."""

@@ -8,6 +8,7 @@ what does not, which is easy, and is no interest.
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -20,12 +21,15 @@ from mim_torchrec.data.schema import (
     PAIRS,
     PAIRS_REQUIRED,
     SIGNALS,
+    TIME,
     open_parquet,
     present_columns,
     read_row_group,
 )
 
 log = logging.getLogger(__name__)
+
+_NO_TIME = np.iinfo(np.int64).min
 
 
 class PairDataset(TorchDataset):
@@ -39,6 +43,8 @@ class PairDataset(TorchDataset):
         items: the items that the pairs name.
         signal: only pairs of this signal, "purchase" or "click"; None for all.
         seed: of the sampled hard negatives, with the epoch and the index of the pair.
+        on_bad_row: what happens to a pair that names no item, or one that is not in the store: "fail" raises
+            an error, "skip" leaves it out and counts it in `skipped`.
 
     `query_ids`, `item_ids` (num_pairs,) int64 and `query_is_item` (num_pairs,) bool are there for those who
     work with vectors computed once per query and item.
@@ -48,14 +54,27 @@ class PairDataset(TorchDataset):
     """
 
     def __init__(
-        self, files: Sequence[str | Path], items: ItemStore, *, signal: str | None = None, seed: int = 0
+        self,
+        files: Sequence[str | Path],
+        items: ItemStore,
+        *,
+        signal: str | None = None,
+        seed: int = 0,
+        on_bad_row: Literal["fail", "skip"] = "fail",
     ) -> None:
         if signal is not None and signal not in SIGNALS:
             raise ValueError(f"signal {signal!r} is not one of {', '.join(SIGNALS)}")
         self._items, self._seed, self._epoch = items, seed, 0
-        parts = [part for file in files for part in _read(Path(file), items, signal)]
+        read = [part for file in files for part in _read(Path(file), items, signal, on_bad_row == "skip")]
+        parts = [part for part in read if len(part["item_id"])]
+        self.skipped: int = sum(part["skipped"] for part in read)
         if not parts:
-            raise DataError(f"no pair with signal {signal!r}", file=files[0] if files else None)
+            left = f" ({self.skipped} pairs are left out)" if self.skipped else ""
+            raise DataError(f"no pair with signal {signal!r}{left}", file=files[0] if files else None)
+        if self.skipped:
+            log.warning("%d of %d pairs are left out: they name no item, or one that is not there",
+                        self.skipped, self.skipped + sum(len(part["item_id"]) for part in parts))  # fmt: skip
+        self._usable: np.ndarray = items.item_ids
         self._images = pa.chunked_array([part["query_image"] for part in parts])
         self._origin = [origin for part in parts for origin in part["origin"]]
         self.query_ids: np.ndarray = np.concatenate([part["query_id"] for part in parts])
@@ -63,6 +82,7 @@ class PairDataset(TorchDataset):
         self._logged: np.ndarray = np.concatenate([part["hard_negative_item_id"] for part in parts])
         self._has_logged: np.ndarray = np.concatenate([part["has_hard_negative"] for part in parts])
         self.query_is_item: np.ndarray = self._images.is_null().to_numpy()
+        self._times: np.ndarray = np.concatenate([part["ts"] for part in parts])
         if len(items) < 3:
             raise DataError(f"{len(items)} items are too few to draw hard negatives from")
         self._members = self._members_by_category()
@@ -73,6 +93,38 @@ class PairDataset(TorchDataset):
     def set_epoch(self, epoch: int) -> None:
         """Choose the sampled hard negatives."""
         self._epoch = epoch
+
+    def select(self, keep: np.ndarray, usable_items: np.ndarray) -> None:
+        """Leave out pairs, and items from the hard negatives.
+
+        Args:
+            keep: (num_pairs,) bool, the pairs that stay.
+            usable_items: (n,) int64, item ids that a sampled hard negative may have.
+
+        Raises:
+            DataError: no pair stays, or fewer than three items.
+        """
+        if not keep.any() or len(usable_items) < 3:
+            raise DataError(f"{int(keep.sum())} pairs and {len(usable_items)} items are left: too few")
+        index = np.flatnonzero(keep)
+        self._images = self._images.take(pa.array(index))
+        self._origin = [self._origin[i] for i in index]
+        for name in ("query_ids", "item_ids", "_logged", "_has_logged", "query_is_item", "_times"):
+            setattr(self, name, getattr(self, name)[index])
+        self._usable = usable_items
+        self._members = self._members_by_category()
+
+    def logged_negatives(self) -> np.ndarray:
+        """(num_pairs,) int64, the hard negative of each pair that was logged, else the pair's own item."""
+        return np.where(self._has_logged, self._logged, self.item_ids)
+
+    def times(self) -> np.ndarray:
+        """(num_pairs,) int64, microseconds since 1970. Raises DataError where a pair has no time."""
+        missing = np.flatnonzero(self._times == _NO_TIME)
+        if len(missing):
+            problem = "is null or not there, so the last pairs cannot be held out"
+            raise DataError(f"{problem}; --validation-share 0 trains on all", *self._origin[missing[0]], "ts")
+        return self._times
 
     def __getitem__(self, index: int) -> dict[str, bytes | int]:
         index = range(len(self))[index]
@@ -110,7 +162,7 @@ class PairDataset(TorchDataset):
         excluded = {int(self.item_ids[index])}
         if self.query_is_item[index]:
             excluded.add(int(self.query_ids[index]))
-        for members in (self._members[self._category_of[row]], self.item_ids, self._items.item_ids):
+        for members in (self._members[self._category_of[row]], self.item_ids, self._usable):
             if self._has_others(members, excluded):
                 break
         while True:
@@ -137,16 +189,16 @@ class PairDataset(TorchDataset):
         return bool((~np.isin(members, list(excluded))).any())
 
 
-def _read(file: Path, items: ItemStore, signal: str | None) -> list[dict]:
+def _read(file: Path, items: ItemStore, signal: str | None, skip: bool) -> list[dict]:
     parquet = open_parquet(file, PAIRS, PAIRS_REQUIRED)
     columns = present_columns(parquet, PAIRS)
     if signal is not None and "signal" not in columns:
         problem = f"the column is missing, so pairs of signal {signal!r} cannot be told"
         raise DataError(problem, file, column="signal")
     return [
-        part for group in range(parquet.num_row_groups)
-        if len((part := _read_group(parquet, file, group, columns, items, signal))["item_id"])
-    ]  # fmt: skip
+        _read_group(parquet, file, group, columns, items, signal, skip)
+        for group in range(parquet.num_row_groups)
+    ]
 
 
 def _read_group(
@@ -156,6 +208,7 @@ def _read_group(
     columns: Sequence[str],
     items: ItemStore,
     signal: str | None,
+    skip: bool,
 ) -> dict:
     table = read_row_group(parquet, group, columns, file)
     rows = np.arange(len(table))
@@ -179,11 +232,14 @@ def _read_group(
     else:
         images = pa.nulls(len(rows), pa.large_binary())
 
-    def refuse(bad: np.ndarray, name: str, problem: str) -> None:
-        if bad.any():
-            first = int(np.argmax(bad))
+    bad = np.zeros(len(rows), bool)
+
+    def refuse(found: np.ndarray, name: str, problem: str) -> None:
+        if found.any() and not skip:
+            first = int(np.argmax(found))
             shown = problem.format(ids[name][first])
             raise DataError(shown, file, group, int(rows[first]), name)
+        bad[found] = True
 
     for name in ("query_id", "item_id"):
         refuse(missing[name], name, "is null")
@@ -196,5 +252,16 @@ def _read_group(
            "item {} is not in the item table")  # fmt: skip
     refuse(given & (ids["hard_negative_item_id"] == ids["item_id"]), "hard_negative_item_id",
            "item {} is the positive itself")  # fmt: skip
-    origin = [(file, group, int(row)) for row in rows]
-    return {**ids, "has_hard_negative": given, "query_image": images, "origin": origin}
+    if "ts" in columns:
+        ts = table["ts"].cast(TIME).cast(pa.int64()).fill_null(_NO_TIME).to_numpy()
+    else:
+        ts = np.full(len(rows), _NO_TIME)
+    good = np.flatnonzero(~bad)
+    return {
+        **{name: values[good] for name, values in ids.items()},
+        "has_hard_negative": given[good],
+        "query_image": images.take(pa.array(good)),
+        "ts": ts[good],
+        "origin": [(file, group, int(row)) for row in rows[good]],
+        "skipped": int(bad.sum()),
+    }

@@ -4,14 +4,14 @@ Both Eq. 6 and CiUBM compare vectors of different origin, so every output has th
 the towers is a module of its own, which can be trained on features that were computed once.
 """
 
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mim_torchrec.encoders.fusion import TensorFusion
+from mim_torchrec.encoders.fusion import ConcatFusion, LowRankFusion, TensorFusion
 from mim_torchrec.encoders.principal import principal_components
 from mim_torchrec.encoders.text import TextEncoder, TextEncoderConfig
 from mim_torchrec.encoders.vision import VisionEncoder, VisionEncoderConfig
@@ -23,8 +23,12 @@ class HeadConfig:
 
     dim: int = 128
     """Size of every vector that leaves the encoder."""
+    fusion: Literal["tfn", "lmf", "concat"] = "tfn"
+    """How images and titles are fused: tensor fusion (Eq. 3–4), its low-rank form, or an MLP of both."""
     fusion_dim: int = 64
     """Size of each side of the outer product (Eq. 3); the MLP reads (fusion_dim + 1)^2 products."""
+    lmf_rank: int = 4
+    """Factors of the low-rank form (`lmf`)."""
     hidden_dim: int = 256
     """Hidden layer of the MLP (Eq. 4)."""
     dropout: float = 0.2
@@ -32,6 +36,15 @@ class HeadConfig:
     principal_dim: int = 0
     """Beyond the paper: so many principal components of the towers' features stand in the table beside
     h^MM, fixed, each of the two parts of length 1. Needs `--init pca`."""
+
+    def facts(self) -> dict[str, Any]:
+        """What vectors depend on: all fields that play a part."""
+        found = asdict(self)
+        if self.fusion != "lmf":
+            del found["lmf_rank"]
+        if self.fusion == "tfn":  # encoders were written before there was a choice
+            del found["fusion"]
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +78,7 @@ class ItemHead(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.image = nn.Linear(image_dim, config.dim)
         self.text = nn.Linear(text_dim, config.dim)
-        self.fusion = TensorFusion(config.dim, config.fusion_dim, config.hidden_dim, config.dropout)
+        self.fusion = make_fusion(config)
         self.principal = None
         if config.principal_dim:
             self.principal = nn.Linear(image_dim + text_dim, config.principal_dim).requires_grad_(False)
@@ -158,6 +171,17 @@ class ItemEncoder(nn.Module):
     def encode_table(self, images: Tensor, tokens: dict[str, Tensor]) -> Tensor:
         """What the table holds of items, (n, table_dim); arguments as of `encode_items`."""
         return self.head.encode_table(self.vision(images), self.text(tokens))
+
+
+def make_fusion(config: HeadConfig) -> TensorFusion | LowRankFusion | ConcatFusion:
+    """The fusion that a configuration names."""
+    if config.fusion == "lmf":
+        return LowRankFusion(
+            config.dim, config.fusion_dim, config.hidden_dim, config.lmf_rank, config.dropout
+        )
+    if config.fusion == "concat":
+        return ConcatFusion(config.dim, config.hidden_dim, config.dropout)
+    return TensorFusion(config.dim, config.fusion_dim, config.hidden_dim, config.dropout)
 
 
 def _unit_features(image: Tensor, text: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""F_L of Eq. 2: a language model of transformers, averaged over the tokens of a title.
+"""F_L of Eq. 2: a language model of transformers, or BEiT-3's, and one vector of the tokens of a title.
 
 Not here: pre-training.
 """
@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tokenizers import Tokenizer
@@ -21,13 +22,20 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertModel,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
+from mim_torchrec.encoders.beit3 import Beit3TextModel
+from mim_torchrec.encoders.foundation import TEXT
+
 TINY = "bert-tiny"
 _SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]",
             "mask_token": "[MASK]"}  # fmt: skip
+
+
+Pooling = Literal["auto", "mean", "cls", "last"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +43,20 @@ class TextEncoderConfig:
     """The text tower."""
 
     name: str = "minilm"
-    """`minilm` (weights from the extra [encoders]), a local directory or hub name of transformers, or
-    `bert-tiny`: two layers of 128 with a tokenizer learned from the titles."""
+    """`minilm` (weights from the extra [encoders]); `bert`, `gpt2`, `bge_base`, `bge_large`, `beit3_base`,
+    `beit3_large`; a local directory or hub name of transformers; or `bert-tiny`: two layers of 128."""
     weights: str = "pretrained"
-    """`pretrained` or `random`; `bert-tiny` has random weights only."""
+    """`pretrained` (cached by transformers, or from its hub), a local directory (for `beit3_*` a file of the
+    original weights), or `random`; models named above then learn a tokenizer from the titles."""
+    tokenizer: str | None = None
+    """Local directory or hub name of the tokenizer; by default that of the weights."""
     max_length: int = 32
     """Tokens of a title that are read."""
+    pooling: Pooling = "auto"
+    """How tokens make one vector: their mean, the first (`cls`) or the last; `auto` is what the model was
+    made for: `cls` for BGE, `last` for GPT-2, else `mean`."""
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them."""
 
 
 class TextEncoder(nn.Module):
@@ -48,7 +64,7 @@ class TextEncoder(nn.Module):
 
     Args:
         config: which model.
-        tokenizer: for `bert-tiny`, what `train_tokenizer` returned.
+        tokenizer: what `train_tokenizer` returned, where `learns_tokenizer(config)`.
         saved: directory that `save` wrote; model and tokenizer are built from it with random weights, for a
             caller who has better ones.
 
@@ -62,32 +78,48 @@ class TextEncoder(nn.Module):
         self, config: TextEncoderConfig, *, tokenizer: str | None = None, saved: Path | None = None
     ) -> None:
         super().__init__()
+        self.config = config
         self.max_length = config.max_length
         if saved is not None:
             self.tokenizer = AutoTokenizer.from_pretrained(saved, local_files_only=True)
             self.model = AutoModel.from_config(AutoConfig.from_pretrained(saved, local_files_only=True))
-        elif config.name == TINY:
-            self.tokenizer, self.model = _tiny(config, tokenizer)
         else:
-            self.tokenizer, self.model = _from_transformers(config)
+            self.tokenizer, self.model = _build(config, tokenizer)
         if not self.tokenizer.is_fast:
             raise ValueError(f"the tokenizer of {config.name} has no tokenizer.json")
         if self.tokenizer.pad_token is None:  # padding is masked, so any token will do
             self.tokenizer.pad_token = self.tokenizer.eos_token
+        self.tokenizer.padding_side = "right"
         for name, parameter in self.model.named_parameters():
             if name.startswith("pooler."):  # not used: DDP would wait for its gradient
                 parameter.requires_grad_(False)
+        self.pooling = _pooling(config, self.model)
+        if config.activation_checkpointing:
+            if not self.model.supports_gradient_checkpointing:
+                raise ValueError(f"{config.name} has no activation checkpointing")
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
         self.feature_dim: int = self.model.config.hidden_size
 
     def tokenize(self, titles: Sequence[str]) -> dict[str, Tensor]:
-        """Titles to `input_ids` and `attention_mask`, (n, num_tokens) int64, padded to the longest."""
+        """Titles to `input_ids` and `attention_mask`, (n, num_tokens) int64, padded to the longest.
+
+        A title without a token, which tokenizers without special tokens make of an empty one, gets one token
+        of padding that counts.
+        """
         encoded = self.tokenizer(
             list(titles), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
         )
-        return {name: encoded[name] for name in ("input_ids", "attention_mask")}
+        ids, mask = encoded["input_ids"].long(), encoded["attention_mask"].long()
+        if not ids.shape[1]:
+            ids = mask = torch.zeros(len(ids), 1, dtype=torch.int64)
+        empty = mask.sum(1) == 0
+        if empty.any():
+            ids, mask = ids.clone(), mask.clone()
+            ids[empty, 0], mask[empty, 0] = self.tokenizer.pad_token_id, 1
+        return {"input_ids": ids, "attention_mask": mask}
 
     def forward(self, tokens: dict[str, Tensor]) -> Tensor:
-        """Mean of the last layer over the tokens of each title.
+        """One vector of the last layer's tokens for each title.
 
         Args:
             tokens: as `tokenize` makes them, on the model's device.
@@ -96,6 +128,11 @@ class TextEncoder(nn.Module):
             (n, feature_dim)
         """
         hidden = self.model(**tokens).last_hidden_state
+        if self.pooling == "cls":
+            return hidden[:, 0]
+        if self.pooling == "last":
+            last = tokens["attention_mask"].sum(1) - 1
+            return hidden[torch.arange(len(hidden), device=hidden.device), last]
         mask = tokens["attention_mask"][..., None].to(hidden.dtype)
         return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
 
@@ -112,7 +149,15 @@ class TextEncoder(nn.Module):
         tokenizer = self.tokenizer.backend_tokenizer
         tokenizer.no_padding()  # the state of the last call, no part of the tokenizer
         tokenizer.no_truncation()
-        return {"max_length": self.max_length, "model": settings, "tokenizer": tokenizer.to_str()}
+        facts = {"max_length": self.max_length, "model": settings, "tokenizer": tokenizer.to_str()}
+        # encoders were written before there was a choice
+        return facts | ({} if self.pooling == "mean" else {"pooling": self.pooling})
+
+
+def learns_tokenizer(config: TextEncoderConfig) -> bool:
+    """Whether the tower needs a tokenizer that is learned from the titles."""
+    own = config.tokenizer is None and config.weights == "random" and config.name in TEXT
+    return own or config.name == TINY
 
 
 def train_tokenizer(titles: Iterable[str], vocabulary_size: int = 8192) -> str:
@@ -147,36 +192,85 @@ def train_tokenizer(titles: Iterable[str], vocabulary_size: int = 8192) -> str:
 Tower = tuple[PreTrainedTokenizerFast, PreTrainedModel]
 
 
+def _build(config: TextEncoderConfig, tokenizer: str | None) -> Tower:
+    if config.name == TINY:
+        return _tiny(config, tokenizer)
+    known = TEXT.get(config.name)
+    try:
+        if config.weights == "random":
+            settings = known.config() if known else AutoConfig.from_pretrained(_source(config))
+            return _tokenizer(config, tokenizer), AutoModel.from_config(settings)
+        if known is not None and known.hub is None:
+            model = Beit3TextModel(known.config())
+            model.load_original(_beit3_file(config))
+            return _tokenizer(config, tokenizer), model
+        source = _source(config)
+        if known is not None:
+            _check_sizes(AutoConfig.from_pretrained(source), known.config())
+        return _tokenizer(config, tokenizer), AutoModel.from_pretrained(source, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"text tower {config.name!r} cannot be loaded ({error}); give a local directory with "
+            f"--text.weights, or take `minilm`, `{TINY}` or --text.weights random"
+        ) from error
+
+
+def _check_sizes(found: PretrainedConfig, known: PretrainedConfig) -> None:
+    theirs, ours = found.to_dict(), known.to_dict()
+    for entry in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+        entry = known.attribute_map.get(entry, entry)
+        if theirs.get(entry) != ours[entry]:
+            raise ValueError(f"its {entry} is {theirs.get(entry)}, that of the named model {ours[entry]}")
+
+
+def _source(config: TextEncoderConfig) -> str:
+    """Where weights and tokenizer are: a directory or a name on the hub."""
+    if config.weights not in ("pretrained", "random"):
+        if not Path(config.weights).is_dir():
+            raise ValueError(f"{config.weights} is no directory, nor `pretrained` or `random`")
+        return config.weights
+    if config.name == "minilm":
+        return _packaged()
+    known = TEXT.get(config.name)
+    return config.name if known is None or known.hub is None else known.hub
+
+
+def _beit3_file(config: TextEncoderConfig) -> Path:
+    if config.weights == "pretrained":
+        raise ValueError("its weights are on no hub; give the file of the original ones with --text.weights")
+    if config.tokenizer is None:
+        raise ValueError("its weights are a file without a tokenizer; give --text.tokenizer")
+    return Path(config.weights)
+
+
+def _tokenizer(config: TextEncoderConfig, learned: str | None) -> PreTrainedTokenizerFast:
+    if not learns_tokenizer(config):
+        return AutoTokenizer.from_pretrained(config.tokenizer or _source(config))
+    if learned is None:
+        raise ValueError(f"{config.name} needs a tokenizer, see train_tokenizer")
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(learned), **_SPECIAL)
+
+
+def _pooling(config: TextEncoderConfig, model: PreTrainedModel) -> str:
+    if config.pooling != "auto":
+        return config.pooling
+    if config.name in TEXT:
+        return TEXT[config.name].pooling
+    if model.config.model_type == "gpt2":
+        return "last"
+    return "cls" if "bge" in Path(config.name).name.lower() else "mean"
+
+
 def _tiny(config: TextEncoderConfig, tokenizer: str | None) -> Tower:
     if config.weights != "random":
         raise ValueError(f"{TINY} has no pretrained weights: take --text.weights random and train it")
-    if tokenizer is None:
-        raise ValueError(f"{TINY} needs a tokenizer, see train_tokenizer")
-    fast = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tokenizer), **_SPECIAL)
+    fast = _tokenizer(config, tokenizer)
     settings = BertConfig(
         vocab_size=len(fast), hidden_size=128, num_hidden_layers=2, num_attention_heads=2,
         intermediate_size=512, max_position_embeddings=config.max_length, pad_token_id=fast.pad_token_id,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     return fast, BertModel(settings)
-
-
-def _from_transformers(config: TextEncoderConfig) -> Tower:
-    source = _packaged() if config.name == "minilm" else config.name
-    if config.weights not in ("pretrained", "random"):
-        raise ValueError(
-            f"--text.weights {config.weights} is not `pretrained` or `random`; a directory is a --text.name"
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        if config.weights == "pretrained":
-            return tokenizer, AutoModel.from_pretrained(source, dtype=torch.float32)
-        return tokenizer, AutoModel.from_config(AutoConfig.from_pretrained(source))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"text tower {config.name!r} cannot be loaded ({error}); "
-            f"name a local directory, `minilm` or `{TINY}`"
-        ) from error
 
 
 def _packaged() -> str:

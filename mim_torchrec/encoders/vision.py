@@ -4,6 +4,7 @@ Pictures are resized to a square as they are, without a crop: the edge of a prod
 until they are on the device, where the module scales them as the weights expect. Not here: pre-training.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mim_torchrec.encoders.foundation import SHORT
+
 PACKAGED = {"efficientnet_lite0": "tf_efficientnet_lite0"}
 """Names whose weights come in a Python package, and timm's names of these models."""
 
@@ -24,11 +27,15 @@ class VisionEncoderConfig:
     """The vision tower."""
 
     name: str = "efficientnet_lite0"
-    """A model of timm, or `efficientnet_lite0`: the same with ImageNet weights from the extra [encoders]."""
+    """A model of timm, of which `swin`, `convnext`, `convnextv2`, `eva02`, `beit3_base` and `beit3_large` are
+    short names, or `efficientnet_lite0`, whose ImageNet weights come from the extra [encoders]."""
     weights: str = "pretrained"
-    """`pretrained`, `random`, or a file with a state dict (.safetensors or .pth)."""
+    """`pretrained` (cached by timm, or from its hub), `random`, or a local file of weights (.safetensors or
+    .pth, converted as timm does) or directory with one."""
     image_size: int | None = None
     """Side of the images in pixels; by default the model's own."""
+    activation_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them."""
 
 
 class VisionEncoder(nn.Module):
@@ -46,7 +53,8 @@ class VisionEncoder(nn.Module):
 
     def __init__(self, config: VisionEncoderConfig, *, load_weights: bool = True) -> None:
         super().__init__()
-        name = PACKAGED.get(config.name, config.name)
+        self.config = config
+        name = (PACKAGED | SHORT).get(config.name, config.name)
         if not timm.is_model(name.split(".")[0]):
             close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8])
             raise ValueError(f"vision tower {config.name!r} is no model of timm; near it: {close or '-'}")
@@ -68,13 +76,19 @@ class VisionEncoder(nn.Module):
         if source == "pretrained" and not from_timm:
             _load_packaged(self.model, config.name)
         elif source not in ("pretrained", "random"):
-            _load_file(self.model, Path(source))
+            _load_file(self.model, _weights_file(Path(source)))
+        if config.activation_checkpointing:
+            try:
+                self.model.set_grad_checkpointing(True)
+            except (AssertionError, AttributeError) as error:
+                raise ValueError(f"{config.name} has no activation checkpointing") from error
         data = timm.data.resolve_model_data_config(self.model)
         self.image_size = config.image_size or data["input_size"][1]
         self.interpolation = data["interpolation"]
-        mean, std = (torch.tensor(data[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
+        # apart from the buffers, which hold nothing on the meta device; rounded as they are
+        self._scaling = {key: np.asarray(data[key], np.float32).tolist() for key in ("mean", "std")}
+        for key in ("mean", "std"):
+            self.register_buffer(key, torch.tensor(data[key]).view(1, 3, 1, 1), persistent=False)
         self.feature_dim = self._probe()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -99,8 +113,7 @@ class VisionEncoder(nn.Module):
 
     def preprocessing(self) -> dict[str, object]:
         """What the vectors depend on besides the weights."""
-        return {"image_size": self.image_size, "interpolation": self.interpolation,
-                "mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}  # fmt: skip
+        return {"image_size": self.image_size, "interpolation": self.interpolation, **self._scaling}
 
     @torch.no_grad()
     def _probe(self) -> int:
@@ -127,12 +140,27 @@ def _load_packaged(model: nn.Module, name: str) -> None:
 
 
 def _load_file(model: nn.Module, file: Path) -> None:
-    if not file.is_file():
-        raise ValueError(f"vision weights {file}: no such file; or take `pretrained` or `random`")
     if file.suffix == ".safetensors":
         state = load_file(file)
     else:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    missing = model.load_state_dict(state, strict=False).missing_keys  # a classifier more is no harm
+    # what timm does to files in the layout of their authors, where the module of the model knows one
+    convert = vars(sys.modules[type(model).__module__]).get("checkpoint_filter_fn")
+    if convert is not None:
+        state = convert(state, model)
+    try:
+        missing = model.load_state_dict(state, strict=False).missing_keys  # a classifier more is no harm
+    except RuntimeError as error:
+        raise ValueError(f"vision weights {file}: {error}") from error
     if missing:
         raise ValueError(f"vision weights {file} lack {len(missing)} tensors, the first is {missing[0]}")
+
+
+def _weights_file(path: Path) -> Path:
+    """The file itself, or the one in a directory."""
+    found = [path] if path.is_file() else sorted(path.glob("*.safetensors"))  # hubs have the same as .bin
+    found = found or sorted(file for pattern in ("*.bin", "*.pth", "*.pt") for file in path.glob(pattern))
+    if len(found) != 1:
+        problem = f"{len(found)} files of weights in it" if path.is_dir() else "no such file"
+        raise ValueError(f"vision weights {path}: {problem}; or take `pretrained` or `random`")
+    return found[0]

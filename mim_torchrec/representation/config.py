@@ -12,8 +12,8 @@ class ExportConfig:
     data: Path
     """Dataset directory."""
     encoder: str
-    """Directory of an encoder that C-SFT wrote, or ``plain:<vision>+<text>``: pretrained towers alone,
-    projected by PCA."""
+    """Directory of an encoder that C-SFT wrote; or towers alone, projected by PCA: ``plain:<vision>+<text>``
+    as they are pretrained, or ``plain:<directory>`` as ``mim pretrain`` left them."""
     out: Path
     """Directory of the table; must not exist."""
     dtype: Literal["float16", "float32"] = "float16"
@@ -29,6 +29,9 @@ class ExportConfig:
     pca_items: int = 50_000
     """Items the PCA is computed from, at most; only for ``plain:``."""
     image_size: int | None = None
-    """Side of the images in pixels; ``None`` is the tower's own; only for ``plain:``."""
+    """Side of the images in pixels; ``None`` is the tower's own; only for ``plain:<vision>+<text>``."""
+    feature_cache: Path | None = None
+    """Folder in which C-SFT with frozen towers, or ``mim retrieve``, has kept the features of these very
+    items; they are read from there instead of encoding every item once more."""
     item_cache: Path | None = None
     """Folder of the item index; by default ``<out>.items``."""

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import tyro
 from PIL.Image import Image
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,6 +28,8 @@ from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.schema import Dataset
 from mim_torchrec.embeddings.table.format import Manifest, TableError, TableWriter
 from mim_torchrec.encoders.checkpoint import encoder_version, load_encoder
+from mim_torchrec.encoders.features import item_features_file
+from mim_torchrec.encoders.pixels import HasTowers
 from mim_torchrec.representation.config import ExportConfig
 from mim_torchrec.representation.plain import PLAIN, PlainTowers, fit_projection
 from mim_torchrec.training.distributed import Ranks, distributed
@@ -37,7 +40,12 @@ log = logging.getLogger(__name__)
 class Encode(Protocol):
     """Maps pictures and titles of items to vectors (num_items, dim)."""
 
+    device: torch.device
+
     def __call__(self, images: list[Image], titles: list[str]) -> Tensor: ...
+
+    def of_features(self, image: Tensor, text: Tensor) -> Tensor:
+        """The same from the features of the towers."""
 
 
 class TrainedEncoder:
@@ -58,6 +66,9 @@ class TrainedEncoder:
         tokens = self.encoder.text.tokenize(titles)
         tokens = {name: value.to(self.device) for name, value in tokens.items()}
         return self.encoder.encode_table(pixels, tokens)
+
+    def of_features(self, image: Tensor, text: Tensor) -> Tensor:
+        return self.encoder.head.encode_table(image, text)
 
 
 @dataclass
@@ -90,7 +101,8 @@ def export(config: ExportConfig, ranks: Ranks) -> Manifest:
     started = time.perf_counter()
     if config.encoder.startswith(PLAIN):
         towers = PlainTowers(config.encoder, config.image_size, ranks.device)
-        features = _joined(_encode(items, rows, towers, config, ranks, skipped), towers.feature_dim)
+        known = _known_features(config.feature_cache, towers, items, ranks)
+        features = _joined(_encode(items, rows, towers, known, config, ranks, skipped), towers.feature_dim)
         projection = fit_projection(features.vectors, config.dim, config.pca_items, ranks)
         version, dim = projection.version(towers.version), config.dim
         description = {**towers.description, "pca": {"items": projection.items}}
@@ -98,7 +110,8 @@ def export(config: ExportConfig, ranks: Ranks) -> Manifest:
     else:
         encoder = TrainedEncoder(config.encoder, ranks.device)
         version, dim, description = encoder.version, encoder.dim, encoder.description
-        batches = _encode(items, rows, encoder, config, ranks, skipped)
+        known = _known_features(config.feature_cache, encoder.encoder, items, ranks)
+        batches = _encode(items, rows, encoder, known, config, ranks, skipped)
     written = _write(batches, version, dim, description, config, ranks, skipped)
     seconds = time.perf_counter() - started
     log.info(
@@ -109,9 +122,38 @@ def export(config: ExportConfig, ranks: Ranks) -> Manifest:
     return written
 
 
+def _known_features(
+    cache: Path | None, towers: HasTowers, items: ItemStore, ranks: Ranks
+) -> dict[str, Tensor] | None:
+    if cache is None:
+        return None
+    path = ranks.all_gather_objects(
+        item_features_file(cache, towers, items.digest()) if ranks.is_main else None
+    )[0]
+    if not all(ranks.all_gather_objects(path.is_file())):
+        log.warning("%s holds no features of these items by these towers: they are encoded", cache)
+        return None
+    log.info("features of the towers read from %s", path)
+    return load_file(path)
+
+
 def _encode(
-    items: ItemStore, rows: np.ndarray, encode: Encode, config: ExportConfig, ranks: Ranks, skipped: list[int]
+    items: ItemStore,
+    rows: np.ndarray,
+    encode: Encode,
+    known: dict[str, Tensor] | None,
+    config: ExportConfig,
+    ranks: Ranks,
+    skipped: list[int],
 ) -> Iterator[Encoded]:
+    if known is not None:
+        for start in range(0, len(rows), config.batch_size):
+            part = torch.from_numpy(rows[start : start + config.batch_size])
+            image, text = (known[name][part].to(encode.device) for name in ("image", "text"))
+            with torch.inference_mode():
+                vectors = encode.of_features(image, text)
+            yield Encoded(torch.from_numpy(items.item_ids[part.numpy()]), vectors.float().cpu())
+        return
     with tqdm(total=len(rows), unit="item", desc="encode", disable=not ranks.is_main) as progress:
         for start in range(0, len(rows), config.batch_size):
             batch = rows[start : start + config.batch_size]

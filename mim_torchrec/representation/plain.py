@@ -1,4 +1,4 @@
-"""Frozen pretrained towers without C-SFT: the baseline that C-SFT has to beat (Table 5, "w/o C-SFT").
+"""Towers without C-SFT: the baseline that C-SFT has to beat (Tables 3 and 5, "w/o C-SFT").
 
 The features of both towers are L2-normalized, concatenated and projected to the table's dim by a principal
 component analysis of all items. Nothing is trained.
@@ -6,6 +6,7 @@ component analysis of all items. Nothing is trained.
 
 import hashlib
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from mim_torchrec.encoders.checkpoint import module_version
+from mim_torchrec.encoders.checkpoint import load_towers, module_version
 from mim_torchrec.encoders.principal import principal_components
 from mim_torchrec.encoders.text import TextEncoder, TextEncoderConfig
 from mim_torchrec.encoders.vision import VisionEncoder, VisionEncoderConfig
@@ -26,33 +27,44 @@ class PlainTowers:
     """Pretrained towers, as they are.
 
     Args:
-        spec: ``plain:<vision>+<text>``, names as the encoders have them.
-        image_size: side of the images; ``None`` is the tower's own.
+        spec: ``plain:<vision>+<text>``, names as the encoders have them, or ``plain:<directory>`` of towers.
+        image_size: side of the images; ``None`` is the tower's own, and that of a directory.
         device: where they run.
 
     Raises:
-        ValueError: ``spec`` does not name two towers.
+        CheckpointError: the directory holds no towers.
+        ValueError: ``spec`` is neither, or there is an image size beside a directory.
     """
 
     def __init__(self, spec: str, image_size: int | None, device: torch.device) -> None:
-        names = spec.removeprefix(PLAIN).split("+")
-        if len(names) != 2 or not all(names):
-            raise ValueError(f"--encoder {spec}: expected {PLAIN}<vision>+<text>")
-        vision = VisionEncoderConfig(name=names[0], weights="pretrained", image_size=image_size)
-        text = TextEncoderConfig(name=names[1], weights="pretrained")
-        self.vision = VisionEncoder(vision).to(device).eval()
-        self.text = TextEncoder(text).to(device).eval()
+        place = spec.removeprefix(PLAIN)
+        names = place.split("+")
+        if Path(place).is_dir():
+            if image_size is not None:
+                raise ValueError(f"--image-size: the towers in {place} have theirs, leave it out")
+            vision, text = load_towers(place)
+        elif len(names) == 2 and all(names):
+            named = VisionEncoderConfig(name=names[0], weights="pretrained", image_size=image_size)
+            vision, text = VisionEncoder(named), TextEncoder(TextEncoderConfig(name=names[1]))
+        else:
+            expected = f"{PLAIN}<vision>+<text> or {PLAIN}<directory of towers>"
+            raise ValueError(f"--encoder {spec}: expected {expected}")
+        self.vision, self.text = vision.to(device).eval(), text.to(device).eval()
         self.device = device
-        self.feature_dim = self.vision.feature_dim + self.text.feature_dim
-        self.description: dict[str, Any] = {"kind": "plain", "vision": asdict(vision), "text": asdict(text)}
+        self.feature_dim = vision.feature_dim + text.feature_dim
+        settings = {"vision": asdict(vision.config), "text": asdict(text.config)}
+        self.description: dict[str, Any] = {"kind": "plain", **settings}
         self.version = f"{module_version(self.vision)}-{module_version(self.text)}"
 
     def __call__(self, images: list[Image], titles: list[str]) -> Tensor:
         """Return the concatenated features (num_items, feature_dim), the part of each tower of length 1."""
         pixels = torch.stack([self.vision.transform(image) for image in images]).to(self.device)
         tokens = {name: value.to(self.device) for name, value in self.text.tokenize(titles).items()}
-        features = self.vision(pixels), self.text(tokens)
-        return torch.cat([F.normalize(part, dim=1) for part in features], dim=1)
+        return self.of_features(self.vision(pixels), self.text(tokens))
+
+    def of_features(self, image: Tensor, text: Tensor) -> Tensor:
+        """Return what a call returns, from the features (num_items, dim) of each tower."""
+        return torch.cat([F.normalize(image, dim=1), F.normalize(text, dim=1)], dim=1)
 
 
 @dataclass(frozen=True)

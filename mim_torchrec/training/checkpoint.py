@@ -4,10 +4,12 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from mim_torchrec.training.distributed import Ranks
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -41,3 +43,83 @@ def whole_directory(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def whole_directory_of_ranks(path: Path, ranks: Ranks) -> Iterator[Path]:
+    """As `whole_directory`, for a directory that all ranks see and write into.
+
+    It gets its name when all ranks have left the block and everything in it is on the disk. What goes wrong
+    within the block has to be raised on all ranks, as `together` does.
+
+    Args:
+        path: where the directory shall be.
+        ranks: the process group; every rank calls it.
+
+    Yields:
+        The same empty directory on every rank.
+
+    Raises:
+        OSError: on all ranks, if one cannot write, or does not see what rank 0 has made.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+
+    def begin() -> None:
+        if ranks.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+
+    def look() -> None:
+        if not partial.is_dir():
+            raise FileNotFoundError(f"{partial} is not there; all ranks have to share the folder of results")
+
+    def publish() -> None:
+        if ranks.is_main:
+            for folder, _, _ in os.walk(partial):
+                sync(Path(folder))
+            old = path.with_name(f"{path.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            if path.exists():
+                os.replace(path, old)
+            os.replace(partial, path)
+            sync(path.parent)
+            shutil.rmtree(old, ignore_errors=True)
+
+    try:
+        together(begin, ranks)
+        together(look, ranks)
+        yield partial
+        ranks.barrier()
+        together(publish, ranks)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def together(act: Callable[[], None], ranks: Ranks) -> None:
+    """Act on all ranks; where one cannot write or read, all raise OSError that names it."""
+    problem = None
+    try:
+        act()
+    except OSError as error:
+        problem = f"rank {ranks.rank}: {error}"
+    problems = [found for found in ranks.all_gather_objects(problem) if found is not None]
+    if problems:
+        raise OSError("; ".join(problems))
+
+
+def remove(path: Path) -> None:
+    """Remove a directory that is there; it loses its name first, so that no half of it passes for a whole."""
+    old = path.with_name(f"{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    os.replace(path, old)
+    shutil.rmtree(old)
+
+
+def sync(folder: Path) -> None:
+    """Wait until the names in a directory are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

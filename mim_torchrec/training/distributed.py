@@ -76,6 +76,11 @@ def distributed(seed: int) -> Iterator[Ranks]:
             dist.destroy_process_group()
 
 
+def is_restarted() -> bool:
+    """Whether torchrun has started the ranks again within a job, after one of them had died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
 def _device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")

@@ -22,7 +22,7 @@ import numpy as np
 import psutil
 import torch
 
-from mim_torchrec.training.report_pages import HTML, MARKDOWN
+from mim_torchrec.training.report_pages import HTML, MARKDOWN, STYLE
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  the backend is chosen first
@@ -117,20 +117,27 @@ def write_report(report: dict[str, Any], out: Path) -> dict[str, Any]:
     text = json.dumps(report, indent=2, default=str, allow_nan=False)
     out.mkdir(parents=True, exist_ok=True)
     plots = {
-        "cold_start": _png(_draw_cold_start(report["cold_start"])),
-        "curves": _png(_draw_curves(report["curves"])),
+        "cold_start": to_png(_draw_cold_start(report["cold_start"])),
+        "curves": to_png(_draw_curves(report["curves"])),
     }
     for name, png in plots.items():
         (out / f"{name}.png").write_bytes(png)
     embedded = {name: base64.b64encode(png).decode() for name, png in plots.items()}
     pages = {"report.json": text + "\n"}
     pages["report.md"] = _environment(False).from_string(MARKDOWN).render(r=report).rstrip() + "\n"
-    pages["report.html"] = _environment(True).from_string(HTML).render(r=report, plots=embedded)
+    pages["report.html"] = _environment(True).from_string(HTML).render(
+        r=report, plots=embedded, style=STYLE
+    )
     for name, page in pages.items():
-        partial = out / f"{name}.partial"
-        partial.write_text(page)
-        os.replace(partial, out / name)
+        whole_file(out / name, page.encode())
     return report
+
+
+def whole_file(path: Path, content: bytes) -> None:
+    """Write a file that is either whole or not there."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)
 
 
 def _environment(autoescape: bool) -> jinja2.Environment:
@@ -153,14 +160,16 @@ def _environment(autoescape: bool) -> jinja2.Environment:
     return made
 
 
-def _png(figure: plt.Figure) -> bytes:
+def to_png(figure: plt.Figure) -> bytes:
+    """Draw a figure and close it."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)
     return buffer.getvalue()
 
 
-def _tidy(axes: plt.Axes) -> None:
+def tidy(axes: plt.Axes) -> None:
+    """Make axes look as in all reports."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
     axes.grid(axis="y", alpha=0.25, linewidth=0.6)
@@ -189,7 +198,7 @@ def _draw_cold_start(sets: list[dict[str, Any]]) -> plt.Figure:
     axes.set_xlabel("items by age, S1 newest (the axis does not start at zero)", fontsize=9)
     axes.set_ylabel("test AUC", fontsize=9)
     axes.legend(frameon=False, fontsize=8, ncols=2, loc="upper left", bbox_to_anchor=(0, 1.14))
-    _tidy(axes)
+    tidy(axes)
     return figure
 
 
@@ -205,5 +214,5 @@ def _draw_curves(curves: dict[str, dict[str, Any]]) -> plt.Figure:
         axes.set_title(name, fontsize=9)
         axes.set_xlabel("step", fontsize=8)
         axes.set_ylabel("training loss", fontsize=8)
-        _tidy(axes)
+        tidy(axes)
     return figure

@@ -1,4 +1,4 @@
-"""Templates of the report's two pages; `r` is the report, `plots` base64 PNG by name."""
+"""Templates of the report's two pages; `r` is the report, `plots` base64 PNG by name, `style` is STYLE."""
 
 MARKDOWN = """\
 # {{ r.title }}
@@ -118,14 +118,7 @@ training{% endif %}.
 
 """
 
-HTML = """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ r.title }}</title>
-<style>
+STYLE = """\
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c2430; max-width: 60rem;
   margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin-bottom: .3rem; }
@@ -141,6 +134,17 @@ td.n { white-space: nowrap; }
 img { max-width: 100%; }
 pre { background: #f5f7f9; padding: .8rem; overflow-x: auto; font-size: .8rem; }
 .wide { overflow-x: auto; }
+"""
+
+HTML = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ r.title }}</title>
+<style>
+{{ style }}
 </style>
 </head>
 <body>

@@ -38,6 +38,7 @@ def batch_of(pairs: np.ndarray) -> PairBatch:
     return PairBatch(
         query=image[query[pairs]], query_text=text[query[pairs]], image=image[rows], text=text[rows],
         item_row=torch.from_numpy(rows), query_row=torch.from_numpy(query[pairs]),
+        pair=pairs,
     )  # fmt: skip
 
 
@@ -95,15 +96,22 @@ def shop(tmp_path_factory) -> str:
     return str(data)
 
 
-@pytest.mark.parametrize("freeze", ["True", "False"])
-def test_two_ranks_train_the_same_encoder_as_one(shop, tmp_path, freeze):
+@pytest.mark.parametrize("options", [
+    ["--freeze-towers", "True"],
+    ["--freeze-towers", "False"],
+    ["--queue-batches", "2", "--queue-start-step", "1", "--hard-negatives", "False"],
+    ["--loss", "cross_entropy"],
+    ["--loss", "cross_entropy", "--interest-signal", "category"],
+], ids=" ".join)  # fmt: skip
+def test_two_ranks_train_the_same_encoder_as_one(shop, tmp_path, options):
     histories = []
     for world_size in (1, 2):
         out = tmp_path / str(world_size)
-        run_ranks(stage, world_size, shop, str(out), "--freeze-towers", freeze)
+        run_ranks(stage, world_size, shop, str(out), *options)
         histories.append(json.loads((out / "history.json").read_text()))
     losses = [[entry["loss"] for entry in history["steps"]] for history in histories]
-    assert len(losses[0]) == 2 * (math.floor(131 * 0.95) // 32)
+    pairs = 2 * 131 if "category" in options else 131  # of clicks and purchases, or of purchases
+    assert len(losses[0]) == 2 * (math.floor(pairs * 0.95) // 32)
     assert losses[0] == pytest.approx(losses[1], abs=2e-3)
     one, two = (load_encoder(tmp_path / name / "encoder") for name in ("1", "2"))
     for (name, ours), theirs in zip(one.named_parameters(), two.parameters(), strict=True):

@@ -1,9 +1,12 @@
 """The TorchX components: what they launch, without launching it."""
 
 import inspect
+import re
 from collections.abc import Iterator
+from importlib import import_module
 
 import pytest
+from torch.distributed.run import get_args_parser
 from torchx.runner import Runner, get_runner
 from torchx.specs import AppDef
 from torchx.specs.builders import materialize_appdef
@@ -13,11 +16,13 @@ from torchx.specs.finder import get_component, get_components
 from mim_torchrec.launch import components
 
 STAGES = {
+    "pretrain": ["--data", "shop", "--out", "out"],
     "csft": ["--data", "shop", "--out", "out"],
     "export": ["--data", "shop", "--encoder", "encoder", "--out", "out"],
     "ctr": ["--data", "shop", "--out", "out", "--table", "table"],
 }
 MODULES = {
+    "pretrain": "mim_torchrec.pretraining.main",
     "csft": "mim_torchrec.csft.main",
     "export": "mim_torchrec.representation.export",
     "ctr": "mim_torchrec.ctr.main",
@@ -52,6 +57,17 @@ def test_torchx_finds_no_fault_with_a_component(stage):
 def test_components_are_registered_beside_the_builtin_ones():
     names = {f"mim.{stage}" for stage in STAGES} | {"dist.ddp", "dist.spmd", "utils.python", "utils.sh"}
     assert names <= set(get_components())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_torchrun_takes_no_flag_of_a_stage_for_an_ambiguous_one_of_its_own(stage, capsys):
+    with pytest.raises(SystemExit):
+        import_module(MODULES[stage]).main(["--help"])
+    flags = set(re.findall(r"^[│|]? *(--[a-z][a-z0-9.-]*)", capsys.readouterr().out, re.MULTILINE))
+    assert {"--data", "--out"} <= flags
+    for flag in sorted(flags):
+        parsed = get_args_parser().parse_args(["-m", MODULES[stage], flag, "value"])
+        assert parsed.training_script_args == [flag, "value"]
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -1,6 +1,8 @@
 """The loop on a task of one weight."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,8 +10,10 @@ import torch
 from torch import nn
 
 from mim_torchrec.training.checkpoint import whole_directory
+from mim_torchrec.training.checkpoints import CheckpointConfig, Checkpoints
 from mim_torchrec.training.distributed import Ranks, distributed
-from mim_torchrec.training.loop import fit
+from mim_torchrec.training.loop import Interrupted, fit
+from mim_torchrec.training.state import TrainingState
 
 ONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -18,17 +22,23 @@ class Line:
     """Fits y = 3 x; its validation metric is what the test says."""
 
     def __init__(self, scores: list[float], batch_values: tuple[float, ...] = (1.0, 2.0, 0.5)) -> None:
+        torch.manual_seed(0)
         self.model = nn.Linear(1, 1, bias=False)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
         self.scores, self.batch_values = scores, batch_values
         self.saved: list[float] = []
+        schedule = torch.optim.lr_scheduler.ConstantLR(self.optimizer)
+        self.state = TrainingState(self.model, self.optimizer, schedule)
 
     def num_batches(self, epoch):
         return len(self.batch_values)
 
-    def batches(self, epoch):
-        for value in self.batch_values:
+    def batches(self, epoch, first=0):
+        for value in self.batch_values[first:]:
             yield torch.tensor([[value]])
+
+    def batch_ids(self, batch):
+        return {"values": batch.flatten().tolist()}
 
     def num_samples(self, batch):
         return len(batch)
@@ -54,7 +64,7 @@ def test_the_loss_falls_and_every_step_is_in_the_history(tmp_path):
     losses = [entry["loss"] for entry in history.steps]
     assert [entry["step"] for entry in history.steps] == list(range(1, 10))
     assert losses[-1] < 0.05 * losses[0]
-    assert {"samples_per_s", "data_wait", "error"} <= history.steps[1].keys()
+    assert {"samples_per_s", "data_wait", "peak_memory_gib", "grad_norm", "error"} <= history.steps[1].keys()
 
 
 def test_the_best_epoch_is_the_first_with_the_highest_metric(tmp_path):
@@ -83,6 +93,62 @@ def test_a_loss_that_is_not_finite_stops_before_its_step_and_names_epoch_and_ste
 def test_an_unknown_metric_is_an_error_that_names_those_there_are(tmp_path):
     with pytest.raises(ValueError, match="no finite auc .* score 0.5"):
         run(Line([0.5]), tmp_path, select="auc")
+
+
+def signaled(task: Line, at: int, number: signal.Signals, method: str = "training_forward") -> Line:
+    """A task in whose at-th call of a method, from 1, the signal comes."""
+    plain, calls = getattr(task, method), []
+
+    def call(argument):
+        calls.append(argument)
+        if len(calls) == at:
+            os.kill(os.getpid(), number)
+        return plain(argument)
+
+    setattr(task, method, call)
+    return task
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("method", "at", "steps"), [
+    ("training_forward", 1, 1), ("training_forward", 3, 3), ("training_forward", 9, 9),
+    ("after_epoch", 1, 3), ("after_epoch", 3, 9),
+])  # fmt: skip
+def test_a_run_that_a_signal_stops_goes_on_as_if_it_had_not(tmp_path, number, method, at, steps):
+    scores = [0.1, 0.3, 0.2]
+    whole = run(Line(scores), tmp_path / "whole", select="score")
+
+    def resumable(task):
+        checkpoints = Checkpoints(tmp_path / "broken" / "checkpoints", CheckpointConfig(), {}, ONE)
+        return run(task, tmp_path / "broken", select="score", checkpoints=checkpoints)
+
+    with pytest.raises(Interrupted) as stopped:
+        resumable(signaled(Line(scores), at, number, method))
+    assert stopped.value.code == 143
+    again = Line(scores)
+    history = resumable(again)
+    assert [entry["loss"] for entry in history.steps] == [entry["loss"] for entry in whole.steps]
+    assert [entry["loss"] for entry in history.epochs] == [entry["loss"] for entry in whole.epochs]
+    assert history.best_epoch == whole.best_epoch
+    trained = []
+    untouched = Line(scores)
+    untouched.training_forward = trained.append
+    resumable(untouched)
+    assert not trained  # the run was over
+
+
+def test_a_second_interrupt_from_the_keyboard_ends_at_once(tmp_path):
+    task = signaled(signaled(Line([]), 2, signal.SIGINT), 2, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run(task, tmp_path, checkpoints=Checkpoints(tmp_path / "checkpoints", CheckpointConfig(), {}, ONE))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_the_norm_of_the_gradient_is_that_before_the_step(tmp_path):
+    task = Line([], batch_values=(2.0,))
+    weight = float(task.model.weight.detach())
+    history = run(task, tmp_path, epochs=1)
+    assert history.steps[0]["grad_norm"] == pytest.approx(abs(2 * (2 * weight - 6) * 2), rel=1e-5)
 
 
 def test_the_history_file_holds_the_history(tmp_path):

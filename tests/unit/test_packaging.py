@@ -22,7 +22,7 @@ FOLDERS = {
     "embeddings": "mim_torchrec.embeddings",
     "launch": "mim_torchrec.launch",
 }
-STAGES = {"csft", "representation", "ctr"}
+STAGES = {"pretraining", "csft", "representation", "ctr"}
 PARTS = {"encoders", "losses", "ciubm", "data", "training"}
 TOP = {"launch", "cli", "doctor"}
 

@@ -1,0 +1,32 @@
+"""Private memory of a process, for benchmarks."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def private_bytes() -> int:
+    """Resident memory of this process that no file backs."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
+    return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
+
+
+@contextmanager
+def peak_private_bytes() -> Iterator[Callable[[], int]]:
+    """Within it, a function that returns the largest private memory so far, sampled every 5 ms."""
+    peak, done = private_bytes(), threading.Event()
+
+    def sample() -> None:
+        nonlocal peak
+        while not done.wait(0.005):
+            peak = max(peak, private_bytes())
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield lambda: max(peak, private_bytes())
+    finally:
+        done.set()
+        thread.join()

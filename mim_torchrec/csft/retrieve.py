@@ -1,0 +1,108 @@
+"""Image search with an encoder: where the bought item stands among all items, and what is found, in pictures.
+
+    python -m mim_torchrec.csft.retrieve --data DIR --encoder DIR --out DIR
+
+Queries are the pairs that C-SFT holds out, the last by time. Plain towers have no common space of images and
+items: their queries are compared with the items' images. Writes retrieval.json and retrieval.png, as C-SFT
+does at its end.
+"""
+
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+
+from mim_torchrec.csft.image_search import draw, encode, evaluate, find, write
+from mim_torchrec.csft.inputs import Catalog, frozen_features, leave_out_unreadable, split_by_time
+from mim_torchrec.data.items import ItemStore
+from mim_torchrec.data.pairs import PairDataset
+from mim_torchrec.data.schema import Dataset
+from mim_torchrec.encoders.checkpoint import load_encoder
+from mim_torchrec.representation.plain import PLAIN, PlainTowers
+from mim_torchrec.training.distributed import Ranks, distributed
+
+log = logging.getLogger("mim_torchrec.csft.retrieve")  # also where this file is __main__
+
+@dataclass(frozen=True, kw_only=True)
+class RetrieveConfig:
+    """Find the bought item among all items by the query image."""
+
+    data: Path
+    """Dataset directory."""
+    encoder: str
+    """Directory of an encoder that C-SFT wrote; or towers alone, `plain:<vision>+<text>` or
+    `plain:<directory>`."""
+    out: Path
+    """Directory of the results; made if missing."""
+    interest_signal: Literal["purchase", "click", "all"] = "purchase"
+    """Which pairs are searched for."""
+    held_out_share: float = 0.05
+    """Share of the pairs, the last by time, whose queries are used; 1 takes all."""
+    pictures: int = 8
+    """Queries in the picture."""
+    on_bad_row: Literal["fail", "skip"] = "fail"
+    """As in csft."""
+    image_size: int | None = None
+    """Side of the images in pixels, only for `plain:<vision>+<text>`; by default the tower's own."""
+    encode_batch_size: int = 64
+    """Images or titles that a tower takes at a time."""
+    feature_cache: Path | None = None
+    """Folder where features of towers are kept for other runs; by default one inside `out`."""
+    item_cache: Path | None = None
+    """Folder of the item index; by default one inside `out`."""
+
+
+def retrieve(config: RetrieveConfig, ranks: Ranks) -> dict[str, Any]:
+    """Run the search on an initialized process group; returns what retrieval.json holds.
+
+    Raises:
+        ValueError: no pairs are asked for.
+        DataError: data is damaged.
+        CheckpointError: the encoder is.
+    """
+    if not 0 < config.held_out_share <= 1:
+        raise ValueError(f"--held-out-share is {config.held_out_share}; it must be in (0, 1]")
+    dataset = Dataset(config.data)
+    items = ItemStore.open(dataset, config.item_cache or config.out / "items")
+    signal = None if config.interest_signal == "all" else config.interest_signal
+    pairs = PairDataset(dataset.pairs(), items, signal=signal, on_bad_row=config.on_bad_row)
+    readable = leave_out_unreadable(items, pairs) if config.on_bad_row == "skip" else None
+    catalog = Catalog(items, pairs, readable)
+    _, held_out = split_by_time(pairs.times(), config.held_out_share)
+    if not len(held_out):
+        raise ValueError(f"--held-out-share {config.held_out_share} of {len(pairs)} pairs is none")
+    cache = config.feature_cache or config.out / "features"
+    if config.encoder.startswith(PLAIN):
+        towers = PlainTowers(config.encoder, config.image_size, ranks.device)
+        image = frozen_features(catalog, towers, cache, config.encode_batch_size, ranks).image
+        query, vectors = image[torch.from_numpy(catalog.query_picture[held_out])], image[: len(items)]
+    else:
+        encoder = load_encoder(config.encoder, ranks.device)
+        features = frozen_features(catalog, encoder, cache, config.encode_batch_size, ranks)
+        query, vectors = encode(encoder.head, features, held_out, catalog, config.encode_batch_size, ranks)
+    found = find(query, vectors, held_out, catalog)
+    report = evaluate(found, held_out, catalog, items)
+    report["skipped_pairs"] = pairs.skipped
+    if ranks.is_main:
+        write(report, draw(held_out, found, catalog, config.pictures), config.out)
+        log.info("recall@10 %.4f (chance %.4f), mean rank %.1f of %d, %d queries", report["recall_at_10"],
+                 report["chance_at_10"], report["mean_rank"], len(items), report["n"])  # fmt: skip
+    ranks.barrier()
+    return report
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of `mim retrieve`."""
+    config = tyro.cli(RetrieveConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    with distributed(seed=0) as ranks:  # nothing here is drawn
+        logging.getLogger("mim_torchrec").setLevel(logging.INFO if ranks.is_main else logging.WARNING)
+        retrieve(config, ranks)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Features of frozen towers on disk, where every stage that needs them finds them again.
+
+A file is named by a hash of what made it: the version of the towers and the content they saw.
+"""
+
+import hashlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from mim_torchrec.encoders.checkpoint import module_version
+from mim_torchrec.encoders.pixels import HasTowers, share_of
+from mim_torchrec.training.checkpoint import whole_directory
+from mim_torchrec.training.distributed import Ranks
+
+log = logging.getLogger(__name__)
+
+
+def item_features_file(cache: Path, towers: HasTowers, content: str) -> Path:
+    """Where the features of items are: `image` (num_items, image_dim) and `text` (num_items, text_dim).
+
+    Args:
+        cache: folder.
+        towers: that made them.
+        content: `ItemStore.digest` of the items.
+    """
+    return _file(cache, "items", module_version(towers.vision), module_version(towers.text), content)
+
+
+def query_features_file(cache: Path, towers: HasTowers, content: str) -> Path:
+    """Where the features of pictures that are no item's are: `image` (num_pictures, image_dim)."""
+    return _file(cache, "queries", module_version(towers.vision), content)
+
+
+def read_or_compute(
+    file: Callable[[], Path], compute: Callable[[], dict[str, Tensor]], ranks: Ranks
+) -> dict[str, Tensor]:
+    """Read a file, or compute what belongs into it and write it.
+
+    Args:
+        file: says which, called on one rank only, as it takes hashing.
+        compute: called on every rank if there is no file; the same tensors on all.
+        ranks: the process group.
+    """
+    path = ranks.all_gather_objects(file() if ranks.is_main else None)[0]
+    if all(ranks.all_gather_objects(path.is_file())):
+        log.info("features of frozen towers read from %s", path)
+        return load_file(path)
+    found = compute()
+    if ranks.is_main:
+        with whole_directory(path.parent) as folder:
+            save_file(found, folder / path.name)
+    ranks.barrier()
+    return found
+
+
+@torch.no_grad()
+def compute_features(
+    encode: Callable[[np.ndarray], Tensor], index: np.ndarray, batch_size: int, what: str, ranks: Ranks
+) -> Tensor:
+    """Features (len(index), dim) on the CPU, each computed by one rank and given to all.
+
+    Args:
+        encode: features of some of the index.
+        index: of pictures or titles.
+        batch_size: how many at a time.
+        what: for the progress bar.
+        ranks: the process group.
+    """
+    mine = index[share_of(len(index), ranks)]
+    parts = []
+    with tqdm(total=len(mine), desc=f"encode {what}", disable=not ranks.is_main) as progress:
+        for start in range(0, len(mine), batch_size):
+            some = mine[start : start + batch_size]
+            parts.append(encode(some).float().cpu().numpy())
+            progress.update(len(some))
+    gathered = [array for part in ranks.all_gather_objects(parts) for array in part]
+    return torch.from_numpy(np.concatenate(gathered)) if gathered else torch.zeros(0, 0)
+
+
+def _file(cache: Path, *facts: str) -> Path:
+    key = hashlib.sha256(" ".join(facts).encode()).hexdigest()[:16]
+    return cache / key / "features.safetensors"

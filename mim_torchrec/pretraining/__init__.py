@@ -1,0 +1,1 @@
+"""Stage: pre-training of the towers on images and titles of the shop's own items (section 3.2)."""

@@ -1,0 +1,114 @@
+"""Configuration of pre-training; every field is a flag of `mim pretrain`."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mim_torchrec.encoders.text import TextEncoderConfig
+from mim_torchrec.encoders.vision import VisionEncoderConfig
+from mim_torchrec.training.checkpoints import CheckpointConfig
+
+Phase = Literal["dda-vision", "dda-text", "dma"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseConfig:
+    """What every phase has of its own."""
+
+    epochs: int = 1
+    """Passes over the items; the best by the loss of held-out items is kept."""
+    batch_size: int = 256
+    """Items in a step, over all ranks."""
+    lr: float = 1e-4
+    """Highest learning rate of the towers (AdamW)."""
+    head_lr: float = 1e-3
+    """Highest learning rate of what stands on the towers, which starts at random and is thrown away."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageAdaptionConfig(PhaseConfig):
+    """Masked image modelling."""
+
+    mask_size: int = 32
+    """Side of the square patches that are masked, in pixels."""
+    mask_ratio: float = 0.6
+    """Share of the patches that are masked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextAdaptionConfig(PhaseConfig):
+    """Masked or causal language modelling."""
+
+    objective: Literal["auto", "mlm", "causal"] = "auto"
+    """Masked language modelling, or the next token from those before; `auto` is what the model was made
+    for."""
+    mask_ratio: float = 0.15
+    """Share of the tokens that are masked (`mlm` only)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignmentConfig(PhaseConfig):
+    """Contrast of images with titles."""
+
+    dim: int = 128
+    """Size of the projections that are compared."""
+    temperature: float | None = None
+    """Fixed temperature. By default learned, from 0.07."""
+    mask_same_item: bool = True
+    """Leave out of the negatives what is the same item."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Adapt the towers to the shop's items (DDA) and align them with each other (DMA) (§3.2).
+
+    One process, or several under torchrun. Every phase writes `<phase>/towers/`, which C-SFT, the export and
+    this stage take by `--towers`, with its history.json, metrics.json and TensorBoard's files; `towers/` is
+    that of the last phase.
+    """
+
+    data: Path
+    """Dataset directory; only its items are read."""
+    out: Path
+    """Directory of the results; made if missing."""
+    phases: tuple[Phase, ...] = ("dda-vision", "dda-text", "dma")
+    """What to do, in this order: adapt the vision tower, adapt the text tower, align both."""
+
+    towers: Path | None = None
+    """Directory of towers that this stage wrote, to go on from, in the place of those that --vision and
+    --text name."""
+    vision: VisionEncoderConfig = field(default_factory=VisionEncoderConfig)
+    text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+
+    dda_vision: ImageAdaptionConfig = field(default_factory=ImageAdaptionConfig)
+    dda_text: TextAdaptionConfig = field(default_factory=TextAdaptionConfig)
+    dma: AlignmentConfig = field(default_factory=AlignmentConfig)
+
+    weight_decay: float = 0.01
+    """Weight decay of matrices; biases, norms and the temperature have none."""
+    warmup: float = 0.1
+    """Share of the steps in which the learning rate rises; after them it falls to 0 along a cosine."""
+    fix_batch_norm: bool | None = None
+    """Keep the statistics of batch normalization: those of masked images differ from those of whole ones, and
+    every rank would take its own. By default so unless the vision tower starts with random weights."""
+    patience: int | None = None
+    """Stop a phase after this many epochs without a lower loss of held-out items."""
+    validation_share: float = 0.05
+    """Share of the items that are held out, the same in every phase."""
+    seed: int = 0
+    """Seed of the initial weights, of the order of the items, of masks and of dropout."""
+
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    image_memory_gib: float = 2.0
+    """Decoded images are kept in the memory of every rank if they fit into this; else they are decoded anew
+    in every epoch."""
+    item_cache: Path | None = None
+    """Folder of the item index; by default one inside `out`."""
+    log_every: int = 20
+    """Steps between two entries of the log."""
+
+    def same_run(self) -> dict[str, Any]:
+        """What a run that is taken up must have been started with."""
+        free = {"out", "checkpoint", "log_every", "image_memory_gib", "item_cache"}
+        return {name: value for name, value in asdict(self).items() if name not in free}

@@ -1,0 +1,184 @@
+"""Stage: pre-train the towers on the shop's own items (§3.2): adapt each to its data, align both.
+
+    python -m mim_torchrec.pretraining.main --data DIR --out DIR
+    python -m torch.distributed.run --nproc_per_node 2 -m mim_torchrec.pretraining.main --data DIR --out DIR
+
+Every phase can be left out (`--phases dda-text dma`), and one may follow another in a run of its own
+(`--towers`). Not here: text without images or images without text from elsewhere.
+"""
+
+import logging
+import os
+import shutil
+import sys
+import time
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+
+from mim_torchrec.data.items import ItemStore
+from mim_torchrec.data.schema import Dataset
+from mim_torchrec.encoders.checkpoint import (
+    Towers,
+    load_towers,
+    save_towers,
+    towers_in_place_of,
+    towers_version,
+)
+from mim_torchrec.encoders.pixels import PixelInputs
+from mim_torchrec.encoders.text import TextEncoder, learns_tokenizer, train_tokenizer
+from mim_torchrec.encoders.vision import VisionEncoder
+from mim_torchrec.pretraining.alignment import ImageTextModel
+from mim_torchrec.pretraining.config import PhaseConfig, PretrainConfig
+from mim_torchrec.pretraining.objective import Objective
+from mim_torchrec.pretraining.task import PretrainTask
+from mim_torchrec.pretraining.text import LanguageModel
+from mim_torchrec.pretraining.vision import MaskedImageModel
+from mim_torchrec.training.checkpoint import write_json
+from mim_torchrec.training.checkpoints import Checkpoints
+from mim_torchrec.training.distributed import Ranks, distributed
+from mim_torchrec.training.loop import fit
+
+log = logging.getLogger("mim_torchrec.pretraining")  # also where this file is __main__
+
+
+class ItemCatalog:
+    """Pictures and titles of items, by item row."""
+
+    def __init__(self, items: ItemStore) -> None:
+        self._items = items
+        self.num_pictures = len(items)
+
+    def titles(self, rows: np.ndarray) -> list[str]:
+        """Titles of items."""
+        return self._items.titles(rows)
+
+    def decode(self, picture: int, vision: VisionEncoder) -> Tensor:
+        """One picture as the tower takes it. Raises DataError naming the place of one that is damaged."""
+        return vision.transform(self._items.images(np.array([picture]))[0])
+
+
+def pretrain(config: PretrainConfig, ranks: Ranks) -> dict[str, Any]:
+    """Run the stage on an initialized process group; returns what metrics.json holds."""
+    if not config.phases or len(set(config.phases)) < len(config.phases):
+        raise ValueError(f"--phases {' '.join(config.phases)}: name at least one, and each once")
+    if not 0 <= config.validation_share < 1:
+        raise ValueError(f"--validation-share is {config.validation_share}; it must be in [0, 1)")
+    config.out.mkdir(parents=True, exist_ok=True)
+    if ranks.is_main:
+        write_json(config.out / "config.json", asdict(config))
+    items = ItemStore.open(Dataset(config.data), config.item_cache or config.out / "items")
+    order = np.random.default_rng(config.seed).permutation(len(items))
+    cut = round(len(items) * config.validation_share)
+    held_out, train = np.sort(order[:cut]), np.sort(order[cut:])
+    towers = _towers(config, items)
+    log.info("%d items to train on, %d held out, towers %s and %s", len(train), len(held_out),
+             towers.vision.config.name, towers.text.config.name)  # fmt: skip
+    reads_images = set(config.phases) != {"dda-text"}
+    inputs = PixelInputs(ItemCatalog(items), towers, config.image_memory_gib if reads_images else None, ranks)
+    metrics: dict[str, Any] = {"items": len(train), "held_out_items": len(held_out), "seed": config.seed,
+                               "world_size": ranks.world_size, "phases": {}}  # fmt: skip
+    for name in config.phases:
+        metrics["phases"][name] = _run_phase(
+            config, name, towers, inputs, train, held_out, items.item_ids, ranks
+        )
+    if ranks.is_main:
+        metrics["towers_version"] = save_towers(*towers, config.out / "towers")
+        write_json(config.out / "metrics.json", metrics)
+        log.info("towers %s, version %s", config.out / "towers", metrics["towers_version"])
+    ranks.barrier()
+    return metrics
+
+
+def _run_phase(
+    config: PretrainConfig,
+    name: str,
+    towers: Towers,
+    inputs: PixelInputs,
+    train: np.ndarray,
+    held_out: np.ndarray,
+    item_ids: np.ndarray,
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """Train a phase and leave its best epoch in the towers; returns what its metrics.json holds."""
+    started = time.perf_counter()
+    out = config.out / name
+    settings = {"dda-vision": config.dda_vision, "dda-text": config.dda_text, "dma": config.dma}
+    phase: PhaseConfig = settings[name]
+    torch.manual_seed(config.seed)  # a phase starts alike whether or not others ran before it
+    objective = _objective(config, name, towers, inputs).to(ranks.device)
+    torch.manual_seed(config.seed + 1 + ranks.rank)  # dropout differs from rank to rank
+    task = PretrainTask(config, phase, name, objective, towers, train, held_out, item_ids, ranks)
+    before = task.validate()
+    if before:
+        log.info("%s before training: %s", name, before)
+    history = fit(
+        task,
+        epochs=phase.epochs,
+        out=out,
+        ranks=ranks,
+        select="score" if before else None,
+        patience=config.patience if before else None,
+        log_every=config.log_every,
+        checkpoints=Checkpoints(out / "checkpoints", config.checkpoint, config.same_run(), ranks),
+    )
+    if ranks.is_main and (out / "best").exists():  # not so where a finished phase is started again
+        shutil.rmtree(out / "towers", ignore_errors=True)
+        os.replace(out / "best", out / "towers")
+    ranks.barrier()
+    best = load_towers(out / "towers")
+    for ours, kept in zip(towers, best, strict=True):
+        ours.load_state_dict(kept.state_dict())
+    metrics = {
+        "before": before,
+        "first": _figures(history.epochs[0]),
+        "best": _figures(history.epochs[history.best_epoch]),
+        "best_epoch": history.best_epoch,
+        "steps": len(history.steps),
+        "towers_version": towers_version(*best),
+        "seconds": time.perf_counter() - started,
+    }
+    if ranks.is_main:
+        write_json(out / "metrics.json", metrics)
+    return metrics
+
+
+def _figures(epoch: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in epoch.items() if name not in ("epoch", "score")}
+
+
+def _towers(config: PretrainConfig, items: ItemStore) -> Towers:
+    if config.towers is not None:
+        return towers_in_place_of(config.towers, config.vision, config.text)
+    tokenizer = None
+    if learns_tokenizer(config.text):
+        tokenizer = train_tokenizer(items.titles(np.arange(len(items))))
+    return Towers(VisionEncoder(config.vision), TextEncoder(config.text, tokenizer=tokenizer))
+
+
+def _objective(config: PretrainConfig, name: str, towers: Towers, inputs: PixelInputs) -> Objective:
+    fix = config.fix_batch_norm
+    if fix is None:
+        fix = config.vision.weights != "random"
+    if name == "dda-vision":
+        return MaskedImageModel(towers.vision, inputs, config.dda_vision, fix)
+    if name == "dda-text":
+        return LanguageModel(towers.text, inputs, config.dda_text)
+    return ImageTextModel(towers, inputs, config.dma, fix)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of `mim pretrain`."""
+    config = tyro.cli(PretrainConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    with distributed(config.seed) as ranks:
+        logging.getLogger("mim_torchrec").setLevel(logging.INFO if ranks.is_main else logging.WARNING)
+        pretrain(config, ranks)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""A phase of pre-training as a task of the shared loop."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import get_cosine_schedule_with_warmup
+
+from mim_torchrec.encoders.checkpoint import Towers, save_towers
+from mim_torchrec.pretraining.config import PhaseConfig, PretrainConfig
+from mim_torchrec.pretraining.objective import Objective
+from mim_torchrec.training.distributed import Ranks
+from mim_torchrec.training.parallel import synchronize_buffers
+from mim_torchrec.training.state import TrainingState
+
+VALIDATION, TRAINING = 0, 1
+
+
+class PretrainTask:
+    """What `training.loop.fit` needs to run a phase.
+
+    Args:
+        config: the stage's configuration.
+        phase: the phase's own part of it.
+        name: the phase.
+        objective: what is trained, on the rank's device.
+        towers: saved as a whole, whichever is trained.
+        train: item rows to train on.
+        held_out: item rows to validate on.
+        item_ids: (num_items,) ids by row.
+        ranks: the process group.
+
+    Raises:
+        ValueError: the batch does not divide by the ranks, or there are fewer items than a batch has.
+    """
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        phase: PhaseConfig,
+        name: str,
+        objective: Objective,
+        towers: Towers,
+        train: np.ndarray,
+        held_out: np.ndarray,
+        item_ids: np.ndarray,
+        ranks: Ranks,
+    ) -> None:
+        size = phase.batch_size
+        if size % ranks.world_size:
+            raise ValueError(f"--{name}.batch-size {size} is not a multiple of {ranks.world_size} ranks")
+        if len(train) < size:
+            few = f"{len(train)} items to train on are fewer than --{name}.batch-size {size}"
+            raise ValueError(f"{few}; lower it")
+        self._config, self._batch_size, self._objective = config, size, objective
+        self._towers, self._ranks = towers, ranks
+        self._train, self._item_ids = train, item_ids
+        self._rows = train[:0]  # of this rank in the batch that was yielded last
+        # every rank validates on as many items: what is left over, fewer than there are ranks, is not used
+        self._held_out = held_out[: len(held_out) // ranks.world_size * ranks.world_size]
+        self.model: nn.Module = objective
+        if ranks.world_size > 1:
+            # timm's towers may hold layers after the feature map that is reconstructed from
+            unused = name == "dda-vision"
+            self.model = nn.parallel.DistributedDataParallel(objective, find_unused_parameters=unused)
+        self.optimizer = make_optimizer(objective, phase, config.weight_decay)
+        steps = self.num_batches(0) * phase.epochs
+        schedule = get_cosine_schedule_with_warmup(self.optimizer, math.ceil(config.warmup * steps), steps)
+        self.optimizer.register_step_post_hook(lambda *_: schedule.step())
+        self.state = TrainingState(self.model, self.optimizer, schedule)
+
+    def num_batches(self, epoch: int) -> int:
+        """Whole batches of an epoch; the rest of the items waits for the next order."""
+        return len(self._train) // self._batch_size
+
+    def batches(self, epoch: int, first: int = 0) -> Iterator[Any]:
+        """This rank's part of every batch from `first` on, in an order of (seed, epoch)."""
+        order = np.random.default_rng((self._config.seed, epoch)).permutation(self._train)
+        for step in range(first, self.num_batches(epoch)):
+            rows = order[step * self._batch_size : (step + 1) * self._batch_size]
+            self._rows = self._mine(rows)
+            yield self._batch(rows, (self._config.seed, TRAINING, epoch, step))
+
+    def num_samples(self, batch: Any) -> int:
+        """Items of this rank in a batch."""
+        return self._batch_size // self._ranks.world_size
+
+    def batch_ids(self, batch: Any) -> dict[str, list[int]]:
+        """Item ids of this rank's batch, the last that `batches` has yielded."""
+        return {"item_ids": self._item_ids[self._rows].tolist()}
+
+    def training_forward(self, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The phase's loss of a batch."""
+        return self.model(batch)
+
+    def after_epoch(self, epoch: int) -> dict[str, float]:
+        """`validate`, and `score` for the loop, which looks for the highest: minus the loss."""
+        metrics = self.validate()
+        return metrics | ({"score": -metrics["validation_loss"]} if metrics else {})
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Metrics of the held-out items, in batches of nearly the size of those in training.
+
+        Masks are the same whenever it is called.
+
+        Returns:
+            `validation_loss` and what the objective knows besides; {} if nothing is held out.
+
+        Raises:
+            ValueError: held-out titles have no words, so that there is no loss.
+        """
+        if not len(self._held_out):
+            return {}
+        synchronize_buffers(self._objective)
+        self._objective.eval()
+        # in columns of one item a rank, so that every part has as many items on every rank
+        columns = self._held_out.reshape(-1, self._ranks.world_size)
+        parts = max(1, round(len(self._held_out) / self._batch_size))
+        sums = torch.zeros(3, dtype=torch.float64)
+        for part, rows in enumerate(np.array_split(columns, parts)):
+            batch = self._batch(rows.ravel(), (self._config.seed, VALIDATION, part))
+            sums += self._objective.sums(batch).double().cpu()
+        sums = torch.stack(self._ranks.all_gather_objects(sums)).sum(0)
+        if not sums[2]:
+            raise ValueError("there is nothing to predict in the held-out items: have their titles words?")
+        found = self._objective.metrics(sums)
+        return {f"validation_{name}": float(value) for name, value in found.items()}
+
+    def save(self, path: Path) -> None:
+        """Write both towers."""
+        if self._ranks.is_main:
+            save_towers(*self._towers, path)
+
+    def _batch(self, rows: np.ndarray, key: tuple[int, ...]) -> Any:
+        """This rank's part of a batch of all ranks."""
+        return self._objective.batch(self._mine(rows), (*key, self._ranks.rank))
+
+    def _mine(self, rows: np.ndarray) -> np.ndarray:
+        count = len(rows) // self._ranks.world_size
+        return rows[self._ranks.rank * count : (self._ranks.rank + 1) * count]
+
+
+def make_optimizer(objective: Objective, phase: PhaseConfig, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW: decay on matrices only, a learning rate of its own for what stands on the towers."""
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in objective.named_parameters():  # the towers come first, with what heads share
+        if parameter.requires_grad:
+            tower = name.startswith(("vision.", "text."))
+            groups.setdefault((tower, parameter.ndim > 1), []).append(parameter)
+    return torch.optim.AdamW([
+        {"params": parameters, "lr": phase.lr if tower else phase.head_lr,
+         "weight_decay": weight_decay if matrix else 0.0}
+        for (tower, matrix), parameters in groups.items()
+    ])  # fmt: skip

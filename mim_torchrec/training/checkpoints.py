@@ -1,0 +1,210 @@
+"""States of a run that it can be taken up from: whole ones only, the newest few.
+
+    <out>/checkpoints/epoch-0002-step-00000040/
+        state/          what ranks share or divide, by torch.distributed.checkpoint
+        rank-<r>.pt     what a rank has of its own: generators, queues, the schedule
+        run.json        position, history, number of ranks, configuration
+
+All ranks write into a directory that gets its name only when everything in it is on the disk, so that a kill
+at any moment, or a full disk, leaves the last whole one. The directory is one that all ranks see.
+"""
+
+import json
+import logging
+import os
+import random
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException
+
+from mim_torchrec.training.checkpoint import remove, together, whole_directory_of_ranks
+from mim_torchrec.training.distributed import Ranks, is_restarted
+
+log = logging.getLogger(__name__)
+
+NAME = re.compile(r"epoch-\d{4,}-step-\d{8,}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Checkpoints of the run."""
+
+    every: int = 0
+    """Steps between two checkpoints; 0 for those at the end of every epoch, and at SIGTERM, only."""
+    keep: int = 2
+    """How many of the newest are kept."""
+    resume: Literal["auto", "never"] = "auto"
+    """`auto` goes on from the newest checkpoint in `out`, exactly as if the run had not been broken off;
+    `never` removes what is there and starts anew, though not when torchrun starts its workers again."""
+
+
+class ResumeError(ValueError):
+    """A run cannot be taken up from the checkpoints that are there."""
+
+
+class State(Protocol):
+    """Everything that a task changes while it trains."""
+
+    def shared(self) -> dict[str, Any]:
+        """What ranks share or divide, for `torch.distributed.checkpoint`; loading changes it in place."""
+
+    def load_shared(self, state: dict[str, Any]) -> None:
+        """Take what `shared` gave and a checkpoint filled."""
+
+    def local(self) -> dict[str, Any]:
+        """What this rank has of its own: tensors, numbers, words, and lists and dicts of them."""
+
+    def load_local(self, state: dict[str, Any]) -> None:
+        """Take what `local` gave."""
+
+
+class Checkpoints:
+    """The checkpoints of one run; every rank calls every method.
+
+    Args:
+        folder: `<out>/checkpoints`.
+        config: how often, how many.
+        run: what a run must have in common with one that it takes up, such as its configuration; JSON.
+        ranks: the process group.
+    """
+
+    def __init__(self, folder: Path, config: CheckpointConfig, run: dict[str, Any], ranks: Ranks) -> None:
+        if config.every < 0 or config.keep < 1:
+            raise ValueError(f"checkpoints every {config.every} steps, {config.keep} kept: at least 0 and 1")
+        self._folder, self._config, self._ranks = folder, config, ranks
+        self._run = json.loads(json.dumps(run, default=str))
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint is to be written after a step of the run."""
+        return self._config.every > 0 and step % self._config.every == 0
+
+    def save(self, state: State, epoch: int, step: int, progress: dict[str, Any]) -> None:
+        """Write a checkpoint.
+
+        Args:
+            state: of the task.
+            epoch: the epoch to go on with.
+            step: batches of that epoch that were trained on.
+            progress: what `restore` gives back; JSON.
+
+        Raises:
+            OSError: a rank could not write; all ranks raise, and the checkpoints before are untouched.
+        """
+        path = self._folder / f"epoch-{epoch:04d}-step-{step:08d}"
+        with whole_directory_of_ranks(path, self._ranks) as folder:
+            try:
+                dcp.save(state.shared(), checkpoint_id=str(folder / "state"))
+            except CheckpointException as error:
+                raise OSError(f"{path} could not be written: {_cause(error)}") from error
+            local = state.local()
+            together(lambda: self._write(folder, local, epoch, step, progress), self._ranks)
+        together(self._leave_newest, self._ranks)
+        log.info("checkpoint %s", path)
+
+    def restore(self, state: State) -> tuple[int, int, dict[str, Any]] | None:
+        """Put a task into the state of the newest checkpoint, and the generators of this rank too.
+
+        Returns:
+            Epoch, step and progress as they were saved; None if there is no checkpoint, or none is asked for.
+
+        Raises:
+            ResumeError: the checkpoint is of another configuration or another number of ranks, or damaged.
+        """
+        if self._ranks.is_main:
+            for leftover in (*self._folder.glob("*.partial"), *self._folder.glob("*.old")):
+                shutil.rmtree(leftover)
+            if self._config.resume == "never" and not is_restarted() and self._folder.exists():
+                remove(self._folder)
+        newest = self._all()[-1:] if self._ranks.is_main else []
+        found = self._ranks.all_gather_objects(newest)[0]
+        if not found:
+            return None
+        path = found[0]
+        try:
+            run = json.loads((path / "run.json").read_text())
+            self._check(run, path)
+            shared = state.shared()
+            dcp.load(shared, checkpoint_id=str(path / "state"))
+            own = path / f"rank-{self._ranks.rank}.pt"
+            local = torch.load(own, map_location="cpu", weights_only=True)
+        except (CheckpointException, OSError, EOFError, RuntimeError, json.JSONDecodeError) as error:
+            cause = _cause(error) if isinstance(error, CheckpointException) else error
+            raise ResumeError(
+                f"{path} cannot be read: {cause}; remove it to go on from the one before it, if there is one"
+            ) from error
+        state.load_shared(shared)
+        state.load_local(local["state"])
+        set_generators(local["generators"])
+        log.info("taken up from %s", path)
+        return run["epoch"], run["step"], run["progress"]
+
+    def _all(self) -> list[Path]:
+        found = self._folder.iterdir() if self._folder.is_dir() else ()
+        return sorted(path for path in found if NAME.fullmatch(path.name))
+
+    def _write(
+        self, folder: Path, local: dict[str, Any], epoch: int, step: int, progress: dict[str, Any]
+    ) -> None:
+        with (folder / f"rank-{self._ranks.rank}.pt").open("wb") as stream:
+            torch.save({"state": local, "generators": get_generators()}, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        if self._ranks.is_main:
+            facts = {"epoch": epoch, "step": step, "world_size": self._ranks.world_size, "run": self._run}
+            with (folder / "run.json").open("w") as stream:
+                json.dump(facts | {"progress": progress}, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+
+    def _leave_newest(self) -> None:
+        if self._ranks.is_main:
+            for path in self._all()[: -self._config.keep]:
+                remove(path)
+
+    def _check(self, run: dict[str, Any], path: Path) -> None:
+        way_out = "choose another --out, or --checkpoint.resume never to start anew"
+        names = sorted(run["run"].keys() | self._run.keys())
+        other = [n for n in names if run["run"].get(n) != self._run.get(n)]
+        if other:
+            changes = ", ".join(f"{n} {run['run'].get(n)!r} (now {self._run.get(n)!r})" for n in other)
+            raise ResumeError(f"{path} is of a run with {changes}; {way_out}")
+        if run["world_size"] != self._ranks.world_size:
+            raise ResumeError(
+                f"{path} is of {run['world_size']} ranks, this run has {self._ranks.world_size}: each has "
+                f"generators and a queue of its own; {way_out}"
+            )
+
+
+def get_generators() -> dict[str, Any]:
+    """States of the generators of Python, numpy and torch in this process, on the CPU and its own GPU."""
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_generators(states: dict[str, Any]) -> None:
+    """Put the generators into the states that `get_generators` gave."""
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _cause(error: CheckpointException) -> str:
+    rank, (cause, _) = next(iter(error.failures.items()))
+    return f"rank {rank}: {cause}"

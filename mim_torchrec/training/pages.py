@@ -1,0 +1,153 @@
+"""A report of tables and pictures, for benchmarks: report.json, report.md and report.html.
+
+`report.py` is the report of a comparison of Base and MIM; this one takes any sections.
+"""
+
+import base64
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from mim_torchrec.training.report import environment, whole_file
+from mim_torchrec.training.report_pages import STYLE
+
+MARKDOWN = """\
+# {{ title }}
+
+{{ summary }}
+{% for s in sections %}
+
+## {{ s.heading }}
+{% for paragraph in s.text %}
+
+{{ paragraph }}
+{% endfor %}
+{% if s.columns %}
+
+| {% for c in s.columns %}{{ c }} | {% endfor %}
+
+|{% for c in s.columns %}---|{% endfor %}
+
+{% for row in s.rows %}
+| {% for cell in row %}{{ cell }} | {% endfor %}
+
+{% endfor %}
+{% endif %}
+{% for name in s.pictures %}
+
+![{{ s.heading }}]({{ name }})
+{% endfor %}
+{% endfor %}
+
+## Made
+
+{{ made }}
+"""
+
+HTML = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }}</title>
+<style>
+{{ style }}
+</style>
+</head>
+<body>
+<h1>{{ title }}</h1>
+<p>{{ summary }}</p>
+{% for s in sections %}
+<h2>{{ s.heading }}</h2>
+{% for paragraph in s.text %}
+<p>{{ paragraph }}</p>
+{% endfor %}
+{% if s.columns %}
+<div class="wide"><table>
+<tr>{% for c in s.columns %}<th>{{ c }}</th>{% endfor %}</tr>
+{% for row in s.rows %}
+<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</table></div>
+{% endif %}
+{% for name in s.pictures %}
+<img alt="{{ s.heading }}" src="data:image/png;base64,{{ pictures[name] }}">
+{% endfor %}
+{% endfor %}
+<h2>Made</h2>
+<p class="quiet">{{ made }}</p>
+</body>
+</html>
+"""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page: paragraphs, then a table, then pictures."""
+
+    heading: str
+    text: Sequence[str] = ()
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    pictures: Sequence[str] = field(default=())
+    """Names of PNG files."""
+
+
+def write_pages(
+    report: dict[str, Any],
+    title: str,
+    summary: str,
+    sections: Sequence[Section],
+    pictures: dict[str, bytes],
+    out: Path,
+) -> dict[str, Any]:
+    """Write report.json, report.md, report.html and the pictures into a directory.
+
+    Args:
+        report: what report.json holds; versions, hardware, date and commit are added.
+        title: of the pages.
+        summary: first paragraph.
+        sections: of the pages.
+        pictures: PNG files by name, as sections name them.
+        out: directory; made if missing.
+
+    Returns:
+        The report with what was added.
+
+    Raises:
+        ValueError: a figure is NaN or infinite, which JSON cannot hold; undefined ones are None.
+    """
+    report = {**report, **environment()}
+    text = json.dumps(report, indent=2, default=str, allow_nan=False)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, png in pictures.items():
+        whole_file(out / name, png)
+    values = {
+        "title": title, "summary": summary, "sections": sections, "made": made(report), "style": STYLE,
+        "pictures": {name: base64.b64encode(png).decode() for name, png in pictures.items()},
+    }  # fmt: skip
+    whole_file(out / "report.json", f"{text}\n".encode())
+    for name, template, escape in (("report.md", MARKDOWN, False), ("report.html", HTML, True)):
+        jinja = jinja2.Environment(
+            autoescape=escape, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        )
+        page = jinja.from_string(template).render(values)
+        whole_file(out / name, f"{page.rstrip()}\n".encode())
+    return report
+
+
+def made(report: dict[str, Any]) -> str:
+    """One line: date, commit, hardware and versions of a report."""
+    hardware = report["hardware"]
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    commit = f", commit {report['git_commit']}" if report["git_commit"] else ""
+    gpus = ", ".join(hardware["gpus"]) or "no GPU"
+    return (
+        f"{report['date']}{commit}, {hardware['processor']}, {hardware['cores']} cores, "
+        f"{hardware['memory_gib']} GiB, {gpus}; {versions}"
+    )

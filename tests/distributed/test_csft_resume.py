@@ -1,0 +1,148 @@
+"""C-SFT that is broken off and taken up again ends bit for bit as one that is not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mim_torchrec.csft.main import main
+from mim_torchrec.csft.task import CSFTTask
+from mim_torchrec.training.checkpoints import ResumeError
+from tests.programs import TINY_TOWERS, small_shop, words
+
+FLAGS = TINY_TOWERS | {
+    "freeze-towers": "False",
+    "epochs": "3", "batch-size": "64", "queue-batches": "2", "checkpoint.every": "2", "log-every": "1",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory) -> Path:
+    return small_shop(tmp_path_factory.mktemp("resume"), searches=400)
+
+
+def command(data: Path, out: Path, **changes: str) -> list[str]:
+    return words(data, out, FLAGS, **changes)
+
+
+def launch(data: Path, out: Path, ranks: int = 2, restarts: int = 0) -> subprocess.Popen:
+    """The stage under torchrun, in a process group of its own."""
+    line = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks),
+        "--max_restarts", str(restarts), "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0",
+        "--monitor_interval", "0.1", "-m", "mim_torchrec.csft.main", *command(data, out),
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    log = out.with_suffix(".log").open("w")
+    return subprocess.Popen(line, env=environment, stdout=log, stderr=subprocess.STDOUT,
+                            start_new_session=True)  # fmt: skip
+
+
+def finish(process: subprocess.Popen, out: Path) -> None:
+    status = process.wait(timeout=300)
+    assert status == 0, out.with_suffix(".log").read_text()[-4000:]
+
+
+def result(out: Path) -> tuple[list[float], str]:
+    """All losses, and the version of the encoder, which is a hash of its weights."""
+    history = json.loads((out / "history.json").read_text())
+    metrics = json.loads((out / "metrics.json").read_text())
+    return [entry["loss"] for entry in history["steps"]], metrics["encoder_version"]
+
+
+def wait_for_checkpoint(process: subprocess.Popen, out: Path, name: str) -> None:
+    """Until there is this checkpoint or a later one."""
+    limit = time.monotonic() + 200
+    while not any(path.name >= name for path in (out / "checkpoints").glob("epoch-*[0-9]")):
+        log = out.with_suffix(".log").read_text()
+        assert process.poll() is None and time.monotonic() < limit, log[-4000:]
+        time.sleep(0.01)
+
+
+def ranks_of(process: subprocess.Popen) -> list[int]:
+    """Processes of the ranks, children of the agent."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    pids = [int(pid) for pid in found.stdout.split()]
+    return [pid for pid in pids if b"mim_torchrec.csft.main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+@pytest.fixture(scope="module")
+def unbroken(shop, tmp_path_factory) -> tuple[list[float], str]:
+    out = tmp_path_factory.mktemp("unbroken") / "csft"
+    finish(launch(shop, out), out)
+    return result(out)
+
+
+def test_a_rank_that_is_killed_costs_nothing(shop, unbroken, tmp_path):
+    out = tmp_path / "csft"
+    process = launch(shop, out, restarts=1)
+    wait_for_checkpoint(process, out, "epoch-0001-step-00000001")
+    os.kill(ranks_of(process)[-1], signal.SIGKILL)
+    finish(process, out)
+    assert "taken up from" in out.with_suffix(".log").read_text()
+    assert result(out) == unbroken
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(shop, unbroken, tmp_path):
+    out = tmp_path / "csft"
+    process = launch(shop, out)
+    wait_for_checkpoint(process, out, "epoch-0000-step-00000004")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=200) != 0
+    log = out.with_suffix(".log").read_text()
+    assert "interrupted by a signal" in log, log[-4000:]
+    assert not (out / "metrics.json").exists()
+    finish(launch(shop, out), out)
+    assert result(out) == unbroken
+
+
+def break_off(monkeypatch, at: int) -> None:
+    """Let the process be told to stop in a step, as by SIGTERM."""
+    forward, steps = CSFTTask.training_forward, []
+
+    def told(self, batch):
+        steps.append(batch)
+        if len(steps) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, batch)
+
+    monkeypatch.setattr(CSFTTask, "training_forward", told)
+
+
+@pytest.mark.parametrize("at", [1, 5, 7])
+def test_one_process_is_taken_up_in_the_middle_of_an_epoch(shop, tmp_path, monkeypatch, at):
+    main(command(shop, tmp_path / "whole"))
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as stopped:
+        break_off(patched, at)
+        main(command(shop, tmp_path / "broken"))
+    assert stopped.value.code == 143
+    main(command(shop, tmp_path / "broken"))
+    assert result(tmp_path / "broken") == result(tmp_path / "whole")
+
+
+def test_a_finished_run_that_is_started_again_gives_the_same(shop, tmp_path, monkeypatch):
+    main(command(shop, tmp_path / "csft"))
+    before = result(tmp_path / "csft")
+    monkeypatch.setattr(CSFTTask, "training_forward", None)  # nothing is trained
+    main(command(shop, tmp_path / "csft"))
+    assert result(tmp_path / "csft") == before
+
+
+def test_another_configuration_in_the_same_place_is_refused(shop, tmp_path):
+    main(command(shop, tmp_path / "csft", epochs="1"))
+    with pytest.raises(ResumeError, match=r"epochs 1 \(now 2\).*--checkpoint.resume never"):
+        main(command(shop, tmp_path / "csft", epochs="2"))
+    main(command(shop, tmp_path / "csft", epochs="2", checkpoint__resume="never"))
+    assert len(json.loads((tmp_path / "csft" / "history.json").read_text())["epochs"]) == 2
+
+
+def test_another_number_of_ranks_is_refused(shop, tmp_path):
+    main(command(shop, tmp_path / "csft"))
+    process = launch(shop, tmp_path / "csft")
+    assert process.wait(timeout=200) != 0
+    assert "is of 1 ranks, this run has 2" in (tmp_path / "csft.log").read_text()

@@ -1,0 +1,64 @@
+"""CTR and pre-training that are broken off and taken up again end bit for bit as those that are not."""
+
+import json
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from mim_torchrec.ctr.main import main as train_ctr
+from mim_torchrec.pretraining.main import main as pretrain
+from tests.programs import small_shop
+from tests.ranks import run_ranks
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory) -> Path:
+    return small_shop(tmp_path_factory.mktemp("resume"), searches=40, requests=400, users=60)
+
+
+def forget_after(out: Path, name: str) -> None:
+    """Leave a run as one that was killed right after a checkpoint."""
+    for path in (out / "checkpoints").iterdir():
+        if path.name > name:
+            path.rename(path.with_name(f"{path.name}.partial"))
+    assert (out / "checkpoints" / name).is_dir()
+
+
+def losses(out: Path) -> list[float]:
+    return [entry["loss"] for entry in json.loads((out / "history.json").read_text())["steps"]]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("at", ["epoch-0001-step-00000002", "epoch-0001-step-00000000"])
+def test_ctr(shop, tmp_path, ranks, at):
+    out = tmp_path / "ctr"
+    command = ["--data", str(shop), "--out", str(out), "--mim", "off", "--epochs", "2", "--batch-size", "256",
+               "--dropout", "0.2", "--checkpoint.every", "1", "--checkpoint.keep", "99"]  # fmt: skip
+    run_ranks(train_ctr, ranks, command)
+    whole, predictions = losses(out), pq.read_table(out / "predictions.parquet")
+    forget_after(out, at)
+    run_ranks(train_ctr, ranks, command)
+    assert losses(out) == whole
+    assert pq.read_table(out / "predictions.parquet").equals(predictions)
+
+
+def test_pretraining(shop, tmp_path):
+    out = tmp_path / "pretrain"
+    command = [
+        "--data", str(shop), "--out", str(out), "--vision.name", "test_vit", "--vision.weights", "random",
+        "--vision.image-size", "32", "--text.name", "bert-tiny", "--text.weights", "random",
+        "--checkpoint.every", "1", "--checkpoint.keep", "99", "--dda-vision.mask-size", "8",
+    ]  # fmt: skip
+    for phase in ("dda-vision", "dda-text", "dma"):
+        command += [f"--{phase}.epochs", "2", f"--{phase}.batch-size", "64"]
+    run_ranks(pretrain, 2, command)
+    phases = [out / name for name in ("dda-vision", "dda-text", "dma")]
+    whole = [losses(phase) for phase in phases]
+    version = json.loads((out / "metrics.json").read_text())["towers_version"]
+    forget_after(phases[1], "epoch-0001-step-00000001")
+    for path in (phases[2] / "checkpoints").iterdir():
+        path.rename(path.with_name(f"{path.name}.partial"))
+    run_ranks(pretrain, 2, command)
+    assert [losses(phase) for phase in phases] == whole
+    assert json.loads((out / "metrics.json").read_text())["towers_version"] == version

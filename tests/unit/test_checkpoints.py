@@ -1,0 +1,177 @@
+"""Checkpoints: only whole ones count, the newest are kept, generators go on where they were."""
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mim_torchrec.training import checkpoints as module
+from mim_torchrec.training.checkpoint import remove
+from mim_torchrec.training.checkpoints import (
+    CheckpointConfig,
+    Checkpoints,
+    ResumeError,
+    get_generators,
+    set_generators,
+)
+from mim_torchrec.training.distributed import distributed
+from mim_torchrec.training.state import TrainingState
+
+
+@pytest.fixture
+def ranks():
+    with distributed(0) as ranks:
+        yield ranks
+
+
+def make_state(seed: int) -> tuple[nn.Module, torch.optim.Optimizer, TrainingState]:
+    torch.manual_seed(seed)
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    schedule.step()
+    return model, optimizer, TrainingState(model, optimizer, schedule)
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_state_comes_back_as_it_was(tmp_path, ranks):
+    model, optimizer, state = make_state(0)
+    store = Checkpoints(tmp_path, CheckpointConfig(), {"lr": 1}, ranks)
+    store.save(state, 2, 7, {"steps": [0.1, 1 / 3]})
+    other, other_optimizer, other_state = make_state(1)
+    assert store.restore(other_state) == (2, 7, {"steps": [0.1, 1 / 3]})
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name])
+    mine, theirs = (o.state_dict() for o in (optimizer, other_optimizer))
+    assert mine["param_groups"] == theirs["param_groups"]
+    for key, values in mine["state"].items():
+        for name, value in values.items():
+            assert torch.equal(value, theirs["state"][key][name])
+
+
+def test_the_newest_are_kept(tmp_path, ranks):
+    state = make_state(0)[2]
+    store = Checkpoints(tmp_path, CheckpointConfig(keep=2), {}, ranks)
+    for epoch, step in [(0, 5), (0, 10), (1, 0)]:
+        store.save(state, epoch, step, {})
+    assert names(tmp_path) == ["epoch-0000-step-00000010", "epoch-0001-step-00000000"]
+    assert store.restore(state)[:2] == (1, 0)
+
+
+def test_one_that_is_not_whole_does_not_count(tmp_path, ranks):
+    state = make_state(0)[2]
+    store = Checkpoints(tmp_path, CheckpointConfig(), {}, ranks)
+    store.save(state, 0, 5, {})
+    (tmp_path / "epoch-0000-step-00000009.partial").mkdir()
+    assert store.restore(state)[:2] == (0, 5)
+    assert names(tmp_path) == ["epoch-0000-step-00000005"]
+
+
+@pytest.mark.parametrize("breaks", ["torch.save", "os.replace"])
+def test_a_full_disk_leaves_those_before(tmp_path, ranks, monkeypatch, breaks):
+    state = make_state(0)[2]
+    store = Checkpoints(tmp_path, CheckpointConfig(), {}, ranks)
+    store.save(state, 0, 5, {})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
+        owner, name = breaks.split(".")
+        patched.setattr(getattr(module, owner), name, full)
+        store.save(state, 0, 6, {})
+    assert store.restore(state)[:2] == (0, 5)
+
+
+def test_without_a_checkpoint_there_is_nothing_to_restore(tmp_path, ranks):
+    assert Checkpoints(tmp_path / "none", CheckpointConfig(), {}, ranks).restore(make_state(0)[2]) is None
+
+
+def test_resume_never_removes_what_is_there(tmp_path, ranks):
+    state = make_state(0)[2]
+    Checkpoints(tmp_path, CheckpointConfig(), {}, ranks).save(state, 0, 5, {})
+    assert Checkpoints(tmp_path, CheckpointConfig(resume="never"), {}, ranks).restore(state) is None
+    assert not tmp_path.exists()
+
+
+def test_resume_never_is_of_the_first_start_only_and_not_of_workers_that_torchrun_starts_again(
+    tmp_path, ranks, monkeypatch
+):
+    state = make_state(0)[2]
+    store = Checkpoints(tmp_path, CheckpointConfig(resume="never"), {}, ranks)
+    store.save(state, 0, 5, {})
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert store.restore(state)[:2] == (0, 5)
+
+
+def test_one_that_is_being_removed_does_not_count(tmp_path, ranks, monkeypatch):
+    state = make_state(0)[2]
+    store = Checkpoints(tmp_path, CheckpointConfig(keep=1), {}, ranks)
+    store.save(state, 0, 5, {})
+
+    def killed(path, **_):
+        if path.exists():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("shutil.rmtree", killed)
+        remove(tmp_path / "epoch-0000-step-00000005")
+    assert store.restore(state) is None
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("file", ["run.json", "rank-0.pt", "state/.metadata", "state/__0_0.distcp"])
+def test_a_damaged_one_is_an_error_that_says_what_to_do(tmp_path, ranks, file):
+    state = make_state(0)[2]
+    store = Checkpoints(tmp_path, CheckpointConfig(), {}, ranks)
+    store.save(state, 0, 5, {})
+    damaged = tmp_path / "epoch-0000-step-00000005" / file
+    damaged.write_bytes(damaged.read_bytes()[:20])
+    with pytest.raises(ResumeError, match="step-00000005 cannot be read: .*; remove it to go on"):
+        store.restore(state)
+
+
+def test_a_parameter_without_a_gradient_has_the_state_that_adamw_begins_with(tmp_path, ranks):
+    model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    optimizer = torch.optim.AdamW(model.parameters())
+    state = TrainingState(model, optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer))
+    model[0](torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    store = Checkpoints(tmp_path, CheckpointConfig(), {}, ranks)
+    store.save(state, 0, 1, {})
+    store.restore(state)
+    assert all(not value.any() for value in optimizer.state[model[1].weight].values())
+    fresh = copy.deepcopy(model[1])
+    model[1](torch.ones(1, 2)).sum().backward()
+    fresh(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    torch.optim.AdamW(fresh.parameters(), lr=optimizer.param_groups[0]["lr"]).step()
+    assert torch.equal(model[1].weight, fresh.weight)
+
+
+def test_another_run_is_refused_by_what_differs(tmp_path, ranks):
+    state = make_state(0)[2]
+    Checkpoints(tmp_path, CheckpointConfig(), {"lr": 1, "seed": 0}, ranks).save(state, 0, 5, {})
+    with pytest.raises(ResumeError, match=r"with lr 1 \(now 2\); choose another --out"):
+        Checkpoints(tmp_path, CheckpointConfig(), {"lr": 2, "seed": 0}, ranks).restore(state)
+
+
+def test_every_nth_step_is_due():
+    store = Checkpoints(None, CheckpointConfig(every=3), {}, None)
+    assert [step for step in range(1, 10) if store.is_due(step)] == [3, 6, 9]
+    assert not Checkpoints(None, CheckpointConfig(), {}, None).is_due(3)
+
+
+def test_generators_go_on_where_they_were():
+    states = get_generators()
+    first = (random.random(), float(np.random.normal()), torch.rand(2).tolist())
+    set_generators(states)
+    assert (random.random(), float(np.random.normal()), torch.rand(2).tolist()) == first
