@@ -137,11 +137,37 @@ def test_a_run_that_a_signal_stops_goes_on_as_if_it_had_not(tmp_path, number, me
     assert not trained  # the run was over
 
 
+@pytest.fixture
+def keyboard():
+    """Python's own handling of Ctrl-C, whatever a launcher started in this process has left in its place."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("keyboard")
 def test_a_second_interrupt_from_the_keyboard_ends_at_once(tmp_path):
     task = signaled(signaled(Line([]), 2, signal.SIGINT), 2, signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         run(task, tmp_path, checkpoints=Checkpoints(tmp_path / "checkpoints", CheckpointConfig(), {}, ONE))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_leaves_the_handlers_of_signals_as_it_found_them(tmp_path, number):
+    def handler(*_):
+        """A handler of the program that runs the loop."""
+
+    before = signal.signal(number, handler)
+    try:
+        with pytest.raises(Interrupted):
+            run(
+                signaled(Line([]), 2, number),
+                tmp_path,
+                checkpoints=Checkpoints(tmp_path / "checkpoints", CheckpointConfig(), {}, ONE),
+            )
+        assert signal.getsignal(number) is handler
+    finally:
+        signal.signal(number, before)
 
 
 def test_the_norm_of_the_gradient_is_that_before_the_step(tmp_path):
