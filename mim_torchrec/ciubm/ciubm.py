@@ -3,17 +3,23 @@ r"""CiUBM: the content-interest-aware user behavior model (MIM, section 3.4, Eq.
 $h_B = \mathrm{Concat}(h_B^{ID}, h_B^{MM}, h_B^{Fusion})$. Any user behavior model over ID embeddings can be
 the first part; the ablations of the paper's Table 5 are the switches of the constructor.
 
+Beyond the paper, each off by default: a fourth part, the distribution of the relevance (`similarity.py`), a
+learnable temperature that sharpens the relevance, and content dropout.
+
 Content and fusion interest are of the whole history, also where the user behavior model searches a part of it
 (SIM, TWIN) or cuts it (BST): the paper does not say, and all of it is what Eq. 7 and 8 sum over.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from mim_torchrec.ciubm.content import Pooling, content_relevance, relevant_interest
+from mim_torchrec.ciubm.content import Pooling, content_relevance, relevant_interest, sharpened
 from mim_torchrec.ciubm.jagged import RequestPairs
+from mim_torchrec.ciubm.similarity import similarity_dim, similarity_interest
 from mim_torchrec.ciubm.ubm.interface import Auxiliary, BehaviorContext
 
 
@@ -25,17 +31,20 @@ class Interests:
         id: (sum_candidates, ubm.out_dim), Eq. 1.
         content: (sum_candidates, content_dim), Eq. 7.
         fusion: (sum_candidates, id_dim), Eq. 8.
+        similarity: (sum_candidates, `similarity_dim`), the distribution of the relevance.
         auxiliary: the auxiliary task of the user behavior model, in training mode, if it has one.
     """
 
     id: Tensor | None
     content: Tensor | None
     fusion: Tensor | None
+    similarity: Tensor | None = None
     auxiliary: Auxiliary | None = None
 
     def concatenate(self) -> Tensor:
         """Eq. 9, (sum_candidates, sum of the sizes of the parts)."""
-        return torch.cat([part for part in (self.id, self.content, self.fusion) if part is not None], dim=-1)
+        parts = (self.id, self.content, self.fusion, self.similarity)
+        return torch.cat([part for part in parts if part is not None], dim=-1)
 
 
 class CiUBM(nn.Module):
@@ -46,18 +55,45 @@ class CiUBM(nn.Module):
         content: compute the content interest.
         fusion: compute the fusion interest.
         pooling: "sum" (Eq. 7 and 8) or "mean" over behaviors for content and fusion interest.
+        tiers: parts of [-1, 1] in the similarity interest; 0 switches it off.
+        windows: its windows of most recent behaviors; 0 is the whole history.
+        temperature: where a learnable temperature starts, by which content and fusion interest weigh
+            behaviors (`content.sharpened`); None weighs them by the relevance itself, as the paper does.
+        content_dropout: in training, the probability that a candidate is scored as if it had no vector.
+
+    Raises:
+        ValueError: all interests are off, or a number is impossible.
     """
 
     def __init__(
-        self, ubm: nn.Module | None, *, content: bool, fusion: bool, pooling: Pooling = "sum"
+        self,
+        ubm: nn.Module | None,
+        *,
+        content: bool,
+        fusion: bool,
+        pooling: Pooling = "sum",
+        tiers: int = 0,
+        windows: Sequence[int] = (),
+        temperature: float | None = None,
+        content_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if ubm is None and not content and not fusion:
-            raise ValueError("CiUBM needs at least one of the ID, content and fusion interests")
+        if ubm is None and not content and not fusion and not tiers:
+            raise ValueError("CiUBM needs at least one of the ID, content, fusion and similarity interests")
+        if temperature is not None and temperature <= 0:
+            raise ValueError(f"the temperature starts at {temperature}; it has to be above 0")
+        if not 0 <= content_dropout < 1:
+            raise ValueError(f"content dropout is {content_dropout}; it has to be at least 0 and below 1")
         self.ubm = ubm
         self.content = content
         self.fusion = fusion
         self.pooling: Pooling = pooling
+        self.tiers, self.windows = tiers, tuple(windows)
+        self.similarity_dim = similarity_dim(tiers, windows) if tiers else 0
+        self.log_temperature: nn.Parameter | None = None
+        if temperature is not None and (content or fusion):
+            self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+        self.content_dropout = content_dropout
 
     def forward(
         self,
@@ -74,23 +110,30 @@ class CiUBM(nn.Module):
             candidates: (sum_candidates, id_dim) ID embeddings of the targets.
             behaviors: (sum_behaviors, id_dim) ID embeddings of the behaviors.
             pairs: the pairs of the batch.
-            candidates_mm: (sum_candidates, mm_dim); needed by content and fusion interest.
-            behaviors_mm: (sum_behaviors, mm_dim); needed by content and fusion interest.
+            candidates_mm: (sum_candidates, mm_dim); needed by all but the ID interest.
+            behaviors_mm: (sum_behaviors, mm_dim); needed by all but the ID interest.
             context: gaps and categories, for the user behavior models that need them.
 
         Raises:
-            ValueError: content or fusion interest is on and multi-modal vectors are missing.
+            ValueError: multi-modal vectors are missing that an interest needs.
         """
         id_interest = auxiliary = None
         if self.ubm is not None:
             id_interest, auxiliary = self.ubm(candidates, behaviors, pairs, context)
-        content = fusion = None
-        if self.content or self.fusion:
+        content = fusion = similarity = None
+        if self.content or self.fusion or self.tiers:
             if candidates_mm is None or behaviors_mm is None:
-                raise ValueError("content and fusion interest need multi-modal vectors")
+                raise ValueError("content, fusion and similarity interest need multi-modal vectors")
             relevance = content_relevance(candidates_mm, behaviors_mm, pairs)
+            if self.training and self.content_dropout:
+                kept = torch.rand(pairs.num_candidates, device=relevance.device) >= self.content_dropout
+                relevance = relevance * kept[pairs.candidate_index]
+            if self.tiers:
+                similarity = similarity_interest(relevance, pairs, self.tiers, self.windows)
+            if self.log_temperature is not None:
+                relevance = sharpened(relevance, self.log_temperature.exp(), pairs)
             if self.content:
                 content = relevant_interest(behaviors_mm.detach().float(), relevance, pairs, self.pooling)
             if self.fusion:
                 fusion = relevant_interest(behaviors, relevance, pairs, self.pooling)
-        return Interests(id=id_interest, content=content, fusion=fusion, auxiliary=auxiliary)
+        return Interests(id_interest, content, fusion, similarity, auxiliary)

@@ -56,3 +56,19 @@ def relevant_interest(
     elif pooling != "sum":
         raise ValueError(f"pooling is 'sum' or 'mean', not {pooling!r}")
     return pairs.weighted_sum(behaviors, relevance)
+
+
+def sharpened(relevance: Tensor, temperature: Tensor, pairs: RequestPairs) -> Tensor:
+    r"""Relevance as attention: $\mathrm{softmax}_i(\alpha_{t,i} / \tau)$ (beyond the paper).
+
+    Args:
+        relevance: (num_pairs,) from `content_relevance`.
+        temperature: $\tau$, a scalar above 0; it gets a gradient.
+        pairs: the pairs.
+
+    Returns:
+        (num_pairs,) weights that sum to one over the history of a candidate, or to zero where nothing in it
+        has a vector.
+    """
+    scores = torch.where(relevance == 0, torch.finfo(relevance.dtype).min, relevance / temperature)
+    return torch.where(relevance == 0, 0.0, pairs.segment_softmax(scores))

@@ -34,6 +34,21 @@ class ModelConfig:
     """What the content interest passes before the tower; `linear` is a layer norm and a linear layer."""
     content_dim: int = 32
     """Size of the content interest after a linear projection."""
+    similarity_interest: bool = False
+    """Feed the distribution of the relevance to the tower: counts by tier, maximum, recent mean; beyond the
+    paper."""
+    similarity_tiers: int = 20
+    """Equal parts of [-1, 1] that the similarity interest counts behaviors in."""
+    similarity_windows: tuple[int, ...] = (5, 0)
+    """Most recent behaviors that the similarity interest looks at, window by window; 0 is all of them."""
+    content_temperature: float | None = None
+    """Weigh behaviors by softmax(relevance / temperature), with a learnable temperature that starts here;
+    beyond the paper, which weighs them by the relevance."""
+    content_dropout: float = 0.0
+    """In training, the share of candidates that are scored as if they had no vector; beyond the paper."""
+    id_dropout: float = 0.0
+    """In training, the share of candidates whose item id is hidden, as a new item's is unknown; beyond the
+    paper."""
     products: bool = False
     """Feed the tower the inner product of each interest with the target as well."""
     embedding_dim: int = 16

@@ -133,12 +133,17 @@ class CTRModel(nn.Module):
         mm_dim = mm_embeddings.embedding_configs()[0].embedding_dim if mm_embeddings is not None else 0
         content = mm_embeddings is not None and config.content_interest
         fusion = mm_embeddings is not None and config.fusion_interest
+        similarity = mm_embeddings is not None and config.similarity_interest
         ubm = build_ubm(config, item_dim) if config.id_interest else None
         self.ciubm = CiUBM(
             ubm,
             content=content,
             fusion=fusion,
             pooling=config.content_pooling,
+            tiers=config.similarity_tiers if similarity else 0,
+            windows=config.similarity_windows if similarity else (),
+            temperature=config.content_temperature,
+            content_dropout=config.content_dropout,
         )
         content_dim = mm_dim
         self.content_projection: nn.Module = nn.Identity()
@@ -155,7 +160,7 @@ class CTRModel(nn.Module):
         if self.products and id_dim not in (0, item_dim):
             self.id_product = nn.Linear(id_dim, item_dim, bias=False)
         parts = [(ubm is not None, id_dim), (content, content_dim), (fusion, item_dim)]
-        interest_dim = sum(size for on, size in parts if on)
+        interest_dim = sum(size for on, size in parts if on) + self.ciubm.similarity_dim
         num_products = sum(on for on, _ in parts) if self.products else 0
         self.tower = DeepCTR(
             request_dim + item_dim + interest_dim + num_products + 1,

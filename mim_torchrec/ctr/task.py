@@ -5,6 +5,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -83,6 +84,11 @@ class CTRTask:
         mapper: ids to embedding rows.
         ranks: the process group.
         aux_weight: weight of the auxiliary loss of the user behavior model, if it has one.
+        id_dropout: probability that the item id of a training candidate is hidden.
+        seed: of what is hidden.
+
+    Raises:
+        ValueError: `id_dropout` is no probability below 1.
     """
 
     def __init__(
@@ -94,7 +100,11 @@ class CTRTask:
         mapper: IdMapper,
         ranks: Ranks,
         aux_weight: float = 1.0,
+        id_dropout: float = 0.0,
+        seed: int = 0,
     ) -> None:
+        if not 0 <= id_dropout < 1:
+            raise ValueError(f"id dropout is {id_dropout}; it has to be at least 0 and below 1")
         self.model = model
         self.optimizer = optimizer
         self._train = train
@@ -102,6 +112,7 @@ class CTRTask:
         self._mapper = mapper
         self._ranks = ranks
         self._aux_weight = aux_weight
+        self._id_dropout, self._seed = id_dropout, seed
         self.state = CTRState(model, optimizer)
 
     def num_batches(self, epoch: int) -> int:
@@ -111,8 +122,13 @@ class CTRTask:
     def batches(self, epoch: int, first: int = 0) -> Iterator[RequestBatch]:
         """Batches of an epoch from `first` on, ids mapped to rows and on the rank's device."""
         self._train.set_epoch(epoch)
-        for batch in islice(self._train, first, None):
-            yield self._mapper(batch).to(self._ranks.device)
+        for place, batch in enumerate(islice(self._train, first, None), first):
+            rows = self._mapper(batch)
+            if self._id_dropout:
+                rng = np.random.default_rng((self._seed, epoch, place, self._ranks.rank))
+                hidden = rng.random(rows.num_candidates) < self._id_dropout
+                rows = rows.with_hidden_candidates(torch.from_numpy(hidden))
+            yield rows.to(self._ranks.device)
 
     def num_samples(self, batch: RequestBatch) -> int:
         """Candidates in a batch."""

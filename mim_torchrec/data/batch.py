@@ -55,6 +55,21 @@ class RequestBatch(Pipelineable):
             if tensor is not None:
                 tensor.record_stream(stream)
 
+    def with_hidden_candidates(self, hidden: Tensor) -> "RequestBatch":
+        """The same batch of rows with row 0, that of an unknown id, in the place of some candidates' items.
+
+        Args:
+            hidden: (sum_candidates,) bool. Their categories and vectors stay.
+        """
+        keys = self.sparse.keys()
+        ends = self.sparse.offset_per_key()
+        place = keys.index("candidate_item_id")
+        values = self.sparse.values().clone()
+        values[ends[place] : ends[place + 1]].masked_fill_(hidden, 0)
+        return replace(
+            self, sparse=KeyedJaggedTensor(keys=keys, values=values, lengths=self.sparse.lengths())
+        )
+
     def pin_memory(self) -> "RequestBatch":
         """The same batch in page-locked memory."""
         return replace(

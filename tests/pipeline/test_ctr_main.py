@@ -11,11 +11,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mim_torchrec.ctr.main import main
-from mim_torchrec.data.schema import ITEMS, REQUESTS
+from mim_torchrec.ctr.task import CTRTask
+from mim_torchrec.data.batch import RequestBatch
+from mim_torchrec.data.requests import RequestReader
+from mim_torchrec.data.schema import ITEMS, REQUESTS, Dataset
+from mim_torchrec.data.vocabulary import IdMapper, Vocabulary, scan_ids
 from mim_torchrec.embeddings.table.format import TableWriter, VersionMismatch
 from mim_torchrec.training import metrics
+from mim_torchrec.training.distributed import distributed
 from tests.ranks import run_ranks
 
 NUM_ITEMS, NUM_USERS, STYLES = 60, 20, 3
@@ -271,3 +277,41 @@ def test_a_hard_search_without_categories_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="categories of candidates and behaviors"):
         main(["--data", str(data), "--mim", "off", *SMALL, "--ubm", "sim", "--search", "hard", "--heads", "2",
               "--out", str(tmp_path / "out")])  # fmt: skip
+
+
+def test_everything_beyond_the_paper_trains_through_main(folder):
+    out = folder / "beyond"
+    main(["--data", str(folder / "data"), "--table", str(folder / "table"), "--out", str(out), *SMALL,
+          "--similarity-interest", "True", "--similarity-tiers", "8", "--similarity-windows", "2", "0",
+          "--content-temperature", "0.5", "--content-dropout", "0.1", "--id-dropout", "0.3"])  # fmt: skip
+    assert report(out)["auc"] > 0.6
+
+
+def test_hidden_candidates_have_the_row_of_an_unknown_id_and_all_else_stays():
+    batch = RequestBatch(
+        sparse=KeyedJaggedTensor(
+            keys=["user_id", "candidate_item_id", "behavior_item_id", "candidate_mm"],
+            values=torch.tensor([9, 8, 1, 2, 3, 4, 5, 1, 2, 3]),
+            lengths=torch.tensor([1, 1, 2, 1, 0, 2, 2, 1]),
+        ),
+        labels=torch.zeros(3),
+        request_ids=torch.arange(2),
+    )
+    hidden = batch.with_hidden_candidates(torch.tensor([False, True, True]))
+    assert hidden.sparse.values().tolist() == [9, 8, 1, 0, 0, 4, 5, 1, 2, 3]
+    assert hidden.sparse.lengths().tolist() == batch.sparse.lengths().tolist()
+    assert batch.sparse.values().tolist() == [9, 8, 1, 2, 3, 4, 5, 1, 2, 3]
+
+
+def test_ids_are_hidden_at_the_rate_asked_for_and_the_same_from_the_middle_of_an_epoch(folder):
+    files = Dataset(folder / "data").requests("train")
+    vocabularies = {name: Vocabulary.build(ids) for name, ids in scan_ids(files).items()}
+    reader = RequestReader(files, batch_size=64, shuffle=True)
+    with distributed(0) as ranks:
+        task = CTRTask(None, None, reader, reader, IdMapper(vocabularies, None, 1.0), ranks, id_dropout=0.25)
+        whole = [batch.sparse["candidate_item_id"].values() for batch in task.batches(1)]
+        later = [batch.sparse["candidate_item_id"].values() for batch in task.batches(1, 3)]
+    rows = torch.cat(whole)
+    assert float((rows == 0).double().mean()) == pytest.approx(0.25, abs=0.05)
+    for one, two in zip(whole[3:], later, strict=True):
+        assert torch.equal(one, two)

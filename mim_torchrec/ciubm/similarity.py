@@ -1,0 +1,66 @@
+r"""Similarity interest: how the relevance of a history is distributed (beyond the paper).
+
+Eq. 7 and 8 sum behaviors over all $\alpha_{t,i}$ and no longer tell one near-duplicate from many faint
+likenesses. Here the cosines themselves become features of the target: counts by tier, as SimTier does (Sheng
+et al., arXiv 2407.19467), and their maximum and mean, over the last few behaviors and over all. Without
+parameters and, as $\alpha$ is frozen, without gradient.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mim_torchrec.ciubm.jagged import RequestPairs
+
+STATISTICS = 2
+WHOLE = 0
+
+
+def similarity_dim(tiers: int, windows: Sequence[int]) -> int:
+    """Size of the similarity interest."""
+    return len(windows) * (tiers + STATISTICS)
+
+
+@torch.no_grad()
+def similarity_interest(
+    relevance: Tensor, pairs: RequestPairs, tiers: int, windows: Sequence[int]
+) -> Tensor:
+    r"""Distribution of the relevance of each candidate's history.
+
+    Of every window: $\log(1 + n_k)$ of the number $n_k$ of behaviors in each of `tiers` equal parts of
+    [-1, 1], their largest $\alpha$, and their mean $\alpha$ weighted by $1 / (1 + j)$, where j behaviors of
+    the history came later. A relevance of exactly 0 is that of an item without a vector and counts nowhere.
+
+    Args:
+        relevance: (num_pairs,) cosines from `content.content_relevance`.
+        pairs: the pairs.
+        tiers: parts of [-1, 1].
+        windows: most recent behaviors that are looked at; 0 is the whole history.
+
+    Returns:
+        (sum_candidates, `similarity_dim`), window by window: tiers from -1 upwards, maximum, mean. Zeros
+        where a window holds no item with a vector.
+
+    Raises:
+        ValueError: fewer than one tier, no window, or a negative one.
+    """
+    if tiers < 1 or not windows or min(windows) < 0:
+        raise ValueError(f"{tiers} tiers over windows {tuple(windows)}: at least one of each, none negative")
+    order = pairs.order[pairs.behavior_index]
+    parts = []
+    for window in windows:
+        seen = relevance != 0
+        if window != WHOLE:
+            seen &= order < window
+        alpha, index, later = relevance[seen], pairs.candidate_index[seen], order[seen]
+        tier = ((alpha + 1) * (tiers / 2)).long().clamp(0, tiers - 1)
+        counts = torch.bincount(index * tiers + tier, minlength=pairs.num_candidates * tiers)
+        weight = 1 / (1 + later.to(alpha.dtype))
+        empty = alpha.new_zeros(pairs.num_candidates)
+        total = empty.index_add(0, index, weight)
+        mean = empty.index_add(0, index, weight * alpha) / total.clamp(min=torch.finfo(alpha.dtype).tiny)
+        largest = empty.scatter_reduce(0, index, alpha, "amax", include_self=False)
+        histogram = counts.view(-1, tiers).to(alpha.dtype).log1p()
+        parts.append(torch.cat([histogram, largest[:, None], mean[:, None]], dim=1))
+    return torch.cat(parts, dim=1)
