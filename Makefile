@@ -17,7 +17,7 @@ export MIM_PYTHON := $(BIN)/python
 export PYTHONPATH :=
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install demo test movielens ablation-csft figure5 bench-frozen-table bench-csft-loss doctor lint lock clean
+.PHONY: help install demo test movielens ablation-csft figure5 table2 ablation-ciubm coldstart bench-frozen-table bench-csft-loss doctor lint lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -48,6 +48,15 @@ ablation-csft: install  ## what pre-training and C-SFT are worth in AUC: Tables 
 
 figure5: install  ## vision and text models by cost and by AUC: make figure5 [DATA=<dataset>]
 	$(BIN)/python -m benchmarks.figure5 --out runs/figure5 $(if $(DATA),--data $(DATA))
+
+table2: install  ## six user behavior models without and with MIM: make table2 [DATA=<films>]
+	$(BIN)/python -m benchmarks.table2 --out runs/table2 $(if $(DATA),--data $(DATA))
+
+ablation-ciubm: install  ## what the parts of CiUBM are worth in AUC: make ablation-ciubm [DATA=<films>]
+	$(BIN)/python -m benchmarks.ablation_ciubm --out runs/ablation_ciubm $(if $(DATA),--data $(DATA))
+
+coldstart: install  ## gains by the age of an item, Figure 6: make coldstart [DATA=<films>]
+	$(BIN)/python -m benchmarks.coldstart --out runs/coldstart $(if $(DATA),--data $(DATA))
 
 bench-frozen-table: install  ## a frozen sharded table beside trainable and unsharded ones
 	$(BIN)/python -m benchmarks.frozen_table --out runs/frozen_table

@@ -18,7 +18,7 @@ from matplotlib import pyplot as plt
 
 from benchmarks import demo
 from benchmarks.stages import Run, Stage, Value, ctr_stage, export_stage
-from mim_torchrec.training.comparison import read_metrics
+from mim_torchrec.training.comparison import deviation, read_metrics
 from mim_torchrec.training.pages import Section, write_pages
 from mim_torchrec.training.report import BASE_COLOR, MIM_COLOR, tidy, to_png
 from mim_torchrec.training.retrieval import exchange_rate
@@ -206,9 +206,9 @@ def line(job: Job, version: Version, base: np.ndarray) -> dict[str, Any]:
     return {
         "version": version.name,
         "auc_mean": float(auc.mean()),
-        "auc_std": _std(auc),
+        "auc_std": deviation(auc),
         "delta": float((auc - base).mean()),
-        "delta_std": _std(auc - base),
+        "delta_std": deviation(auc - base),
         "paper_auc": version.paper_auc,
         "paper_delta": round(version.paper_auc - BASE_AUC, 4),
         "recall_at_10": float(np.mean([f["recall_at_10"] for f in found])),
@@ -289,7 +289,7 @@ def build(job: Job) -> tuple[dict[str, Any], list[Section], dict[str, bytes]]:
     rate = exchange(job, base)
     report = {
         **tables, "orders": orders, "exchange_rate": rate,
-        "base": {"auc_mean": float(base.mean()), "auc_std": _std(base), "paper_auc": BASE_AUC},
+        "base": {"auc_mean": float(base.mean()), "auc_std": deviation(base), "paper_auc": BASE_AUC},
         "stages": job.run.seconds,
         "config": {**dataclasses.asdict(job.config), "pretrain": PRETRAIN, "csft": CSFT, "ctr": CTR,
                    "versions": TRAINED},
@@ -327,10 +327,6 @@ def build(job: Job) -> tuple[dict[str, Any], list[Section], dict[str, bytes]]:
         ], pictures=["retrieval.png"])
     )  # fmt: skip
     return report, sections, pictures
-
-
-def _std(values: np.ndarray) -> float | None:
-    return float(values.std(ddof=1)) if len(values) > 1 else None
 
 
 def _spread(value: float | None) -> str:

@@ -33,7 +33,8 @@ CSFT: dict[str, Value] = {
     "head.principal-dim": 128,
 }
 PLAIN_OPTIONS: dict[str, Value] = {"image-size": 128}
-CTR: dict[str, Value] = demo.CTR | {"epochs": 10, "patience": 2, "dropout": 0.2}
+TRAINING: dict[str, Value] = {"epochs": 10, "patience": 2, "dropout": 0.2}
+CTR: dict[str, Value] = demo.CTR | TRAINING
 GRID: tuple[dict[str, Value], ...] = (
     {"weight-decay": 0.0, "sparse-lr": 0.02},
     {"weight-decay": 1e-2, "sparse-lr": 0.02},
@@ -60,6 +61,26 @@ class MovieLensConfig:
     """Seeds that are reported, fixed beforehand."""
     jobs: int = 2
     """Stages that run side by side, one process and one thread each."""
+
+
+def import_stage(source: Path, root: Path, split: str) -> Stage:
+    """Ratings and posters as a data set, divided by each user's time ("user") or by time ("global")."""
+    out = root / f"movielens-{split}"
+    posters = source / "posters.parquet"
+    return Stage(
+        name=f"import-{split}",
+        command=("import", "movielens"),
+        options={"ratings": source, "posters": posters, "out": out, "split": split},
+        out=out,
+        files=(source / "ratings.csv", source / "movies.csv", posters),
+    )
+
+
+def csft_stage(root: Path, data: Stage) -> Stage:
+    """C-SFT on films that a user liked one after the other, above frozen pretrained towers."""
+    out = root / f"csft-{data.out.name}"
+    options = {"data": data.out, "out": out, "seed": 0} | ENCODER | CSFT
+    return Stage(name=out.name, command=("csft",), options=options, out=out, ranks="1x1", after=(data,))
 
 
 class Job:
@@ -91,11 +112,12 @@ class Job:
 
     def prepare(self) -> None:
         """Data, encoders and tables."""
-        self.user = self._import("user")
-        self.by_time = self._import("global")
+        self.user, self.by_time = (
+            import_stage(self.config.data, self.root, split) for split in ("user", "global")
+        )
         self.shop = demo.shop_stage(NO_STYLE_SHOP, self.root, "shop-no-style", 0.0)
         self._side_by_side([self.user, self.by_time, self.shop])
-        user_csft, time_csft = (self._csft(data) for data in (self.user, self.by_time))
+        user_csft, time_csft = (csft_stage(self.root, data) for data in (self.user, self.by_time))
         shop_csft = demo.csft_stage(NO_STYLE_SHOP, self.root, "csft-shop-no-style", self.shop)
         self._side_by_side([user_csft, time_csft, shop_csft])
         self.table = export_stage(self.root, "table", self.user, user_csft, "1x1")
@@ -108,22 +130,6 @@ class Job:
             for seed in self.config.seeds
         }
         self._side_by_side(list(self.permuted.values()))
-
-    def _import(self, split: str) -> Stage:
-        out = self.root / f"movielens-{split}"
-        posters = self.config.data / "posters.parquet"
-        return Stage(
-            name=f"import-{split}",
-            command=("import", "movielens"),
-            options={"ratings": self.config.data, "posters": posters, "out": out, "split": split},
-            out=out,
-            files=(self.config.data / "ratings.csv", self.config.data / "movies.csv", posters),
-        )
-
-    def _csft(self, data: Stage) -> Stage:
-        out = self.root / f"csft-{data.out.name}"
-        options = {"data": data.out, "out": out, "seed": 0} | ENCODER | CSFT
-        return Stage(name=out.name, command=("csft",), options=options, out=out, ranks="1x1", after=(data,))
 
     def tune(self) -> dict[str, Any]:
         """Choose settings for Base and for MIM from the same grid, on validation; returns the record."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from mim_torchrec.training.metrics import paired_bootstrap
+from mim_torchrec.training.metrics import auc, paired_bootstrap
 
 BOOTSTRAP_SEED = 0
 IMPRESSION = ("request_id", "user_id", "item_id", "label")
@@ -30,22 +30,31 @@ def mean(values: Sequence[float | None]) -> float | None:
     return float(np.mean(values))
 
 
+def deviation(values: Sequence[float]) -> float | None:
+    """Standard deviation of a sample, as of seeds; None of a single value."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
 def mean_metrics(runs: Sequence[Path]) -> dict[str, float | None]:
     """Mean `auc`, `gauc`, `ne` and `logloss` over the seeds."""
     metrics = read_metrics(runs)
     return {key: mean([m[key] for m in metrics]) for key in ("auc", "gauc", "ne", "logloss")}
 
 
-def gain(base: Sequence[Path], other: Sequence[Path], n: int = 1000) -> dict[str, Any]:
+def gain(
+    base: Sequence[Path], other: Sequence[Path], n: int = 1000, items: np.ndarray | None = None
+) -> dict[str, Any]:
     """Mean over the seeds of AUC(other) - AUC(base), with a 95% interval by resampling users.
 
     Args:
         base: directories of the base runs, one a seed.
         other: directories of the other model's runs, in the same order.
         n: bootstrap draws.
+        items: ids of the items whose impressions are compared; None compares all.
 
     Returns:
-        `gain`, `ci` [low, high] and `per_seed`, the gain on each seed.
+        `gain`, `ci` [low, high] and `per_seed`, the gain on each seed; all None where the AUC is undefined,
+        because the impressions hold no click or nothing else.
 
     Raises:
         ValueError: two runs have not scored the same impressions.
@@ -53,10 +62,14 @@ def gain(base: Sequence[Path], other: Sequence[Path], n: int = 1000) -> dict[str
     if len(base) != len(other) or not base:
         raise ValueError(f"{len(base)} base runs cannot be paired with {len(other)} others")
     reference = _predictions(base[0])
-    labels, groups = reference["label"], reference["user_id"]
     base_scores, other_scores = (
         [_scores_of(run, reference, base[0]) for run in runs] for runs in (base, other)
     )
+    kept = slice(None) if items is None else np.isin(reference["item_id"], items)
+    labels, groups = reference["label"][kept], reference["user_id"][kept]
+    base_scores, other_scores = ([s[kept] for s in scores] for scores in (base_scores, other_scores))
+    if len(np.unique(labels)) < 2:
+        return {"gain": None, "ci": None, "per_seed": None}
     # Ranks of seed s are moved above those of all seeds before. Pairs of two seeds then count the same for
     # both models and cancel, in every draw, and what is left of the pooled difference is the mean of the
     # seeds' differences over the number of seeds.
@@ -69,9 +82,7 @@ def gain(base: Sequence[Path], other: Sequence[Path], n: int = 1000) -> dict[str
         seed=BOOTSTRAP_SEED,
         n=n,
     )
-    per_seed = [
-        b["auc"] - a["auc"] for a, b in zip(read_metrics(base), read_metrics(other), strict=True)
-    ]
+    per_seed = [auc(labels, b) - auc(labels, a) for a, b in zip(base_scores, other_scores, strict=True)]
     return {"gain": difference * count, "ci": [low * count, high * count], "per_seed": per_seed}
 
 
