@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import torch
 import tyro
 
-from mim_torchrec.ctr.config import CTRConfig
+from mim_torchrec.ctr.config import CTRConfig, parse
 from mim_torchrec.ctr.evaluate import predict, summarize
 from mim_torchrec.ctr.sharding import build_model, shard
 from mim_torchrec.ctr.task import CTRTask, load_model
@@ -143,9 +143,7 @@ def _vocabularies(dataset: Dataset, config: CTRConfig, ranks: Ranks) -> dict[str
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `mim ctr`."""
-    config = tyro.cli(
-        CTRConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,)
-    )
+    config = parse(argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("mim_torchrec").setLevel(logging.INFO)
     # torch and torchrec about themselves

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from mim_torchrec.ctr.config import parse
 from mim_torchrec.ctr.main import main
 from mim_torchrec.ctr.task import CTRTask
 from mim_torchrec.data.batch import RequestBatch
@@ -315,3 +316,18 @@ def test_ids_are_hidden_at_the_rate_asked_for_and_the_same_from_the_middle_of_an
     assert float((rows == 0).double().mean()) == pytest.approx(0.25, abs=0.05)
     for one, two in zip(whole[3:], later, strict=True):
         assert torch.equal(one, two)
+
+
+def test_a_preset_gives_defaults_and_flags_win():
+    needed = ["--data", "data", "--out", "out"]
+    paper = parse(needed)
+    assert (paper.preset, paper.lr, paper.batch_size) == ("paper", 0.005, 1024)
+    assert (paper.content_pooling, paper.products, paper.similarity_interest) == ("sum", False, False)
+    recommended = parse([*needed, "--preset", "recommended", "--lr", "0.01"])
+    assert (recommended.similarity_interest, recommended.lr) == (True, 0.01)
+
+
+def test_an_unknown_preset_is_an_error(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--data", "data", "--out", "out", "--preset", "best"])
+    assert "invalid choice: 'best'" in capsys.readouterr().err
