@@ -17,7 +17,7 @@ export MIM_PYTHON := $(BIN)/python
 export PYTHONPATH :=
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install demo test movielens ablation-csft figure5 table2 ablation-ciubm coldstart bench-frozen-table bench-csft-loss doctor lint lock clean
+.PHONY: help install demo test movielens ablation-csft figure5 table2 ablation-ciubm coldstart bench-frozen-table bench-csft-loss bench-ctr-throughput doctor lint lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -63,6 +63,9 @@ bench-frozen-table: install  ## a frozen sharded table beside trainable and unsh
 
 bench-csft-loss: install  ## the loss of C-SFT at the size of the paper, beside the naive one
 	$(BIN)/python -m benchmarks.csft_loss --out runs/csft_loss
+
+bench-ctr-throughput: install  ## training steps of the CTR models beside FuxiCTR's
+	$(BIN)/python -m benchmarks.ctr_throughput --out runs/ctr_throughput
 
 test: install  ## unit, distributed and pipeline tests
 	$(BIN)/python -m pytest

@@ -131,16 +131,18 @@ class Pairs:
         Args:
             kept: (num_pairs,) bool.
         """
-        kept_by_behavior = kept[self.by_behavior.position]
+        kept_by_behavior = kept.index_select(0, self.by_behavior.position)
         new_position = kept.cumsum(0) - 1
+        places, places_by_behavior = (k.nonzero().squeeze(1) for k in (kept, kept_by_behavior))
+        position = self.by_behavior.position.index_select(0, places_by_behavior)
         return Pairs(
-            candidate_index=self.candidate_index[kept],
-            behavior_index=self.behavior_index[kept],
+            candidate_index=self.candidate_index.index_select(0, places),
+            behavior_index=self.behavior_index.index_select(0, places),
             pair_offsets=_kept_offsets(kept, self.pair_offsets),
             by_behavior=ByBehavior(
-                candidate_index=self.by_behavior.candidate_index[kept_by_behavior],
+                candidate_index=self.by_behavior.candidate_index.index_select(0, places_by_behavior),
                 offsets=_kept_offsets(kept_by_behavior, self.by_behavior.offsets),
-                position=new_position[self.by_behavior.position[kept_by_behavior]],
+                position=new_position.index_select(0, position),
             ),
         )
 

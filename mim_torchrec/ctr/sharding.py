@@ -123,13 +123,13 @@ def shard(
         constraints[table.name] = ParameterConstraints(
             sharding_types=[ShardingType.TABLE_WISE.value], compute_kernels=fused
         )
-    unpooled = model.item_embeddings.embedding_configs()
+    # on one rank rows would be put into buckets for nothing
+    of_items = ShardingType.ROW_WISE if ranks.world_size > 1 else ShardingType.TABLE_WISE
+    unpooled = [(table.name, of_items) for table in model.item_embeddings.embedding_configs()]
     if model.mm_embeddings is not None:
-        unpooled = unpooled + model.mm_embeddings.embedding_configs()
-    for table in unpooled:
-        constraints[table.name] = ParameterConstraints(
-            sharding_types=[ShardingType.ROW_WISE.value], compute_kernels=fused
-        )
+        unpooled += [(t.name, ShardingType.ROW_WISE) for t in model.mm_embeddings.embedding_configs()]
+    for name, sharding in unpooled:
+        constraints[name] = ParameterConstraints(sharding_types=[sharding.value], compute_kernels=fused)
     sharders = [
         EmbeddingBagCollectionSharder(),
         EmbeddingCollectionSharder(),
