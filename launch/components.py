@@ -179,6 +179,44 @@ def ctr(
     return _distributed("ctr", command, j, image, resource, max_restarts, max_retries, env, mounts)
 
 
+def evaluate(
+    *script_args: str,
+    model: str,
+    out: str,
+    j: str = "1x2",
+    image: str = "",
+    h: Optional[str] = None,  # noqa: UP045
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 8192,
+    max_restarts: int = 0,
+    max_retries: int = 0,
+    env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
+    mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
+) -> specs.AppDef:
+    """
+    Score a split with a trained click-through-rate model.
+
+    Args:
+        script_args: further flags of the stage, after a lone --
+        model: directory that ctr has written
+        out: directory of the metrics and predictions
+        j: [{min_nnodes}:]{nnodes}x{nproc_per_node}
+        image: container image with mim-torchrec in it, for kubernetes and local_docker
+        h: a named resource, in place of cpu, gpu and memMB
+        cpu: cores per node
+        gpu: accelerators per node
+        memMB: memory per node in MiB
+        max_restarts: times the workers are started again inside the job when one fails
+        max_retries: times the scheduler starts the job again; local_cwd never does
+        env: environment variables, A=1,B=2
+        mounts: type=bind,src=/host,dst=/job[,readonly]
+    """
+    command = ["-m", "mim_torchrec.ctr.evaluation", "--model", model, "--out", out, *script_args]
+    resource = specs.resource(cpu=cpu, gpu=gpu, memMB=memMB, h=h)
+    return _distributed("evaluate", command, j, image, resource, max_restarts, max_retries, env, mounts)
+
+
 def _distributed(
     stage: str,
     command: list[str],

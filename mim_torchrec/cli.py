@@ -13,6 +13,7 @@ COMMANDS = {
     "retrieve": ("mim_torchrec.csft.retrieve", "find bought items by image with an encoder"),
     "export": ("mim_torchrec.representation.export", "encode every item into the multi-modal table"),
     "ctr": ("mim_torchrec.ctr.main", "train and evaluate a click-through-rate model"),
+    "evaluate": ("mim_torchrec.ctr.evaluation", "score any split with a trained model"),
     "plan": ("mim_torchrec.embeddings.sharded.plan", "say where tables would go on a cluster"),
     "table": ("mim_torchrec.embeddings.table.main", "import, verify, convert or grow a multi-modal table"),
 }

@@ -174,9 +174,12 @@ def save_model(model: DistributedModelParallel, path: Path) -> None:
 
 
 def load_model(model: DistributedModelParallel, path: Path) -> None:
-    """Read what `save_model` wrote, into a model sharded over any number of ranks."""
+    """Read what `save_model` wrote, or the model of a run's checkpoint, into any number of ranks."""
     state = _trainable_state(model)
-    dcp.load(state, checkpoint_id=str(path))
+    if (path / "state").is_dir():
+        dcp.load({"model": state}, checkpoint_id=str(path / "state"))
+    else:
+        dcp.load(state, checkpoint_id=str(path))
     model.load_state_dict(state, strict=False)
 
 

@@ -4,6 +4,9 @@ AUC counts ties as one half, unlike windowed streaming metrics that order them a
 is undefined (one class only) it is None, never 0 or 0.5.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
@@ -20,33 +23,51 @@ def auc(labels: np.ndarray, scores: np.ndarray) -> float | None:
     return float(roc_auc_score(labels, scores))
 
 
-def _group_codes(groups: np.ndarray) -> np.ndarray:
-    return np.unique(groups, return_inverse=True)[1]
+class GroupedAUC:
+    """AUC of each group of impressions, for any weighting of them; scores are sorted once.
+
+    Args:
+        labels: (n,) zeros and ones.
+        scores: (n,).
+        groups: (n,) group of each impression, 0 to num_groups - 1; None is one group.
+        num_groups: number of groups.
+    """
+
+    def __init__(
+        self, labels: np.ndarray, scores: np.ndarray, groups: np.ndarray | None = None, num_groups: int = 1
+    ) -> None:
+        labels, scores = np.asarray(labels), np.asarray(scores)
+        codes = np.zeros(len(labels), np.int64) if groups is None else np.asarray(groups)
+        self.num_groups = num_groups
+        self._order = np.lexsort((scores, codes))
+        score, code = scores[self._order], codes[self._order]
+        self._label = labels[self._order].astype(np.float64)
+        fresh = np.ones(len(code), bool)
+        fresh[1:] = (code[1:] != code[:-1]) | (score[1:] != score[:-1])
+        self._run = np.flatnonzero(fresh)  # where a run of equal scores in a group starts
+        self._group = code[self._run]
+
+    def __call__(self, weights: np.ndarray | None = None) -> np.ndarray:
+        """(num_groups,) AUC with the i-th impression counted `weights[i]` times; NaN without both classes."""
+        if not len(self._order):
+            return np.full(self.num_groups, np.nan)
+        w = np.ones(len(self._order)) if weights is None else weights[self._order].astype(np.float64)
+        positive = np.add.reduceat(w * self._label, self._run)
+        negative = np.add.reduceat(w * (1 - self._label), self._run)
+        sums = [np.bincount(self._group, weights=x, minlength=self.num_groups) for x in (positive, negative)]
+        before = np.concatenate(([0.0], np.cumsum(sums[1])[:-1]))  # negatives of the groups ahead
+        below = np.cumsum(negative) - negative - before[self._group]
+        wins = np.bincount(
+            self._group, weights=positive * (below + negative / 2), minlength=self.num_groups
+        )
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(sums[0] * sums[1] > 0, wins / (sums[0] * sums[1]), np.nan)
 
 
-def _sums_by_group(
-    labels: np.ndarray, scores: np.ndarray, codes: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """AUC and impressions of each group; the AUC is NaN without both classes."""
-    num_groups = int(codes.max()) + 1
-    order = np.lexsort((scores, codes))
-    code, score, label = codes[order], scores[order], labels[order].astype(bool)
-    count = np.bincount(code, minlength=num_groups)
-    start = np.concatenate(([0], np.cumsum(count)[:-1]))
-    # mid-ranks within each group: tied scores share the mean of the ranks they occupy
-    fresh = np.ones(len(code), bool)
-    fresh[1:] = (code[1:] != code[:-1]) | (score[1:] != score[:-1])
-    run = np.cumsum(fresh) - 1
-    first = np.flatnonzero(fresh)
-    last = np.concatenate((first[1:], [len(code)])) - 1
-    rank = (first + last)[run] / 2 - start[code] + 1
-    positives = np.bincount(code, weights=label, minlength=num_groups)
-    negatives = count - positives
-    rank_sum = np.bincount(code, weights=rank * label, minlength=num_groups)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        value = (rank_sum - positives * (positives + 1) / 2) / (positives * negatives)
-    value[(positives == 0) | (negatives == 0)] = np.nan
-    return value, count
+def group_codes(groups: np.ndarray) -> tuple[np.ndarray, int]:
+    """Any ids of groups as numbers from 0, and how many there are."""
+    found, codes = np.unique(groups, return_inverse=True)
+    return codes, len(found)
 
 
 def grouped_auc(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray) -> float | None:
@@ -59,13 +80,16 @@ def grouped_auc(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray) -> f
         scores: (n,).
         groups: (n,) integer id of the group of each impression.
     """
-    if len(labels) == 0:
-        return None
-    value, count = _sums_by_group(np.asarray(labels), np.asarray(scores), _group_codes(groups))
-    defined = ~np.isnan(value)
-    if not defined.any():
-        return None
-    return float(np.average(value[defined], weights=count[defined]))
+    codes, count = group_codes(groups)
+    return mean_of_groups(
+        GroupedAUC(labels, scores, codes, count)(), np.bincount(codes, minlength=count).astype(np.float64)
+    )
+
+
+def mean_of_groups(values: np.ndarray, weights: np.ndarray) -> float | None:
+    """Weighted mean of the values that are defined; None where none is."""
+    defined = ~np.isnan(values) & (weights > 0)
+    return float(np.average(values[defined], weights=weights[defined])) if defined.any() else None
 
 
 def log_loss(labels: np.ndarray, probabilities: np.ndarray) -> float | None:
@@ -86,6 +110,57 @@ def normalized_entropy(labels: np.ndarray, probabilities: np.ndarray) -> float |
         return None
     entropy = -(rate * np.log(rate) + (1 - rate) * np.log1p(-rate))
     return log_loss(labels, probabilities) / entropy
+
+
+def calibration(labels: np.ndarray, probabilities: np.ndarray, bins: int = 10) -> dict[str, Any] | None:
+    """How well probabilities agree with what happened; None without impressions.
+
+    Args:
+        labels: (n,) zeros and ones.
+        probabilities: (n,).
+        bins: equally large parts of the impressions, from the lowest probability to the highest.
+
+    Returns:
+        `ratio`, the mean probability over the click rate (None without a click); `ece`, the expected
+        calibration error, the mean over impressions of the distance of their bin's mean probability and click
+        rate; and `bins`, of each its `n`, `predicted` and `observed`.
+    """
+    labels, probabilities = np.asarray(labels, np.float64), np.asarray(probabilities, np.float64)
+    if not len(labels):
+        return None
+    order = np.argsort(probabilities, kind="stable")
+    parts = [part for part in np.array_split(order, bins) if len(part)]
+    rows = [
+        {"n": len(part), "predicted": float(probabilities[part].mean()),
+         "observed": float(labels[part].mean())}
+        for part in parts
+    ]  # fmt: skip
+    error = sum(row["n"] * abs(row["predicted"] - row["observed"]) for row in rows) / len(labels)
+    rate = labels.mean()
+    return {"ratio": float(probabilities.mean() / rate) if rate else None, "ece": error, "bins": rows}
+
+
+def draw_groups(groups: np.ndarray, n: int, seed: int) -> Iterator[np.ndarray]:
+    """Bootstrap draws of whole groups: how often each impression counts, (m,) int64, n times.
+
+    Args:
+        groups: (m,) integer id of the group of each impression.
+        n: number of draws.
+        seed: of the draws.
+    """
+    codes, count = group_codes(groups)
+    rng = np.random.default_rng(seed)
+    for _ in range(n):
+        yield np.bincount(rng.integers(count, size=count), minlength=count)[codes]
+
+
+def interval(draws: np.ndarray, confidence: float = 0.95) -> list[float] | None:
+    """Percentile interval of draws, undefined ones left out; None where none is defined."""
+    draws = np.asarray(draws, np.float64)
+    if np.isnan(draws).all():
+        return None
+    tail = (1 - confidence) / 2
+    return [float(end) for end in np.nanquantile(draws, [tail, 1 - tail])]
 
 
 def paired_bootstrap(
@@ -121,35 +196,7 @@ def paired_bootstrap(
     base, mim = auc(labels, base_scores), auc(labels, mim_scores)
     if base is None or mim is None:
         raise ValueError("the difference of two AUCs needs impressions of both classes")
-    codes = _group_codes(groups)
-    rng = np.random.default_rng(seed)
-    ranked = [_RankedScores(labels, s) for s in (base_scores, mim_scores)]
-    draws = np.empty(n)
-    num_groups = int(codes.max()) + 1
-    for i in range(n):
-        weights = np.bincount(rng.integers(num_groups, size=num_groups), minlength=num_groups)[codes]
-        draws[i] = ranked[1].auc(weights) - ranked[0].auc(weights)
-    tail = (1 - confidence) / 2
-    low, high = np.nanquantile(draws, [tail, 1 - tail])
-    return mim - base, float(low), float(high)
-
-
-class _RankedScores:
-    """Scores sorted once, so that the AUC of any weighting of the impressions is one pass."""
-
-    def __init__(self, labels: np.ndarray, scores: np.ndarray) -> None:
-        scores = np.asarray(scores)
-        self._order = np.argsort(scores, kind="stable")
-        ordered = scores[self._order]
-        self._label = labels[self._order].astype(np.float64)
-        fresh = np.concatenate(([True], ordered[1:] != ordered[:-1]))
-        self._run_start = np.flatnonzero(fresh)
-
-    def auc(self, weights: np.ndarray) -> float:
-        """AUC with the i-th impression counted `weights[i]` times; NaN without both classes."""
-        w = weights[self._order].astype(np.float64)
-        positive = np.add.reduceat(w * self._label, self._run_start)
-        negative = np.add.reduceat(w * (1 - self._label), self._run_start)
-        below = np.cumsum(negative) - negative
-        total = positive.sum() * negative.sum()
-        return float((positive * (below + negative / 2)).sum() / total) if total else float("nan")
+    ranked = [GroupedAUC(labels, scores) for scores in (base_scores, mim_scores)]
+    draws = [ranked[1](weights)[0] - ranked[0](weights)[0] for weights in draw_groups(groups, n, seed)]
+    low, high = interval(draws, confidence)
+    return mim - base, low, high

@@ -125,7 +125,7 @@ def test_content_that_tells_the_click_is_learned(mim):
 def test_metrics_are_those_of_the_predictions_file(run, request):
     out = request.getfixturevalue(run)
     rows = pq.read_table(out / "predictions.parquet").to_pydict()
-    assert list(rows) == ["request_id", "user_id", "item_id", "label", "score"]
+    assert list(rows) == ["request_id", "user_id", "query_id", "item_id", "label", "score"]
     labels, scores = np.array(rows["label"]), np.array(rows["score"])
     found = report(out)
     assert found["n"] == len(labels) == 240

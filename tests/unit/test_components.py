@@ -20,12 +20,14 @@ STAGES = {
     "csft": ["--data", "shop", "--out", "out"],
     "export": ["--data", "shop", "--encoder", "encoder", "--out", "out"],
     "ctr": ["--data", "shop", "--out", "out", "--table", "table"],
+    "evaluate": ["--model", "runs/ctr", "--out", "out"],
 }
 MODULES = {
     "pretrain": "mim_torchrec.pretraining.main",
     "csft": "mim_torchrec.csft.main",
     "export": "mim_torchrec.representation.export",
     "ctr": "mim_torchrec.ctr.main",
+    "evaluate": "mim_torchrec.ctr.evaluation",
 }
 
 

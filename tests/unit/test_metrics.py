@@ -91,3 +91,45 @@ def test_bootstrap_is_seeded(sample):
     noise = np.random.default_rng(5).random(len(scores))
     runs = [metrics.paired_bootstrap(labels, scores, noise, groups, seed=7, n=50) for _ in range(2)]
     assert runs[0] == runs[1]
+
+
+def test_the_auc_of_each_group_is_that_of_a_loop_for_any_weighting(sample):
+    labels, scores, groups = sample
+    codes, count = metrics.group_codes(groups)
+    weights = np.random.default_rng(2).integers(0, 3, len(labels))
+    found = metrics.GroupedAUC(labels, scores, codes, count)(weights)
+    repeated = np.repeat(np.arange(len(labels)), weights)
+    for g in range(count):
+        mine = repeated[codes[repeated] == g]
+        if 0 < labels[mine].sum() < len(mine):
+            assert found[g] == pytest.approx(naive_auc(labels[mine], scores[mine]))
+        else:
+            assert np.isnan(found[g])
+
+
+def test_calibration_compares_probabilities_with_what_happened():
+    probabilities = np.array([0.1, 0.2, 0.9, 0.6])
+    found = metrics.calibration(np.array([0, 1, 1, 1]), probabilities, bins=2)
+    assert found["ratio"] == pytest.approx(1.8 / 3)
+    low, high = found["bins"]
+    assert low == {"n": 2, "predicted": pytest.approx(0.15), "observed": 0.5}
+    assert high == {"n": 2, "predicted": pytest.approx(0.75), "observed": 1.0}
+    assert found["ece"] == pytest.approx((2 * 0.35 + 2 * 0.25) / 4)
+
+
+def test_calibration_without_a_click_has_no_ratio():
+    assert metrics.calibration(np.zeros(3), np.full(3, 0.5))["ratio"] is None
+    assert metrics.calibration(np.zeros(0), np.zeros(0)) is None
+
+
+def test_draws_take_whole_groups_as_many_as_there_are(sample):
+    groups = sample[2]
+    for weights in metrics.draw_groups(groups, 5, seed=0):
+        of_group = {g: set(weights[groups == g]) for g in np.unique(groups)}
+        assert all(len(values) == 1 for values in of_group.values())
+        assert sum(values.pop() for values in of_group.values()) == len(np.unique(groups))
+
+
+def test_an_interval_leaves_out_undefined_draws():
+    assert metrics.interval(np.array([np.nan, *np.arange(101.0)])) == pytest.approx([2.5, 97.5])
+    assert metrics.interval(np.array([np.nan, np.nan])) is None

@@ -1,0 +1,144 @@
+"""What training and evaluation of a CTR model have in common: readers, vocabularies, the sharded model."""
+
+import json
+import logging
+import sys
+import warnings
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import nn
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.optim.keyed import CombinedOptimizer
+
+from mim_torchrec.ctr.config import CTRConfig
+from mim_torchrec.ctr.sharding import build_model, shard
+from mim_torchrec.data.requests import RequestReader
+from mim_torchrec.data.schema import Dataset
+from mim_torchrec.data.vocabulary import IdMapper, Vocabulary, scan_ids
+from mim_torchrec.embeddings.sharded.frozen import frozen_config
+from mim_torchrec.embeddings.sharded.live import ItemIndex
+from mim_torchrec.embeddings.sharded.load import load_table, open_table, table_digest
+from mim_torchrec.training.checkpoint import write_json
+from mim_torchrec.training.distributed import Ranks
+
+CONFIG = "config.json"
+VOCABULARY = "vocabulary"
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """A model with what its batches need.
+
+    Attributes:
+        model: sharded, its frozen table loaded.
+        optimizer: of everything trainable.
+        mapper: ids to embedding rows.
+        frozen: the collection of multi-modal vectors, None for Base.
+        facts: `rows`, `dim`, `dtype`, `table_version` and `digest_before` of the table, None for Base.
+    """
+
+    model: DistributedModelParallel
+    optimizer: CombinedOptimizer
+    mapper: IdMapper
+    frozen: nn.Module | None
+    facts: dict[str, Any] | None
+
+
+def assemble(config: CTRConfig, vocabularies: dict[str, Vocabulary], ranks: Ranks) -> Assembled:
+    """Build and shard the model that a configuration describes.
+
+    Raises:
+        VersionMismatch: the table has another version than `config.table_version`.
+    """
+    table = open_table(config.table, config.table_version) if config.mim == "on" else None
+    index = ItemIndex.of(table) if table is not None else None
+    mapper = IdMapper(vocabularies, index, config.max_unknown)
+    mm = frozen_config(table, ["candidate_mm", "behavior_mm"], name="mm") if table is not None else None
+    rows = {name: vocabulary.num_embeddings for name, vocabulary in vocabularies.items()}
+    model, optimizer = shard(build_model(config, rows, mm, torch.device("meta")), config, ranks)
+    frozen = model.module.mm_embeddings
+    facts = None
+    if table is not None:
+        load_table(frozen, table, "mm")
+        facts = {
+            "rows": table.manifest.rows,
+            "dim": table.manifest.dim,
+            "dtype": table.manifest.dtype,
+            "table_version": table.manifest.table_version,
+            "digest_before": table_digest(frozen),
+        }
+    return Assembled(model, optimizer, mapper, frozen, facts)
+
+
+def open_reader(
+    config: CTRConfig, dataset: Dataset, split: str, ranks: Ranks, training: bool = False
+) -> RequestReader:
+    """This rank's share of a split; to train on, it is shuffled and cut to equal shares.
+
+    Raises:
+        ValueError: the batch size is not a multiple of the number of ranks.
+        DataError: a file is malformed.
+    """
+    if config.batch_size % ranks.world_size:
+        raise ValueError(f"--batch-size {config.batch_size} is not a multiple of {ranks.world_size} ranks")
+    return RequestReader(
+        dataset.requests(split),
+        batch_size=config.batch_size // ranks.world_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        seed=config.seed,
+        shuffle=training,
+        max_behaviors=config.max_behaviors,
+        on_bad_row=config.on_bad_row,
+        drop_remainder=training,
+    )
+
+
+def scan_vocabularies(dataset: Dataset, config: CTRConfig, ranks: Ranks) -> dict[str, Vocabulary]:
+    """Vocabularies of the training requests: scanned by one rank, kept in the run, read by all."""
+    folder = config.out / VOCABULARY
+    if ranks.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, ids in scan_ids(dataset.requests("train")).items():
+            Vocabulary.build(ids, head_room=config.head_room).save(folder / f"{name}.npz")
+    ranks.barrier()
+    return load_vocabularies(config.out)
+
+
+def load_vocabularies(run: Path) -> dict[str, Vocabulary]:
+    """Vocabularies of a run, by name."""
+    return {path.stem: Vocabulary.load(path) for path in sorted((run / VOCABULARY).glob("*.npz"))}
+
+
+def write_config(config: CTRConfig, facts: dict[str, Any] | None) -> None:
+    """Write config.json into the run, with the version that its table has."""
+    version = None if facts is None else facts["table_version"]
+    write_json(config.out / CONFIG, asdict(replace(config, table_version=version)))
+
+
+def read_config(run: Path) -> CTRConfig:
+    """The configuration that a run was trained with.
+
+    Raises:
+        ValueError: there is none, or it is of another format.
+    """
+    path = run / CONFIG
+    if not path.is_file():
+        raise ValueError(f"{run} is no run of mim ctr: it has no {CONFIG}")
+    try:
+        return TypeAdapter(CTRConfig).validate_python(json.loads(path.read_text()))
+    except (ValidationError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a configuration of this version of mim ctr: {error}") from None
+
+
+def log_to_stderr() -> None:
+    """Log what this package says, and nothing of what torch and torchrec say about themselves."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("mim_torchrec").setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+    warnings.filterwarnings("ignore", message="Please use DTensor instead")
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")

@@ -1,0 +1,128 @@
+"""Evaluate a trained CTR model on any split, of its own data or of another day's.
+
+    python -m mim_torchrec.ctr.evaluation --model RUN --split validation --out DIR
+    python -m torch.distributed.run --nproc_per_node 2 -m mim_torchrec.ctr.evaluation --model RUN --out DIR
+
+Ids are mapped by the vocabularies of the run, so what training has not seen is unknown here too. On any
+number of ranks, whatever number the model was trained on.
+"""
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import tyro
+
+from mim_torchrec.ctr.assembly import assemble, load_vocabularies, log_to_stderr, open_reader, read_config
+from mim_torchrec.ctr.evaluate import predict, summarize
+from mim_torchrec.ctr.task import load_model
+from mim_torchrec.data.items import ItemStore
+from mim_torchrec.data.schema import Dataset
+from mim_torchrec.training.checkpoint import write_json
+from mim_torchrec.training.distributed import Ranks, distributed
+
+log = logging.getLogger("mim_torchrec.ctr.evaluation")  # also where it runs as __main__
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Score a split with a trained CTR model.
+
+    One process, or several under torchrun. Writes metrics.json and predictions.parquet into `out`.
+    """
+
+    model: Path
+    """Directory that `mim ctr` has written."""
+    out: Path
+    """Directory of the results; made if missing."""
+    split: Literal["train", "validation", "test"] = "test"
+    """Part of the data set that is scored."""
+    data: Path | None = None
+    """Dataset directory; by default that of the run."""
+    table: Path | None = None
+    """Directory of the multi-modal table, of the version that the model was trained on; by default that of
+    the run."""
+    checkpoint: str = "best"
+    """`best`, or one of the names in the run's `checkpoints`, or the directory of a checkpoint."""
+    draws: int = 200
+    """Bootstrap draws of users for the intervals; 0 gives none."""
+    batch_size: int = 4096
+    """Candidates in a batch, over all ranks."""
+    on_bad_row: Literal["fail", "skip"] = "fail"
+    """Stop at a malformed request, or skip and count it."""
+    item_cache: Path | None = None
+    """Folder of the item index; by default one inside `out`."""
+
+
+def find_checkpoint(run: Path, name: str) -> Path:
+    """The directory of a checkpoint of a run.
+
+    Raises:
+        ValueError: there is no such checkpoint; it names those there are.
+    """
+    for path in (run / name, run / "checkpoints" / name, Path(name)):
+        if (path / ".metadata").is_file() or (path / "state" / ".metadata").is_file():
+            return path
+    folder = run / "checkpoints"
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    raise ValueError(f"{run} has no checkpoint {name!r}; it has {', '.join(['best', *names])}")
+
+
+def evaluate(config: EvaluationConfig, ranks: Ranks) -> dict[str, Any]:
+    """Run the stage on an initialized process group; returns what metrics.json holds.
+
+    Raises:
+        ValueError: `model` is no run, or has no such checkpoint.
+        VersionMismatch: the table is of another version than the model was trained on.
+        DataError: data is malformed.
+    """
+    trained = read_config(config.model)
+    checkpoint = find_checkpoint(config.model, config.checkpoint)
+    settings = replace(
+        trained,
+        data=config.data or trained.data,
+        table=config.table or trained.table,
+        batch_size=config.batch_size,
+        on_bad_row=config.on_bad_row,
+    )
+    config.out.mkdir(parents=True, exist_ok=True)
+    dataset = Dataset(settings.data)
+    items = ItemStore.open(dataset, config.item_cache or config.out / "items")
+    reader = open_reader(settings, dataset, config.split, ranks)
+    assembled = assemble(settings, load_vocabularies(config.model), ranks)
+    load_model(assembled.model, checkpoint)
+    predictions = predict(assembled.model, reader, assembled.mapper, ranks)
+    report = summarize(predictions, items, config.draws) | {
+        "model": str(config.model),
+        "checkpoint": str(checkpoint),
+        "data": str(settings.data),
+        "split": config.split,
+        "mim": settings.mim,
+        "ubm": settings.ubm,
+        "table": assembled.facts,
+        "unknown_ids": assembled.mapper.unknown_shares(),
+        "world_size": ranks.world_size,
+        "skipped_rows": reader.skipped,
+    }
+    if ranks.is_main:
+        write_json(config.out / "metrics.json", report)
+        pq.write_table(pa.table(predictions), config.out / "predictions.parquet")
+        log.info("%s: auc %s %s, gauc %s, ne %s, %d impressions", config.split, report["auc"],
+                 report.get("ci", {}).get("auc", ""), report["gauc"], report["ne"], report["n"])  # fmt: skip
+    ranks.barrier()
+    return report
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of `mim evaluate`."""
+    config = tyro.cli(EvaluationConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
+    log_to_stderr()
+    with distributed(seed=0) as ranks:  # nothing here is drawn but the intervals, which have their own
+        evaluate(config, ranks)
+
+
+if __name__ == "__main__":
+    main()
