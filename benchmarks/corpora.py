@@ -127,9 +127,13 @@ class Comparison:
         self._side_by_side(itertools.chain.from_iterable(stages.values()))
         self.runs |= {name: [stage.out for stage in of_seeds] for name, of_seeds in stages.items()}
 
+    def metrics(self, name: str) -> list[dict[str, Any]]:
+        """metrics.json of a model, seed by seed."""
+        return comparison.read_metrics(self.runs[name])
+
     def auc(self, name: str) -> list[float]:
         """Test AUC of a model, seed by seed."""
-        return [metrics["auc"] for metrics in comparison.read_metrics(self.runs[name])]
+        return [metrics["auc"] for metrics in self.metrics(name)]
 
     def gain(self, base: str, other: str) -> dict[str, Any]:
         """What one model has over another, see `training.comparison.gain`."""

@@ -38,7 +38,9 @@ class DemoConfig:
     users: int = 3000
     """Users of the shop."""
     requests: int = 20_000
-    """Requests of the shop, five candidates each."""
+    """Requests of the shop."""
+    candidates: int = 5
+    """Candidates of a request."""
     searches: int = 4000
     """Image searches that C-SFT learns from."""
     csft_epochs: int = 10
@@ -60,6 +62,7 @@ def shop_stage(config: DemoConfig, root: Path, name: str, style_weight: float) -
         "items": config.items,
         "users": config.users,
         "requests": config.requests,
+        "candidates": config.candidates,
         "searches": config.searches,
         "browsing": 3 * config.requests,
         "style-weight": style_weight,

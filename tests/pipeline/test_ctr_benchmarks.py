@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import ablation_ciubm, coldstart, table2
+from benchmarks import ablation_ciubm, abtest, coldstart, table2
 
 SHOP = ["--shop.items", "300", "--shop.users", "100", "--shop.requests", "600", "--shop.searches", "200",
         "--shop.csft-epochs", "1", "--shop.csft-batch-size", "64", "--shop.ctr-epochs", "1",
@@ -63,3 +63,15 @@ def test_figure6_divides_the_impressions_by_the_age_of_their_item(out):
 def test_a_tuning_seed_is_not_reported(out):
     with pytest.raises(ValueError, match="seed 1000 is for tuning"):
         report(table2.main, out, "--seeds", "1000")
+
+
+def test_the_simulated_online_test_ranks_the_test_requests_of_the_shop(tmp_path_factory):
+    out = tmp_path_factory.mktemp("abtest")
+    found = report(abtest.main, out, "--ubm", "avg_pooling", "--draws", "20", "--repeats", "2",
+                   "--shop.candidates", "8", "--slots", "3")  # fmt: skip
+    assert found["requests"] == 60
+    assert found["auc_gain"] == pytest.approx(auc(out, "mim") - auc(out, "base"))
+    assert found["ctr_lift_ci"][0] <= found["ctr_lift"] <= found["ctr_lift_ci"][1]
+    assert len(found["relation"]["points"]) == 1 + len(abtest.VARIANTS)
+    assert found["relation"]["points"][0]["ctr_lift"] == pytest.approx(found["ctr_lift"])
+    assert len(found["by_category"]) == 12
