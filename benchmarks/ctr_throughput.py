@@ -141,8 +141,8 @@ def our_step(config: ThroughputConfig, name: str, dim: int, ranks: Ranks, mim: b
     model.train()
 
     def step(batch: RequestBatch) -> None:
-        loss, _ = task.training_forward(batch)
         optimizer.zero_grad()
+        loss, _ = task.training_forward(batch)
         loss.backward()
         optimizer.step()
 

@@ -15,6 +15,7 @@ from mim_torchrec.training.checkpoints import CheckpointConfig
 
 UBM = Literal["avg_pooling", "din", "dien", "bst", "sim", "twin"]
 Preset = Literal["paper", "recommended"]
+Sharding = Literal["table_wise", "row_wise", "column_wise"]
 PRESETS: dict[Preset, dict[str, Any]] = {
     "paper": {},
     "recommended": {
@@ -122,8 +123,14 @@ class CTRConfig(ModelConfig):
     """Weight decay of the dense part."""
     sparse_lr: float = 0.02
     """Learning rate of the embedding tables."""
-    sparse_optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
-    """Optimizer of the embedding tables, fused into the backward pass."""
+    warmup_steps: int = 0
+    """Steps over which both learning rates rise in a straight line to their values."""
+    sparse_optimizer: Literal["rowwise_adagrad", "adagrad", "adam", "sgd"] = "rowwise_adagrad"
+    """Optimizer of the embedding tables, fused into the backward pass; Adam on GPUs only."""
+    sharding: tuple[Sharding, ...] = ("table_wise", "row_wise")
+    """Ways to divide a table over the ranks that the planner may choose from, by what they cost. Pooled
+    tables are not divided by rows on a CPU, and one rank holds whole tables. Not `column_wise` with row-wise
+    Adagrad, whose one number a row would become one a part."""
     sparse_weight_decay: float = 0.0
     """L2 regularization of the embedding rows that a step touches (row-wise Adagrad and SGD)."""
     embedding_init_std: float | None = None

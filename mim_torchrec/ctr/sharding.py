@@ -1,8 +1,8 @@
 """From a CTR model to its sharded, trainable form: tables, plan, optimizers, initial values.
 
-Items and categories are one unpooled collection, row-wise over the ranks, so that candidates and behaviors
-share one exchange; users and queries are pooled and table-wise; multi-modal vectors are frozen and
-row-wise. Initial values depend on the seed alone, not on the number of ranks.
+Items and categories are one unpooled collection, so that candidates and behaviors share one exchange; users
+and queries are pooled; the planner divides both over the ranks. Multi-modal vectors are frozen and divided by
+rows. Initial values depend on the seed alone, not on the number of ranks.
 """
 
 import logging
@@ -30,9 +30,10 @@ from torchrec.distributed.types import ShardingType
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
-from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+from torchrec.optim.warmup import WarmupOptimizer, WarmupPolicy, WarmupStage
 
 from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.model import CTRModel
@@ -45,9 +46,11 @@ log = logging.getLogger(__name__)
 _SPARSE_OPTIMIZERS = {
     "rowwise_adagrad": RowWiseAdagrad,
     "adagrad": torch.optim.Adagrad,
+    "adam": torch.optim.Adam,
     "sgd": torch.optim.SGD,
 }
 _INIT_CHUNK = 65536
+WARMUP = "__warmup"
 
 
 def build_model(
@@ -117,19 +120,7 @@ def shard(
             _SPARSE_OPTIMIZERS[config.sparse_optimizer], collection.parameters(), options
         )
 
-    fused = [EmbeddingComputeKernel.FUSED.value]
-    constraints = {}
-    for table in model.request_embeddings.embedding_bag_configs():
-        constraints[table.name] = ParameterConstraints(
-            sharding_types=[ShardingType.TABLE_WISE.value], compute_kernels=fused
-        )
-    # on one rank rows would be put into buckets for nothing
-    of_items = ShardingType.ROW_WISE if ranks.world_size > 1 else ShardingType.TABLE_WISE
-    unpooled = [(table.name, of_items) for table in model.item_embeddings.embedding_configs()]
-    if model.mm_embeddings is not None:
-        unpooled += [(t.name, ShardingType.ROW_WISE) for t in model.mm_embeddings.embedding_configs()]
-    for name, sharding in unpooled:
-        constraints[name] = ParameterConstraints(sharding_types=[sharding.value], compute_kernels=fused)
+    constraints = _constraints(model, config, ranks)
     sharders = [
         EmbeddingBagCollectionSharder(),
         EmbeddingCollectionSharder(),
@@ -150,7 +141,54 @@ def shard(
         dict(in_backward_optimizer_filter(sharded.named_parameters())),
         lambda params: torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay),
     )
-    return sharded, CombinedOptimizer([("sparse", sharded.fused_optimizer), ("dense", dense)])
+    parts = [("sparse", sharded.fused_optimizer, config.sparse_lr), ("dense", dense, config.lr)]
+    return sharded, CombinedOptimizer([
+        (name, _warmed_up(optimizer, lr, config.warmup_steps)) for name, optimizer, lr in parts
+    ])
+
+
+def _warmed_up(optimizer: KeyedOptimizer, lr: float, steps: int) -> KeyedOptimizer:
+    if not steps:
+        return optimizer
+    stage = WarmupStage(WarmupPolicy.LINEAR, max_iters=steps, value=1 / (steps + 1))
+    warm = WarmupOptimizer(optimizer, [stage], lr=lr, param_name=WARMUP)
+    warm.state[warm.params[WARMUP]] = {"warmup": torch.zeros(2, dtype=torch.long)}  # for checkpoints to fill
+    return warm
+
+
+def _constraints(model: CTRModel, config: CTRConfig, ranks: Ranks) -> dict[str, ParameterConstraints]:
+    """What the planner may choose from, by table."""
+    if not config.sharding:
+        raise ValueError("--sharding names no way to divide a table over the ranks")
+    if "column_wise" in config.sharding and config.sparse_optimizer == "rowwise_adagrad":
+        raise ValueError(
+            "row-wise Adagrad keeps a number for each row, which dividing columns changes: leave column_wise "
+            "out of --sharding, or take --sparse-optimizer adagrad"
+        )
+    on_gpu = ranks.device.type == "cuda"
+    if config.sparse_optimizer == "adam" and not on_gpu:
+        raise ValueError("--sparse-optimizer adam is fused on GPUs only; on a CPU take rowwise_adagrad")
+    # on one rank rows would be put into buckets for nothing
+    allowed = list(config.sharding) if ranks.world_size > 1 else [ShardingType.TABLE_WISE.value]
+    pooled = [kind for kind in allowed if on_gpu or kind != ShardingType.ROW_WISE.value]
+    of_tables = {
+        **{t.name: pooled or [ShardingType.TABLE_WISE.value]
+           for t in model.request_embeddings.embedding_bag_configs()},
+        **{t.name: allowed for t in model.item_embeddings.embedding_configs()},
+    }  # fmt: skip
+    if model.mm_embeddings is not None:
+        by_rows = [ShardingType.ROW_WISE.value]
+        of_tables |= {table.name: by_rows for table in model.mm_embeddings.embedding_configs()}
+    # as many parts as ranks where columns are divided; fused kernels take multiples of 4
+    columns = min(4 * math.ceil(config.embedding_dim / ranks.world_size / 4), config.embedding_dim)
+    return {
+        name: ParameterConstraints(
+            sharding_types=kinds,
+            compute_kernels=[EmbeddingComputeKernel.FUSED.value],
+            min_partition=columns,
+        )
+        for name, kinds in of_tables.items()
+    }
 
 
 def _topology(ranks: Ranks) -> Topology:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
+from torchrec.optim.warmup import WarmupOptimizer
 
 from mim_torchrec.ctr.evaluate import predict
 from mim_torchrec.data.batch import RequestBatch
@@ -55,7 +56,8 @@ class CTRState:
     def shared(self) -> dict[str, Any]:
         """Everything trainable, and the optimizers' state, which is made where no step has made it yet."""
         for _, optimizer in self._optimizer.optimizers:
-            if optimizer.params and not optimizer.state:
+            # the state of a warm-up is there from the start
+            if len(optimizer.params) > len(optimizer.state) <= isinstance(optimizer, WarmupOptimizer):
                 optimizer.init_state()  # a step of gradients that are 0; what it changes is loaded over
                 optimizer.zero_grad()
         return {"model": _trainable_state(self._model), "optimizer": self._optimizer.state_dict()}

@@ -205,6 +205,7 @@ def _train_epoch(
         for place, (batch, seconds) in enumerate(_timed(task.batches(epoch, first)), first + 1):
             waited += seconds
             step = len(history.steps) + 1
+            task.optimizer.zero_grad()  # before the forward pass, in which fused kernels take their rate
             loss, report = task.training_forward(batch)
             value, stopping = _over_ranks(loss, stop.is_set, ranks)
             if not math.isfinite(value):
@@ -217,7 +218,6 @@ def _train_epoch(
                     f"{file.parent}. Try a lower learning rate, and check the input for values that are not "
                     "finite"
                 )
-            task.optimizer.zero_grad()
             loss.backward()
             is_logged = step % log_every == 0 or step == 1
             norm = float(gradient_norm(task.model)) if is_logged else math.nan

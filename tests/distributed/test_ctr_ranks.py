@@ -18,9 +18,11 @@ from mim_torchrec.training.batch_norm import GlobalBatchNorm1d
 from mim_torchrec.training.distributed import distributed
 from tests.ranks import run_ranks
 
-STEPS, REQUESTS, ITEMS, MM_DIM = 20, 12, 40, 8
+STEPS, REQUESTS, ITEMS, MM_DIM = 50, 12, 40, 8
 UBMS = ("dien", "bst", "sim", "twin")
-RUNS = ("base", "mim", *UBMS)
+SHARDINGS = ("table_wise", "row_wise", "column_wise")
+RUNS = ("base", "mim", *UBMS, *(f"{kind}:{way}" for kind in ("base", "mim") for way in SHARDINGS))
+"""Models, some with the way that the planner has to divide their tables."""
 
 
 def make_requests(step: int, first: int, last: int, with_mm: bool):
@@ -61,12 +63,14 @@ def make_requests(step: int, first: int, last: int, with_mm: bool):
 
 def train(name: str, folder: Path, ranks) -> dict[str, object]:
 
-    with_mm = name == "mim"
+    kind, _, way = name.partition(":")
+    with_mm = kind == "mim"
     config = CTRConfig(
         ubm=name if name in UBMS else "din", heads=2, top_k=3, max_positions=4, gaps="order",
-        data=folder, out=folder, mim="on" if with_mm else "off", embedding_dim=4, attention=(8,),
+        data=folder, out=folder, mim="on" if with_mm else "off", embedding_dim=8, attention=(8,),
         tower=(16, 8), seed=3, lr=1e-2, sparse_lr=0.1, products=True, content_projection="linear",
-        content_dim=6, attention_activation="dice",
+        content_dim=6, attention_activation="dice", sharding=(way,) if way else SHARDINGS[:2],
+        sparse_optimizer="adagrad" if way == "column_wise" else "rowwise_adagrad",
         # DIEN's negatives are drawn from the rank's own histories
         aux_weight=0.0 if name == "dien" else 1.0,
     )  # fmt: skip
@@ -107,6 +111,7 @@ def train(name: str, folder: Path, ranks) -> dict[str, object]:
         "loaded": loaded,
         "digests": digests,
         "frozen_parameters": trainable,
+        "sharding": model.plan.plan["item_embeddings"]["item_id"].sharding_type,
     }
 
 
@@ -147,6 +152,13 @@ def test_the_runs_had_the_ranks_they_are_compared_by(results):
 def test_two_ranks_have_the_loss_curve_of_one(results, name):
     one, two = (np.array(results[n][name]["losses"]) for n in (1, 2))
     np.testing.assert_allclose(two, one, atol=1e-4)
+
+
+@pytest.mark.parametrize("way", SHARDINGS)
+@pytest.mark.parametrize("kind", ["base", "mim"])
+def test_tables_are_divided_as_asked_for_and_whole_on_one_rank(results, kind, way):
+    assert results[2][f"{kind}:{way}"]["sharding"] == way
+    assert results[1][f"{kind}:{way}"]["sharding"] == "table_wise"
 
 
 @pytest.mark.parametrize("name", RUNS)

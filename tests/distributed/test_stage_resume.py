@@ -62,3 +62,14 @@ def test_pretraining(shop, tmp_path):
     run_ranks(pretrain, 2, command)
     assert [losses(phase) for phase in phases] == whole
     assert json.loads((out / "metrics.json").read_text())["towers_version"] == version
+
+
+def test_ctr_with_a_warm_up_goes_on_at_the_rates_it_had(shop, tmp_path):
+    out = tmp_path / "ctr"
+    command = ["--data", str(shop), "--out", str(out), "--mim", "off", "--epochs", "2", "--batch-size", "256",
+               "--warmup-steps", "5", "--checkpoint.every", "1", "--checkpoint.keep", "99"]  # fmt: skip
+    run_ranks(train_ctr, 1, command)
+    whole = losses(out)
+    forget_after(out, "epoch-0000-step-00000003")
+    run_ranks(train_ctr, 1, command)
+    assert losses(out) == whole

@@ -331,3 +331,41 @@ def test_an_unknown_preset_is_an_error(capsys):
     with pytest.raises(SystemExit):
         parse(["--data", "data", "--out", "out", "--preset", "best"])
     assert "invalid choice: 'best'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("options", "problem"), [
+    (["--sharding", "column_wise"], "row-wise Adagrad keeps a number for each row"),
+    (["--sparse-optimizer", "adam"], "fused on GPUs only"),
+    (["--id-dropout", "1"], "at least 0 and below 1"),
+])  # fmt: skip
+def test_what_cannot_be_trained_is_an_error_that_says_so(folder, tmp_path, options, problem):
+    with pytest.raises(ValueError, match=problem):
+        main(["--data", str(folder / "data"), "--mim", "off", "--out", str(tmp_path), *SMALL, *options])
+
+
+def test_learning_rates_rise_in_a_line_to_their_values(folder, tmp_path, monkeypatch):
+    rates = []
+    plain = CTRTask.training_forward
+
+    def forward(task, batch):
+        rates.append([o.param_groups[0]["lr"] for _, o in task.optimizer.optimizers])
+        return plain(task, batch)
+
+    monkeypatch.setattr(CTRTask, "training_forward", forward)
+    main(["--data", str(folder / "data"), "--mim", "off", "--out", str(tmp_path), *SMALL,
+          "--warmup-steps", "4", "--lr", "0.01", "--sparse-lr", "0.1"])  # fmt: skip
+    parts = [1 / 5, 2 / 5, 3 / 5, 4 / 5, 1, 1]
+    assert [sparse for sparse, _ in rates[:6]] == pytest.approx([0.1 * part for part in parts])
+    assert [dense for _, dense in rates[:6]] == pytest.approx([0.01 * part for part in parts])
+
+
+def test_the_table_learns_by_the_rate_of_the_step(folder, tmp_path):
+    losses = {}
+    for rate, steps in (("1", "0"), ("1", "100000000"), ("1e-8", "0")):
+        out = tmp_path / f"{rate}-{steps}"
+        main(["--data", str(folder / "data"), "--mim", "off", "--out", str(out), *SMALL, "--lr", "1e-9",
+              "--sparse-lr", rate, "--warmup-steps", steps])  # fmt: skip
+        history = json.loads((out / "history.json").read_text())
+        losses[rate, steps] = [entry["loss"] for entry in history["steps"]]
+    assert losses["1", "100000000"] == pytest.approx(losses["1e-8", "0"], abs=1e-4)
+    assert losses["1", "0"][1:] != pytest.approx(losses["1e-8", "0"][1:], abs=1e-2)
