@@ -62,7 +62,29 @@ def whole_directory_of_ranks(path: Path, ranks: Ranks) -> Iterator[Path]:
     Raises:
         OSError: on all ranks, if one cannot write, or does not see what rank 0 has made.
     """
-    partial = path.with_name(f"{path.name}.partial")
+    partial = partial_of(path)
+    try:
+        begin_directory(path, ranks)
+        yield partial
+        ranks.barrier()
+        together(lambda: publish_directory(path) if ranks.is_main else None, ranks)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def partial_of(path: Path) -> Path:
+    """Where a directory of ranks is written before it has its name."""
+    return path.with_name(f"{path.name}.partial")
+
+
+def begin_directory(path: Path, ranks: Ranks) -> None:
+    """Make the empty directory that ranks write into, see `whole_directory_of_ranks`; every rank calls it.
+
+    Raises:
+        OSError: on all ranks, if one cannot write, or does not see what rank 0 has made.
+    """
+    partial = partial_of(path)
 
     def begin() -> None:
         if ranks.is_main:
@@ -73,27 +95,22 @@ def whole_directory_of_ranks(path: Path, ranks: Ranks) -> Iterator[Path]:
         if not partial.is_dir():
             raise FileNotFoundError(f"{partial} is not there; all ranks have to share the folder of results")
 
-    def publish() -> None:
-        if ranks.is_main:
-            for folder, _, _ in os.walk(partial):
-                sync(Path(folder))
-            old = path.with_name(f"{path.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            if path.exists():
-                os.replace(path, old)
-            os.replace(partial, path)
-            sync(path.parent)
-            shutil.rmtree(old, ignore_errors=True)
+    together(begin, ranks)
+    together(look, ranks)
 
-    try:
-        together(begin, ranks)
-        together(look, ranks)
-        yield partial
-        ranks.barrier()
-        together(publish, ranks)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+
+def publish_directory(path: Path) -> None:
+    """Give a directory of ranks its name, once everything in it is on the disk; rank 0 calls it."""
+    partial = partial_of(path)
+    for folder, _, _ in os.walk(partial):
+        sync(Path(folder))
+    old = path.with_name(f"{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        os.replace(path, old)
+    os.replace(partial, path)
+    sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def together(act: Callable[[], None], ranks: Ranks) -> None:

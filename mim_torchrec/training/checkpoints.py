@@ -6,25 +6,37 @@
         run.json        position, history, number of ranks, configuration
 
 All ranks write into a directory that gets its name only when everything in it is on the disk, so that a kill
-at any moment, or a full disk, leaves the last whole one. The directory is one that all ranks see.
+at any moment, or a full disk, leaves the last whole one. The directory is one that all ranks see. Training
+goes on while a copy of the state is written; at most one copy is.
 """
 
+import io
 import json
 import logging
 import os
 import random
 import re
 import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
-from mim_torchrec.training.checkpoint import remove, together, whole_directory_of_ranks
+from mim_torchrec.training.checkpoint import (
+    begin_directory,
+    partial_of,
+    publish_directory,
+    remove,
+    together,
+)
 from mim_torchrec.training.distributed import Ranks, is_restarted
 
 log = logging.getLogger(__name__)
@@ -40,6 +52,8 @@ class CheckpointConfig:
     """Steps between two checkpoints; 0 for those at the end of every epoch, and at SIGTERM, only."""
     keep: int = 2
     """How many of the newest are kept."""
+    asynchronous: bool = True
+    """Go on with training while a copy of the state is written; it takes the memory of that copy."""
     resume: Literal["auto", "never"] = "auto"
     """`auto` goes on from the newest checkpoint in `out`, exactly as if the run had not been broken off;
     `never` removes what is there and starts anew, though not when torchrun starts its workers again."""
@@ -80,13 +94,16 @@ class Checkpoints:
             raise ValueError(f"checkpoints every {config.every} steps, {config.keep} kept: at least 0 and 1")
         self._folder, self._config, self._ranks = folder, config, ranks
         self._run = json.loads(json.dumps(run, default=str))
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._group: dist.ProcessGroup | None = None
+        self._pending: tuple[Path, Future[None]] | None = None
 
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint is to be written after a step of the run."""
         return self._config.every > 0 and step % self._config.every == 0
 
     def save(self, state: State, epoch: int, step: int, progress: dict[str, Any]) -> None:
-        """Write a checkpoint.
+        """Write a checkpoint; where it is asynchronous, it has its name after the next `wait` at the latest.
 
         Args:
             state: of the task.
@@ -95,18 +112,65 @@ class Checkpoints:
             progress: what `restore` gives back; JSON.
 
         Raises:
-            OSError: a rank could not write; all ranks raise, and the checkpoints before are untouched.
+            OSError: a rank could not write, this time or the last; all ranks raise, and whole checkpoints are
+                untouched.
         """
+        self.wait()
         path = self._folder / f"epoch-{epoch:04d}-step-{step:08d}"
-        with whole_directory_of_ranks(path, self._ranks) as folder:
+        partial, local = partial_of(path), state.local()
+        try:
+            begin_directory(path, self._ranks)
+            together(lambda: self._write(partial, local, epoch, step, progress), self._ranks)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        target, shared = str(partial / "state"), state.shared()
+        if self._config.asynchronous:
+            staged = BlockingAsyncStager(cache_staged_state_dict=False)  # the default knows no ShardedTensor
+            saved = dcp.async_save(
+                shared, checkpoint_id=target, process_group=self._own_group(), async_stager=staged
+            )
+            self._pending = path, self._writer.submit(self._finish, path, saved.result)
+        else:
+            self._pending = path, self._writer.submit(
+                self._finish, path, lambda: dcp.save(shared, checkpoint_id=target)
+            )
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the checkpoint that is being written has its name; every rank calls it.
+
+        Raises:
+            OSError: a rank could not write; all ranks raise, and whole checkpoints are untouched.
+        """
+        if self._pending is None:
+            return
+        (path, written), self._pending = self._pending, None
+
+        def finish() -> None:
             try:
-                dcp.save(state.shared(), checkpoint_id=str(folder / "state"))
+                written.result()
             except CheckpointException as error:
-                raise OSError(f"{path} could not be written: {_cause(error)}") from error
-            local = state.local()
-            together(lambda: self._write(folder, local, epoch, step, progress), self._ranks)
-        together(self._leave_newest, self._ranks)
+                raise OSError(_cause(error)) from error
+
+        try:
+            together(finish, self._ranks)
+        except OSError as error:
+            shutil.rmtree(partial_of(path), ignore_errors=True)
+            raise OSError(f"{path} could not be written: {error}") from error
         log.info("checkpoint %s", path)
+
+    def _finish(self, path: Path, save: Callable[[], object]) -> None:
+        save()  # returns when all ranks have written
+        if self._ranks.is_main:
+            publish_directory(path)
+            self._leave_newest()
+
+    def _own_group(self) -> dist.ProcessGroup | None:
+        """A group for the writer's thread, whose exchanges must not mix with those of training."""
+        if self._group is None and dist.is_initialized():
+            self._group = dist.new_group(backend="gloo")
+        return self._group
 
     def restore(self, state: State) -> tuple[int, int, dict[str, Any]] | None:
         """Put a task into the state of the newest checkpoint, and the generators of this rank too.
@@ -117,6 +181,7 @@ class Checkpoints:
         Raises:
             ResumeError: the checkpoint is of another configuration or another number of ranks, or damaged.
         """
+        self.wait()
         if self._ranks.is_main:
             for leftover in (*self._folder.glob("*.partial"), *self._folder.glob("*.old")):
                 shutil.rmtree(leftover)
@@ -152,8 +217,10 @@ class Checkpoints:
     def _write(
         self, folder: Path, local: dict[str, Any], epoch: int, step: int, progress: dict[str, Any]
     ) -> None:
+        content = io.BytesIO()  # torch.save hides the error of a file that cannot be written
+        torch.save({"state": local, "generators": get_generators()}, content)
         with (folder / f"rank-{self._ranks.rank}.pt").open("wb") as stream:
-            torch.save({"state": local, "generators": get_generators()}, stream)
+            stream.write(content.getbuffer())
             stream.flush()
             os.fsync(stream.fileno())
         if self._ranks.is_main:
@@ -164,9 +231,8 @@ class Checkpoints:
                 os.fsync(stream.fileno())
 
     def _leave_newest(self) -> None:
-        if self._ranks.is_main:
-            for path in self._all()[: -self._config.keep]:
-                remove(path)
+        for path in self._all()[: -self._config.keep]:
+            remove(path)
 
     def _check(self, run: dict[str, Any], path: Path) -> None:
         way_out = "choose another --out, or --checkpoint.resume never to start anew"

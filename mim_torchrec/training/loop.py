@@ -166,7 +166,9 @@ def fit(
                 if checkpoints is not None:
                     checkpoints.save(task.state, epoch, first, asdict(history))
                     if any(ranks.all_gather_objects(stop.is_set)):  # in the evaluation
-                        _interrupt(out)
+                        _interrupt(out, checkpoints)
+            if checkpoints is not None:
+                checkpoints.wait()
     finally:
         if writer is not None:
             writer.close()
@@ -209,6 +211,8 @@ def _train_epoch(
             loss, report = task.training_forward(batch)
             value, stopping = _over_ranks(loss, stop.is_set, ranks)
             if not math.isfinite(value):
+                if checkpoints is not None:
+                    checkpoints.wait()
                 file = out / "bad_batch" / f"rank{ranks.rank}.json"
                 file.parent.mkdir(exist_ok=True)
                 write_json(file, {"epoch": epoch, "step": step, "loss": float(loss.detach())}
@@ -241,10 +245,11 @@ def _train_epoch(
             if checkpoints is not None and (stopping or checkpoints.is_due(step)):
                 checkpoints.save(task.state, epoch, place, asdict(history))
             if stopping:
-                _interrupt(out)
+                _interrupt(out, checkpoints)
 
 
-def _interrupt(out: Path) -> NoReturn:
+def _interrupt(out: Path, checkpoints: Checkpoints) -> NoReturn:
+    checkpoints.wait()
     interrupted = Interrupted(out / "checkpoints")
     log.warning("%s", interrupted)
     raise interrupted

@@ -70,6 +70,7 @@ def broken_off_and_not(kind: Parallel, out: Path):
         whole = Run(ranks, kind, out)
         whole.train(0, 1)
         whole.checkpoints.save(whole.state, 0, 2, {})
+        whole.checkpoints.wait()
         saved = {name: value.clone() for name, value in whole.module.named_buffers()}
         whole.train(2, 3)
         again = Run(ranks, kind, out)
@@ -109,11 +110,13 @@ def save_on_a_full_disk(out: Path) -> str:
         run = Run(ranks, "ddp", out)
         run.train(0)
         run.checkpoints.save(run.state, 0, 1, {})
+        run.checkpoints.wait()
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         if ranks.rank == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
         try:
             run.checkpoints.save(run.state, 0, 2, {})
+            run.checkpoints.wait()
         except OSError as error:
             return str(error)
         finally:

@@ -2,6 +2,7 @@
 
 import copy
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -38,6 +39,11 @@ def make_state(seed: int) -> tuple[nn.Module, torch.optim.Optimizer, TrainingSta
     return model, optimizer, TrainingState(model, optimizer, schedule)
 
 
+def written(store: Checkpoints, *arguments) -> None:
+    store.save(*arguments)
+    store.wait()
+
+
 def names(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -45,7 +51,7 @@ def names(folder) -> list[str]:
 def test_a_state_comes_back_as_it_was(tmp_path, ranks):
     model, optimizer, state = make_state(0)
     store = Checkpoints(tmp_path, CheckpointConfig(), {"lr": 1}, ranks)
-    store.save(state, 2, 7, {"steps": [0.1, 1 / 3]})
+    written(store, state, 2, 7, {"steps": [0.1, 1 / 3]})
     other, other_optimizer, other_state = make_state(1)
     assert store.restore(other_state) == (2, 7, {"steps": [0.1, 1 / 3]})
     for name, value in model.state_dict().items():
@@ -61,7 +67,7 @@ def test_the_newest_are_kept(tmp_path, ranks):
     state = make_state(0)[2]
     store = Checkpoints(tmp_path, CheckpointConfig(keep=2), {}, ranks)
     for epoch, step in [(0, 5), (0, 10), (1, 0)]:
-        store.save(state, epoch, step, {})
+        written(store, state, epoch, step, {})
     assert names(tmp_path) == ["epoch-0000-step-00000010", "epoch-0001-step-00000000"]
     assert store.restore(state)[:2] == (1, 0)
 
@@ -69,17 +75,18 @@ def test_the_newest_are_kept(tmp_path, ranks):
 def test_one_that_is_not_whole_does_not_count(tmp_path, ranks):
     state = make_state(0)[2]
     store = Checkpoints(tmp_path, CheckpointConfig(), {}, ranks)
-    store.save(state, 0, 5, {})
+    written(store, state, 0, 5, {})
     (tmp_path / "epoch-0000-step-00000009.partial").mkdir()
     assert store.restore(state)[:2] == (0, 5)
     assert names(tmp_path) == ["epoch-0000-step-00000005"]
 
 
-@pytest.mark.parametrize("breaks", ["torch.save", "os.replace"])
-def test_a_full_disk_leaves_those_before(tmp_path, ranks, monkeypatch, breaks):
+@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("breaks", ["torch.save", "os.replace", "os.fsync"])
+def test_a_full_disk_leaves_those_before(tmp_path, ranks, monkeypatch, breaks, asynchronous):
     state = make_state(0)[2]
-    store = Checkpoints(tmp_path, CheckpointConfig(), {}, ranks)
-    store.save(state, 0, 5, {})
+    store = Checkpoints(tmp_path, CheckpointConfig(asynchronous=asynchronous), {}, ranks)
+    written(store, state, 0, 5, {})
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -87,7 +94,7 @@ def test_a_full_disk_leaves_those_before(tmp_path, ranks, monkeypatch, breaks):
     with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
         owner, name = breaks.split(".")
         patched.setattr(getattr(module, owner), name, full)
-        store.save(state, 0, 6, {})
+        written(store, state, 0, 6, {})
     assert store.restore(state)[:2] == (0, 5)
 
 
@@ -97,7 +104,7 @@ def test_without_a_checkpoint_there_is_nothing_to_restore(tmp_path, ranks):
 
 def test_resume_never_removes_what_is_there(tmp_path, ranks):
     state = make_state(0)[2]
-    Checkpoints(tmp_path, CheckpointConfig(), {}, ranks).save(state, 0, 5, {})
+    written(Checkpoints(tmp_path, CheckpointConfig(), {}, ranks), state, 0, 5, {})
     assert Checkpoints(tmp_path, CheckpointConfig(resume="never"), {}, ranks).restore(state) is None
     assert not tmp_path.exists()
 
@@ -107,7 +114,7 @@ def test_resume_never_is_of_the_first_start_only_and_not_of_workers_that_torchru
 ):
     state = make_state(0)[2]
     store = Checkpoints(tmp_path, CheckpointConfig(resume="never"), {}, ranks)
-    store.save(state, 0, 5, {})
+    written(store, state, 0, 5, {})
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert store.restore(state)[:2] == (0, 5)
 
@@ -115,7 +122,7 @@ def test_resume_never_is_of_the_first_start_only_and_not_of_workers_that_torchru
 def test_one_that_is_being_removed_does_not_count(tmp_path, ranks, monkeypatch):
     state = make_state(0)[2]
     store = Checkpoints(tmp_path, CheckpointConfig(keep=1), {}, ranks)
-    store.save(state, 0, 5, {})
+    written(store, state, 0, 5, {})
 
     def killed(path, **_):
         if path.exists():
@@ -132,7 +139,7 @@ def test_one_that_is_being_removed_does_not_count(tmp_path, ranks, monkeypatch):
 def test_a_damaged_one_is_an_error_that_says_what_to_do(tmp_path, ranks, file):
     state = make_state(0)[2]
     store = Checkpoints(tmp_path, CheckpointConfig(), {}, ranks)
-    store.save(state, 0, 5, {})
+    written(store, state, 0, 5, {})
     damaged = tmp_path / "epoch-0000-step-00000005" / file
     damaged.write_bytes(damaged.read_bytes()[:20])
     with pytest.raises(ResumeError, match="step-00000005 cannot be read: .*; remove it to go on"):
@@ -146,7 +153,7 @@ def test_a_parameter_without_a_gradient_has_the_state_that_adamw_begins_with(tmp
     model[0](torch.ones(1, 2)).sum().backward()
     optimizer.step()
     store = Checkpoints(tmp_path, CheckpointConfig(), {}, ranks)
-    store.save(state, 0, 1, {})
+    written(store, state, 0, 1, {})
     store.restore(state)
     assert all(not value.any() for value in optimizer.state[model[1].weight].values())
     fresh = copy.deepcopy(model[1])
@@ -159,7 +166,7 @@ def test_a_parameter_without_a_gradient_has_the_state_that_adamw_begins_with(tmp
 
 def test_another_run_is_refused_by_what_differs(tmp_path, ranks):
     state = make_state(0)[2]
-    Checkpoints(tmp_path, CheckpointConfig(), {"lr": 1, "seed": 0}, ranks).save(state, 0, 5, {})
+    written(Checkpoints(tmp_path, CheckpointConfig(), {"lr": 1, "seed": 0}, ranks), state, 0, 5, {})
     with pytest.raises(ResumeError, match=r"with lr 1 \(now 2\); choose another --out"):
         Checkpoints(tmp_path, CheckpointConfig(), {"lr": 2, "seed": 0}, ranks).restore(state)
 
@@ -175,3 +182,41 @@ def test_generators_go_on_where_they_were():
     first = (random.random(), float(np.random.normal()), torch.rand(2).tolist())
     set_generators(states)
     assert (random.random(), float(np.random.normal()), torch.rand(2).tolist()) == first
+
+
+def test_an_asynchronous_one_holds_the_state_of_its_step_though_training_goes_on(
+    tmp_path, ranks, monkeypatch
+):
+    model, optimizer, state = make_state(0)
+    store = Checkpoints(tmp_path, CheckpointConfig(), {}, ranks)
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    may_write = threading.Event()
+    plain = module.Checkpoints._finish
+
+    def late(self, path, save):
+        may_write.wait(30)
+        plain(self, path, save)
+
+    monkeypatch.setattr(module.Checkpoints, "_finish", late)
+    store.save(state, 0, 1, {})
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()  # while nothing has its name yet
+    assert names(tmp_path) == ["epoch-0000-step-00000001.partial"]
+    may_write.set()
+    other, _, other_state = make_state(1)
+    assert store.restore(other_state)[:2] == (0, 1)
+    for name, value in other.state_dict().items():
+        assert torch.equal(value, expected[name])
+        assert not torch.equal(value, model.state_dict()[name])
+
+
+def test_what_goes_wrong_in_the_background_is_raised_by_the_next_save(tmp_path, ranks, monkeypatch):
+    state = make_state(0)[2]
+    store = Checkpoints(tmp_path, CheckpointConfig(), {}, ranks)
+    written(store, state, 0, 5, {})
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "publish_directory", lambda path: (_ for _ in ()).throw(OSError(28, "full")))
+        store.save(state, 0, 6, {})
+        with pytest.raises(OSError, match="step-00000006 could not be written: .*full"):
+            store.save(state, 0, 7, {})
+    assert names(tmp_path) == ["epoch-0000-step-00000005"]
