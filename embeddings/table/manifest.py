@@ -1,5 +1,6 @@
 """The manifest of a table, and the errors that everything about tables raises."""
 
+import hashlib
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -68,6 +69,12 @@ class Manifest:
     @property
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
+
+    @property
+    def content(self) -> str:
+        """Hash of what the table holds: its version, its storage type and the bytes of its shards."""
+        words = [self.table_version, self.dtype, *(shard.sha256 for shard in self.shards)]
+        return hashlib.sha256("\n".join(words).encode()).hexdigest()
 
     @property
     def stored_width(self) -> int:

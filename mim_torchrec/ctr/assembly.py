@@ -38,7 +38,8 @@ class Assembled:
         optimizer: of everything trainable.
         mapper: ids to embedding rows.
         frozen: the collection of multi-modal vectors, None for Base.
-        facts: `rows`, `dim`, `dtype`, `table_version` and `digest_before` of the table, None for Base.
+        facts: `rows`, `dim`, `dtype`, `table_version`, `content` and `digest_before` of the table, None for
+            Base.
     """
 
     model: DistributedModelParallel
@@ -69,6 +70,7 @@ def assemble(config: CTRConfig, vocabularies: dict[str, Vocabulary], ranks: Rank
             "dim": table.manifest.dim,
             "dtype": table.manifest.dtype,
             "table_version": table.manifest.table_version,
+            "content": table.manifest.content,
             "digest_before": table_digest(frozen),
         }
     return Assembled(model, optimizer, mapper, frozen, facts)

@@ -44,7 +44,7 @@ def train_and_evaluate(config: CTRConfig, ranks: Ranks) -> dict[str, Any]:
         write_config(config, facts)
 
     # a table is the same by what it holds, wherever it lies
-    same_run = config.same_run() | {"table": None if facts is None else facts["digest_before"]}
+    same_run = config.same_run() | {"table": None if facts is None else facts["content"]}
     task = CTRTask(model, assembled.optimizer, readers["train"], readers["validation"], mapper, ranks,
                    config.aux_weight, config.id_dropout, config.seed)  # fmt: skip
     history = fit(

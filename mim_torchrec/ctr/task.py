@@ -52,6 +52,12 @@ class CTRState:
 
     def __init__(self, model: DistributedModelParallel, optimizer: CombinedOptimizer) -> None:
         self._model, self._optimizer = model, optimizer
+        self._epoch = 0
+        self._done: list[tuple[int, int]] = []
+
+    def done(self, epoch: int) -> list[tuple[int, int]]:
+        """Parts of an epoch that other numbers of ranks have read: how many ranks, batches of each."""
+        return self._done if epoch == self._epoch else []
 
     def shared(self) -> dict[str, Any]:
         """Everything trainable, and the optimizers' state, which is made where no step has made it yet."""
@@ -68,11 +74,18 @@ class CTRState:
         self._optimizer.load_state_dict(state["optimizer"])
 
     def local(self) -> dict[str, Any]:
-        """Nothing is a rank's own."""
-        return {}
+        """What other numbers of ranks have read of the epoch."""
+        return {"epoch": self._epoch, "done": [list(part) for part in self._done]}
 
     def load_local(self, state: dict[str, Any]) -> None:
-        """Take nothing."""
+        """Take what `local` gave."""
+        self._epoch, self._done = state["epoch"], [(ranks, batches) for ranks, batches in state["done"]]
+
+    def redivide(self, epoch: int, step: int, world_size: int) -> int:
+        """Divide what is left of the epoch over the ranks that there are now."""
+        self._done = [*self.done(epoch), *([(world_size, step)] if step else [])]
+        self._epoch = epoch
+        return 0
 
 
 class CTRTask:
@@ -118,12 +131,13 @@ class CTRTask:
         self.state = CTRState(model, optimizer)
 
     def num_batches(self, epoch: int) -> int:
-        """Steps of an epoch, the same on every rank."""
+        """Steps of an epoch, or of what other numbers of ranks have left of it; the same on every rank."""
+        self._train.set_epoch(epoch, self.state.done(epoch))
         return self._train.num_batches
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[RequestBatch]:
         """Batches of an epoch from `first` on, ids mapped to rows and on the rank's device."""
-        self._train.set_epoch(epoch)
+        self._train.set_epoch(epoch, self.state.done(epoch))
         for place, batch in enumerate(islice(self._train, first, None), first):
             rows = self._mapper(batch)
             if self._id_dropout:

@@ -3,9 +3,9 @@
 A collective waits for every rank, so no rank may run out of batches before the others. Row groups are put in
 an order of (seed, epoch) that all ranks compute alike; the rows they hold, taken as one sequence, are divided
 evenly and contiguously over the ranks; each rank permutes its rows in a buffer of a few row groups and cuts
-them into nearly equal batches.
+them into nearly equal batches. What some number of ranks has left of an epoch, another number can go on with.
 
-Not here: several worker processes for one reader, and continuing in the middle of an epoch.
+Not here: several worker processes for one reader.
 """
 
 import logging
@@ -92,6 +92,9 @@ class RequestReader(IterableDataset):
         self.skipped = 0
         """Malformed rows of all files; 0 where they fail."""
         self._units = self._scan([Path(file) for file in files])
+        self._first = np.cumsum([0, *(unit.rows for unit in self._units)])[:-1]
+        self._batch_size = batch_size
+        self._done: tuple[tuple[int, int], ...] = ()
         self.num_requests = sum(unit.rows for unit in self._units)
         """Good requests of all ranks."""
         self.num_candidates = sum(unit.candidates for unit in self._units)
@@ -99,37 +102,41 @@ class RequestReader(IterableDataset):
         if self.num_requests < world_size:
             raise DataError(f"{self.num_requests} good requests cannot be divided over {world_size} ranks",
                             file=files[0] if files else None)  # fmt: skip
-        self.requests_per_batch = max(1, round(batch_size * self.num_requests / self.num_candidates))
 
     @property
     def num_batches(self) -> int:
-        """Batches of an epoch, the same on every rank."""
-        fewest = self.num_requests // self._world_size
-        most = fewest if self._drop_remainder else -(-self.num_requests // self._world_size)
-        return min(-(-most // self.requests_per_batch), fewest)
+        """Batches of the epoch, or of what is left of it, the same on every rank."""
+        return self._count(self._left(self._done), self._world_size)
 
     def __len__(self) -> int:
         return self.num_batches
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next pass."""
-        self._epoch = epoch
+    def set_epoch(self, epoch: int, done: Sequence[tuple[int, int]] = ()) -> None:
+        """Choose the order of the next pass.
+
+        Args:
+            epoch: its number.
+            done: parts of the epoch that other numbers of ranks have read, in turn: how many ranks, and
+                batches of each. What they have left is divided over the ranks of this reader.
+        """
+        self._epoch, self._done = epoch, tuple(done)
 
     def __iter__(self) -> Iterator[RequestBatch]:
         worker = get_worker_info()
         if worker is not None and worker.num_workers > 1:
             raise ValueError("a RequestReader reads in at most one worker process; use more ranks instead")
-        start, stop = self._share()
-        count, rows = self.num_batches, stop - start
-        sizes = [rows * (k + 1) // count - rows * k // count for k in range(count)]
+        pool = self._pool(self._done)
+        start, stop = self._share(self._left(self._done), self._rank, self._world_size)
+        bounds = _bounds(stop - start, self.num_batches)
         buffer: Requests | None = None
         position, done = 0, 0
-        for chunk in self._chunks(start, stop):
+        for chunk in self._stream(pool, self._rank, self._world_size):
             rest = [] if buffer is None else [buffer.take(np.arange(position, len(buffer)))]
-            buffer, position = concatenate([*rest, chunk]), 0
-            while done < count and position + sizes[done] <= len(buffer):
-                yield _to_batch(buffer.take(np.arange(position, position + sizes[done])))
-                position += sizes[done]
+            buffer, position = concatenate([*rest, self._rows(chunk)]), 0
+            while done + 1 < len(bounds) and position + bounds[done + 1] - bounds[done] <= len(buffer):
+                size = bounds[done + 1] - bounds[done]
+                yield _to_batch(buffer.take(np.arange(position, position + size)))
+                position += size
                 done += 1
 
     def _scan(self, files: list[Path]) -> list[_Unit]:
@@ -155,39 +162,101 @@ class RequestReader(IterableDataset):
                         self.skipped + sum(unit.rows for unit in units))  # fmt: skip
         return [unit for unit in units if unit.rows]
 
-    def _share(self) -> tuple[int, int]:
-        if self._drop_remainder:
-            each = self.num_requests // self._world_size
-            return self._rank * each, (self._rank + 1) * each
-        bounds = [self.num_requests * r // self._world_size for r in (self._rank, self._rank + 1)]
-        return bounds[0], bounds[1]
+    def _count(self, requests: int, world_size: int) -> int:
+        """Batches of each rank where so many divide so many requests."""
+        each = self._batch_size * self._world_size / world_size * self.num_requests / self.num_candidates
+        fewest = requests // world_size
+        most = fewest if self._drop_remainder else -(-requests // world_size)
+        return min(-(-most // max(1, round(each))), fewest)
 
-    def _chunks(self, start: int, stop: int) -> Iterator[Requests]:
+    def _share(self, requests: int, rank: int, world_size: int) -> tuple[int, int]:
+        """Where a rank's part of so many requests begins and ends."""
+        if self._drop_remainder:
+            each = requests // world_size
+            return rank * each, (rank + 1) * each
+        return requests * rank // world_size, requests * (rank + 1) // world_size
+
+    def _read_by(self, requests: int, world_size: int, batches: int) -> list[int]:
+        """How many of so many requests each rank has read after some batches."""
+        shares = [self._share(requests, rank, world_size) for rank in range(world_size)]
+        return [_bounds(stop - start, self._count(requests, world_size))[batches] for start, stop in shares]
+
+    def _left(self, done: Sequence[tuple[int, int]]) -> int:
+        """Requests that are left after parts of an epoch."""
+        requests = self.num_requests
+        for world_size, batches in done:
+            shares = [self._share(requests, rank, world_size) for rank in range(world_size)]
+            read = self._read_by(requests, world_size, batches)
+            requests = sum(stop - start for start, stop in shares) - sum(read)
+        return requests
+
+    def _pool(self, done: Sequence[tuple[int, int]]) -> list[np.ndarray] | None:
+        """Positions of the rows that are left after parts of an epoch, in chunks; None is the whole epoch."""
+        pool: list[np.ndarray] | None = None
+        for k, (world_size, batches) in enumerate(done):
+            read = self._read_by(self._left(done[:k]), world_size, batches)
+            streams = [list(self._stream(pool, rank, world_size)) for rank in range(world_size)]
+            pool = [
+                chunk for rank, stream in enumerate(streams)
+                for chunk in _between(stream, read[rank], sum(map(len, stream)))
+            ]  # fmt: skip
+        return pool
+
+    def _stream(self, pool: list[np.ndarray] | None, rank: int, world_size: int) -> Iterator[np.ndarray]:
+        """Positions of the rows of a rank, in its order, in chunks of a few row groups."""
+        requests = self.num_requests if pool is None else sum(map(len, pool))
+        start, stop = self._share(requests, rank, world_size)
+        yield from self._permuted(start, stop, rank) if pool is None else _between(pool, start, stop)
+
+    def _permuted(self, start: int, stop: int, rank: int) -> Iterator[np.ndarray]:
         """Rows start to stop of the epoch's sequence, permuted within each chunk when shuffling."""
         order = np.arange(len(self._units))
-        rng = np.random.default_rng((self._seed, self._epoch, self._rank + 1))
+        rng = np.random.default_rng((self._seed, self._epoch, rank + 1))
         if self._shuffle:
             order = np.random.default_rng((self._seed, self._epoch)).permutation(order)
-        waiting: list[Requests] = []
+        waiting: list[np.ndarray] = []
         first = 0
         for index in order:
-            unit = self._units[index]
-            begin, end = max(start - first, 0), min(stop - first, unit.rows)
-            first += unit.rows
+            rows = self._units[index].rows
+            begin, end = max(start - first, 0), min(stop - first, rows)
+            first += rows
             if begin >= end:
                 continue
-            requests, _ = self._read(unit.file, unit.row_group)
-            waiting.append(requests if end - begin == len(requests) else requests.take(np.arange(begin, end)))
+            waiting.append(self._first[index] + np.arange(begin, end))
             if not self._shuffle or len(waiting) == BUFFER_ROW_GROUPS or first >= stop:
-                chunk = concatenate(waiting)
-                yield chunk.take(rng.permutation(len(chunk))) if self._shuffle else chunk
+                chunk = np.concatenate(waiting)
+                yield chunk[rng.permutation(len(chunk))] if self._shuffle else chunk
                 waiting = []
+
+    def _rows(self, positions: np.ndarray) -> Requests:
+        """Read rows, given by their positions in the files' own order."""
+        units, of_row = np.unique(
+            np.searchsorted(self._first, positions, side="right") - 1, return_inverse=True
+        )
+        parts = [self._read(self._units[u].file, self._units[u].row_group)[0] for u in units]
+        starts = np.cumsum([0, *map(len, parts)])[:-1]
+        return concatenate(parts).take(starts[of_row] + positions - self._first[units][of_row])
 
     def _read(self, file: Path, row_group: int) -> tuple[Requests, int]:
         if self._opened is None or self._opened[0] != file:
             self._opened = (file, open_parquet(file, REQUESTS, REQUESTS_REQUIRED))
         table = read_row_group(self._opened[1], row_group, self._columns, file)
         return decode(table, self._max_behaviors, self._on_bad_row, file, row_group)
+
+
+def _bounds(rows: int, count: int) -> list[int]:
+    """Where `count` nearly equal batches of so many rows begin and end."""
+    return [rows * k // count for k in range(count + 1)] if count else [0]
+
+
+def _between(chunks: Sequence[np.ndarray], start: int, stop: int) -> Iterator[np.ndarray]:
+    """Elements start to stop of the concatenation of chunks, in chunks."""
+    first = 0
+    for chunk in chunks:
+        begin, end = max(start - first, 0), min(stop - first, len(chunk))
+        first += len(chunk)
+        if begin < end:
+            yield chunk[begin:end]
 
 
 def _counts(parquet: pq.ParquetFile, row_group: int, file: Path) -> tuple[int, int]:

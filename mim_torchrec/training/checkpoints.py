@@ -41,6 +41,7 @@ from mim_torchrec.training.distributed import Ranks, is_restarted
 
 log = logging.getLogger(__name__)
 
+WAY_OUT = "choose another --out, or --checkpoint.resume never to start anew"
 NAME = re.compile(r"epoch-\d{4,}-step-\d{8,}")
 
 
@@ -77,6 +78,21 @@ class State(Protocol):
 
     def load_local(self, state: dict[str, Any]) -> None:
         """Take what `local` gave."""
+
+    def redivide(self, epoch: int, step: int, world_size: int) -> int:
+        """Go on, after loading, with another number of ranks than `world_size` that trained so far.
+
+        Args:
+            epoch: the epoch to go on with.
+            step: its batches that each of those ranks was trained on.
+            world_size: how many they were.
+
+        Returns:
+            The step to go on with.
+
+        Raises:
+            ResumeError: the task cannot.
+        """
 
 
 class Checkpoints:
@@ -179,7 +195,8 @@ class Checkpoints:
             Epoch, step and progress as they were saved; None if there is no checkpoint, or none is asked for.
 
         Raises:
-            ResumeError: the checkpoint is of another configuration or another number of ranks, or damaged.
+            ResumeError: the checkpoint is of another configuration, or of another number of ranks and the
+                task cannot go on with this one, or damaged.
         """
         self.wait()
         if self._ranks.is_main:
@@ -197,7 +214,7 @@ class Checkpoints:
             self._check(run, path)
             shared = state.shared()
             dcp.load(shared, checkpoint_id=str(path / "state"))
-            own = path / f"rank-{self._ranks.rank}.pt"
+            own = path / f"rank-{self._ranks.rank % run['world_size']}.pt"
             local = torch.load(own, map_location="cpu", weights_only=True)
         except (CheckpointException, OSError, EOFError, RuntimeError, json.JSONDecodeError) as error:
             cause = _cause(error) if isinstance(error, CheckpointException) else error
@@ -207,8 +224,19 @@ class Checkpoints:
         state.load_shared(shared)
         state.load_local(local["state"])
         set_generators(local["generators"])
+        epoch, step, world_size = run["epoch"], run["step"], run["world_size"]
+        if world_size != self._ranks.world_size:
+            try:
+                step = state.redivide(epoch, step, world_size)
+            except ResumeError as error:
+                now = self._ranks.world_size
+                raise ResumeError(
+                    f"{path} is of {world_size} ranks, this run has {now}: {error}; {WAY_OUT}"
+                ) from None
+            log.info("the rest of epoch %d is divided over %d ranks, not %d", epoch, self._ranks.world_size,
+                     world_size)  # fmt: skip
         log.info("taken up from %s", path)
-        return run["epoch"], run["step"], run["progress"]
+        return epoch, step, run["progress"]
 
     def _all(self) -> list[Path]:
         found = self._folder.iterdir() if self._folder.is_dir() else ()
@@ -235,17 +263,11 @@ class Checkpoints:
             remove(path)
 
     def _check(self, run: dict[str, Any], path: Path) -> None:
-        way_out = "choose another --out, or --checkpoint.resume never to start anew"
         names = sorted(run["run"].keys() | self._run.keys())
         other = [n for n in names if run["run"].get(n) != self._run.get(n)]
         if other:
             changes = ", ".join(f"{n} {run['run'].get(n)!r} (now {self._run.get(n)!r})" for n in other)
-            raise ResumeError(f"{path} is of a run with {changes}; {way_out}")
-        if run["world_size"] != self._ranks.world_size:
-            raise ResumeError(
-                f"{path} is of {run['world_size']} ranks, this run has {self._ranks.world_size}: each has "
-                f"generators and a queue of its own; {way_out}"
-            )
+            raise ResumeError(f"{path} is of a run with {changes}; {WAY_OUT}")
 
 
 def get_generators() -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from mim_torchrec.training.checkpoints import ResumeError
 from mim_torchrec.training.parallel import synchronize_buffers
 
 EXTRA = "_extra_state"
@@ -60,6 +61,10 @@ class TrainingState:
         model = get_model_state_dict(self._model)
         set_model_state_dict(self._model, model | state["extra"])
         self._schedule.load_state_dict(state["schedule"])
+
+    def redivide(self, epoch: int, step: int, world_size: int) -> int:
+        """Raises ResumeError: negatives and schedule depend on the number of ranks."""
+        raise ResumeError("each has generators and a queue of its own")
 
     def _extra(self) -> dict[str, Any]:
         model = get_model_state_dict(self._model)

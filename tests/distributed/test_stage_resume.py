@@ -3,10 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from mim_torchrec.ctr.main import main as train_ctr
+from mim_torchrec.embeddings.table.format import TableWriter
 from mim_torchrec.pretraining.main import main as pretrain
 from tests.programs import small_shop
 from tests.ranks import run_ranks
@@ -73,3 +76,29 @@ def test_ctr_with_a_warm_up_goes_on_at_the_rates_it_had(shop, tmp_path):
     forget_after(out, "epoch-0000-step-00000003")
     run_ranks(train_ctr, 1, command)
     assert losses(out) == whole
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize("mim", ["off", "on"])
+def test_ctr_goes_on_with_another_number_of_ranks(shop, tmp_path, before, after, mim):
+    out = tmp_path / "ctr"
+    command = ["--data", str(shop), "--out", str(out), "--mim", mim, "--epochs", "2", "--batch-size", "256",
+               "--checkpoint.every", "1", "--checkpoint.keep", "99"]  # fmt: skip
+    if mim == "on":
+        items = pq.read_table(shop / "items")["item_id"].to_numpy()
+        writer = TableWriter(tmp_path / "table", table_version="v", dim=8, dtype="float16", encoder={})
+        writer.write_shard(torch.from_numpy(items.copy()), torch.randn(len(items), 8))
+        writer.finish(None)
+        command += ["--table", str(tmp_path / "table")]
+    run_ranks(train_ctr, before, command)
+    whole = losses(out)
+    forget_after(out, "epoch-0001-step-00000002")
+    run_ranks(train_ctr, after, command)
+    again, half = losses(out), len(whole) // 2
+    assert again[: half + 2] == whole[: half + 2]  # what was trained before
+    assert abs(len(again) - len(whole)) <= 1
+    assert np.mean(again[half + 2 :]) == pytest.approx(np.mean(whole[half + 2 :]), abs=0.05)
+    assert json.loads((out / "metrics.json").read_text())["world_size"] == after
+    forget_after(out, "epoch-0001-step-00000001")  # which the second run wrote, of its own part
+    run_ranks(train_ctr, after, command)
+    assert losses(out) == again

@@ -385,3 +385,46 @@ def test_a_batch_moves_with_all_of_its_tensors(files):
     batch = read(files)[0].to(torch.device("meta"))
     tensors = (batch.sparse.values(), batch.labels, batch.request_ids, batch.request_ts, batch.behavior_ts)
     assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+def read_part(
+    files: list[Path], world_size: int, done: list[tuple[int, int]], batches: int | None
+) -> tuple[list[RequestBatch], int]:
+    """The first batches of every rank of what is left of epoch 3, and how many a rank has of them."""
+    found, counts = [], set()
+    for rank in range(world_size):
+        reader = RequestReader(files, batch_size=24 // world_size, rank=rank, world_size=world_size,
+                               shuffle=True, seed=1, drop_remainder=True)  # fmt: skip
+        reader.set_epoch(3, done)
+        mine = list(reader)
+        assert len(mine) == reader.num_batches
+        counts.add(len(mine))
+        found += mine[:batches]
+    assert len(counts) == 1
+    return found, counts.pop()
+
+
+@pytest.mark.parametrize("parts", [
+    [(2, 2), (1, None)], [(1, 3), (2, None)], [(2, 1), (3, 1), (1, 1), (2, None)],
+])  # fmt: skip
+def test_what_some_ranks_have_left_of_an_epoch_others_read_once(files, parts):
+    done, seen = [], []
+    for world_size, batches in parts:
+        found, count = read_part(files, world_size, done, batches)
+        seen += ids(found)
+        done.append((world_size, count if batches is None else batches))
+    assert len(seen) == len(set(seen))
+    assert len(seen) >= NUM_REQUESTS - sum(world_size - 1 for world_size, _ in parts)
+
+
+def test_what_is_left_comes_in_the_order_it_had(files):
+    one = ids(read_part(files, 1, [], None)[0])
+    assert ids(read_part(files, 1, [(1, 2)], None)[0]) == one[len(ids(read_part(files, 1, [], 2)[0])) :]
+
+
+def test_the_next_epoch_is_whole_again(files):
+    reader = RequestReader(files, batch_size=24, shuffle=True)
+    reader.set_epoch(0, [(2, 2)])
+    assert reader.num_batches < len(read(files, batch_size=24, shuffle=True))
+    reader.set_epoch(1)
+    assert sorted(ids(list(reader))) == sorted(ids(read(files)))
