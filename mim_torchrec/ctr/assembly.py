@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
@@ -101,11 +102,16 @@ def open_reader(
 
 
 def scan_vocabularies(dataset: Dataset, config: CTRConfig, ranks: Ranks) -> dict[str, Vocabulary]:
-    """Vocabularies of the training requests: scanned by one rank, kept in the run, read by all."""
+    """Vocabularies of the training requests, and of the run that a warm start begins from.
+
+    Scanned by one rank, kept in the run, read by all.
+    """
     folder = config.out / VOCABULARY
     if ranks.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, ids in scan_ids(dataset.requests("train")).items():
+        earlier = load_vocabularies(config.warm_start) if config.warm_start is not None else {}
+        for name, new in scan_ids(dataset.requests("train")).items():
+            ids = np.union1d(new, earlier[name].ids.numpy()) if name in earlier else new
             Vocabulary.build(ids, head_room=config.head_room).save(folder / f"{name}.npz")
     ranks.barrier()
     return load_vocabularies(config.out)

@@ -109,6 +109,9 @@ class CTRConfig(ModelConfig):
     preset: Preset = "paper"
     """Where the defaults of all other flags come from: `paper` is the form of the paper, `recommended` what
     has raised the AUC on every data set that it was measured on."""
+    warm_start: Path | None = None
+    """Directory of an earlier run of `mim ctr` whose best weights this one starts from, as with a new day's
+    data: ids that it knows keep their embeddings, new ones begin as usual, optimizers begin anew."""
     seed: int = 0
     """Seed of the initial weights, of the order of the requests and of dropout."""
     epochs: int = 4

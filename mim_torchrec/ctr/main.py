@@ -16,6 +16,7 @@ from mim_torchrec.ctr.assembly import assemble, log_to_stderr, open_reader, scan
 from mim_torchrec.ctr.config import CTRConfig, parse
 from mim_torchrec.ctr.evaluate import predict, summarize
 from mim_torchrec.ctr.task import CTRTask, load_model
+from mim_torchrec.ctr.warm_start import warm_start
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.schema import SPLITS, Dataset
 from mim_torchrec.embeddings.sharded.load import table_digest
@@ -38,8 +39,12 @@ def train_and_evaluate(config: CTRConfig, ranks: Ranks) -> dict[str, Any]:
     readers = {
         split: open_reader(config, dataset, split, ranks, training=split == "train") for split in SPLITS
     }
-    assembled = assemble(config, scan_vocabularies(dataset, config, ranks), ranks)
+    vocabularies = scan_vocabularies(dataset, config, ranks)
+    assembled = assemble(config, vocabularies, ranks)
     model, mapper, facts = assembled.model, assembled.mapper, assembled.facts
+    if config.warm_start is not None:
+        version = None if facts is None else facts["table_version"]
+        warm_start(model, config, config.warm_start, vocabularies, version)
     if ranks.is_main:
         write_config(config, facts)
 

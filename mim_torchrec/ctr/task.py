@@ -66,7 +66,7 @@ class CTRState:
             if len(optimizer.params) > len(optimizer.state) <= isinstance(optimizer, WarmupOptimizer):
                 optimizer.init_state()  # a step of gradients that are 0; what it changes is loaded over
                 optimizer.zero_grad()
-        return {"model": _trainable_state(self._model), "optimizer": self._optimizer.state_dict()}
+        return {"model": trainable_state(self._model), "optimizer": self._optimizer.state_dict()}
 
     def load_shared(self, state: dict[str, Any]) -> None:
         """Take what a checkpoint filled."""
@@ -186,12 +186,12 @@ def save_model(model: DistributedModelParallel, path: Path) -> None:
 
     The frozen table is left out: it has files of its own.
     """
-    dcp.save(_trainable_state(model), checkpoint_id=str(path))
+    dcp.save(trainable_state(model), checkpoint_id=str(path))
 
 
 def load_model(model: DistributedModelParallel, path: Path) -> None:
     """Read what `save_model` wrote, or the model of a run's checkpoint, into any number of ranks."""
-    state = _trainable_state(model)
+    state = trainable_state(model)
     if (path / "state").is_dir():
         dcp.load({"model": state}, checkpoint_id=str(path / "state"))
     else:
@@ -199,5 +199,6 @@ def load_model(model: DistributedModelParallel, path: Path) -> None:
     model.load_state_dict(state, strict=False)
 
 
-def _trainable_state(model: DistributedModelParallel) -> dict[str, Tensor]:
+def trainable_state(model: DistributedModelParallel) -> dict[str, Tensor]:
+    """Weights by name, tables as sharded tensors; without the frozen table."""
     return {name: value for name, value in model.state_dict().items() if "mm_embeddings" not in name}

@@ -1,0 +1,91 @@
+"""Start a CTR model from one that was trained on an earlier day, with a vocabulary that has grown.
+
+Rows of ids that are known go to their new places, new ids begin as in any run, dense weights are taken over.
+Optimizers begin anew: what they have gathered is about another day's losses, and `best` does not hold it.
+"""
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.checkpoint import FileSystemReader
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from mim_torchrec.ctr.assembly import load_vocabularies, read_config
+from mim_torchrec.ctr.config import CTRConfig
+from mim_torchrec.ctr.task import trainable_state
+from mim_torchrec.data.vocabulary import Vocabulary
+
+log = logging.getLogger(__name__)
+
+MAY_DIFFER = {"dropout", "content_dropout", "id_dropout", "aux_weight"}
+
+
+class WarmStartError(ValueError):
+    """A run cannot be started from another one."""
+
+
+@torch.no_grad()
+def warm_start(
+    model: DistributedModelParallel,
+    config: CTRConfig,
+    run: Path,
+    vocabularies: dict[str, Vocabulary],
+    table_version: str | None,
+) -> None:
+    """Put the weights of an earlier run into a model. Every rank calls it and reads one table at a time.
+
+    Args:
+        model: sharded, over any number of ranks.
+        config: of the run that starts.
+        run: directory that `mim ctr` has written; its best weights are taken.
+        vocabularies: of the run that starts; they hold all ids that the earlier run knows.
+        table_version: of the multi-modal table of the run that starts, None for Base.
+
+    Raises:
+        WarmStartError: the earlier model is another one, or was trained on vectors of another encoder.
+    """
+    earlier = read_config(run)
+    old, new = (asdict(c.model()) for c in (earlier, config))
+    other = sorted(name for name in new if old[name] != new[name] and name not in MAY_DIFFER)
+    if other:
+        changes = ", ".join(f"{name} {old[name]!r} (now {new[name]!r})" for name in other)
+        raise WarmStartError(f"{run} is of another model: {changes}")
+    if earlier.table_version != table_version:
+        raise WarmStartError(
+            f"{run} was trained on vectors of version {earlier.table_version}, the table has "
+            f"{table_version}; "
+            "another encoder's vectors mean other things, so the model has to be trained anew"
+        )
+    path = str(run / "best")
+    sizes = FileSystemReader(path).read_metadata().state_dict_metadata
+    state = trainable_state(model)
+    if state.keys() != sizes.keys():
+        raise WarmStartError(f"{run} has other weights: {sorted(state.keys() ^ sizes.keys())}")
+    dense = {name: value for name, value in state.items() if not isinstance(value, ShardedTensor)}
+    dcp.load(dense, checkpoint_id=path)
+    model.load_state_dict(dict(state), strict=False)  # torchrec renames what it is given
+    before = load_vocabularies(run)
+    for name, table in state.items():
+        if isinstance(table, ShardedTensor):
+            weights = torch.empty(sizes[name].size)
+            dcp.load({name: weights}, checkpoint_id=path)
+            column = name.split(".")[-2]
+            known, ids = before[column].ids, vocabularies[column].ids
+            # row 0 of unknown ids stays, row k + 1 is that of the id at place k
+            places = torch.cat([torch.zeros(1, dtype=torch.long), 1 + torch.searchsorted(ids, known)])
+            _take_over(table, weights[: len(places)], places)
+            log.info("%s: %d rows taken over, %d new", column, len(known), len(ids) - len(known))
+
+
+def _take_over(table: ShardedTensor, weights: torch.Tensor, places: torch.Tensor) -> None:
+    """Copy rows of weights (n, dim) to the places (n,) they have in a table, as far as this rank has them."""
+    for piece in table.local_shards():
+        first, column = piece.metadata.shard_offsets
+        rows, columns = piece.tensor.shape
+        here = (places >= first) & (places < first + rows)
+        values = weights[here, column : column + columns].to(piece.tensor)
+        piece.tensor[(places[here] - first).to(piece.tensor.device)] = values

@@ -1,0 +1,115 @@
+"""`mim ctr --warm-start` through its `main`: known ids keep their embeddings, new ones begin."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader
+
+from mim_torchrec.ctr.main import main
+from mim_torchrec.ctr.warm_start import WarmStartError
+from mim_torchrec.data.schema import REQUESTS
+from mim_torchrec.data.vocabulary import Vocabulary
+from tests.pipeline.test_ctr_main import SMALL, write_dataset
+from tests.pipeline.test_evaluate_main import write_table
+from tests.ranks import run_ranks
+
+TABLE = "item_embeddings.embeddings.item_id.weight"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("warm")
+    write_dataset(root / "monday")
+    write_dataset(root / "tuesday")  # the same shop, with users and items that monday has not seen
+    for split in ("train", "validation", "test"):
+        (file,) = (root / "tuesday" / "requests" / split).iterdir()
+        rows = pq.read_table(file).to_pylist()
+        for row in rows:
+            row["user_id"] -= 3
+            row["candidate_item_ids"][0] = 5 if row["request_id"] % 2 else 999_999
+        pq.write_table(pa.Table.from_pylist(rows, schema=REQUESTS), file)
+    items = pq.read_table(next((root / "tuesday" / "items").iterdir())).to_pylist()
+    more = [{**items[0], "item_id": item} for item in (5, 999_999)]
+    table = pa.Table.from_pylist([*items, *more])
+    pq.write_table(table, next((root / "tuesday" / "items").iterdir()))
+    write_table(root / "table", "styles")
+    main([*words(root, "monday"), "--out", str(root / "first")])
+    return root
+
+
+def words(root: Path, day: str) -> list[str]:
+    return ["--data", str(root / day), "--table", str(root / "table"), *SMALL]
+
+
+def embeddings(run: Path, vocabulary: str = "item_id") -> dict[int, list[float]]:
+    """Embeddings of a run by id; 0 is the row of unknown ids."""
+    name = TABLE.replace("item_id", vocabulary) if vocabulary != "user_id" else (
+        "request_embeddings.embedding_bags.user_id.weight"
+    )  # fmt: skip
+    size = FileSystemReader(run / "best").read_metadata().state_dict_metadata[name].size
+    weights = torch.empty(size)
+    dcp.load({name: weights}, checkpoint_id=str(run / "best"))
+    ids = [0, *Vocabulary.load(run / "vocabulary" / f"{vocabulary}.npz").ids.tolist()]
+    return dict(zip(ids, weights.tolist(), strict=True))
+
+
+FROZEN = ["--lr", "0", "--sparse-lr", "0", "--epochs", "1"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("vocabulary", ["item_id", "user_id"])
+def test_known_ids_keep_their_embeddings_and_new_ones_begin(folder, tmp_path, ranks, vocabulary):
+    out = tmp_path / "second"
+    command = [*words(folder, "tuesday"), "--out", str(out), *FROZEN, "--warm-start", str(folder / "first")]
+    run_ranks(main, ranks, command)
+    before, after = (embeddings(run, vocabulary) for run in (folder / "first", out))
+    assert set(before) < set(after)
+    for key, row in before.items():
+        assert after[key] == row
+    fresh = tmp_path / "fresh"
+    main([*words(folder, "tuesday"), "--out", str(fresh), *FROZEN])
+    begun = embeddings(fresh, vocabulary)
+    assert not any(np.allclose(begun[key], before[key]) for key in before if key)
+    assert {5, 999_999} <= set(after) or vocabulary == "user_id"
+
+
+def test_without_training_it_predicts_what_the_earlier_model_predicts(folder, tmp_path):
+    main([*words(folder, "monday"), "--out", str(tmp_path / "again"), *FROZEN,
+          "--warm-start", str(folder / "first")])  # fmt: skip
+    runs = (folder / "first", tmp_path / "again")
+    scores = [pq.read_table(run / "predictions.parquet")["score"].to_numpy() for run in runs]
+    # running statistics of batch normalization moved on by an epoch
+    assert np.corrcoef(*scores)[0, 1] > 0.98
+
+
+def test_training_goes_on_from_there(folder, tmp_path):
+    losses = {}
+    for name, more in (("warm", ["--warm-start", str(folder / "first")]), ("cold", [])):
+        main([*words(folder, "tuesday"), "--out", str(tmp_path / name), "--epochs", "1", *more])
+        history = json.loads((tmp_path / name / "history.json").read_text())
+        losses[name] = np.mean([entry["loss"] for entry in history["steps"]])
+    assert losses["warm"] < losses["cold"]
+
+
+def test_another_model_is_refused_by_what_differs(folder, tmp_path):
+    with pytest.raises(WarmStartError, match=r"of another model: ubm 'din' \(now 'avg_pooling'\)"):
+        main([*words(folder, "tuesday"), "--out", str(tmp_path), "--ubm", "avg_pooling",
+              "--warm-start", str(folder / "first")])  # fmt: skip
+
+
+def test_vectors_of_another_encoder_are_refused(folder, tmp_path):
+    write_table(tmp_path / "other", "another")
+    with pytest.raises(WarmStartError, match="vectors of version styles, the table has another"):
+        main([*words(folder, "tuesday"), "--out", str(tmp_path / "out"), "--table", str(tmp_path / "other"),
+              "--warm-start", str(folder / "first")])  # fmt: skip
+
+
+def test_a_folder_that_is_no_run_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="is no run of mim ctr"):
+        main([*words(folder, "tuesday"), "--out", str(tmp_path / "out"), "--warm-start", str(tmp_path)])
