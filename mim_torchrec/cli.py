@@ -8,6 +8,7 @@ COMMANDS = {
     "doctor": ("mim_torchrec.doctor", "check the installation and say how to mend it"),
     "shop": ("mim_torchrec.data.shop", "write a synthetic shop"),
     "import movielens": ("mim_torchrec.data.movielens", "convert MovieLens and posters"),
+    "import taobao-mm": ("mim_torchrec.data.taobao_mm", "convert TAOBAO-MM, vectors and all"),
     "pretrain": ("mim_torchrec.pretraining.main", "adapt the towers to the items, align them"),
     "csft": ("mim_torchrec.csft.main", "fine-tune the item encoder on what users bought"),
     "retrieve": ("mim_torchrec.csft.retrieve", "find bought items by image with an encoder"),

@@ -67,6 +67,15 @@ class DatasetWriter:
             )
         self.description["counts"][folder] = len(table)
 
+    def append(self, folder: str, table: pa.Table, *, row_group_size: int = 1000) -> None:
+        """Write a table as one more `<folder>/part-*.parquet` and add its rows to the count of `folder`."""
+        directory = self.partial / folder
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / f"part-{len(list(directory.iterdir())):05d}.parquet"
+        pq.write_table(table, path, row_group_size=row_group_size, compression="zstd")
+        counts = self.description["counts"]
+        counts[folder] = counts.get(folder, 0) + len(table)
+
     def _refuse_existing(self) -> None:
         if self.out.exists():
             raise DataError("exists; choose another directory or remove it", file=self.out)
