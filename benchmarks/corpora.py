@@ -4,6 +4,7 @@ The synthetic shop is there for everyone; films and posters where somebody has t
 here: several run side by side, one rank and one thread each.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,7 +44,7 @@ def shop(run: Run, sizes: demo.DemoConfig, options: Options) -> Corpus:
     root = run.root / "shop"
     data = demo.shop_stage(sizes, root, "data", 1.0)
     csft = demo.csft_stage(sizes, root, "csft", data)
-    table = export_stage(root, "table", data, csft, f"1x{sizes.nproc}")
+    table = _named(export_stage(root, "table", data, csft, f"1x{sizes.nproc}"), "shop-table")
     run.run([data, csft, table], threads=1)
     title = f"A synthetic shop of {sizes.items:,} items, {sizes.users:,} users, {sizes.requests:,} requests"
     return Corpus(name="shop", title=title, data=data, table=table,
@@ -55,11 +56,16 @@ def films(run: Run, source: Path, options: Options) -> Corpus:
     root = run.root / "films"
     data = movielens.import_stage(source, root, "user")
     csft = movielens.csft_stage(root, data)
-    table = export_stage(root, "table", data, csft, "1x1")
+    table = _named(export_stage(root, "table", data, csft, "1x1"), "films-table")
     run.run([data, csft, table], threads=2)
     title = "MovieLens ml-latest-small with posters, divided by each user's time"
     return Corpus(name="films", title=title, data=data, table=table,
                   options={**movielens.TRAINING, **options}, grid=movielens.GRID)  # fmt: skip
+
+
+def _named(stage: Stage, name: str) -> Stage:
+    """A stage under a name that no other corpus of the run has: its record goes by the name."""
+    return dataclasses.replace(stage, name=name)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.sharding import build_model, shard
 from mim_torchrec.data.requests import RequestReader
 from mim_torchrec.data.schema import Dataset
-from mim_torchrec.data.vocabulary import IdMapper, Vocabulary, scan_ids
+from mim_torchrec.data.vocabulary import COLUMNS, IdMapper, Vocabulary, scan_ids
 from mim_torchrec.embeddings.sharded.frozen import frozen_config
 from mim_torchrec.embeddings.sharded.live import ItemIndex
 from mim_torchrec.embeddings.sharded.load import load_table, open_table, table_digest
@@ -98,6 +98,7 @@ def open_reader(
         max_behaviors=config.max_behaviors,
         on_bad_row=config.on_bad_row,
         drop_remainder=training,
+        features=config.features(),
     )
 
 
@@ -110,7 +111,8 @@ def scan_vocabularies(dataset: Dataset, config: CTRConfig, ranks: Ranks) -> dict
     if ranks.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         earlier = load_vocabularies(config.warm_start) if config.warm_start is not None else {}
-        for name, new in scan_ids(dataset.requests("train")).items():
+        columns = COLUMNS | {name: (name,) for name in config.sparse_features}
+        for name, new in scan_ids(dataset.requests("train"), columns).items():
             ids = np.union1d(new, earlier[name].ids.numpy()) if name in earlier else new
             Vocabulary.build(ids, head_room=config.head_room).save(folder / f"{name}.npz")
     ranks.barrier()

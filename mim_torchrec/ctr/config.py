@@ -11,6 +11,7 @@ import tyro
 from mim_torchrec.ciubm.content import Pooling
 from mim_torchrec.ciubm.ubm.activation import Activation
 from mim_torchrec.ciubm.ubm.sim import Search
+from mim_torchrec.data.features import Features
 from mim_torchrec.training.checkpoints import CheckpointConfig
 
 UBM = Literal["avg_pooling", "din", "dien", "bst", "sim", "twin"]
@@ -63,7 +64,12 @@ class ModelConfig:
     products: bool = False
     """Feed the tower the inner product of each interest with the target as well."""
     embedding_dim: int = 16
-    """Size of the embeddings of users, queries, items and categories."""
+    """Size of the embeddings of users, queries, items, categories and sparse features."""
+    sparse_features: tuple[str, ...] = ()
+    """Further columns of ids. One whose name begins with `candidate_` is parallel to the candidates; of
+    any other a request has one id or a list of them, whose embeddings are averaged."""
+    dense_features: tuple[str, ...] = ()
+    """Further columns of numbers, likewise; the tower gets sign(x) log(1 + |x|)."""
     attention: tuple[int, ...] = (36,)
     """Hidden layers of DIN's attention unit."""
     attention_activation: Activation = "prelu"
@@ -156,6 +162,10 @@ class CTRConfig(ModelConfig):
         """What a run that is taken up must have been started with."""
         free = {"out", "preset", "checkpoint", "log_every", "item_cache"}
         return {name: value for name, value in asdict(self).items() if name not in free}
+
+    def features(self) -> Features:
+        """Columns beyond those that all requests have."""
+        return Features(sparse=self.sparse_features, dense=self.dense_features)
 
     def model(self) -> ModelConfig:
         """The part that describes the model."""

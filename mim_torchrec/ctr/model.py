@@ -2,8 +2,7 @@
 
 It scores every candidate of a request from the user, the query where there is one, the candidate, and
 the interest that the user's behaviors show in it. The embedding collections are injected, as in torchrec's
-own models, so one class serves unsharded tests and sharded training. Left out: position and price
-features, multi-task heads.
+own models, so one class serves unsharded tests and sharded training. Left out: multi-task heads.
 """
 
 from dataclasses import replace
@@ -29,6 +28,7 @@ from mim_torchrec.data.batch import RequestBatch
 from mim_torchrec.training.batch_norm import GlobalBatchNorm1d
 
 MICROSECONDS = 1_000_000
+ITEM_COLUMNS = ("item_id", "category")
 
 
 class Prediction(NamedTuple):
@@ -98,9 +98,11 @@ class CTRModel(nn.Module):
     """Click logits of the candidates of each request.
 
     Args:
-        request_embeddings: pooled features of a request: `user_id` and, where the data has it, `query_id`.
+        request_embeddings: pooled features of a request: `user_id`, where the data has it `query_id`, and
+            further ones.
         item_embeddings: unpooled; tables `item_id` and, where the data has categories, `category`, each with
-            two features: `candidate_item_id` and `behavior_item_id`, `candidate_category` and so on.
+            two features: `candidate_item_id` and `behavior_item_id`, `candidate_category` and so on; and
+            tables of candidates only, each with the feature of its name.
         mm_embeddings: unpooled frozen multi-modal vectors with the features `candidate_mm` and
             `behavior_mm`; None is the Base model, which knows ids only.
         config: interests, tower and their sizes.
@@ -128,8 +130,12 @@ class CTRModel(nn.Module):
 
         bags = request_embeddings.embedding_bag_configs()
         request_dim = sum(t.embedding_dim * len(t.feature_names) for t in bags)
-        self.item_columns = [t.name for t in item_embeddings.embedding_configs()]
-        item_dim = sum(t.embedding_dim for t in item_embeddings.embedding_configs())
+        tables = item_embeddings.embedding_configs()
+        self.item_columns = [t.name for t in tables if t.name in ITEM_COLUMNS]
+        item_dim = sum(t.embedding_dim for t in tables if t.name in ITEM_COLUMNS)
+        self.candidate_columns = [t.name for t in tables if t.name not in ITEM_COLUMNS]
+        more_dim = sum(t.embedding_dim for t in tables if t.name not in ITEM_COLUMNS)
+        more_dim += len(config.dense_features)
         mm_dim = mm_embeddings.embedding_configs()[0].embedding_dim if mm_embeddings is not None else 0
         content = mm_embeddings is not None and config.content_interest
         fusion = mm_embeddings is not None and config.fusion_interest
@@ -163,7 +169,7 @@ class CTRModel(nn.Module):
         interest_dim = sum(size for on, size in parts if on) + self.ciubm.similarity_dim
         num_products = sum(on for on, _ in parts) if self.products else 0
         self.tower = DeepCTR(
-            request_dim + item_dim + interest_dim + num_products + 1,
+            request_dim + item_dim + more_dim + interest_dim + num_products + 1,
             config.tower,
             config.batch_norm,
             config.dropout,
@@ -198,6 +204,11 @@ class CTRModel(nn.Module):
         interests = self.ciubm(candidates, behaviors, pairs, candidates_mm, behaviors_mm, context)
 
         features = [pooled.values().index_select(0, pairs.candidate_request), candidates]
+        features += [item_rows[column].values() for column in self.candidate_columns]
+        if batch.request_dense is not None:
+            features.append(batch.request_dense.index_select(0, pairs.candidate_request))
+        if batch.candidate_dense is not None:
+            features.append(batch.candidate_dense)
         if self.products:
             # agreement of each interest with the target, as product-based CTR towers feed it
             of_ids = self.id_product(interests.id) if interests.id is not None else None

@@ -27,7 +27,7 @@ from torchrec.distributed.planner.types import (
     TrainerConfig,
 )
 from torchrec.distributed.types import ShardingType
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
@@ -63,28 +63,38 @@ def build_model(
 
     Args:
         config: the stage's configuration.
-        num_embeddings: rows of the tables `user_id` and `item_id` and, where the data has them, `query_id`
-            and `category`.
+        num_embeddings: rows of the tables `user_id` and `item_id`, where the data has them of `query_id`
+            and `category`, and of the sparse features.
         mm_config: table of the frozen multi-modal vectors; None for Base.
         device: where the embeddings live: `meta` before sharding.
     """
     dim = config.embedding_dim
+    features = config.features()
+    of_requests = features.of_requests(features.sparse)
     request = [
         EmbeddingBagConfig(
-            name=name, embedding_dim=dim, num_embeddings=num_embeddings[name], feature_names=[name]
+            name=name,
+            embedding_dim=dim,
+            num_embeddings=num_embeddings[name],
+            feature_names=[name],
+            pooling=PoolingType.MEAN if name in of_requests else PoolingType.SUM,
         )
-        for name in ("user_id", "query_id")
+        for name in ("user_id", "query_id", *of_requests)
         if name in num_embeddings
     ]
+    of_items = {
+        name: [f"candidate_{name}", f"behavior_{name}"]
+        for name in ("item_id", "category")
+        if name in num_embeddings
+    } | {name: [name] for name in features.of_candidates(features.sparse)}
     items = [
         EmbeddingConfig(
             name=name,
             embedding_dim=dim,
             num_embeddings=num_embeddings[name],
-            feature_names=[f"candidate_{name}", f"behavior_{name}"],
+            feature_names=feature_names,
         )
-        for name in ("item_id", "category")
-        if name in num_embeddings
+        for name, feature_names in of_items.items()
     ]
     # the dense part must not depend on how many random numbers the tables have drawn
     request_embeddings = EmbeddingBagCollection(tables=request, device=device)

@@ -1,6 +1,6 @@
 """A batch of requests: what readers yield and what CTR models take."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -14,11 +14,14 @@ class RequestBatch(Pipelineable):
 
     Args:
         sparse: ids by feature, with a stride of B: `user_id`, `query_id` (where logged), `candidate_item_id`,
-            `behavior_item_id`, `candidate_category` and `behavior_category` (where logged), in this order.
+            `behavior_item_id`, `candidate_category` and `behavior_category` (where logged), in this order,
+            and further ones by the names of their columns.
         labels: (sum_candidates,) float32, 0 or 1, in the order of `candidate_item_id`.
         request_ids: (B,) int64.
         request_ts: (B,) int64, microseconds since 1970, or None where not logged.
         behavior_ts: (sum_behaviors,) int64 likewise, in the order of `behavior_item_id`.
+        request_dense: (B, num_features) float32, None where there are none.
+        candidate_dense: (sum_candidates, num_features) float32 likewise.
     """
 
     sparse: KeyedJaggedTensor
@@ -26,6 +29,8 @@ class RequestBatch(Pipelineable):
     request_ids: Tensor
     request_ts: Tensor | None = None
     behavior_ts: Tensor | None = None
+    request_dense: Tensor | None = None
+    candidate_dense: Tensor | None = None
 
     @property
     def num_requests(self) -> int:
@@ -40,10 +45,7 @@ class RequestBatch(Pipelineable):
         return replace(
             self,
             sparse=self.sparse.to(device, non_blocking=non_blocking),
-            labels=self.labels.to(device, non_blocking=non_blocking),
-            request_ids=self.request_ids.to(device, non_blocking=non_blocking),
-            request_ts=_to(self.request_ts, device, non_blocking),
-            behavior_ts=_to(self.behavior_ts, device, non_blocking),
+            **{name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self._tensors()},
         )
 
     def record_stream(self, stream: torch.Stream) -> None:
@@ -51,9 +53,8 @@ class RequestBatch(Pipelineable):
         if not self.labels.is_cuda:
             return
         self.sparse.record_stream(stream)
-        for tensor in (self.labels, self.request_ids, self.request_ts, self.behavior_ts):
-            if tensor is not None:
-                tensor.record_stream(stream)
+        for _, tensor in self._tensors():
+            tensor.record_stream(stream)
 
     def with_hidden_candidates(self, hidden: Tensor) -> "RequestBatch":
         """The same batch of rows with row 0, that of an unknown id, in the place of some candidates' items.
@@ -75,12 +76,10 @@ class RequestBatch(Pipelineable):
         return replace(
             self,
             sparse=self.sparse.pin_memory(),
-            labels=self.labels.pin_memory(),
-            request_ids=self.request_ids.pin_memory(),
-            request_ts=None if self.request_ts is None else self.request_ts.pin_memory(),
-            behavior_ts=None if self.behavior_ts is None else self.behavior_ts.pin_memory(),
+            **{name: tensor.pin_memory() for name, tensor in self._tensors()},
         )
 
-
-def _to(tensor: Tensor | None, device: torch.device, non_blocking: bool) -> Tensor | None:
-    return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
+    def _tensors(self) -> list[tuple[str, Tensor]]:
+        """What is there besides ids."""
+        named = [(field.name, getattr(self, field.name)) for field in fields(self) if field.name != "sparse"]
+        return [(name, tensor) for name, tensor in named if tensor is not None]

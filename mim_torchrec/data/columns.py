@@ -3,15 +3,16 @@
 Nothing here loops over rows: a list column is its flat values and the lengths of its rows.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from mim_torchrec.data.errors import DataError
-from mim_torchrec.data.schema import category_ids
+from mim_torchrec.data.features import NO_FEATURES, Features
+from mim_torchrec.data.schema import category_ids, is_list
 
 SCALARS = ("request_id", "user_id", "query_id", "ts")
 ROLES = {
@@ -39,11 +40,12 @@ class Jagged:
 
 @dataclass(frozen=True)
 class Requests:
-    """Some requests: scalars by name (num_requests,), behaviors and candidates."""
+    """Some requests: scalars by name (num_requests,), behaviors, candidates, and further lists of ids."""
 
     scalars: dict[str, np.ndarray]
     behavior: Jagged
     candidate: Jagged
+    ids: dict[str, Jagged] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.scalars["request_id"])
@@ -51,7 +53,8 @@ class Requests:
     def take(self, rows: np.ndarray, max_behaviors: int | None = None) -> "Requests":
         """Some rows in the order given, each with its last `max_behaviors` behaviors."""
         scalars = {name: values[rows] for name, values in self.scalars.items()}
-        return Requests(scalars, self.behavior.take(rows, max_behaviors), self.candidate.take(rows))
+        ids = {name: jagged.take(rows) for name, jagged in self.ids.items()}
+        return Requests(scalars, self.behavior.take(rows, max_behaviors), self.candidate.take(rows), ids)
 
 
 def concatenate(parts: Sequence[Requests]) -> Requests:
@@ -59,23 +62,30 @@ def concatenate(parts: Sequence[Requests]) -> Requests:
     if len(parts) == 1:
         return parts[0]
 
-    def joined(role: str) -> Jagged:
-        jagged: list[Jagged] = [part.behavior if role == "behavior" else part.candidate for part in parts]
+    def joined(jagged: Sequence[Jagged]) -> Jagged:
         values = {name: np.concatenate([j.values[name] for j in jagged]) for name in jagged[0].values}
         return Jagged(np.concatenate([j.lengths for j in jagged]), values)
 
     names = parts[0].scalars
     scalars = {name: np.concatenate([part.scalars[name] for part in parts]) for name in names}
-    return Requests(scalars, joined("behavior"), joined("candidate"))
+    ids = {name: joined([part.ids[name] for part in parts]) for name in parts[0].ids}
+    behavior, candidate = ([getattr(part, role) for part in parts] for role in ROLES)
+    return Requests(scalars, joined(behavior), joined(candidate), ids)
 
 
 def decode(
-    table: pa.Table, max_behaviors: int, on_bad_row: str, file: str | Path, row_group: int
+    table: pa.Table,
+    max_behaviors: int,
+    on_bad_row: str,
+    file: str | Path,
+    row_group: int,
+    features: Features = NO_FEATURES,
 ) -> tuple[Requests, int]:
     """Turn a row group into arrays, checking every row of it.
 
     A row is bad when a value is null, parallel lists differ in length, there is no candidate, a label is not
-    0 or 1, behaviors are not in the order of time, or one of them is not strictly before its request.
+    0 or 1, behaviors are not in the order of time, one of them is not strictly before its request, or a
+    dense feature is NaN or infinite.
 
     Args:
         table: the row group.
@@ -83,6 +93,7 @@ def decode(
         on_bad_row: "fail" or "skip".
         file: for the message.
         row_group: likewise.
+        features: further columns, see `data.features`.
 
     Returns:
         The good rows, and how many were bad.
@@ -92,16 +103,22 @@ def decode(
     """
     bad: list[tuple[np.ndarray, str, str]] = []
     present = table.column_names
+    kinds = dict.fromkeys(features.sparse, "sparse") | dict.fromkeys(features.dense, "dense")
     scalars = {}
-    for name in SCALARS:
+    for name in (*SCALARS, *features.of_requests(features.dense)):
         if name in present:
             column = table[name].combine_chunks()
             bad.append((_nulls(column), name, "is null"))
-            scalars[name] = _numbers(name, column)
+            scalars[name] = _numbers(kinds.get(name, name), column)
     jagged = {}
     for role, columns in ROLES.items():
         columns = {name: column for name, column in columns.items() if column in present}
-        jagged[role] = _lists(table, columns, bad)
+        if role == "candidate":
+            columns |= {name: name for name in features.of_candidates(features.names)}
+        jagged[role] = _lists(table, columns, bad, kinds)
+    ids = {name: _ids(table[name].combine_chunks(), name, bad)
+           for name in features.of_requests(features.sparse)}  # fmt: skip
+    _check_dense(scalars, jagged["candidate"], features, bad)
     _check_labels(jagged["candidate"], bad)
     _check_times(jagged["behavior"], scalars.get("ts"), bad)
 
@@ -110,11 +127,16 @@ def decode(
         row = int(np.argmax(is_bad))
         _, column, problem = next(check for check in bad if check[0][row])
         raise DataError(problem, file, row_group, row, column)
-    requests = Requests(scalars, jagged["behavior"], jagged["candidate"])
+    requests = Requests(scalars, jagged["behavior"], jagged["candidate"], ids)
     return requests.take(np.flatnonzero(~is_bad), max_behaviors), int(is_bad.sum())
 
 
-def _lists(table: pa.Table, columns: dict[str, str], bad: list[tuple[np.ndarray, str, str]]) -> Jagged:
+def _lists(
+    table: pa.Table,
+    columns: dict[str, str],
+    bad: list[tuple[np.ndarray, str, str]],
+    kinds: Mapping[str, str],
+) -> Jagged:
     """Parallel list columns; those of rows whose lengths differ come out empty."""
     arrays = {name: table[column].combine_chunks() for name, column in columns.items()}
     lengths = {}
@@ -135,9 +157,34 @@ def _lists(table: pa.Table, columns: dict[str, str], bad: list[tuple[np.ndarray,
         if missing.any():
             rows = np.repeat(np.arange(len(common)), lengths[name])[missing]
             bad.append((np.isin(np.arange(len(common)), rows), columns[name], "a value in the list is null"))
-        numbers = _numbers(columns[name], flat)
+        numbers = _numbers(kinds.get(name, columns[name]), flat)
         values[name] = numbers[np.repeat(~uneven, lengths[name])] if uneven.any() else numbers
     return Jagged(np.where(uneven, 0, common), values)
+
+
+def _ids(array: pa.Array, column: str, bad: list[tuple[np.ndarray, str, str]]) -> Jagged:
+    """Ids of each request, one or a list; without those that are null."""
+    missing = _nulls(array)
+    if not is_list(array.type):
+        known = array.drop_null()
+        return Jagged((~missing).astype(np.int64), {"id": _numbers("sparse", known)})
+    lengths = np.where(missing, 0, np.diff(array.offsets.to_numpy()).astype(np.int64))
+    flat = array.flatten()
+    bad.append((_any_of(_nulls(flat), lengths), column, "a value in the list is null"))
+    return Jagged(lengths, {"id": _numbers("sparse", flat)})
+
+
+def _check_dense(
+    scalars: dict[str, np.ndarray],
+    candidates: Jagged,
+    features: Features,
+    bad: list[tuple[np.ndarray, str, str]],
+) -> None:
+    for name in features.of_requests(features.dense):
+        bad.append((~np.isfinite(scalars[name]), name, "is NaN, infinite or beyond float32"))
+    for name in features.of_candidates(features.dense):
+        wrong = _any_of(~np.isfinite(candidates.values[name]), candidates.lengths)
+        bad.append((wrong, name, "a value in the list is NaN, infinite or beyond float32"))
 
 
 def _check_labels(candidates: Jagged, bad: list[tuple[np.ndarray, str, str]]) -> None:
@@ -176,17 +223,21 @@ def _nulls(array: pa.Array) -> np.ndarray:
 
 
 def _numbers(column: str, array: pa.Array) -> np.ndarray:
-    """Values as int64 (labels as float32); nulls become something, their rows are bad anyway."""
+    """Values as int64 (labels and dense ones as float32); nulls become something, their rows are bad anyway.
+
+    Features go by what they are, "sparse" or "dense", in the place of their names.
+    """
     kind = array.type
+    floating = column in ("labels", "dense")
     if pa.types.is_timestamp(kind):
         array = array.cast(pa.timestamp("us", kind.tz), safe=False).cast(pa.int64())
     if array.null_count:
         known = array.drop_null()
         if not len(known):
-            return np.zeros(len(array), np.float32 if column == "labels" else np.int64)
+            return np.zeros(len(array), np.float32 if floating else np.int64)
         array = array.fill_null(known[0])
-    if column == "labels":
-        return array.cast(pa.float32()).to_numpy(zero_copy_only=False)
-    if column.endswith("categories"):
+    if floating:
+        return array.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
+    if column == "sparse" or column.endswith("categories"):
         return category_ids(array)
     return array.cast(pa.int64()).to_numpy(zero_copy_only=False)

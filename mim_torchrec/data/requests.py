@@ -9,7 +9,7 @@ Not here: several worker processes for one reader.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,6 +23,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from mim_torchrec.data.batch import RequestBatch
 from mim_torchrec.data.columns import Requests, concatenate, decode
 from mim_torchrec.data.errors import DataError
+from mim_torchrec.data.features import NO_FEATURES, Features
 from mim_torchrec.data.schema import (
     REQUESTS,
     REQUESTS_REQUIRED,
@@ -59,6 +60,7 @@ class RequestReader(IterableDataset):
             beforehand, because ranks must agree on how many batches there are.
         drop_remainder: leave out the last rows of an epoch so that all ranks have equally many requests;
             otherwise the numbers of requests, not of batches, differ by one.
+        features: further columns that the batches hold.
 
     Raises:
         DataError: a file is malformed, files differ in columns, or there are fewer requests than ranks.
@@ -76,6 +78,7 @@ class RequestReader(IterableDataset):
         max_behaviors: int = 50,
         on_bad_row: Literal["fail", "skip"] = "fail",
         drop_remainder: bool = False,
+        features: Features = NO_FEATURES,
     ) -> None:
         if batch_size < 1 or max_behaviors < 1 or not 0 <= rank < world_size:
             raise ValueError(
@@ -87,6 +90,7 @@ class RequestReader(IterableDataset):
         self._seed, self._shuffle, self._epoch = seed, shuffle, 0
         self._max_behaviors, self._on_bad_row = max_behaviors, on_bad_row
         self._drop_remainder = drop_remainder
+        self._features = features
         self._columns: tuple[str, ...] = ()
         self._opened: tuple[Path, pq.ParquetFile] | None = None
         self.skipped = 0
@@ -135,7 +139,7 @@ class RequestReader(IterableDataset):
             buffer, position = concatenate([*rest, self._rows(chunk)]), 0
             while done + 1 < len(bounds) and position + bounds[done + 1] - bounds[done] <= len(buffer):
                 size = bounds[done + 1] - bounds[done]
-                yield _to_batch(buffer.take(np.arange(position, position + size)))
+                yield _to_batch(buffer.take(np.arange(position, position + size)), self._features)
                 position += size
                 done += 1
 
@@ -143,7 +147,8 @@ class RequestReader(IterableDataset):
         units = []
         for file in files:
             parquet = open_parquet(file, REQUESTS, REQUESTS_REQUIRED)
-            columns = present_columns(parquet, REQUESTS)
+            self._features.check(parquet, file)
+            columns = present_columns(parquet, REQUESTS) + self._features.names
             if self._columns and columns != self._columns:
                 problem = f"has columns {', '.join(columns)}, but {files[0]} has {', '.join(self._columns)}"
                 raise DataError(problem, file=file)
@@ -241,7 +246,7 @@ class RequestReader(IterableDataset):
         if self._opened is None or self._opened[0] != file:
             self._opened = (file, open_parquet(file, REQUESTS, REQUESTS_REQUIRED))
         table = read_row_group(self._opened[1], row_group, self._columns, file)
-        return decode(table, self._max_behaviors, self._on_bad_row, file, row_group)
+        return decode(table, self._max_behaviors, self._on_bad_row, file, row_group, self._features)
 
 
 def _bounds(rows: int, count: int) -> list[int]:
@@ -273,7 +278,7 @@ def _counts(parquet: pq.ParquetFile, row_group: int, file: Path) -> tuple[int, i
     return group.num_rows, column.num_values
 
 
-def _to_batch(requests: Requests) -> RequestBatch:
+def _to_batch(requests: Requests, wanted: Features) -> RequestBatch:
     ones = np.ones(len(requests), np.int32)
     features = [("user_id", requests.scalars["user_id"], ones)]
     if "query_id" in requests.scalars:
@@ -285,6 +290,12 @@ def _to_batch(requests: Requests) -> RequestBatch:
             for role, jagged in roles
             if name in jagged.values
         ]
+    features += [(name, ids.values["id"], ids.lengths.astype(np.int32)) for name, ids in requests.ids.items()]
+    candidates = requests.candidate
+    features += [
+        (name, candidates.values[name], candidates.lengths.astype(np.int32))
+        for name in wanted.of_candidates(wanted.sparse)
+    ]
     behavior_ts = requests.behavior.values.get("ts")
     request_ts = requests.scalars.get("ts")
     return RequestBatch(
@@ -297,4 +308,14 @@ def _to_batch(requests: Requests) -> RequestBatch:
         request_ids=torch.from_numpy(requests.scalars["request_id"]),
         request_ts=None if request_ts is None else torch.from_numpy(request_ts),
         behavior_ts=None if behavior_ts is None else torch.from_numpy(behavior_ts),
+        request_dense=_dense(requests.scalars, wanted.of_requests(wanted.dense)),
+        candidate_dense=_dense(candidates.values, wanted.of_candidates(wanted.dense)),
     )
+
+
+def _dense(values: Mapping[str, np.ndarray], names: Sequence[str]) -> torch.Tensor | None:
+    """Columns side by side, their ranges made alike: sign(x) · log(1 + |x|)."""
+    if not names:
+        return None
+    columns = torch.from_numpy(np.stack([values[name] for name in names], axis=1))
+    return columns.sign() * columns.abs().log1p()

@@ -152,6 +152,11 @@ def present_columns(parquet: pq.ParquetFile, expected: pa.Schema) -> tuple[str, 
     return tuple(name for name in expected.names if parquet.schema_arrow.get_field_index(name) >= 0)
 
 
+def is_list(kind: pa.DataType) -> bool:
+    """Whether a column holds lists."""
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+
+
 def category_ids(values: pa.Array) -> np.ndarray:
     """Ids of categories: integers as they are, strings by a hash that is the same everywhere.
 
@@ -178,7 +183,7 @@ def _hash(text: str) -> int:
 def _compatible(found: pa.DataType, field: pa.Field) -> bool:
     expected = field.type
     if pa.types.is_list(expected):
-        if not (pa.types.is_list(found) or pa.types.is_large_list(found)):
+        if not is_list(found):
             return False
         return _compatible(found.value_type, field.with_type(expected.value_type))
     if pa.types.is_dictionary(found):
@@ -197,7 +202,7 @@ def _compatible(found: pa.DataType, field: pa.Field) -> bool:
 
 
 def _holds_text(found: pa.DataType) -> bool:
-    if pa.types.is_list(found) or pa.types.is_large_list(found) or pa.types.is_dictionary(found):
+    if is_list(found) or pa.types.is_dictionary(found):
         return _holds_text(found.value_type)
     return _is_text(found)
 

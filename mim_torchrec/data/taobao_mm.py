@@ -215,6 +215,7 @@ class Requests:
             "labels": lists(label.astype(np.int8), sizes, pa.int8()),
         }
         more = {f"user_{name}": mine[name] for name in mine.column_names if name.startswith("130_")}
+        self.features = sorted(more)
         return pa.table(columns | more)
 
     def _newest(self, column: pa.ChunkedArray) -> pa.Array:
@@ -252,7 +253,8 @@ def convert(config: TaobaoMMConfig) -> dict[str, Any]:
     """Write the data set and its table.
 
     Returns:
-        `items`, `samples`, `clicks`, `skipped` and `requests` by split.
+        `items`, `samples`, `clicks`, `skipped`, `requests` by split, and `features`, columns of users that
+        were kept.
 
     Raises:
         DataError: a file is missing or malformed, `out` exists, a split has no sample left, or most samples
@@ -294,7 +296,7 @@ def convert(config: TaobaoMMConfig) -> dict[str, Any]:
         import_vectors(vectors, writer.partial / "table", dtype=config.dtype, id_column="205",
                        vector_column="205_c", show_progress=sys.stderr.isatty())  # fmt: skip
     return {"items": len(items), "samples": requests.samples, "clicks": requests.clicks,
-            "skipped": requests.skipped, "requests": counts}  # fmt: skip
+            "skipped": requests.skipped, "requests": counts, "features": requests.features}  # fmt: skip
 
 
 def _nobody() -> pa.Table:
@@ -311,8 +313,9 @@ def main(argv: list[str] | None = None) -> None:
                     found["skipped"]["user"], found["skipped"]["item"])  # fmt: skip
     log.info("%d items, %d samples, %.2f%% of them clicks, requests %s", found["items"], found["samples"],
              100 * found["clicks"] / max(found["samples"], 1), found["requests"])  # fmt: skip
+    features = " ".join(["--sparse-features", *found["features"]]) if found["features"] else ""
     print(f"mim ctr --data {config.out} --table {config.out / 'table'} --preset recommended --ubm sim "
-          f"--gaps order --max-behaviors {config.max_behaviors} --out runs/taobao-mm")  # fmt: skip
+          f"--gaps order --max-behaviors {config.max_behaviors} --out runs/taobao-mm {features}")  # fmt: skip
 
 
 if __name__ == "__main__":

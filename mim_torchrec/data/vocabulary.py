@@ -21,8 +21,8 @@ from mim_torchrec.data.schema import (
     REQUESTS,
     REQUESTS_REQUIRED,
     category_ids,
+    is_list,
     open_parquet,
-    present_columns,
     read_row_group,
 )
 from mim_torchrec.embeddings.sharded.live import ItemIndex
@@ -107,14 +107,14 @@ def scan_ids(
     found: dict[str, list[np.ndarray]] = {}
     for file in files:
         parquet = open_parquet(file, REQUESTS, REQUESTS_REQUIRED)
-        present = set(present_columns(parquet, REQUESTS))
+        present = set(parquet.schema_arrow.names)
         wanted = [column for names in columns.values() for column in names if column in present]
         for group in range(parquet.num_row_groups):
             table = read_row_group(parquet, group, wanted, file)
             for name, sources in columns.items():
                 for column in present.intersection(sources):
                     values = table[column].combine_chunks()
-                    values = values.flatten() if column != name else values
+                    values = values.flatten() if is_list(values.type) else values
                     found.setdefault(name, []).append(category_ids(pc.unique(values).drop_null()))
     return {name: np.unique(np.concatenate(parts)) for name, parts in found.items()}
 
@@ -122,12 +122,13 @@ def scan_ids(
 class IdMapper:
     """Puts embedding rows in the place of a batch's ids.
 
-    `candidate_x` and `behavior_x` share the vocabulary `x`. Where there is a multi-modal table, the batch
-    gets the features `candidate_mm` and `behavior_mm`: rows of that table, which knows more items than the
-    training part does.
+    `candidate_x` and `behavior_x` share the vocabulary `x`, unless they have one of their own. Where there is
+    a multi-modal table, the batch gets the features `candidate_mm` and `behavior_mm`: rows of that table,
+    which knows more items than the training part does.
 
     Args:
-        vocabularies: by "user_id", "query_id", "item_id", "category", as far as the batches have them.
+        vocabularies: by "user_id", "query_id", "item_id", "category", as far as the batches have them, and by
+            the names of further features.
         mm: index of the multi-modal table, or None for none.
         max_unknown: share of unknown ids, over 100,000 ids of one kind, above which a warning is logged.
     """
@@ -150,7 +151,8 @@ class IdMapper:
         features = {key: sparse[key] for key in sparse.keys()}  # noqa: SIM118  a KJT is no mapping
         values, lengths = [], []
         for key, feature in features.items():
-            name = key.removeprefix("candidate_").removeprefix("behavior_")
+            shared = key.removeprefix("candidate_").removeprefix("behavior_")
+            name = key if key in self.vocabularies else shared
             if name not in self.vocabularies:
                 problem = "the requests have it, the vocabularies of the training part do not"
                 raise DataError(problem, column=key)

@@ -21,15 +21,16 @@ from tests.ranks import run_ranks
 STEPS, REQUESTS, ITEMS, MM_DIM = 50, 12, 40, 8
 UBMS = ("dien", "bst", "sim", "twin")
 SHARDINGS = ("table_wise", "row_wise", "column_wise")
-RUNS = ("base", "mim", *UBMS, *(f"{kind}:{way}" for kind in ("base", "mim") for way in SHARDINGS))
+RUNS = ("base", "mim", "features", *UBMS, *(f"{kind}:{way}" for kind in ("base", "mim") for way in SHARDINGS))
 """Models, some with the way that the planner has to divide their tables."""
 
 
-def make_requests(step: int, first: int, last: int, with_mm: bool):
+def make_requests(step: int, first: int, last: int, with_mm: bool, with_features: bool = False):
     """Requests [first, last) of the global batch of a step; ids are rows already."""
     rng = np.random.default_rng(step)
     keys = ["user_id", "candidate_item_id", "behavior_item_id", "candidate_category", "behavior_category"]
     keys += ["candidate_mm", "behavior_mm"] if with_mm else []
+    keys += ["interests", "candidate_brand"] if with_features else []
     values: dict[str, list[int]] = {key: [] for key in keys}
     lengths: dict[str, list[int]] = {key: [] for key in keys}
     labels: list[float] = []
@@ -40,7 +41,8 @@ def make_requests(step: int, first: int, last: int, with_mm: bool):
         if not first <= request < last:
             continue
         labels += clicked.tolist()
-        columns = {"user_id": np.array([user])}
+        columns = {"user_id": np.array([user]), "interests": behaviors[:3] % 7}
+        columns["candidate_brand"] = candidates % 6
         for role, ids in (("candidate", candidates), ("behavior", behaviors)):
             columns[f"{role}_item_id"] = columns[f"{role}_mm"] = ids
             columns[f"{role}_category"] = ids % 5
@@ -48,6 +50,8 @@ def make_requests(step: int, first: int, last: int, with_mm: bool):
             values[key] += columns[key].tolist()
             lengths[key].append(len(columns[key]))
     count = last - first
+    dense = {"request_dense": torch.arange(first, last)[:, None] / (1.0 + step),
+             "candidate_dense": torch.tensor(values["candidate_item_id"])[:, None].cos()}  # fmt: skip
     return RequestBatch(
         sparse=KeyedJaggedTensor(
             keys=keys,
@@ -58,13 +62,14 @@ def make_requests(step: int, first: int, last: int, with_mm: bool):
         request_ids=torch.arange(count),
         request_ts=None,
         behavior_ts=None,
+        **(dense if with_features else {}),
     )
 
 
 def train(name: str, folder: Path, ranks) -> dict[str, object]:
 
     kind, _, way = name.partition(":")
-    with_mm = kind == "mim"
+    with_mm, with_features = kind == "mim", kind == "features"
     config = CTRConfig(
         ubm=name if name in UBMS else "din", heads=2, top_k=3, max_positions=4, gaps="order",
         data=folder, out=folder, mim="on" if with_mm else "off", embedding_dim=8, attention=(8,),
@@ -73,10 +78,12 @@ def train(name: str, folder: Path, ranks) -> dict[str, object]:
         sparse_optimizer="adagrad" if way == "column_wise" else "rowwise_adagrad",
         # DIEN's negatives are drawn from the rank's own histories
         aux_weight=0.0 if name == "dien" else 1.0,
+        sparse_features=("interests", "candidate_brand") if with_features else (),
+        dense_features=("age", "candidate_price") if with_features else (),
     )  # fmt: skip
     table = Table.open(folder / "table") if with_mm else None
     mm = frozen_config(table, ["candidate_mm", "behavior_mm"], name="mm") if table else None
-    rows = {"user_id": 10, "item_id": ITEMS, "category": 5}
+    rows = {"user_id": 10, "item_id": ITEMS, "category": 5, "interests": 7, "candidate_brand": 6}
     model, optimizer = shard(build_model(config, rows, mm, torch.device("meta")), config, ranks)
     task = CTRTask(model, optimizer, None, None, None, ranks, config.aux_weight)
     digests = []
@@ -87,7 +94,7 @@ def train(name: str, folder: Path, ranks) -> dict[str, object]:
     bounds = {1: [(0, REQUESTS)], 2: [(0, cut), (cut, REQUESTS)]}[ranks.world_size][ranks.rank]
     losses = []
     for step in range(STEPS):
-        batch = make_requests(step, *bounds, with_mm)
+        batch = make_requests(step, *bounds, with_mm, with_features)
         optimizer.zero_grad()
         loss, _ = task.training_forward(batch)
         loss.backward()
@@ -95,12 +102,12 @@ def train(name: str, folder: Path, ranks) -> dict[str, object]:
         losses.append(float(np.mean(ranks.all_gather_objects(loss.item()))))
     model.eval()
     with torch.no_grad():
-        logits = model(make_requests(STEPS, *bounds, with_mm)).logits
+        logits = model(make_requests(STEPS, *bounds, with_mm, with_features)).logits
     scores = np.concatenate(ranks.all_gather_objects(logits.numpy()))
     save_model(model, folder / f"{name}-{ranks.world_size}")
     load_model(model, folder / f"{name}-1")
     with torch.no_grad():
-        logits = model(make_requests(STEPS, *bounds, with_mm)).logits
+        logits = model(make_requests(STEPS, *bounds, with_mm, with_features)).logits
     loaded = np.concatenate(ranks.all_gather_objects(logits.numpy()))
     if table:
         digests.append(table_digest(model.module.mm_embeddings))
