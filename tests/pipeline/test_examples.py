@@ -1,6 +1,7 @@
 """The examples run on two ranks, and a frozen table costs a user's program at most 15 lines."""
 
 import difflib
+import math
 import os
 import re
 import subprocess
@@ -39,8 +40,8 @@ def test_a_frozen_table_takes_at_most_15_lines(plain, frozen):
     assert 0 < len(added) <= 15
 
 
-@pytest.mark.parametrize("example", [name for pair in PAIRS for name in pair])
-def test_it_trains_on_two_ranks(example, table):
+def run(example: str, table: Path) -> list[float]:
+    """Losses that an example prints on two ranks."""
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
              str(EXAMPLES / example), str(table)]  # fmt: skip
     done = subprocess.run(
@@ -49,3 +50,13 @@ def test_it_trains_on_two_ranks(example, table):
     assert done.returncode == 0, done.stderr
     losses = re.findall(r"rank ([01]): loss (\d\.\d+)", done.stdout)
     assert sorted(rank for rank, _ in losses) == ["0", "1"]
+    return [float(loss) for _, loss in losses]
+
+
+@pytest.mark.parametrize("example", [name for pair in PAIRS for name in pair])
+def test_it_trains_on_two_ranks(example, table):
+    assert all(loss > 0 for loss in run(example, table))
+
+
+def test_a_model_of_ones_own_learns_from_the_interests(table):
+    assert max(run("content_interest.py", table)) < 0.5 < math.log(2)

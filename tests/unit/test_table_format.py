@@ -154,6 +154,17 @@ def test_an_id_in_two_shards_is_refused_naming_both_places_and_never_gets_a_name
     assert not (tmp_path / "t").exists()
 
 
+def test_content_is_of_vectors_and_not_of_where_they_lie(tmp_path):
+    def content(name: str, **what) -> str:
+        write(tmp_path / name, **what)
+        return Table.open(tmp_path / name).manifest.content
+
+    first = content("a")
+    assert content("elsewhere") == first
+    assert content("other-vectors", vectors=VECTORS + 1) != first
+    assert content("other-type", dtype="float32") != first
+
+
 def test_a_crash_before_finish_leaves_no_table_and_the_next_writer_starts_anew(tmp_path):
     writer = TableWriter(tmp_path / "t", table_version="v1", dim=4, encoder={})
     writer.write_shard(IDS, VECTORS)
