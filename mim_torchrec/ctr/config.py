@@ -140,6 +140,9 @@ class CTRConfig(ModelConfig):
     """Ways to divide a table over the ranks that the planner may choose from, by what they cost. Pooled
     tables are not divided by rows on a CPU, and one rank holds whole tables. Not `column_wise` with row-wise
     Adagrad, whose one number a row would become one a part."""
+    pipeline: Literal["auto", "on", "off"] = "auto"
+    """Exchange the ids of the next batch between ranks while this one is computed, by TorchRec's train
+    pipeline; `auto` does so on GPUs. Results are the same."""
     sparse_weight_decay: float = 0.0
     """L2 regularization of the embedding rows that a step touches (row-wise Adagrad and SGD)."""
     embedding_init_std: float | None = None
@@ -160,7 +163,7 @@ class CTRConfig(ModelConfig):
 
     def same_run(self) -> dict[str, Any]:
         """What a run that is taken up must have been started with."""
-        free = {"out", "preset", "checkpoint", "log_every", "item_cache"}
+        free = {"out", "preset", "pipeline", "checkpoint", "log_every", "item_cache"}
         return {name: value for name, value in asdict(self).items() if name not in free}
 
     def features(self) -> Features:

@@ -50,8 +50,9 @@ def train_and_evaluate(config: CTRConfig, ranks: Ranks) -> dict[str, Any]:
 
     # a table is the same by what it holds, wherever it lies
     same_run = config.same_run() | {"table": None if facts is None else facts["content"]}
+    pipeline = config.pipeline == "on" or (config.pipeline == "auto" and ranks.device.type == "cuda")
     task = CTRTask(model, assembled.optimizer, readers["train"], readers["validation"], mapper, ranks,
-                   config.aux_weight, config.id_dropout, config.seed)  # fmt: skip
+                   config.aux_weight, config.id_dropout, config.seed, pipeline)  # fmt: skip
     history = fit(
         task,
         epochs=config.epochs,

@@ -5,6 +5,7 @@ the interest that the user's behaviors show in it. The embedding collections are
 own models, so one class serves unsharded tests and sharded training. Left out: multi-task heads.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import NamedTuple, get_args
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
 
 from mim_torchrec.ciubm.ciubm import CiUBM
 from mim_torchrec.ciubm.jagged import RequestPairs
@@ -94,6 +96,17 @@ class DeepCTR(nn.Module):
         return self.layers(x).squeeze(-1)
 
 
+class _Untraced(nn.Module):
+    """Calls a function as a module without tables, which a pipeline that traces the model leaves alone."""
+
+    def __init__(self, function: Callable[..., Prediction]) -> None:
+        super().__init__()
+        self._function = function
+
+    def forward(self, *args: object) -> Prediction:
+        return self._function(*args)
+
+
 class CTRModel(nn.Module):
     """Click logits of the candidates of each request.
 
@@ -174,6 +187,7 @@ class CTRModel(nn.Module):
             config.batch_norm,
             config.dropout,
         )
+        self.score = _Untraced(self._score)
 
     def forward(self, batch: RequestBatch) -> Prediction:
         """Score the candidates.
@@ -189,6 +203,17 @@ class CTRModel(nn.Module):
         pooled = self.request_embeddings(sparse)
         item_rows = self.item_embeddings(sparse)
         mm_rows = self.mm_embeddings(sparse) if self.mm_embeddings is not None else None
+        return self.score(batch, pooled, item_rows, mm_rows)
+
+    def _score(
+        self,
+        batch: RequestBatch,
+        pooled: KeyedTensor,
+        item_rows: Mapping[str, JaggedTensor],
+        mm_rows: Mapping[str, JaggedTensor] | None,
+    ) -> Prediction:
+        """What comes after the lookups."""
+        sparse = batch.sparse
         pairs = RequestPairs.build(
             sparse["candidate_item_id"].offsets(), sparse["behavior_item_id"].offsets()
         )

@@ -16,6 +16,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 from torchrec.optim.warmup import WarmupOptimizer
 
 from mim_torchrec.ctr.evaluate import predict
+from mim_torchrec.ctr.pipeline import SparseExchange
 from mim_torchrec.data.batch import RequestBatch
 from mim_torchrec.data.requests import RequestReader
 from mim_torchrec.data.vocabulary import IdMapper
@@ -101,6 +102,7 @@ class CTRTask:
         aux_weight: weight of the auxiliary loss of the user behavior model, if it has one.
         id_dropout: probability that the item id of a training candidate is hidden.
         seed: of what is hidden.
+        pipeline: exchange the ids of the next batch while this one is computed.
 
     Raises:
         ValueError: `id_dropout` is no probability below 1.
@@ -117,6 +119,7 @@ class CTRTask:
         aux_weight: float = 1.0,
         id_dropout: float = 0.0,
         seed: int = 0,
+        pipeline: bool = False,
     ) -> None:
         if not 0 <= id_dropout < 1:
             raise ValueError(f"id dropout is {id_dropout}; it has to be at least 0 and below 1")
@@ -128,6 +131,7 @@ class CTRTask:
         self._ranks = ranks
         self._aux_weight = aux_weight
         self._id_dropout, self._seed = id_dropout, seed
+        self._exchange = SparseExchange(model, optimizer, ranks.device) if pipeline else None
         self.state = CTRState(model, optimizer)
 
     def num_batches(self, epoch: int) -> int:
@@ -137,6 +141,12 @@ class CTRTask:
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[RequestBatch]:
         """Batches of an epoch from `first` on, ids mapped to rows and on the rank's device."""
+        batches = self._mapped(epoch, first)
+        if self._exchange is not None:
+            return self._exchange.exchanged(batches)
+        return (batch.to(self._ranks.device) for batch in batches)
+
+    def _mapped(self, epoch: int, first: int) -> Iterator[RequestBatch]:
         self._train.set_epoch(epoch, self.state.done(epoch))
         for place, batch in enumerate(islice(self._train, first, None), first):
             rows = self._mapper(batch)
@@ -144,7 +154,7 @@ class CTRTask:
                 rng = np.random.default_rng((self._seed, epoch, place, self._ranks.rank))
                 hidden = rng.random(rows.num_candidates) < self._id_dropout
                 rows = rows.with_hidden_candidates(torch.from_numpy(hidden))
-            yield rows.to(self._ranks.device)
+            yield rows
 
     def num_samples(self, batch: RequestBatch) -> int:
         """Candidates in a batch."""
@@ -157,6 +167,8 @@ class CTRTask:
     def training_forward(self, batch: RequestBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a batch; of an auxiliary part its value before its weight is reported."""
         logits, auxiliary = self.model(batch)
+        if self._exchange is not None:
+            self._exchange.after_forward()
         loss = global_mean_loss(logits, batch.labels, self._ranks.world_size)
         if auxiliary is None:
             return loss, {}
