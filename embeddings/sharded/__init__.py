@@ -7,7 +7,14 @@ from mim_torchrec.embeddings.sharded.frozen import (
     frozen_config,
 )
 from mim_torchrec.embeddings.sharded.joined import JoinedEmbeddingBags
-from mim_torchrec.embeddings.sharded.live import HeadRoomExhausted, ItemIndex, take_down, update_items
+from mim_torchrec.embeddings.sharded.live import (
+    HeadRoomExhausted,
+    ItemIndex,
+    apply_window,
+    table_state,
+    take_down,
+    update_items,
+)
 from mim_torchrec.embeddings.sharded.load import load_table, open_table, table_digest
 from mim_torchrec.embeddings.sharded.sharder import (
     FrozenEmbeddingBagCollectionSharder,
@@ -24,6 +31,7 @@ __all__ = [
     "HeadRoomExhausted",
     "ItemIndex",
     "JoinedEmbeddingBags",
+    "apply_window",
     "frozen_bag_config",
     "frozen_config",
     "frozen_constraint",
@@ -31,6 +39,7 @@ __all__ = [
     "load_table",
     "open_table",
     "table_digest",
+    "table_state",
     "take_down",
     "update_items",
 ]

@@ -5,7 +5,7 @@ ranks agree without a collective, and neither storage nor rows ever move. New it
 kept free, in the order of their ids. Apply windows between steps: a lookup that runs at the same time could
 see half a vector.
 
-Not here: who delivers windows, and the rule which of them apply.
+Which windows apply is the rule in `windows/window.py`; a log that delivers them is `windows/log.py`.
 """
 
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ from mim_torchrec.embeddings.table.format import (
     encode,
 )
 from mim_torchrec.embeddings.table.quantize import finite_rows
+from mim_torchrec.embeddings.windows.window import Window, is_due
 
 
 class HeadRoomExhausted(TableError):
@@ -212,6 +213,50 @@ def take_down(
     written = _write(frozen, rows, zeros)
     frozen.state = TableState(table_version, seq)
     return UpdateReport(items=rows.numel(), rows=written, head_room=index.head_room)
+
+
+def table_state(model: nn.Module, name: str = "mm") -> TableState:
+    """Which vectors a live table holds: its `table_version`, and `seq` of the last window applied."""
+    return find_frozen(model, name)[1].state
+
+
+def apply_window(
+    model: nn.Module, index: ItemIndex, window: Window, *, name: str = "mm"
+) -> UpdateReport | None:
+    """Apply a window of a log to a live table, if it is due: its vectors and what it takes down, at once.
+
+    Args:
+        model: as in :func:`update_items`.
+        index: likewise.
+        window: the same on every rank.
+        name: of the table.
+
+    Returns:
+        What it did, with the items taken down among the items; None where it had been applied already.
+
+    Raises:
+        VersionMismatch: the window is not of the table's encoder.
+        WindowGap: windows before this one were not applied.
+        HeadRoomExhausted: there are too few free rows. Nothing is changed.
+        TableError: the vectors do not fit the table. Nothing is changed.
+    """
+    _, frozen = find_frozen(model, name)
+    state = frozen.state
+    if state.table_version is None:
+        raise TableError(f"frozen table {name} is not loaded; load_table comes before windows")
+    if not is_due(window.table_version, window.seq, state.table_version, state.seq):
+        return None
+    if window.dim != frozen.config.embedding_dim:
+        raise TableError(
+            f"frozen table {name} has vectors of {frozen.config.embedding_dim}, window {window.seq} of "
+            f"{window.dim}"
+        )
+    stored = window.stored_as(frozen.dtype)
+    written = _write(frozen, index.add(window.ids), stored)
+    gone = index.remove(window.removed)
+    written += _write(frozen, gone, stored.new_zeros(gone.numel(), stored.shape[1]))
+    frozen.state = TableState(state.table_version, window.seq)
+    return UpdateReport(items=window.ids.numel() + gone.numel(), rows=written, head_room=index.head_room)
 
 
 def _write(frozen: FrozenTable, rows: Tensor, stored: Tensor) -> int:

@@ -21,11 +21,12 @@ from mim_torchrec.embeddings.sharded.frozen import (
     frozen_bag_config,
     frozen_config,
 )
-from mim_torchrec.embeddings.sharded.live import ItemIndex, take_down, update_items
+from mim_torchrec.embeddings.sharded.live import ItemIndex, apply_window, table_state, take_down, update_items
 from mim_torchrec.embeddings.sharded.load import find_frozen, load_table, open_table, table_digest
 from mim_torchrec.embeddings.sharded.rows import MappedRows
 from mim_torchrec.embeddings.sharded.sharder import frozen_sharders
 from mim_torchrec.embeddings.table.format import DTYPES, Table, TableError, TableWriter, VersionMismatch
+from mim_torchrec.embeddings.windows.log import WindowLog
 from tests.ranks import RankError, run_ranks
 
 DIM, ITEMS, FEATURES = 8, 23, ["candidate", "behavior"]
@@ -216,6 +217,27 @@ def _updates_are_seen_by_the_next_lookup(path: Path) -> None:
             assert torch.equal(whole(Table.open(path)), whole(table))  # the files are as they were
 
 
+def _windows_of_a_log_are_seen_by_the_next_lookup(path: Path, log: Path) -> None:
+    table = open_table(path)
+    model, index = shard(Unpooled(table)), ItemIndex.of(table)
+    load_table(model, table)
+    windows = list(WindowLog(log, "v1").after(0))
+    rows = []
+    for window in [*windows, *windows]:  # delivered twice
+        report = apply_window(model, index, window)
+        rows += [0 if report is None else report.rows]
+    total = torch.tensor(rows)
+    dist.all_reduce(total)
+    assert total.tolist() == [3, 2, 0, 0]
+    mapped = index.rows(torch.tensor([1000, 999, int(IDS[0]), int(IDS[5])]))
+    features = KeyedJaggedTensor(FEATURES, mapped, lengths=torch.tensor([3, 1]))
+    found = model(features)
+    expected = torch.stack([torch.full((DIM,), value) for value in (4.0, 0.0, 1.0)])
+    torch.testing.assert_close(found["candidate"].float(), expected)
+    torch.testing.assert_close(found["behavior"].float(), table.read_float(IDS[5:6]))
+    assert table_state(model).seq == 2
+
+
 def _a_row_that_is_not_there_is_refused(path: Path) -> None:
     table = open_table(path)
     model = shard(Unpooled(table))
@@ -359,6 +381,15 @@ def test_only_distinct_rows_cross_in_their_own_type(folder, dtype):
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_updates_are_seen_by_the_next_lookup_on_every_rank(folder, world_size):
     run_ranks(_updates_are_seen_by_the_next_lookup, world_size, folder / "float16")
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_windows_of_a_log_are_seen_by_the_next_lookup_on_every_rank(folder, tmp_path, world_size):
+    log = WindowLog(tmp_path / "log", "v1")
+    ids = torch.tensor([int(IDS[0]), 1000, 999])
+    log.append("first", ids, torch.arange(1.0, 4.0)[:, None].expand(-1, DIM))
+    log.append("second", ids[1:2], torch.full((1, DIM), 4.0), removed=ids[2:])
+    run_ranks(_windows_of_a_log_are_seen_by_the_next_lookup, world_size, folder / "float16", tmp_path / "log")
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
