@@ -143,6 +143,9 @@ class CTRConfig(ModelConfig):
     pipeline: Literal["auto", "on", "off"] = "auto"
     """Exchange the ids of the next batch between ranks while this one is computed, by TorchRec's train
     pipeline; `auto` does so on GPUs. Results are the same."""
+    index_dedup: Literal["auto", "on", "off"] = "auto"
+    """Look every distinct item and category of a batch up once; `auto` does so on GPUs, which alone have the
+    kernel. Multi-modal vectors are always looked up so."""
     sparse_weight_decay: float = 0.0
     """L2 regularization of the embedding rows that a step touches (row-wise Adagrad and SGD)."""
     embedding_init_std: float | None = None
@@ -163,7 +166,7 @@ class CTRConfig(ModelConfig):
 
     def same_run(self) -> dict[str, Any]:
         """What a run that is taken up must have been started with."""
-        free = {"out", "preset", "pipeline", "checkpoint", "log_every", "item_cache"}
+        free = {"out", "preset", "pipeline", "index_dedup", "checkpoint", "log_every", "item_cache"}
         return {name: value for name, value in asdict(self).items() if name not in free}
 
     def features(self) -> Features:

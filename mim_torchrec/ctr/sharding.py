@@ -133,7 +133,7 @@ def shard(
     constraints = _constraints(model, config, ranks)
     sharders = [
         EmbeddingBagCollectionSharder(),
-        EmbeddingCollectionSharder(),
+        EmbeddingCollectionSharder(use_index_dedup=_index_dedup(config, ranks)),
         FrozenEmbeddingCollectionSharder(),
     ]
     topology = _topology(ranks)
@@ -155,6 +155,13 @@ def shard(
     return sharded, CombinedOptimizer([
         (name, _warmed_up(optimizer, lr, config.warmup_steps)) for name, optimizer, lr in parts
     ])
+
+
+def _index_dedup(config: CTRConfig, ranks: Ranks) -> bool:
+    on_gpu = ranks.device.type == "cuda"
+    if config.index_dedup == "on" and not on_gpu:
+        raise ValueError("--index-dedup on needs a GPU: fbgemm's jagged_unique_indices has no CPU kernel")
+    return on_gpu and config.index_dedup != "off"
 
 
 def _warmed_up(optimizer: KeyedOptimizer, lr: float, steps: int) -> KeyedOptimizer:

@@ -336,6 +336,7 @@ def test_an_unknown_preset_is_an_error(capsys):
 @pytest.mark.parametrize(("options", "problem"), [
     (["--sharding", "column_wise"], "row-wise Adagrad keeps a number for each row"),
     (["--sparse-optimizer", "adam"], "fused on GPUs only"),
+    (["--index-dedup", "on"], "needs a GPU"),
     (["--id-dropout", "1"], "at least 0 and below 1"),
 ])  # fmt: skip
 def test_what_cannot_be_trained_is_an_error_that_says_so(folder, tmp_path, options, problem):
