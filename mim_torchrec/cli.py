@@ -16,7 +16,7 @@ COMMANDS = {
     "ctr": ("mim_torchrec.ctr.main", "train and evaluate a click-through-rate model"),
     "evaluate": ("mim_torchrec.ctr.evaluation", "score any split with a trained model"),
     "plan": ("mim_torchrec.embeddings.sharded.plan", "say where tables would go on a cluster"),
-    "table": ("mim_torchrec.embeddings.table.main", "import, verify, convert or grow a multi-modal table"),
+    "table": ("mim_torchrec.embeddings.table.main", "import, check, convert, grow or compact a table"),
 }
 
 

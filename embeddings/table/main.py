@@ -1,4 +1,4 @@
-"""``mim table``: import, look at, check, convert, grow and permute multi-modal tables."""
+"""``mim table``: import, look at, check, convert, grow, compact and permute multi-modal tables."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -14,6 +14,8 @@ from mim_torchrec.embeddings.table.grow import grow
 from mim_torchrec.embeddings.table.importing import import_vectors
 from mim_torchrec.embeddings.table.permute import permute
 from mim_torchrec.embeddings.table.shards import CHUNK
+from mim_torchrec.embeddings.windows.compact import compact
+from mim_torchrec.embeddings.windows.log import WindowLog
 
 Dtype = Literal["float32", "float16", "bfloat16", "int8"]
 
@@ -85,6 +87,8 @@ class Verify:
     """The table's directory."""
     table_version: str | None = None
     """The version that the table must have."""
+    log: Path | None = None
+    """Directory of a window log, whose windows after the table's seq are checked as well."""
 
     def run(self) -> None:
         table = Table.open(self.table, expected_version=self.table_version)
@@ -99,6 +103,14 @@ class Verify:
             f"shards, table_version {manifest.table_version}: all checksums match, ids are unique, "
             f"vectors are finite"
         )
+        if self.log is not None:
+            windows = list(WindowLog(self.log, manifest.table_version).after(manifest.seq))
+            items = sum(window.ids.numel() for window in windows)
+            gone = sum(window.removed.numel() for window in windows)
+            print(
+                f"{self.log}: {len(windows)} windows after {manifest.seq}, {items} vectors, {gone} items "
+                "taken down: all checksums match"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +154,22 @@ class Grow:
 
     def run(self) -> None:
         print(f"{self.out}: {summary(grow(self.table, self.out, self.head_room, link=self.link))}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compact:
+    """Write the table that a log's windows make of one when they are applied, with the seq of the last."""
+
+    table: tyro.conf.Positional[Path]
+    """The table that the windows change."""
+    log: Path
+    """Directory of the windows."""
+    out: Path
+    """Directory of the new table; must not exist."""
+
+    def run(self) -> None:
+        made = compact(self.table, self.log, self.out)
+        print(f"{self.out}: windows up to {made.seq}; {summary(made)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +220,7 @@ Command = (
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Convert, tyro.conf.subcommand("convert")]
     | Annotated[Grow, tyro.conf.subcommand("grow")]
+    | Annotated[Compact, tyro.conf.subcommand("compact")]
     | Annotated[Permute, tyro.conf.subcommand("permute")]
 )
 

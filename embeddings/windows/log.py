@@ -5,7 +5,7 @@
 
 A window is in the log once its file has its name: it is written under another one, brought to the disk and
 linked, which fails if the number is taken. So several may append, none overwrites another, and who is killed
-leaves at most a hidden file that nobody reads. Not here: compaction.
+leaves at most a hidden file that nobody reads. `compact.py` folds them into a table.
 """
 
 import json

@@ -25,6 +25,8 @@ from mim_torchrec.embeddings.table.format import (
     VersionMismatch,
     decode,
 )
+from mim_torchrec.embeddings.table.main import main as command
+from mim_torchrec.embeddings.windows.compact import compact
 from mim_torchrec.embeddings.windows.log import WindowLog
 from mim_torchrec.embeddings.windows.window import MalformedWindow, Window, WindowGap, is_due
 
@@ -272,3 +274,49 @@ def test_a_vector_that_overflows_the_tables_type_changes_nothing(tmp_path):
     with pytest.raises(NonFiniteVector, match="item id 5: the vector overflows float16"):
         apply_window(module, index, large)
     assert table_digest(module) == before
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compacting_writes_the_table_that_applying_gives(tmp_path, dtype):
+    make_live(tmp_path, dtype)
+    base, log = tmp_path / f"table-{dtype}-10", WindowLog(tmp_path / "log", "v1")
+    for w in WINDOWS:
+        log.append(w.window_id, w.ids, decode(w.vectors, w.dtype), removed=w.removed)
+    made = compact(base, log.root, tmp_path / "new")
+    table, held = Table.open(tmp_path / "new"), naive(dtype)
+    assert table.row_index().ids.tolist() == sorted(held)
+    expected = torch.stack([held[item] for item in sorted(held)])
+    torch.testing.assert_close(table.read_float(table.row_index().ids), expected, rtol=0, atol=0)
+    assert (made.seq, made.capacity, made.table_version) == (4, 19, "v1")
+    assert compact(tmp_path / "new", log.root, tmp_path / "again").seq == 4
+    again = Table.open(tmp_path / "again")
+    assert torch.equal(again.read(again.row_index().ids), table.read(table.row_index().ids))
+    module, index = make_live(tmp_path, dtype)
+    load_table(module, table)
+    index = ItemIndex.of(table)
+    assert apply_window(module, index, WINDOWS[3]) is None
+    assert apply_window(module, index, window(5, 50)).items == 1
+
+
+def test_compacting_a_log_with_a_hole_or_of_another_version_leaves_nothing(tmp_path):
+    make_live(tmp_path)
+    base, log = tmp_path / "table-float16-10", WindowLog(tmp_path / "log", "v1")
+    for k in range(3):
+        log.append(f"w{k}", tensor(k), vectors(1))
+    (log.root / "0000000000000002.safetensors").unlink()
+    with pytest.raises(WindowGap, match="no window 2"):
+        compact(base, log.root, tmp_path / "new")
+    WindowLog(tmp_path / "foreign", "v2")
+    with pytest.raises(VersionMismatch, match="v2"):
+        compact(base, tmp_path / "foreign", tmp_path / "new")
+    assert not list(tmp_path.glob("new*"))
+
+
+def test_the_commands_compact_and_verify(tmp_path, capsys):
+    make_live(tmp_path)
+    base, log = str(tmp_path / "table-float16-10"), WindowLog(tmp_path / "log", "v1")
+    log.append("w", tensor(3, 20), vectors(2), removed=tensor(4))
+    command(["verify", base, "--log", str(log.root)])
+    assert "1 windows after 0, 2 vectors, 1 items taken down: all checksums match" in capsys.readouterr().out
+    command(["compact", base, "--log", str(log.root), "--out", str(tmp_path / "new")])
+    assert "windows up to 1; 9 x 8 float16" in capsys.readouterr().out

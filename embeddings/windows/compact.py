@@ -1,0 +1,73 @@
+"""Fold windows into a new base table, which a reader that is behind, or new, opens instead of reading them.
+
+Memory holds what the windows change, and a chunk of the base. Not here: removing windows from the log.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mim_torchrec.embeddings.table.manifest import Manifest
+from mim_torchrec.embeddings.table.reader import Table
+from mim_torchrec.embeddings.table.shards import CHUNK
+from mim_torchrec.embeddings.table.writer import TableWriter
+from mim_torchrec.embeddings.windows.log import WindowLog
+from mim_torchrec.embeddings.windows.window import is_due
+
+
+def compact(table: str | Path, log: str | Path, out: str | Path) -> Manifest:
+    """Write the table that a reader has after applying a log's windows.
+
+    Args:
+        table: the base.
+        log: directory of the windows, of the same `table_version`.
+        out: directory of the new table; must not exist.
+
+    Returns:
+        The new table's manifest: `seq` is that of the last window. The capacity stays that of the base, or is
+        the number of rows where that is more.
+
+    Raises:
+        VersionMismatch: the log is of another version than the table.
+        WindowGap: windows between the base and the log are gone.
+        MalformedWindow: a window is damaged.
+        TableError: `out` exists. Nothing is left at `out` after any error.
+    """
+    base = Table.open(table)
+    old = base.manifest
+    changed, seq = _changes(WindowLog(log, old.table_version), old)
+    names = torch.tensor(sorted(changed), dtype=torch.int64)
+    ids = base.row_index().ids
+    kept = ~torch.isin(ids, names)
+    new = torch.tensor([item for item in names.tolist() if changed[item] is not None], dtype=torch.int64)
+    rows = int(kept.sum()) + new.numel()
+    writer = TableWriter(
+        out, table_version=old.table_version, dim=old.dim, dtype=old.dtype, encoder=old.encoder,
+        head_room=max(old.capacity - rows, 0), seq=seq,
+    )  # fmt: skip
+    try:
+        for start in range(0, ids.numel(), CHUNK):
+            part = slice(start, start + CHUNK)
+            if kept[part].any():
+                stored = base.read(ids[part][kept[part]])
+                writer.write_shard(ids[part][kept[part]], stored)
+        for part in new.split(CHUNK):
+            if part.numel():
+                writer.write_shard(part, torch.stack([changed[item] for item in part.tolist()]))
+        return writer.finish()
+    except BaseException:
+        writer.discard()
+        raise
+
+
+def _changes(log: WindowLog, base: Manifest) -> tuple[dict[int, Tensor | None], int]:
+    """The stored vector of every item that windows change, None where it is taken down; the last number."""
+    changed: dict[int, Tensor | None] = {}
+    seq = base.seq
+    for window in log.after(seq):
+        if is_due(window.table_version, window.seq, base.table_version, seq):
+            changed |= dict(zip(window.ids.tolist(), window.stored_as(base.dtype), strict=True))
+            changed |= dict.fromkeys(window.removed.tolist())
+            seq = window.seq
+    return changed, seq
