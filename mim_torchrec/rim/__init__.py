@@ -1,0 +1,1 @@
+"""New items into the representation center while training and serving run (§3.5, RIM)."""
