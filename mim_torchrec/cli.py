@@ -16,7 +16,8 @@ COMMANDS = {
     "ctr": ("mim_torchrec.ctr.main", "train and evaluate a click-through-rate model"),
     "evaluate": ("mim_torchrec.ctr.evaluation", "score any split with a trained model"),
     "plan": ("mim_torchrec.embeddings.sharded.plan", "say where tables would go on a cluster"),
-    "table": ("mim_torchrec.embeddings.table.main", "import, check, convert, grow or compact a table"),
+    "table": ("mim_torchrec.embeddings.table.main", "import, check, compare, convert, compact a table"),
+    "store": ("mim_torchrec.embeddings.stores.main", "put a table into Redis, keep it up, check it"),
 }
 
 

@@ -1,4 +1,4 @@
-"""``mim table``: import, look at, check, convert, grow, compact and permute multi-modal tables."""
+"""``mim table``: import, look at, check, compare, convert, grow, compact and permute multi-modal tables."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -9,13 +9,14 @@ import tyro
 from tqdm import tqdm
 
 from mim_torchrec.embeddings.table.convert import convert
+from mim_torchrec.embeddings.table.diff import diff
 from mim_torchrec.embeddings.table.format import Manifest, Table
 from mim_torchrec.embeddings.table.grow import grow
 from mim_torchrec.embeddings.table.importing import import_vectors
 from mim_torchrec.embeddings.table.permute import permute
 from mim_torchrec.embeddings.table.shards import CHUNK
 from mim_torchrec.embeddings.windows.compact import compact
-from mim_torchrec.embeddings.windows.log import WindowLog
+from mim_torchrec.embeddings.windows.transport import open_log
 
 Dtype = Literal["float32", "float16", "bfloat16", "int8"]
 
@@ -66,6 +67,8 @@ class Info:
 
     table: tyro.conf.Positional[Path]
     """The table's directory."""
+    log: str | None = None
+    """Directory or URL of a window log, of which it says which windows there are."""
 
     def run(self) -> None:
         manifest = Table.open(self.table, verify=False).manifest
@@ -76,6 +79,11 @@ class Info:
             "live_bytes": (1 + manifest.capacity) * manifest.row_bytes,
             "summary": summary(manifest),
         }
+        if self.log is not None:
+            windows = open_log(self.log, manifest.table_version)
+            first, head = windows.first(), windows.head()
+            sizes["log"] = {"first": first, "head": head, "bytes": windows.size(),
+                            "to_apply": max(head - manifest.seq, 0)}  # fmt: skip
         print(json.dumps({**sizes, **asdict(manifest)}, indent=2))
 
 
@@ -87,8 +95,8 @@ class Verify:
     """The table's directory."""
     table_version: str | None = None
     """The version that the table must have."""
-    log: Path | None = None
-    """Directory of a window log, whose windows after the table's seq are checked as well."""
+    log: str | None = None
+    """Directory or URL of a window log, whose windows after the table's seq are checked as well."""
 
     def run(self) -> None:
         table = Table.open(self.table, expected_version=self.table_version)
@@ -104,7 +112,7 @@ class Verify:
             f"vectors are finite"
         )
         if self.log is not None:
-            windows = list(WindowLog(self.log, manifest.table_version).after(manifest.seq))
+            windows = list(open_log(self.log, manifest.table_version).after(manifest.seq))
             items = sum(window.ids.numel() for window in windows)
             gone = sum(window.removed.numel() for window in windows)
             print(
@@ -162,14 +170,37 @@ class Compact:
 
     table: tyro.conf.Positional[Path]
     """The table that the windows change."""
-    log: Path
-    """Directory of the windows."""
+    log: str
+    """Directory or URL of the windows."""
     out: Path
     """Directory of the new table; must not exist."""
+    forget_hours: float | None = None
+    """Then remove the windows that the new table holds from the log, if they are older than this; readers
+    that lag further behind have to load the new table. By default all are kept."""
 
     def run(self) -> None:
         made = compact(self.table, self.log, self.out)
         print(f"{self.out}: windows up to {made.seq}; {summary(made)}")
+        if self.forget_hours is not None:
+            log = open_log(self.log, made.table_version)
+            print(f"{self.log}: {log.forget(made.seq, self.forget_hours * 3600)} windows removed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diff:
+    """Say what differs between two tables, as JSON: items of one only, and vectors of both.
+
+    Vectors of two versions cannot be compared; then only items are, which says whether a table of a new
+    encoder covers that of the old one.
+    """
+
+    table: tyro.conf.Positional[Path]
+    """A table's directory."""
+    other: tyro.conf.Positional[Path]
+    """The other's."""
+
+    def run(self) -> None:
+        print(json.dumps(asdict(diff(self.table, self.other)), indent=2))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,6 +252,7 @@ Command = (
     | Annotated[Convert, tyro.conf.subcommand("convert")]
     | Annotated[Grow, tyro.conf.subcommand("grow")]
     | Annotated[Compact, tyro.conf.subcommand("compact")]
+    | Annotated[Diff, tyro.conf.subcommand("diff")]
     | Annotated[Permute, tyro.conf.subcommand("permute")]
 )
 

@@ -186,6 +186,11 @@ class Table:
 
     def read(self, ids: Tensor) -> Tensor:
         """Return the vectors (num_ids, stored_width) of ids (num_ids,), as stored; zeros if unknown."""
+        return self.find(ids)[0]
+
+    def find(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what :meth:`read` does, and whether the table has each id, bool (num_ids,)."""
+        found = torch.zeros(ids.numel(), dtype=torch.bool)
         out = torch.zeros(ids.numel(), self.manifest.stored_width, dtype=self.manifest.torch_dtype)
         for info, shard_ids, vectors in self._shards:
             near = ((ids >= shard_ids[0]) & (ids <= shard_ids[-1])).nonzero()[:, 0]
@@ -194,7 +199,8 @@ class Table:
             part = vectors[row]
             check_finite(part, self.manifest.dtype, ids[here], self.path / info.file, row)
             out[here] = part
-        return out
+            found[here] = True
+        return out, found
 
     def read_float(self, ids: Tensor) -> Tensor:
         """Return the vectors (num_ids, dim) of ids (num_ids,) as float32; zeros if unknown."""

@@ -1,6 +1,7 @@
-"""Fold windows into a new base table, which a reader that is behind, or new, opens instead of reading them.
+"""Fold windows into a new base table, which a reader that is behind, or new, opens in their place.
 
-Memory holds what the windows change, and a chunk of the base. Not here: removing windows from the log.
+Memory holds what the windows change, and a chunk of the base. Not here: removing windows from the log, which
+`Transport.forget` does.
 """
 
 from pathlib import Path
@@ -12,7 +13,7 @@ from mim_torchrec.embeddings.table.manifest import Manifest
 from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.table.shards import CHUNK
 from mim_torchrec.embeddings.table.writer import TableWriter
-from mim_torchrec.embeddings.windows.log import WindowLog
+from mim_torchrec.embeddings.windows.transport import Transport, open_log
 from mim_torchrec.embeddings.windows.window import is_due
 
 
@@ -21,7 +22,7 @@ def compact(table: str | Path, log: str | Path, out: str | Path) -> Manifest:
 
     Args:
         table: the base.
-        log: directory of the windows, of the same `table_version`.
+        log: of the same `table_version`: a directory, or a URL of Redis.
         out: directory of the new table; must not exist.
 
     Returns:
@@ -36,7 +37,7 @@ def compact(table: str | Path, log: str | Path, out: str | Path) -> Manifest:
     """
     base = Table.open(table)
     old = base.manifest
-    changed, seq = _changes(WindowLog(log, old.table_version), old)
+    changed, seq = changes(open_log(log, old.table_version), old)
     names = torch.tensor(sorted(changed), dtype=torch.int64)
     ids = base.row_index().ids
     kept = ~torch.isin(ids, names)
@@ -61,8 +62,13 @@ def compact(table: str | Path, log: str | Path, out: str | Path) -> Manifest:
         raise
 
 
-def _changes(log: WindowLog, base: Manifest) -> tuple[dict[int, Tensor | None], int]:
-    """The stored vector of every item that windows change, None where it is taken down; the last number."""
+def changes(log: Transport, base: Manifest) -> tuple[dict[int, Tensor | None], int]:
+    """What a log changes of a base: the vector of every item as the base stores it, None where it is taken
+    down; and the number of the last window.
+
+    Raises:
+        WindowGap: windows between the two are gone.
+    """
     changed: dict[int, Tensor | None] = {}
     seq = base.seq
     for window in log.after(seq):

@@ -1,15 +1,18 @@
 """The window log: a directory with a file a window, durable, ordered and idempotent, without a server.
 
-    <log>/log.json                        format version and table_version
+    <log>/log.json                        format version, table_version and start
     <log>/0000000000000001.safetensors    window 1, and so on
+    <log>/forgotten.jsonl                 numbers and names of windows whose files are gone
 
 A window is in the log once its file has its name: it is written under another one, brought to the disk and
 linked, which fails if the number is taken. So several may append, none overwrites another, and who is killed
-leaves at most a hidden file that nobody reads. `compact.py` folds them into a table.
+leaves at most a hidden file that nobody reads. `compact.py` folds them into a table, after which `forget`
+removes their files; their names stay, so that a window that is delivered again is still known.
 """
 
 import json
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,43 +26,60 @@ from mim_torchrec.embeddings.windows.window import MalformedWindow, Window, Wind
 
 FORMAT_VERSION = 1
 ABOUT = "log.json"
+FORGOTTEN = "forgotten.jsonl"
 SUFFIX = ".safetensors"
+LOOK_EVERY = 0.02  # seconds between two looks for the next file
 
 
 class WindowLog:
     """The windows of one table version.
 
     Args:
-        root: directory; made if missing.
+        root: directory.
         table_version: that all of its windows have.
+        start: where there is no log, begin one whose first window follows this seq of a base table; None
+            makes a missing log an error.
 
     Raises:
         VersionMismatch: the log is of another version.
-        TableError: `log.json` is of another format.
+        TableError: there is no log, or `log.json` is of another format.
     """
 
-    def __init__(self, root: str | Path, table_version: str) -> None:
+    def __init__(self, root: str | Path, table_version: str, start: int | None = None) -> None:
         self.root, self.table_version = Path(root), table_version
-        self.root.mkdir(parents=True, exist_ok=True)
         self._seq_of: dict[str, int] = {}
-        self._known = 0
         about = self.root / ABOUT
         if not about.exists():
-            text = json.dumps({"format_version": FORMAT_VERSION, "table_version": table_version}) + "\n"
-            self._publish(about, text.encode())
+            if start is None:
+                raise TableError(f"{self.root} is no window log: it has no {ABOUT}")
+            self.root.mkdir(parents=True, exist_ok=True)
+            facts = {"format_version": FORMAT_VERSION, "table_version": table_version, "start": start}
+            self._publish(about, (json.dumps(facts) + "\n").encode())
         try:
             found = json.loads(about.read_text(encoding="utf-8"))
-            version, log_of = found["format_version"], found["table_version"]
+            version, log_of, self._start = (found[k] for k in ("format_version", "table_version", "start"))
         except (ValueError, KeyError, TypeError):
             raise TableError(f"{about} does not say what the log is of") from None
         if version != FORMAT_VERSION:
             raise TableError(f"{about}: format_version {version!r}, this release reads {FORMAT_VERSION}")
         if log_of != table_version:
             raise VersionMismatch(f"{self.root} is of table_version {log_of}, expected {table_version}")
+        self._known = self._start
+
+    def __str__(self) -> str:
+        return str(self.root)
 
     def head(self) -> int:
-        """Number of the newest window; 0 where there is none."""
-        return max(self._numbers(), default=0)
+        """Number of the newest window; where the log starts if there never was one."""
+        return max(self._numbers(), default=self._forgotten_through())
+
+    def first(self) -> int:
+        """Number of the oldest window that can be read; one past the newest where none can."""
+        return min(self._numbers(), default=self._forgotten_through() + 1)
+
+    def size(self) -> int:
+        """Bytes of the windows that can be read."""
+        return sum(self._path(number).stat().st_size for number in self._numbers())
 
     def append(
         self,
@@ -95,7 +115,10 @@ class WindowLog:
             window = Window.of(ids, vectors, table_version=self.table_version, seq=seq, window_id=window_id,
                                dtype=dtype, removed=removed)  # fmt: skip
             if self._publish(self._path(seq), window.to_bytes()):
-                return seq
+                if seq > self._forgotten_through():
+                    return seq
+                # others have taken this number and forgotten it since we looked
+                self._path(seq).unlink()
 
     def read(self, seq: int) -> Window:
         """A window by its number.
@@ -109,7 +132,7 @@ class WindowLog:
         try:
             data = path.read_bytes()
         except FileNotFoundError:
-            raise WindowGap(f"{self.root} has no window {seq}; its newest is {self.head()}") from None
+            raise missing_window(self, seq) from None
         window = Window.from_bytes(data, str(path))
         if window.seq != seq:
             raise MalformedWindow(f"{path} holds window {window.seq}")
@@ -117,10 +140,74 @@ class WindowLog:
             raise VersionMismatch(f"{path} is of {window.table_version}, its log of {self.table_version}")
         return window
 
+    def wait(self, seq: int, timeout: float) -> bool:
+        """Wait until there is a window after a number, at most `timeout` seconds; whether there is one."""
+        deadline = time.monotonic() + timeout
+        while not self._path(seq + 1).exists():
+            if time.monotonic() >= deadline:
+                return self.head() > seq
+            time.sleep(min(LOOK_EVERY, timeout))
+        return True
+
     def after(self, seq: int) -> Iterator[Window]:
-        """The windows after a number, in order, up to what was the newest when the first was asked for."""
-        for number in range(seq + 1, self.head() + 1):
+        """The windows after a number, in order, up to what was the newest when the first was asked for.
+
+        Raises:
+            WindowGap: windows between the number and the log are gone, or the log ends before the number.
+        """
+        head = self.head()
+        check_not_behind(str(self), head, seq)
+        for number in range(seq + 1, head + 1):
             yield self.read(number)
+
+    def forget(self, through: int, min_age: float = 0.0) -> int:
+        """Remove windows, oldest first, that a base table holds. The names of all are kept.
+
+        Args:
+            through: `seq` of the base table.
+            min_age: seconds that a window is kept in any case, for readers that are behind.
+
+        Returns:
+            How many were removed.
+
+        Raises:
+            OSError: the disk is full; whatever was not removed is still whole.
+        """
+        self._read_names()
+        name_of = {seq: name for name, seq in self._seq_of.items()}
+        newest = time.time() - min_age
+        gone = []
+        for seq in sorted(number for number in self._numbers() if number <= through):
+            if self._path(seq).stat().st_mtime > newest:
+                break
+            gone.append(seq)
+        if gone:
+            # the line break ahead ends a line that a killed writer broke off
+            lines = "\n" + "".join(json.dumps({"seq": seq, "window_id": name_of[seq]}) + "\n" for seq in gone)
+            with (self.root / FORGOTTEN).open("a", encoding="utf-8") as file:
+                file.write(lines)
+                file.flush()
+                os.fsync(file.fileno())
+            fsync(self.root)
+        for seq in gone:
+            self._path(seq).unlink(missing_ok=True)
+        return len(gone)
+
+    def _forgotten(self) -> list[tuple[int, str]]:
+        """Numbers and names of windows without a file; the line that a killed writer broke off is left."""
+        path = self.root / FORGOTTEN
+        if not path.exists():
+            return []
+        entries = []
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            # the files of a line that was broken off are still there, and are forgotten by a later one
+            if line.startswith("{") and line.endswith("}\n"):
+                entry = json.loads(line)
+                entries.append((entry["seq"], entry["window_id"]))
+        return entries
+
+    def _forgotten_through(self) -> int:
+        return max((seq for seq, _ in self._forgotten()), default=self._start)
 
     def _numbers(self) -> list[int]:
         names = (path.name for path in self.root.iterdir())
@@ -128,6 +215,9 @@ class WindowLog:
 
     def _read_names(self) -> None:
         """Learn the names of windows that came since the last look."""
+        for seq, name in self._forgotten():
+            self._seq_of[name] = seq
+            self._known = max(self._known, seq)
         for seq in sorted(number for number in self._numbers() if number > self._known):
             path = self._path(seq)
             try:
@@ -153,3 +243,24 @@ class WindowLog:
 
     def _path(self, seq: int) -> Path:
         return self.root / f"{seq:016d}{SUFFIX}"
+
+
+def missing_window(log: object, seq: int) -> WindowGap:
+    """The error of a window that is not there."""
+    return WindowGap(
+        f"{log} has no window {seq}: it keeps {log.first()} to {log.head()}; what was before them is in a "
+        "base table of a later seq"
+    )
+
+
+def check_not_behind(log: str, head: int, seq: int) -> None:
+    """Refuse a log that is older than what reads it.
+
+    Raises:
+        WindowGap: it ends before the windows that the reader has applied.
+    """
+    if seq > head:
+        raise WindowGap(
+            f"{log} ends at window {head}, but {seq} windows were applied: it is another log than theirs, or "
+            "was lost and begun anew. Begin a log at the seq of the newest base table"
+        )

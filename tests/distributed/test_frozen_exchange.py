@@ -221,7 +221,7 @@ def _windows_of_a_log_are_seen_by_the_next_lookup(path: Path, log: Path) -> None
     table = open_table(path)
     model, index = shard(Unpooled(table)), ItemIndex.of(table)
     load_table(model, table)
-    windows = list(WindowLog(log, "v1").after(0))
+    windows = list(WindowLog(log, "v1", start=0).after(0))
     rows = []
     for window in [*windows, *windows]:  # delivered twice
         report = apply_window(model, index, window)
@@ -385,7 +385,7 @@ def test_updates_are_seen_by_the_next_lookup_on_every_rank(folder, world_size):
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_windows_of_a_log_are_seen_by_the_next_lookup_on_every_rank(folder, tmp_path, world_size):
-    log = WindowLog(tmp_path / "log", "v1")
+    log = WindowLog(tmp_path / "log", "v1", start=0)
     ids = torch.tensor([int(IDS[0]), 1000, 999])
     log.append("first", ids, torch.arange(1.0, 4.0)[:, None].expand(-1, DIM))
     log.append("second", ids[1:2], torch.full((1, DIM), 4.0), removed=ids[2:])

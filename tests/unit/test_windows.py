@@ -1,6 +1,7 @@
 """Windows and their log: written whole or not at all, once, in order, and applied by one rule."""
 
 import errno
+import json
 import os
 import random
 import signal
@@ -15,6 +16,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from mim_torchrec.embeddings.sharded.frozen import FrozenEmbeddingCollection, TableState, frozen_config
 from mim_torchrec.embeddings.sharded.live import HeadRoomExhausted, ItemIndex, apply_window, table_state
 from mim_torchrec.embeddings.sharded.load import load_table, table_digest
+from mim_torchrec.embeddings.table.diff import diff
 from mim_torchrec.embeddings.table.format import (
     DTYPES,
     DuplicateId,
@@ -97,15 +99,15 @@ def test_the_rule():
 
 
 def test_the_log_numbers_windows_and_gives_them_in_order(tmp_path):
-    log = WindowLog(tmp_path / "log", "v1")
+    log = WindowLog(tmp_path / "log", "v1", start=0)
     assert log.head() == 0
     assert [log.append(f"w{k}", tensor(k), vectors(1, k)) for k in range(4)] == [1, 2, 3, 4]
     assert [(w.seq, w.ids.item()) for w in log.after(1)] == [(2, 1), (3, 2), (4, 3)]
-    assert WindowLog(tmp_path / "log", "v1").head() == 4
+    assert WindowLog(tmp_path / "log", "v1", start=0).head() == 4
 
 
 def test_a_window_that_is_delivered_again_keeps_its_number(tmp_path):
-    log, other = (WindowLog(tmp_path / "log", "v1") for _ in range(2))
+    log, other = (WindowLog(tmp_path / "log", "v1", start=0) for _ in range(2))
     assert log.append("first", tensor(1), vectors(1)) == 1
     assert other.append("second", tensor(2), vectors(1)) == 2
     assert log.append("second", tensor(2), vectors(1)) == 2
@@ -114,26 +116,26 @@ def test_a_window_that_is_delivered_again_keeps_its_number(tmp_path):
 
 
 def test_a_log_is_of_one_version(tmp_path):
-    WindowLog(tmp_path / "log", "v1").append("w", tensor(1), vectors(1))
+    WindowLog(tmp_path / "log", "v1", start=0).append("w", tensor(1), vectors(1))
     with pytest.raises(VersionMismatch, match="v1, expected v2"):
-        WindowLog(tmp_path / "log", "v2")
+        WindowLog(tmp_path / "log", "v2", start=0)
     path = tmp_path / "log" / "0000000000000002.safetensors"
     path.write_bytes(window(2, 3, table_version="v9").to_bytes())
     with pytest.raises(VersionMismatch, match="v9"):
-        WindowLog(tmp_path / "log", "v1").read(2)
+        WindowLog(tmp_path / "log", "v1", start=0).read(2)
 
 
 def test_a_window_under_a_wrong_number_and_a_missing_one_are_errors(tmp_path):
-    log = WindowLog(tmp_path / "log", "v1")
+    log = WindowLog(tmp_path / "log", "v1", start=0)
     (log.root / "0000000000000001.safetensors").write_bytes(window(5, 3).to_bytes())
     with pytest.raises(MalformedWindow, match="holds window 5"):
         log.read(1)
-    with pytest.raises(WindowGap, match="no window 7; its newest is 1"):
+    with pytest.raises(WindowGap, match="no window 7: it keeps 1 to 1"):
         log.read(7)
 
 
 def test_a_full_disk_leaves_nothing_and_the_window_can_be_appended_later(tmp_path, monkeypatch):
-    log = WindowLog(tmp_path / "log", "v1")
+    log = WindowLog(tmp_path / "log", "v1", start=0)
     with monkeypatch.context() as full:
         def refuse(path: Path, data: bytes) -> int:
             raise OSError(errno.ENOSPC, "no space left on device", str(path))
@@ -149,7 +151,7 @@ def test_a_full_disk_leaves_nothing_and_the_window_can_be_appended_later(tmp_pat
 WRITER = """
 import sys, torch
 from mim_torchrec.embeddings.windows.log import WindowLog
-log = WindowLog(sys.argv[1], "v1")
+log = WindowLog(sys.argv[1], "v1", start=0)
 for k in range(int(sys.argv[2])):
     log.append(f"w{k}", torch.tensor([k, 1000 + k]), torch.full((2, 8), float(k)))
     print(k, flush=True)
@@ -164,7 +166,7 @@ def start(root: Path, count: int) -> subprocess.Popen:
 
 def check(root: Path, count: int) -> None:
     """Every window is there once, whole."""
-    found = list(WindowLog(root, "v1").after(0))
+    found = list(WindowLog(root, "v1", start=0).after(0))
     assert [w.seq for w in found] == list(range(1, count + 1))
     assert sorted(w.window_id for w in found) == sorted(f"w{k}" for k in range(count))
     for w in found:
@@ -279,7 +281,7 @@ def test_a_vector_that_overflows_the_tables_type_changes_nothing(tmp_path):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_compacting_writes_the_table_that_applying_gives(tmp_path, dtype):
     make_live(tmp_path, dtype)
-    base, log = tmp_path / f"table-{dtype}-10", WindowLog(tmp_path / "log", "v1")
+    base, log = tmp_path / f"table-{dtype}-10", WindowLog(tmp_path / "log", "v1", start=0)
     for w in WINDOWS:
         log.append(w.window_id, w.ids, decode(w.vectors, w.dtype), removed=w.removed)
     made = compact(base, log.root, tmp_path / "new")
@@ -300,13 +302,13 @@ def test_compacting_writes_the_table_that_applying_gives(tmp_path, dtype):
 
 def test_compacting_a_log_with_a_hole_or_of_another_version_leaves_nothing(tmp_path):
     make_live(tmp_path)
-    base, log = tmp_path / "table-float16-10", WindowLog(tmp_path / "log", "v1")
+    base, log = tmp_path / "table-float16-10", WindowLog(tmp_path / "log", "v1", start=0)
     for k in range(3):
         log.append(f"w{k}", tensor(k), vectors(1))
     (log.root / "0000000000000002.safetensors").unlink()
     with pytest.raises(WindowGap, match="no window 2"):
         compact(base, log.root, tmp_path / "new")
-    WindowLog(tmp_path / "foreign", "v2")
+    WindowLog(tmp_path / "foreign", "v2", start=0)
     with pytest.raises(VersionMismatch, match="v2"):
         compact(base, tmp_path / "foreign", tmp_path / "new")
     assert not list(tmp_path.glob("new*"))
@@ -314,9 +316,58 @@ def test_compacting_a_log_with_a_hole_or_of_another_version_leaves_nothing(tmp_p
 
 def test_the_commands_compact_and_verify(tmp_path, capsys):
     make_live(tmp_path)
-    base, log = str(tmp_path / "table-float16-10"), WindowLog(tmp_path / "log", "v1")
+    base, log = str(tmp_path / "table-float16-10"), WindowLog(tmp_path / "log", "v1", start=0)
     log.append("w", tensor(3, 20), vectors(2), removed=tensor(4))
     command(["verify", base, "--log", str(log.root)])
     assert "1 windows after 0, 2 vectors, 1 items taken down: all checksums match" in capsys.readouterr().out
     command(["compact", base, "--log", str(log.root), "--out", str(tmp_path / "new")])
     assert "windows up to 1; 9 x 8 float16" in capsys.readouterr().out
+
+
+def test_the_commands_say_what_a_log_holds_and_forget_what_a_table_does(tmp_path, capsys):
+    make_live(tmp_path)
+    base, log = str(tmp_path / "table-float16-10"), WindowLog(tmp_path / "log", "v1", start=0)
+    for k in range(3):
+        log.append(f"w{k}", tensor(100 + k), vectors(1, k), removed=tensor(3))
+    command(["info", base, "--log", str(log.root)])
+    said = json.loads(capsys.readouterr().out)["log"]
+    assert said == {"first": 1, "head": 3, "bytes": log.size(), "to_apply": 3}
+    new = str(tmp_path / "new")
+    command(["compact", base, "--log", str(log.root), "--out", new, "--forget-hours", "1"])
+    assert "0 windows removed" in capsys.readouterr().out
+    command(["compact", base, "--log", str(log.root), "--out", f"{new}er", "--forget-hours", "0"])
+    assert "3 windows removed" in capsys.readouterr().out
+    assert (log.first(), log.head()) == (4, 3)
+    command(["diff", base, new])
+    said = json.loads(capsys.readouterr().out)
+    assert (said["same_version"], said["seq"], said["changed"], said["only_first"]) == (True, [0, 3], 0, 1)
+    assert (said["only_second"], said["examples"]) == (3, [[3], [100, 101, 102]])
+
+
+def test_diff_compares_vectors_of_one_version_and_items_of_two(tmp_path):
+    def table(name: str, version: str, rows: torch.Tensor) -> Path:
+        writer = TableWriter(tmp_path / name, table_version=version, dim=DIM, dtype="float32", encoder={})
+        writer.write_shard(torch.arange(len(rows)), rows)
+        writer.finish()
+        return tmp_path / name
+
+    rows = vectors(5)
+    first = table("first", "v1", rows)
+    rows[2] *= -1
+    found = diff(first, table("second", "v1", rows))
+    assert (found.changed, found.only_first, found.only_second) == (1, 0, 0)
+    assert found.max_cosine_error == pytest.approx(2.0)
+    other = diff(first, table("third", "v2", rows[:4]))
+    assert (other.same_version, other.changed, other.max_cosine_error) == (False, None, None)
+    assert other.only_first == 1
+
+
+def test_a_line_of_forgotten_windows_that_was_broken_off_is_no_window(tmp_path):
+    log = WindowLog(tmp_path / "log", "v1", start=0)
+    for k in range(3):
+        log.append(f"w{k}", tensor(k), vectors(1))
+    (log.root / "forgotten.jsonl").write_text('\n{"seq": 1, "window_id": "w0"}\n{"seq": 2, "win')
+    assert WindowLog(tmp_path / "log", "v1").append("w1", tensor(1), vectors(1)) == 2
+    assert log.forget(2) == 2
+    again = WindowLog(tmp_path / "log", "v1")
+    assert [again.append(f"w{k}", tensor(k), vectors(1)) for k in range(4)] == [1, 2, 3, 4]

@@ -1,0 +1,266 @@
+"""The parameter store in Redis or Valkey, one server or a cluster, for many computation machines.
+
+    {<name>}:<version>                              hash: base, dim, dtype, shards
+    {<name>:<version>:<base>:<shard>}               number of the last window applied to a shard
+    {<name>:<version>:<base>:<shard>}<8 bytes>      a row as stored, by item id
+
+A shard is what one slot of a cluster holds: its rows and their watermark, so that a script can check the one
+and write the other in one step. A reader may see part of a window before the watermark moves, but never a
+torn row; a consumer that was overtaken cannot write. The next base of a version is loaded beside the last and
+takes its place at once. `<version>` is a digest of `table_version`.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import redis
+import torch
+from torch import Tensor
+
+from mim_torchrec.embeddings.table.manifest import TableError
+from mim_torchrec.embeddings.table.quantize import DTYPES, decode, stored_width
+from mim_torchrec.embeddings.table.reader import Table
+from mim_torchrec.embeddings.table.shards import CHUNK
+from mim_torchrec.embeddings.windows.redis_connection import Location, connect, locate, reachable
+from mim_torchrec.embeddings.windows.window import Window, is_due
+
+ROWS = 200  # written by one command: others wait no longer than that
+FETCH = 2000  # read by one command
+CLUSTER_SHARDS = 64
+
+# KEYS: watermark, rows to write, to delete. ARGV: watermark expected, and to set; rows to write; the rows.
+APPLY = """
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+local rows = tonumber(ARGV[3])
+for i = 1, rows do redis.call('SET', KEYS[1 + i], ARGV[3 + i]) end
+for i = rows + 2, #KEYS do redis.call('DEL', KEYS[i]) end
+redis.call('SET', KEYS[1], ARGV[2])
+return 1
+"""
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What a store says of a version."""
+
+    base: int
+    dim: int
+    dtype: str
+    shards: int
+
+
+class RedisStore:
+    """A `ParameterStore` in Redis; open it with `open`, fill it with `load`."""
+
+    def __init__(self, location: Location, table_version: str) -> None:
+        self.table_version = table_version
+        self._at = location
+        self._client = connect(location)
+        self._version = hashlib.blake2b(table_version.encode(), digest_size=6).hexdigest()
+        self._about = f"{{{location.name}}}:{self._version}"
+        self._facts = self._read_facts()
+        self.dim = self._facts.dim
+
+    @classmethod
+    def open(cls, where: str, table_version: str) -> "RedisStore":
+        """Open a store that has a table of this version.
+
+        Args:
+            where: URL, see `redis_connection.locate`.
+            table_version: of the table.
+
+        Raises:
+            RedisUnavailable: the server does not answer; every method raises it, and may be called again.
+            TableError: no table of this version was loaded.
+        """
+        return cls(locate(where), table_version)
+
+    @classmethod
+    def load(
+        cls, where: str, table: Table, progress: Callable[[int], object] = lambda rows: None
+    ) -> "RedisStore":
+        """Write a base table into a store, in the place of an older one of its version.
+
+        Args:
+            where: URL, see `redis_connection.locate`.
+            table: the base.
+            progress: called with the number of rows written since its last call.
+
+        Raises:
+            RedisFull: the server has no memory left. The table that was there before still is.
+            TableError: the server may drop rows (a `maxmemory-policy` other than noeviction), or has a newer
+                base.
+        """
+        at, manifest = locate(where), table.manifest
+        shards = CLUSTER_SHARDS if at.cluster else 1
+        store = cls.__new__(cls)
+        store.table_version, store._at, store._client = manifest.table_version, at, connect(at)
+        store._version = hashlib.blake2b(manifest.table_version.encode(), digest_size=6).hexdigest()
+        store._about = f"{{{at.name}}}:{store._version}"
+        store.dim = manifest.dim
+        with reachable(at):
+            _check_policy(store._client, at)
+            before = store._client.hget(store._about, "base")
+            if before is not None and int(before) > manifest.seq:
+                raise TableError(f"{at} has a newer base, of seq {int(before)}, than {table.path}")
+            store._facts = _Facts(manifest.seq, manifest.dim, manifest.dtype, shards)
+            if before is None or int(before) < manifest.seq:
+                store._write_base(table, progress)
+                facts = {"base": manifest.seq, "dim": manifest.dim, "dtype": manifest.dtype, "shards": shards}
+                store._client.hset(store._about, mapping=facts)
+                if before is not None:
+                    store._drop(int(before))
+            store._facts = store._read_facts()
+        return store
+
+    @property
+    def seq(self) -> int:
+        """See `ParameterStore`."""
+        self._facts = self._read_facts()
+        return min(self._watermarks())
+
+    def lookup(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """See `ParameterStore`."""
+        distinct, inverse = ids.unique(return_inverse=True)
+        while True:
+            facts = self._facts
+            with reachable(self._at):
+                values = self._get(self._keys(distinct.tolist()))
+            self._facts = self._read_facts()
+            if self._facts == facts:  # else another base took the place of the one that was read
+                break
+        nothing = bytes(stored_width(facts.dtype, facts.dim) * DTYPES[facts.dtype].itemsize)
+        found = torch.tensor([value is not None for value in values], dtype=torch.bool)
+        data = bytearray(b"".join(nothing if value is None else value for value in values))
+        stored = torch.frombuffer(data, dtype=DTYPES[facts.dtype]) if data else torch.empty(0)
+        rows = stored.to(DTYPES[facts.dtype]).view(len(values), -1) if values else stored.view(0, facts.dim)
+        vectors = decode(rows, facts.dtype) if values else rows
+        return vectors[inverse], found[inverse]
+
+    def apply(self, window: Window) -> bool:
+        """See `ParameterStore`; others may apply the same windows at the same time."""
+        self._facts = self._read_facts()
+        if window.dim != self.dim:
+            raise TableError(f"{self._at} has vectors of {self.dim}, window {window.seq} of {window.dim}")
+        stored = window.stored_as(self._facts.dtype)
+        values = [row.view(torch.uint8).numpy().tobytes() for row in stored.contiguous()]
+        marks = self._watermarks()
+        due = [
+            shard
+            for shard, mark in enumerate(marks)
+            if is_due(window.table_version, window.seq, self.table_version, mark)
+        ]
+        if not due:
+            return False
+        with reachable(self._at):
+            pipeline = self._client.pipeline(transaction=False)
+            for keys, arguments in self._commands(window, values, set(due)):
+                # not eval(), which the pipelines of clusters do not have
+                pipeline.execute_command("EVAL", APPLY, len(keys), *keys, *arguments)
+            applied = all(pipeline.execute())
+        if not applied and min(self._watermarks()) < window.seq:
+            # a new base came in between: the window is applied to that, or is in it
+            return self.apply(window)
+        return applied
+
+    def _commands(
+        self, window: Window, values: list[bytes], due: set[int]
+    ) -> Iterator[tuple[list[bytes], list[bytes | int]]]:
+        """Keys and arguments of the script: at most ROWS rows each; a shard's last one moves its mark."""
+        shards = self._facts.shards
+        for shard in sorted(due):
+            rows = [(item, value) for item, value in zip(window.ids.tolist(), values, strict=True)
+                    if item % shards == shard]  # fmt: skip
+            gone = [item for item in window.removed.tolist() if item % shards == shard]
+            changes: list[tuple[int, bytes | None]] = [*rows, *((item, None) for item in gone)]
+            parts = [changes[start : start + ROWS] for start in range(0, len(changes), ROWS)] or [[]]
+            for number, part in enumerate(parts, 1):
+                mark = window.seq if number == len(parts) else window.seq - 1
+                written = [(item, value) for item, value in part if value is not None]
+                keys = [self._mark(shard), *self._keys([item for item, _ in part])]
+                yield keys, [window.seq - 1, mark, len(written), *(value for _, value in written)]
+
+    def _write_base(self, table: Table, progress: Callable[[int], object]) -> None:
+        self._drop(table.manifest.seq)  # what somebody who was killed has left
+        write = self._client.mset_nonatomic if self._at.cluster else self._client.mset
+        for start in range(1, 1 + table.manifest.rows, CHUNK):
+            stop = min(start + CHUNK, 1 + table.manifest.rows)
+            ids, rows = table.row_index().ids[start - 1 : stop - 1].tolist(), table.rows_for(start, stop)
+            stored = rows.view(torch.uint8).numpy()
+            for first in range(0, len(ids), ROWS):
+                part = ids[first : first + ROWS]
+                values = (row.tobytes() for row in stored[first : first + ROWS])
+                write(dict(zip(self._keys(part), values, strict=True)))
+                progress(len(part))
+        for shard in range(self._facts.shards):
+            self._client.set(self._mark(shard), table.manifest.seq)
+
+    def _drop(self, base: int) -> None:
+        """Remove the rows of a base."""
+        pattern = f"{{{self._at.name}:{self._version}:{base}:*"
+        found: list[bytes] = []
+        for key in self._client.scan_iter(match=pattern, count=FETCH):
+            found.append(key)
+            if len(found) == ROWS:
+                self._unlink(found)
+                found = []
+        self._unlink(found)
+
+    def _unlink(self, keys: list[bytes]) -> None:
+        pipeline = self._client.pipeline(transaction=False)
+        for key in keys:
+            pipeline.unlink(key)
+        pipeline.execute()
+
+    def _get(self, keys: list[bytes]) -> list[bytes | None]:
+        if self._at.cluster:
+            return self._client.mget_nonatomic(keys) if keys else []  # grouped by slot
+        pipeline = self._client.pipeline(transaction=False)
+        for start in range(0, len(keys), FETCH):
+            pipeline.mget(keys[start : start + FETCH])
+        return [value for part in pipeline.execute() for value in part]
+
+    def _watermarks(self) -> list[int]:
+        with reachable(self._at):
+            marks = self._get([self._mark(shard) for shard in range(self._facts.shards)])
+        lost = [shard for shard, mark in enumerate(marks) if mark is None]
+        before, self._facts = self._facts, self._read_facts()
+        if self._facts != before:  # another base took the place of this one meanwhile
+            return self._watermarks()
+        if lost:
+            raise TableError(
+                f"{self._at} has lost shards {lost} of {self.table_version}: load its table again"
+            )
+        return [int(mark) for mark in marks]
+
+    def _read_facts(self) -> _Facts:
+        with reachable(self._at):
+            facts = self._client.hmget(self._about, "base", "dim", "dtype", "shards")
+        if None in facts:
+            raise TableError(
+                f"{self._at} has no table of table_version {self.table_version}: load one with mim store load"
+            )
+        base, dim, dtype, shards = facts
+        return _Facts(int(base), int(dim), dtype.decode(), int(shards))
+
+    def _shard(self, shard: int) -> str:
+        return f"{{{self._at.name}:{self._version}:{self._facts.base}:{shard}}}"
+
+    def _mark(self, shard: int) -> bytes:
+        return self._shard(shard).encode()
+
+    def _keys(self, items: list[int]) -> list[bytes]:
+        shards = [self._mark(shard) for shard in range(self._facts.shards)]
+        return [shards[item % len(shards)] + item.to_bytes(8, "big", signed=True) for item in items]
+
+
+def _check_policy(client: redis.Redis, at: Location) -> None:
+    servers = [node.redis_connection for node in client.get_primaries()] if at.cluster else [client]
+    for server in servers:
+        info = server.info("memory")
+        if info["maxmemory"] and info["maxmemory_policy"] != "noeviction":
+            raise TableError(
+                f"{at} may drop rows when its memory is full (maxmemory-policy {info['maxmemory_policy']}); "
+                "parameters need noeviction"
+            )

@@ -1,0 +1,102 @@
+"""What a computation machine asks of a parameter machine (§3.5, CMD): rows by id, and windows applied."""
+
+import logging
+from pathlib import Path
+from threading import Event
+from typing import Protocol
+
+from torch import Tensor
+
+from mim_torchrec.embeddings.stores.embedded import EmbeddedStore
+from mim_torchrec.embeddings.stores.redis_store import RedisStore
+from mim_torchrec.embeddings.windows.redis_connection import RedisUnavailable, is_redis
+from mim_torchrec.embeddings.windows.transport import Transport
+from mim_torchrec.embeddings.windows.window import Window
+
+log = logging.getLogger(__name__)
+
+WAIT = 0.5  # seconds between two looks at whether to stop
+
+
+class ParameterStore(Protocol):
+    """Vectors of one table version by item id, which windows change.
+
+    Attributes:
+        table_version: of the encoder that made the vectors.
+        dim: length of a vector.
+    """
+
+    table_version: str
+    dim: int
+
+    @property
+    def seq(self) -> int:
+        """The last window that was applied everywhere."""
+
+    def lookup(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Vectors by id.
+
+        Args:
+            ids: (num_ids,) int64.
+
+        Returns:
+            float32 (num_ids, dim), zero where the store has none, and bool (num_ids,), whether it has one.
+
+        Raises:
+            RedisUnavailable: the store cannot be reached.
+        """
+
+    def apply(self, window: Window) -> bool:
+        """Apply a window by the rule `is_due`; False where that has been done.
+
+        Raises:
+            VersionMismatch: the window is of another encoder.
+            WindowGap: windows before it are missing.
+            TableError: its vectors do not fit.
+        """
+
+
+def catch_up(store: ParameterStore, windows: Transport) -> int:
+    """Apply the windows that a log has after a store's watermark; returns how many were applied."""
+    return sum(store.apply(window) for window in windows.after(store.seq))
+
+
+def follow(store: ParameterStore, windows: Transport, stop: Event) -> None:
+    """Apply windows as they come, until told to stop. A server that is gone is waited for.
+
+    Raises:
+        WindowGap: the log has forgotten windows that the store lacks: load a newer base table.
+        VersionMismatch: a window is of another encoder.
+        TableError: a window is damaged or does not fit.
+    """
+    away = False
+    while not stop.is_set():
+        try:
+            if windows.wait(store.seq, WAIT):
+                catch_up(store, windows)
+            if away:
+                log.warning("reached again; windows applied up to %d", store.seq)
+            away = False
+        except RedisUnavailable as error:
+            if not away:
+                log.warning("%s; trying again until it answers", error)
+            away = True
+            stop.wait(WAIT)
+
+
+def open_store(where: str | Path, table_version: str | None = None) -> ParameterStore:
+    """Open a store.
+
+    Args:
+        where: directory of a table, or URL of Redis into which a table was loaded.
+        table_version: that it must have; a store in Redis holds any number of them.
+
+    Raises:
+        VersionMismatch: it is of another version.
+        TableError: there is none.
+    """
+    if is_redis(str(where)):
+        if table_version is None:
+            raise ValueError(f"{where} may hold several versions: say which table_version is meant")
+        return RedisStore.open(str(where), table_version)
+    return EmbeddedStore.open(where, table_version)

@@ -1,0 +1,200 @@
+"""The window log as a Redis stream: interface and promises of the directory log, without a shared disk.
+
+    <name>:log        hash: format version, table_version, number of the newest window
+    <name>:windows    stream: entry <seq>-0 has window <seq>
+    <name>:names      hash: number of every window that ever was, by its name
+    <name>:times      hash: when a window came, by its number
+
+A script takes the next number and adds the window in one step, so none is lost or doubled, whoever appends
+and whenever they are killed. Readers keep their own watermark beside the rows that it speaks of, and read on
+from there: there is no consumer group whose list of pending windows could say something else. How much of
+the stream outlives a crash of the server is that server's setting (`appendonly yes`, `appendfsync always`).
+"""
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from mim_torchrec.embeddings.table.manifest import TableError, VersionMismatch
+from mim_torchrec.embeddings.windows.log import FORMAT_VERSION, check_not_behind, missing_window
+from mim_torchrec.embeddings.windows.redis_connection import TIMEOUT, connect, locate, reachable
+from mim_torchrec.embeddings.windows.window import MalformedWindow, Window
+
+BATCH = 16  # windows fetched at once
+
+# KEYS: log, windows, names, times. ARGV: number, name, bytes. Gives the number it has, or 0: look again.
+APPEND = """
+local known = redis.call('HGET', KEYS[3], ARGV[2])
+if known then return tonumber(known) end
+local seq = tonumber(redis.call('HGET', KEYS[1], 'head')) + 1
+if seq ~= tonumber(ARGV[1]) then return 0 end
+redis.call('XADD', KEYS[2], seq .. '-0', 'window', ARGV[3])
+redis.call('HSET', KEYS[3], ARGV[2], seq)
+redis.call('HSET', KEYS[4], seq, redis.call('TIME')[1])
+redis.call('HSET', KEYS[1], 'head', seq)
+return seq
+"""
+
+# KEYS: log. ARGV: format version, table_version, start. Begins a log where there is none.
+BEGIN = """
+if redis.call('EXISTS', KEYS[1]) == 0 then
+  redis.call('HSET', KEYS[1], 'format_version', ARGV[1], 'table_version', ARGV[2], 'head', ARGV[3])
+end
+"""
+
+
+class RedisWindowLog:
+    """The windows of one table version in a Redis stream; see `WindowLog` for what methods do.
+
+    Args:
+        where: URL, see `redis_connection.locate`.
+        table_version: that all of its windows have.
+        start: as of `WindowLog`.
+
+    Raises:
+        RedisUnavailable: the server does not answer; every method raises it, and may be called again.
+        VersionMismatch: the log is of another version.
+        TableError: there is no log, or it is of another format.
+    """
+
+    def __init__(self, where: str, table_version: str, start: int | None = None) -> None:
+        self.table_version = table_version
+        self._at = locate(where)
+        self._client = connect(self._at)
+        # braces: the slot of a cluster is that of what is in them, so a script may use all three
+        self._log, self._windows, self._names, self._times = (
+            f"{{{self._at.name}}}:{part}" for part in ("log", "windows", "names", "times")
+        )
+        with reachable(self._at):
+            if start is not None:
+                self._client.eval(BEGIN, 1, self._log, FORMAT_VERSION, table_version, start)
+            version, log_of = self._client.hmget(self._log, "format_version", "table_version")
+        if version is None:
+            raise TableError(f"{self._at} has no window log of this name")
+        if int(version) != FORMAT_VERSION:
+            raise TableError(
+                f"{self._at}: format_version {int(version)}, this release reads {FORMAT_VERSION}"
+            )
+        if log_of.decode() != table_version:
+            raise VersionMismatch(
+                f"{self._at} is of table_version {log_of.decode()}, expected {table_version}"
+            )
+
+    def __str__(self) -> str:
+        return str(self._at)
+
+    def head(self) -> int:
+        """Number of the newest window; where the log starts if there never was one.
+
+        Raises:
+            TableError: the server has lost the log.
+        """
+        with reachable(self._at):
+            head = self._client.hget(self._log, "head")
+        if head is None:
+            raise TableError(f"{self._at} has lost the window log of this name")
+        return int(head)
+
+    def first(self) -> int:
+        """Number of the oldest window that can be read; one past the newest where none can."""
+        with reachable(self._at):
+            oldest = self._client.xrange(self._windows, count=1)
+        return _number(oldest[0][0]) if oldest else self.head() + 1
+
+    def size(self) -> int:
+        """Bytes of the windows that can be read, as the server counts them."""
+        with reachable(self._at):
+            return int(self._client.memory_usage(self._windows, samples=0) or 0)
+
+    def append(
+        self,
+        window_id: str,
+        ids: Tensor,
+        vectors: Tensor,
+        *,
+        dtype: str = "float16",
+        removed: Tensor | None = None,
+    ) -> int:
+        """Add a window, unless the log has one of this name; returns its number.
+
+        Raises:
+            TableError: the window is malformed, see `Window`.
+            RedisFull: the server has no memory left; the window is not in the log.
+        """
+        while True:
+            seq = self.head() + 1
+            window = Window.of(ids, vectors, table_version=self.table_version, seq=seq, window_id=window_id,
+                               dtype=dtype, removed=removed)  # fmt: skip
+            with reachable(self._at):
+                keys = (self._log, self._windows, self._names, self._times)
+                taken = int(self._client.eval(APPEND, len(keys), *keys, seq, window_id, window.to_bytes()))
+            if taken:
+                return taken
+
+    def read(self, seq: int) -> Window:
+        """A window by its number.
+
+        Raises:
+            WindowGap: there is none of this number.
+            MalformedWindow: its bytes are damaged, or hold another window.
+            VersionMismatch: it is of another version.
+        """
+        with reachable(self._at):
+            found = self._client.xrange(self._windows, f"{seq}-0", f"{seq}-0")
+        if not found:
+            raise missing_window(self, seq)
+        return self._window(*found[0])
+
+    def wait(self, seq: int, timeout: float) -> bool:
+        """Wait until there is a window after a number, at most `timeout` seconds; whether there is one."""
+        block = max(1, int(1000 * min(timeout, TIMEOUT / 2)))  # 0 would be for ever
+        with reachable(self._at):
+            return bool(self._client.xread({self._windows: f"{seq}-0"}, count=1, block=block))
+
+    def after(self, seq: int) -> Iterator[Window]:
+        """The windows after a number, in order, up to what was the newest when the first was asked for."""
+        head = self.head()
+        check_not_behind(str(self), head, seq)
+        while seq < head:
+            with reachable(self._at):
+                stop = min(head, seq + BATCH)
+                found = self._client.xrange(self._windows, f"{seq + 1}-0", f"{stop}-0")
+            if not found or _number(found[0][0]) != seq + 1:
+                self.read(seq + 1)
+            for entry in found:
+                yield self._window(*entry)
+            seq = _number(found[-1][0])
+
+    def forget(self, through: int, min_age: float = 0.0) -> int:
+        """Remove windows that a base table holds. The names of all are kept.
+
+        Args:
+            through: `seq` of the base table.
+            min_age: seconds that a window is kept in any case.
+
+        Returns:
+            How many were removed.
+        """
+        with reachable(self._at):
+            now = self._client.time(**({"target_nodes": "random"} if self._at.cluster else {}))
+            came = {int(seq): int(at) for seq, at in self._client.hgetall(self._times).items()}
+            newest = now[0] - min_age
+            gone = [seq for seq in sorted(came) if seq <= through and came[seq] <= newest]
+            if not gone:
+                return 0
+            removed = self._client.xtrim(self._windows, minid=f"{gone[-1] + 1}-0", approximate=False)
+            self._client.hdel(self._times, *gone)
+        return int(removed)
+
+    def _window(self, entry: bytes, fields: dict[bytes, bytes]) -> Window:
+        seq, source = _number(entry), f"{self._at} entry {entry.decode()}"
+        window = Window.from_bytes(fields.get(b"window", b""), source)
+        if window.seq != seq:
+            raise MalformedWindow(f"{source} holds window {window.seq}")
+        if window.table_version != self.table_version:
+            raise VersionMismatch(f"{source} is of {window.table_version}, its log of {self.table_version}")
+        return window
+
+
+def _number(entry: bytes) -> int:
+    return int(entry.split(b"-")[0])

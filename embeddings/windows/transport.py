@@ -1,0 +1,48 @@
+"""Where windows go from who encodes items to all who read vectors: a directory, or a Redis stream."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from mim_torchrec.embeddings.windows.log import WindowLog
+from mim_torchrec.embeddings.windows.redis_connection import is_redis
+from mim_torchrec.embeddings.windows.redis_log import RedisWindowLog
+from mim_torchrec.embeddings.windows.window import Window
+
+
+class Transport(Protocol):
+    """A durable, ordered, idempotent log of windows of one table version; see `WindowLog`."""
+
+    table_version: str
+
+    def head(self) -> int: ...
+    def first(self) -> int: ...
+    def size(self) -> int: ...
+    def append(
+        self, window_id: str, ids: Tensor, vectors: Tensor, *, dtype: str = ..., removed: Tensor | None = ...
+    ) -> int: ...
+    def read(self, seq: int) -> Window: ...
+    def wait(self, seq: int, timeout: float) -> bool: ...
+    def after(self, seq: int) -> Iterator[Window]: ...
+    def forget(self, through: int, min_age: float = ...) -> int: ...
+
+
+def open_log(where: str | Path, table_version: str, start: int | None = None) -> Transport:
+    """Open a log, or begin one.
+
+    Args:
+        where: a directory, or a URL of Redis (see `redis_connection.locate`).
+        table_version: that all of its windows have.
+        start: where there is no log, begin one whose first window follows this seq of a base table; None
+            makes a missing log an error.
+
+    Raises:
+        VersionMismatch: the log is of another version.
+        TableError: there is no log.
+        RedisUnavailable: the server does not answer.
+    """
+    if is_redis(str(where)):
+        return RedisWindowLog(str(where), table_version, start)
+    return WindowLog(where, table_version, start)
