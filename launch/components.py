@@ -217,6 +217,106 @@ def evaluate(
     return _distributed("evaluate", command, j, image, resource, max_restarts, max_retries, env, mounts)
 
 
+def rim(
+    *script_args: str,
+    source: str,
+    encoder: str,
+    table: str,
+    log: str,
+    out: str,
+    image: str = "",
+    h: Optional[str] = None,  # noqa: UP045
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 8192,
+    max_retries: int = 1000,
+    env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
+    mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
+) -> specs.AppDef:
+    """
+    Encode new items as they come and publish them in windows (RIM), until the job is cancelled.
+
+    Args:
+        script_args: further flags of the stage, after a lone --
+        source: directory of Parquet files, or URL of a Redis stream, that items come to
+        encoder: encoder directory written by csft, of which the table is
+        table: directory of the base table
+        log: directory or URL of the window log
+        out: directory of the quarantine and the counts
+        image: container image with mim-torchrec in it, for kubernetes and local_docker
+        h: a named resource, in place of cpu, gpu and memMB
+        cpu: cores
+        gpu: accelerators
+        memMB: memory in MiB
+        max_retries: times the scheduler starts the job again; local_cwd never does
+        env: environment variables, A=1,B=2
+        mounts: type=bind,src=/host,dst=/job[,readonly]
+    """
+    command = ["-m", "mim_torchrec.rim.main", "--source", source, "--encoder", encoder, "--table", table]
+    command += ["--log", log, "--out", out, *script_args]
+    resource = specs.resource(cpu=cpu, gpu=gpu, memMB=memMB, h=h)
+    return _service("rim", command, image, resource, max_retries, env, mounts)
+
+
+def follow(
+    *script_args: str,
+    store: str,
+    log: str,
+    table_version: str,
+    image: str = "",
+    h: Optional[str] = None,  # noqa: UP045
+    cpu: int = 1,
+    memMB: int = 2048,
+    max_retries: int = 1000,
+    env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
+    mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
+) -> specs.AppDef:
+    """
+    Apply the windows of a log to a parameter store as they come, until the job is cancelled.
+
+    Args:
+        script_args: further flags of the stage, after a lone --
+        store: URL of the store
+        log: directory or URL of the window log
+        table_version: of both
+        image: container image with mim-torchrec in it, for kubernetes and local_docker
+        h: a named resource, in place of cpu and memMB
+        cpu: cores
+        memMB: memory in MiB
+        max_retries: times the scheduler starts the job again; local_cwd never does
+        env: environment variables, A=1,B=2
+        mounts: type=bind,src=/host,dst=/job[,readonly]
+    """
+    command = ["-m", "mim_torchrec.embeddings.stores.main", "follow", "--store", store, "--log", log]
+    command += ["--table-version", table_version, *script_args]
+    resource = specs.resource(cpu=cpu, gpu=0, memMB=memMB, h=h)
+    return _service("follow", command, image, resource, max_retries, env, mounts)
+
+
+def _service(
+    stage: str,
+    command: list[str],
+    image: str,
+    resource: specs.Resource,
+    max_retries: int,
+    env: Optional[Dict[str, str]],  # noqa: UP006, UP045
+    mounts: Optional[List[str]],  # noqa: UP006, UP045
+) -> specs.AppDef:
+    """One process that runs until it is told to stop."""
+    role = specs.Role(
+        name=stage,
+        image=image,
+        entrypoint="bash",
+        args=["-c", f'exec "$${{MIM_PYTHON:-python}}" {shlex.join(command)}'],
+        env=dict(env or {}),
+        max_retries=max_retries,
+        retry_policy=specs.RetryPolicy.APPLICATION,
+        resource=resource,
+        mounts=specs.parse_mounts(mounts) if mounts else [],
+    )
+    return specs.AppDef(name=f"mim-{stage}", roles=[role], metadata={"app": "mim", "stage": stage})
+
+
 def _distributed(
     stage: str,
     command: list[str],

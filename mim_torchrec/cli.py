@@ -13,6 +13,7 @@ COMMANDS = {
     "csft": ("mim_torchrec.csft.main", "fine-tune the item encoder on what users bought"),
     "retrieve": ("mim_torchrec.csft.retrieve", "find bought items by image with an encoder"),
     "export": ("mim_torchrec.representation.export", "encode every item into the multi-modal table"),
+    "rim": ("mim_torchrec.rim.main", "encode new items as they come, publish them in windows"),
     "ctr": ("mim_torchrec.ctr.main", "train and evaluate a click-through-rate model"),
     "evaluate": ("mim_torchrec.ctr.evaluation", "score any split with a trained model"),
     "plan": ("mim_torchrec.embeddings.sharded.plan", "say where tables would go on a cluster"),

@@ -1,10 +1,12 @@
 """``mim table``: import, look at, check, compare, convert, grow, compact and permute multi-modal tables."""
 
 import json
+import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import tyro
 from tqdm import tqdm
 
@@ -204,6 +206,27 @@ class Diff:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TakeDown:
+    """Take items down: a window with their tombstones, after which all who read the log know them no more."""
+
+    items: tyro.conf.Positional[tuple[int, ...]]
+    """Item ids."""
+    log: str
+    """Directory or URL of the window log."""
+    table: Path
+    """A base table of the log's version."""
+
+    def run(self) -> None:
+        manifest = Table.open(self.table, verify=False).manifest
+        log = open_log(self.log, manifest.table_version, start=manifest.seq)
+        seq = log.append(
+            f"take-down:{uuid.uuid4().hex}", torch.empty(0, dtype=torch.int64), torch.empty(0, manifest.dim),
+            dtype=manifest.dtype, removed=torch.tensor(self.items, dtype=torch.int64).unique(),
+        )  # fmt: skip
+        print(f"{self.log}: window {seq} takes {len(set(self.items))} items down")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Permute:
     """Write a copy whose vectors are permuted among the ids (negative control)."""
 
@@ -253,6 +276,7 @@ Command = (
     | Annotated[Grow, tyro.conf.subcommand("grow")]
     | Annotated[Compact, tyro.conf.subcommand("compact")]
     | Annotated[Diff, tyro.conf.subcommand("diff")]
+    | Annotated[TakeDown, tyro.conf.subcommand("take-down")]
     | Annotated[Permute, tyro.conf.subcommand("permute")]
 )
 

@@ -31,6 +31,10 @@ SUFFIX = ".safetensors"
 LOOK_EVERY = 0.02  # seconds between two looks for the next file
 
 
+class LogMoved(TableError):
+    """Others have added windows since one looked."""
+
+
 class WindowLog:
     """The windows of one table version.
 
@@ -89,6 +93,7 @@ class WindowLog:
         *,
         dtype: str = "float16",
         removed: Tensor | None = None,
+        seq: int | None = None,
     ) -> int:
         """Add a window, unless the log has one of this name.
 
@@ -98,11 +103,13 @@ class WindowLog:
             vectors: (num_items, dim) floating point.
             dtype: storage type.
             removed: (num_removed,) int64, items taken down.
+            seq: the number that it is to have, by one who has to know all windows before his own.
 
         Returns:
             Its number in the log, which is the earlier one's where there was one.
 
         Raises:
+            LogMoved: others have added windows, and the next number is not `seq`.
             TableError: the window is malformed, see `Window`.
             OSError: it could not be written; it is not in the log then.
         """
@@ -111,14 +118,20 @@ class WindowLog:
             if window_id in self._seq_of:
                 return self._seq_of[window_id]
             # whoever was faster took this number, and then linking fails
-            seq = self._known + 1
-            window = Window.of(ids, vectors, table_version=self.table_version, seq=seq, window_id=window_id,
-                               dtype=dtype, removed=removed)  # fmt: skip
-            if self._publish(self._path(seq), window.to_bytes()):
-                if seq > self._forgotten_through():
-                    return seq
+            number = self._known + 1
+            check_not_moved(str(self), number, seq)
+            window = Window.of(ids, vectors, table_version=self.table_version, seq=number,
+                               window_id=window_id, dtype=dtype, removed=removed)  # fmt: skip
+            if self._publish(self._path(number), window.to_bytes()):
+                if number > self._forgotten_through():
+                    return number
                 # others have taken this number and forgotten it since we looked
-                self._path(seq).unlink()
+                self._path(number).unlink()
+
+    def names(self) -> list[str]:
+        """Names of all windows that ever were."""
+        self._read_names()
+        return list(self._seq_of)
 
     def read(self, seq: int) -> Window:
         """A window by its number.
@@ -251,6 +264,16 @@ def missing_window(log: object, seq: int) -> WindowGap:
         f"{log} has no window {seq}: it keeps {log.first()} to {log.head()}; what was before them is in a "
         "base table of a later seq"
     )
+
+
+def check_not_moved(log: str, next_seq: int, seq: int | None) -> None:
+    """Refuse a window that was meant for another place.
+
+    Raises:
+        LogMoved: `seq` is given and not the next number.
+    """
+    if seq is not None and seq != next_seq:
+        raise LogMoved(f"{log}: the next window is {next_seq}, not {seq}: others have added windows")
 
 
 def check_not_behind(log: str, head: int, seq: int) -> None:

@@ -16,7 +16,12 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from mim_torchrec.embeddings.table.manifest import TableError, VersionMismatch
-from mim_torchrec.embeddings.windows.log import FORMAT_VERSION, check_not_behind, missing_window
+from mim_torchrec.embeddings.windows.log import (
+    FORMAT_VERSION,
+    check_not_behind,
+    check_not_moved,
+    missing_window,
+)
 from mim_torchrec.embeddings.windows.redis_connection import TIMEOUT, connect, locate, reachable
 from mim_torchrec.embeddings.windows.window import MalformedWindow, Window
 
@@ -114,22 +119,30 @@ class RedisWindowLog:
         *,
         dtype: str = "float16",
         removed: Tensor | None = None,
+        seq: int | None = None,
     ) -> int:
         """Add a window, unless the log has one of this name; returns its number.
 
         Raises:
+            LogMoved: others have added windows, and the next number is not `seq`.
             TableError: the window is malformed, see `Window`.
             RedisFull: the server has no memory left; the window is not in the log.
         """
         while True:
-            seq = self.head() + 1
-            window = Window.of(ids, vectors, table_version=self.table_version, seq=seq, window_id=window_id,
-                               dtype=dtype, removed=removed)  # fmt: skip
+            number = self.head() + 1 if seq is None else seq
+            window = Window.of(ids, vectors, table_version=self.table_version, seq=number,
+                               window_id=window_id, dtype=dtype, removed=removed)  # fmt: skip
             with reachable(self._at):
                 keys = (self._log, self._windows, self._names, self._times)
-                taken = int(self._client.eval(APPEND, len(keys), *keys, seq, window_id, window.to_bytes()))
-            if taken:
-                return taken
+                taken = self._client.eval(APPEND, len(keys), *keys, number, window_id, window.to_bytes())
+            if int(taken):
+                return int(taken)
+            check_not_moved(str(self), self.head() + 1, seq)
+
+    def names(self) -> list[str]:
+        """Names of all windows that ever were."""
+        with reachable(self._at):
+            return [name.decode() for name in self._client.hkeys(self._names)]
 
     def read(self, seq: int) -> Window:
         """A window by its number.

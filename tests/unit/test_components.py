@@ -31,6 +31,13 @@ MODULES = {
 }
 
 
+SERVICES = {
+    "rim": ["--source", "new", "--encoder", "encoder", "--table", "table", "--log", "log", "--out", "out"],
+    "follow": ["--store", "redis://host", "--log", "log", "--table_version", "v1"],
+}
+COMPONENTS = STAGES | SERVICES
+
+
 @pytest.fixture(scope="module")
 def runner() -> Iterator[Runner]:
     with get_runner() as runner:
@@ -38,7 +45,7 @@ def runner() -> Iterator[Runner]:
 
 
 def build(stage: str, *arguments: str) -> AppDef:
-    return materialize_appdef(getattr(components, stage), [*STAGES[stage], *arguments])
+    return materialize_appdef(getattr(components, stage), [*COMPONENTS[stage], *arguments])
 
 
 def line(app: AppDef) -> str:
@@ -48,16 +55,16 @@ def line(app: AppDef) -> str:
 def test_every_public_function_is_a_tested_stage():
     functions = inspect.getmembers(components, inspect.isfunction)
     here = {name for name, function in functions if function.__module__ == components.__name__}
-    assert {name for name in here if not name.startswith("_")} == set(STAGES)
+    assert {name for name in here if not name.startswith("_")} == set(COMPONENTS)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", COMPONENTS)
 def test_torchx_finds_no_fault_with_a_component(stage):
     assert [message.description for message in validate(components.__file__, stage)] == []
 
 
 def test_components_are_registered_beside_the_builtin_ones():
-    names = {f"mim.{stage}" for stage in STAGES} | {"dist.ddp", "dist.spmd", "utils.python", "utils.sh"}
+    names = {f"mim.{stage}" for stage in COMPONENTS} | {"dist.ddp", "dist.spmd", "utils.python", "utils.sh"}
     assert names <= set(get_components())
 
 
@@ -72,7 +79,7 @@ def test_torchrun_takes_no_flag_of_a_stage_for_an_ambiguous_one_of_its_own(stage
         assert parsed.training_script_args == [flag, "value"]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", COMPONENTS)
 def test_every_argument_is_documented(stage):
     component = get_component(f"mim.{stage}")
     documentation = inspect.getdoc(component.fn)
@@ -124,3 +131,18 @@ def test_schedulers_accept_a_component(runner, stage, scheduler, config):
     arguments = [*STAGES[stage], "--image", "mim:1", "-j", "2x2"]
     request = runner.dryrun_component(f"mim.{stage}", arguments, scheduler, config)
     assert MODULES[stage] in str(request)
+
+
+@pytest.mark.parametrize("service", SERVICES)
+@pytest.mark.parametrize(
+    "scheduler, config",
+    [("local_cwd", {}), ("slurm", {}), ("kubernetes", {"queue": "default", "validate_spec": False})],
+)
+def test_a_service_is_one_process_that_schedulers_accept(runner, service, scheduler, config):
+    known = runner.scheduler_run_opts(scheduler)._opts
+    config = {name: value for name, value in config.items() if name in known}
+    app = build(service, "--", "--once")
+    assert re.fullmatch(r'exec "\$\$\{MIM_PYTHON:-python\}" -m mim_torchrec\.\S+ .*--once', line(app))
+    arguments = [*SERVICES[service], "--image", "mim:1"]
+    request = runner.dryrun_component(f"mim.{service}", arguments, scheduler, config)
+    assert "mim_torchrec" in str(request) and app.roles[0].num_replicas == 1

@@ -1,0 +1,34 @@
+"""Configuration of RIM; every field is a flag of ``mim rim``."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class RIMConfig:
+    """Encode new items as they come and add them to the window log."""
+
+    source: str
+    """Where items come from: a directory to which whole Parquet files are moved, with the columns of a
+    dataset's items and optionally `removed` (bool); or a URL of Redis with the name of a stream behind #,
+    whose entries have the fields item_id, title and image, or item_id and removed."""
+    encoder: Path
+    """Directory of the encoder that C-SFT wrote, and that the table was exported with."""
+    table: Path
+    """The base table, for its table_version, its type and the seq at which a new log begins."""
+    log: str
+    """Directory or URL of Redis (its name behind #) of the window log."""
+    out: Path
+    """Directory of quarantine.jsonl (items that could not be encoded, and why) and rim.json (counts)."""
+    window_items: int = 1000
+    """Items of a window, at most."""
+    window_seconds: float = 0.5
+    """A window is closed this long after its first item came, however few there are."""
+    batch_size: int = 64
+    """Items encoded at a time."""
+    max_image_bytes: int = 20_000_000
+    """Larger images are put into quarantine."""
+    name: str = ""
+    """Name of the source in the log, where several feed one."""
+    once: bool = False
+    """End when everything that is there has been published; by default, follow the source until SIGTERM."""

@@ -1,0 +1,286 @@
+"""RIM (§3.5): encode new items as they come, and publish them in windows to all who read vectors.
+
+    python -m mim_torchrec.rim.main --source DIR --encoder DIR --table TABLE --log LOG --out DIR
+
+One process follows a source. It may be killed at any time: the log says what was published, and the same
+command goes on behind it. A second one on the same source and log loses the race for every window and
+publishes nothing twice. SIGTERM publishes what was read and ends.
+"""
+
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from threading import Event
+from typing import TypeVar
+
+import torch
+import tyro
+from PIL import Image
+from torch import Tensor
+
+from mim_torchrec.data.errors import DataError
+from mim_torchrec.data.images import decode_image
+from mim_torchrec.embeddings.table.manifest import VersionMismatch
+from mim_torchrec.embeddings.table.quantize import encode, finite_rows
+from mim_torchrec.embeddings.table.reader import Table
+from mim_torchrec.embeddings.windows.log import LogMoved
+from mim_torchrec.embeddings.windows.redis_connection import is_redis
+from mim_torchrec.embeddings.windows.transport import Transport, open_log
+from mim_torchrec.representation.export import TrainedEncoder
+from mim_torchrec.rim.config import RIMConfig
+from mim_torchrec.rim.progress import order, positions_of, window_name
+from mim_torchrec.rim.quarantine import Quarantine
+from mim_torchrec.rim.sources import Arrival, DirectorySource, Source, StreamSource
+from mim_torchrec.training.checkpoint import write_json
+
+log = logging.getLogger("mim_torchrec.rim.main")  # also where it runs as __main__
+
+LOOK = 0.5  # seconds between two looks at whether to stop
+Value = TypeVar("Value")
+
+
+@dataclass
+class Counts:
+    """What RIM did since it was started; `rim.json` holds the same."""
+
+    windows: int = 0
+    items: int = 0
+    removed: int = 0
+    quarantined: int = 0
+    encode_seconds: float = 0.0
+    publish_seconds: float = 0.0
+
+
+@dataclass
+class _Open:
+    """A window that is not closed yet."""
+
+    arrivals: list[Arrival] = field(default_factory=list)
+    vectors: list[Tensor | None] = field(default_factory=list)  # None: in quarantine, or taken down
+    began: float = 0.0
+
+    def keep(self, is_kept: Callable[[Arrival], bool]) -> None:
+        """Forget arrivals."""
+        kept = [k for k, arrival in enumerate(self.arrivals) if is_kept(arrival)]
+        self.arrivals = [self.arrivals[k] for k in kept]
+        self.vectors = [self.vectors[k] for k in kept]
+
+    def contents(self, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, vectors, and ids taken down; of an item that came twice, what came last."""
+        last: dict[int, Tensor | None] = {}
+        for arrival, vector in zip(self.arrivals, self.vectors, strict=True):
+            if vector is not None or (arrival.removed and arrival.item_id is not None):
+                last[arrival.item_id] = vector
+        ids = [item for item, vector in last.items() if vector is not None]
+        gone = [item for item, vector in last.items() if vector is None]
+        vectors = [torch.empty(0, dim), *(last[item][None] for item in ids)]
+        int64 = torch.int64
+        return torch.tensor(ids, dtype=int64), torch.cat(vectors), torch.tensor(gone, dtype=int64)
+
+
+class RIM:
+    """New items from a source into a log.
+
+    Args:
+        config: what to do.
+        device: where the encoder runs.
+
+    Raises:
+        VersionMismatch: the encoder is not the table's, or the log is of another one.
+        DataError: the source does not exist.
+    """
+
+    def __init__(self, config: RIMConfig, device: torch.device) -> None:
+        self._config = config
+        self._encoder = TrainedEncoder(str(config.encoder), device)
+        manifest = Table.open(config.table, verify=False).manifest
+        if self._encoder.version != manifest.table_version:
+            raise VersionMismatch(
+                f"{config.table} is of table_version {manifest.table_version}, {config.encoder} makes "
+                f"vectors of {self._encoder.version}: use the encoder that the table was exported with"
+            )
+        self._dtype = manifest.dtype
+        config.out.mkdir(parents=True, exist_ok=True)
+        self._quarantine = Quarantine(config.out / "quarantine.jsonl")
+        self._log: Transport = open_log(config.log, manifest.table_version, start=manifest.seq)
+        self._source: Source = (
+            StreamSource(config.source, config.name)
+            if is_redis(config.source)
+            else DirectorySource(Path(config.source), config.name)
+        )
+        self.counts = Counts()
+        self._window = _Open()
+        self._bad: list[tuple[Arrival, str]] = []
+        self._seek()
+
+    def run(self, stop: Event) -> Counts:
+        """Follow the source until told to stop, or until its end where `once` says so."""
+        config = self._config
+        with ThreadPoolExecutor() as self._pool:
+            while not stop.is_set():
+                room = config.window_items - len(self._window.arrivals)
+                arrivals = self._insist(
+                    lambda room=room: self._source.read(min(config.batch_size, room), self._patience()), stop
+                )
+                if arrivals is None:
+                    break
+                if arrivals:
+                    self._take(arrivals)
+                ended = config.once and not arrivals
+                if self._is_due() or ended:
+                    self._publish(stop)
+                if ended:
+                    break
+            self._publish(stop)
+        return self.counts
+
+    def _patience(self) -> float:
+        """Seconds to wait for further items."""
+        if self._config.once:
+            return 0.0
+        if not self._window.arrivals:
+            return LOOK
+        return min(max(self._window.began + self._config.window_seconds - time.monotonic(), 0.0), LOOK)
+
+    def _is_due(self) -> bool:
+        window, config = self._window, self._config
+        if not window.arrivals:
+            return bool(self._bad)
+        is_old = time.monotonic() - window.began >= config.window_seconds
+        return is_old or len(window.arrivals) >= config.window_items
+
+    def _take(self, arrivals: list[Arrival]) -> None:
+        """Encode what came and put it into the open window."""
+        started = time.monotonic()
+        if not self._window.arrivals:
+            self._window.began = started
+        readable = list(self._pool.map(self._picture, arrivals))
+        good = [k for k, found in enumerate(readable) if isinstance(found, Image.Image)]
+        vectors: dict[int, Tensor] = {}
+        if good:
+            with torch.inference_mode():
+                encoded = self._encoder([readable[k] for k in good], [arrivals[k].title for k in good])
+            encoded = encoded.float().cpu().clone()
+            finite = finite_rows(encode(encoded, self._dtype), self._dtype).tolist()
+            for k, vector, is_finite in zip(good, encoded, finite, strict=True):
+                if is_finite:
+                    vectors[k] = vector
+                else:
+                    readable[k] = f"its vector holds NaN or infinity as {self._dtype}"
+        for k, arrival in enumerate(arrivals):
+            if isinstance(readable[k], str):
+                self._bad.append((arrival, readable[k]))
+            if arrival.unit:  # else it is no place to go on from
+                self._window.arrivals.append(arrival)
+                self._window.vectors.append(vectors.get(k))
+        self.counts.encode_seconds += time.monotonic() - started
+
+    def _picture(self, arrival: Arrival) -> Image.Image | str | None:
+        """The picture of an item that can be encoded, why one cannot, None for one that is taken down."""
+        if arrival.problem is not None:
+            return arrival.problem
+        if arrival.item_id is None:
+            return "there is no item_id"
+        if arrival.removed:
+            return None
+        if not (arrival.title or "").strip():
+            return "the title is empty"
+        if not arrival.image:
+            return "there is no image"
+        if len(arrival.image) > self._config.max_image_bytes:
+            return f"the image has {len(arrival.image)} bytes, more than {self._config.max_image_bytes}"
+        try:
+            return decode_image(arrival.image)
+        except DataError as error:
+            return error.problem
+
+    def _publish(self, stop: Event) -> None:
+        """Close the window and add it to the log, with the quarantine ahead of it."""
+        started = time.monotonic()
+        known = len(self._quarantine)
+        self._insist(lambda: self._quarantine.add(self._bad), stop, give_up=False)
+        self.counts.quarantined += len(self._quarantine) - known
+        self._bad = []
+        while self._window.arrivals:
+            window = self._window
+            ids, vectors, removed = window.contents(self._encoder.dim)
+            try:
+                seq = self._insist(
+                    lambda w=window, i=ids, v=vectors, r=removed: self._log.append(
+                        window_name(w.arrivals), i, v, dtype=self._dtype, removed=r, seq=self._head + 1
+                    ),
+                    stop,
+                    give_up=False,
+                )
+            except LogMoved as error:
+                log.warning("%s", error)
+                reached = self._seek()
+                window.keep(lambda a, r=reached: a.unit not in r or order(a.position) > order(r[a.unit]))
+                continue
+            self._head, self._window = seq, _Open()
+            self.counts.windows += 1
+            self.counts.items += ids.numel()
+            self.counts.removed += removed.numel()
+            self.counts.publish_seconds += time.monotonic() - started
+            log.info("window %d: %d items, %d taken down", seq, ids.numel(), removed.numel())
+            self._insist(lambda: write_json(self._config.out / "rim.json", asdict(self.counts)), stop)
+
+    def _seek(self) -> dict[str, str]:
+        """Learn from the log how far the source was read, and go on there."""
+        self._head = self._log.head()
+        reached = positions_of(self._log.names())
+        self._source.seek(reached | window_positions(self._window.arrivals, reached))
+        return reached
+
+    def _insist(self, action: Callable[[], Value], stop: Event, give_up: bool = True) -> Value | None:
+        """Do something until a server or disk allows it; None if told to stop meanwhile.
+
+        What was read is published when told to stop: then (`give_up` False) it is tried once more, and
+        failing is an error.
+        """
+        waited = False
+        while True:
+            try:
+                done = action()
+                if waited:
+                    log.warning("going on")
+                return done
+            except OSError as error:
+                if stop.is_set():
+                    if give_up:
+                        return None
+                    raise
+                if not waited:
+                    log.warning("%s; trying again until it works", error)
+                waited = True
+                stop.wait(LOOK)
+
+
+def window_positions(arrivals: list[Arrival], reached: dict[str, str]) -> dict[str, str]:
+    """Where an open window ends, as far as that is behind what the log has reached."""
+    ends = {arrival.unit: arrival.position for arrival in arrivals}
+    return {unit: end for unit, end in ends.items()
+            if unit not in reached or order(end) > order(reached[unit])}  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of ``mim rim``."""
+    config = tyro.cli(RIMConfig, args=argv, description=__doc__)
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("mim_torchrec").setLevel(logging.INFO)
+    stop = Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    counts = RIM(config, device).run(stop)
+    log.info("%d items in %d windows, %d taken down, %d in quarantine", counts.items, counts.windows,
+             counts.removed, counts.quarantined)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

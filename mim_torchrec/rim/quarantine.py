@@ -1,0 +1,51 @@
+"""Items that could not be encoded, and why: a line of JSON each."""
+
+import json
+import logging
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+from mim_torchrec.rim.sources import Arrival
+
+log = logging.getLogger(__name__)
+
+
+class Quarantine:
+    """A file to which items are added once, however often they are met.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known: set[tuple[str, str]] = set()
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                if line.startswith("{") and line.endswith("}"):  # else it was broken off
+                    entry = json.loads(line)
+                    self._known.add((entry["place"], entry["reason"]))
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def add(self, found: list[tuple[Arrival, str]]) -> None:
+        """Add arrivals with their reasons; they are on the disk when this returns.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        new = [(arrival, reason) for arrival, reason in found if (arrival.place, reason) not in self._known]
+        if not new:
+            return
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        facts = [{"place": a.place, "item_id": a.item_id, "reason": reason, "at": now} for a, reason in new]
+        lines = [json.dumps(entry, ensure_ascii=False) for entry in facts]
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write("\n" + "\n".join(lines) + "\n")  # the first ends a line that was broken off
+            file.flush()
+            os.fsync(file.fileno())
+        for arrival, reason in new:
+            log.warning("in quarantine: %s: %s", arrival.place, reason)
+            self._known.add((arrival.place, reason))
