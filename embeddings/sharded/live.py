@@ -8,13 +8,14 @@ see half a vector.
 Which windows apply is the rule in `windows/window.py`; a log that delivers them is `windows/log.py`.
 """
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from mim_torchrec.embeddings.sharded.frozen import FrozenTable, TableState
-from mim_torchrec.embeddings.sharded.load import find_frozen
+from mim_torchrec.embeddings.sharded.load import digest_of_ranks, find_frozen
 from mim_torchrec.embeddings.table.format import (
     DuplicateId,
     NonFiniteVector,
@@ -25,6 +26,7 @@ from mim_torchrec.embeddings.table.format import (
     encode,
 )
 from mim_torchrec.embeddings.table.quantize import finite_rows
+from mim_torchrec.embeddings.table.shards import CHUNK
 from mim_torchrec.embeddings.windows.window import Window, is_due
 
 
@@ -94,7 +96,7 @@ class ItemIndex:
             DuplicateId: an id is there twice.
         """
         _check_distinct(ids)
-        known = self._home(ids)
+        known = self.homes(ids)
         fresh = ids[known == 0].sort().values.tolist()
         if len(fresh) > self.head_room:
             room = self.capacity - self._index.ids.numel() + max(len(fresh), self.capacity // 10)
@@ -107,17 +109,17 @@ class ItemIndex:
             self._new[item] = 1 + self._index.ids.numel() + len(self._new)
         self._gone.difference_update(ids.tolist())
         self._refresh()
-        return self._home(ids)
+        return self.homes(ids)
 
     def remove(self, ids: Tensor) -> Tensor:
         """Forget items (n,) int64; returns the rows of those that were known."""
         _check_distinct(ids)
-        rows = self._home(ids)
+        rows = self.homes(ids)
         self._gone.update(ids[rows > 0].tolist())
         self._refresh()
         return rows[rows > 0]
 
-    def _home(self, ids: Tensor) -> Tensor:
+    def homes(self, ids: Tensor) -> Tensor:
         """The rows of items, taken down or not; 0 for those that never had one."""
         rows = self._index.rows(ids)
         new = [self._new.get(item, 0) for item in ids[rows == 0].tolist()]
@@ -257,6 +259,36 @@ def apply_window(
     written += _write(frozen, gone, stored.new_zeros(gone.numel(), stored.shape[1]))
     frozen.state = TableState(state.table_version, window.seq)
     return UpdateReport(items=window.ids.numel() + gone.numel(), rows=written, head_room=index.head_room)
+
+
+def expected_digest(
+    model: nn.Module, table: Table, index: ItemIndex, changed: dict[int, Tensor | None], *, name: str = "mm"
+) -> str:
+    """What `load.table_digest` of a live table is, if it holds a base and some changes and nothing else.
+
+    Args:
+        model: as in :func:`update_items`.
+        table: the base, opened anew: a live table may be mapped, and what is written there is in its mapping.
+        index: as in :func:`update_items`, after the changes.
+        changed: by item, the vector as stored, None for one that was taken down.
+        name: of the table.
+    """
+    module, frozen = find_frozen(model, name)
+    ids = torch.tensor(sorted(changed), dtype=torch.int64)
+    places = index.homes(ids)
+    zero = torch.zeros(table.manifest.stored_width, dtype=table.manifest.torch_dtype)
+    row_of = {int(row): changed[item] for row, item in zip(places, ids.tolist(), strict=True) if row > 0}
+    rows = torch.tensor(sorted(row_of), dtype=torch.int64)
+    first, last = frozen.first_row, frozen.first_row + frozen.store.num_rows
+    digest = hashlib.sha256()
+    for start in range(first, last, CHUNK):
+        stop = min(start + CHUNK, last)
+        part = table.rows_for(start, stop)
+        for row in rows[(rows >= start) & (rows < stop)].tolist():
+            vector = row_of[row]
+            part[row - start] = zero if vector is None else vector
+        digest.update(part.view(torch.uint8).numpy())
+    return digest_of_ranks(digest.hexdigest(), module)
 
 
 def _write(frozen: FrozenTable, rows: Tensor, stored: Tensor) -> int:

@@ -139,7 +139,12 @@ def table_digest(model: nn.Module, name: str = "mm") -> str:
     digest = hashlib.sha256()
     for rows in frozen.store.blocks():
         digest.update(rows.cpu().view(torch.uint8).numpy())
-    return hashlib.sha256("".join(gather(digest.hexdigest(), group_of(module))).encode()).hexdigest()
+    return digest_of_ranks(digest.hexdigest(), module)
+
+
+def digest_of_ranks(digest: str, module: FrozenModule) -> str:
+    """One digest of those of all ranks that share a collection's rows."""
+    return hashlib.sha256("".join(gather(digest, group_of(module))).encode()).hexdigest()
 
 
 def find_frozen(model: nn.Module, name: str) -> tuple[FrozenModule, FrozenTable]:

@@ -62,9 +62,9 @@ def compact(table: str | Path, log: str | Path, out: str | Path) -> Manifest:
         raise
 
 
-def changes(log: Transport, base: Manifest) -> tuple[dict[int, Tensor | None], int]:
+def changes(log: Transport, base: Manifest, last: int | None = None) -> tuple[dict[int, Tensor | None], int]:
     """What a log changes of a base: the vector of every item as the base stores it, None where it is taken
-    down; and the number of the last window.
+    down; and the number of the last window, at most `last`.
 
     Raises:
         WindowGap: windows between the two are gone.
@@ -72,6 +72,8 @@ def changes(log: Transport, base: Manifest) -> tuple[dict[int, Tensor | None], i
     changed: dict[int, Tensor | None] = {}
     seq = base.seq
     for window in log.after(seq):
+        if last is not None and window.seq > last:
+            break
         if is_due(window.table_version, window.seq, base.table_version, seq):
             changed |= dict(zip(window.ids.tolist(), window.stored_as(base.dtype), strict=True))
             changed |= dict.fromkeys(window.removed.tolist())

@@ -17,12 +17,15 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.sharding import build_model, shard
+from mim_torchrec.ctr.windows import LiveWindows
 from mim_torchrec.data.requests import RequestReader
 from mim_torchrec.data.schema import Dataset
 from mim_torchrec.data.vocabulary import COLUMNS, IdMapper, Vocabulary, scan_ids
 from mim_torchrec.embeddings.sharded.frozen import frozen_config
 from mim_torchrec.embeddings.sharded.live import ItemIndex
 from mim_torchrec.embeddings.sharded.load import load_table, open_table, table_digest
+from mim_torchrec.embeddings.table.reader import Table
+from mim_torchrec.embeddings.windows.transport import open_log
 from mim_torchrec.training.checkpoint import write_json
 from mim_torchrec.training.distributed import Ranks
 
@@ -38,14 +41,18 @@ class Assembled:
         model: sharded, its frozen table loaded.
         optimizer: of everything trainable.
         mapper: ids to embedding rows.
+        table: the multi-modal table on the disk, None for Base.
+        index: of its items, which the mapper uses.
         frozen: the collection of multi-modal vectors, None for Base.
-        facts: `rows`, `dim`, `dtype`, `table_version`, `content` and `digest_before` of the table, None for
-            Base.
+        facts: `rows`, `dim`, `dtype`, `table_version`, `seq`, `content` and `digest_before` of the table,
+            None for Base.
     """
 
     model: DistributedModelParallel
     optimizer: CombinedOptimizer
     mapper: IdMapper
+    table: Table | None
+    index: ItemIndex | None
     frozen: nn.Module | None
     facts: dict[str, Any] | None
 
@@ -71,10 +78,35 @@ def assemble(config: CTRConfig, vocabularies: dict[str, Vocabulary], ranks: Rank
             "dim": table.manifest.dim,
             "dtype": table.manifest.dtype,
             "table_version": table.manifest.table_version,
+            "seq": table.manifest.seq,
             "content": table.manifest.content,
             "digest_before": table_digest(frozen),
         }
-    return Assembled(model, optimizer, mapper, frozen, facts)
+    return Assembled(model, optimizer, mapper, table, index, frozen, facts)
+
+
+def live_windows(
+    config: CTRConfig, assembled: Assembled, ranks: Ranks, begin: bool = False
+) -> LiveWindows | None:
+    """The windows that go into the model's table, None where there is no log of them.
+
+    Args:
+        config: names the log.
+        assembled: the model.
+        ranks: the process group.
+        begin: a log that is not there yet.
+
+    Raises:
+        ValueError: there is a log and no table.
+        VersionMismatch: the log is of another version than the table.
+    """
+    if config.windows is None:
+        return None
+    if assembled.table is None:
+        raise ValueError("--windows changes the multi-modal table, which --mim off has not")
+    manifest = assembled.table.manifest
+    log = open_log(config.windows, manifest.table_version, start=manifest.seq if begin else None)
+    return LiveWindows(assembled.model, assembled.index, log, config.windows_every, ranks)
 
 
 def open_reader(

@@ -112,6 +112,11 @@ class CTRConfig(ModelConfig):
     """Directory of the multi-modal table; needed when `mim` is on, not read when it is off."""
     table_version: Annotated[str | None, tyro.conf.arg(aliases=["--expected-table-version"])] = None
     """Version that the table must have; another is refused."""
+    windows: str | None = None
+    """Directory or URL of Redis of the window log of the table: new items that `mim rim` publishes come into
+    the table while it trains. None leaves the table as it is."""
+    windows_every: int = 100
+    """Steps between two looks into the window log."""
     preset: Preset = "paper"
     """Where the defaults of all other flags come from: `paper` is the form of the paper, `recommended` what
     has raised the AUC on every data set that it was measured on."""
@@ -167,6 +172,7 @@ class CTRConfig(ModelConfig):
     def same_run(self) -> dict[str, Any]:
         """What a run that is taken up must have been started with."""
         free = {"out", "preset", "pipeline", "index_dedup", "checkpoint", "log_every", "item_cache"}
+        free.add("windows")  # their log may move
         return {name: value for name, value in asdict(self).items() if name not in free}
 
     def features(self) -> Features:

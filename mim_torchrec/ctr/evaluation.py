@@ -16,7 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
 
-from mim_torchrec.ctr.assembly import assemble, load_vocabularies, log_to_stderr, open_reader, read_config
+from mim_torchrec.ctr.assembly import (
+    assemble,
+    live_windows,
+    load_vocabularies,
+    log_to_stderr,
+    open_reader,
+    read_config,
+)
 from mim_torchrec.ctr.evaluate import predict, summarize
 from mim_torchrec.ctr.task import load_model
 from mim_torchrec.data.items import ItemStore
@@ -45,6 +52,8 @@ class EvaluationConfig:
     table: Path | None = None
     """Directory of the multi-modal table, of the version that the model was trained on; by default that of
     the run."""
+    windows: str | None = None
+    """Directory or URL of the window log of the table, which is applied; by default that of the run."""
     checkpoint: str = "best"
     """`best`, or one of the names in the run's `checkpoints`, or the directory of a checkpoint."""
     draws: int = 200
@@ -85,6 +94,7 @@ def evaluate(config: EvaluationConfig, ranks: Ranks) -> dict[str, Any]:
         trained,
         data=config.data or trained.data,
         table=config.table or trained.table,
+        windows=config.windows or trained.windows,
         batch_size=config.batch_size,
         on_bad_row=config.on_bad_row,
     )
@@ -94,6 +104,10 @@ def evaluate(config: EvaluationConfig, ranks: Ranks) -> dict[str, Any]:
     reader = open_reader(settings, dataset, config.split, ranks)
     assembled = assemble(settings, load_vocabularies(config.model), ranks)
     load_model(assembled.model, checkpoint)
+    windows = live_windows(settings, assembled, ranks)
+    if windows is not None:
+        windows.catch_up()
+        assembled.facts["seq_after"] = windows.seq
     predictions = predict(assembled.model, reader, assembled.mapper, ranks)
     report = summarize(predictions, items, config.draws) | {
         "model": str(config.model),

@@ -12,14 +12,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
 
-from mim_torchrec.ctr.assembly import assemble, log_to_stderr, open_reader, scan_vocabularies, write_config
+from mim_torchrec.ctr.assembly import (
+    Assembled,
+    assemble,
+    live_windows,
+    log_to_stderr,
+    open_reader,
+    scan_vocabularies,
+    write_config,
+)
 from mim_torchrec.ctr.config import CTRConfig, parse
 from mim_torchrec.ctr.evaluate import predict, summarize
 from mim_torchrec.ctr.task import CTRTask, load_model
 from mim_torchrec.ctr.warm_start import warm_start
+from mim_torchrec.ctr.windows import LiveWindows
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.schema import SPLITS, Dataset
 from mim_torchrec.embeddings.sharded.load import table_digest
+from mim_torchrec.embeddings.windows.window import WindowGap
 from mim_torchrec.training.checkpoint import write_json
 from mim_torchrec.training.checkpoints import Checkpoints
 from mim_torchrec.training.distributed import Ranks, distributed
@@ -50,9 +60,12 @@ def train_and_evaluate(config: CTRConfig, ranks: Ranks) -> dict[str, Any]:
 
     # a table is the same by what it holds, wherever it lies
     same_run = config.same_run() | {"table": None if facts is None else facts["content"]}
+    windows = live_windows(config, assembled, ranks, begin=True)
+    if windows is not None:  # the base of a run that is taken up may be a later one
+        same_run["table"] = facts["table_version"]
     pipeline = config.pipeline == "on" or (config.pipeline == "auto" and ranks.device.type == "cuda")
     task = CTRTask(model, assembled.optimizer, readers["train"], readers["validation"], mapper, ranks,
-                   config.aux_weight, config.id_dropout, config.seed, pipeline)  # fmt: skip
+                   config.aux_weight, config.id_dropout, config.seed, pipeline, windows)  # fmt: skip
     history = fit(
         task,
         epochs=config.epochs,
@@ -67,12 +80,7 @@ def train_and_evaluate(config: CTRConfig, ranks: Ranks) -> dict[str, Any]:
     predictions = predict(model, readers["test"], mapper, ranks)
     report = summarize(predictions, items)
     if facts is not None:
-        facts["digest_after"] = table_digest(assembled.frozen)
-        if facts["digest_after"] != facts["digest_before"]:
-            raise RuntimeError(
-                f"the frozen table {config.table} changed in training: digest {facts['digest_before']} "
-                f"before, {facts['digest_after']} after"
-            )
+        facts |= check_table(config, assembled, windows)
     unknown = mapper.unknown_shares()
     for name, share in unknown.items():
         if share > config.max_unknown:
@@ -95,6 +103,35 @@ def train_and_evaluate(config: CTRConfig, ranks: Ranks) -> dict[str, Any]:
         log.info("test: auc %.4f, gauc %s, ne %s, %d impressions", report["auc"] or float("nan"),
                  report["gauc"], report["ne"], report["n"])
     return report
+
+
+def check_table(
+    config: CTRConfig, assembled: Assembled, windows: LiveWindows | None
+) -> dict[str, str | int | None]:
+    """What is known of the table after training, which only windows may have changed.
+
+    Returns:
+        `digest_after`, `seq_after`, and `digest_of_windows`, of what the base and the windows say; None where
+        the log has forgotten them since.
+
+    Raises:
+        RuntimeError: something else has changed it.
+    """
+    before, after = assembled.facts["digest_before"], table_digest(assembled.frozen)
+    seq = assembled.facts["seq"] if windows is None else windows.seq
+    expected: str | None = before
+    if seq != assembled.facts["seq"]:
+        try:
+            expected = windows.expected_digest(assembled.table)
+        except WindowGap as error:
+            log.warning("whether only windows have changed the table is not known: %s", error)
+            expected = None
+    if expected is not None and after != expected:
+        raise RuntimeError(
+            f"the frozen table {config.table} changed in training: digest {before} before, {expected} after "
+            f"windows up to {seq}, {after} found"
+        )
+    return {"digest_after": after, "seq_after": seq, "digest_of_windows": expected}
 
 
 def main(argv: list[str] | None = None) -> None:

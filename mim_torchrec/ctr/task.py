@@ -17,6 +17,7 @@ from torchrec.optim.warmup import WarmupOptimizer
 
 from mim_torchrec.ctr.evaluate import predict
 from mim_torchrec.ctr.pipeline import SparseExchange
+from mim_torchrec.ctr.windows import LiveWindows
 from mim_torchrec.data.batch import RequestBatch
 from mim_torchrec.data.requests import RequestReader
 from mim_torchrec.data.vocabulary import IdMapper
@@ -49,10 +50,20 @@ class CTRState:
     Args:
         model: the sharded model.
         optimizer: of everything trainable.
+        windows: that go into the frozen table.
+
+    Attributes:
+        steps: taken so far.
     """
 
-    def __init__(self, model: DistributedModelParallel, optimizer: CombinedOptimizer) -> None:
-        self._model, self._optimizer = model, optimizer
+    def __init__(
+        self,
+        model: DistributedModelParallel,
+        optimizer: CombinedOptimizer,
+        windows: LiveWindows | None = None,
+    ) -> None:
+        self._model, self._optimizer, self._windows = model, optimizer, windows
+        self.steps = 0
         self._epoch = 0
         self._done: list[tuple[int, int]] = []
 
@@ -75,12 +86,17 @@ class CTRState:
         self._optimizer.load_state_dict(state["optimizer"])
 
     def local(self) -> dict[str, Any]:
-        """What other numbers of ranks have read of the epoch."""
-        return {"epoch": self._epoch, "done": [list(part) for part in self._done]}
+        """What other numbers of ranks have read of the epoch, and the last window that was applied."""
+        seq = None if self._windows is None else self._windows.seq
+        done = [list(part) for part in self._done]
+        return {"epoch": self._epoch, "done": done, "steps": self.steps, "seq": seq}
 
     def load_local(self, state: dict[str, Any]) -> None:
         """Take what `local` gave."""
         self._epoch, self._done = state["epoch"], [(ranks, batches) for ranks, batches in state["done"]]
+        self.steps = state["steps"]
+        if self._windows is not None and state["seq"] is not None:
+            self._windows.catch_up(state["seq"])
 
     def redivide(self, epoch: int, step: int, world_size: int) -> int:
         """Divide what is left of the epoch over the ranks that there are now."""
@@ -103,6 +119,7 @@ class CTRTask:
         id_dropout: probability that the item id of a training candidate is hidden.
         seed: of what is hidden.
         pipeline: exchange the ids of the next batch while this one is computed.
+        windows: of new items, None for none.
 
     Raises:
         ValueError: `id_dropout` is no probability below 1.
@@ -120,6 +137,7 @@ class CTRTask:
         id_dropout: float = 0.0,
         seed: int = 0,
         pipeline: bool = False,
+        windows: LiveWindows | None = None,
     ) -> None:
         if not 0 <= id_dropout < 1:
             raise ValueError(f"id dropout is {id_dropout}; it has to be at least 0 and below 1")
@@ -132,7 +150,8 @@ class CTRTask:
         self._aux_weight = aux_weight
         self._id_dropout, self._seed = id_dropout, seed
         self._exchange = SparseExchange(model, optimizer, ranks.device) if pipeline else None
-        self.state = CTRState(model, optimizer)
+        self._windows = windows
+        self.state = CTRState(model, optimizer, windows)
 
     def num_batches(self, epoch: int) -> int:
         """Steps of an epoch, or of what other numbers of ranks have left of it; the same on every rank."""
@@ -141,6 +160,8 @@ class CTRTask:
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[RequestBatch]:
         """Batches of an epoch from `first` on, ids mapped to rows and on the rank's device."""
+        if self._windows is not None:  # before the first batch is mapped
+            self._windows.before_step(self.state.steps)
         batches = self._mapped(epoch, first)
         if self._exchange is not None:
             return self._exchange.exchanged(batches)
@@ -166,6 +187,9 @@ class CTRTask:
 
     def training_forward(self, batch: RequestBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of a batch; of an auxiliary part its value before its weight is reported."""
+        if self._windows is not None:
+            self._windows.before_step(self.state.steps)
+        self.state.steps += 1
         logits, auxiliary = self.model(batch)
         if self._exchange is not None:
             self._exchange.after_forward()
