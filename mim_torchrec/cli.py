@@ -16,6 +16,8 @@ COMMANDS = {
     "rim": ("mim_torchrec.rim.main", "encode new items as they come, publish them in windows"),
     "ctr": ("mim_torchrec.ctr.main", "train and evaluate a click-through-rate model"),
     "evaluate": ("mim_torchrec.ctr.evaluation", "score any split with a trained model"),
+    "bundle": ("mim_torchrec.serving.bundle", "write what a server loads of a trained model"),
+    "serve": ("mim_torchrec.serving.main", "answer requests for scores over HTTP"),
     "plan": ("mim_torchrec.embeddings.sharded.plan", "say where tables would go on a cluster"),
     "table": ("mim_torchrec.embeddings.table.main", "import, check, compare, convert, compact a table"),
     "store": ("mim_torchrec.embeddings.stores.main", "put a table into Redis, keep it up, check it"),

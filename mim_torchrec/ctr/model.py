@@ -187,6 +187,7 @@ class CTRModel(nn.Module):
             config.batch_norm,
             config.dropout,
         )
+        self.list_pairs: Callable[[Tensor, Tensor], RequestPairs] = RequestPairs.build
         self.score = _Untraced(self._score)
 
     def forward(self, batch: RequestBatch) -> Prediction:
@@ -214,7 +215,7 @@ class CTRModel(nn.Module):
     ) -> Prediction:
         """What comes after the lookups."""
         sparse = batch.sparse
-        pairs = RequestPairs.build(
+        pairs = self.list_pairs(
             sparse["candidate_item_id"].offsets(), sparse["behavior_item_id"].offsets()
         )
 

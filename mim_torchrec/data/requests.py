@@ -317,5 +317,9 @@ def _dense(values: Mapping[str, np.ndarray], names: Sequence[str]) -> torch.Tens
     """Columns side by side, their ranges made alike: sign(x) · log(1 + |x|)."""
     if not names:
         return None
-    columns = torch.from_numpy(np.stack([values[name] for name in names], axis=1))
+    return alike(torch.from_numpy(np.stack([values[name] for name in names], axis=1)))
+
+
+def alike(columns: torch.Tensor) -> torch.Tensor:
+    """Numbers of any range as models get them: sign(x) · log(1 + |x|)."""
     return columns.sign() * columns.abs().log1p()

@@ -1,0 +1,201 @@
+"""What a server loads of a trained model (§3.5, CMD): dense weights, and ID tables to look rows up in.
+
+    <bundle>/bundle.json            configuration, model_version, table_version
+    <bundle>/dense.safetensors      weights that are not embeddings, and the rows of unknown ids
+    <bundle>/tables/<name>/         a table of each kind of id, by id, in the format of multi-modal tables
+
+The computation machine holds the dense weights. Rows stay on the disk, in the page cache that processes
+share, or are loaded into Redis (`mim store load`); ids are their keys, so that no vocabulary is held either.
+"""
+
+import hashlib
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+import tyro
+from pydantic import TypeAdapter, ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torchrec.modules.embedding_configs import EmbeddingConfig
+
+from mim_torchrec.ctr.assembly import load_vocabularies, read_config
+from mim_torchrec.ctr.config import CTRConfig
+from mim_torchrec.ctr.evaluation import find_checkpoint
+from mim_torchrec.ctr.model import CTRModel
+from mim_torchrec.ctr.sharding import build_model
+from mim_torchrec.embeddings.table.manifest import VersionMismatch
+from mim_torchrec.embeddings.table.reader import Table
+from mim_torchrec.embeddings.table.shards import CHUNK
+from mim_torchrec.embeddings.table.writer import TableWriter
+from mim_torchrec.training.checkpoint import whole_directory, write_json
+
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+ABOUT, DENSE, TABLES = "bundle.json", "dense.safetensors", "tables"
+UNKNOWN = "unknown."
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on the disk.
+
+    Attributes:
+        path: its directory.
+        config: the run's.
+        model_version: digest of weights and configuration.
+        table_version: of the multi-modal vectors that the model was trained on; None for Base.
+        mm_dim: their length; 0 for Base.
+        tables: names of the ID tables.
+    """
+
+    path: Path
+    config: CTRConfig
+    model_version: str
+    table_version: str | None
+    mm_dim: int
+    tables: tuple[str, ...]
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Bundle":
+        """Open a bundle.
+
+        Raises:
+            ValueError: there is none, or it is of another format.
+        """
+        path = Path(path)
+        try:
+            found = json.loads((path / ABOUT).read_text())
+            if (version := found["format_version"]) != FORMAT_VERSION:
+                raise ValueError(f"format_version {version}, this release reads {FORMAT_VERSION}")
+            config = TypeAdapter(CTRConfig).validate_python(found["config"])
+            return cls(path, config, found["model_version"], found["table_version"], found["mm_dim"],
+                       tuple(found["tables"]))  # fmt: skip
+        except FileNotFoundError:
+            raise ValueError(f"{path} is no bundle: it has no {ABOUT}; mim bundle writes one") from None
+        except (ValidationError, KeyError, ValueError) as error:
+            raise ValueError(f"{path / ABOUT} cannot be read: {error}") from None
+
+    def table(self, name: str) -> Table:
+        """An ID table, memory-mapped."""
+        return Table.open(self.path / TABLES / name, self.version_of(name), verify=False)
+
+    def version_of(self, name: str) -> str:
+        """The version of an ID table's rows: no other model's fit."""
+        return f"{self.model_version}.{name}"
+
+    def load(self) -> tuple[CTRModel, dict[str, Tensor]]:
+        """The model in evaluation mode, without rows, and the rows of unknown ids by table.
+
+        Raises:
+            VersionMismatch: the weights are not those of the bundle.
+        """
+        dense = load_file(self.path / DENSE)
+        if _digest(dense, self.config, self.table_version) != self.model_version:
+            raise VersionMismatch(f"{self.path / DENSE} does not hold the weights of {self.model_version}")
+        unknown = {k.removeprefix(UNKNOWN): dense.pop(k) for k in list(dense) if k.startswith(UNKNOWN)}
+        mm = None
+        if self.table_version is not None:
+            mm = EmbeddingConfig(name="mm", num_embeddings=1, embedding_dim=self.mm_dim,
+                                 feature_names=["candidate_mm", "behavior_mm"])  # fmt: skip
+        model = build_model(self.config, dict.fromkeys(self.tables, 1), mm, torch.device("meta"))
+        missing, surplus = model.load_state_dict(dense, strict=False)
+        lacking = [name for name in missing if "_embeddings." not in name]
+        if lacking or surplus:
+            raise VersionMismatch(f"{self.path / DENSE} does not fit its model: {[*lacking, *surplus]}")
+        return model.eval(), unknown
+
+
+def write_bundle(run: Path, out: Path, checkpoint: str = "best") -> Bundle:
+    """Write a bundle of a run of `mim ctr`; memory holds one ID table at a time.
+
+    Args:
+        run: directory of the run.
+        out: directory of the bundle; one that is there is replaced when the new one is whole.
+        checkpoint: as of `mim evaluate`.
+
+    Raises:
+        ValueError: `run` is no run, or has no such checkpoint.
+    """
+    config = read_config(run)
+    path = find_checkpoint(run, checkpoint)
+    state, prefix = (path / "state", "model.") if (path / "state").is_dir() else (path, "")
+    sizes = {
+        name.removeprefix(prefix): (name, found.size, found.properties.dtype)
+        for name, found in FileSystemReader(state).read_metadata().state_dict_metadata.items()
+        if name.startswith(prefix) and hasattr(found, "size")
+    }
+    where = {name.split(".")[-2]: name for name in sizes if "_embeddings." in name}
+    vocabularies = load_vocabularies(run)
+
+    def read(names: list[str]) -> dict[str, Tensor]:
+        tensors = {sizes[n][0]: torch.empty(sizes[n][1], dtype=sizes[n][2]) for n in names}
+        dcp.load(tensors, checkpoint_id=str(state), no_dist=True)
+        return {name: tensors[sizes[name][0]] for name in names}
+
+    dense = read([name for name in sizes if name not in where.values()])
+    for name, key in where.items():
+        dense[UNKNOWN + name] = read([key])[key][0].clone()
+    version = _digest(dense, config, config.table_version)
+    facts: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "model_version": version,
+        "table_version": config.table_version,
+        "mm_dim": 0 if config.table is None or config.mim == "off" else Table.open(
+            config.table, config.table_version, verify=False).manifest.dim,
+        "tables": list(where),
+        "run": str(run),
+        "checkpoint": str(path),
+        "config": asdict(config),
+    }  # fmt: skip
+    with whole_directory(out) as folder:
+        save_file(dense, folder / DENSE)
+        for name, key in where.items():
+            rows, ids = read([key])[key], vocabularies[name].ids
+            writer = TableWriter(
+                folder / TABLES / name, table_version=f"{version}.{name}", dim=rows.shape[1], dtype="float32",
+                encoder={"id_table": name},
+            )  # fmt: skip
+            for start in range(0, ids.numel(), CHUNK):
+                part = ids[start : start + CHUNK]
+                writer.write_shard(part, rows[1 + start : 1 + start + part.numel()])
+            writer.finish()
+        write_json(folder / ABOUT, facts)
+    return Bundle.open(out)
+
+
+def _digest(dense: dict[str, Tensor], config: CTRConfig, table_version: str | None) -> str:
+    digest = hashlib.sha256(json.dumps([asdict(config.model()), table_version], sort_keys=True).encode())
+    for name in sorted(dense):
+        digest.update(name.encode() + dense[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleConfig:
+    """Write what a server loads of a trained model: dense weights, and its ID tables by id."""
+
+    run: Path
+    """Directory that `mim ctr` has written."""
+    out: Path
+    """Directory of the bundle."""
+    checkpoint: str = "best"
+    """`best`, or one of the names in the run's `checkpoints`, or the directory of a checkpoint."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of ``mim bundle``."""
+    config = tyro.cli(BundleConfig, args=argv, prog="mim bundle")
+    made = write_bundle(config.run, config.out, config.checkpoint)
+    print(f"{made.path}: model {made.model_version}, of table_version {made.table_version}, tables "
+          f"{', '.join(made.tables)}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+r"""Content and fusion interest without a pass over the history for each candidate (Eq. 7 and 8 at serving).
+
+The relevance is a cosine, and so the interests are linear in the normalized vector of the target,
+
+    \sum_i \cos(h_t, h_i) h_i = (\sum_i h_i \hat h_i^T) \hat h_t,
+
+with a d x d matrix that depends on the history alone (for the fusion interest id_dim x d). Made once for a
+request, its cost for a candidate does not depend on the length of the history; kept for a user, it is not
+made at all. A temperature makes the weights no longer linear, and the similarity interest needs the cosines
+themselves: those are computed over the history, as in training.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mim_torchrec.ciubm.ciubm import CiUBM, Interests
+from mim_torchrec.ciubm.content import content_relevance
+from mim_torchrec.ciubm.jagged import RequestPairs
+from mim_torchrec.ciubm.similarity import similarity_interest
+from mim_torchrec.ciubm.ubm.interface import BehaviorContext
+
+
+def is_linear(ciubm: CiUBM) -> bool:
+    """Whether content and fusion interest are linear in the relevance, and one of them is there."""
+    return ciubm.log_temperature is None and (ciubm.content or ciubm.fusion)
+
+
+def interest_matrix(behaviors_mm: Tensor, behaviors: Tensor) -> Tensor:
+    """The matrix of a history, (mm_dim + id_dim, mm_dim).
+
+    Args:
+        behaviors_mm: (num_behaviors, mm_dim).
+        behaviors: (num_behaviors, id_dim) ID embeddings.
+    """
+    behaviors_mm = behaviors_mm.float()
+    return torch.cat([behaviors_mm, behaviors], dim=1).T @ F.normalize(behaviors_mm, dim=-1)
+
+
+class MatrixCiUBM(nn.Module):
+    """`CiUBM` in evaluation, its content and fusion interest by matrices.
+
+    Args:
+        ciubm: trained, with a relevance that enters linearly.
+
+    Attributes:
+        given: matrices of the next batch's requests that are known already, None for those that are not; it
+            is used up by the next call, after which `made` has all of them.
+
+    Raises:
+        ValueError: the interests are not linear in the relevance.
+    """
+
+    def __init__(self, ciubm: CiUBM) -> None:
+        super().__init__()
+        if not is_linear(ciubm):
+            raise ValueError("content and fusion interest are not linear in the relevance")
+        self.inner = ciubm
+        self.given: list[Tensor | None] | None = None
+        self.made: list[Tensor] = []
+
+    @property
+    def similarity_dim(self) -> int:
+        return self.inner.similarity_dim
+
+    def forward(
+        self,
+        candidates: Tensor,
+        behaviors: Tensor,
+        pairs: RequestPairs,
+        candidates_mm: Tensor,
+        behaviors_mm: Tensor,
+        context: BehaviorContext | None = None,
+    ) -> Interests:
+        """See `CiUBM.forward`; where all matrices are given, `behaviors_mm` is not read."""
+        inner = self.inner
+        of_ids = None
+        if inner.ubm is not None:
+            of_ids = inner.ubm(candidates, behaviors, pairs, context).value
+        similarity = None
+        if inner.tiers:
+            relevance = content_relevance(candidates_mm, behaviors_mm, pairs)
+            similarity = similarity_interest(relevance, pairs, inner.tiers, inner.windows)
+        c_ends, b_ends = pairs.candidate_offsets.tolist(), pairs.behavior_offsets.tolist()
+        given = self.given or [None] * (len(c_ends) - 1)
+        self.given, self.made = None, []
+        targets = F.normalize(candidates_mm.float(), dim=-1)
+        parts = []
+        for request, matrix in enumerate(given):
+            own = slice(b_ends[request], b_ends[request + 1])
+            if matrix is None:
+                matrix = interest_matrix(behaviors_mm[own], behaviors[own])
+            self.made.append(matrix)
+            part = targets[c_ends[request] : c_ends[request + 1]] @ matrix.T
+            parts.append(part / max(own.stop - own.start, 1) if inner.pooling == "mean" else part)
+        both = torch.cat(parts)
+        dim = candidates_mm.shape[1]
+        return Interests(
+            of_ids,
+            both[:, :dim] if inner.content else None,
+            both[:, dim:] if inner.fusion else None,
+            similarity,
+        )
+
+
+class MatrixCache:
+    """Matrices of histories, the least recently used ones dropped.
+
+    A matrix is of the rows that a store had when it was made. What a window changes is dropped, and a matrix
+    whose rows were read before a window that came in between is not kept.
+
+    Args:
+        capacity: matrices; 0 keeps none.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[Hashable, tuple[Tensor, Tensor]] = OrderedDict()
+        self.generation = 0
+        self.hits = self.misses = 0
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def get(self, key: Hashable) -> Tensor | None:
+        """The matrix of a history, None if it is not there."""
+        with self._lock:
+            found = self._kept.get(key)
+            if found is None:
+                self.misses += 1
+                return None
+            self.hits += 1
+            self._kept.move_to_end(key)
+            return found[1]
+
+    def put(self, key: Hashable, items: Tensor, matrix: Tensor, generation: int) -> None:
+        """Keep a matrix.
+
+        Args:
+            key: of the history.
+            items: (num_behaviors,) int64 of the history.
+            matrix: from `interest_matrix`.
+            generation: the cache's when the rows were asked for.
+        """
+        with self._lock:
+            if generation != self.generation or not self._capacity:
+                return
+            self._kept[key] = (items, matrix)
+            self._kept.move_to_end(key)
+            while len(self._kept) > self._capacity:
+                self._kept.popitem(last=False)
+
+    def drop(self, changed: Tensor) -> None:
+        """Forget matrices of histories with items that changed, (num_changed,) int64."""
+        with self._lock:
+            self.generation += 1
+            for key in [k for k, (items, _) in self._kept.items() if torch.isin(items, changed).any()]:
+                del self._kept[key]

@@ -1,0 +1,305 @@
+"""From requests to scores: rows from stores, interests by matrices where they are linear, the dense model.
+
+A scorer is one model with the stores of its versions; to serve another pair, another scorer takes its place.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
+
+from mim_torchrec.data.batch import RequestBatch
+from mim_torchrec.data.requests import alike
+from mim_torchrec.embeddings.stores.store import ParameterStore, open_store
+from mim_torchrec.embeddings.table.manifest import VersionMismatch
+from mim_torchrec.embeddings.windows.redis_connection import is_redis
+from mim_torchrec.embeddings.windows.window import Window
+from mim_torchrec.serving.bundle import Bundle
+from mim_torchrec.serving.grid import pairs_of
+from mim_torchrec.serving.matrix import MatrixCache, MatrixCiUBM, is_linear
+
+
+class BadRequest(ValueError):
+    """A request that the model cannot score, and why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreRequest:
+    """One user, what they did, and what is to be scored.
+
+    Args:
+        ids: by feature, of the request or of its behaviors or candidates, int64.
+        dense: by feature, float32.
+        request_ts: microseconds since 1970.
+        behavior_ts: (num_behaviors,) likewise.
+        contribution: whether to say what content interest contributed.
+    """
+
+    ids: dict[str, Tensor]
+    dense: dict[str, Tensor] = field(default_factory=dict)
+    request_ts: int | None = None
+    behavior_ts: Tensor | None = None
+    contribution: bool = False
+
+    @property
+    def num_candidates(self) -> int:
+        return self.ids["candidate_item_id"].numel()
+
+    @property
+    def num_pairs(self) -> int:
+        return self.num_candidates * self.ids["behavior_item_id"].numel()
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the model says of a request.
+
+    Attributes:
+        scores: (num_candidates,) probabilities of a click.
+        contribution: (num_candidates,) what the score loses without the multi-modal vector of the candidate,
+            None if it was not asked for.
+        unknown: by kind of id, how many of the request the stores do not know.
+    """
+
+    scores: Tensor
+    contribution: Tensor | None
+    unknown: dict[str, int]
+
+
+class Scorer:
+    """Scores requests with one model and one version of vectors.
+
+    Args:
+        bundle: of the model.
+        store: directory of the multi-modal table, or URL of the store with it; None for Base.
+        id_store: URL of the store with the bundle's ID tables; None reads them from the bundle.
+        cache: matrices of histories to keep.
+
+    Raises:
+        VersionMismatch: the vectors are not those that the model was trained on.
+        ValueError: there is no store and the model needs one.
+    """
+
+    def __init__(
+        self, bundle: Bundle, store: str | Path | None, id_store: str | None = None, cache: int = 0
+    ) -> None:
+        self.bundle = bundle
+        self.config = bundle.config
+        self._model, self._unknown = bundle.load()
+        self._model.list_pairs = pairs_of
+        self.mm: ParameterStore | None = None
+        if bundle.table_version is not None:
+            if store is None:
+                raise ValueError(f"{bundle.path} is a model with content interest: say where the vectors are")
+            self.mm = open_store(store, bundle.table_version)
+            if (dim := self.mm.dim) != bundle.mm_dim:
+                raise VersionMismatch(f"{store} has vectors of {dim}, the model needs {bundle.mm_dim}")
+        self._ids: dict[str, ParameterStore] = {}
+        for name in bundle.tables:
+            where = id_store if id_store is not None and is_redis(id_store) else bundle.path / "tables" / name
+            self._ids[name] = open_store(where, bundle.version_of(name))
+        self.cache = MatrixCache(cache)
+        self._matrices: MatrixCiUBM | None = None
+        if self.mm is not None and is_linear(self._model.ciubm):
+            self._matrices = self._model.ciubm = MatrixCiUBM(self._model.ciubm)
+
+    @property
+    def of_requests(self) -> tuple[str, ...]:
+        """Ids that a request has besides behaviors and candidates."""
+        features = self.config.features()
+        own = tuple(name for name in ("user_id", "query_id") if name in self._ids)
+        return own + features.of_requests(features.sparse)
+
+    @property
+    def of_candidates(self) -> tuple[str, ...]:
+        """Further ids of candidates."""
+        features = self.config.features()
+        return features.of_candidates(features.sparse)
+
+    @property
+    def of_items(self) -> tuple[str, ...]:
+        """Ids that candidates and behaviors have alike."""
+        return tuple(name for name in ("item_id", "category") if name in self._ids)
+
+    def apply(self, window: Window) -> bool:
+        """Apply a window to the vectors, and forget what was made of the old ones."""
+        applied = self.mm.apply(window)
+        self.cache.drop(torch.cat([window.ids, window.removed]))
+        return applied
+
+    @torch.inference_mode()
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Scores]:
+        """Score requests together.
+
+        Raises:
+            BadRequest: a feature that the model needs is missing.
+            RedisUnavailable: a store cannot be reached.
+        """
+        requests = [self._recent(request) for request in requests]
+        counts = [request.num_candidates for request in requests]
+        lookups = [dict.fromkeys(("user", "item", "vector"), 0) for _ in requests]
+        generation = self.cache.generation
+        given, keys = self._known_matrices(requests)
+        rows = {name: self._rows(name, requests, lookups) for name in self._ids_of_items()}
+        vectors = self._vectors(requests, lookups, skip=[matrix is not None for matrix in given])
+        pooled = self._pooled(requests, lookups)
+        batch = self._batch(requests)
+        if self._matrices is not None:
+            self._matrices.given = given
+        scores = torch.sigmoid(self._model.score(batch, pooled, rows, vectors).logits.float())
+        if self._matrices is not None:
+            made = self._matrices.made
+            for request, key, matrix in zip(requests, keys, made, strict=True):
+                if key is not None:
+                    self.cache.put(key, request.ids["behavior_item_id"], matrix, generation)
+        without = None
+        if vectors is not None and any(request.contribution for request in requests):
+            if self._matrices is not None:
+                self._matrices.given = made
+            nothing = vectors["candidate_mm"]
+            zeros = JaggedTensor(torch.zeros_like(nothing.values()), lengths=nothing.lengths())
+            logits = self._model.score(batch, pooled, rows, vectors | {"candidate_mm": zeros}).logits
+            without = torch.sigmoid(logits.float()).split(counts)
+        return [
+            Scores(part, part - without[k] if without and requests[k].contribution else None, lookups[k])
+            for k, part in enumerate(scores.split(counts))
+        ]
+
+    def nearest(self, candidates: Tensor, behaviors: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The behaviors that are most alike each candidate by content.
+
+        Returns:
+            Their places, (num_candidates, count), and cosines; 0 where there is no vector.
+        """
+        both, _ = self.mm.lookup(torch.cat([candidates, behaviors]))
+        one, other = torch.nn.functional.normalize(both, dim=1).split([len(candidates), len(behaviors)])
+        found = (one @ other.T).topk(min(count, len(behaviors)), dim=1)
+        return found.indices, found.values
+
+    def _recent(self, request: ScoreRequest) -> ScoreRequest:
+        """The request with as many behaviors as the model was trained with, the last ones."""
+        last = self.config.max_behaviors
+        own = {
+            name: ids[-last:] if name.startswith("behavior_") else ids for name, ids in request.ids.items()
+        }
+        times = request.behavior_ts
+        return ScoreRequest(ids=own, dense=request.dense, request_ts=request.request_ts,
+                            behavior_ts=None if times is None else times[-last:],
+                            contribution=request.contribution)  # fmt: skip
+
+    def _known_matrices(
+        self, requests: Sequence[ScoreRequest]
+    ) -> tuple[list[Tensor | None], list[bytes | None]]:
+        """Matrices that the cache has, and the keys under which others are to be kept."""
+        given: list[Tensor | None] = []
+        keys: list[bytes | None] = []
+        for request in requests:
+            key = matrix = None
+            if self._matrices is not None and not self._matrices.inner.tiers:
+                digest = hashlib.blake2b(digest_size=16)
+                for name in self.of_items:
+                    digest.update(request.ids[f"behavior_{name}"].numpy().tobytes())
+                key = digest.digest()
+                matrix = self.cache.get(key)
+            given.append(matrix)
+            keys.append(key if matrix is None else None)
+        return given, keys
+
+    def _ids_of_items(self) -> list[str]:
+        roles = [f"{role}_{name}" for name in self.of_items for role in ("candidate", "behavior")]
+        return [*roles, *self.of_candidates]
+
+    def _rows(
+        self, name: str, requests: Sequence[ScoreRequest], lookups: list[dict[str, int]]
+    ) -> JaggedTensor:
+        ids, lengths = self._flat(name, requests)
+        shared = name.removeprefix("candidate_").removeprefix("behavior_")
+        table = name if name in self._ids else shared
+        rows, found = self._ids[table].lookup(ids)
+        rows[~found] = self._unknown[table]
+        if table == "item_id":
+            self._count("item", found, lengths, lookups)
+        return JaggedTensor(rows, lengths=lengths)
+
+    def _vectors(
+        self, requests: Sequence[ScoreRequest], lookups: list[dict[str, int]], skip: list[bool]
+    ) -> dict[str, JaggedTensor] | None:
+        """Multi-modal vectors; those of histories whose matrix is known are left out, and are zero."""
+        if self.mm is None:
+            return None
+        found = {}
+        for role in ("candidate", "behavior"):
+            ids, lengths = self._flat(f"{role}_item_id", requests)
+            wanted = torch.tensor([role == "candidate" or not known for known in skip])
+            wanted = wanted.repeat_interleave(lengths)
+            rows = torch.zeros(ids.numel(), self.mm.dim)
+            is_there = torch.ones(ids.numel(), dtype=torch.bool)
+            if wanted.any():
+                rows[wanted], is_there[wanted] = self.mm.lookup(ids[wanted])
+            self._count("vector", is_there, lengths, lookups)
+            found[f"{role}_mm"] = JaggedTensor(rows, lengths=lengths)
+        return found
+
+    def _pooled(self, requests: Sequence[ScoreRequest], lookups: list[dict[str, int]]) -> KeyedTensor:
+        names, parts = self.of_requests, []
+        for name in names:
+            ids, lengths = self._flat(name, requests)
+            rows, found = self._ids[name].lookup(ids)
+            rows[~found] = self._unknown[name]
+            if name == "user_id":
+                self._count("user", found, lengths, lookups)
+            owner = torch.arange(len(requests)).repeat_interleave(lengths)
+            total = rows.new_zeros(len(requests), rows.shape[1]).index_add(0, owner, rows)
+            is_mean = name in self.config.sparse_features
+            parts.append(total / lengths.clamp(min=1)[:, None] if is_mean else total)
+        return KeyedTensor(list(names), [part.shape[1] for part in parts], torch.cat(parts, dim=1))
+
+    def _batch(self, requests: Sequence[ScoreRequest]) -> RequestBatch:
+        """What the model reads besides rows: how many there are of each, categories, times, numbers."""
+        keys = [f"{role}_{name}" for name in self.of_items for role in ("candidate", "behavior")]
+        flat = [self._flat(key, requests) for key in keys]
+        values = []
+        for key, (ids, _) in zip(keys, flat, strict=True):
+            if key.endswith("category"):  # compared with each other, and 0 is an unknown one
+                _, found = self._ids["category"].lookup(ids)
+                ids = torch.where(found, ids + 1, 0)
+            values.append(ids)
+        features = self.config.features()
+        times = [request.behavior_ts for request in requests]
+        moments = [request.request_ts for request in requests]
+        has_times = all(t is not None for t in times) and all(m is not None for m in moments)
+        return RequestBatch(
+            sparse=KeyedJaggedTensor(keys, torch.cat(values), lengths=torch.cat([n for _, n in flat])),
+            labels=torch.empty(0),
+            request_ids=torch.empty(0),
+            request_ts=torch.tensor(moments) if has_times else None,
+            behavior_ts=torch.cat(times) if has_times else None,
+            request_dense=self._numbers(features.of_requests(features.dense), requests),
+            candidate_dense=self._numbers(features.of_candidates(features.dense), requests),
+        )
+
+    def _numbers(self, names: tuple[str, ...], requests: Sequence[ScoreRequest]) -> Tensor | None:
+        if not names:
+            return None
+        missing = [name for name in names for request in requests if name not in request.dense]
+        if missing:
+            raise BadRequest(f"the model needs the feature {missing[0]}")
+        columns = [torch.cat([request.dense[name] for request in requests]) for name in names]
+        return alike(torch.stack(columns, dim=1))
+
+    def _flat(self, name: str, requests: Sequence[ScoreRequest]) -> tuple[Tensor, Tensor]:
+        missing = [request for request in requests if name not in request.ids]
+        if missing:
+            raise BadRequest(f"the model needs the feature {name}")
+        parts = [request.ids[name] for request in requests]
+        return torch.cat(parts), torch.tensor([part.numel() for part in parts])
+
+    @staticmethod
+    def _count(kind: str, found: Tensor, lengths: Tensor, lookups: list[dict[str, int]]) -> None:
+        for own, part in zip(lookups, found.split(lengths.tolist()), strict=True):
+            own[kind] += int(np.count_nonzero(~part.numpy()))
