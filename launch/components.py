@@ -293,6 +293,50 @@ def follow(
     return _service("follow", command, image, resource, max_retries, env, mounts)
 
 
+def serve(
+    *script_args: str,
+    release: Optional[str] = None,  # noqa: UP045
+    bundle: Optional[str] = None,  # noqa: UP045
+    host: str = "0.0.0.0",
+    port: int = 8080,
+    replicas: int = 1,
+    image: str = "",
+    h: Optional[str] = None,  # noqa: UP045
+    cpu: int = 2,
+    memMB: int = 4096,
+    max_retries: int = 1000,
+    env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
+    mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
+) -> specs.AppDef:
+    """
+    Answer requests for scores over HTTP, until the job is cancelled.
+
+    Args:
+        script_args: further flags of the stage, after a lone --; --token-file unless host is loopback
+        release: folder of releases, whose current one is served
+        bundle: in place of release, directory that mim bundle has written; --store goes after a lone --
+        host: address to bind to
+        port: port to bind to
+        replicas: servers, each with a copy of the dense weights
+        image: container image with mim-torchrec in it, for kubernetes and local_docker
+        h: a named resource, in place of cpu and memMB
+        cpu: cores of a server
+        memMB: memory of a server in MiB
+        max_retries: times the scheduler starts the job again; local_cwd never does
+        env: environment variables, A=1,B=2
+        mounts: type=bind,src=/host,dst=/job[,readonly]
+    """
+    command = ["-m", "mim_torchrec.serving.main", "--host", host, "--port", str(port)]
+    command += ["--release", release] if release is not None else []
+    command += ["--bundle", bundle] if bundle is not None else []
+    command += script_args
+    resource = specs.resource(cpu=cpu, gpu=0, memMB=memMB, h=h)
+    app = _service("serve", command, image, resource, max_retries, env, mounts)
+    app.roles[0].num_replicas = replicas
+    app.roles[0].port_map = {"http": port}
+    return app
+
+
 def _service(
     stage: str,
     command: list[str],

@@ -33,6 +33,7 @@ MODULES = {
 
 SERVICES = {
     "rim": ["--source", "new", "--encoder", "encoder", "--table", "table", "--log", "log", "--out", "out"],
+    "serve": ["--release", "releases"],
     "follow": ["--store", "redis://host", "--log", "log", "--table_version", "v1"],
 }
 COMPONENTS = STAGES | SERVICES

@@ -1,0 +1,54 @@
+"""Configuration of the server; every field is a flag of ``mim serve``."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Sizes beyond which a request is refused."""
+
+    max_body_bytes: int = 8_000_000
+    """Bytes of a request."""
+    max_candidates: int = 10_000
+    """Candidates of a request."""
+    max_behaviors: int = 50_000
+    """Behaviors of a request; the model uses its `max_behaviors` last ones."""
+    max_queue: int = 256
+    """Requests that wait; further ones are answered 503."""
+    deadline_ms: float = 1000.0
+    """A request that has waited this long is answered 504 and not scored; a request may ask for less."""
+    batch_pairs: int = 100_000
+    """Requests that wait are scored together up to so many pairs of candidate and behavior."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """Answer requests for scores over HTTP, by the Open Inference Protocol v2."""
+
+    release: Path | None = None
+    """Folder of releases (`mim release`): the current one is served, and a flip is followed at once."""
+    bundle: Path | None = None
+    """In place of --release: directory that `mim bundle` has written."""
+    store: str | None = None
+    """With --bundle: directory of the multi-modal table, or URL of the store with it; Base needs none."""
+    id_store: str | None = None
+    """With --bundle: URL of the store with the bundle's ID tables; by default the bundle's own are read."""
+    windows: str | None = None
+    """With --bundle: directory or URL of the window log to follow; a store that others keep up needs none."""
+    data: Path | None = None
+    """Dataset directory, whose users and pictures the page at / shows; without it there is no page."""
+    name: str = "mim"
+    """Name of the model in addresses."""
+    host: str = "127.0.0.1"
+    """Address to bind to; beyond loopback --token-file is needed."""
+    port: int = 8080
+    """Port to bind to; 0 takes a free one, which is printed."""
+    token_file: Path | None = None
+    """File with tokens, a line each; a request must carry one as `Authorization: Bearer`."""
+    cache: int = 1000
+    """Matrices of histories that are kept."""
+    threads: int = 0
+    """Threads that score; 0 is the number of cores."""
+    limits: Limits = Limits()
+    """Sizes beyond which a request is refused."""

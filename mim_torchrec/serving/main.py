@@ -1,0 +1,140 @@
+"""Answer requests for scores over HTTP, by the Open Inference Protocol v2 (§3.5, CMD).
+
+    python -m mim_torchrec.serving.main --bundle DIR --store TABLE --windows LOG --data DIR
+
+One process; behind a balancer there may be any number. SIGTERM lets requests that have begun end. SIGHUP
+reads the release again at once.
+"""
+
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import torch
+import tyro
+import uvicorn
+
+from mim_torchrec.serving.app import make_app
+from mim_torchrec.serving.config import ServeConfig
+from mim_torchrec.serving.metrics import Metrics
+from mim_torchrec.serving.page import Page
+from mim_torchrec.serving.releases import ReleaseError, Releases
+from mim_torchrec.serving.service import Pair, Service
+
+log = logging.getLogger("mim_torchrec.serving.main")  # also where it runs as __main__
+
+LOOK_EVERY = 1.0  # seconds between two looks at the current release
+BACKLOG = 2048
+
+
+def first_pair(config: ServeConfig) -> tuple[Pair, str | None]:
+    """What to serve first, and the name of its release if it is one.
+
+    Raises:
+        ValueError: it is said in two ways or in none, or there is no current release.
+    """
+    if (config.release is None) == (config.bundle is None):
+        raise ValueError("say what to serve: --release DIR, or --bundle DIR with --store")
+    if config.bundle is not None:
+        return Pair(bundle=config.bundle, store=config.store, id_store=config.id_store,
+                    windows=config.windows), None  # fmt: skip
+    releases = Releases(config.release)
+    name, _ = releases.current()
+    if name is None:
+        raise ReleaseError(f"{config.release} has no current release: stage one and flip it")
+    return releases.read(name).pair(), name
+
+
+def follow_release(root: Path, name: str, service: Service, wake: threading.Event) -> None:
+    """Swap the pair whenever another release becomes current."""
+    releases, refused = Releases(root), None
+    while True:
+        wake.wait(LOOK_EVERY)
+        wake.clear()
+        try:
+            current, _ = releases.current()
+            if current in (None, name, refused):
+                continue
+            service.swap(releases.read(current).pair())
+            name, refused = current, None
+        except Exception:
+            refused = current
+            log.exception("release %s cannot be served; %s still is", current, name)
+
+
+def read_tokens(config: ServeConfig) -> frozenset[str]:
+    """Tokens that requests must carry one of.
+
+    Raises:
+        ValueError: the address is beyond loopback and there are none.
+    """
+    tokens: frozenset[str] = frozenset()
+    if config.token_file is not None:
+        lines = config.token_file.read_text(encoding="utf-8").split("\n")
+        tokens = frozenset(line.strip() for line in lines if line.strip())
+        if not tokens:
+            raise ValueError(f"{config.token_file} has no token")
+    if not tokens and not is_loopback(config.host):
+        raise ValueError(f"--host {config.host} can be reached by others: give --token-file")
+    return tokens
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is of this machine only.
+
+    >>> is_loopback("127.0.0.1"), is_loopback("localhost"), is_loopback("0.0.0.0")
+    (True, True, False)
+    """
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def serve(config: ServeConfig) -> None:
+    """Run the server until SIGTERM."""
+    torch.set_num_threads(config.threads or os.cpu_count() or 1)
+    tokens = read_tokens(config)
+    pair, name = first_pair(config)
+    metrics = Metrics()
+    service = Service(pair, config.cache, metrics)
+    with tempfile.TemporaryDirectory() as folder:
+        page = None if config.data is None else Page(config.data, Path(folder), service)
+        app = make_app(service, metrics, config.limits, name=config.name, tokens=tokens, page=page)
+        if name is not None:
+            wake = threading.Event()
+            signal.signal(signal.SIGHUP, lambda *_: wake.set())
+            follower = threading.Thread(
+                target=follow_release, args=(config.release, name, service, wake), daemon=True
+            )
+            follower.start()
+        family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+        with socket.socket(family) as listening:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind((config.host, config.port))
+            port = listening.getsockname()[1]
+            print(f"serving {config.name} {service.current.model_version} on http://{config.host}:{port}",
+                  flush=True)  # fmt: skip
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: None)  # uvicorn raises them again when it has ended
+            settings = uvicorn.Config(app, log_level="warning", access_log=False, backlog=BACKLOG,
+                                      timeout_graceful_shutdown=10)  # fmt: skip
+            uvicorn.Server(settings).run(sockets=[listening])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of ``mim serve``."""
+    config = tyro.cli(ServeConfig, args=argv, description=__doc__)
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("mim_torchrec").setLevel(logging.INFO)
+    serve(config)
+
+
+if __name__ == "__main__":
+    main()

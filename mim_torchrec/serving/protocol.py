@@ -1,0 +1,148 @@
+"""The Open Inference Protocol v2 on both sides of a score: tensors in JSON to a request, scores to tensors.
+
+Inputs by name: `user_id` (1), `candidate_item_id` (n), `behavior_item_id` (m, the oldest first), and as the
+model was trained `query_id` (1), `candidate_category` and `behavior_category` (n, m; BYTES or INT64),
+`request_ts` (1) and `behavior_ts` (m, microseconds since 1970), and further features by their names.
+Outputs: `score` (n), and where asked for `content_contribution` (n).
+"""
+
+from math import isfinite, prod
+from typing import Annotated, Any, Literal
+
+import pyarrow as pa
+import torch
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr
+from torch import Tensor
+
+from mim_torchrec.data.schema import category_ids
+from mim_torchrec.serving.config import Limits
+from mim_torchrec.serving.scorer import BadRequest, Scorer, ScoreRequest, Scores
+
+SCORE, CONTRIBUTION = "score", "content_contribution"
+INTEGERS = ("INT64", "INT32")
+NUMBERS = ("FP32", "FP64")
+TIMES = ("request_ts", "behavior_ts")
+LONGEST_NAME = 128
+Name = Annotated[str, Field(min_length=1, max_length=LONGEST_NAME)]
+
+
+class Strict(BaseModel):
+    """A message whose fields are known."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class InferInput(Strict):
+    """A tensor of a request."""
+
+    name: Name
+    shape: Annotated[list[Annotated[StrictInt, Field(ge=0, le=10**9)]], Field(min_length=1, max_length=2)]
+    datatype: Literal["INT64", "INT32", "FP32", "FP64", "BYTES"]
+    data: Annotated[list[StrictInt | StrictFloat | StrictStr], Field(max_length=200_000)]
+    parameters: dict[str, Any] | None = None
+
+
+class InferOutput(Strict):
+    """A tensor that is asked for."""
+
+    name: Literal["score", "content_contribution"]
+    parameters: dict[str, Any] | None = None
+
+
+class InferParameters(BaseModel):
+    """What a request may say besides its tensors; other parameters are left alone."""
+
+    model_config = ConfigDict(extra="allow")
+
+    timeout_ms: Annotated[float, Field(gt=0, le=3_600_000)] | None = None
+    table_version: Annotated[str, Field(max_length=LONGEST_NAME)] | None = None
+
+
+class InferRequest(Strict):
+    """A request for scores."""
+
+    id: Annotated[str, Field(max_length=LONGEST_NAME)] | None = None
+    inputs: Annotated[list[InferInput], Field(min_length=1, max_length=64)]
+    outputs: Annotated[list[InferOutput], Field(max_length=2)] | None = None
+    parameters: InferParameters | None = None
+
+
+def read_request(sent: InferRequest, scorer: Scorer, limits: Limits) -> ScoreRequest:
+    """The request that tensors make.
+
+    Raises:
+        BadRequest: a tensor is missing, not known, of another type or size, or too large.
+    """
+    names = [given.name for given in sent.inputs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise BadRequest(f"the tensor {twice[0]} is there twice")
+    features = scorer.config.features()
+    lists = {f"{role}_{name}" for name in scorer.of_items for role in ("candidate", "behavior")}
+    ids = {*scorer.of_requests, *scorer.of_candidates, *lists}
+    known = {*ids, *features.dense, *TIMES}
+    if surplus := sorted(set(names) - known):
+        raise BadRequest(f"the model has no input {surplus[0]!r}; it has {', '.join(sorted(known))}")
+    if missing := sorted({"user_id", "candidate_item_id", "behavior_item_id", *lists} - set(names)):
+        raise BadRequest(f"the tensor {missing[0]} is missing")
+    tensors = {given.name: _tensor(given, given.name in features.dense) for given in sent.inputs}
+    candidates, behaviors = (tensors[f"{role}_item_id"].numel() for role in ("candidate", "behavior"))
+    if not candidates:
+        raise BadRequest("there is no candidate")
+    if candidates > limits.max_candidates:
+        raise BadRequest(f"{candidates} candidates are more than {limits.max_candidates}")
+    if behaviors > limits.max_behaviors:
+        raise BadRequest(f"{behaviors} behaviors are more than {limits.max_behaviors}")
+    for name, values in tensors.items():
+        expected = {"candidate": candidates, "behavior": behaviors}.get(name.split("_")[0], 1)
+        if name in scorer.of_requests and name in scorer.config.sparse_features:
+            continue  # a list of any length, whose embeddings are averaged
+        if values.numel() != expected:
+            raise BadRequest(f"the tensor {name} has {values.numel()} values, expected {expected}")
+    times = tensors.pop("behavior_ts", None)
+    moment = tensors.pop("request_ts", None)
+    if times is not None and moment is not None and bool((times > moment).any()):
+        raise BadRequest("a behavior is after its request")
+    return ScoreRequest(
+        ids={name: values for name, values in tensors.items() if name in ids},
+        dense={name: values for name, values in tensors.items() if name in features.dense},
+        request_ts=None if moment is None else int(moment),
+        behavior_ts=times,
+        contribution=any(output.name == CONTRIBUTION for output in sent.outputs or ()),
+    )
+
+
+def _tensor(given: InferInput, is_dense: bool) -> Tensor:
+    name, data = given.name, given.data
+    if prod(given.shape) != len(data):
+        raise BadRequest(f"the tensor {name} has shape {given.shape} and {len(data)} values")
+    kinds = NUMBERS + INTEGERS if is_dense else (*INTEGERS, "BYTES")
+    if given.datatype not in kinds or (name in TIMES and given.datatype == "BYTES"):
+        raise BadRequest(f"the tensor {name} is {given.datatype}, expected {', '.join(kinds)}")
+    if given.datatype == "BYTES":
+        if not all(isinstance(value, str) for value in data):
+            raise BadRequest(f"the tensor {name} is BYTES: its values are strings")
+        try:
+            return torch.from_numpy(category_ids(pa.array(data, pa.string())).copy())
+        except (UnicodeEncodeError, pa.ArrowException) as error:
+            raise BadRequest(f"the tensor {name}: {error}") from None
+    if is_dense:
+        if not all(isinstance(v, int | float) and abs(v) < 3e38 and isfinite(v) for v in data):
+            raise BadRequest(f"the tensor {name}: its values are finite numbers within float32")
+        return torch.tensor(data, dtype=torch.float32)
+    if not all(isinstance(value, int) and -(2**63) <= value < 2**63 for value in data):
+        raise BadRequest(f"the tensor {name}: its values are integers of 64 bits")
+    return torch.tensor(data, dtype=torch.int64)
+
+
+def write_response(sent: InferRequest, found: Scores, name: str, version: str) -> dict[str, Any]:
+    """What is answered."""
+    asked = [output.name for output in sent.outputs or ()] or [SCORE]
+    values = {SCORE: found.scores, CONTRIBUTION: found.contribution}
+    outputs = []
+    for output in asked:
+        # a model without content interest has nothing that it contributes
+        data = (values[output] if values[output] is not None else torch.zeros_like(found.scores)).tolist()
+        outputs.append({"name": output, "shape": [len(data)], "datatype": "FP32", "data": data})
+    body = {"model_name": name, "model_version": version, "outputs": outputs,
+            "parameters": {f"unknown_{kind}": count for kind, count in found.unknown.items()}}  # fmt: skip
+    return body | ({"id": sent.id} if sent.id is not None else {})

@@ -1,0 +1,258 @@
+"""Releases: a model and its vectors under a name, made current together and taken back together.
+
+    <root>/<name>.json     the pair, as staged
+    <root>/current.json    the one that is served, and the one before it
+
+A new encoder makes a table of another version: it is filled beside the old one, checked to cover the items of
+that, and flipped together with the model trained on it. `current.json` is replaced in one step, and servers
+that follow it swap the pair.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from torch import Tensor
+
+from mim_torchrec.embeddings.table.manifest import VersionMismatch
+from mim_torchrec.embeddings.table.reader import Table
+from mim_torchrec.embeddings.windows.compact import changes
+from mim_torchrec.embeddings.windows.redis_connection import is_redis
+from mim_torchrec.embeddings.windows.transport import open_log
+from mim_torchrec.serving.bundle import Bundle
+from mim_torchrec.serving.service import Pair
+from mim_torchrec.training.checkpoint import write_json
+
+CURRENT = "current"
+NAMED = 10
+
+
+class ReleaseError(ValueError):
+    """A release cannot be staged or made current."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """A model, its table and what keeps it up.
+
+    Args:
+        bundle: directory of the model.
+        table: directory of the base table; None for Base.
+        store: URL of the store that the table was loaded into, None to read the table itself.
+        id_store: URL of the store with the ID tables, None to read those of the bundle.
+        windows: directory or URL of the log of the table, None for none.
+    """
+
+    bundle: str
+    table: str | None = None
+    store: str | None = None
+    id_store: str | None = None
+    windows: str | None = None
+
+    def pair(self) -> Pair:
+        """What a server opens; a remote store is kept up by others."""
+        remote = self.store is not None and is_redis(self.store)
+        return Pair(bundle=Path(self.bundle), store=self.store or self.table, id_store=self.id_store,
+                    windows=None if remote else self.windows)  # fmt: skip
+
+    def items(self) -> Tensor:
+        """(num_items,) int64: all items that have a vector, windows included."""
+        table = Table.open(self.table, verify=False)
+        ids = table.row_index().ids
+        if self.windows is None:
+            return ids
+        changed, _ = changes(open_log(self.windows, table.manifest.table_version), table.manifest)
+        named = torch.tensor(sorted(changed), dtype=torch.int64)
+        kept = torch.tensor([changed[item] is not None for item in named.tolist()], dtype=torch.bool)
+        return torch.cat([ids[~torch.isin(ids, named)], named[kept]])
+
+
+class Releases:
+    """A folder of releases.
+
+    Args:
+        root: the folder.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+
+    def stage(self, name: str, release: Release) -> None:
+        """Write a release down, after seeing that its parts belong together.
+
+        Raises:
+            ReleaseError: the name is taken or reserved.
+            VersionMismatch: the model was trained on vectors of another version.
+        """
+        path = self._path(name)
+        if name == CURRENT or path.exists():
+            raise ReleaseError(f"{path} is there already; choose another name")
+        bundle = Bundle.open(release.bundle)
+        if (bundle.table_version is None) != (release.table is None):
+            needs = "no table" if bundle.table_version is None else "a table"
+            raise ReleaseError(f"{release.bundle} needs {needs}")
+        if release.table is not None:
+            found = Table.open(release.table, verify=False).manifest
+            if found.table_version != bundle.table_version:
+                raise VersionMismatch(
+                    f"{release.bundle} was trained on table_version {bundle.table_version}, {release.table} "
+                    f"has {found.table_version}: a model and its vectors go together"
+                )
+            if release.windows is not None:
+                open_log(release.windows, found.table_version, start=found.seq)
+        self.root.mkdir(parents=True, exist_ok=True)
+        write_json(path, asdict(release))
+
+    def check(self, name: str) -> dict[str, object]:
+        """Compare the items of a release with those of the current one.
+
+        Returns:
+            `items`, `current_items`, `missing` (of the current one's), and some of them in `examples`.
+        """
+        release = self.read(name)
+        own = release.items() if release.table is not None else torch.empty(0, dtype=torch.int64)
+        current, _ = self.current()
+        now = self.read(current) if current is not None else None
+        others = now.items() if now is not None and now.table is not None else own[:0]
+        missing = others[~torch.isin(others, own)]
+        return {"items": own.numel(), "current_items": others.numel(), "missing": missing.numel(),
+                "examples": missing[:NAMED].tolist()}  # fmt: skip
+
+    def flip(self, name: str, allow_missing: int = 0) -> None:
+        """Make a release the current one.
+
+        Raises:
+            ReleaseError: it lacks more items of the current one than are allowed.
+        """
+        found = self.check(name)
+        if found["missing"] > allow_missing:
+            raise ReleaseError(
+                f"{name} has no vector of {found['missing']} items that the current release has, such as "
+                f"{found['examples']}: back-fill them, or allow so many with --allow-missing"
+            )
+        current, _ = self.current()
+        write_json(self._path(CURRENT), {"name": name, "before": current})
+
+    def rollback(self) -> str:
+        """Make the release before the current one current again; returns its name.
+
+        Raises:
+            ReleaseError: there is none.
+        """
+        current, before = self.current()
+        if before is None:
+            raise ReleaseError(f"{self.root} has no release before {current}")
+        self.read(before)
+        write_json(self._path(CURRENT), {"name": before, "before": current})
+        return before
+
+    def current(self) -> tuple[str | None, str | None]:
+        """Names of the current release and of the one before it."""
+        path = self._path(CURRENT)
+        if not path.exists():
+            return None, None
+        found = json.loads(path.read_text())
+        return found["name"], found["before"]
+
+    def read(self, name: str) -> Release:
+        """A release by its name.
+
+        Raises:
+            ReleaseError: there is none.
+        """
+        path = self._path(name)
+        if name == CURRENT or not path.is_file():
+            names = sorted(p.stem for p in self.root.glob("*.json") if p.stem != CURRENT)
+            raise ReleaseError(f"{self.root} has no release {name!r}; it has {', '.join(names) or 'none'}")
+        return Release(**json.loads(path.read_text()))
+
+    def _path(self, name: str) -> Path:
+        if not name or "/" in name or name.startswith("."):
+            raise ReleaseError(f"{name!r} is no name of a release")
+        return self.root / f"{name}.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """Write a release down: a model and the vectors it was trained on."""
+
+    root: Path
+    """Folder of the releases."""
+    name: str
+    """Name of the release."""
+    bundle: str
+    """Directory that mim bundle has written."""
+    table: str | None = None
+    """Directory of the base table; Base has none."""
+    store: str | None = None
+    """URL of the store that the table was loaded into; by default servers read the table itself."""
+    id_store: str | None = None
+    """URL of the store with the bundle's ID tables; by default servers read the bundle."""
+    windows: str | None = None
+    """Directory or URL of the window log of the table."""
+
+    def run(self) -> None:
+        release = Release(bundle=self.bundle, table=self.table, store=self.store, id_store=self.id_store,
+                          windows=self.windows)  # fmt: skip
+        Releases(self.root).stage(self.name, release)
+        print(f"{self.name} is staged; `check` says what it lacks, `flip` makes it current")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """Say, as JSON, which items of the current release another one lacks."""
+
+    root: Path
+    """Folder of the releases."""
+    name: str
+    """Name of the release."""
+
+    def run(self) -> None:
+        print(json.dumps(Releases(self.root).check(self.name)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flip:
+    """Make a release the current one; servers that follow the folder swap model and vectors together."""
+
+    root: Path
+    """Folder of the releases."""
+    name: str
+    """Name of the release."""
+    allow_missing: int = 0
+    """Items of the current release that the new one may lack."""
+
+    def run(self) -> None:
+        Releases(self.root).flip(self.name, self.allow_missing)
+        print(f"{self.name} is current")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollback:
+    """Make the release before the current one current again."""
+
+    root: Path
+    """Folder of the releases."""
+
+    def run(self) -> None:
+        print(f"{Releases(self.root).rollback()} is current again")
+
+
+Command = (
+    Annotated[Stage, tyro.conf.subcommand("stage")]
+    | Annotated[Check, tyro.conf.subcommand("check")]
+    | Annotated[Flip, tyro.conf.subcommand("flip")]
+    | Annotated[Rollback, tyro.conf.subcommand("rollback")]
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run ``mim release`` with the arguments ``argv`` (``None``: those of the process)."""
+    tyro.cli(Command, args=argv, prog="mim release").run()
+
+
+if __name__ == "__main__":
+    main()

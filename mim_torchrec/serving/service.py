@@ -1,0 +1,134 @@
+"""The model that is served, with its vectors, and how another pair takes their place while requests come.
+
+A pair is opened, caught up with its windows and tried before it is served. Requests that have begun end with
+the pair they began with; what is wrong with a new pair leaves the old one where it is.
+"""
+
+import logging
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+from mim_torchrec.embeddings.stores.store import catch_up, follow
+from mim_torchrec.embeddings.windows.transport import Transport, open_log
+from mim_torchrec.embeddings.windows.window import Window
+from mim_torchrec.serving.bundle import Bundle
+from mim_torchrec.serving.metrics import Metrics
+from mim_torchrec.serving.scorer import Scorer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """A model and its vectors.
+
+    Args:
+        bundle: directory.
+        store: directory of the table, or URL of the store; None for Base.
+        id_store: URL of the store with the ID tables, None for those of the bundle.
+        windows: directory or URL of the log to follow, None for a store that others keep up.
+    """
+
+    bundle: Path
+    store: str | None = None
+    id_store: str | None = None
+    windows: str | None = None
+
+
+class _Follower:
+    """A store as `follow` sees it: windows go through the scorer, which has made things of the rows."""
+
+    def __init__(self, scorer: Scorer, metrics: Metrics) -> None:
+        self._scorer, self._metrics = scorer, metrics
+        self.table_version, self.dim = scorer.mm.table_version, scorer.mm.dim
+
+    @property
+    def seq(self) -> int:
+        return self._scorer.mm.seq
+
+    def apply(self, window: Window) -> bool:
+        """See `ParameterStore`."""
+        applied = self._scorer.apply(window)
+        self._metrics.window.set(self._scorer.mm.seq)
+        return applied
+
+
+class Served:
+    """A pair in service.
+
+    Args:
+        pair: what to serve.
+        cache: matrices to keep.
+        metrics: are told of windows.
+    """
+
+    def __init__(self, pair: Pair, cache: int, metrics: Metrics) -> None:
+        self.pair = pair
+        self.scorer = Scorer(Bundle.open(pair.bundle), pair.store, pair.id_store, cache)
+        self.problem: str | None = None
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        if pair.windows is not None:
+            if self.scorer.mm is None:
+                raise ValueError(f"{pair.bundle} is Base, which has no vectors for windows to change")
+            follower = _Follower(self.scorer, metrics)
+            windows = open_log(pair.windows, follower.table_version, start=follower.seq)
+            catch_up(follower, windows)
+            self._thread = threading.Thread(target=self._follow, args=(follower, windows), daemon=True)
+            self._thread.start()
+
+    @property
+    def model_version(self) -> str:
+        return self.scorer.bundle.model_version
+
+    def close(self) -> None:
+        """Follow no windows any more."""
+        self._stop.set()
+
+    def _follow(self, follower: _Follower, windows: Transport) -> None:
+        try:
+            follow(follower, windows, self._stop)
+        except Exception as error:
+            # scores go on with the vectors that there are; readiness says so
+            self.problem = f"windows are no longer followed: {error}"
+            log.exception("windows are no longer followed")
+
+
+class Service:
+    """What is served now.
+
+    Args:
+        pair: to begin with.
+        cache: matrices of histories to keep.
+        metrics: are told of swaps and windows.
+
+    Raises:
+        ValueError: the pair cannot be served.
+    """
+
+    def __init__(self, pair: Pair, cache: int, metrics: Metrics) -> None:
+        self._cache, self._metrics = cache, metrics
+        self._lock = threading.Lock()
+        self.current = Served(pair, cache, metrics)
+
+    def swap(self, pair: Pair) -> None:
+        """Serve another pair from now on.
+
+        Raises:
+            Exception: it cannot be served; the one before still is.
+        """
+        with self._lock:
+            try:
+                made = Served(pair, self._cache, self._metrics)
+            except BaseException:
+                self._metrics.swaps.labels("refused").inc()
+                raise
+            before, self.current = self.current, made
+            before.close()
+            self._metrics.swaps.labels("done").inc()
+            log.info("serving model %s of %s", made.model_version, pair.bundle)
+
+    def close(self) -> None:
+        """End."""
+        self.current.close()

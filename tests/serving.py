@@ -1,0 +1,46 @@
+"""A small trained model with its bundle, and requests as clients send them over HTTP."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mim_torchrec.ctr.main import main as train
+from mim_torchrec.data.schema import TIME
+from mim_torchrec.serving.bundle import write_bundle
+from tests.pipeline.test_ctr_main import SMALL
+
+
+def trained_bundle(folder: Path, name: str, *flags: str) -> Path:
+    """Train on `folder/data` and `folder/table`; returns the run, whose bundle is in it."""
+    out = folder / name
+    words = ["--data", str(folder / "data"), "--out", str(out), *SMALL, *flags]
+    train(words if "off" in flags else [*words, "--table", str(folder / "table")])
+    write_bundle(out, out / "bundle")
+    return out
+
+
+def message(row: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """A request of the data set as the protocol has it."""
+    values = {"user_id": [row["user_id"]], "query_id": [row["query_id"]], "request_ts": [row["ts"]],
+              "behavior_ts": row["behavior_ts"]}  # fmt: skip
+    for role in ("candidate", "behavior"):
+        values[f"{role}_item_id"] = row[f"{role}_item_ids"]
+        values[f"{role}_category"] = row[f"{role}_categories"]
+    inputs = []
+    for name, data in values.items():
+        data = [pa.scalar(v, TIME).value for v in data] if name.endswith("_ts") else list(data)
+        kind = "BYTES" if name.endswith("category") else "INT64"
+        inputs.append({"name": name, "shape": [len(data)], "datatype": kind, "data": data})
+    return {"inputs": inputs} | more
+
+
+def messages(folder: Path) -> list[dict[str, Any]]:
+    """The test requests of `folder/data`."""
+    return [message(row) for row in pq.read_table(folder / "data" / "requests" / "test").to_pylist()]
+
+
+def output(body: dict[str, Any], name: str = "score") -> list[float]:
+    """An output tensor of an answer."""
+    return next(o["data"] for o in body["outputs"] if o["name"] == name)
