@@ -126,6 +126,11 @@ class Scorer:
         """Ids that candidates and behaviors have alike."""
         return tuple(name for name in ("item_id", "category") if name in self._ids)
 
+    @property
+    def _needs_times(self) -> bool:
+        config = self.config
+        return config.id_interest and config.gaps == "time" and config.ubm in ("bst", "sim", "twin")
+
     def apply(self, window: Window) -> bool:
         """Apply a window to the vectors, and forget what was made of the old ones."""
         applied = self.mm.apply(window)
@@ -141,6 +146,8 @@ class Scorer:
             RedisUnavailable: a store cannot be reached.
         """
         requests = [self._recent(request) for request in requests]
+        if self._needs_times and any(r.request_ts is None or r.behavior_ts is None for r in requests):
+            raise BadRequest("the model needs the features request_ts and behavior_ts")
         counts = [request.num_candidates for request in requests]
         lookups = [dict.fromkeys(("user", "item", "vector"), 0) for _ in requests]
         generation = self.cache.generation

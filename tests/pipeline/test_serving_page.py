@@ -60,6 +60,7 @@ def test_a_person_picks_a_user_and_sees_what_content_contributes(address, browse
 
 def test_what_cannot_be_shown_is_said(address, browser):
     page = browser.new_page()
-    page.route("**/demo/users/*", lambda route: route.fulfill(status=503, json={"error": "the store is away"}))
+    away = {"error": "the store is away"}
+    page.route("**/demo/users/*", lambda route: route.fulfill(status=503, json=away))
     page.goto(address)
     expect(page.get_by_role("alert")).to_have_text("This user cannot be shown: the store is away")

@@ -24,6 +24,7 @@ FOLDERS = {
 }
 STAGES = {"pretraining", "csft", "representation", "ctr"}
 PARTS = {"encoders", "losses", "ciubm", "data", "training"}
+SERVICES = {"rim", "serving"}
 TOP = {"launch", "cli", "doctor"}
 
 START = """
@@ -58,7 +59,7 @@ def layer(module: str) -> int:
     names = module.split(".")[1:2]
     if not names:
         return 0
-    layers = [{"embeddings"}, PARTS, STAGES, TOP]
+    layers = [{"embeddings"}, PARTS, STAGES, SERVICES, TOP]
     return next(number for number, members in enumerate(layers) if names[0] in members)
 
 
