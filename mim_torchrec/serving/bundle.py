@@ -11,7 +11,9 @@ share, or are loaded into Redis (`mim store load`); ids are their keys, so that 
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,25 +141,50 @@ def write_bundle(run: Path, out: Path, checkpoint: str = "best") -> Bundle:
         dcp.load(tensors, checkpoint_id=str(state), no_dist=True)
         return {name: tensors[sizes[name][0]] for name in names}
 
+    def rows_of(name: str) -> Tensor:
+        return read([where[name]])[where[name]]
+
+    mm_dim = 0
+    if config.mim == "on":
+        mm_dim = Table.open(config.table, config.table_version, verify=False).manifest.dim
     dense = read([name for name in sizes if name not in where.values()])
-    for name, key in where.items():
-        dense[UNKNOWN + name] = read([key])[key][0].clone()
+    tables = {name: (vocabularies[name].ids, partial(rows_of, name)) for name in where}
+    return save_bundle(out, config, dense, tables, mm_dim)
+
+
+def save_bundle(
+    out: Path,
+    config: CTRConfig,
+    dense: dict[str, Tensor],
+    tables: dict[str, tuple[Tensor, Callable[[], Tensor]]],
+    mm_dim: int,
+) -> Bundle:
+    """Write a bundle of weights.
+
+    Args:
+        out: its directory; one that is there is replaced when the new one is whole.
+        config: of the model, with the `table_version` it was trained on.
+        dense: weights that are not embeddings, by their names in the model.
+        tables: of every ID table the ids (n,) int64 ascending, and what gives its rows (1 + n or more, dim),
+            row 0 that of unknown ids.
+        mm_dim: length of the multi-modal vectors, 0 for Base.
+    """
+    dense = dict(dense)
+    for name, (_, rows) in tables.items():
+        dense[UNKNOWN + name] = rows()[0].clone()
     version = _digest(dense, config, config.table_version)
     facts: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "model_version": version,
         "table_version": config.table_version,
-        "mm_dim": 0 if config.table is None or config.mim == "off" else Table.open(
-            config.table, config.table_version, verify=False).manifest.dim,
-        "tables": list(where),
-        "run": str(run),
-        "checkpoint": str(path),
+        "mm_dim": mm_dim,
+        "tables": list(tables),
         "config": asdict(config),
-    }  # fmt: skip
+    }
     with whole_directory(out) as folder:
         save_file(dense, folder / DENSE)
-        for name, key in where.items():
-            rows, ids = read([key])[key], vocabularies[name].ids
+        for name, (ids, get_rows) in tables.items():
+            rows = get_rows()
             writer = TableWriter(
                 folder / TABLES / name, table_version=f"{version}.{name}", dim=rows.shape[1], dtype="float32",
                 encoder={"id_table": name},

@@ -109,17 +109,26 @@ class Listed(Pairs):
 class Rows(Listed):
     """Pairs of which every candidate has equally many: (num_candidates, width) behaviors."""
 
-    def _behaviors(self) -> Tensor:
-        return self.behavior_index.view(self.num_candidates, -1)
+    def _of_candidates(self, behaviors: Tensor) -> Tensor:
+        """The behaviors of each candidate, (num_candidates, width, dim); heads ask for the same ones."""
+        asked, found = self.__dict__.get("_last", (None, None))
+        if asked is not behaviors:
+            flat = behaviors.index_select(0, self.behavior_index)
+            found = flat.view(self.num_candidates, -1, behaviors.shape[1])
+            self.__dict__["_last"] = (behaviors, found)
+        return found
 
     def inner_products(self, candidates: Tensor, behaviors: Tensor) -> Tensor:
         """See `Pairs`."""
-        return torch.einsum("cd,cwd->cw", candidates, behaviors[self._behaviors()]).reshape(-1)
+        flat = behaviors.index_select(0, self.behavior_index)
+        found = flat.view(self.num_candidates, -1, behaviors.shape[1])
+        return torch.bmm(found, candidates[:, :, None]).reshape(-1)
 
     def weighted_sum(self, behaviors: Tensor, weights: Tensor) -> Tensor:
         """See `Pairs`."""
-        found = behaviors[self._behaviors()]
-        return torch.einsum("cw,cwd->cd", weights.view(found.shape[:2]).to(found.dtype), found)
+        found = self._of_candidates(behaviors)
+        weights = weights.to(found.dtype).view(self.num_candidates, 1, -1)
+        return torch.bmm(weights, found).squeeze(1)
 
     def segment_softmax(self, scores: Tensor) -> Tensor:
         """See `Pairs`."""

@@ -115,7 +115,8 @@ def serve(config: ServeConfig) -> None:
             )
             follower.start()
         family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-        with socket.socket(family) as listening:
+        # asyncio sends without delay only what it knows to be TCP
+        with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listening:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listening.bind((config.host, config.port))
             port = listening.getsockname()[1]

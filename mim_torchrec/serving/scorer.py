@@ -79,6 +79,7 @@ class Scorer:
         store: directory of the multi-modal table, or URL of the store with it; None for Base.
         id_store: URL of the store with the bundle's ID tables; None reads them from the bundle.
         cache: matrices of histories to keep.
+        plain: compute pairs and interests as training does, for comparison.
 
     Raises:
         VersionMismatch: the vectors are not those that the model was trained on.
@@ -86,12 +87,18 @@ class Scorer:
     """
 
     def __init__(
-        self, bundle: Bundle, store: str | Path | None, id_store: str | None = None, cache: int = 0
+        self,
+        bundle: Bundle,
+        store: str | Path | None,
+        id_store: str | None = None,
+        cache: int = 0,
+        plain: bool = False,
     ) -> None:
         self.bundle = bundle
         self.config = bundle.config
         self._model, self._unknown = bundle.load()
-        self._model.list_pairs = pairs_of
+        if not plain:
+            self._model.list_pairs = pairs_of
         self.mm: ParameterStore | None = None
         if bundle.table_version is not None:
             if store is None:
@@ -105,7 +112,7 @@ class Scorer:
             self._ids[name] = open_store(where, bundle.version_of(name))
         self.cache = MatrixCache(cache)
         self._matrices: MatrixCiUBM | None = None
-        if self.mm is not None and is_linear(self._model.ciubm):
+        if self.mm is not None and is_linear(self._model.ciubm) and not plain:
             self._matrices = self._model.ciubm = MatrixCiUBM(self._model.ciubm)
 
     @property
