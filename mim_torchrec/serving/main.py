@@ -119,14 +119,21 @@ def serve(config: ServeConfig) -> None:
         with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listening:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listening.bind((config.host, config.port))
+            listening.listen(BACKLOG)  # whoever reads the address below can connect to it
             port = listening.getsockname()[1]
-            print(f"serving {config.name} {service.current.model_version} on http://{config.host}:{port}",
-                  flush=True)  # fmt: skip
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, lambda *_: None)  # uvicorn raises them again when it has ended
             settings = uvicorn.Config(app, log_level="warning", access_log=False, backlog=BACKLOG,
                                       timeout_graceful_shutdown=10)  # fmt: skip
-            uvicorn.Server(settings).run(sockets=[listening])
+            server = uvicorn.Server(settings)
+
+            def end(*_: object) -> None:
+                server.should_exit = True
+
+            # before uvicorn takes the signals, and after: it raises them again when it has ended
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, end)
+            print(f"serving {config.name} {service.current.model_version} on http://{config.host}:{port}",
+                  flush=True)  # fmt: skip
+            server.run(sockets=[listening])
 
 
 def main(argv: list[str] | None = None) -> None:

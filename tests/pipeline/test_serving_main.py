@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -103,6 +104,14 @@ def test_scores_over_http_are_the_trainers_for_many_clients_at_once(folder, sent
         np.testing.assert_allclose(asyncio.run(ask()), expected, rtol=0, atol=1e-5)
     finally:
         server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0
+
+
+def test_who_reads_the_address_can_connect_and_end_the_server_at_once(folder):
+    for _ in range(3):
+        server, address = start("--bundle", str(folder / "run" / "bundle"), "--store", str(folder / "table"))
+        with socket.create_connection(address.removeprefix("http://").split(":")):
+            server.send_signal(signal.SIGTERM)
         assert server.wait(60) == 0
 
 
