@@ -105,7 +105,7 @@ def compare_forms(config: ServingConfig, dim: int, length: int) -> dict[str, flo
                 relevant_interest(behaviors, relevance, pairs))  # fmt: skip
 
     def by(matrix: Tensor) -> Tensor:
-        return F.normalize(candidates_mm, dim=-1) @ matrix.T
+        return F.normalize(candidates_mm, dim=-1) @ matrix
 
     with torch.inference_mode():
         found = by(kept)

@@ -6,6 +6,7 @@ One process; behind a balancer there may be any number. SIGTERM lets requests th
 reads the release again at once.
 """
 
+import gc
 import ipaddress
 import logging
 import os
@@ -133,6 +134,9 @@ def serve(config: ServeConfig) -> None:
                 signal.signal(number, end)
             print(f"serving {config.name} {service.current.model_version} on http://{config.host}:{port}",
                   flush=True)  # fmt: skip
+            # what is loaded stays: a collection that looked through all of it would hold up a request
+            gc.collect()
+            gc.freeze()
             server.run(sockets=[listening])
 
 

@@ -4,7 +4,7 @@ The relevance is a cosine, and so the interests are linear in the normalized vec
 
     \sum_i \cos(h_t, h_i) h_i = (\sum_i h_i \hat h_i^T) \hat h_t,
 
-with a d x d matrix that depends on the history alone (for the fusion interest id_dim x d). Made once for a
+with a d x d matrix that depends on the history alone (for the fusion interest id_dim x d). Kept transposed. Made once for a
 request, its cost for a candidate does not depend on the length of the history; kept for a user, it is not
 made at all. A temperature makes the weights no longer linear, and the similarity interest needs the cosines
 themselves: those are computed over the history, as in training.
@@ -31,14 +31,21 @@ def is_linear(ciubm: CiUBM) -> bool:
 
 
 def interest_matrix(behaviors_mm: Tensor, behaviors: Tensor) -> Tensor:
-    """The matrix of a history, (mm_dim + id_dim, mm_dim).
+    """The matrix of a history, (mm_dim, mm_dim + id_dim): a normalized target times it is both interests.
 
     Args:
         behaviors_mm: (num_behaviors, mm_dim).
         behaviors: (num_behaviors, id_dim) ID embeddings.
     """
     behaviors_mm = behaviors_mm.float()
-    return torch.cat([behaviors_mm, behaviors], dim=1).T @ F.normalize(behaviors_mm, dim=-1)
+    lengths = torch.linalg.vector_norm(behaviors_mm, dim=-1, keepdim=True).clamp_min(1e-12)
+    scaled = torch.cat([behaviors_mm, behaviors], dim=1) / lengths
+    # the part of the content is symmetric: a quarter of it is the transpose of another
+    dim = behaviors_mm.shape[1]
+    half = dim // 2
+    first = behaviors_mm[:, :half].T @ scaled
+    second = behaviors_mm[:, half:].T @ scaled[:, half:]
+    return torch.cat([first, torch.cat([first[:, half:dim].T, second], dim=1)])
 
 
 class MatrixCiUBM(nn.Module):
@@ -95,7 +102,7 @@ class MatrixCiUBM(nn.Module):
             if matrix is None:
                 matrix = interest_matrix(behaviors_mm[own], behaviors[own])
             self.made.append(matrix)
-            part = targets[c_ends[request] : c_ends[request + 1]] @ matrix.T
+            part = targets[c_ends[request] : c_ends[request + 1]] @ matrix
             parts.append(part / max(own.stop - own.start, 1) if inner.pooling == "mean" else part)
         both = torch.cat(parts)
         dim = candidates_mm.shape[1]

@@ -23,6 +23,8 @@ from mim_torchrec.serving.bundle import Bundle
 from mim_torchrec.serving.grid import pairs_of
 from mim_torchrec.serving.matrix import MatrixCache, MatrixCiUBM, is_linear
 
+ROLES = ("candidate", "behavior")
+
 
 class BadRequest(ValueError):
     """A request that the model cannot score, and why."""
@@ -159,10 +161,10 @@ class Scorer:
         lookups = [dict.fromkeys(("user", "item", "vector"), 0) for _ in requests]
         generation = self.cache.generation
         given, keys = self._known_matrices(requests)
-        rows = {name: self._rows(name, requests, lookups) for name in self._ids_of_items()}
+        rows, known = self._rows(requests, lookups)
         vectors = self._vectors(requests, lookups, skip=[matrix is not None for matrix in given])
         pooled = self._pooled(requests, lookups)
-        batch = self._batch(requests)
+        batch = self._batch(requests, known)
         if self._matrices is not None:
             self._matrices.given = given
         scores = torch.sigmoid(self._model.score(batch, pooled, rows, vectors).logits.float())
@@ -224,21 +226,29 @@ class Scorer:
             keys.append(key if matrix is None else None)
         return given, keys
 
-    def _ids_of_items(self) -> list[str]:
-        roles = [f"{role}_{name}" for name in self.of_items for role in ("candidate", "behavior")]
-        return [*roles, *self.of_candidates]
-
     def _rows(
-        self, name: str, requests: Sequence[ScoreRequest], lookups: list[dict[str, int]]
-    ) -> JaggedTensor:
-        ids, lengths = self._flat(name, requests)
-        shared = name.removeprefix("candidate_").removeprefix("behavior_")
-        table = name if name in self._ids else shared
-        rows, found = self._ids[table].lookup(ids)
-        rows[~found] = self._unknown[table]
-        if table == "item_id":
-            self._count("item", found, lengths, lookups)
-        return JaggedTensor(rows, lengths=lengths)
+        self, requests: Sequence[ScoreRequest], lookups: list[dict[str, int]]
+    ) -> tuple[dict[str, JaggedTensor], dict[str, Tensor]]:
+        """ID rows of candidates and behaviors by feature, and which of their ids are known.
+
+        Every table is asked once for both.
+        """
+        rows, known = {}, {}
+        groups = {name: [f"{role}_{name}" for role in ROLES] for name in self.of_items}
+        for name in self.of_candidates:
+            shared = name.removeprefix("candidate_")
+            groups.setdefault(name if name in self._ids else shared, []).append(name)
+        for table, features in groups.items():
+            flat = [self._flat(feature, requests) for feature in features]
+            sizes = [ids.numel() for ids, _ in flat]
+            both, found = self._ids[table].lookup(torch.cat([ids for ids, _ in flat]))
+            both[~found] = self._unknown[table]
+            parts = zip(features, flat, both.split(sizes), found.split(sizes), strict=True)
+            for feature, (_, lengths), own, is_there in parts:
+                rows[feature], known[feature] = JaggedTensor(own, lengths=lengths), is_there
+                if table == "item_id":
+                    self._count("item", is_there, lengths, lookups)
+        return rows, known
 
     def _vectors(
         self, requests: Sequence[ScoreRequest], lookups: list[dict[str, int]], skip: list[bool]
@@ -246,18 +256,21 @@ class Scorer:
         """Multi-modal vectors; those of histories whose matrix is known are left out, and are zero."""
         if self.mm is None:
             return None
-        found = {}
-        for role in ("candidate", "behavior"):
-            ids, lengths = self._flat(f"{role}_item_id", requests)
-            wanted = torch.tensor([role == "candidate" or not known for known in skip])
-            wanted = wanted.repeat_interleave(lengths)
-            rows = torch.zeros(ids.numel(), self.mm.dim)
-            is_there = torch.ones(ids.numel(), dtype=torch.bool)
-            if wanted.any():
-                rows[wanted], is_there[wanted] = self.mm.lookup(ids[wanted])
-            self._count("vector", is_there, lengths, lookups)
-            found[f"{role}_mm"] = JaggedTensor(rows, lengths=lengths)
-        return found
+        flat = [self._flat(f"{role}_item_id", requests) for role in ROLES]
+        (candidates, candidate_lengths), (behaviors, behavior_lengths) = flat
+        wanted = (~torch.tensor(skip)).repeat_interleave(behavior_lengths)
+        rows, found = self.mm.lookup(torch.cat([candidates, behaviors[wanted]]))
+        of_candidates, of_behaviors = rows.split([candidates.numel(), rows.shape[0] - candidates.numel()])
+        if not wanted.all():
+            of_behaviors = rows.new_zeros(behaviors.numel(), self.mm.dim).index_put_((wanted,), of_behaviors)
+        is_there = torch.ones(behaviors.numel(), dtype=torch.bool)
+        is_there[wanted] = found[candidates.numel() :]
+        self._count("vector", found[: candidates.numel()], candidate_lengths, lookups)
+        self._count("vector", is_there, behavior_lengths, lookups)
+        return {
+            "candidate_mm": JaggedTensor(of_candidates, lengths=candidate_lengths),
+            "behavior_mm": JaggedTensor(of_behaviors, lengths=behavior_lengths),
+        }
 
     def _pooled(self, requests: Sequence[ScoreRequest], lookups: list[dict[str, int]]) -> KeyedTensor:
         names, parts = self.of_requests, []
@@ -273,15 +286,14 @@ class Scorer:
             parts.append(total / lengths.clamp(min=1)[:, None] if is_mean else total)
         return KeyedTensor(list(names), [part.shape[1] for part in parts], torch.cat(parts, dim=1))
 
-    def _batch(self, requests: Sequence[ScoreRequest]) -> RequestBatch:
+    def _batch(self, requests: Sequence[ScoreRequest], known: dict[str, Tensor]) -> RequestBatch:
         """What the model reads besides rows: how many there are of each, categories, times, numbers."""
-        keys = [f"{role}_{name}" for name in self.of_items for role in ("candidate", "behavior")]
+        keys = [f"{role}_{name}" for name in self.of_items for role in ROLES]
         flat = [self._flat(key, requests) for key in keys]
         values = []
         for key, (ids, _) in zip(keys, flat, strict=True):
             if key.endswith("category"):  # compared with each other, and 0 is an unknown one
-                _, found = self._ids["category"].lookup(ids)
-                ids = torch.where(found, ids + 1, 0)
+                ids = torch.where(known[key], ids + 1, 0)
             values.append(ids)
         features = self.config.features()
         times = [request.behavior_ts for request in requests]

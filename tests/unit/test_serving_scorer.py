@@ -19,7 +19,7 @@ from mim_torchrec.embeddings.windows.window import Window
 from mim_torchrec.serving.bundle import Bundle, write_bundle
 from mim_torchrec.serving.bundle import main as bundle_command
 from mim_torchrec.serving.grid import Grid
-from mim_torchrec.serving.matrix import MatrixCache, MatrixCiUBM
+from mim_torchrec.serving.matrix import MatrixCache, MatrixCiUBM, interest_matrix
 from mim_torchrec.serving.scorer import BadRequest, Scorer, ScoreRequest
 from tests.pipeline.test_ctr_main import SMALL, STYLES, write_dataset
 from tests.pipeline.test_evaluate_main import write_table
@@ -139,6 +139,23 @@ def test_an_item_that_was_taken_down_is_unknown_at_once_also_in_the_cache(din, f
     assert one.apply(window) and len(one.cache) == 0
     after = one.score([sent])[0]
     assert after.unknown["vector"] == 1 and not torch.equal(before.scores, after.scores)
+
+
+@pytest.mark.parametrize(("mm_dim", "num_behaviors"), [(6, 4), (5, 3), (1, 2), (4, 0)])
+def test_the_matrix_of_a_history_gives_the_sums_of_equations_7_and_8(mm_dim, num_behaviors):
+    generator = torch.Generator().manual_seed(mm_dim)
+    vectors = torch.randn(num_behaviors, mm_dim, generator=generator)
+    vectors[1:2] = 0  # an item without a vector
+    ids = torch.randn(num_behaviors, 3, generator=generator)
+    target = torch.randn(mm_dim, generator=generator)
+    content, fusion = torch.zeros(mm_dim), torch.zeros(3)
+    for vector, row in zip(vectors, ids, strict=True):
+        length = float(target.norm() * vector.norm())
+        relevance = float(target @ vector) / length if length else 0.0
+        content += relevance * vector
+        fusion += relevance * row
+    found = target / target.norm() @ interest_matrix(vectors, ids)
+    torch.testing.assert_close(found, torch.cat([content, fusion]))
 
 
 def test_a_matrix_of_rows_from_before_a_window_is_not_kept():
