@@ -5,9 +5,9 @@ The relevance is a cosine, and so the interests are linear in the normalized vec
     \sum_i \cos(h_t, h_i) h_i = (\sum_i h_i \hat h_i^T) \hat h_t,
 
 with a d x d matrix that depends on the history alone (for the fusion interest id_dim x d), kept transposed.
-Made once for a request, its cost for a candidate does not depend on the length of the history; kept for a user,
-it is not made at all. A temperature makes the weights no longer linear, and the similarity interest needs the
-cosines themselves: those are computed over the history, as in training.
+Made once for a request, its cost for a candidate does not depend on the length of the history; kept for a
+user, it is not made at all. A temperature makes the weights no longer linear, and the similarity interest
+needs the cosines themselves: those are computed over the history, as in training.
 """
 
 import threading
