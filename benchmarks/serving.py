@@ -1,8 +1,8 @@
 """What a score costs at serving: `make bench-serving`.
 
-Content and fusion interest by a matrix of the history beside the direct sum, in turns and at one thread; and
-a real server over HTTP with requests of 500 candidates, one client and eight, beside a server that computes
-what training computes, one request at a time. Weights are random: what is timed does not depend on them.
+Content and fusion interest by a matrix of the history beside the direct sum, in turns and at one thread;
+scores beside the same model computed as training does; and a real server over HTTP with requests of 500
+candidates, one client and eight. Weights are random: what is timed does not depend on them.
 """
 
 import asyncio
@@ -67,7 +67,7 @@ class ServingConfig:
     """Users of the tables."""
     rounds: int = 31
     """Timed rounds of every form."""
-    requests: int = 200
+    requests: int = 400
     """Requests of a client over HTTP, for each length of history; a tenth of them at the longest."""
     clients: int = 8
     """Clients at once."""

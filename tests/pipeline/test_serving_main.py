@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import gc
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections import Counter
 from pathlib import Path
 
 import httpx
@@ -20,7 +22,9 @@ import schemathesis
 import torch
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from benchmarks.memory import private_bytes
 from mim_torchrec.ctr.evaluation import main as evaluate
 from mim_torchrec.embeddings.stores.redis_store import RedisStore
 from mim_torchrec.embeddings.table.format import Table, TableWriter, VersionMismatch
@@ -446,14 +450,47 @@ def test_the_memory_of_a_server_does_not_grow_with_the_tables(folder, tmp_path):
     assert abs(found[1] - found[0]) < 8e6, found  # the tables grew by 32 MB and their ids by 10 MB
 
 
-def test_no_request_that_the_schema_allows_breaks_the_server(folder):
+FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+INT64 = st.integers(-(2**63), 2**63 - 1)
+
+
+@FUZZ
+@given(data=st.data())
+def test_any_well_formed_request_is_scored(client, data):
+    moment = data.draw(INT64)
+    counts = {"candidate": data.draw(st.integers(1, 20)), "behavior": data.draw(st.integers(0, 20))}
+    drawn = {"user_id": [data.draw(INT64)], "query_id": [data.draw(INT64)], "request_ts": [moment]}
+    for role, count in counts.items():
+        drawn[f"{role}_item_id"] = data.draw(st.lists(INT64, min_size=count, max_size=count))
+        categories = st.one_of(INT64, st.integers(0, 5))
+        drawn[f"{role}_category"] = data.draw(st.lists(categories, min_size=count, max_size=count))
+    drawn["behavior_ts"] = [data.draw(st.integers(-(2**63), moment)) for _ in range(counts["behavior"])]
+    inputs = [{"name": name, "shape": [len(values)], "datatype": "INT64", "data": values}
+              for name, values in drawn.items()]  # fmt: skip
+    answer = client.post(INFER, json={"inputs": inputs, "outputs": [{"name": "score"}]})
+    assert answer.status_code == 200, answer.text
+    scores = output(answer.json())
+    assert len(scores) == counts["candidate"] and all(0 <= score <= 1 for score in scores)
+
+
+def test_no_request_that_the_schema_allows_breaks_the_server_or_makes_it_grow(folder):
     app, _ = application(pair(folder), Limits(max_candidates=50, max_behaviors=50))
-    for found in schemathesis.openapi.from_asgi("/openapi.json", app).get_all_operations():
+    schema = schemathesis.openapi.from_asgi("/openapi.json", app)
+    operations = [found.ok() for found in schema.get_all_operations()]
+    answered: Counter[int] = Counter()
+    sizes = []
+    for _ in range(2):
+        for operation in operations:
 
-        @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-        @given(case=found.ok().as_strategy())
-        def fuzz(case):
-            answer = case.call()
-            assert answer.status_code < 500, (case.path, answer.text)
+            @FUZZ
+            @given(case=operation.as_strategy())
+            def fuzz(case):
+                answer = case.call()
+                answered[answer.status_code] += 1
+                assert answer.status_code < 500, (case.path, answer.text)
 
-        fuzz()
+            fuzz()
+        gc.collect()
+        sizes.append(private_bytes())
+    assert answered[200] and answered[400] and answered[404], answered
+    assert sizes[1] - sizes[0] < 16e6, (sizes, answered)
