@@ -259,10 +259,9 @@ def make_app(
             raise HTTPException(409, f"the vectors are of table_version {table_version}, not {wanted}")
         request = read_request(sent, served.scorer, limits)
         patience = None if sent.parameters is None else sent.parameters.timeout_ms
-        hits, misses = served.scorer.cache.hits, served.scorer.cache.misses
         found = await batcher.score(served.scorer, request, patience)
-        metrics.cache_hits.inc(max(served.scorer.cache.hits - hits, 0))
-        metrics.cache_misses.inc(max(served.scorer.cache.misses - misses, 0))
+        if found.was_kept is not None:
+            (metrics.cache_hits if found.was_kept else metrics.cache_misses).inc()
         metrics.candidates.inc(len(found.scores))
         for kind, count in found.unknown.items():
             metrics.unknown.labels(kind).inc(count)

@@ -129,7 +129,6 @@ class MatrixCache:
         self._lock = threading.Lock()
         self._kept: OrderedDict[Hashable, tuple[Tensor, Tensor]] = OrderedDict()
         self.generation = 0
-        self.hits = self.misses = 0
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -139,9 +138,7 @@ class MatrixCache:
         with self._lock:
             found = self._kept.get(key)
             if found is None:
-                self.misses += 1
                 return None
-            self.hits += 1
             self._kept.move_to_end(key)
             return found[1]
 

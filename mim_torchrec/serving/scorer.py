@@ -66,11 +66,13 @@ class Scores:
         contribution: (num_candidates,) what the score loses without the multi-modal vector of the candidate,
             None if it was not asked for.
         unknown: by kind of id, how many of the request the stores do not know.
+        was_kept: whether the matrix of the history was in the cache; None where no cache was asked.
     """
 
     scores: Tensor
     contribution: Tensor | None
     unknown: dict[str, int]
+    was_kept: bool | None = None
 
 
 class Scorer:
@@ -116,6 +118,8 @@ class Scorer:
         self._matrices: MatrixCiUBM | None = None
         if self.mm is not None and is_linear(self._model.ciubm) and not plain:
             self._matrices = self._model.ciubm = MatrixCiUBM(self._model.ciubm)
+        # the similarity interest reads the vectors of a history, whatever else is known of it
+        self._keeps = cache > 0 and self._matrices is not None and not self._matrices.inner.tiers
 
     @property
     def of_requests(self) -> tuple[str, ...]:
@@ -182,9 +186,10 @@ class Scorer:
             logits = self._model.score(batch, pooled, rows, vectors | {"candidate_mm": zeros}).logits
             without = torch.sigmoid(logits.float()).split(counts)
         return [
-            Scores(part, part - without[k] if without and requests[k].contribution else None, lookups[k])
+            Scores(part, part - without[k] if without and requests[k].contribution else None, lookups[k],
+                   given[k] is not None if self._keeps else None)
             for k, part in enumerate(scores.split(counts))
-        ]
+        ]  # fmt: skip
 
     def nearest(self, candidates: Tensor, behaviors: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The behaviors that are most alike each candidate by content.
@@ -216,7 +221,7 @@ class Scorer:
         keys: list[bytes | None] = []
         for request in requests:
             key = matrix = None
-            if self._matrices is not None and not self._matrices.inner.tiers:
+            if self._keeps:
                 digest = hashlib.blake2b(digest_size=16)
                 for name in self.of_items:
                     digest.update(request.ids[f"behavior_{name}"].numpy().tobytes())
