@@ -4,7 +4,7 @@ import io
 import struct
 import zlib
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from mim_torchrec.data.errors import DataError, Location
 
@@ -30,7 +30,9 @@ def decode_image(data: bytes, where: Location | str = "image") -> Image.Image:
         with Image.open(io.BytesIO(data)) as image:
             return image.convert("RGB")  # reads all of it
     except _UNREADABLE as error:
-        problem = f"the image of {len(data)} bytes cannot be decoded ({error})"
+        # Pillow's message would name an object of this process
+        reason = "no known format" if isinstance(error, UnidentifiedImageError) else error
+        problem = f"the image of {len(data)} bytes cannot be decoded ({reason})"
         if isinstance(where, Location):
             raise DataError(problem, where.file, where.row_group, where.row, where.column) from None
         raise DataError(f"{where}: {problem}") from None

@@ -134,7 +134,8 @@ def test_poisoned_items_go_to_quarantine_with_their_reason_and_the_others_on(pla
     assert [w.ids.tolist() for w in windows(place)] == [[0, 8]]
     lines = (tmp_path / "rim" / "quarantine.jsonl").read_text()
     found = reasons(place)
-    assert "cannot be decoded" in found[1] and "cannot be decoded" in found[5]
+    assert "cannot be decoded" in found[1]
+    assert found[5] == "image: the image of 8 bytes cannot be decoded (no known format)"
     assert found[2] == found[3] == "the title is empty" and found[4] == "there is no image"
     assert "NaN or infinity" in found[7]
     assert "broken.parquet" in lines and "column item_id" in lines and "there is no item_id" in lines
