@@ -2,6 +2,8 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 DATA ?=
+# processes that run tests side by side; each takes up to 2 GiB
+TEST_PROCESSES ?= 2
 
 BIN := $(abspath $(VENV))/bin
 KIND := $(shell nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
@@ -74,7 +76,7 @@ bench-serving: install  ## what a score costs at serving, alone and over HTTP, b
 	$(BIN)/python -m benchmarks.serving --out runs/serving
 
 test: install  ## unit, distributed and pipeline tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 doctor: install  ## check the installation
 	$(BIN)/mim doctor

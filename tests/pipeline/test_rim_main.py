@@ -68,7 +68,8 @@ def place(tmp_path, encoder, exported):  # noqa: F811
 
 
 def words(place: dict[str, str], *more: str) -> list[str]:
-    return [word for pair in place.items() for word in pair] + list(more)
+    """Words of the command line; windows are closed by count unless `more` says otherwise."""
+    return [word for pair in place.items() for word in pair] + ["--window-seconds", "3600", *more]
 
 
 def version(place: dict[str, str]) -> str:
@@ -230,7 +231,7 @@ def test_whoever_is_killed_when_every_item_is_in_one_window(place, tmp_path, red
 
 def test_sigterm_publishes_what_was_read_and_ends(place, tmp_path):
     put(tmp_path / "new", "a", [row(k) for k in range(6)])
-    rim = start(place, "--window-seconds", "3600", "--batch-size", "2")
+    rim = start(place, "--batch-size", "2")
     quarantine = Path(place["--out"])
     while not quarantine.exists():
         assert rim.poll() is None
