@@ -4,7 +4,7 @@ The estimate follows every tensor that an operation returns until its storage is
 under `FakeTensorMode`, no memory: models of any size are run without computing anything. It does not see what
 a kernel takes and gives back within one operation, nor the fragments and the caches of an allocator.
 
-`allocated_on_cpu` is the yardstick: what torch's allocator of the CPU itself has handed out.
+`measured_on_cpu` is the yardstick of it: what torch's allocator of the CPU itself has handed out.
 """
 
 import weakref
@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+MEASURED = "measured step"
 BLOCK = 512
 """Bytes that the allocator of a GPU rounds to."""
 
@@ -31,7 +32,7 @@ class PeakMemory(TorchDispatchMode):
 
     Attributes:
         current: bytes that are alive.
-        peak: the largest `current` so far; assign to it to begin anew.
+        peak: the largest `current` so far.
     """
 
     def __init__(self, round_to: int = BLOCK) -> None:
@@ -68,3 +69,51 @@ class PeakMemory(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         self.track(leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor))
         return out
+
+
+
+def estimated(step: Callable[[], Any], resident: Iterable[Tensor]) -> int:
+    """Peak bytes of a step by the storages that are alive.
+
+    Args:
+        step: what is done.
+        resident: what lies in memory before it.
+    """
+    memory = PeakMemory()
+    memory.track(resident)
+    with memory:
+        step()
+    return memory.peak
+
+
+def measured_on_gpu(step: Callable[[], Any], device: torch.device) -> int:
+    """Peak bytes that the allocator of a GPU had handed out during a step, whatever they were for."""
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device)
+
+
+def measured_on_cpu(build: Callable[[], Callable[[], Any]]) -> int:
+    """Peak bytes that torch's allocator of the CPU had handed out during a step.
+
+    The allocator tells a profiler what it hands out and takes back; of what is older than the profiler it
+    knows nothing.
+
+    Args:
+        build: makes everything that is to be counted, and returns the step.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step = build()
+        with record_function(MEASURED):
+            step()
+    events = profiler.profiler.kineto_results.events()
+    began = next(event.start_ns() for event in events if event.name() == MEASURED)
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    current = peak = 0
+    for moment, change in changes:
+        current += change
+        if moment >= began:
+            peak = max(peak, current)
+    return peak

@@ -9,8 +9,8 @@ learnable temperature that sharpens the relevance, and content dropout.
 Content and fusion interest are of the whole history, also where the user behavior model searches a part of it
 (SIM, TWIN) or cuts it (BST): the paper does not say, and all of it is what Eq. 7 and 8 sum over.
 
-Multi-modal vectors get a gradient if they ask for one, as those of an encoder that is trained with the model do;
-those of a frozen table do not, and nothing is kept or computed for one.
+Multi-modal vectors get a gradient if they ask for one, as those of an encoder that is trained with the model
+do; those of a frozen table do not, and nothing is kept or computed for one.
 """
 
 import math
@@ -120,8 +120,8 @@ class CiUBM(nn.Module):
         Raises:
             ValueError: multi-modal vectors are missing that an interest needs.
         """
-        # before the ID interest: backward, the gradient that fusion gives to behaviors then comes last and need
-        # not wait, as large as they are, while that of the ID interest is computed
+        # before the ID interest: backward, the gradient that fusion gives to behaviors then comes last, and
+        # does not lie, as large as they are, beside what the ID interest needs
         content = fusion = similarity = None
         if self.content or self.fusion or self.tiers:
             if candidates_mm is None or behaviors_mm is None:

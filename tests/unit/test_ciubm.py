@@ -234,7 +234,7 @@ def test_vectors_that_are_trained_get_the_gradients_of_the_equations(pairs, ids,
     for cs, bs in requests():
         for c in cs:
             alpha = [
-                behaviors_mm[b] @ candidates_mm[c - 1] / (behaviors_mm[b].norm() * candidates_mm[c - 1].norm())
+                torch.cosine_similarity(behaviors_mm[b], candidates_mm[c - 1], dim=0)
                 if c and mm[1][b].any() else torch.zeros(())
                 for b in bs
             ]  # fmt: skip
