@@ -8,6 +8,7 @@ are what the paper argues against, and so in `benchmarks/`: the stages keep enco
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import DataType, EmbeddingConfig
@@ -16,6 +17,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.model import CTRModel
 from mim_torchrec.ctr.sharding import build_model
+from mim_torchrec.data.items import ItemStore
 from mim_torchrec.encoders.item_encoder import ItemEncoder
 
 FEATURES = ("candidate_mm", "behavior_mm")
@@ -44,6 +46,18 @@ class Catalog:
         first = min(SPECIAL_TOKENS, words - 1)
         ids = torch.randint(first, words, (1 + items, num_tokens), generator=generator)
         return cls(images, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+    @classmethod
+    def read(cls, items: ItemStore, encoder: ItemEncoder) -> "Catalog":
+        """Images and titles of a data set's items, in the order of their ids, as a table has them."""
+        everything = np.arange(len(items))
+        images = [encoder.vision.transform(image) for image in items.images(everything)]
+        tokens = encoder.text.tokenize(items.titles(everything))
+        # row 0 has what the first item has, where its vector is not used
+        return cls(
+            torch.stack([images[0], *images]),
+            {name: torch.cat([values[:1], values]) for name, values in tokens.items()},
+        )
 
     @property
     def nbytes(self) -> int:

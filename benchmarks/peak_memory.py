@@ -8,7 +8,7 @@ a kernel takes and gives back within one operation, nor the fragments and the ca
 """
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -72,12 +72,12 @@ class PeakMemory(TorchDispatchMode):
 
 
 
-def estimated(step: Callable[[], Any], resident: Iterable[Tensor]) -> int:
+def estimated(step: Callable[[], Any], resident: Iterator[Tensor]) -> int:
     """Peak bytes of a step by the storages that are alive.
 
     Args:
         step: what is done.
-        resident: what lies in memory before it.
+        resident: what lies in memory before it. An iterator: a list would keep what the step gives back.
     """
     memory = PeakMemory()
     memory.track(resident)
