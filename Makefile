@@ -19,7 +19,7 @@ export MIM_PYTHON := $(BIN)/python
 export PYTHONPATH :=
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install demo test movielens ablation-csft figure5 table2 ablation-ciubm coldstart abtest bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving doctor lint lock clean
+.PHONY: help install demo test movielens ablation-csft figure5 table2 ablation-ciubm coldstart abtest table6 bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving doctor lint lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -62,6 +62,9 @@ coldstart: install  ## gains by the age of an item, Figure 6: make coldstart [DA
 
 abtest: install  ## a simulated online test: CTR and revenue of rankings by Base and by MIM
 	$(BIN)/python -m benchmarks.abtest --out runs/abtest
+
+table6: install  ## operations, memory and speed without a representation center, end to end, and of MIM
+	$(BIN)/python -m benchmarks.efficiency --out runs/table6
 
 bench-frozen-table: install  ## a frozen sharded table beside trainable and unsharded ones
 	$(BIN)/python -m benchmarks.frozen_table --out runs/frozen_table

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.optim.keyed import CombinedOptimizer
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from benchmarks import fuxictr_models
@@ -123,20 +125,21 @@ def random_table(config: ThroughputConfig) -> Path:
     return path
 
 
-def our_step(config: ThroughputConfig, name: str, dim: int, ranks: Ranks, mim: bool = False) -> Step:
-    """A training step of one of our models, as the loop takes it."""
-    settings = CTRConfig(
+def our_config(config: ThroughputConfig, name: str, dim: int, mim: bool = False) -> CTRConfig:
+    """What `mim ctr` would be told, to train one of our models at these sizes."""
+    return CTRConfig(
         data=config.out, out=config.out, ubm=name, mim="on" if mim else "off", embedding_dim=dim,
         attention=(config.attention,), attention_activation="dice", heads=config.heads, top_k=config.top_k,
         tower=config.tower, lr=1e-3, max_behaviors=config.max_behaviors,
         # FuxiCTR's DIEN has no auxiliary loss; both have SIM's
         aux_weight=0.0 if name == "dien" else 1.0,
     )  # fmt: skip
-    table = open_table(random_table(config), None) if mim else None
-    mm = frozen_config(table, ["candidate_mm", "behavior_mm"], name="mm") if table is not None else None
-    model, optimizer = shard(build_model(settings, config.rows, mm, torch.device("meta")), settings, ranks)
-    if table is not None:
-        load_table(model.module.mm_embeddings, table, "mm")
+
+
+def training_step(
+    model: DistributedModelParallel, optimizer: CombinedOptimizer, settings: CTRConfig, ranks: Ranks
+) -> Step:
+    """A training step of a sharded model, as the loop takes it."""
     task = CTRTask(model, optimizer, None, None, None, ranks, settings.aux_weight)
     model.train()
 
@@ -149,22 +152,39 @@ def our_step(config: ThroughputConfig, name: str, dim: int, ranks: Ranks, mim: b
     return step
 
 
-def in_turns(steps: Sequence[Callable[[int], Any]], rounds: int, warmup: int) -> list[list[float]]:
-    """CPU-seconds of each step in each round; who begins changes from round to round.
+def our_step(config: ThroughputConfig, name: str, dim: int, ranks: Ranks, mim: bool = False) -> Step:
+    """A training step of one of our models."""
+    settings = our_config(config, name, dim, mim)
+    table = open_table(random_table(config), None) if mim else None
+    mm = frozen_config(table, ["candidate_mm", "behavior_mm"], name="mm") if table is not None else None
+    model, optimizer = shard(build_model(settings, config.rows, mm, torch.device("meta")), settings, ranks)
+    if table is not None:
+        load_table(model.module.mm_embeddings, table, "mm")
+    return training_step(model, optimizer, settings, ranks)
+
+
+def in_turns(
+    steps: Sequence[Callable[[int], Any]],
+    rounds: int,
+    warmup: int,
+    clock: Callable[[], float] = time.process_time,
+) -> list[list[float]]:
+    """Seconds of each step in each round; who begins changes from round to round.
 
     Args:
         steps: each called with the number of the round.
         rounds: that are timed.
         warmup: before those.
+        clock: what tells the seconds; by default those of the CPU.
     """
     seconds: list[list[float]] = [[] for _ in steps]
     for k in range(warmup + rounds):
         order = range(len(steps)) if k % 2 else reversed(range(len(steps)))
         for place in order:
-            started = time.process_time()
+            started = clock()
             steps[place](k)
             if k >= warmup:
-                seconds[place].append(time.process_time() - started)
+                seconds[place].append(clock() - started)
     return seconds
 
 

@@ -1,7 +1,9 @@
-"""Floating-point operations of a training step, with the sparse products that torch's counter leaves out.
+"""Floating-point operations of a training step, where torch's counter leaves some out and overdoes others.
 
 Attention on packed pairs is a sampled dense product and weighted bags (`mim_torchrec.ciubm.packed`);
-`FlopCounterMode` knows neither. Lookups, unweighted sums and elementwise operations count nothing.
+`FlopCounterMode` knows neither. The weight gradient of a grouped convolution it counts `groups` times. Fused
+attention on a CPU it does not know, so attention is computed by its formula meanwhile. Lookups, unweighted
+sums and elementwise operations count nothing; `benchmarks.lookups` counts the bytes of lookups.
 """
 
 from collections.abc import Callable
@@ -9,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 aten = torch.ops.aten
 
@@ -35,7 +38,26 @@ def _weighted_bags(
 for _formula in (_sampled, _weighted_bags):
     _formula._get_raw = True  # tensors, not their shapes: the number of pairs is not a size of an argument
 
-PACKED = {
+def _convolution_backward(
+    gradient: list[int],
+    inputs: list[int],
+    weight: list[int],
+    _bias: Any,
+    _stride: Any,
+    _padding: Any,
+    _dilation: Any,
+    transposed: bool,
+    _output_padding: Any,
+    _groups: int,
+    output_mask: list[bool],
+    **__: Any,
+) -> int:
+    """Each of the two gradients has the products of the forward pass, once for each channel of a group."""
+    return conv_flop_count(inputs, weight, gradient, transposed) * sum(output_mask[:2])
+
+
+FORMULAS = {
+    aten.convolution_backward: _convolution_backward,
     aten.sparse_sampled_addmm: _sampled,
     aten._embedding_bag: _weighted_bags,
     aten._embedding_bag_forward_only: _weighted_bags,
@@ -44,6 +66,7 @@ PACKED = {
 
 def count_flops(call: Callable[[], Any]) -> int:
     """Operations of a call, a multiply and an add counting as two."""
-    with FlopCounterMode(display=False, custom_mapping=PACKED) as counter:
+    math = sdpa_kernel(SDPBackend.MATH)
+    with math, FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
         call()
     return counter.get_total_flops()

@@ -337,6 +337,43 @@ def serve(
     return app
 
 
+def bench(
+    *script_args: str,
+    name: str,
+    out: str,
+    image: str = "",
+    h: Optional[str] = None,  # noqa: UP045
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 8192,
+    max_retries: int = 0,
+    env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
+    mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
+) -> specs.AppDef:
+    """
+    Run a benchmark, such as efficiency (Table 6). Benchmarks are not installed: the job runs in a checkout.
+
+    With local_cwd that is the current folder; an image needs the checkout as its working directory, or gets
+    it as TorchX's workspace (--workspace).
+
+    Args:
+        script_args: further flags of the benchmark, after a lone --
+        name: module of the folder benchmarks: efficiency, ctr_throughput, csft_loss, frozen_table, ...
+        out: directory of the report
+        image: container image with a checkout as its working directory, for kubernetes and local_docker
+        h: a named resource, in place of cpu, gpu and memMB
+        cpu: cores
+        gpu: accelerators
+        memMB: memory in MiB
+        max_retries: times the scheduler starts the job again; local_cwd never does
+        env: environment variables, A=1,B=2
+        mounts: type=bind,src=/host,dst=/job[,readonly]
+    """
+    command = ["-m", f"benchmarks.{name}", "--out", out, *script_args]
+    resource = specs.resource(cpu=cpu, gpu=gpu, memMB=memMB, h=h)
+    return _service("bench", command, image, resource, max_retries, env, mounts)
+
+
 def _service(
     stage: str,
     command: list[str],
@@ -346,7 +383,7 @@ def _service(
     env: Optional[Dict[str, str]],  # noqa: UP006, UP045
     mounts: Optional[List[str]],  # noqa: UP006, UP045
 ) -> specs.AppDef:
-    """One process that runs until it is told to stop."""
+    """One process, which most often runs until it is told to stop."""
     role = specs.Role(
         name=stage,
         image=image,

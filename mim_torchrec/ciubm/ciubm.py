@@ -8,6 +8,9 @@ learnable temperature that sharpens the relevance, and content dropout.
 
 Content and fusion interest are of the whole history, also where the user behavior model searches a part of it
 (SIM, TWIN) or cuts it (BST): the paper does not say, and all of it is what Eq. 7 and 8 sum over.
+
+Multi-modal vectors get a gradient if they ask for one, as those of an encoder that is trained with the model
+do; those of a frozen table do not, and nothing is kept or computed for one.
 """
 
 import math
@@ -117,9 +120,8 @@ class CiUBM(nn.Module):
         Raises:
             ValueError: multi-modal vectors are missing that an interest needs.
         """
-        id_interest = auxiliary = None
-        if self.ubm is not None:
-            id_interest, auxiliary = self.ubm(candidates, behaviors, pairs, context)
+        # before the ID interest: backward, the gradient that fusion gives to behaviors then comes last, and
+        # does not lie, as large as they are, beside what the ID interest needs
         content = fusion = similarity = None
         if self.content or self.fusion or self.tiers:
             if candidates_mm is None or behaviors_mm is None:
@@ -133,7 +135,10 @@ class CiUBM(nn.Module):
             if self.log_temperature is not None:
                 relevance = sharpened(relevance, self.log_temperature.exp(), pairs)
             if self.content:
-                content = relevant_interest(behaviors_mm.detach().float(), relevance, pairs, self.pooling)
+                content = relevant_interest(behaviors_mm.float(), relevance, pairs, self.pooling)
             if self.fusion:
                 fusion = relevant_interest(behaviors, relevance, pairs, self.pooling)
+        id_interest = auxiliary = None
+        if self.ubm is not None:
+            id_interest, auxiliary = self.ubm(candidates, behaviors, pairs, context)
         return Interests(id_interest, content, fusion, similarity, auxiliary)

@@ -2,7 +2,8 @@ r"""Content interest and fusion interest (MIM, section 3.4, Eq. 7 and 8).
 
 Both weight a user's behaviors by one relevance, the cosine of multi-modal vectors
 $\alpha_{t,i} = \cos(h_t^{MM}, h_i^{MM})$, and differ in what they weight: multi-modal vectors (Eq. 7) or ID
-embeddings (Eq. 8). $\alpha$ is computed once for both, and without gradient: the vectors are frozen.
+embeddings (Eq. 8). $\alpha$ is computed once for both. It has a gradient if the vectors have one: those of a
+frozen table have none.
 """
 
 from typing import Literal
@@ -16,7 +17,6 @@ from mim_torchrec.ciubm.jagged import RequestPairs
 Pooling = Literal["sum", "mean"]
 
 
-@torch.no_grad()
 def content_relevance(candidates: Tensor, behaviors: Tensor, pairs: RequestPairs) -> Tensor:
     r"""Relevance $\alpha_{t,i}$ of each behavior to the target, Eq. 7 left.
 

@@ -3,7 +3,7 @@ r"""Similarity interest: how the relevance of a history is distributed (beyond t
 Eq. 7 and 8 sum behaviors over all $\alpha_{t,i}$ and no longer tell one near-duplicate from many faint
 likenesses. Here the cosines themselves become features of the target: counts by tier, as SimTier does (Sheng
 et al., arXiv 2407.19467), and their maximum and mean, over the last few behaviors and over all. Without
-parameters and, as $\alpha$ is frozen, without gradient.
+parameters, and without gradient: counts have none.
 """
 
 from collections.abc import Sequence

@@ -27,7 +27,12 @@ from torchrec.distributed.planner.types import (
     TrainerConfig,
 )
 from torchrec.distributed.types import ShardingType
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
+from torchrec.modules.embedding_configs import (
+    DataType,
+    EmbeddingBagConfig,
+    EmbeddingConfig,
+    PoolingType,
+)
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
@@ -49,6 +54,8 @@ _SPARSE_OPTIMIZERS = {
     "adam": torch.optim.Adam,
     "sgd": torch.optim.SGD,
 }
+# the model makes floats of vectors where it computes with them, and holds the shorter form until then
+_LEFT_AS_STORED = {DataType.FP16: torch.float16, DataType.BF16: torch.bfloat16}
 _INIT_CHUNK = 65536
 WARMUP = "__warmup"
 
@@ -99,7 +106,11 @@ def build_model(
     # the dense part must not depend on how many random numbers the tables have drawn
     request_embeddings = EmbeddingBagCollection(tables=request, device=device)
     item_embeddings = EmbeddingCollection(tables=items, device=device)
-    mm_embeddings = FrozenEmbeddingCollection([mm_config], device=device) if mm_config is not None else None
+    mm_embeddings = None
+    if mm_config is not None:
+        mm_embeddings = FrozenEmbeddingCollection(
+            [mm_config], device=device, output_dtype=_LEFT_AS_STORED.get(mm_config.data_type, torch.float32)
+        )
     torch.manual_seed(config.seed)
     return CTRModel(request_embeddings, item_embeddings, mm_embeddings, config.model())
 

@@ -207,13 +207,43 @@ def test_interests_without_vectors_are_refused(pairs, ids):
         CiUBM(None, content=True, fusion=False)(*ids, pairs)
 
 
-def test_multi_modal_vectors_get_no_gradient_and_id_embeddings_do(pairs, ids, mm):
-    vectors = [x.clone().requires_grad_() for x in mm]
+def test_frozen_vectors_need_no_gradient_and_id_embeddings_get_theirs(pairs, ids, mm):
     behaviors = ids[1].clone().requires_grad_()
-    out = CiUBM(None, content=True, fusion=True)(ids[0], behaviors, pairs, *vectors).concatenate()
-    out.sum().backward()
-    assert all(x.grad is None for x in vectors)
+    interests = CiUBM(None, content=True, fusion=True)(ids[0], behaviors, pairs, *mm)
+    assert not interests.content.requires_grad
+    interests.fusion.sum().backward()
     assert behaviors.grad is not None and behaviors.grad.abs().sum() > 0
+
+
+def test_vectors_that_are_trained_get_the_gradients_of_the_equations(pairs, ids, mm):
+    def trained() -> list[Tensor]:
+        return [x.double().requires_grad_() for x in (ids[1], mm[0][1:], mm[1])]
+
+    def loss(content: Tensor, fusion: Tensor) -> Tensor:
+        weights = torch.arange(1.0, 1 + sum(CANDIDATES), dtype=torch.float64)[:, None]
+        return (weights * content).sum() + (weights * fusion.square()).sum()
+
+    behaviors, candidates_mm, behaviors_mm = inputs = trained()
+    unknown = torch.zeros(1, MM_DIM, dtype=torch.float64)
+    own = CiUBM(None, content=True, fusion=True)(
+        ids[0], behaviors, pairs, torch.cat([unknown, candidates_mm]), behaviors_mm
+    )
+    loss(own.content, own.fusion).backward()
+    naive = behaviors, candidates_mm, behaviors_mm = trained()
+    content, fusion = [], []
+    for cs, bs in requests():
+        for c in cs:
+            alpha = [
+                torch.cosine_similarity(behaviors_mm[b], candidates_mm[c - 1], dim=0)
+                if c and mm[1][b].any() else torch.zeros(())
+                for b in bs
+            ]  # fmt: skip
+            for sums, values in ((content, behaviors_mm), (fusion, behaviors)):
+                rows = [a * values[b] for a, b in zip(alpha, bs, strict=True)]
+                sums.append(sum(rows, torch.zeros(values.shape[1], dtype=torch.float64)))
+    loss(torch.stack(content), torch.stack(fusion)).backward()
+    for x, y, known in zip(inputs, naive, (slice(None), slice(None), mm[1].any(1)), strict=True):
+        torch.testing.assert_close(x.grad[known].float(), y.grad[known].float())
 
 
 @pytest.mark.parametrize(
