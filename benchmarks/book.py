@@ -1,0 +1,186 @@
+"""Write the benchmark book, `benchmarks/README.md`, from the recorded results: `make book`.
+
+Every figure of the book comes from `benchmarks/results/*.json`, and pictures are drawn from them; a test holds
+the page to what this program makes of the records.
+"""
+
+import importlib
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib.pyplot as plt
+
+from benchmarks.bench import SMALL
+from benchmarks.registry import BENCHMARKS, EXPERIMENTS, RESULTS, Benchmark
+from mim_torchrec.training.report import MIM_COLOR, tidy, to_png
+
+BOOK = Path(__file__).with_name("README.md")
+TEMPLATE = """\
+# The benchmark book
+
+Written by `make book` from the records in `benchmarks/results/`; change those, not this page. Speeds are ratios of
+what was measured side by side in one run. Times of other machines differ; the claims are what a rerun can test.
+
+    make bench             # every benchmark of cost at a small size, in under 20 minutes, and what moved
+    make bench RECORD=1    # this run is what later ones are compared with
+
+| benchmark | command | claims met | recorded |
+|---|---|---|---|
+{% for b in benchmarks %}
+| [{{ b.title }}](#{{ b.anchor }}) | `make {{ b.target }}` | {{ b.met }} | {{ b.date }} |
+{% endfor %}
+{% for b in benchmarks %}
+
+## {{ b.title }}
+
+{{ b.about }}
+
+    make {{ b.target }}        # python -m benchmarks.{{ b.name }} --help has the sizes
+{% if b.record %}
+
+| claim | value | met |
+|---|---|---|
+{% for t in b.record.targets %}
+| {{ t.claim }} | {{ t.value | number }} | {{ "yes" if t.met else "**no**" }} |
+{% endfor %}
+{% if b.figures %}
+
+| figure | value |
+|---|---|
+{% for label, value in b.figures.items() %}
+| {{ label }} | {{ value | number }} |
+{% endfor %}
+
+![{{ b.title }}](results/{{ b.name }}.png)
+{% endif %}
+
+Recorded on {{ b.record.date[:10] }} at commit {{ b.record.git_commit[:12] }} with {{ b.record.hardware | hardware }};
+{{ b.record.versions | versions }}. Sizes: {{ b.record.config | sizes }}. All figures:
+[`results/{{ b.name }}.json`](results/{{ b.name }}.json).
+{% else %}
+
+Nothing is recorded yet.
+{% endif %}
+{% endfor %}
+
+## Experiments: how well models predict
+
+These train models and compare their AUC. A small size would say nothing, so `make bench` leaves them out; their
+figures, with hardware and date, are in the [README](../README.md).
+
+| experiment | command |
+|---|---|
+{% for e in experiments %}
+| {{ e.title }} | `make {{ e.target }}` |
+{% endfor %}
+{% if small %}
+
+## The small sizes
+
+`make bench` compares with this run of {{ small.date[:10] }}, of {{ (small.seconds.values() | sum / 60) | round(1) }}
+minutes, on {{ small.hardware | hardware }}.
+
+| benchmark | figure | value |
+|---|---|---|
+{% for name, own in small.figures.items() %}
+{% for label, value in own.items() %}
+| {{ name }} | {{ label }} | {{ value | number }} |
+{% endfor %}
+{% endfor %}
+{% endif %}
+"""
+
+
+def number(value: float) -> str:
+    """A figure with three digits.
+
+    >>> number(0.30559), number(901120), number(2.4e-07), number(0)
+    ('0.306', '901,120', '2.4e-07', '0')
+    """
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def hardware(found: Mapping[str, Any]) -> str:
+    """One line about a machine."""
+    gpus = ", ".join(map(str, found["gpus"])) or "no GPU"
+    return f"{found['processor']}, {found['cores']} cores, {found['memory_gib']} GiB, {gpus}"
+
+
+def versions(found: Mapping[str, str]) -> str:
+    """One line about packages."""
+    return ", ".join(f"{name} {version}" for name, version in found.items())
+
+
+def sizes(config: Mapping[str, Any]) -> str:
+    """One line about a configuration."""
+    own = {name: value for name, value in config.items() if name != "out"}
+    return "; ".join(f"{name} {', '.join(map(str, v)) if isinstance(v, list) else v}" for name, v in own.items())
+
+
+def about(benchmark: Benchmark) -> str:
+    """What a benchmark says of itself, without its first line."""
+    text = inspect.getdoc(importlib.import_module(f"benchmarks.{benchmark.name}")) or ""
+    paragraphs = [part for part in text.split("\n\n")[1:] if not part.startswith("    ")]
+    return "\n\n".join(paragraphs)
+
+
+def draw(benchmark: Benchmark, figures: Mapping[str, float]) -> bytes:
+    """Figures of a benchmark as bars, as PNG."""
+    figure, axes = plt.subplots(figsize=(7, 0.6 + 0.35 * len(figures)), layout="constrained")
+    labels = list(figures)[::-1]
+    bars = axes.barh(labels, [figures[label] for label in labels], color=MIM_COLOR)
+    axes.bar_label(bars, [number(figures[label]) for label in labels], padding=3, fontsize=8)
+    positive = [value for value in figures.values() if value > 0]
+    if positive and max(positive) > 100 * min(positive) and len(positive) == len(figures):
+        axes.set_xscale("log")
+    axes.margins(x=0.15)
+    axes.axvline(1, color="gray", linewidth=0.6)
+    tidy(axes)
+    return to_png(figure)
+
+
+def render(records: Path = RESULTS) -> tuple[str, dict[str, bytes]]:
+    """The page, and its pictures by file name."""
+    shown, pictures = [], {}
+    for benchmark in BENCHMARKS:
+        path = records / benchmark.record.name
+        record = json.loads(path.read_text()) if path.exists() else None
+        figures = benchmark.read(record) if record is not None else {}
+        if figures:
+            pictures[f"{benchmark.name}.png"] = draw(benchmark, figures)
+        met = "–" if record is None else (
+            f"{sum(t['met'] for t in record['targets'])} of {len(record['targets'])}"
+        )  # fmt: skip
+        anchor = "".join(c for c in benchmark.title.lower() if c.isalnum() or c in " -").replace(" ", "-")
+        shown.append({
+            "name": benchmark.name, "target": benchmark.target, "title": benchmark.title, "anchor": anchor,
+            "about": about(benchmark), "record": record, "figures": figures, "met": met,
+            "date": "–" if record is None else record["date"][:10],
+        })  # fmt: skip
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    environment.filters |= {"number": number, "hardware": hardware, "versions": versions, "sizes": sizes}
+    small = records / SMALL.name
+    page = environment.from_string(TEMPLATE).render(
+        benchmarks=shown, experiments=EXPERIMENTS,
+        small=json.loads(small.read_text()) if small.exists() else None,
+    )  # fmt: skip
+    return page, pictures
+
+
+def main() -> None:
+    """Entry point of `python -m benchmarks.book`."""
+    page, pictures = render()
+    BOOK.write_text(page, encoding="utf-8")
+    for name, picture in pictures.items():
+        (RESULTS / name).write_bytes(picture)
+    print(f"{BOOK.name}: {len(BENCHMARKS)} benchmarks, {len(pictures)} pictures")
+
+
+if __name__ == "__main__":
+    main()
