@@ -19,7 +19,7 @@ export MIM_PYTHON := $(BIN)/python
 export PYTHONPATH :=
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install demo test movielens ablation-csft figure5 table2 ablation-ciubm coldstart abtest table6 bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving doctor lint lock clean
+.PHONY: help install demo test movielens ablation-csft figure5 table2 ablation-ciubm coldstart abtest table6 bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving bench-scaling bench book doctor lint lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -77,6 +77,15 @@ bench-ctr-throughput: install  ## training steps of the CTR models beside FuxiCT
 
 bench-serving: install  ## what a score costs at serving, alone and over HTTP, by the length of the history
 	$(BIN)/python -m benchmarks.serving --out runs/serving
+
+bench-scaling: install  ## how a training step grows with history, batch, table and ranks; the paper's scale planned
+	$(BIN)/python -m benchmarks.scaling --out runs/scaling
+
+bench: install  ## every benchmark of cost at a small size, and what moved; RECORD=1 records it
+	$(BIN)/python -m benchmarks.bench --out runs/bench $(if $(RECORD),--record)
+
+book: install  ## write benchmarks/README.md from the recorded results
+	$(BIN)/python -m benchmarks.book
 
 test: install  ## unit, distributed and pipeline tests
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile

@@ -121,7 +121,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows[name] = compare(figures[name], before.get(name, {}), config.tolerance)
         pages.append(section(name, benchmark.title, rows[name], seconds[name]))
         for row in rows[name]:
-            recorded = "" if row["before"] is None else f"  recorded {row['before']:.4g} ({row['change']:+.0%})"
+            recorded = ""
+            if row["change"] is not None:
+                recorded = f", recorded {row['before']:.4g} ({row['change']:+.0%})"
             print(f"  {'MOVED ' if row['moved'] else '      '}{row['figure']}: {row['now']:.4g}{recorded}")
         print(f"  {seconds[name]:.0f} s", flush=True)
     total = sum(seconds.values())

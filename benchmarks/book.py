@@ -1,7 +1,7 @@
 """Write the benchmark book, `benchmarks/README.md`, from the recorded results: `make book`.
 
-Every figure of the book comes from `benchmarks/results/*.json`, and pictures are drawn from them; a test holds
-the page to what this program makes of the records.
+Every figure of the book comes from `benchmarks/results/*.json`, and pictures are drawn from them; a test
+holds the page to what this program makes of the records.
 """
 
 import importlib
@@ -19,80 +19,7 @@ from benchmarks.registry import BENCHMARKS, EXPERIMENTS, RESULTS, Benchmark
 from mim_torchrec.training.report import MIM_COLOR, tidy, to_png
 
 BOOK = Path(__file__).with_name("README.md")
-TEMPLATE = """\
-# The benchmark book
-
-Written by `make book` from the records in `benchmarks/results/`; change those, not this page. Speeds are ratios of
-what was measured side by side in one run. Times of other machines differ; the claims are what a rerun can test.
-
-    make bench             # every benchmark of cost at a small size, in under 20 minutes, and what moved
-    make bench RECORD=1    # this run is what later ones are compared with
-
-| benchmark | command | claims met | recorded |
-|---|---|---|---|
-{% for b in benchmarks %}
-| [{{ b.title }}](#{{ b.anchor }}) | `make {{ b.target }}` | {{ b.met }} | {{ b.date }} |
-{% endfor %}
-{% for b in benchmarks %}
-
-## {{ b.title }}
-
-{{ b.about }}
-
-    make {{ b.target }}        # python -m benchmarks.{{ b.name }} --help has the sizes
-{% if b.record %}
-
-| claim | value | met |
-|---|---|---|
-{% for t in b.record.targets %}
-| {{ t.claim }} | {{ t.value | number }} | {{ "yes" if t.met else "**no**" }} |
-{% endfor %}
-{% if b.figures %}
-
-| figure | value |
-|---|---|
-{% for label, value in b.figures.items() %}
-| {{ label }} | {{ value | number }} |
-{% endfor %}
-
-![{{ b.title }}](results/{{ b.name }}.png)
-{% endif %}
-
-Recorded on {{ b.record.date[:10] }} at commit {{ b.record.git_commit[:12] }} with {{ b.record.hardware | hardware }};
-{{ b.record.versions | versions }}. Sizes: {{ b.record.config | sizes }}. All figures:
-[`results/{{ b.name }}.json`](results/{{ b.name }}.json).
-{% else %}
-
-Nothing is recorded yet.
-{% endif %}
-{% endfor %}
-
-## Experiments: how well models predict
-
-These train models and compare their AUC. A small size would say nothing, so `make bench` leaves them out; their
-figures, with hardware and date, are in the [README](../README.md).
-
-| experiment | command |
-|---|---|
-{% for e in experiments %}
-| {{ e.title }} | `make {{ e.target }}` |
-{% endfor %}
-{% if small %}
-
-## The small sizes
-
-`make bench` compares with this run of {{ small.date[:10] }}, of {{ (small.seconds.values() | sum / 60) | round(1) }}
-minutes, on {{ small.hardware | hardware }}.
-
-| benchmark | figure | value |
-|---|---|---|
-{% for name, own in small.figures.items() %}
-{% for label, value in own.items() %}
-| {{ name }} | {{ label }} | {{ value | number }} |
-{% endfor %}
-{% endfor %}
-{% endif %}
-"""
+TEMPLATE = Path(__file__).with_name("book.md.jinja")
 
 
 def number(value: float) -> str:
@@ -119,8 +46,8 @@ def versions(found: Mapping[str, str]) -> str:
 
 def sizes(config: Mapping[str, Any]) -> str:
     """One line about a configuration."""
-    own = {name: value for name, value in config.items() if name != "out"}
-    return "; ".join(f"{name} {', '.join(map(str, v)) if isinstance(v, list) else v}" for name, v in own.items())
+    texts = {name: ", ".join(map(str, v)) if isinstance(v, list) else str(v) for name, v in config.items()}
+    return "; ".join(f"{name} {text}" for name, text in texts.items() if name != "out")
 
 
 def about(benchmark: Benchmark) -> str:
@@ -166,7 +93,7 @@ def render(records: Path = RESULTS) -> tuple[str, dict[str, bytes]]:
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     environment.filters |= {"number": number, "hardware": hardware, "versions": versions, "sizes": sizes}
     small = records / SMALL.name
-    page = environment.from_string(TEMPLATE).render(
+    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         benchmarks=shown, experiments=EXPERIMENTS,
         small=json.loads(small.read_text()) if small.exists() else None,
     )  # fmt: skip

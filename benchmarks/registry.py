@@ -1,7 +1,7 @@
-"""Every benchmark: how it is started, what it says that a rerun can be compared by, and how it is made small.
+"""Every benchmark: how it is started, what it says that reruns are compared by, and how it is made small.
 
-A figure is a place in `report.json`, or a quotient of two. Figures of cost are ratios of what was measured side
-by side in one run, or counts, so that another machine gives them again as nearly as may be.
+A figure is a place in `report.json`, or a quotient of two: ratios of what was measured side by side in one
+run, or counts, so that another machine gives them again as nearly as may be.
 """
 
 from collections.abc import Mapping, Sequence
@@ -68,7 +68,7 @@ def _value(report: Mapping[str, Any], figure: Figure, name: str) -> float:
 
 BENCHMARKS: Sequence[Benchmark] = (
     Benchmark(
-        name="efficiency", target="table6", title="Table 6: what MIM costs beside Base, w/o RC and end to end",
+        name="efficiency", target="table6", title="Table 6: what MIM costs beside Base",
         small=("--preset", "small", "--rounds", "2"),
         figures={
             "E2E training over the forward pass of the foundation models": "e2e_over_forward",
@@ -79,17 +79,18 @@ BENCHMARKS: Sequence[Benchmark] = (
     ),
     Benchmark(
         name="scaling", target="bench-scaling", title="How a training step grows, to the paper's scale",
-        small=("--histories", "20", "50", "100", "--batches", "64", "256", "--table-rows", "100000", "1000000",
-               "--batch-size", "128", "--max-behaviors", "50", "--dim", "16", "--rounds", "5"),
+        small=("--histories", "20", "50", "100", "--batches", "64", "256", "--table-rows", "100000",
+               "1000000", "--batch-size", "128", "--max-behaviors", "50", "--dim", "16", "--rounds", "5"),
         figures={
             "power of the history in MIM's step time": "growth|1|history|mim|step_ms",
             "power of the history in MIM's memory of a step": "growth|1|history|mim|step_mb",
-            "memory of a step, MIM over Base, longest history": "measured|1|history|100|mim_over_base|step_mb",
+            "memory of a step, MIM over Base, history 100":
+                "measured|1|history|100|mim_over_base|step_mb",
             "step time, largest table over smallest": "growth|1|table_rows|step_ms",
         },
     ),
     Benchmark(
-        name="frozen_table", target="bench-frozen-table", title="A frozen sharded table beside its alternatives",
+        name="frozen_table", target="bench-frozen-table", title="A frozen table beside its alternatives",
         small=("--rows", "100000", "--dim", "64", "--requests", "256", "--rounds", "11", "--scale-rows", "0"),
         figures={
             "lookup of fp32, through DMP, over index_select": "lookup|fp32|vs_index_select",
@@ -100,8 +101,8 @@ BENCHMARKS: Sequence[Benchmark] = (
     ),
     Benchmark(
         name="csft_loss", target="bench-csft-loss", title="The contrastive loss at the size of the paper",
-        small=("--queries", "256", "--queue-batches", "50", "--steps", "2", "--naive-items", "8192", "--rounds",
-               "3", "--loop-queries", "16"),
+        small=("--queries", "256", "--queue-batches", "50", "--steps", "2", "--naive-items", "8192",
+               "--rounds", "3", "--loop-queries", "16"),
         figures={
             "time over the naive loss": "naive|time_ratio",
             "memory beyond inputs and queue, MiB": "paper_scale|extra_mib",
@@ -109,7 +110,7 @@ BENCHMARKS: Sequence[Benchmark] = (
         },
     ),
     Benchmark(
-        name="export_throughput", target="bench-export-throughput", title="Export beside its encoder's bare speed",
+        name="export_throughput", target="bench-export-throughput", title="Export beside its encoder",
         small=(),
         figures={},
     ),

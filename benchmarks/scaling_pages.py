@@ -61,8 +61,8 @@ def sections(report: dict[str, Any]) -> list[Section]:
         for axis in ("history", "batch"):
             mim, base = growth[axis]["mim"], growth[axis]["base"]
             lines.append(
-                f"{ranks} rank(s), {AXES[axis]}: the step of MIM grows with the power {mim['step_ms']:.2f} of it in "
-                f"time and {mim['step_mb']:.2f} in memory; that of Base {base['step_ms']:.2f} and "
+                f"{ranks} rank(s), {AXES[axis]}: the step of MIM grows with the power {mim['step_ms']:.2f} of "
+                f"it in time and {mim['step_mb']:.2f} in memory; that of Base with {base['step_ms']:.2f} and "
                 f"{base['step_mb']:.2f}."
             )
     pages.append(Section("Growth", text=lines, pictures=[PICTURE]))
