@@ -3,6 +3,7 @@
 from typing import Any
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import EngFormatter, NullFormatter
 
 from mim_torchrec.training.pages import Section
 from mim_torchrec.training.report import BASE_COLOR, MIM_COLOR, tidy, to_png
@@ -31,6 +32,9 @@ def draw(report: dict[str, Any]) -> bytes:
     last.set(xlabel="GPUs", ylabel="GiB a GPU, simulated")
     for panel in panels:
         panel.set(xscale="log", yscale="log")
+        for side in (panel.xaxis, panel.yaxis):
+            side.set_major_formatter(EngFormatter(sep=""))
+            side.set_minor_formatter(NullFormatter())
         panel.legend(fontsize=7)
         tidy(panel)
     return to_png(figure)
@@ -61,9 +65,9 @@ def sections(report: dict[str, Any]) -> list[Section]:
         for axis in ("history", "batch"):
             mim, base = growth[axis]["mim"], growth[axis]["base"]
             lines.append(
-                f"{ranks} rank(s), {AXES[axis]}: the step of MIM grows with the power {mim['step_ms']:.2f} of "
-                f"it in time and {mim['step_mb']:.2f} in memory; that of Base with {base['step_ms']:.2f} and "
-                f"{base['step_mb']:.2f}."
+                f"{ranks} rank(s), {AXES[axis]}: the step of MIM grows with the power {mim['step_ms']:.2f} "
+                f"of it in time and {mim['step_mb']:.2f} in memory; that of Base with {base['step_ms']:.2f} "
+                f"and {base['step_mb']:.2f}."
             )
     pages.append(Section("Growth", text=lines, pictures=[PICTURE]))
     pages.append(Section(
