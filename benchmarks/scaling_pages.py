@@ -32,8 +32,9 @@ def draw(report: dict[str, Any]) -> bytes:
     last.set(xlabel="GPUs", ylabel="GiB a GPU, simulated")
     for panel in panels:
         panel.set(xscale="log", yscale="log")
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+        panel.yaxis.set_major_formatter("{x:g}")
         for side in (panel.xaxis, panel.yaxis):
-            side.set_major_formatter(EngFormatter(sep=""))
             side.set_minor_formatter(NullFormatter())
         panel.legend(fontsize=7)
         tidy(panel)
