@@ -17,7 +17,7 @@ export MIM_PYTHON := $(BIN)/python
 export PYTHONPATH :=
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install demo test movielens ablation-csft figure5 table2 ablation-ciubm coldstart abtest bench-frozen-table bench-csft-loss bench-ctr-throughput doctor lint lock clean
+.PHONY: help install demo test movielens ablation-csft figure5 table2 ablation-ciubm coldstart abtest bench-frozen-table bench-csft-loss bench-ctr-throughput bench-rim-latency chaos doctor lint lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -69,6 +69,12 @@ bench-csft-loss: install  ## the loss of C-SFT at the size of the paper, beside 
 
 bench-ctr-throughput: install  ## training steps of the CTR models beside FuxiCTR's
 	$(BIN)/python -m benchmarks.ctr_throughput --out runs/ctr_throughput
+
+bench-rim-latency: install  ## from the arrival of an item to a lookup that has its vector
+	$(BIN)/python -m benchmarks.rim_latency --out runs/rim_latency
+
+chaos: install  ## kill RIM, stores and training ranks 240 times: no row wrong, lost or doubled
+	$(BIN)/python -m benchmarks.chaos --out runs/chaos
 
 test: install  ## unit, distributed and pipeline tests
 	$(BIN)/python -m pytest
