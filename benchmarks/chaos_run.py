@@ -27,9 +27,10 @@ from mim_torchrec.embeddings.windows.redis_connection import connect, locate
 from mim_torchrec.embeddings.windows.transport import open_log
 from tests.redis_server import RedisServer
 
-SPANS = {"rim": 2.5, "store": 3.0, "embedded": 3.0, "rank": 8.0}
-"""Seconds after a start within which a process is killed."""
-PATIENCE = 120.0  # seconds until a reader has caught up
+SPANS = {"rim": 0.8, "store": 1.0, "embedded": 1.0, "rank": 4.0}
+"""Seconds of work within which a process is killed; one in five is killed within those after its start."""
+PATIENCE = 20.0  # seconds until a process is at work
+DRIP = 25.0  # arrivals a second that are fed at least
 
 
 @dataclass
@@ -96,12 +97,14 @@ class Chaos:
             thread.start()
         total, due = sum(self._quotas.values()), time.monotonic()
         while not self._are_killed() and all(t.is_alive() for t in threads.values()):
-            share = sum(self.outcome.kills.values()) / max(total, 1)
-            insist(lambda share=share: feeder.feed(int(share * len(self._corpus.arrivals))))
+            share = sum(self.outcome.kills.values()) / max(total, 1) * len(self._corpus.arrivals)
+            drip = DRIP * (time.monotonic() - started)
+            through = int(max(share, drip))
+            insist(lambda through=through: feeder.feed(through))
             if time.monotonic() >= due:
                 self._guarded("fault", self._faults.step)
                 due = time.monotonic() + rng.uniform(0, self._pause)
-            time.sleep(0.02)
+            time.sleep(0.1)
         insist(lambda: feeder.feed(len(self._corpus.arrivals)))
         self._fed.set()
         threads["rim"].join()
@@ -131,7 +134,11 @@ class Chaos:
         fed (RIM) or published.
         """
         if self.outcome.kills[kind] < self._quotas[kind]:
-            code = victim.wait(rng.uniform(0, SPANS[kind]))
+            code, waits = None, time.monotonic() + (PATIENCE if rng.random() < 0.8 else 0.0)
+            while code is None and time.monotonic() < waits and not is_at_work():
+                code = victim.wait(0.05)
+            if code is None:
+                code = victim.wait(rng.uniform(0, SPANS[kind]))
             if code is None:
                 if victim.kill(rng):
                     self.outcome.kills[kind] += 1
