@@ -19,7 +19,7 @@ export MIM_PYTHON := $(BIN)/python
 export PYTHONPATH :=
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install demo test movielens ablation-csft figure5 table2 ablation-ciubm coldstart abtest table6 bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving bench-scaling bench book doctor lint lock clean
+.PHONY: help install demo test movielens ablation-csft figure5 table2 ablation-ciubm coldstart abtest table6 bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving bench-rim-latency bench-scaling bench-export-throughput chaos bench book doctor lint lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -86,6 +86,12 @@ bench: install  ## every benchmark of cost at a small size, and what moved; RECO
 
 book: install  ## write benchmarks/README.md from the recorded results
 	$(BIN)/python -m benchmarks.book
+
+bench-rim-latency: install  ## from the arrival of an item to a lookup that has its vector
+	$(BIN)/python -m benchmarks.rim_latency --out runs/rim_latency
+
+chaos: install  ## kill RIM, stores and training ranks 240 times: no row wrong, lost or doubled
+	$(BIN)/python -m benchmarks.chaos --out runs/chaos
 
 test: install  ## unit, distributed and pipeline tests
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile

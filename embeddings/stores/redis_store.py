@@ -1,7 +1,8 @@
 """The parameter store in Redis or Valkey, one server or a cluster, for many computation machines.
 
     {<name>}:<version>                              hash: base, dim, dtype, shards
-    {<name>:<version>:<base>:<shard>}               number of the last window applied to a shard
+    {<name>:<version>:<base>:<shard>}               number of the last window applied to a shard, and behind a
+                                                    + how many changes of the next one are written
     {<name>:<version>:<base>:<shard>}<8 bytes>      a row as stored, by item id
 
 A shard is what one slot of a cluster holds: its rows and their watermark, so that a script can check the one
@@ -29,13 +30,21 @@ ROWS = 200  # written by one command: others wait no longer than that
 FETCH = 2000  # read by one command
 CLUSTER_SHARDS = 64
 
-# KEYS: watermark, rows to write, to delete. ARGV: watermark expected, and to set; rows to write; the rows.
+# KEYS: watermark, rows to write, to delete. ARGV: watermark expected, and to set; changes of the window ahead
+# of these; rows to write; the rows. A part is refused unless all ahead of it are written: one may come to an
+# error (no memory, a slot that moves) and the next one through.
 APPLY = """
-if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
-local rows = tonumber(ARGV[3])
-for i = 1, rows do redis.call('SET', KEYS[1 + i], ARGV[3 + i]) end
+local seq, done = string.match(redis.call('GET', KEYS[1]) or '', '^(%-?%d+)%+?(%d*)$')
+local before, rows = tonumber(ARGV[3]), tonumber(ARGV[4])
+done = tonumber(done) or 0
+if seq ~= ARGV[1] or done < before then return 0 end
+for i = 1, rows do redis.call('SET', KEYS[1 + i], ARGV[4 + i]) end
 for i = rows + 2, #KEYS do redis.call('DEL', KEYS[i]) end
-redis.call('SET', KEYS[1], ARGV[2])
+if ARGV[2] ~= ARGV[1] then
+  redis.call('SET', KEYS[1], ARGV[2])
+elseif before + #KEYS - 1 > done then
+  redis.call('SET', KEYS[1], seq .. '+' .. (before + #KEYS - 1))
+end
 return 1
 """
 
@@ -109,8 +118,7 @@ class RedisStore:
                 store._write_base(table, progress)
                 facts = {"base": manifest.seq, "dim": manifest.dim, "dtype": manifest.dtype, "shards": shards}
                 store._client.hset(store._about, mapping=facts)
-                if before is not None:
-                    store._drop(int(before))
+            store._drop_older()
             store._facts = store._read_facts()
         return store
 
@@ -175,11 +183,12 @@ class RedisStore:
             gone = [item for item in window.removed.tolist() if item % shards == shard]
             changes: list[tuple[int, bytes | None]] = [*rows, *((item, None) for item in gone)]
             parts = [changes[start : start + ROWS] for start in range(0, len(changes), ROWS)] or [[]]
-            for number, part in enumerate(parts, 1):
-                mark = window.seq if number == len(parts) else window.seq - 1
+            for number, part in enumerate(parts):
+                mark = window.seq if number == len(parts) - 1 else window.seq - 1
                 written = [(item, value) for item, value in part if value is not None]
                 keys = [self._mark(shard), *self._keys([item for item, _ in part])]
-                yield keys, [window.seq - 1, mark, len(written), *(value for _, value in written)]
+                head = [window.seq - 1, mark, number * ROWS, len(written)]
+                yield keys, [*head, *(value for _, value in written)]
 
     def _write_base(self, table: Table, progress: Callable[[int], object]) -> None:
         self._drop(table.manifest.seq)  # what somebody who was killed has left
@@ -198,9 +207,18 @@ class RedisStore:
 
     def _drop(self, base: int) -> None:
         """Remove the rows of a base."""
-        pattern = f"{{{self._at.name}:{self._version}:{base}:*"
+        self._drop_where(lambda found: found == base)
+
+    def _drop_older(self) -> None:
+        """Remove the rows of all bases before this one, also those that a load that broke off has left."""
+        self._drop_where(lambda found: found < self._facts.base)
+
+    def _drop_where(self, is_dropped: Callable[[int], bool]) -> None:
+        prefix = f"{{{self._at.name}:{self._version}:"
         found: list[bytes] = []
-        for key in self._client.scan_iter(match=pattern, count=FETCH):
+        for key in self._client.scan_iter(match=f"{prefix}*", count=FETCH):
+            if not is_dropped(int(key[len(prefix.encode()) :].split(b":")[0])):
+                continue
             found.append(key)
             if len(found) == ROWS:
                 self._unlink(found)
@@ -232,7 +250,7 @@ class RedisStore:
             raise TableError(
                 f"{self._at} has lost shards {lost} of {self.table_version}: load its table again"
             )
-        return [int(mark) for mark in marks]
+        return [int(mark.split(b"+")[0]) for mark in marks]
 
     def _read_facts(self) -> _Facts:
         with reachable(self._at):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mim_torchrec.embeddings.stores.embedded import EmbeddedStore
 from mim_torchrec.embeddings.stores.redis_store import RedisStore
-from mim_torchrec.embeddings.windows.redis_connection import RedisUnavailable, is_redis
+from mim_torchrec.embeddings.windows.redis_connection import is_redis
 from mim_torchrec.embeddings.windows.transport import Transport
 from mim_torchrec.embeddings.windows.window import Window
 
@@ -62,7 +62,7 @@ def catch_up(store: ParameterStore, windows: Transport) -> int:
 
 
 def follow(store: ParameterStore, windows: Transport, stop: Event) -> None:
-    """Apply windows as they come, until told to stop. A server that is gone is waited for.
+    """Apply windows as they come, until told to stop. A server or disk that is gone or full is waited for.
 
     Raises:
         WindowGap: the log has forgotten windows that the store lacks: load a newer base table.
@@ -77,9 +77,9 @@ def follow(store: ParameterStore, windows: Transport, stop: Event) -> None:
             if away:
                 log.warning("reached again; windows applied up to %d", store.seq)
             away = False
-        except RedisUnavailable as error:
+        except OSError as error:  # RedisUnavailable, RedisFull, a directory that is away
             if not away:
-                log.warning("%s; trying again until it answers", error)
+                log.warning("%s; trying again until it works", error)
             away = True
             stop.wait(WAIT)
 

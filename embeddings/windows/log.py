@@ -28,6 +28,7 @@ FORMAT_VERSION = 1
 ABOUT = "log.json"
 FORGOTTEN = "forgotten.jsonl"
 SUFFIX = ".safetensors"
+BROKEN_OFF = 3600.0  # seconds after which nobody is still writing a file
 LOOK_EVERY = 0.02  # seconds between two looks for the next file
 
 
@@ -75,7 +76,8 @@ class WindowLog:
 
     def head(self) -> int:
         """Number of the newest window; where the log starts if there never was one."""
-        return max(self._numbers(), default=self._forgotten_through())
+        # both: a list of files that others remove meanwhile may lack the newest of them
+        return max([*self._numbers(), self._forgotten_through()])
 
     def first(self) -> int:
         """Number of the oldest window that can be read; one past the newest where none can."""
@@ -191,8 +193,11 @@ class WindowLog:
         newest = time.time() - min_age
         gone = []
         for seq in sorted(number for number in self._numbers() if number <= through):
-            if self._path(seq).stat().st_mtime > newest:
-                break
+            try:
+                if self._path(seq).stat().st_mtime > newest:
+                    break
+            except FileNotFoundError:  # somebody else is forgetting it
+                continue
             gone.append(seq)
         if gone:
             # the line break ahead ends a line that a killed writer broke off
@@ -204,7 +209,17 @@ class WindowLog:
             fsync(self.root)
         for seq in gone:
             self._path(seq).unlink(missing_ok=True)
+        self._remove_broken_off()
         return len(gone)
+
+    def _remove_broken_off(self) -> None:
+        """Remove what those have left who were killed while they wrote."""
+        for path in self.root.glob(".*"):
+            try:
+                if path.stat().st_mtime < time.time() - BROKEN_OFF:
+                    path.unlink()
+            except FileNotFoundError:  # it was being written, and has got its name
+                continue
 
     def _forgotten(self) -> list[tuple[int, str]]:
         """Numbers and names of windows without a file; the line that a killed writer broke off is left."""
@@ -212,11 +227,13 @@ class WindowLog:
         if not path.exists():
             return []
         entries = []
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             # the files of a line that was broken off are still there, and are forgotten by a later one
-            if line.startswith("{") and line.endswith("}\n"):
+            try:
                 entry = json.loads(line)
                 entries.append((entry["seq"], entry["window_id"]))
+            except ValueError:
+                continue
         return entries
 
     def _forgotten_through(self) -> int:
@@ -227,18 +244,40 @@ class WindowLog:
         return [int(name[: -len(SUFFIX)]) for name in names if name.endswith(SUFFIX) and name[0].isdigit()]
 
     def _read_names(self) -> None:
-        """Learn the names of windows that came since the last look."""
-        for seq, name in self._forgotten():
-            self._seq_of[name] = seq
-            self._known = max(self._known, seq)
-        for seq in sorted(number for number in self._numbers() if number > self._known):
-            path = self._path(seq)
+        """Learn the names of windows that came since the last look.
+
+        Raises:
+            MalformedWindow: a file is no window.
+            VersionMismatch: one is of another version. Whoever appends must not go on behind it: readers
+                cannot pass it, and taking it away would leave a gap.
+        """
+        while True:
+            # files before names: what is forgotten in between is in one of the two, or in both
+            numbers = sorted(self._numbers())
+            for seq, name in self._forgotten():
+                self._seq_of[name] = seq
+                self._known = max(self._known, seq)
             try:
-                with safe_open(path, "pt") as file:
-                    self._seq_of[file.metadata()["window_id"]] = seq
-            except (SafetensorError, KeyError, TypeError) as error:
-                raise MalformedWindow(f"{path} is no window: {error!r}") from None
-            self._known = seq
+                for seq in numbers:
+                    if seq > self._known:
+                        self._seq_of[self._name_in(self._path(seq))] = seq
+                        self._known = seq
+                return
+            except FileNotFoundError:  # forgotten just now: its name is where those are
+                continue
+
+    def _name_in(self, path: Path) -> str:
+        try:
+            with safe_open(path, "pt") as file:
+                facts = file.metadata()
+                version, name = facts["table_version"], facts["window_id"]
+        except (SafetensorError, KeyError, TypeError) as error:
+            raise MalformedWindow(f"{path} is no window: {error!r}") from None
+        if version != self.table_version:
+            raise VersionMismatch(
+                f"{path} is of table_version {version}, its log of {self.table_version}: take the file away"
+            )
+        return name
 
     def _publish(self, path: Path, data: bytes) -> bool:
         """Give a file its name when all of it is on the disk; False where somebody else has."""

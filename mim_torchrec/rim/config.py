@@ -26,6 +26,9 @@ class RIMConfig:
     """A window is closed this long after its first item came, however few there are."""
     batch_size: int = 64
     """Items encoded at a time."""
+    threads: int = 1
+    """Threads that one operation of the encoder uses on a CPU. More encode faster on cores of their own; on
+    cores that others use as well they wait for each other, up to seconds an item."""
     max_image_bytes: int = 20_000_000
     """Larger images are put into quarantine."""
     name: str = ""

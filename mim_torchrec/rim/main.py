@@ -277,6 +277,7 @@ def main(argv: list[str] | None = None) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(config.threads)
     counts = RIM(config, device).run(stop)
     log.info("%d items in %d windows, %d taken down, %d in quarantine", counts.items, counts.windows,
              counts.removed, counts.quarantined)  # fmt: skip

@@ -22,10 +22,12 @@ class Quarantine:
         self._path = path
         self._known: set[tuple[str, str]] = set()
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                if line.startswith("{") and line.endswith("}"):  # else it was broken off
+            for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+                try:
                     entry = json.loads(line)
                     self._known.add((entry["place"], entry["reason"]))
+                except ValueError:  # it is empty, or was broken off
+                    continue
 
     def __len__(self) -> int:
         return len(self._known)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -13,11 +14,11 @@ import torch
 from mim_torchrec.embeddings.stores.embedded import EmbeddedStore
 from mim_torchrec.embeddings.stores.main import main as command
 from mim_torchrec.embeddings.stores.redis_store import RedisStore
-from mim_torchrec.embeddings.stores.store import catch_up, open_store
+from mim_torchrec.embeddings.stores.store import catch_up, follow, open_store
 from mim_torchrec.embeddings.table.format import DTYPES, Table, TableError, TableWriter, VersionMismatch
 from mim_torchrec.embeddings.table.quantize import decode, encode
 from mim_torchrec.embeddings.windows.compact import compact
-from mim_torchrec.embeddings.windows.redis_connection import connect, locate
+from mim_torchrec.embeddings.windows.redis_connection import RedisFull, connect, locate
 from mim_torchrec.embeddings.windows.transport import open_log
 from mim_torchrec.embeddings.windows.window import Window, WindowGap
 from tests.redis_server import RedisServer
@@ -134,6 +135,54 @@ def test_a_consumer_that_was_overtaken_writes_nothing(redis_url, tmp_path):
         assert slow._client.eval(APPLY, len(keys), *keys, *arguments) == 0
     expect(slow, {3: window(2, 3).vectors[0].float()}, [3])
     assert not slow.apply(window(1, 3)) and slow.apply(window(3, 4))
+
+
+def test_no_part_of_a_window_is_written_before_the_parts_ahead_of_it(redis_url, tmp_path):
+    from mim_torchrec.embeddings.stores.redis_store import APPLY
+
+    store = RedisStore.load(redis_url, write_table(tmp_path / "table"))
+    large = window(1, *range(450), removed=(495,))
+    values = [row.view(torch.uint8).numpy().tobytes() for row in large.vectors]
+    parts = list(store._commands(large, values, {0}))
+
+    def send(*numbers: int) -> list[int]:
+        return [store._client.eval(APPLY, len(parts[k][0]), *parts[k][0], *parts[k][1]) for k in numbers]
+
+    assert len(parts) == 3 and send(1, 2) == [0, 0] and store.seq == 0
+    assert send(0, 2, 0, 1) == [1, 0, 1, 1] and store.seq == 0
+    assert send(0, 2) == [1, 1] and store.seq == 1  # another one's first part takes nothing back
+    assert send(0, 1, 2) == [0, 0, 0] and not store.apply(large)
+    expect(store, dict(zip(range(450), large.vectors.float(), strict=True)), [*range(450), 495])
+    assert store.apply(window(2, 7))
+
+
+def test_what_a_load_that_broke_off_has_left_is_removed_by_the_next(redis_url, tmp_path, monkeypatch):
+    RedisStore.load(redis_url, write_table(tmp_path / "table"))
+    newer = write_table(tmp_path / "newer", seq=2, rows=30)
+    with monkeypatch.context() as broken:
+        broken.setattr(RedisStore, "_drop_older", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            RedisStore.load(redis_url, newer)
+    store, at = RedisStore.load(redis_url, newer), locate(redis_url)
+    assert len(list(connect(at).scan_iter(match=f"{{{at.name}*"))) == 2 + 30 and store.seq == 2
+
+
+def test_a_follower_waits_for_a_disk_or_a_server_that_is_full(tmp_path, monkeypatch, caplog):
+    store, log = EmbeddedStore(write_table(tmp_path / "table")), open_log(tmp_path / "log", "v1", start=0)
+    log.append("w1", tensor(1), vectors(1))
+    stop, errors = Event(), [OSError(5, "the disk is away"), RedisFull("no memory left")]
+    original = store.apply
+
+    def apply(made):
+        if errors:
+            raise errors.pop(0)
+        stop.set()
+        return original(made)
+
+    monkeypatch.setattr(store, "apply", apply)
+    monkeypatch.setattr("mim_torchrec.embeddings.stores.store.WAIT", 0.01)
+    follow(store, log, stop)
+    assert store.seq == 1 and "the disk is away; trying again" in caplog.text
 
 
 def test_a_newer_base_takes_the_place_of_the_old_one_under_readers(redis_url, tmp_path):

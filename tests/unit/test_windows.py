@@ -371,3 +371,63 @@ def test_a_line_of_forgotten_windows_that_was_broken_off_is_no_window(tmp_path):
     assert log.forget(2) == 2
     again = WindowLog(tmp_path / "log", "v1")
     assert [again.append(f"w{k}", tensor(k), vectors(1)) for k in range(4)] == [1, 2, 3, 4]
+
+
+def test_a_name_that_holds_braces_may_be_broken_off_anywhere(tmp_path):
+    whole = '\n{"seq": 1, "window_id": "rim:{\\"a.parquet\\": \\"3\\"}"}\n'
+    for length in range(len(whole)):
+        log = WindowLog(tmp_path / str(length), "v1", start=0)
+        name = 'rim:{"a.parquet": "3"}'
+        log.append(name, tensor(1), vectors(1))
+        (log.root / "forgotten.jsonl").write_text(whole[:length])
+        again = WindowLog(log.root, "v1")
+        assert again.forget(1) == 1 and again.append(name, tensor(1), vectors(1)) == 1
+
+
+def test_nobody_appends_behind_a_window_of_another_version(tmp_path):
+    log = WindowLog(tmp_path / "log", "v1", start=0)
+    log.append("w1", tensor(1), vectors(1))
+    foreign = log.root / "0000000000000002.safetensors"
+    foreign.write_bytes(window(2, 3, table_version="v9").to_bytes())
+    for appender in (log, WindowLog(log.root, "v1")):
+        with pytest.raises(VersionMismatch, match="0002.*v9.*take the file away"):
+            appender.append("w2", tensor(2), vectors(1))
+    foreign.unlink()
+    assert log.append("w2", tensor(2), vectors(1)) == 2
+
+
+def test_names_are_known_though_others_forget_while_one_looks(tmp_path, monkeypatch):
+    log, other = (WindowLog(tmp_path / "log", "v1", start=0) for _ in range(2))
+    for k in range(6):
+        other.append(f"w{k}", tensor(k), vectors(1))
+    for look in ("_numbers", "_forgotten", "_name_in"):
+        reader, original, through = WindowLog(log.root, "v1"), getattr(WindowLog, look), [log.first()]
+
+        def look_late(self, *args, original=original, through=through):
+            found = original(self, *args)
+            while through:
+                other.forget(through.pop())
+            return found
+
+        def look_early(self, *args, original=original, through=through):
+            while through:
+                other.forget(through.pop())
+            return original(self, *args)
+
+        for between in (look_late, look_early):
+            through[:] = [other.first()]
+            with monkeypatch.context() as meanwhile:
+                meanwhile.setattr(WindowLog, look, between)
+                reader = WindowLog(log.root, "v1")
+                assert sorted(reader.names()) == [f"w{k}" for k in range(6)]
+    assert (log.head(), log.first()) == (6, 7)
+
+
+def test_what_was_broken_off_long_ago_is_removed_by_who_forgets(tmp_path):
+    log = WindowLog(tmp_path / "log", "v1", start=0)
+    old, new = log.root / ".old", log.root / ".new"
+    for path in (old, new):
+        path.write_bytes(b"half a window")
+    os.utime(old, (0, 0))
+    log.forget(0)
+    assert not old.exists() and new.exists()

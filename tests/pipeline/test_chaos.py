@@ -1,0 +1,99 @@
+"""Chaos at a small size, and that what it compares with can fail."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.chaos import main
+from benchmarks.chaos_corpus import Corpus, Fed
+from benchmarks.chaos_verify import Audit, verify_log, verify_quarantine, verify_rows
+from mim_torchrec.embeddings.windows.window import Window
+
+
+def test_killed_processes_leave_every_row_right_over_both_transports(tmp_path):
+    out = tmp_path / "run"
+    main(["--out", str(out), "--kills", "8", "--items", "300", "--requests", "300", "--epochs", "1",
+          "--pause", "0.1"])  # fmt: skip
+    report = json.loads((out / "report.json").read_text())
+    assert report["kills"] >= 8 and report["rows"] > 4 * 270
+    assert (report["wrong"], report["lost"], report["doubled"], report["problems"]) == (0, 0, 0, [])
+    for outcome in report["transports"].values():
+        assert len(set(outcome["watermarks"].values())) == 1 and outcome["faults"]
+        assert set(outcome["readers"]) == {"quarantine", "store", "embedded", "training"}
+    assert "Watermarks" in (out / "report.md").read_text()
+
+
+VECTORS = torch.arange(12, dtype=torch.float32).view(6, 2)
+FED = [Fed(item_id=1), Fed(item_id=2), Fed(item_id=3), Fed(item_id=9, poison=True),
+       Fed(item_id=1, removed=True), Fed(item_id=2)]  # fmt: skip
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Corpus:
+    return Corpus(shop=tmp_path, encoder=tmp_path, base=tmp_path, version="v1", arrivals=FED, vectors=VECTORS,
+                  base_ids=torch.tensor([7]), base_vectors=torch.ones(1, 2))  # fmt: skip
+
+
+def window(seq: int, items: dict[int, int], removed: tuple[int, ...] = ()) -> Window:
+    """A window of items with the vectors of arrivals."""
+    return Window.of(torch.tensor(list(items), dtype=torch.int64), VECTORS[list(items.values())], seq=seq,
+                     table_version="v1", window_id=f"w{seq}", dtype="float32",
+                     removed=torch.tensor(removed, dtype=torch.int64))  # fmt: skip
+
+
+RIGHT = (window(1, {1: 0, 2: 1}), window(2, {3: 2}, removed=(1,)), window(3, {2: 5}))
+
+
+def counts(found) -> tuple[int, int, int]:
+    return found.wrong, found.lost, found.doubled
+
+
+def test_a_log_that_is_right_passes(corpus):
+    assert counts(verify_log(RIGHT, corpus)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "windows, expected",
+    [
+        ([RIGHT[0], window(2, {3: 1}, removed=(1,)), RIGHT[2]], (1, 0, 0)),
+        ([RIGHT[0], window(2, {3: 2, 1: 0}), RIGHT[2]], (0, 1, 1)),
+        ([RIGHT[0], RIGHT[1]], (0, 1, 0)),
+        ([*RIGHT, window(4, {3: 2})], (0, 0, 1)),
+        ([RIGHT[0], window(2, {2: 1, 3: 2}, removed=(1,)), RIGHT[2]], (0, 0, 1)),
+        ([*RIGHT, window(4, {9: 3})], (1, 0, 0)),
+        ([RIGHT[0], RIGHT[1], replace(RIGHT[2], window_id="w1")], (0, 0, 1)),
+    ],
+    ids=["wrong vector", "not taken down but again", "lost", "twice", "twice before the next", "poison",
+         "a name twice"],
+)  # fmt: skip
+def test_a_log_that_is_not_right_is_noticed(corpus, windows, expected):
+    assert counts(verify_log(windows, corpus)) == expected
+
+
+def test_rows_that_are_wrong_lost_or_too_many_are_noticed(corpus):
+    audit = Audit(corpus.base_ids, corpus.base_vectors)
+    audit.windows = list(RIGHT)
+    state = audit.state(3)
+    right = {2: VECTORS[5], 3: VECTORS[2], 7: torch.ones(2)}
+
+    def check(rows: dict[int, torch.Tensor], held: int | None = None) -> tuple[int, int, int]:
+        def lookup(ids):
+            found = torch.tensor([item in rows for item in ids.tolist()])
+            return torch.stack([rows.get(item, torch.zeros(2)) for item in ids.tolist()]), found
+
+        return counts(verify_rows(lookup, state, "reader", held))
+
+    assert check(right, held=3) == (0, 0, 0)
+    assert check(right | {3: VECTORS[2] + 1e-6}) == (1, 0, 0)
+    assert check(right | {1: VECTORS[0]}) == (1, 0, 0)  # was taken down
+    assert check({2: VECTORS[5], 7: torch.ones(2)}) == (0, 1, 0)
+    assert check(right, held=4) == (0, 0, 1)
+
+
+def test_a_quarantine_that_is_not_right_is_noticed(corpus):
+    assert counts(verify_quarantine(["a"], corpus, [9])) == (0, 0, 0)
+    assert counts(verify_quarantine([], corpus, [])) == (0, 1, 0)
+    assert counts(verify_quarantine(["a", "b"], corpus, [9, 3])) == (1, 0, 0)
+    assert counts(verify_quarantine(["a", "a"], corpus, [9, 9])) == (0, 0, 2)
