@@ -17,7 +17,7 @@ export MIM_PYTHON := $(BIN)/python
 export PYTHONPATH :=
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install demo test movielens ablation-csft figure5 table2 ablation-ciubm coldstart abtest bench-frozen-table bench-csft-loss bench-ctr-throughput doctor lint lock clean
+.PHONY: help install demo test movielens ablation-csft figure5 table2 ablation-ciubm coldstart abtest bench-frozen-table bench-csft-loss bench-ctr-throughput bench-export-throughput doctor lint lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -69,6 +69,9 @@ bench-csft-loss: install  ## the loss of C-SFT at the size of the paper, beside 
 
 bench-ctr-throughput: install  ## training steps of the CTR models beside FuxiCTR's
 	$(BIN)/python -m benchmarks.ctr_throughput --out runs/ctr_throughput
+
+bench-export-throughput: install  ## export's items per second beside its encoder's bare forward pass
+	$(BIN)/python -m benchmarks.export_throughput --out runs/export_throughput
 
 test: install  ## unit, distributed and pipeline tests
 	$(BIN)/python -m pytest
