@@ -93,6 +93,9 @@ bench-rim-latency: install  ## from the arrival of an item to a lookup that has 
 chaos: install  ## kill RIM, stores and training ranks 240 times: no row wrong, lost or doubled
 	$(BIN)/python -m benchmarks.chaos --out runs/chaos
 
+bench-export-throughput: install  ## export's items per second beside its encoder's bare forward pass
+	$(BIN)/python -m benchmarks.export_throughput --out runs/export_throughput
+
 test: install  ## unit, distributed and pipeline tests
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 

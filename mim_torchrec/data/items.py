@@ -148,8 +148,8 @@ class ItemStore:
 
     def _column(self, name: str, rows: np.ndarray) -> list:
         index = self._index(name)
-        columns = [batch.column(index) for batch in self._batches]
-        return [columns[unit][offset].as_py() for unit, offset in map(self._find, np.asarray(rows).tolist())]
+        places = map(self._find, np.asarray(rows).tolist())
+        return [self._batches[unit].column(index)[offset].as_py() for unit, offset in places]
 
     def _refuse(self, row: int, column: str, problem: str) -> None:
         where = self.location(row, column)

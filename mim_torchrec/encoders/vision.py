@@ -109,7 +109,8 @@ class VisionEncoder(nn.Module):
         modes = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
         size = (self.image_size, self.image_size)
         resized = image.convert("RGB").resize(size, modes[self.interpolation])
-        return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
+        # copied by NumPy: torch would start threads of its own in every thread that decodes
+        return torch.from_numpy(np.asarray(resized).transpose(2, 0, 1).copy())
 
     def preprocessing(self) -> dict[str, object]:
         """What the vectors depend on besides the weights."""

@@ -3,8 +3,9 @@
     python -m mim_torchrec.representation.export --data DIR --encoder DIR --out TABLE
     python -m torch.distributed.run --nproc_per_node 2 -m mim_torchrec.representation.export ...
 
-Items are divided over the ranks in ascending order of their ids. The table's version is the encoder's, so
-whoever reads the table can state which encoder it is for. Not here: encoding of items that arrive later.
+Items are divided over the ranks in ascending order of their ids. Threads read, decode and resize the pictures
+of the next batches while the encoder works on this one. The table's version is the encoder's, so whoever
+reads the table can state which encoder it is for. Not here: encoding of items that arrive later.
 """
 
 import logging
@@ -12,8 +13,9 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -30,19 +32,26 @@ from mim_torchrec.embeddings.table.format import Manifest, TableError, TableWrit
 from mim_torchrec.encoders.checkpoint import encoder_version, load_encoder
 from mim_torchrec.encoders.features import item_features_file
 from mim_torchrec.encoders.pixels import HasTowers
+from mim_torchrec.encoders.vision import VisionEncoder
+from mim_torchrec.representation.ahead import ahead
 from mim_torchrec.representation.config import ExportConfig
 from mim_torchrec.representation.plain import PLAIN, PlainTowers, fit_projection
 from mim_torchrec.training.distributed import Ranks, distributed
 
 log = logging.getLogger(__name__)
 
+AHEAD = 2  # batches whose pictures wait or are being decoded while one is encoded
+
 
 class Encode(Protocol):
     """Maps pictures and titles of items to vectors (num_items, dim)."""
 
     device: torch.device
+    vision: VisionEncoder
+    """Whose ``transform`` makes pixels of a picture."""
 
-    def __call__(self, images: list[Image], titles: list[str]) -> Tensor: ...
+    def of_pixels(self, pixels: Tensor, titles: list[str]) -> Tensor:
+        """Vectors of pixels (num_items, 3, image_size, image_size) uint8 and as many titles."""
 
     def of_features(self, image: Tensor, text: Tensor) -> Tensor:
         """The same from the features of the towers."""
@@ -58,14 +67,18 @@ class TrainedEncoder:
 
     def __init__(self, path: str, device: torch.device) -> None:
         self.encoder = load_encoder(path, device)
+        self.vision = self.encoder.vision
         self.device, self.dim, self.version = device, self.encoder.table_dim, encoder_version(path)
         self.description: dict[str, Any] = {"kind": "csft", **asdict(self.encoder.config)}
 
     def __call__(self, images: list[Image], titles: list[str]) -> Tensor:
-        pixels = torch.stack([self.encoder.vision.transform(image) for image in images]).to(self.device)
+        """Vectors of pictures and titles."""
+        return self.of_pixels(torch.stack([self.vision.transform(image) for image in images]), titles)
+
+    def of_pixels(self, pixels: Tensor, titles: list[str]) -> Tensor:
         tokens = self.encoder.text.tokenize(titles)
         tokens = {name: value.to(self.device) for name, value in tokens.items()}
-        return self.encoder.encode_table(pixels, tokens)
+        return self.encoder.encode_table(pixels.to(self.device), tokens)
 
     def of_features(self, image: Tensor, text: Tensor) -> Tensor:
         return self.encoder.head.encode_table(image, text)
@@ -154,32 +167,47 @@ def _encode(
                 vectors = encode.of_features(image, text)
             yield Encoded(torch.from_numpy(items.item_ids[part.numpy()]), vectors.float().cpu())
         return
+    pictures = ahead(
+        lambda row: _pixels(items, row, encode.vision), rows, threads=config.decode_threads,
+        depth=AHEAD * config.batch_size,
+    )  # fmt: skip
     with tqdm(total=len(rows), unit="item", desc="encode", disable=not ranks.is_main) as progress:
         for start in range(0, len(rows), config.batch_size):
             batch = rows[start : start + config.batch_size]
-            kept, images = _decode(items, batch, config.on_bad_row, skipped)
+            kept, pixels = _readable(items, batch, islice(pictures, len(batch)), config, skipped)
             progress.update(len(batch))
             if len(kept):
                 with torch.inference_mode():
-                    vectors = encode(images, items.titles(kept)).float().cpu()
+                    vectors = encode.of_pixels(torch.stack(pixels), items.titles(kept)).float().cpu()
                 yield Encoded(torch.from_numpy(items.item_ids[kept]), vectors)
 
 
-def _decode(
-    items: ItemStore, rows: np.ndarray, on_bad_row: Literal["fail", "skip"], skipped: list[int]
-) -> tuple[np.ndarray, list[Image]]:
-    kept, images = [], []
-    for row in rows:
-        try:
-            images += items.images(rows[rows == row])
+def _pixels(items: ItemStore, row: int, vision: VisionEncoder) -> Tensor | DataError:
+    try:
+        return vision.transform(items.images(np.array([row]))[0])
+    except DataError as error:
+        return error
+
+
+def _readable(
+    items: ItemStore,
+    rows: np.ndarray,
+    found: Iterable[Tensor | DataError],
+    config: ExportConfig,
+    skipped: list[int],
+) -> tuple[np.ndarray, list[Tensor]]:
+    kept, pixels = [], []
+    for row, one in zip(rows, found, strict=True):
+        if isinstance(one, Tensor):
             kept.append(row)
-        except DataError as error:
-            item = int(items.item_ids[row])
-            if on_bad_row == "fail":
-                raise DataError(f"item {item}: {error}; --on-bad-row skip leaves such items out") from error
-            log.warning("item %d is left out: %s", item, error)
-            skipped.append(item)
-    return np.asarray(kept, np.int64), images
+            pixels.append(one)
+            continue
+        item = int(items.item_ids[row])
+        if config.on_bad_row == "fail":
+            raise DataError(f"item {item}: {one}; --on-bad-row skip leaves such items out") from one
+        log.warning("item %d is left out: %s", item, one)
+        skipped.append(item)
+    return np.asarray(kept, np.int64), pixels
 
 
 def _joined(batches: Iterable[Encoded], dim: int) -> Encoded:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -56,14 +55,18 @@ class PlainTowers:
         self.description: dict[str, Any] = {"kind": "plain", **settings}
         self.version = f"{module_version(self.vision)}-{module_version(self.text)}"
 
-    def __call__(self, images: list[Image], titles: list[str]) -> Tensor:
-        """Return the concatenated features (num_items, feature_dim), the part of each tower of length 1."""
-        pixels = torch.stack([self.vision.transform(image) for image in images]).to(self.device)
+    def of_pixels(self, pixels: Tensor, titles: list[str]) -> Tensor:
+        """Return the concatenated features (num_items, feature_dim), the part of each tower of length 1.
+
+        Args:
+            pixels: (num_items, 3, image_size, image_size) uint8, as ``vision.transform`` makes them.
+            titles: as many.
+        """
         tokens = {name: value.to(self.device) for name, value in self.text.tokenize(titles).items()}
-        return self.of_features(self.vision(pixels), self.text(tokens))
+        return self.of_features(self.vision(pixels.to(self.device)), self.text(tokens))
 
     def of_features(self, image: Tensor, text: Tensor) -> Tensor:
-        """Return what a call returns, from the features (num_items, dim) of each tower."""
+        """Return what ``of_pixels`` returns, from the features (num_items, dim) of each tower."""
         return torch.cat([F.normalize(image, dim=1), F.normalize(text, dim=1)], dim=1)
 
 

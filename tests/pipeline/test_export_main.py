@@ -126,6 +126,35 @@ def test_an_image_that_cannot_be_decoded_can_be_left_out_and_is_counted(encoder,
     assert table.row_index().rows(torch.tensor([112, 115])).tolist() == [0, 5]
 
 
+@pytest.mark.parametrize("broken", [None, 4])
+def test_threads_that_decode_ahead_change_no_bit_of_the_table(encoder, tmp_path, broken):
+    data, tables = write_items(tmp_path / "data", broken=broken), []
+    for threads in ("0", "1", "5"):
+        main(["--data", str(data), "--encoder", str(encoder[0]), "--out", str(tmp_path / threads),
+              "--decode-threads", threads, "--batch-size", "3", "--dtype", "float32",
+              "--on-bad-row", "skip"])  # fmt: skip
+        table = Table.open(tmp_path / threads)
+        ids = table.row_index().ids
+        tables.append((ids, table.read(ids)))
+        assert table.manifest.encoder["items_left_out"] == (broken is not None)
+    for ids, vectors in tables[1:]:
+        assert torch.equal(ids, tables[0][0]) and torch.equal(vectors, tables[0][1])
+
+
+def test_the_first_bad_item_is_named_however_many_threads_decode(encoder, tmp_path):
+    data = write_items(tmp_path / "data")
+    file = data / "items" / "part-00000.parquet"
+    rows = pq.read_table(file).to_pylist()
+    for row in rows:
+        if row["item_id"] in (106, 130):
+            row["image"] = row["image"][:100]
+    pq.write_table(pa.Table.from_pylist(rows, schema=ITEMS), file, row_group_size=5)
+    for threads in ("0", "4"):
+        with pytest.raises(DataError, match="item 106: .*part-00000.parquet, row group .*column image"):
+            main(["--data", str(data), "--encoder", str(encoder[0]), "--out", str(tmp_path / threads),
+                  "--decode-threads", threads])  # fmt: skip
+
+
 def test_an_existing_table_is_refused_before_anything_is_encoded(exported):
     with pytest.raises(TableError, match="exists"):
         main(["--data", "nowhere", "--encoder", "nowhere", "--out", str(exported[1])])
