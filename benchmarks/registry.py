@@ -111,8 +111,10 @@ BENCHMARKS: Sequence[Benchmark] = (
     ),
     Benchmark(
         name="export_throughput", target="bench-export-throughput", title="Export beside its encoder",
-        small=(),
-        figures={},
+        small=("--vision", "efficientnet_lite0:128", "--items", "96", "--rounds", "2"),
+        figures={
+            "export over forward passes, one thread": "encoders|efficientnet_lite0:128|1|ratio",
+        },
     ),
     Benchmark(
         name="ctr_throughput", target="bench-ctr-throughput", title="Training steps beside FuxiCTR's",
@@ -126,8 +128,12 @@ BENCHMARKS: Sequence[Benchmark] = (
     ),
     Benchmark(
         name="rim_latency", target="bench-rim-latency", title="From the arrival of an item to its vector",
-        small=(),
-        figures={},
+        small=("--items", "60", "--bursts", "2", "--base", "2000"),
+        figures={
+            **{f"p99 from arrival to lookup, {store} store, by {way}, ms": f"p99_ms|{store}|{way}"
+               for store in ("embedded", "redis") for way in ("log", "stream")},
+            "encoder, an item by itself, ms": "encoder_alone_ms",
+        },
     ),
     Benchmark(
         name="serving", target="bench-serving", title="What a score costs at serving",
@@ -142,8 +148,8 @@ BENCHMARKS: Sequence[Benchmark] = (
     ),
     Benchmark(
         name="chaos", target="chaos", title="Kills, duplicates, gaps and foreign versions",
-        small=(),
-        figures={},
+        small=("--kills", "40", "--items", "1500", "--requests", "500"),
+        figures={name: name for name in ("wrong", "lost", "doubled", "kills", "rows")},
     ),
 )  # fmt: skip
 

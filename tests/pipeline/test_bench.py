@@ -1,0 +1,90 @@
+"""The registry of benchmarks, the program that runs them all, and the book of their records."""
+
+import importlib
+import json
+import re
+
+import pytest
+
+from benchmarks import bench, book
+from benchmarks.registry import BENCHMARKS, EXPERIMENTS, RESULTS, Benchmark
+from tests.unit.test_packaging import ROOT
+
+PROGRAMS = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text()}
+
+
+def test_every_program_that_measures_is_in_the_registry():
+    assert PROGRAMS - {"bench", "book"} == {one.name for one in (*BENCHMARKS, *EXPERIMENTS)}
+
+
+@pytest.mark.parametrize("one", [*BENCHMARKS, *EXPERIMENTS], ids=lambda one: one.name)
+def test_it_has_a_target_that_runs_it(one):
+    makefile, rule = (ROOT / "Makefile").read_text(), rf"{one.target.split()[0]}: install"
+    found = re.search(rf"^{rule}.*\n(?:\t.*\n)*?\t.*-m benchmarks\.(\w+) ", makefile, re.MULTILINE)
+    assert found and found.group(1) == one.name
+
+
+@pytest.mark.parametrize("one", BENCHMARKS, ids=lambda one: one.name)
+def test_its_record_has_figures_claims_and_where_they_are_from(one):
+    record = json.loads(one.record.read_text())
+    assert one.read(record) and record["targets"]
+    assert {"hardware", "versions", "config", "date", "git_commit"} <= set(record)
+
+
+@pytest.mark.parametrize("one", BENCHMARKS, ids=lambda one: one.name)
+def test_its_small_size_is_one_that_it_knows(one, capsys):
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"benchmarks.{one.name}").main([*one.small, "--help"])
+    assert ended.value.code == 0, capsys.readouterr().err
+
+
+def test_the_small_record_has_the_figures_of_every_benchmark():
+    small = json.loads(bench.SMALL.read_text())
+    assert {name: set(own) for name, own in small["figures"].items()} == {
+        one.name: set(one.figures) for one in BENCHMARKS
+    }
+    assert sum(small["seconds"].values()) < 20 * 60
+
+
+def test_the_book_is_what_the_records_make_of_it():
+    page, pictures = book.render()
+    assert page == book.BOOK.read_text(encoding="utf-8"), "run `make book`"
+    assert all((RESULTS / name).exists() for name in pictures)
+
+
+def test_a_figure_that_a_report_lacks_is_named():
+    one = Benchmark(name="one", target="one", title="", small=(), figures={"x": ("a|b", "a|c")})
+    assert one.read({"a": {"b": 3, "c": 2}}) == {"x": 1.5}
+    with pytest.raises(KeyError, match="one has no a|c"):
+        one.read({"a": {"b": 3}})
+
+
+def test_what_moved_is_what_differs_by_more_than_the_tolerance():
+    rows = bench.compare({"a": 1.3, "b": 1.2, "c": 5.0, "d": 0.0}, {"a": 1.0, "b": 1.0, "d": 0.0}, 0.25)
+    assert [row["moved"] for row in rows] == [True, False, False, False]
+    assert rows[0]["change"] == pytest.approx(0.3) and rows[2]["before"] is None
+
+
+def test_it_runs_what_is_asked_for_and_compares_it(tmp_path, monkeypatch, capsys):
+    small = tmp_path / "small.json"
+    small.write_text(json.dumps({"figures": {"csft_loss": {"time over the naive loss": 1e9}}}))
+    monkeypatch.setattr(bench, "SMALL", small)
+    words = ("--queries", "8", "--dim", "4", "--queue-batches", "3", "--steps", "1", "--naive-items", "64",
+             "--rounds", "1", "--loop-queries", "4")  # fmt: skip
+    own = next(one for one in BENCHMARKS if one.name == "csft_loss")
+    tiny = Benchmark(name=own.name, target=own.target, title=own.title, small=words, figures=own.figures)
+    monkeypatch.setattr(bench, "BENCHMARKS", [tiny])
+    bench.main(["--out", str(tmp_path / "out"), "--only", "csft_loss"])
+    said = capsys.readouterr().out
+    assert "MOVED time over the naive loss" in said and "1 figures moved" in said
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [row["moved"] for row in report["figures"]["csft_loss"]] == [True, False, False]
+
+
+def test_a_benchmark_that_fails_ends_it_and_is_named(tmp_path, monkeypatch):
+    broken = Benchmark(name="csft_loss", target="x", title="", small=("--no-such-flag", "1"))
+    monkeypatch.setattr(bench, "BENCHMARKS", [broken])
+    with pytest.raises(SystemExit, match="csft_loss ended with 2"):
+        bench.main(["--out", str(tmp_path), "--only", "csft_loss"])
+    with pytest.raises(SystemExit, match="there is no benchmark nothing"):
+        bench.main(["--out", str(tmp_path), "--only", "nothing"])
