@@ -161,17 +161,15 @@ class RIM:
             self._window.began = started
         readable = list(self._pool.map(self._picture, arrivals))
         good = [k for k, found in enumerate(readable) if isinstance(found, Image.Image)]
+        encoded = self._encode([readable[k] for k in good], [arrivals[k].title for k in good])
         vectors: dict[int, Tensor] = {}
-        if good:
-            with torch.inference_mode():
-                encoded = self._encoder([readable[k] for k in good], [arrivals[k].title for k in good])
-            encoded = encoded.float().cpu().clone()
-            finite = finite_rows(encode(encoded, self._dtype), self._dtype).tolist()
-            for k, vector, is_finite in zip(good, encoded, finite, strict=True):
-                if is_finite:
-                    vectors[k] = vector
-                else:
-                    readable[k] = f"its vector holds NaN or infinity as {self._dtype}"
+        for k, vector in zip(good, encoded, strict=True):
+            if isinstance(vector, str):
+                readable[k] = vector
+            elif bool(finite_rows(encode(vector[None], self._dtype), self._dtype)):
+                vectors[k] = vector
+            else:
+                readable[k] = f"its vector holds NaN or infinity as {self._dtype}"
         for k, arrival in enumerate(arrivals):
             if isinstance(readable[k], str):
                 self._bad.append((arrival, readable[k]))
@@ -179,6 +177,25 @@ class RIM:
                 self._window.arrivals.append(arrival)
                 self._window.vectors.append(vectors.get(k))
         self.counts.encode_seconds += time.monotonic() - started
+
+    def _encode(self, pictures: list[Image.Image], titles: list[str]) -> list[Tensor | str]:
+        """The vector (dim,) of each item, or why it has none.
+
+        Raises:
+            Exception: the encoder does not even encode a blank picture, so that no item is at fault.
+        """
+        if not pictures:
+            return []
+        try:
+            with torch.inference_mode():
+                return list(self._encoder(pictures, titles).float().cpu().clone())
+        except Exception as error:
+            if len(pictures) > 1:
+                pairs = zip(pictures, titles, strict=True)
+                return [self._encode([picture], [title])[0] for picture, title in pairs]
+            with torch.inference_mode():
+                self._encoder([Image.new("RGB", (64, 64))], ["a"])
+            return [f"the encoder fails: {type(error).__name__}: {error}"]
 
     def _picture(self, arrival: Arrival) -> Image.Image | str | None:
         """The picture of an item that can be encoded, why one cannot, None for one that is taken down."""

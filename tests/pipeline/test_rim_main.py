@@ -142,6 +142,28 @@ def test_poisoned_items_go_to_quarantine_with_their_reason_and_the_others_on(pla
     assert "broken.parquet" in lines and "column item_id" in lines and "there is no item_id" in lines
 
 
+def test_items_that_the_encoder_cannot_take_go_to_quarantine_but_not_where_it_takes_none(
+    place, tmp_path, monkeypatch
+):
+    put(tmp_path / "new", "a", [row(k) for k in range(5)])
+    original, is_broken = TrainedEncoder.__call__, False
+
+    def fail(self, images, titles):
+        if is_broken or any(title.endswith(" 3") for title in titles):
+            raise RuntimeError("no kernel for this")
+        return original(self, images, titles)
+
+    monkeypatch.setattr(TrainedEncoder, "__call__", fail)
+    main(words(place, "--once"))
+    assert [w.ids.tolist() for w in windows(place)] == [[0, 1, 2, 4]]
+    assert reasons(place) == {3: "the encoder fails: RuntimeError: no kernel for this"}
+    is_broken = True
+    put(tmp_path / "new", "b", [row(7), row(8)])
+    with pytest.raises(RuntimeError, match="no kernel"):
+        main(words(place, "--once"))
+    assert list(reasons(place)) == [3] and len(windows(place)) == 1
+
+
 def test_an_image_that_is_too_large_goes_to_quarantine(place, tmp_path):
     put(tmp_path / "new", "a", [row(1), row(2)])
     main(words(place, "--max-image-bytes", "100", "--once"))
