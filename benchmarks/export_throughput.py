@@ -50,11 +50,11 @@ class ExportThroughputConfig:
 
     out: Path = Path("runs/export_throughput")
     """Directory of the report, the items and the encoders."""
-    vision: tuple[str, ...] = ("efficientnet_lite0:128", "efficientnet_lite0:224", "resnet50:128")
+    vision: tuple[str, ...] = ("efficientnet_lite0:128", "efficientnet_lite0:224")
     """Vision towers and the side of their images, as NAME:PIXELS."""
     text: str = "minilm"
     """Text tower."""
-    items: int = 192
+    items: int = 384
     """Items that are exported."""
     image_px: int = 400
     """Side of their JPEG pictures."""
