@@ -71,7 +71,7 @@ class ServingConfig:
     """Users of the tables."""
     rounds: int = 31
     """Timed rounds of every form."""
-    requests: int = 400
+    requests: int = 200
     """Requests of a client over HTTP, for each length of history; a tenth of them at the longest."""
     clients: int = 8
     """Clients at once."""
