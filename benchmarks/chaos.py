@@ -48,6 +48,8 @@ class ChaosConfig:
     """Of a training job."""
     pause: float = 0.6
     """Seconds between two faults that are no kills, at most."""
+    limit: float = 1800.0
+    """Seconds of one transport, at most."""
     seed: int = 0
     """Of items, kills and faults."""
 
@@ -72,7 +74,7 @@ def run(config: ChaosConfig, corpus: Corpus, transport: Transport, kills: int) -
         place = Place(root=root, source=source, log=log, store=f"{server.url}#store", shop=corpus.shop,
                       encoder=corpus.encoder, base=corpus.base, version=corpus.version)  # fmt: skip
         chaos = Chaos(corpus, place, server, quotas(kills), config.pause, config.epochs,
-                      f"{config.seed} {transport}")  # fmt: skip
+                      config.limit, f"{config.seed} {transport}")  # fmt: skip
         return chaos.run()
     finally:
         server.kill()

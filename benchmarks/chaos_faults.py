@@ -30,15 +30,19 @@ from mim_torchrec.embeddings.windows.window import Window, WindowGap
 from tests.redis_server import RedisServer
 
 FOREIGN = "another encoder"
+AWAY = 60.0  # seconds without the server, at most
 Value = TypeVar("Value")
 
 
 def insist(action: Callable[[], Value]) -> Value:
-    """Do something as soon as the server answers."""
+    """Do something as soon as the server answers, which it must within AWAY."""
+    end = time.monotonic() + AWAY
     while True:
         try:
             return action()
         except RedisUnavailable:
+            if time.monotonic() > end:
+                raise
             time.sleep(0.05)
 
 

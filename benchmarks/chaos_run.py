@@ -64,21 +64,25 @@ class Chaos:
         quotas: kills by kind of process, the keys of SPANS.
         pause: seconds between two faults, at most.
         epochs: of a training job.
+        limit: seconds until what still goes on is itself an error: somebody waits for what never comes.
         seed: of kills and faults.
+
+    Raises:
+        TimeoutError: after `limit`, with the names of those that had not ended.
     """
 
     def __init__(
         self, corpus: Corpus, place: Place, server: RedisServer, quotas: dict[str, int], pause: float,
-        epochs: int, seed: str,
+        epochs: int, limit: float, seed: str,
     ) -> None:  # fmt: skip
         self._corpus, self._place, self._quotas = corpus, place, quotas
-        self._pause, self._epochs, self._seed = pause, epochs, seed
+        self._pause, self._epochs, self._limit, self._seed = pause, epochs, limit, seed
         self.outcome = Outcome()
         self._audit = Audit(corpus.base_ids, corpus.base_vectors)
         self._log = insist(lambda: open_log(place.log, place.version, start=0))
         RedisStore.load(place.store, Table.open(place.base))
         self._faults = Faults(place, self._audit, server, Random(f"{seed} faults"))
-        self._fed, self._published = threading.Event(), threading.Event()
+        self._fed, self._published, self._over = threading.Event(), threading.Event(), threading.Event()
         fed = {arrival.item_id for arrival in corpus.arrivals if not arrival.poison}
         self._ids = sorted({*fed, *corpus.base_ids.tolist()})
         self._told = 0  # the last window that the embedded store has told of
@@ -88,6 +92,7 @@ class Chaos:
     def run(self) -> Outcome:
         """Kill until all quotas are met, let everything come to its end, and compare."""
         started = time.monotonic()
+        end = started + self._limit
         works = {"rim": self._rim, "store": self._store, "embedded": self._embedded, "rank": self._train}
         threads = {kind: threading.Thread(target=self._guarded, args=(kind, work), daemon=True)
                    for kind, work in works.items()}  # fmt: skip
@@ -96,7 +101,8 @@ class Chaos:
         for thread in threads.values():
             thread.start()
         total, due = sum(self._quotas.values()), time.monotonic()
-        while not self._are_killed() and all(t.is_alive() for t in threads.values()):
+        while (not self._are_killed() and time.monotonic() < end
+               and all(thread.is_alive() for thread in threads.values())):  # fmt: skip
             share = sum(self.outcome.kills.values()) / max(total, 1) * len(self._corpus.arrivals)
             drip = DRIP * (time.monotonic() - started)
             through = int(max(share, drip))
@@ -107,14 +113,22 @@ class Chaos:
             time.sleep(0.1)
         insist(lambda: feeder.feed(len(self._corpus.arrivals)))
         self._fed.set()
-        threads["rim"].join()
+        self._join({"rim": threads["rim"]}, end)
         insist(lambda: self._audit.follow(self._log))
         self._published.set()
-        for thread in threads.values():
-            thread.join()
+        self._join(threads, end)
         self._compare()
         self.outcome.seconds = time.monotonic() - started
         return self.outcome
+
+    def _join(self, threads: dict[str, threading.Thread], end: float) -> None:
+        for thread in threads.values():
+            thread.join(max(end - time.monotonic(), 0.0))
+        going = [kind for kind, thread in threads.items() if thread.is_alive()]
+        if going:
+            self._over.set()
+            raise TimeoutError(f"after {self._limit:.0f} s still at work: {', '.join(going)}; killed "
+                               f"{dict(self.outcome.kills)}, problems {self.outcome.problems}")  # fmt: skip
 
     def _are_killed(self) -> bool:
         return all(self.outcome.kills[kind] >= quota for kind, quota in self._quotas.items())
@@ -133,6 +147,9 @@ class Chaos:
         One that is not to be killed lives until it ends by itself, if it does (`ends`), else until all is
         fed (RIM) or published.
         """
+        if self._over.is_set():
+            victim.kill(rng)
+            raise RuntimeError("no time left")
         if self.outcome.kills[kind] < self._quotas[kind]:
             code, waits = None, time.monotonic() + (PATIENCE if rng.random() < 0.8 else 0.0)
             while code is None and time.monotonic() < waits and not is_at_work():
@@ -145,9 +162,10 @@ class Chaos:
                     self.outcome.at_work[kind] += is_at_work()
                 return None
         else:
-            end = self._fed if kind == "rim" else self._published
-            code = None
-            while code is None and (ends or not (end.is_set() and self._is_done(kind))):
+            end, code = self._fed if kind == "rim" else self._published, None
+            while code is None and not self._over.is_set():
+                if not ends and end.is_set() and self._is_done(kind):
+                    break
                 code = victim.wait(0.05)
             if code is None:
                 code = victim.terminate()
@@ -222,7 +240,8 @@ class Chaos:
                     continue
                 kind, seq, *rows = pipe.recv()
                 self._told = seq
-                told.append(seq)
+                if kind == "applied":
+                    told.append(seq)
                 if kind == "rows":
                     vectors, found = (torch.from_numpy(part) for part in rows)
                     self._rows["embedded"] = (seq, vectors, found)

@@ -174,7 +174,7 @@ def follower(place: Place) -> None:
 
 
 class _Told:
-    """An embedded store that tells which windows it has applied."""
+    """An embedded store that tells where it begins and which windows it has applied."""
 
     def __init__(self, store: EmbeddedStore, tell: Connection) -> None:
         self.table_version, self.dim, self.lookup = store.table_version, store.dim, store.lookup
@@ -187,7 +187,7 @@ class _Told:
 
     def apply(self, window: Window) -> bool:
         applied = self._store.apply(window)
-        self.tell(("seq", self.seq))
+        self.tell(("applied", self.seq))
         return applied
 
     def tell(self, message: tuple[Any, ...]) -> None:
@@ -198,6 +198,7 @@ class _Told:
 def embedded(place: Place, table: Path, tell: Connection) -> None:
     """A serving machine: an embedded store that follows the log, while ids are looked up."""
     store = _Told(EmbeddedStore.open(table, place.version), tell)
+    store.tell(("begun", store.seq))  # its base may hold every window there will be
 
     def answer() -> None:
         while True:

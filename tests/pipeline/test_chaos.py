@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from random import Random
 
 import pytest
 import torch
@@ -9,13 +10,16 @@ import torch
 from benchmarks.chaos import main
 from benchmarks.chaos_corpus import Corpus, Fed
 from benchmarks.chaos_verify import Audit, verify_log, verify_quarantine, verify_rows
+from benchmarks.chaos_victims import Place, Victim, context, embedded
+from mim_torchrec.embeddings.table.writer import TableWriter
+from mim_torchrec.embeddings.windows.transport import open_log
 from mim_torchrec.embeddings.windows.window import Window
 
 
 def test_killed_processes_leave_every_row_right_over_both_transports(tmp_path):
     out = tmp_path / "run"
     main(["--out", str(out), "--kills", "8", "--items", "300", "--requests", "300", "--epochs", "1",
-          "--pause", "0.1"])  # fmt: skip
+          "--pause", "0.1", "--limit", "400"])  # fmt: skip
     report = json.loads((out / "report.json").read_text())
     assert report["kills"] >= 8 and report["rows"] > 4 * 270
     assert (report["wrong"], report["lost"], report["doubled"], report["problems"]) == (0, 0, 0, [])
@@ -23,6 +27,28 @@ def test_killed_processes_leave_every_row_right_over_both_transports(tmp_path):
         assert len(set(outcome["watermarks"].values())) == 1 and outcome["faults"]
         assert set(outcome["readers"]) == {"quarantine", "store", "embedded", "training"}
     assert "Watermarks" in (out / "report.md").read_text()
+
+
+def test_an_embedded_store_whose_base_has_every_window_says_so(tmp_path):
+    writer = TableWriter(tmp_path / "base", table_version="v1", dim=2, encoder={}, seq=5)
+    writer.write_shard(torch.tensor([7]), torch.ones(1, 2))
+    writer.finish()
+    open_log(str(tmp_path / "log"), "v1", start=5)
+    place = Place(root=tmp_path, source="", log=str(tmp_path / "log"), store="", shop=tmp_path,
+                  encoder=tmp_path, base=tmp_path / "base", version="v1")  # fmt: skip
+    ours, theirs = context().Pipe()
+    victim = Victim("embedded", place, embedded, [(place.base, theirs)])
+    try:
+        assert ours.poll(120), victim.says()
+        assert ours.recv() == ("begun", 5)
+    finally:
+        assert victim.kill(Random(0))
+
+
+def test_chaos_that_does_not_end_says_who_is_still_at_work(tmp_path):
+    with pytest.raises(TimeoutError, match="after 0 s still at work: rim; killed"):
+        main(["--out", str(tmp_path / "run"), "--kills", "4", "--items", "300", "--requests", "100",
+              "--transports", "directory", "--limit", "0"])  # fmt: skip
 
 
 VECTORS = torch.arange(12, dtype=torch.float32).view(6, 2)
