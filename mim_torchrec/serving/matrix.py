@@ -38,14 +38,8 @@ def interest_matrix(behaviors_mm: Tensor, behaviors: Tensor) -> Tensor:
         behaviors: (num_behaviors, id_dim) ID embeddings.
     """
     behaviors_mm = behaviors_mm.float()
-    lengths = torch.linalg.vector_norm(behaviors_mm, dim=-1, keepdim=True).clamp_min(1e-12)
-    scaled = torch.cat([behaviors_mm, behaviors], dim=1) / lengths
-    # the part of the content is symmetric: a quarter of it is the transpose of another
-    dim = behaviors_mm.shape[1]
-    half = dim // 2
-    first = behaviors_mm[:, :half].T @ scaled
-    second = behaviors_mm[:, half:].T @ scaled[:, half:]
-    return torch.cat([first, torch.cat([first[:, half:dim].T, second], dim=1)])
+    normal = F.normalize(behaviors_mm, dim=-1)
+    return torch.cat([normal.T @ behaviors_mm, normal.T @ behaviors], dim=1)
 
 
 class MatrixCiUBM(nn.Module):

@@ -155,7 +155,8 @@ def test_chunks_give_the_gradient_of_the_whole_batch_from_less_that_is_saved(gam
     assert chunked_loss == pytest.approx(loss, rel=1e-5)
     assert found.keys() == expected.keys()
     for name in expected:
-        assert torch.allclose(found[name], expected[name], rtol=1e-3, atol=1e-6), name
+        around_zero = 1e-6 + 1e-5 * float(expected[name].abs().max())  # sums that cancel
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=around_zero, msg=name)
     assert bytes_chunked < 0.5 * bytes_whole
 
 
