@@ -12,25 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import matplotlib.pyplot as plt
 
 from benchmarks.bench import SMALL
+from benchmarks.pictures import draw, number
 from benchmarks.registry import BENCHMARKS, EXPERIMENTS, RESULTS, Benchmark
-from mim_torchrec.training.report import MIM_COLOR, tidy, to_png
 
 BOOK = Path(__file__).with_name("README.md")
 TEMPLATE = Path(__file__).with_name("book.md.jinja")
-
-
-def number(value: float) -> str:
-    """A figure with three digits.
-
-    >>> number(0.30559), number(901120), number(2.4e-07), number(0)
-    ('0.306', '901,120', '2.4e-07', '0')
-    """
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
 
 
 def hardware(found: Mapping[str, Any]) -> str:
@@ -57,21 +45,6 @@ def about(benchmark: Benchmark) -> str:
     return "\n\n".join(paragraphs)
 
 
-def draw(benchmark: Benchmark, figures: Mapping[str, float]) -> bytes:
-    """Figures of a benchmark as bars, as PNG."""
-    figure, axes = plt.subplots(figsize=(7, 0.6 + 0.35 * len(figures)), layout="constrained")
-    labels = list(figures)[::-1]
-    bars = axes.barh(labels, [figures[label] for label in labels], color=MIM_COLOR)
-    axes.bar_label(bars, [number(figures[label]) for label in labels], padding=3, fontsize=8)
-    positive = [value for value in figures.values() if value > 0]
-    if positive and max(positive) > 100 * min(positive) and len(positive) == len(figures):
-        axes.set_xscale("log")
-    axes.margins(x=0.15)
-    axes.axvline(1, color="gray", linewidth=0.6)
-    tidy(axes)
-    return to_png(figure)
-
-
 def render(records: Path = RESULTS) -> tuple[str, dict[str, bytes]]:
     """The page, and its pictures by file name."""
     shown, pictures = [], {}
@@ -79,8 +52,8 @@ def render(records: Path = RESULTS) -> tuple[str, dict[str, bytes]]:
         path = records / benchmark.record.name
         record = json.loads(path.read_text()) if path.exists() else None
         figures = benchmark.read(record) if record is not None else {}
-        if figures:
-            pictures[f"{benchmark.name}.png"] = draw(benchmark, figures)
+        if record is not None:
+            pictures[f"{benchmark.name}.png"] = draw(benchmark.name, record)
         met = "–" if record is None else (
             f"{sum(t['met'] for t in record['targets'])} of {len(record['targets'])}"
         )  # fmt: skip
