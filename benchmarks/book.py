@@ -14,8 +14,9 @@ from typing import Any
 import jinja2
 
 from benchmarks.bench import SMALL
-from benchmarks.pictures import draw, number
+from benchmarks.pictures import draw
 from benchmarks.registry import BENCHMARKS, EXPERIMENTS, RESULTS, Benchmark
+from mim_torchrec.training.pages import number
 
 BOOK = Path(__file__).with_name("README.md")
 TEMPLATE = Path(__file__).with_name("book.md.jinja")

@@ -21,7 +21,7 @@ from benchmarks.chaos_run import Chaos, Outcome
 from benchmarks.chaos_verify import Findings
 from benchmarks.chaos_victims import Place, warm_up
 from mim_torchrec.training.comparison import target
-from mim_torchrec.training.pages import Section, write_pages
+from mim_torchrec.training.pages import Section, print_targets, targets_section, write_pages
 from tests.redis_server import RedisServer
 
 Transport = Literal["directory", "redis"]
@@ -170,10 +170,7 @@ def sections(report: dict[str, Any]) -> list[Section]:
                       f"{report['tolerance']:.0e}; readers with the log, bit for bit."]),
         Section("Watermarks", columns=columns, rows=rows("watermarks"),
                 text=["Of training, that of the last job; every job's rows are compared at its own."]),
-        Section("What the figures are to show", columns=["claim", "value", ""], rows=[
-            [entry["claim"], f"{entry['value']}", "met" if entry["met"] else "NOT MET"]
-            for entry in report["targets"]
-        ]),
+        targets_section(report["targets"]),
     ]  # fmt: skip
 
 
@@ -194,8 +191,7 @@ def main(argv: list[str] | None = None) -> None:
     write_pages(report, "Chaos", summary, sections(report), {}, config.out)
     for problem in [*report["problems"], *report["examples"]]:
         print(problem)
-    for entry in report["targets"]:
-        print(f"{'met    ' if entry['met'] else 'NOT MET'} {entry['claim']}: {entry['value']}")
+    print_targets(report["targets"])
     print(f"report: {config.out / 'report.html'}")
     if not all(entry["met"] for entry in report["targets"]):
         raise SystemExit(1)

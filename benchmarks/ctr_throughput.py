@@ -31,7 +31,7 @@ from mim_torchrec.embeddings.sharded.load import load_table, open_table
 from mim_torchrec.embeddings.table.format import TableWriter
 from mim_torchrec.training.comparison import target
 from mim_torchrec.training.distributed import Ranks, distributed
-from mim_torchrec.training.pages import Section, write_pages
+from mim_torchrec.training.pages import Section, print_targets, targets_section, write_pages
 
 Step = Callable[[RequestBatch], Any]
 MODELS = ("din", "dien", "sim", "twin")
@@ -305,10 +305,7 @@ def sections(config: ThroughputConfig, report: dict[str, Any]) -> list[Section]:
             "SIM and TWIN attend to the last behaviors a second time; ours add time gaps instead.",
         ],
     ))  # fmt: skip
-    pages.append(Section(
-        "Targets", columns=["claim", "value", "met"],
-        rows=[[t["claim"], f"{t['value']:.3f}", "yes" if t["met"] else "no"] for t in report["targets"]],
-    ))  # fmt: skip
+    pages.append(targets_section(report["targets"]))
     return pages
 
 
@@ -330,8 +327,7 @@ def main(argv: list[str] | None = None) -> None:
         f"the median of {config.rounds} rounds in which both take one step."
     )
     write_pages(report, "CTR training beside FuxiCTR", summary, sections(config, report), {}, config.out)
-    for entry in report["targets"]:
-        print(f"{'met    ' if entry['met'] else 'NOT MET'} {entry['claim']}: {entry['value']:.3f}")
+    print_targets(report["targets"])
     print(f"report: {config.out / 'report.html'}")
 
 

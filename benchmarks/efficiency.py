@@ -22,7 +22,7 @@ from benchmarks.efficiency_measures import measure_table, measure_time, validate
 from benchmarks.efficiency_pages import sections, summary
 from mim_torchrec.training.comparison import target
 from mim_torchrec.training.distributed import distributed
-from mim_torchrec.training.pages import write_pages
+from mim_torchrec.training.pages import print_targets, write_pages
 
 FLOPS_TARGET, MEMORY_TARGET, ESTIMATE_TARGET, E2E_TARGET = 0.20, 0.01, 0.03, 0.02
 
@@ -68,8 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     report["config"] = dataclasses.asdict(config)
     write_pages(report, "Table 6: efficiency", summary(report), sections(report), {}, config.out)
     print((config.out / "report.md").read_text())
-    for entry in report["targets"]:
-        print(f"{'met    ' if entry['met'] else 'NOT MET'} {entry['claim']}: {entry['value']:.4f}")
+    print_targets(report["targets"])
     print(f"report: {config.out / 'report.html'}")
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from benchmarks.rows import NAMES, TITLES
-from mim_torchrec.training.pages import Section
+from mim_torchrec.training.pages import Section, targets_section
 
 PHASES = {"train": "Training", "inference": "Inference"}
 PAPER = {
@@ -77,10 +77,7 @@ def sections(report: dict[str, Any]) -> list[Section]:
     if report["validation"] is not None:
         pages.append(_validation(report))
     pages.append(_time(report))
-    pages.append(Section(
-        "Targets", columns=["claim", "value", "met"],
-        rows=[[t["claim"], f"{t['value']:.4f}", "met" if t["met"] else "NOT MET"] for t in report["targets"]],
-    ))  # fmt: skip
+    pages.append(targets_section(report["targets"]))
     return pages
 
 

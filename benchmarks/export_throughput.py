@@ -38,7 +38,7 @@ from mim_torchrec.representation.config import ExportConfig
 from mim_torchrec.representation.export import TrainedEncoder, export
 from mim_torchrec.training.comparison import target
 from mim_torchrec.training.distributed import Ranks, distributed
-from mim_torchrec.training.pages import Section, write_pages
+from mim_torchrec.training.pages import Section, print_targets, targets_section, write_pages
 
 TARGET = 0.9
 PARTS = ("read", "decode", "resize", "tokenize", "forward", "write")
@@ -257,10 +257,7 @@ def sections(report: dict[str, Any]) -> Sequence[Section]:
             rows=[[vision, *(f"{figures[name]:.3f}" for name in PARTS)]
                   for vision, figures in report["ms_per_item"].items()],
         ),
-        Section(
-            "Targets", columns=["claim", "value", "met"],
-            rows=[[t["claim"], f"{t['value']:.3f}", "yes" if t["met"] else "no"] for t in report["targets"]],
-        ),
+        targets_section(report["targets"]),
     ]  # fmt: skip
 
 
@@ -284,8 +281,7 @@ def main(argv: list[str] | None = None) -> None:
         f"{report['load_average']:.1f} at the end: where it is above the cores, others worked beside it."
     )
     write_pages(report, "Export", summary, sections(report), {}, config.out)
-    for entry in report["targets"]:
-        print(f"{'met    ' if entry['met'] else 'NOT MET'} {entry['claim']}: {entry['value']:.3f}")
+    print_targets(report["targets"])
     print(f"report: {config.out / 'report.html'}")
 
 

@@ -16,6 +16,7 @@ import tyro
 from benchmarks import demo
 from benchmarks.stages import Run, Stage, Value, ctr_stage, export_stage, permute_stage
 from mim_torchrec.training import comparison
+from mim_torchrec.training.pages import print_targets
 from mim_torchrec.training.report import loss_curve, write_report
 
 # --- settings, all in one place -----------------------------------------------------------------------------
@@ -276,8 +277,7 @@ def main(argv: list[str] | None = None) -> None:
     figures = report["ctr"]
     print(f"\nBase test AUC {figures['base']['auc']:.4f}, MIM test AUC {figures['mim']['auc']:.4f}, means of "
           f"{len(config.seeds)} seeds")  # fmt: skip
-    for line in report["targets"]:
-        print(f"{'met    ' if line['met'] else 'NOT MET'} {line['claim']}: {line['value']:.4f}")
+    print_targets(report["targets"])
     print(f"report: {config.out / 'report.html'}")
 
 

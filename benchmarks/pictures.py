@@ -8,21 +8,11 @@ from matplotlib.ticker import EngFormatter
 
 from benchmarks import scaling_pages
 from benchmarks.efficiency_pages import PAPER, TITLES
+from mim_torchrec.training.pages import number
 from mim_torchrec.training.report import BASE_COLOR, MIM_COLOR, tidy, to_png
 
 Record = Mapping[str, Any]
 THIRD_COLOR, PALE_COLOR = "#3b6ea5", "#e3b29b"
-
-
-def number(value: float) -> str:
-    """A figure with three digits.
-
-    >>> number(0.30559), number(901120), number(2.4e-07), number(0)
-    ('0.306', '901,120', '2.4e-07', '0')
-    """
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
 
 
 def panels(count: int) -> tuple[plt.Figure, Sequence[plt.Axes]]:

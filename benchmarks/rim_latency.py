@@ -34,7 +34,7 @@ from mim_torchrec.embeddings.table.format import TableWriter
 from mim_torchrec.embeddings.windows.transport import open_log
 from mim_torchrec.representation.export import TrainedEncoder
 from mim_torchrec.training.comparison import target
-from mim_torchrec.training.pages import Section, write_pages
+from mim_torchrec.training.pages import Section, print_targets, targets_section, write_pages
 from tests.redis_server import RedisServer
 
 Store = Literal["embedded", "redis"]
@@ -278,10 +278,7 @@ def sections(config: RIMLatencyConfig, report: dict[str, Any]) -> list[Section]:
         Section("Milliseconds from arrival to lookup", columns=["store", "transport", *names.values()],
                 rows=rows, text=[f"{config.items} items at {config.rate:g} a second, then {config.bursts} "
                                  f"bursts of {config.burst}."]),
-        Section("What the figures are to show", columns=["claim", "value", ""], rows=[
-            [entry["claim"], f"{entry['value']:.0f}", "met" if entry["met"] else "NOT MET"]
-            for entry in report["targets"]
-        ]),
+        targets_section(report["targets"]),
     ]  # fmt: skip
 
 
@@ -300,8 +297,7 @@ def main(argv: list[str] | None = None) -> None:
     report["config"] = dataclasses.asdict(config)
     summary = f"An item by itself takes the encoder {report['encoder_alone_ms']:.1f} ms."
     write_pages(report, "New items", summary, sections(config, report), {}, config.out)
-    for entry in report["targets"]:
-        print(f"{'met    ' if entry['met'] else 'NOT MET'} {entry['claim']}: {entry['value']:.0f}")
+    print_targets(report["targets"])
     print(f"report: {config.out / 'report.html'}")
 
 

@@ -34,7 +34,7 @@ from mim_torchrec.embeddings.sharded.plan import GIB, PlanConfig, simulate
 from mim_torchrec.embeddings.table.quantize import row_bytes
 from mim_torchrec.training.comparison import target
 from mim_torchrec.training.distributed import Ranks, distributed
-from mim_torchrec.training.pages import write_pages
+from mim_torchrec.training.pages import print_targets, write_pages
 
 UBM, FEATURES = "sim", ["candidate_mm", "behavior_mm"]
 ROWS_TIME_TARGET, ROWS_MEMORY_TARGET = 1.5, 0.25
@@ -260,8 +260,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     summary = ("Training steps of SIM and of SIM with MIM; ranks compute on one thread each and share the "
                "machine. Memory of a step is estimated from the storages that are alive in it.")  # fmt: skip
     write_pages(report, "How a step grows", summary, sections(report), {PICTURE: draw(report)}, config.out)
-    for entry in report["targets"]:
-        print(f"{'met    ' if entry['met'] else 'NOT MET'} {entry['claim']}: {entry['value']:.3f}")
+    print_targets(report["targets"])
     print(f"report: {config.out / 'report.html'}")
 
 

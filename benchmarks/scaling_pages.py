@@ -5,7 +5,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.ticker import EngFormatter, NullFormatter
 
-from mim_torchrec.training.pages import Section
+from mim_torchrec.training.pages import Section, targets_section
 from mim_torchrec.training.report import BASE_COLOR, MIM_COLOR, tidy, to_png
 
 AXES = {"history": "longest history", "batch": "candidates a step of a rank",
@@ -81,7 +81,5 @@ def sections(report: dict[str, Any]) -> list[Section]:
                  if row["fits"] else ["does not fit", "–", "–", "–"])]
               for row in report["simulated"]],
     ))  # fmt: skip
-    pages.append(Section("Targets", columns=["claim", "value", "met"],
-                         rows=[[t["claim"], f"{t['value']:.3f}", "yes" if t["met"] else "no"]
-                               for t in report["targets"]]))  # fmt: skip
+    pages.append(targets_section(report["targets"]))
     return pages

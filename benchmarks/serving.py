@@ -37,7 +37,7 @@ from mim_torchrec.serving.grid import Grid
 from mim_torchrec.serving.matrix import interest_matrix
 from mim_torchrec.serving.scorer import Scorer, ScoreRequest
 from mim_torchrec.training.comparison import target
-from mim_torchrec.training.pages import Section, write_pages
+from mim_torchrec.training.pages import Section, print_targets, targets_section, write_pages
 
 RATIO_TARGETS = {64: 5.0, 128: 4.0}
 AT = 1000  # behaviors that the targets speak of
@@ -378,10 +378,7 @@ def sections(config: ServingConfig, report: dict[str, Any]) -> list[Section]:
                    f"{f['requests_per_s_clients']:.0f}"]
                   for model, by_length in report["models"].items() for length, f in by_length.items()],
         ),
-        Section(
-            "Targets", columns=["claim", "value", "met"],
-            rows=[[t["claim"], f"{t['value']:.2f}", "yes" if t["met"] else "no"] for t in report["targets"]],
-        ),
+        targets_section(report["targets"]),
     ]  # fmt: skip
     return pages
 
@@ -399,8 +396,7 @@ def main(argv: list[str] | None = None) -> None:
     report["config"] = dataclasses.asdict(config)
     summary = f"Requests of {config.candidates} candidates; item embeddings of {2 * config.id_dim}."
     write_pages(report, "Serving", summary, sections(config, report), {}, config.out)
-    for entry in report["targets"]:
-        print(f"{'met    ' if entry['met'] else 'NOT MET'} {entry['claim']}: {entry['value']:.2f}")
+    print_targets(report["targets"])
     print(f"report: {config.out / 'report.html'}")
 
 

@@ -18,7 +18,7 @@ from benchmarks.corpora import Comparison, Corpus, Model
 from benchmarks.stages import Run
 from mim_torchrec.ctr.config import UBM
 from mim_torchrec.training.comparison import deviation, target
-from mim_torchrec.training.pages import Section, write_pages
+from mim_torchrec.training.pages import Section, print_targets, write_pages
 from mim_torchrec.training.report import BASE_COLOR, MIM_COLOR, tidy, to_png
 
 PAPER = {
@@ -151,8 +151,7 @@ def main(argv: list[str] | None = None) -> None:
         for ubm, row in lines.items():
             print(f"{ubm:12} Base {row['base_auc']:.4f}  Base+MIM {row['mim_auc']:.4f}  {row['delta']:+.4f}"
                   f"{_plus_minus(row['delta_std'])}  paper {row['paper_delta']:+.4f}")  # fmt: skip
-        for entry in part["targets"]:
-            print(f"{'met    ' if entry['met'] else 'NOT MET'} {entry['claim']}: {entry['value']:.4f}")
+        print_targets(part["targets"])
     report |= {"stages": run.seconds, "config": dataclasses.asdict(config)}
     summary = (
         f"AUC on test requests, means of the seeds {list(config.seeds)}; ± is the standard deviation over "

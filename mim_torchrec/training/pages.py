@@ -5,7 +5,7 @@
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,33 @@ class Section:
     rows: Sequence[Sequence[str]] = ()
     pictures: Sequence[str] = field(default=())
     """Names of PNG files."""
+
+
+def number(value: float | None) -> str:
+    """A figure with four digits; "–" for one that is undefined.
+
+    >>> number(0.305590), number(901120), number(2.4e-07), number(0), number(None)
+    ('0.3056', '901,120', '2.4e-07', '0', '–')
+    """
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def targets_section(targets: Sequence[Mapping[str, Any]]) -> Section:
+    """What figures were to show, as the last section of a report.
+
+    Args:
+        targets: as `comparison.target` makes them.
+    """
+    rows = [[t["claim"], number(t["value"]), "met" if t["met"] else "NOT MET"] for t in targets]
+    return Section("Targets", columns=["claim", "value", ""], rows=rows)
+
+
+def print_targets(targets: Sequence[Mapping[str, Any]]) -> None:
+    """Print a line for each target, those that are not met in capitals."""
+    for entry in targets:
+        print(f"{'met    ' if entry['met'] else 'NOT MET'} {entry['claim']}: {number(entry['value'])}")
 
 
 def write_pages(
