@@ -27,7 +27,7 @@ from mim_torchrec.embeddings.windows.window import MalformedWindow, Window, Wind
 FORMAT_VERSION = 1
 ABOUT = "log.json"
 FORGOTTEN = "forgotten.jsonl"
-SUFFIX = ".safetensors"
+SUFFIX, WRITING = ".safetensors", ".writing"
 BROKEN_OFF = 3600.0  # seconds after which nobody is still writing a file
 LOOK_EVERY = 0.02  # seconds between two looks for the next file
 
@@ -214,7 +214,7 @@ class WindowLog:
 
     def _remove_broken_off(self) -> None:
         """Remove what those have left who were killed while they wrote."""
-        for path in self.root.glob(".*"):
+        for path in self.root.glob(f".*{WRITING}"):
             try:
                 if path.stat().st_mtime < time.time() - BROKEN_OFF:
                     path.unlink()
@@ -281,7 +281,7 @@ class WindowLog:
 
     def _publish(self, path: Path, data: bytes) -> bool:
         """Give a file its name when all of it is on the disk; False where somebody else has."""
-        waiting = self.root / f".{uuid.uuid4().hex}"
+        waiting = self.root / f".{uuid.uuid4().hex}{WRITING}"
         try:
             waiting.write_bytes(data)
             fsync(waiting)

@@ -425,7 +425,7 @@ def test_names_are_known_though_others_forget_while_one_looks(tmp_path, monkeypa
 
 def test_what_was_broken_off_long_ago_is_removed_by_who_forgets(tmp_path):
     log = WindowLog(tmp_path / "log", "v1", start=0)
-    old, new = log.root / ".old", log.root / ".new"
+    old, new = log.root / ".old.writing", log.root / ".new.writing"
     for path in (old, new):
         path.write_bytes(b"half a window")
     os.utime(old, (0, 0))
