@@ -25,6 +25,7 @@ def test_every_figure_is_there_and_follows_from_the_others(folder):
     assert list(by_threads) == ["1", "2"]
     for figures in by_threads.values():
         assert min(figures["ratio"], figures["in_turns_ratio"], figures["cpu_ratio"]) > 0
+        assert figures["load_seconds"] > 0
     assert list(report["ms_per_item"]["test_resnet.r160_in1k:32"]) == list(PARTS)
     met = {entry["value"]: entry["met"] for entry in report["targets"]}
     assert met == {figures["ratio"]: figures["ratio"] >= 0.9 for figures in by_threads.values()}
