@@ -23,7 +23,7 @@ import tyro
 
 from benchmarks.registry import BENCHMARKS, RESULTS, Benchmark
 from mim_torchrec.training.checkpoint import write_json
-from mim_torchrec.training.pages import Section, write_pages
+from mim_torchrec.training.pages import Section, number, write_pages
 from mim_torchrec.training.report import environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,7 +89,7 @@ def section(name: str, title: str, rows: Sequence[dict[str, Any]], seconds: floa
     return Section(
         f"{title} ({name}, {seconds:.0f} s)",
         columns=["figure", "now", "recorded", "change", ""],
-        rows=[[row["figure"], f"{row['now']:.4g}", "–" if row["before"] is None else f"{row['before']:.4g}",
+        rows=[[row["figure"], number(row["now"]), number(row["before"]),
                "–" if row["change"] is None else f"{row['change']:+.0%}", "moved" if row["moved"] else ""]
               for row in rows],
     )  # fmt: skip
@@ -123,8 +123,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for row in rows[name]:
             recorded = ""
             if row["change"] is not None:
-                recorded = f", recorded {row['before']:.4g} ({row['change']:+.0%})"
-            print(f"  {'MOVED ' if row['moved'] else '      '}{row['figure']}: {row['now']:.4g}{recorded}")
+                recorded = f", recorded {number(row['before'])} ({row['change']:+.0%})"
+            print(f"  {'MOVED ' if row['moved'] else '      '}{row['figure']}: {number(row['now'])}{recorded}")
         print(f"  {seconds[name]:.0f} s", flush=True)
     total = sum(seconds.values())
     moved = sum(row["moved"] for of_one in rows.values() for row in of_one)

@@ -102,7 +102,7 @@ BENCHMARKS: Sequence[Benchmark] = (
     Benchmark(
         name="csft_loss", target="bench-csft-loss", title="The contrastive loss at the size of the paper",
         small=("--queries", "256", "--queue-batches", "50", "--steps", "2", "--naive-items", "8192",
-               "--rounds", "3", "--loop-queries", "16"),
+               "--rounds", "11", "--loop-queries", "16"),
         figures={
             "time over the naive loss": "naive|time_ratio",
             "memory beyond inputs and queue, MiB": "paper_scale|extra_mib",
@@ -111,14 +111,14 @@ BENCHMARKS: Sequence[Benchmark] = (
     ),
     Benchmark(
         name="export_throughput", target="bench-export-throughput", title="Export beside its encoder",
-        small=("--vision", "efficientnet_lite0:128", "--items", "96", "--rounds", "2"),
+        small=("--vision", "efficientnet_lite0:128", "--items", "96", "--rounds", "3"),
         figures={
             "export over forward passes, one thread": "encoders|efficientnet_lite0:128|1|ratio",
         },
     ),
     Benchmark(
         name="ctr_throughput", target="bench-ctr-throughput", title="Training steps beside FuxiCTR's",
-        small=("--dims", "16", "--candidates", "1", "--batch-size", "256", "--rounds", "5"),
+        small=("--dims", "16", "--candidates", "1", "--batch-size", "512", "--rounds", "21"),
         figures={
             **{f"samples per CPU-second over FuxiCTR's, {name}, dim 16": f"models|{name}|16|ratio"
                for name in ("din", "dien", "sim", "twin")},
@@ -137,7 +137,7 @@ BENCHMARKS: Sequence[Benchmark] = (
     ),
     Benchmark(
         name="serving", target="bench-serving", title="What a score costs at serving",
-        small=("--behaviors", "50", "1000", "--models", "sim/paper", "--items", "20000", "--rounds", "11",
+        small=("--behaviors", "50", "1000", "--models", "sim/paper", "--items", "20000", "--rounds", "31",
                "--requests", "60"),
         figures={
             "direct sum over matrix, 1,000 behaviors, d 64": "forms|64|1000|ratio",
