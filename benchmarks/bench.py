@@ -124,7 +124,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             recorded = ""
             if row["change"] is not None:
                 recorded = f", recorded {number(row['before'])} ({row['change']:+.0%})"
-            print(f"  {'MOVED ' if row['moved'] else '      '}{row['figure']}: {number(row['now'])}{recorded}")
+            mark = "MOVED " if row["moved"] else "      "
+            print(f"  {mark}{row['figure']}: {number(row['now'])}{recorded}")
         print(f"  {seconds[name]:.0f} s", flush=True)
     total = sum(seconds.values())
     moved = sum(row["moved"] for of_one in rows.values() for row in of_one)
