@@ -20,9 +20,9 @@ from benchmarks.chaos_corpus import TOLERANCE, Corpus, make_corpus
 from benchmarks.chaos_run import Chaos, Outcome
 from benchmarks.chaos_verify import Findings
 from benchmarks.chaos_victims import Place, warm_up
+from benchmarks.redis_server import RedisServer
 from mim_torchrec.training.comparison import target
 from mim_torchrec.training.pages import Section, print_targets, targets_section, write_pages
-from tests.redis_server import RedisServer
 
 Transport = Literal["directory", "redis"]
 SHARES = {"rim": 0.4, "store": 0.2, "embedded": 0.2, "rank": 0.2}

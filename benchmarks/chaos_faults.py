@@ -16,6 +16,7 @@ import torch
 from benchmarks.chaos_corpus import DIM, DTYPE
 from benchmarks.chaos_verify import Audit, verify_rows
 from benchmarks.chaos_victims import Place
+from benchmarks.redis_server import RedisServer
 from mim_torchrec.embeddings.stores.embedded import EmbeddedStore
 from mim_torchrec.embeddings.stores.redis_store import RedisStore
 from mim_torchrec.embeddings.stores.store import catch_up
@@ -27,7 +28,6 @@ from mim_torchrec.embeddings.windows.log import WindowLog
 from mim_torchrec.embeddings.windows.redis_connection import RedisUnavailable
 from mim_torchrec.embeddings.windows.transport import open_log
 from mim_torchrec.embeddings.windows.window import Window, WindowGap
-from tests.redis_server import RedisServer
 
 FOREIGN = "another encoder"
 AWAY = 60.0  # seconds without the server, at most

@@ -20,12 +20,12 @@ from benchmarks.chaos_corpus import Corpus, Feeder
 from benchmarks.chaos_faults import Faults, insist
 from benchmarks.chaos_verify import Audit, Findings, verify_log, verify_quarantine, verify_rows
 from benchmarks.chaos_victims import FAILED, GAP, RANKS, VERSION, Place, Victim
+from benchmarks.redis_server import RedisServer
 from mim_torchrec.embeddings.stores.redis_store import RedisStore
 from mim_torchrec.embeddings.table.format import Table
 from mim_torchrec.embeddings.windows.log import WindowLog
 from mim_torchrec.embeddings.windows.redis_connection import connect, locate
 from mim_torchrec.embeddings.windows.transport import open_log
-from tests.redis_server import RedisServer
 
 SPANS = {"rim": 0.8, "store": 1.0, "embedded": 1.0, "rank": 4.0}
 """Seconds of work within which a process is killed; one in five is killed within those after its start."""

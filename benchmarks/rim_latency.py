@@ -27,6 +27,7 @@ import torch
 import tyro
 
 from benchmarks.chaos_corpus import Fed, Feeder, encode_alone, make_encoder
+from benchmarks.redis_server import RedisServer
 from mim_torchrec.data.shop import ShopConfig, make_shop
 from mim_torchrec.embeddings.stores.main import main as store_command
 from mim_torchrec.embeddings.stores.store import follow, open_store
@@ -35,7 +36,6 @@ from mim_torchrec.embeddings.windows.transport import open_log
 from mim_torchrec.representation.export import TrainedEncoder
 from mim_torchrec.training.comparison import target
 from mim_torchrec.training.pages import Section, print_targets, targets_section, write_pages
-from tests.redis_server import RedisServer
 
 Store = Literal["embedded", "redis"]
 Transport = Literal["log", "stream"]

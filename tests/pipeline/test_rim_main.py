@@ -20,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.redis_server import RedisServer
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.embeddings.stores.embedded import EmbeddedStore
 from mim_torchrec.embeddings.stores.store import catch_up
@@ -32,7 +33,6 @@ from mim_torchrec.representation.export import TrainedEncoder
 from mim_torchrec.rim.config import RIMConfig
 from mim_torchrec.rim.main import RIM, main
 from tests.pipeline.test_export_main import encoder, exported  # noqa: F401  fixtures
-from tests.redis_server import RedisServer
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = pa.schema([("item_id", pa.int64()), ("title", pa.string()), ("image", pa.binary()),

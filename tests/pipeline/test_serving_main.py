@@ -25,6 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.memory import private_bytes
+from benchmarks.redis_server import RedisServer
 from mim_torchrec.ctr.evaluation import main as evaluate
 from mim_torchrec.embeddings.stores.redis_store import RedisStore
 from mim_torchrec.embeddings.table.format import Table, TableWriter, VersionMismatch
@@ -42,7 +43,6 @@ from mim_torchrec.serving.scorer import Scorer, ScoreRequest
 from mim_torchrec.serving.service import Pair, Service
 from tests.pipeline.test_ctr_main import NUM_ITEMS, item_id, write_dataset
 from tests.pipeline.test_evaluate_main import write_table
-from tests.redis_server import RedisServer
 from tests.serving import messages, output, trained_bundle
 
 ROOT = Path(__file__).parents[2]

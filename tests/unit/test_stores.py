@@ -11,6 +11,7 @@ from threading import Event
 import pytest
 import torch
 
+from benchmarks.redis_server import RedisServer
 from mim_torchrec.embeddings.stores.embedded import EmbeddedStore
 from mim_torchrec.embeddings.stores.main import main as command
 from mim_torchrec.embeddings.stores.redis_store import RedisStore
@@ -21,7 +22,6 @@ from mim_torchrec.embeddings.windows.compact import compact
 from mim_torchrec.embeddings.windows.redis_connection import RedisFull, connect, locate
 from mim_torchrec.embeddings.windows.transport import open_log
 from mim_torchrec.embeddings.windows.window import Window, WindowGap
-from tests.redis_server import RedisServer
 from tests.unit.test_windows import DIM, ROOT, tensor, vectors, window
 
 ROWS = 500

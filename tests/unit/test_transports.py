@@ -11,12 +11,12 @@ from threading import Event, Thread
 import pytest
 import torch
 
+from benchmarks.redis_server import RedisServer
 from mim_torchrec.embeddings.stores.store import follow
 from mim_torchrec.embeddings.table.format import TableError, VersionMismatch
 from mim_torchrec.embeddings.windows.redis_connection import RedisFull, RedisUnavailable, connect, locate
 from mim_torchrec.embeddings.windows.transport import open_log
 from mim_torchrec.embeddings.windows.window import MalformedWindow, WindowGap
-from tests.redis_server import RedisServer
 from tests.unit.test_windows import DIM, ROOT, tensor, vectors, window
 
 

@@ -1,4 +1,4 @@
-"""Real Redis servers for tests, each on a free loopback port, with everything on the disk at every write."""
+"""Real Redis servers on free loopback ports, for benchmarks and tests; every write is on the disk at once."""
 
 import shutil
 import socket
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import redis
 
-MISSING = "the tests need a Redis server: apt-get install redis-server"
+MISSING = "this needs a Redis server: apt-get install redis-server"
 
 
 def free_port(highest: int = 65_535) -> int:
