@@ -49,7 +49,7 @@ class ChaosConfig:
     pause: float = 0.6
     """Seconds between two faults that are no kills, at most."""
     limit: float = 1800.0
-    """Seconds of one transport, at most."""
+    """Seconds of one transport, after which it is an error that some still work."""
     seed: int = 0
     """Of items, kills and faults."""
 

@@ -6,8 +6,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.ticker import EngFormatter
 
-from benchmarks import scaling_pages
 from benchmarks.efficiency_pages import PAPER, TITLES
+from benchmarks.scaling_pages import scaling
 from mim_torchrec.training.pages import number
 from mim_torchrec.training.report import BASE_COLOR, MIM_COLOR, tidy, to_png
 
@@ -167,11 +167,11 @@ def chaos(record: Record) -> plt.Figure:
 
 DRAWN: Mapping[str, Callable[[Record], plt.Figure]] = {
     draw.__name__: draw
-    for draw in (efficiency, frozen_table, csft_loss, export_throughput, ctr_throughput, rim_latency, serving,
-                 chaos)
+    for draw in (efficiency, scaling, frozen_table, csft_loss, export_throughput, ctr_throughput, rim_latency,
+                 serving, chaos)
 }  # fmt: skip
 
 
 def draw(name: str, record: Record) -> bytes:
     """The picture of a benchmark, as PNG."""
-    return scaling_pages.draw(dict(record)) if name == "scaling" else to_png(DRAWN[name](record))
+    return to_png(DRAWN[name](record))

@@ -25,7 +25,7 @@ from benchmarks.ctr_throughput import ThroughputConfig, in_turns, make_batch, ou
 from benchmarks.frozen_table import launch, write_scale_table
 from benchmarks.memory import private_bytes
 from benchmarks.peak_memory import estimated
-from benchmarks.scaling_pages import AXES, PICTURE, draw, sections
+from benchmarks.scaling_pages import AXES, PICTURE, scaling, sections
 from mim_torchrec.ctr.sharding import build_model, shard
 from mim_torchrec.data.batch import RequestBatch
 from mim_torchrec.embeddings.sharded.frozen import frozen_config
@@ -35,6 +35,7 @@ from mim_torchrec.embeddings.table.quantize import row_bytes
 from mim_torchrec.training.comparison import target
 from mim_torchrec.training.distributed import Ranks, distributed
 from mim_torchrec.training.pages import print_targets, write_pages
+from mim_torchrec.training.report import to_png
 
 UBM, FEATURES = "sim", ["candidate_mm", "behavior_mm"]
 ROWS_TIME_TARGET, ROWS_MEMORY_TARGET = 1.5, 0.25
@@ -259,7 +260,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     report["config"] = dataclasses.asdict(config)
     summary = ("Training steps of SIM and of SIM with MIM; ranks compute on one thread each and share the "
                "machine. Memory of a step is estimated from the storages that are alive in it.")  # fmt: skip
-    write_pages(report, "How a step grows", summary, sections(report), {PICTURE: draw(report)}, config.out)
+    pictures = {PICTURE: to_png(scaling(report))}
+    write_pages(report, "How a step grows", summary, sections(report), pictures, config.out)
     print_targets(report["targets"])
     print(f"report: {config.out / 'report.html'}")
 

@@ -1,20 +1,21 @@
 """The pages of `benchmarks.scaling`; what is measured and what is simulated do not share a table."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.ticker import EngFormatter, NullFormatter
 
 from mim_torchrec.training.pages import Section, targets_section
-from mim_torchrec.training.report import BASE_COLOR, MIM_COLOR, tidy, to_png
+from mim_torchrec.training.report import BASE_COLOR, MIM_COLOR, tidy
 
 AXES = {"history": "longest history", "batch": "candidates a step of a rank",
         "table_rows": "rows of the frozen table"}  # fmt: skip
 PICTURE = "scaling.png"
 
 
-def draw(report: dict[str, Any]) -> bytes:
-    """Step time by axis, and bytes a GPU by cluster, as PNG."""
+def scaling(report: Mapping[str, Any]) -> plt.Figure:
+    """Step time by axis, and bytes a GPU by cluster."""
     figure, panels = plt.subplots(1, 4, figsize=(15, 3.6), layout="constrained")
     for panel, (axis, name) in zip(panels, AXES.items(), strict=False):
         for ranks, own in report["measured"].items():
@@ -38,7 +39,7 @@ def draw(report: dict[str, Any]) -> bytes:
             side.set_minor_formatter(NullFormatter())
         panel.legend(fontsize=7)
         tidy(panel)
-    return to_png(figure)
+    return figure
 
 
 def sections(report: dict[str, Any]) -> list[Section]:

@@ -52,6 +52,34 @@ def test_the_book_is_what_the_records_make_of_it():
     assert all((RESULTS / name).exists() for name in pictures)
 
 
+def test_readme_says_what_the_records_say():
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    names = ("efficiency", "serving", "rim_latency", "chaos", "export_throughput")
+    table6, serving, latency, chaos, export = (
+        json.loads((RESULTS / f"{name}.json").read_text()) for name in names
+    )
+    p50, p99 = ([1e-3 * one for by_way in latency[name].values() for one in by_way.values()]
+                for name in ("p50_ms", "p99_ms"))  # fmt: skip
+    forms = [serving["forms"][dim]["1000"]["ratio"] for dim in ("64", "128")]
+    small, large = (list(own.values()) for own in export["encoders"].values())
+    large = [own["ratio"] for own in large]
+    mim = table6["fixed"]["rows"]["mim"]["train"]
+    phases = [phase for name in ("base", "mim") for phase in table6["rows"][name].values()]
+    answers = serving["p99_ms"]
+    said = [
+        f"p99 of {answers['1000']:.0f} ms with 1,000 behaviors, {answers['10000']:.0f} ms with 10,000",
+        f"({forms[0]:.1f} times faster; {forms[1]:.1f} times with d = 128)",
+        f"{min(p50):.2f} to {max(p50):.2f} s after its arrival (p50; p99 {max(p99):.2f} s)",
+        f"{chaos['kills']} SIGKILLs of RIM",
+        f"of {chaos['rows']:,} rows compared none was wrong",
+        f"{min(large):.2f} to {max(large):.2f} of the bare forward pass at 224 pixels",
+        f"decoding leaves {small[1]['ratio']:.2f}.",
+        f"{mim['gflops_delta']:.1%} more operations",
+        *(f"| {phase['gflops']:.4f} (" for phase in phases),
+    ]
+    assert [one for one in said if one not in readme] == []
+
+
 def test_a_figure_that_a_report_lacks_is_named():
     one = Benchmark(name="one", target="one", title="", small=(), figures={"x": ("a|b", "a|c")})
     assert one.read({"a": {"b": 3, "c": 2}}) == {"x": 1.5}
