@@ -51,7 +51,7 @@ TABLE5 = (
 )
 MIM = TABLE5[0].model
 BEYOND = (
-    Version("sums, without products", {"products": False, "content-pooling": "sum"}),
+    Version("sums, without products", {"dot_product_features": False, "content-pooling": "sum"}),
     Version("+ similarity interest", {"similarity-interest": True}),
     Version("+ temperature", {"content-temperature": 0.2}),
     Version("+ content dropout", {"content-dropout": 0.1}),

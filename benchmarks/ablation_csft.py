@@ -30,9 +30,9 @@ PRETRAIN: dict[str, Value] = {
     "dda-text.epochs": 2, "dda-text.batch-size": 128, "dma.epochs": 3, "dma.batch-size": 128,
 }  # fmt: skip
 CSFT: dict[str, Value] = {"epochs": 10, "batch-size": 256, "freeze-towers": True,
-                          "queue-batches": 4, "queue-start-step": 20, "validation-share": 0.1}  # fmt: skip
+                          "queue-batches": 4, "queue-start-step": 20, "validation-fraction": 0.1}  # fmt: skip
 CTR: dict[str, Value] = demo.CTR | {"epochs": 3}
-HELD_OUT = CSFT["validation-share"]
+HELD_OUT = CSFT["validation-fraction"]
 # ------------------------------------------------------------------------------------------------------------
 
 BASE_AUC = 0.7024  # Table 3
@@ -165,7 +165,7 @@ class Job:
     def _retrieve(self, key: tuple[str, int], encoder: Stage | str) -> Stage:
         out = self.root / f"found-{key[0]}-{key[1]}"
         options: dict[str, Value] = {
-            "data": self.shop.out, "out": out, "held-out-share": HELD_OUT,
+            "data": self.shop.out, "out": out, "held-out-fraction": HELD_OUT,
             "encoder": encoder.out / "encoder" if isinstance(encoder, Stage) else encoder,
             "feature-cache": self.root / "features",
         }  # fmt: skip
@@ -256,8 +256,15 @@ def draw_tables(tables: dict[str, list[dict[str, Any]]]) -> bytes:
     for axes, (name, lines) in zip(panels, tables.items(), strict=True):
         place = np.arange(len(lines))
         spread = [row["delta_std"] or 0.0 for row in lines]
-        axes.bar(place - 0.2, [row["delta"] for row in lines], 0.38, yerr=spread, label="here",
-                 color=MIM_COLOR, error_kw={"linewidth": 0.8})
+        axes.bar(
+            place - 0.2,
+            [row["delta"] for row in lines],
+            0.38,
+            yerr=spread,
+            label="here",
+            color=MIM_COLOR,
+            error_kw={"linewidth": 0.8},
+        )
         axes.bar(place + 0.2, [row["paper_delta"] for row in lines], 0.38, label="paper", color=BASE_COLOR)
         names = [row["version"].replace(" (", "\n(") for row in lines]
         axes.set_xticks(place, names, rotation=40, ha="right")

@@ -40,9 +40,9 @@ class Fed:
 
     Args:
         item_id: of the item.
-        title: None where it is taken down.
+        title: None where it is deleted.
         image: likewise.
-        removed: whether it is taken down.
+        removed: whether it is deleted.
         poison: whether it cannot be encoded.
     """
 
@@ -106,7 +106,7 @@ def encode_alone(encoder: TrainedEncoder, title: str, image: bytes) -> Tensor:
 def make_corpus(out: Path, items: int, requests: int, seed: int) -> Corpus:
     """Make a shop, an encoder, a base table of a tenth of the items, and arrivals of the others.
 
-    Some items come again with another title, some are taken down, some cannot be encoded.
+    Some items come again with another title, some are deleted, some cannot be encoded.
 
     Raises:
         ValueError: two items' vectors are too close for a wrong one to be noticed.
@@ -127,7 +127,7 @@ def make_corpus(out: Path, items: int, requests: int, seed: int) -> Corpus:
     base_ids = torch.tensor([row["item_id"] for row in stock])
     base_vectors = torch.stack([encode_alone(encoder, row["title"], row["image"]) for row in stock])
     writer = TableWriter(out / "base", table_version=version, dim=DIM, dtype=DTYPE, encoder={},
-                         head_room=len(new))  # fmt: skip
+                         spare_rows=len(new))  # fmt: skip
     writer.write_shard(base_ids, base_vectors)
     writer.finish()
     corpus = Corpus(shop=shop, encoder=path, base=out / "base", version=version, arrivals=arrivals,

@@ -29,7 +29,7 @@ from mim_torchrec.embeddings.windows.redis_connection import RedisUnavailable
 from mim_torchrec.embeddings.windows.transport import open_log
 from mim_torchrec.embeddings.windows.window import Window, WindowGap
 
-FOREIGN = "another encoder"
+OTHER_VERSION = "another encoder"
 AWAY = 60.0  # seconds without the server, at most
 Value = TypeVar("Value")
 
@@ -68,11 +68,12 @@ class Faults:
         self.bases = [place.base]
         self._seqs = [0]
         self._kinds: list[tuple[Callable[[], None], float]] = [
-            (self._append_again, 4), (self._deliver_again, 4), (self._skip, 2), (self._deliver_foreign, 2),
+            (self._append_again, 4), (self._deliver_again, 4), (self._skip, 2),
+            (self._deliver_other_version, 2),
             (self._open_stale, 2), (self._fold_and_forget, 2), (self._restart_server, 0.5),
         ]  # fmt: skip
         if isinstance(self._log(), WindowLog):
-            self._kinds.append((self._plant_foreign, 2))
+            self._kinds.append((self._plant_other_version, 2))
 
     def step(self) -> None:
         """Do one of them, once there are windows."""
@@ -124,13 +125,13 @@ class Faults:
         ahead = replace(window, seq=insist(lambda: store.seq) + self._rng.randint(10_000, 20_000))
         self._refuses("gaps delivered", WindowGap, lambda: store.apply(ahead))
 
-    def _deliver_foreign(self) -> None:
+    def _deliver_other_version(self) -> None:
         """A window of another encoder, and one who opens the log for that."""
         window, store = self._rng.choice(self._audit.windows), self._store()
-        foreign = replace(window, seq=insist(lambda: store.seq) + 1, table_version=FOREIGN)
-        self._refuses("foreign versions delivered", VersionMismatch, lambda: store.apply(foreign))
-        self._refuses("foreign versions at the log", VersionMismatch,
-                      lambda: open_log(self._place.log, FOREIGN, start=0))  # fmt: skip
+        external = replace(window, seq=insist(lambda: store.seq) + 1, table_version=OTHER_VERSION)
+        self._refuses("other versions delivered", VersionMismatch, lambda: store.apply(external))
+        self._refuses("other versions at the log", VersionMismatch,
+                      lambda: open_log(self._place.log, OTHER_VERSION, start=0))  # fmt: skip
 
     def _open_stale(self) -> None:
         """A reader that begins at the first base, when the log has forgotten what follows that."""
@@ -159,13 +160,13 @@ class Faults:
         through = seq if self._rng.random() < 0.3 else self._seqs[-2]
         self.counts["windows forgotten"] += insist(lambda: log.forget(through))
 
-    def _plant_foreign(self) -> None:
+    def _plant_other_version(self) -> None:
         """A file of another encoder in the place of the next window, until somebody takes it away."""
         root = Path(self._place.log)
         log = WindowLog(root, self._place.version)
-        seq = log.head() + 1
-        window = Window.of(torch.tensor([1]), torch.ones(1, DIM), table_version=FOREIGN, seq=seq,
-                           window_id=f"{FOREIGN} {seq}", dtype=DTYPE)  # fmt: skip
+        seq = log.last_seq() + 1
+        window = Window.of(torch.tensor([1]), torch.ones(1, DIM), table_version=OTHER_VERSION, seq=seq,
+                           window_id=f"{OTHER_VERSION} {seq}", dtype=DTYPE)  # fmt: skip
         waiting, path = root / ".planted", root / f"{seq:016d}.safetensors"
         waiting.write_bytes(window.to_bytes())
         try:
@@ -175,11 +176,11 @@ class Faults:
         finally:
             waiting.unlink()
         reader = EmbeddedStore.open(self.bases[-1])
-        self._refuses("foreign versions in the log", VersionMismatch, lambda: catch_up(reader, log))
-        self._note("windows before a foreign one", reader.seq == seq - 1, f"{reader.seq} is not {seq - 1}")
+        self._refuses("other versions in the log", VersionMismatch, lambda: catch_up(reader, log))
+        self._note("windows before a external one", reader.seq == seq - 1, f"{reader.seq} is not {seq - 1}")
         time.sleep(self._rng.uniform(0.1, 0.5))
-        behind = log.head() - seq
-        self._note("foreign versions that nobody went on behind", behind == 0, f"{behind} windows behind it")
+        behind = log.last_seq() - seq
+        self._note("other versions that nobody went on behind", behind == 0, f"{behind} windows behind it")
         path.unlink()
 
     def _restart_server(self) -> None:

@@ -1,6 +1,5 @@
 """Chaos over one transport: processes killed and started again until all is done, and what is left."""
 
-
 import json
 import signal
 import threading
@@ -18,7 +17,7 @@ from torch import Tensor
 from benchmarks import chaos_victims
 from benchmarks.chaos_corpus import Corpus, Feeder
 from benchmarks.chaos_faults import Faults, insist
-from benchmarks.chaos_verify import Audit, Findings, verify_log, verify_quarantine, verify_rows
+from benchmarks.chaos_verify import Audit, Findings, verify_dead_letter, verify_log, verify_rows
 from benchmarks.chaos_victims import FAILED, GAP, RANKS, VERSION, Place, Victim
 from benchmarks.redis_server import RedisServer
 from mim_torchrec.embeddings.stores.redis_store import RedisStore
@@ -172,7 +171,7 @@ class Chaos:
                 if code == -signal.SIGTERM:  # it had not begun
                     return 0
         if code in (GAP, VERSION):
-            self.outcome.refusals[f"{kind}: {'gap' if code == GAP else 'foreign version'}"] += 1
+            self.outcome.refusals[f"{kind}: {'gap' if code == GAP else 'other version'}"] += 1
             time.sleep(0.05)  # a launcher waits, too
         elif code == FAILED and "RedisUnavailable" in victim.says():
             self.outcome.refusals[f"{kind}: server away at the start"] += 1
@@ -269,16 +268,16 @@ class Chaos:
         outcome.windows, outcome.faults, outcome.jobs = audit.seq, self._faults.counts, len(self._ended)
         outcome.problems += self._faults.problems
         outcome.log = verify_log(audit.windows, self._corpus)
-        lines = (place.root / "rim" / "quarantine.jsonl").read_text().splitlines()
+        lines = (place.root / "rim" / "dead-letter.jsonl").read_text().splitlines()
         entries = [json.loads(line) for line in lines if line]
-        outcome.readers["quarantine"] = verify_quarantine([e["place"] for e in entries], self._corpus,
+        outcome.readers["dead_letter"] = verify_dead_letter([e["place"] for e in entries], self._corpus,
                                                           [e["item_id"] for e in entries])  # fmt: skip
         final = audit.state(audit.seq)
         store = RedisStore.open(place.store, place.version)
         at = locate(place.store)
         rows = sum(1 for _ in connect(at).scan_iter(match=f"{{{at.name}:*", count=1000)) - 1  # the watermark
         outcome.readers["store"] = verify_rows(store.lookup, final, "store in Redis", rows)
-        outcome.watermarks = {"log": self._log.head(), "store": store.seq}
+        outcome.watermarks = {"log": self._log.last_seq(), "store": store.seq}
         if "embedded" in self._rows:
             seq, vectors, found = self._rows["embedded"]
             asked = torch.tensor(self._ids)
@@ -319,5 +318,3 @@ def verify_trained(out: Path, state: dict[int, Tensor | None], seq: int) -> Find
         if part["seq"] != seq:
             found.note("wrong", f"{out.name}: a rank has applied {part['seq']}, not {seq}")
     return found
-
-

@@ -24,7 +24,7 @@ class Findings:
 
     Args:
         rows: compared.
-        wrong: rows with another vector, or of an item that was taken down.
+        wrong: rows with another vector, or of an item that was deleted.
         lost: rows that must be there and are not.
         doubled: rows that are there more often than they must be.
         examples: some of what is not right, in words.
@@ -80,7 +80,7 @@ class Audit:
             self.windows.append(window)
 
     def state(self, seq: int) -> State:
-        """The vector of every item that there ever was, None where it is taken down, after a window."""
+        """The vector of every item that there ever was, None where it is deleted, after a window."""
         state = dict(self._base)
         for window in self.windows[:seq]:
             state |= dict(zip(window.ids.tolist(), window.vectors, strict=True))
@@ -146,7 +146,7 @@ def verify_rows(
     for item, vector, there in zip(ids.tolist(), vectors, is_there.tolist(), strict=True):
         expected = state[item]
         if expected is None and there:
-            found.note("wrong", f"{where}: item {item} was taken down")
+            found.note("wrong", f"{where}: item {item} was deleted")
         elif expected is not None and not there:
             found.note("lost", f"{where}: item {item}")
         elif expected is not None and not torch.equal(vector, expected.float()):
@@ -157,7 +157,7 @@ def verify_rows(
     return found
 
 
-def verify_quarantine(places: list[str], corpus: Corpus, items: list[int | None]) -> Findings:
+def verify_dead_letter(places: list[str], corpus: Corpus, items: list[int | None]) -> Findings:
     """Compare the quarantine with what was poisoned: all of it is there once.
 
     Args:
@@ -170,9 +170,11 @@ def verify_quarantine(places: list[str], corpus: Corpus, items: list[int | None]
     for item in poison:
         count = items.count(item)
         if count != 1:
-            found.note("lost" if count == 0 else "doubled", f"item {item} is {count} times in quarantine")
+            found.note(
+                "lost" if count == 0 else "doubled", f"item {item} is {count} times in the dead-letter file"
+            )
     for item in set(items) - set(poison):
-        found.note("wrong", f"item {item} is in quarantine")
+        found.note("wrong", f"item {item} is in the dead-letter file")
     if len(set(places)) != len(places):
-        found.note("doubled", "a place is twice in quarantine")
+        found.note("doubled", "a place is twice in the dead-letter file")
     return found

@@ -144,11 +144,13 @@ def main(argv: list[str] | None = None) -> None:
     sections, pictures = [], {}
     for corpus in found:
         runs = Comparison(run, corpus, config.seeds, TUNING_SEED, config.jobs)
-        runs.train([
-            Model(name="base", mim=False),
-            Model(name="mim", mim=True),
-            Model(name=HIDDEN, mim=True, options={"id-dropout": ID_DROPOUT}),
-        ])
+        runs.train(
+            [
+                Model(name="base", mim=False),
+                Model(name="mim", mim=True),
+                Model(name=HIDDEN, mim=True, options={"id-dropout": ID_DROPOUT}),
+            ]
+        )
         sets = by_age(run, runs)
         said = summarize(corpus, sets)
         part = {"sets": sets, **said, "settings": runs.tuning}

@@ -30,7 +30,7 @@ from mim_torchrec.embeddings.sharded.frozen import frozen_config
 from mim_torchrec.embeddings.sharded.load import load_table, open_table
 from mim_torchrec.embeddings.table.format import TableWriter
 from mim_torchrec.training.comparison import target
-from mim_torchrec.training.distributed import Ranks, distributed
+from mim_torchrec.training.distributed import DistributedContext, distributed
 from mim_torchrec.training.pages import Section, print_targets, targets_section, write_pages
 
 Step = Callable[[RequestBatch], Any]
@@ -137,10 +137,13 @@ def our_config(config: ThroughputConfig, name: str, dim: int, mim: bool = False)
 
 
 def training_step(
-    model: DistributedModelParallel, optimizer: CombinedOptimizer, settings: CTRConfig, ranks: Ranks
+    model: DistributedModelParallel,
+    optimizer: CombinedOptimizer,
+    settings: CTRConfig,
+    context: DistributedContext,
 ) -> Step:
     """A training step of a sharded model, as the loop takes it."""
-    task = CTRTask(model, optimizer, None, None, None, ranks, settings.aux_weight)
+    task = CTRTask(model, optimizer, None, None, None, context, settings.aux_weight)
     model.train()
 
     def step(batch: RequestBatch) -> None:
@@ -152,15 +155,17 @@ def training_step(
     return step
 
 
-def our_step(config: ThroughputConfig, name: str, dim: int, ranks: Ranks, mim: bool = False) -> Step:
+def our_step(
+    config: ThroughputConfig, name: str, dim: int, context: DistributedContext, mim: bool = False
+) -> Step:
     """A training step of one of our models."""
     settings = our_config(config, name, dim, mim)
     table = open_table(random_table(config), None) if mim else None
     mm = frozen_config(table, ["candidate_mm", "behavior_mm"], name="mm") if table is not None else None
-    model, optimizer = shard(build_model(settings, config.rows, mm, torch.device("meta")), settings, ranks)
+    model, optimizer = shard(build_model(settings, config.rows, mm, torch.device("meta")), settings, context)
     if table is not None:
         load_table(model.module.mm_embeddings, table, "mm")
-    return training_step(model, optimizer, settings, ranks)
+    return training_step(model, optimizer, settings, context)
 
 
 def in_turns(
@@ -189,12 +194,12 @@ def in_turns(
 
 
 def compare(
-    config: ThroughputConfig, name: str, dim: int, candidates: int, ranks: Ranks
+    config: ThroughputConfig, name: str, dim: int, candidates: int, context: DistributedContext
 ) -> dict[str, float]:
     """Samples per CPU-second of both, and the median over the rounds of their ratio."""
     batches = [make_batch(config, candidates, seed, mm=False) for seed in range(config.batches)]
     theirs_batches = [fuxictr_models.to_batch(batch, name) for batch in batches]
-    ours = our_step(config, name, dim, ranks)
+    ours = our_step(config, name, dim, context)
     theirs = fuxictr_models.build(name, config.rows, dim, attention=config.attention, top_k=config.top_k,
                                   heads=config.heads, tower=config.tower)  # fmt: skip
     mine, other = in_turns(
@@ -210,11 +215,13 @@ def compare(
     }
 
 
-def mim_overhead(config: ThroughputConfig, dim: int, candidates: int, ranks: Ranks) -> dict[str, float]:
+def mim_overhead(
+    config: ThroughputConfig, dim: int, candidates: int, context: DistributedContext
+) -> dict[str, float]:
     """What MIM adds to a training step of our SIM, as fractions of Base."""
     batches = {mim: [make_batch(config, candidates, seed, mm=mim) for seed in range(config.batches)]
                for mim in (False, True)}  # fmt: skip
-    steps = {mim: our_step(config, "sim", dim, ranks, mim) for mim in (False, True)}
+    steps = {mim: our_step(config, "sim", dim, context, mim) for mim in (False, True)}
     base, with_mim = in_turns(
         [lambda k: steps[False](batches[False][k % config.batches]),
          lambda k: steps[True](batches[True][k % config.batches])],
@@ -230,7 +237,7 @@ def mim_overhead(config: ThroughputConfig, dim: int, candidates: int, ranks: Ran
     }
 
 
-def measure(config: ThroughputConfig, ranks: Ranks) -> dict[str, Any]:
+def measure(config: ThroughputConfig, context: DistributedContext) -> dict[str, Any]:
     """All comparisons, the like-for-like one in `models`."""
     found = {}
     for candidates in config.candidates:
@@ -238,7 +245,7 @@ def measure(config: ThroughputConfig, ranks: Ranks) -> dict[str, Any]:
         for name in config.models:
             found[candidates][name] = {}
             for dim in config.dims:
-                figures = compare(config, name, dim, candidates, ranks)
+                figures = compare(config, name, dim, candidates, context)
                 found[candidates][name][str(dim)] = figures
                 print(f"{name:5} dim {dim:3} {candidates} candidate(s): ours {figures['ours']:9.0f}  FuxiCTR "
                       f"{figures['fuxictr']:9.0f} samples per CPU-second, ratio {figures['ratio']:.2f}",
@@ -246,7 +253,7 @@ def measure(config: ThroughputConfig, ranks: Ranks) -> dict[str, Any]:
     first, *others = config.candidates
     report: dict[str, Any] = {"candidates": first, "models": found[first]}
     report |= {f"models_{candidates}_candidates": found[candidates] for candidates in others}
-    by_dim = {str(dim): mim_overhead(config, dim, first, ranks) for dim in config.dims}
+    by_dim = {str(dim): mim_overhead(config, dim, first, context) for dim in config.dims}
     for dim, overhead in by_dim.items():
         print(f"MIM over Base, SIM, dim {dim}: operations {overhead['flops']:+.1%}, "
               f"step {overhead['step_time']:+.1%}")  # fmt: skip
@@ -316,8 +323,8 @@ def main(argv: list[str] | None = None) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with distributed(0) as ranks:
-            report = measure(config, ranks)
+        with distributed(0) as context:
+            report = measure(config, context)
     finally:
         torch.set_num_threads(threads)
     report["config"] = dataclasses.asdict(config)

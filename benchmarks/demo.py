@@ -24,7 +24,7 @@ ENCODER: dict[str, Value] = {
 }
 PLAIN = "plain:efficientnet_lite0+minilm"
 PLAIN_OPTIONS: dict[str, Value] = {"image-size": 64}
-CTR: dict[str, Value] = {"products": True, "content-pooling": "mean", "lr": 1e-3}
+CTR: dict[str, Value] = {"dot_product_features": True, "content-pooling": "mean", "lr": 1e-3}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from benchmarks.flops import count_flops
 from benchmarks.peak_memory import estimated, measured_on_cpu, measured_on_gpu
 from benchmarks.rows import NAMES, Name, Row, Sizes, covering_batch
 from mim_torchrec.data.batch import RequestBatch
-from mim_torchrec.training.distributed import Ranks
+from mim_torchrec.training.distributed import DistributedContext
 
 GB = 1e9
 PHASES = ("train", "inference")
@@ -23,10 +23,10 @@ PHASES = ("train", "inference")
 
 @contextmanager
 def built(
-    name: Name, sizes: Sizes, batch: RequestBatch, ranks: Ranks, hollow: bool = False
+    name: Name, sizes: Sizes, batch: RequestBatch, context: DistributedContext, hollow: bool = False
 ) -> Iterator[Row]:
     """A row, given back afterwards, which has taken a training step, so that all of its state is there."""
-    row = Row(name, sizes, ranks, hollow)
+    row = Row(name, sizes, context, hollow)
     row.train(batch)
     yield row
     del row
@@ -78,25 +78,27 @@ def with_deltas(rows: dict[str, dict[str, dict[str, float]]]) -> dict[str, dict[
     }  # fmt: skip
 
 
-def allocated(ranks: Ranks) -> int:
+def allocated(context: DistributedContext) -> int:
     """Bytes that a GPU's allocator has handed out; 0 on a CPU, where nobody asks."""
-    return torch.cuda.memory_allocated(ranks.device) if ranks.device.type == "cuda" else 0
+    return torch.cuda.memory_allocated(context.device) if context.device.type == "cuda" else 0
 
 
-def measure_table(config: EfficiencyConfig, ranks: Ranks) -> dict[str, Any]:
+def measure_table(config: EfficiencyConfig, context: DistributedContext) -> dict[str, Any]:
     """The rows of the table, and Base and MIM alone at the batch of `make bench-ctr-throughput`."""
     rows: dict[str, dict[str, dict[str, float]]] = {}
     fixed: dict[str, dict[str, dict[str, float]]] = {}
     small: dict[str, dict[str, dict[str, float]]] = {}
     foundation = 0.0
-    if ranks.device.type == "cuda":  # what libraries allocate once for all rows should not be the first row's
+    if (
+        context.device.type == "cuda"
+    ):  # what libraries allocate once for all rows should not be the first row's
         sizes = config.fixed(ThroughputConfig().items)
-        with built("base", sizes, make_batch(sizes.ctr, 1, 0, mm=False).to(ranks.device), ranks):
+        with built("base", sizes, make_batch(sizes.ctr, 1, 0, mm=False).to(context.device), context):
             pass
     for name in NAMES:
-        batch = covering_batch(config.table.ctr, name != "base").to(ranks.device)
-        before = allocated(ranks)
-        with built(name, config.table, batch, ranks, hollow=ranks.device.type == "cpu") as row:
+        batch = covering_batch(config.table.ctr, name != "base").to(context.device)
+        before = allocated(context)
+        with built(name, config.table, batch, context, hollow=context.device.type == "cpu") as row:
             rows[name] = figures(row, batch, before)
             if name == "wo_rc":
                 foundation = encoder_gflops(row, batch)
@@ -107,9 +109,9 @@ def measure_table(config: EfficiencyConfig, ranks: Ranks) -> dict[str, Any]:
     for found, id_rows in ((fixed, config.id_rows), (small, ThroughputConfig().items)):
         for name in ("base", "mim"):
             sizes = config.fixed(id_rows)
-            batch = make_batch(sizes.ctr, 1, 0, mm=name == "mim").to(ranks.device)
-            before = allocated(ranks)
-            with built(name, sizes, batch, ranks) as row:
+            batch = make_batch(sizes.ctr, 1, 0, mm=name == "mim").to(context.device)
+            before = allocated(context)
+            with built(name, sizes, batch, context) as row:
                 found[name] = figures(row, batch, before)
     joint = rows["e2e"]["train"]["gflops"] - (rows["wo_rc"]["train"]["gflops"] - foundation)
     return {
@@ -117,7 +119,7 @@ def measure_table(config: EfficiencyConfig, ranks: Ranks) -> dict[str, Any]:
         "foundation_gflops": foundation,
         "e2e_over_forward": joint / foundation,
         "frozen_table_gb": config.id_rows * config.mm_dim * 2 / GB,
-        "memory": "measured" if ranks.device.type == "cuda" else "estimated",
+        "memory": "measured" if context.device.type == "cuda" else "estimated",
         "fixed": {
             "batch_size": config.batch_size,
             "small_id_rows": ThroughputConfig().items,
@@ -134,7 +136,7 @@ def encoder_gflops(row: Row, batch: RequestBatch) -> float:
     return count_flops(lambda: encode(batch.sparse)) / batch.num_candidates / 1e9
 
 
-def validate(config: EfficiencyConfig, ranks: Ranks) -> dict[str, dict[str, Any]]:
+def validate(config: EfficiencyConfig, context: DistributedContext) -> dict[str, dict[str, Any]]:
     """The estimate beside the allocator of the CPU, for every row at a size that fits."""
     found: dict[str, dict[str, Any]] = {}
     for name in NAMES:
@@ -146,22 +148,24 @@ def validate(config: EfficiencyConfig, ranks: Ranks) -> dict[str, dict[str, Any]
             if (name, phase) == ("e2e", "inference"):
                 continue  # that of w/o RC, see measure_table
             training = phase == "train"
-            with built(name, sizes, batch, ranks, hollow=encodes) as row:
+            with built(name, sizes, batch, context, hollow=encodes) as row:
                 estimate = peak_bytes(row, batch, training, 0)
-            measured = handed_out(name, sizes, batch, training, ranks)
+            measured = handed_out(name, sizes, batch, training, context)
             error = estimate / measured - 1
             found[name][phase] = {"estimated": estimate, "measured": measured, "error": error}
             print(f"estimate, {name}, {phase}: {error:+.2%}", flush=True)
     return found
 
 
-def handed_out(name: Name, sizes: Sizes, batch: RequestBatch, training: bool, ranks: Ranks) -> int:
+def handed_out(
+    name: Name, sizes: Sizes, batch: RequestBatch, training: bool, context: DistributedContext
+) -> int:
     """Peak bytes of the CPU's allocator in a step, without what `peak_bytes` leaves out."""
     others = 0
 
     def build() -> Callable[[], None]:
         nonlocal others
-        row = Row(name, sizes, ranks)
+        row = Row(name, sizes, context)
         row.train(batch)
         others = row.data_bytes() + (0 if training else sum(tensor.nbytes for tensor in row.state()))
         run = row.train if training else row.infer
@@ -170,17 +174,17 @@ def handed_out(name: Name, sizes: Sizes, batch: RequestBatch, training: bool, ra
     return measured_on_cpu(build) - others
 
 
-def measure_time(config: EfficiencyConfig, ranks: Ranks) -> dict[str, Any]:
+def measure_time(config: EfficiencyConfig, context: DistributedContext) -> dict[str, Any]:
     """Samples per second of the four rows, one step of each in turn, and the median ratio to Base."""
     sizes = config.timed
-    rows = [Row(name, sizes, ranks) for name in NAMES]
-    batches = [covering_batch(sizes.ctr, name != "base").to(ranks.device) for name in NAMES]
+    rows = [Row(name, sizes, context) for name in NAMES]
+    batches = [covering_batch(sizes.ctr, name != "base").to(context.device) for name in NAMES]
     found: dict[str, Any] = {name: {} for name in NAMES}
 
     def synchronized(run: Callable[[RequestBatch], None], batch: RequestBatch) -> None:
         run(batch)
-        if ranks.device.type == "cuda":
-            torch.cuda.synchronize(ranks.device)
+        if context.device.type == "cuda":
+            torch.cuda.synchronize(context.device)
 
     for phase in PHASES:
         runs = [row.train if phase == "train" else row.infer for row in rows]
@@ -195,4 +199,4 @@ def measure_time(config: EfficiencyConfig, ranks: Ranks) -> dict[str, Any]:
                 "speed_ratio": statistics.median(b / a for a, b in zip(own, seconds[0], strict=True)),
             }
     threads = torch.get_num_threads()
-    return {"device": ranks.device.type, "threads": threads, "rows": found}
+    return {"device": context.device.type, "threads": threads, "rows": found}

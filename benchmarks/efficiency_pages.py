@@ -70,9 +70,7 @@ def sections(report: dict[str, Any]) -> list[Section]:
     pages[0] = Section(
         pages[0].heading, text=[INFERRED, COUNTED], columns=pages[0].columns, rows=pages[0].rows
     )
-    pages[1] = Section(
-        pages[1].heading, text=[CONTRADICTIONS], columns=pages[1].columns, rows=pages[1].rows
-    )
+    pages[1] = Section(pages[1].heading, text=[CONTRADICTIONS], columns=pages[1].columns, rows=pages[1].rows)
     pages.append(_fixed(report))
     if report["validation"] is not None:
         pages.append(_validation(report))

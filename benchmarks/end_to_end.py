@@ -25,7 +25,7 @@ SPECIAL_TOKENS = 5
 
 
 @dataclass(frozen=True)
-class Catalog:
+class RandomContent:
     """Images and titles by row; row 0 stands for an unknown item.
 
     Attributes:
@@ -37,7 +37,7 @@ class Catalog:
     tokens: dict[str, Tensor]
 
     @classmethod
-    def random(cls, items: int, encoder: ItemEncoder, num_tokens: int, seed: int = 0) -> "Catalog":
+    def random(cls, items: int, encoder: ItemEncoder, num_tokens: int, seed: int = 0) -> "RandomContent":
         """Noise for images and titles of so many items, each title of so many tokens."""
         generator = torch.Generator().manual_seed(seed)
         size = encoder.vision.image_size
@@ -48,7 +48,7 @@ class Catalog:
         return cls(images, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
     @classmethod
-    def read(cls, items: ItemStore, encoder: ItemEncoder) -> "Catalog":
+    def read(cls, items: ItemStore, encoder: ItemEncoder) -> "RandomContent":
         """Images and titles of a data set's items, in the order of their ids, as a table has them."""
         everything = np.arange(len(items))
         images = [encoder.vision.transform(image) for image in items.images(everything)]
@@ -80,7 +80,7 @@ class Encoded(nn.Module):
         trained: let gradients through to the encoder; otherwise it is in evaluation mode and has none.
     """
 
-    def __init__(self, encoder: ItemEncoder, catalog: Catalog, trained: bool) -> None:
+    def __init__(self, encoder: ItemEncoder, catalog: RandomContent, trained: bool) -> None:
         super().__init__()
         self.encoder = encoder if trained else encoder.requires_grad_(False).eval()
         self.dim = encoder.table_dim
@@ -144,4 +144,3 @@ def build_encoded_model(
     model = build_model(settings, num_embeddings, mm, torch.device("meta"))
     model.mm_embeddings = EncodedItems(mm, source)
     return model
-

@@ -39,7 +39,7 @@ from mim_torchrec.encoders.vision import VisionEncoderConfig
 from mim_torchrec.representation.config import ExportConfig
 from mim_torchrec.representation.export import TrainedEncoder
 from mim_torchrec.training.comparison import target
-from mim_torchrec.training.distributed import Ranks, distributed
+from mim_torchrec.training.distributed import DistributedContext, distributed
 from mim_torchrec.training.pages import Section, print_targets, targets_section, write_pages
 
 TARGET = 0.9
@@ -119,14 +119,14 @@ class Contest:
         config: sizes.
         encoder: its directory.
         items: that are exported.
-        ranks: a world of one.
+        context: a world of one.
     """
 
     def __init__(
-        self, config: ExportThroughputConfig, encoder: Path, items: ItemStore, ranks: Ranks
+        self, config: ExportThroughputConfig, encoder: Path, items: ItemStore, context: DistributedContext
     ) -> None:
-        self._config, self._path, self._ranks, self._items = config, encoder, ranks, items
-        self._encoder = TrainedEncoder(str(encoder), ranks.device)
+        self._config, self._path, self._context, self._items = config, encoder, context, items
+        self._encoder = TrainedEncoder(str(encoder), context.device)
         text, rows = self._encoder.encoder.text, np.arange(len(items))
         self._ready: list[tuple[Tensor, dict[str, Tensor]]] = []
         for start in range(0, len(rows), config.batch_size):
@@ -157,7 +157,7 @@ class Contest:
 
         # timed where it happens: a load beside it may take longer than this one, and all else is short
         with mock.patch.object(representation, "TrainedEncoder", load):
-            seconds, manifest = timed(lambda: representation.export(settings, self._ranks))
+            seconds, manifest = timed(lambda: representation.export(settings, self._context))
         assert manifest.rows == len(self._items)
         return seconds - loading, loading
 
@@ -212,7 +212,7 @@ def compare(contest: Contest, config: ExportThroughputConfig, threads: int) -> d
     }  # fmt: skip
 
 
-def measure(config: ExportThroughputConfig, ranks: Ranks) -> dict[str, Any]:
+def measure(config: ExportThroughputConfig, context: DistributedContext) -> dict[str, Any]:
     """All figures of the report."""
     for name in ("data", "encoders", "items"):
         shutil.rmtree(config.out / name, ignore_errors=True)
@@ -221,7 +221,7 @@ def measure(config: ExportThroughputConfig, ranks: Ranks) -> dict[str, Any]:
     encoders: dict[str, dict[str, dict[str, float]]] = {}
     parts = {}
     for vision in tqdm(config.vision, desc="encoders"):
-        contest = Contest(config, write_encoder(config, vision, titles), items, ranks)
+        contest = Contest(config, write_encoder(config, vision, titles), items, context)
         torch.set_num_threads(1)
         parts[vision] = contest.parts()
         encoders[vision] = {}
@@ -279,8 +279,8 @@ def main(argv: list[str] | None = None) -> None:
     logging.getLogger("mim_torchrec").setLevel(logging.WARNING)
     threads = torch.get_num_threads()
     try:
-        with distributed(0) as ranks:
-            report = measure(config, ranks)
+        with distributed(0) as context:
+            report = measure(config, context)
     finally:
         torch.set_num_threads(threads)
     report["config"] = dataclasses.asdict(config)

@@ -38,6 +38,7 @@ def _weighted_bags(
 for _formula in (_sampled, _weighted_bags):
     _formula._get_raw = True  # tensors, not their shapes: the number of pairs is not a size of an argument
 
+
 def _convolution_backward(
     gradient: list[int],
     inputs: list[int],

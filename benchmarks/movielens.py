@@ -134,11 +134,13 @@ class Job:
 
     def tune(self) -> dict[str, Any]:
         """Choose settings for Base and for MIM from the same grid, on validation; returns the record."""
-        self._train({
-            f"tune-{kind}-{k}": (self.user, table, TUNING_SEED, settings)
-            for k, settings in enumerate(GRID)
-            for kind, table in (("base", None), ("mim", self.table))
-        })
+        self._train(
+            {
+                f"tune-{kind}-{k}": (self.user, table, TUNING_SEED, settings)
+                for k, settings in enumerate(GRID)
+                for kind, table in (("base", None), ("mim", self.table))
+            }
+        )
         scores = {
             kind: [comparison.validation_auc(self.ctr[f"tune-{kind}-{k}"]) for k in range(len(GRID))]
             for kind in ("base", "mim")
@@ -183,16 +185,18 @@ def seed_rows(job: Job) -> list[dict[str, Any]]:
     rows = []
     for k, seed in enumerate(job.config.seeds):
         auc = {kind: metrics[k]["auc"] for kind, metrics in kinds.items()}
-        rows.append({
-            "seed": seed,
-            "base_auc": auc["base"],
-            "mim_auc": auc["mim"],
-            "gain": auc["mim"] - auc["base"],
-            "permuted_auc": auc["permuted"],
-            "permuted_gain": auc["permuted"] - auc["base"],
-            "without_csft_auc": auc["plain"],
-            "without_csft_gain": auc["plain"] - auc["base"],
-        })
+        rows.append(
+            {
+                "seed": seed,
+                "base_auc": auc["base"],
+                "mim_auc": auc["mim"],
+                "gain": auc["mim"] - auc["base"],
+                "permuted_auc": auc["permuted"],
+                "permuted_gain": auc["permuted"] - auc["base"],
+                "without_csft_auc": auc["plain"],
+                "without_csft_gain": auc["plain"] - auc["base"],
+            }
+        )
     return rows
 
 

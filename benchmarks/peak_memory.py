@@ -71,7 +71,6 @@ class PeakMemory(TorchDispatchMode):
         return out
 
 
-
 def estimated(step: Callable[[], Any], resident: Iterator[Tensor]) -> int:
     """Peak bytes of a step by the storages that are alive.
 

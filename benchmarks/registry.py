@@ -147,7 +147,7 @@ BENCHMARKS: Sequence[Benchmark] = (
         },
     ),
     Benchmark(
-        name="chaos", target="chaos", title="Kills, duplicates, gaps and foreign versions",
+        name="chaos", target="chaos", title="Kills, duplicates, gaps and other versions",
         small=("--kills", "40", "--items", "1500", "--requests", "500"),
         figures={name: name for name in ("wrong", "lost", "doubled", "kills", "rows")},
     ),

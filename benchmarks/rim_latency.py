@@ -101,7 +101,7 @@ def make_items(config: RIMLatencyConfig) -> Made:
         encode_alone(trained, item.title, item.image)
         seconds.append(time.perf_counter() - started)
     table = config.out / "base"
-    writer = TableWriter(table, table_version=version, dim=DIM, dtype="float16", encoder={}, head_room=count)
+    writer = TableWriter(table, table_version=version, dim=DIM, dtype="float16", encoder={}, spare_rows=count)
     writer.write_shard(torch.arange(config.base), torch.randn(config.base, DIM))
     writer.finish()
     return Made(items=fed, encoder=encoder, table=table, version=version,

@@ -21,7 +21,7 @@ from benchmarks.ctr_throughput import (
     random_table,
     training_step,
 )
-from benchmarks.end_to_end import FEATURES, Catalog, Encoded, build_encoded_model
+from benchmarks.end_to_end import FEATURES, Encoded, RandomContent, build_encoded_model
 from benchmarks.figure5 import WORDS
 from benchmarks.hollow import Hollow
 from benchmarks.lookups import FLOAT, HALF, embedding_bytes, table_bytes
@@ -33,7 +33,7 @@ from mim_torchrec.embeddings.sharded.rows import DenseRows
 from mim_torchrec.encoders.item_encoder import HeadConfig, ItemEncoder, ItemEncoderConfig
 from mim_torchrec.encoders.text import TextEncoderConfig, learns_tokenizer
 from mim_torchrec.encoders.vision import VisionEncoderConfig
-from mim_torchrec.training.distributed import Ranks
+from mim_torchrec.training.distributed import DistributedContext
 
 Name = Literal["base", "wo_rc", "e2e", "mim"]
 NAMES: tuple[Name, ...] = ("base", "wo_rc", "e2e", "mim")
@@ -118,18 +118,20 @@ class Row:
     Args:
         name: of the row.
         sizes: of the model.
-        ranks: one rank; its device is where the model lives.
+        context: one rank; its device is where the model lives.
         hollow: build the encoder without values, to count what it would take (`benchmarks.hollow`).
     """
 
-    def __init__(self, name: Name, sizes: Sizes, ranks: Ranks, hollow: bool = False) -> None:
-        self.name, self.sizes, self.device = name, sizes, ranks.device
+    def __init__(self, name: Name, sizes: Sizes, context: DistributedContext, hollow: bool = False) -> None:
+        self.name, self.sizes, self.device = name, sizes, context.device
         self._settings = our_config(sizes.ctr, UBM, sizes.dim, mim=name != "base")
         self.hollow: Hollow | None = None
-        self.model, self.optimizer = self._build(ranks, hollow)
-        self._step: Step = training_step(self.model, self.optimizer, self._settings, ranks)
+        self.model, self.optimizer = self._build(context, hollow)
+        self._step: Step = training_step(self.model, self.optimizer, self._settings, context)
 
-    def _build(self, ranks: Ranks, hollow: bool) -> tuple[DistributedModelParallel, CombinedOptimizer]:
+    def _build(
+        self, context: DistributedContext, hollow: bool
+    ) -> tuple[DistributedModelParallel, CombinedOptimizer]:
         sizes, settings = self.sizes, self._settings
         table = None
         if self.name in ("wo_rc", "e2e"):
@@ -138,7 +140,7 @@ class Row:
             if hollow:
                 source = self.hollow = Hollow(encoder, sizes.tokens, trained, settings)
             else:
-                catalog = Catalog.random(sizes.ctr.items - 1, encoder, sizes.tokens)
+                catalog = RandomContent.random(sizes.ctr.items - 1, encoder, sizes.tokens)
                 source = Encoded(encoder, catalog, trained)
             model = build_encoded_model(settings, sizes.num_embeddings, source, source.dim)
         else:
@@ -150,7 +152,7 @@ class Row:
             *model.request_embeddings.embedding_bag_configs(), *model.item_embeddings.embedding_configs()
         ]  # fmt: skip
         self._frozen_tables = model.mm_embeddings.embedding_configs() if table is not None else []
-        sharded, optimizer = shard(model, settings, ranks)
+        sharded, optimizer = shard(model, settings, context)
         if table is not None:
             load_table(sharded.module.mm_embeddings, table)
         return sharded, optimizer

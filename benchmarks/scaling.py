@@ -33,7 +33,7 @@ from mim_torchrec.embeddings.sharded.load import load_table, open_table
 from mim_torchrec.embeddings.sharded.plan import GIB, PlanConfig, simulate
 from mim_torchrec.embeddings.table.quantize import row_bytes
 from mim_torchrec.training.comparison import target
-from mim_torchrec.training.distributed import Ranks, distributed
+from mim_torchrec.training.distributed import DistributedContext, distributed
 from mim_torchrec.training.pages import print_targets, write_pages
 from mim_torchrec.training.report import to_png
 
@@ -130,19 +130,21 @@ def batch_of(point: Point, candidates: int, seed: int, num_rows: int) -> Request
     return replace(batch, sparse=KeyedJaggedTensor(sparse.keys(), values, lengths=sparse.lengths()))
 
 
-def make_step(point: Point, config: ScalingConfig, ranks: Ranks) -> tuple[Callable[[int], Any], int]:
+def make_step(
+    point: Point, config: ScalingConfig, context: DistributedContext
+) -> tuple[Callable[[int], Any], int]:
     """The step, called with the number of the round, and private bytes that loading the table took."""
     settings = our_config(point.sizes, UBM, config.dim, point.mim)
     table = open_table(point.table) if point.mim else None
     mm = frozen_config(table, FEATURES) if table is not None else None
     built = build_model(settings, point.sizes.rows, mm, torch.device("meta"))
-    model, optimizer = shard(built, settings, ranks)
+    model, optimizer = shard(built, settings, context)
     before, num_rows = private_bytes(), 0
     if table is not None:
         num_rows = load_table(model.module.mm_embeddings, table, mapped=True).total_rows - 1
     loaded = private_bytes() - before
-    step = training_step(model, optimizer, settings, ranks)
-    seeds = [ranks.rank + ranks.world_size * k for k in range(point.sizes.batches)]
+    step = training_step(model, optimizer, settings, context)
+    seeds = [context.rank + context.world_size * k for k in range(point.sizes.batches)]
     ready = [batch_of(point, config.candidates, seed, num_rows) for seed in seeds]
     return lambda k: step(ready[k % len(ready)]), loaded
 
@@ -151,9 +153,9 @@ def measure_points(config: ScalingConfig) -> list[dict[str, float]]:
     """Figures of this rank for all points, in their order; those of one axis take turns."""
     torch.set_num_threads(1)
     found = []
-    with distributed(0) as ranks:
+    with distributed(0) as context:
         for axis in AXES:
-            made = [make_step(point, config, ranks) for point in points(config) if point.axis == axis]
+            made = [make_step(point, config, context) for point in points(config) if point.axis == axis]
             seconds = in_turns([step for step, _ in made], config.rounds, 2, clock=time.perf_counter)
             found += [
                 {"step_ms": 1000 * statistics.median(times), "table_private_mb": loaded / 1e6,

@@ -138,7 +138,7 @@ def make_bundle(config: ServingConfig, model: str) -> Path:
     ubm, preset = MODELS[model]
     out = config.out / "bundles" / model.replace("/", "-")
     settings = CTRConfig(
-        data=config.out, out=config.out, ubm=ubm, preset=preset, table_version="random", gaps="time",
+        data=config.out, out=config.out, ubm=ubm, preset=preset, table_version="random", recency="time",
         embedding_dim=config.id_dim, max_behaviors=max(config.behaviors), **PRESETS[preset],
     )  # fmt: skip
     dim = config.mm_dims[0]

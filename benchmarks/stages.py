@@ -176,8 +176,13 @@ class Run:
             stream.write(" ".join(argv) + "\n")
             stream.flush()
             code = subprocess.run(
-                argv, cwd=CHECKOUT, env=environment, stdin=subprocess.DEVNULL, stdout=stream,
-                stderr=subprocess.STDOUT, check=False,
+                argv,
+                cwd=CHECKOUT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                check=False,
             ).returncode
         if code:
             tail = _tail(log.read_text(errors="replace").splitlines())

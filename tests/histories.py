@@ -46,7 +46,7 @@ class Case:
         c = [t for candidates, _ in chosen for t in candidates]
         b = [i for _, behaviors in chosen for i in behaviors]
         context = BehaviorContext(
-            self.context.gaps[b], self.context.candidate_categories[c], self.context.behavior_categories[b]
+            self.context.recency[b], self.context.candidate_categories[c], self.context.behavior_categories[b]
         )
         sizes = [tuple(len(part) for part in parts) for parts in zip(*chosen, strict=True)]
         return Case(*sizes, self.candidates[c], self.behaviors[b], context)
@@ -70,7 +70,7 @@ def make_case(
         torch.randn(c, dim, generator=generator, dtype=dtype),
         torch.randn(b, dim, generator=generator, dtype=dtype),
         BehaviorContext(
-            gaps=torch.rand(b, generator=generator, dtype=torch.float64).mul(14).exp(),
+            recency=torch.rand(b, generator=generator, dtype=torch.float64).mul(14).exp(),
             candidate_categories=torch.randint(0, 4, (c,), generator=generator),
             behavior_categories=torch.randint(0, 4, (b,), generator=generator),
         ),

@@ -8,11 +8,11 @@ from mim_torchrec.embeddings.sharded.frozen import (
 )
 from mim_torchrec.embeddings.sharded.joined import JoinedEmbeddingBags
 from mim_torchrec.embeddings.sharded.live import (
-    HeadRoomExhausted,
     ItemIndex,
+    SpareRowsExhausted,
     apply_window,
+    delete_items,
     table_state,
-    take_down,
     update_items,
 )
 from mim_torchrec.embeddings.sharded.load import load_table, open_table, table_digest
@@ -28,7 +28,7 @@ __all__ = [
     "FrozenEmbeddingBagCollectionSharder",
     "FrozenEmbeddingCollection",
     "FrozenEmbeddingCollectionSharder",
-    "HeadRoomExhausted",
+    "SpareRowsExhausted",
     "ItemIndex",
     "JoinedEmbeddingBags",
     "apply_window",
@@ -40,6 +40,6 @@ __all__ = [
     "open_table",
     "table_digest",
     "table_state",
-    "take_down",
+    "delete_items",
     "update_items",
 ]

@@ -75,7 +75,7 @@ def frozen_config(table: Table, feature_names: Sequence[str], name: str = "mm") 
     """Return the embedding config of a table on disk, for a :class:`FrozenEmbeddingCollection`.
 
     Args:
-        table: the table; row 0, for unknown items, and its head-room are added to its rows.
+        table: the table; row 0, for unknown items, and its spare rows are added to its rows.
         feature_names: keys of the features that are looked up in it.
         name: the embedding table's name in the model.
     """

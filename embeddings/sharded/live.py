@@ -1,4 +1,4 @@
-"""Change rows of a live table: new items, new vectors of known ones, and items that are taken down.
+"""Change rows of a live table: new items, new vectors of known ones, and items that are deleted.
 
 Every rank is given the same windows in the same order, writes the rows that it owns and remembers all ids: so
 ranks agree without a collective, and neither storage nor rows ever move. New items get the rows that were
@@ -30,7 +30,7 @@ from mim_torchrec.embeddings.table.shards import CHUNK
 from mim_torchrec.embeddings.windows.window import Window, is_due
 
 
-class HeadRoomExhausted(TableError):
+class SpareRowsExhausted(TableError):
     """There are more new items than rows were kept free."""
 
 
@@ -47,7 +47,7 @@ class ItemIndex:
     >>> index = ItemIndex(torch.tensor([10, 30]), capacity=3)
     >>> index.rows(torch.tensor([30, 10, 20])).tolist(), index.unknown
     ([2, 1, 0], 1)
-    >>> index.add(torch.tensor([20])).tolist(), index.rows(torch.tensor([20])).tolist(), index.head_room
+    >>> index.add(torch.tensor([20])).tolist(), index.rows(torch.tensor([20])).tolist(), index.spare_rows
     ([3], [3], 0)
     """
 
@@ -62,17 +62,17 @@ class ItemIndex:
 
     @classmethod
     def of(cls, table: Table) -> "ItemIndex":
-        """Return the index of a table on disk, with its head-room."""
+        """Return the index of a table on disk, with its spare rows."""
         return cls(table.row_index().ids, table.manifest.capacity, str(table.path))
 
     @property
     def num_embeddings(self) -> int:
-        """Rows of the table, with row 0 and the head-room."""
+        """Rows of the table, with row 0 and the spare rows."""
         return 1 + self.capacity
 
     @property
-    def head_room(self) -> int:
-        """Rows that are still free; the row of an item taken down stays its own."""
+    def spare_rows(self) -> int:
+        """Rows that are still free; the row of an item deleted stays its own."""
         return self.capacity - self._index.ids.numel() - len(self._new)
 
     def __len__(self) -> int:
@@ -92,17 +92,17 @@ class ItemIndex:
         """Return the rows of items (n,) int64, giving those that have none a free one each.
 
         Raises:
-            HeadRoomExhausted: there are too few free rows; nothing is changed.
+            SpareRowsExhausted: there are too few free rows; nothing is changed.
             DuplicateId: an id is there twice.
         """
         _check_distinct(ids)
         known = self.homes(ids)
         fresh = ids[known == 0].sort().values.tolist()
-        if len(fresh) > self.head_room:
+        if len(fresh) > self.spare_rows:
             room = self.capacity - self._index.ids.numel() + max(len(fresh), self.capacity // 10)
-            raise HeadRoomExhausted(
-                f"{len(fresh)} new items, {self.head_room} free rows of {self.capacity}: make room with "
-                f"`mim table grow {self._source} --out DIR --head-room {room}`, which keeps every row, and "
+            raise SpareRowsExhausted(
+                f"{len(fresh)} new items, {self.spare_rows} free rows of {self.capacity}: make room with "
+                f"`mim table grow {self._source} --out DIR --spare-rows {room}`, which keeps every row, and "
                 f"load the table that it writes"
             )
         for item in fresh:
@@ -120,7 +120,7 @@ class ItemIndex:
         return rows[rows > 0]
 
     def homes(self, ids: Tensor) -> Tensor:
-        """The rows of items, taken down or not; 0 for those that never had one."""
+        """The rows of items, deleted or not; 0 for those that never had one."""
         rows = self._index.rows(ids)
         new = [self._new.get(item, 0) for item in ids[rows == 0].tolist()]
         rows[rows == 0] = torch.tensor(new, dtype=torch.int64)
@@ -139,7 +139,7 @@ class UpdateReport:
 
     items: int
     rows: int
-    head_room: int
+    spare_rows: int
 
 
 def update_items(
@@ -165,7 +165,7 @@ def update_items(
 
     Raises:
         VersionMismatch: the vectors are not of the table's encoder.
-        HeadRoomExhausted: there are too few free rows. Nothing is changed.
+        SpareRowsExhausted: there are too few free rows. Nothing is changed.
         NonFiniteVector: a vector has NaN or infinity, or overflows the stored type. Nothing is changed.
         TableError: shapes do not fit, or the window is not newer than the last one.
     """
@@ -184,10 +184,10 @@ def update_items(
                               f"{frozen.dtype}")  # fmt: skip
     written = _write(frozen, index.add(ids), stored)
     frozen.state = TableState(table_version, seq)
-    return UpdateReport(items=ids.numel(), rows=written, head_room=index.head_room)
+    return UpdateReport(items=ids.numel(), rows=written, spare_rows=index.spare_rows)
 
 
-def take_down(
+def delete_items(
     model: nn.Module, index: ItemIndex, ids: Tensor, *, table_version: str, seq: int, name: str = "mm"
 ) -> UpdateReport:
     """Remove items from a live table: their rows become zero and their ids unknown.
@@ -214,7 +214,7 @@ def take_down(
     zeros.zero_()
     written = _write(frozen, rows, zeros)
     frozen.state = TableState(table_version, seq)
-    return UpdateReport(items=rows.numel(), rows=written, head_room=index.head_room)
+    return UpdateReport(items=rows.numel(), rows=written, spare_rows=index.spare_rows)
 
 
 def table_state(model: nn.Module, name: str = "mm") -> TableState:
@@ -234,12 +234,12 @@ def apply_window(
         name: of the table.
 
     Returns:
-        What it did, with the items taken down among the items; None where it had been applied already.
+        What it did, with the items deleted among the items; None where it had been applied already.
 
     Raises:
         VersionMismatch: the window is not of the table's encoder.
         WindowGap: windows before this one were not applied.
-        HeadRoomExhausted: there are too few free rows. Nothing is changed.
+        SpareRowsExhausted: there are too few free rows. Nothing is changed.
         TableError: the vectors do not fit the table. Nothing is changed.
     """
     _, frozen = find_frozen(model, name)
@@ -258,7 +258,7 @@ def apply_window(
     gone = index.remove(window.removed)
     written += _write(frozen, gone, stored.new_zeros(gone.numel(), stored.shape[1]))
     frozen.state = TableState(state.table_version, window.seq)
-    return UpdateReport(items=window.ids.numel() + gone.numel(), rows=written, head_room=index.head_room)
+    return UpdateReport(items=window.ids.numel() + gone.numel(), rows=written, spare_rows=index.spare_rows)
 
 
 def expected_digest(
@@ -270,7 +270,7 @@ def expected_digest(
         model: as in :func:`update_items`.
         table: the base, opened anew: a live table may be mapped, and what is written there is in its mapping.
         index: as in :func:`update_items`, after the changes.
-        changed: by item, the vector as stored, None for one that was taken down.
+        changed: by item, the vector as stored, None for one that was deleted.
         name: of the table.
     """
     module, frozen = find_frozen(model, name)

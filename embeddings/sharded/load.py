@@ -67,7 +67,7 @@ def open_table(
             verify_shard(table.path, info)
         return table
 
-    return together(open_and_verify, group)
+    return on_all_ranks(open_and_verify, group)
 
 
 def load_table(model: nn.Module, table: Table, name: str = "mm", mapped: bool = False) -> LoadReport:
@@ -127,7 +127,7 @@ def load_table(model: nn.Module, table: Table, name: str = "mm", mapped: bool = 
             seconds=time.perf_counter() - started,
         )
 
-    return together(load, group_of(module))
+    return on_all_ranks(load, group_of(module))
 
 
 def table_digest(model: nn.Module, name: str = "mm") -> str:
@@ -176,7 +176,7 @@ def gather(value: T, group: dist.ProcessGroup | None) -> list[T]:
     return every
 
 
-def together(work: Callable[[], T], group: dist.ProcessGroup | None) -> T:
+def on_all_ranks(work: Callable[[], T], group: dist.ProcessGroup | None) -> T:
     """Do ``work`` on every rank; if it fails on one, raise that rank's error on all."""
     result, error = None, None
     try:

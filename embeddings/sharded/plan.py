@@ -50,7 +50,7 @@ class PlanConfig:
     """Say where a frozen table and trainable tables go on a cluster, without a GPU."""
 
     rows: int
-    """Rows of the frozen table, with its head-room."""
+    """Rows of the frozen table, with its spare rows."""
     dim: int = 128
     """Length of its vectors."""
     dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float16"

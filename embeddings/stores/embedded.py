@@ -26,7 +26,7 @@ class _Overlay:
     Args:
         seq: of the window.
         ids: (num_changed,) int64, ascending.
-        places: (num_changed,) row of `rows`, or GONE where the item was taken down.
+        places: (num_changed,) row of `rows`, or GONE where the item was deleted.
         rows: (capacity, stored_width); the places that this overlay names are never written again.
         used: rows that some overlay has named.
     """

@@ -23,7 +23,7 @@ from mim_torchrec.embeddings.table.manifest import TableError
 from mim_torchrec.embeddings.table.quantize import DTYPES, decode, stored_width
 from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.table.shards import CHUNK
-from mim_torchrec.embeddings.windows.redis_connection import Location, connect, locate, reachable
+from mim_torchrec.embeddings.windows.redis_connection import RedisAddress, connect, locate, reachable
 from mim_torchrec.embeddings.windows.window import Window, is_due
 
 ROWS = 200  # written by one command: others wait no longer than that
@@ -62,7 +62,7 @@ class _Facts:
 class RedisStore:
     """A `ParameterStore` in Redis; open it with `open`, fill it with `load`."""
 
-    def __init__(self, location: Location, table_version: str) -> None:
+    def __init__(self, location: RedisAddress, table_version: str) -> None:
         self.table_version = table_version
         self._at = location
         self._client = connect(location)
@@ -273,7 +273,7 @@ class RedisStore:
         return [shards[item % len(shards)] + item.to_bytes(8, "big", signed=True) for item in items]
 
 
-def _check_policy(client: redis.Redis, at: Location) -> None:
+def _check_policy(client: redis.Redis, at: RedisAddress) -> None:
     servers = [node.redis_connection for node in client.get_primaries()] if at.cluster else [client]
     for server in servers:
         info = server.info("memory")

@@ -59,7 +59,7 @@ def convert(
     old = source.manifest
     writer = TableWriter(
         dst, table_version=old.table_version, dim=old.dim, dtype=dtype, encoder=old.encoder,
-        head_room=old.head_room, seq=old.seq,
+        spare_rows=old.spare_rows, seq=old.seq,
     )  # fmt: skip
     total, largest = 0.0, 0.0
     step = rows_per_shard or shard_rows(dtype, old.dim)

@@ -1,4 +1,4 @@
-"""Make room for new items: the same table with more head-room, every row in its place.
+"""Make room for new items: the same table with more spare rows, every row in its place.
 
 The shards are copied, or linked, as they are. Not here: rows that a live table has taken for new items; those
 are in its own updates, which are applied again to the table that this writes.
@@ -12,13 +12,13 @@ from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.table.writer import TableWriter
 
 
-def grow(src: str | Path, dst: str | Path, head_room: int, *, link: bool = False) -> Manifest:
-    """Write a table with more head-room; rows, bytes, ``table_version`` and ``seq`` stay as they are.
+def grow(src: str | Path, dst: str | Path, spare_rows: int, *, link: bool = False) -> Manifest:
+    """Write a table with more spare rows; rows, bytes, ``table_version`` and ``seq`` stay as they are.
 
     Args:
         src: a finished table.
         dst: directory of the new table; must not exist.
-        head_room: all rows that the new table keeps free, more than ``src`` does.
+        spare_rows: all rows that the new table keeps free, more than ``src`` does.
         link: give the shards a second name (hard link) instead of copying them: at once and without disk, but
             the two tables then share their bytes, and none is read to compare its checksum.
 
@@ -26,20 +26,20 @@ def grow(src: str | Path, dst: str | Path, head_room: int, *, link: bool = False
         The new table's manifest.
 
     Raises:
-        TableError: ``dst`` exists, ``head_room`` is not more than that of ``src``, or the file system cannot
+        TableError: ``dst`` exists, ``spare_rows`` is not more than that of ``src``, or the file system cannot
             link from ``src`` to ``dst``. Nothing is left at ``dst``.
         ChecksumMismatch: a copied shard is not as it was written.
     """
     source = Table.open(src, verify=False)
     old = source.manifest
-    if head_room <= old.head_room:
+    if spare_rows <= old.spare_rows:
         raise TableError(
-            f"{src}: has a head-room of {old.head_room} rows, and {head_room} would not be more; --head-room "
-            f"is the whole head-room of the new table, give at least {old.head_room + 1}"
+            f"{src}: has {old.spare_rows} spare rows, and {spare_rows} is not more; --spare-rows "
+            f"is the total of the new table; give at least {old.spare_rows + 1}"
         )
     writer = TableWriter(
         dst, table_version=old.table_version, dim=old.dim, dtype=old.dtype, encoder=old.encoder,
-        head_room=head_room, seq=old.seq,
+        spare_rows=spare_rows, seq=old.seq,
     )  # fmt: skip
     try:
         for info in old.shards:

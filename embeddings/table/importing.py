@@ -1,4 +1,4 @@
-"""Bring vectors that a foreign team has made into a table: ``mim table import``.
+"""Bring vectors that another team has made into a table: ``mim table import``.
 
 Sources whose ids ascend stream straight through; the rows of others are first brought into the order of ids
 on the disk (``arranging.py``). Either way memory holds a batch of rows, the shard being written with its
@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from mim_torchrec.embeddings.table.arranging import Buckets
 from mim_torchrec.embeddings.table.convert import SHARD_BYTES, shard_rows
-from mim_torchrec.embeddings.table.foreign import Source, places, type_name
-from mim_torchrec.embeddings.table.foreign_parquet import ParquetSource
-from mim_torchrec.embeddings.table.foreign_tensors import open_npy, open_safetensors
+from mim_torchrec.embeddings.table.external import ExternalVectors, places, type_name
+from mim_torchrec.embeddings.table.external_parquet import ParquetSource
+from mim_torchrec.embeddings.table.external_tensors import open_npy, open_safetensors
 from mim_torchrec.embeddings.table.manifest import DuplicateId, Manifest, NonFiniteVector, TableError
 from mim_torchrec.embeddings.table.quantize import DTYPES, encode, finite_rows, fuse_codes, stored_width
 from mim_torchrec.embeddings.table.writer import TableWriter
@@ -40,11 +40,11 @@ def import_vectors(
     vector_column: str | None = None,
     ids: Sequence[str | Path] = (),
     table_version: str | None = None,
-    head_room: int = 0,
+    spare_rows: int = 0,
     rows_per_shard: int | None = None,
     show_progress: bool = False,
 ) -> Manifest:
-    """Write the vectors of foreign files as a table, its shards in ascending order of ids.
+    """Write the vectors of external files as a table, its shards in ascending order of ids.
 
     int8 vectors have no scale: they are stored as int8 exactly (:func:`quantize.fuse_codes`), and in another
     type as the floats that the codes are. Rows may come in any order; arranging them takes as much disk as
@@ -61,7 +61,7 @@ def import_vectors(
         ids: for each ``.npy`` of vectors, the ``.npy`` of its ids (num_rows,).
         table_version: name of what made the vectors; ``None`` makes one of what they are, see
             :func:`content_version`.
-        head_room: rows that a live table made from this one keeps free for new items.
+        spare_rows: rows that a live table made from this one keeps free for new items.
         rows_per_shard: rows of a shard; ``None`` makes shards of 256 MiB.
         show_progress: show a bar for every pass.
 
@@ -74,8 +74,8 @@ def import_vectors(
         NonFiniteVector: a vector holds NaN or infinity, or overflows ``dtype``.
             Nothing is left at ``out`` after any of them.
     """
-    if head_room < 0:
-        raise TableError(f"{out}: head-room is {head_room}, expected 0 or more")
+    if spare_rows < 0:
+        raise TableError(f"{out}: --spare-rows is {spare_rows}, expected 0 or more")
     if table_version is not None and not table_version.strip():
         raise TableError(f"{out}: the table_version given is empty; leave it out to make one of the content")
     given = [paths] if isinstance(paths, str | Path) else paths
@@ -87,8 +87,8 @@ def import_vectors(
     except ValueError as error:
         raise TableError(f"{first.path}, column {first.columns[1]!r}: {error} (--dtype float16)") from None
     writer = TableWriter(
-        out, table_version=table_version or "", dim=first.dim, dtype=dtype, head_room=head_room,
-        encoder={"imported": _origin(sources, dtype, head_room)},
+        out, table_version=table_version or "", dim=first.dim, dtype=dtype, spare_rows=spare_rows,
+        encoder={"imported": _origin(sources, dtype, spare_rows)},
     )  # fmt: skip
     try:
         read = _in_order(sources, writer.partial / "arranged", rows_per_shard, show_progress)
@@ -123,7 +123,7 @@ def content_version(parts: Iterable[tuple[Tensor, Tensor]]) -> str:
 
 
 def _in_order(
-    sources: Sequence[Source], folder: Path, rows: int | None, show_progress: bool
+    sources: Sequence[ExternalVectors], folder: Path, rows: int | None, show_progress: bool
 ) -> Callable[[bool], Parts]:
     """A function that gives all rows in ascending order of ids; called with True, for the last time."""
     ids = np.empty(sum(source.rows for source in sources), dtype=np.int64)
@@ -149,12 +149,12 @@ def _in_order(
     return buckets.read
 
 
-def _straight(sources: Sequence[Source]) -> Parts:
+def _straight(sources: Sequence[ExternalVectors]) -> Parts:
     for source in sources:
         yield from source.read()
 
 
-def _write(writer: TableWriter, parts: Parts, step: int, sources: Sequence[Source]) -> None:
+def _write(writer: TableWriter, parts: Parts, step: int, sources: Sequence[ExternalVectors]) -> None:
     """Write rows that come in ascending order of ids as shards of ``step`` rows."""
     total = sum(source.rows for source in sources)
     ids = torch.empty(min(step, total), dtype=torch.int64)
@@ -175,7 +175,7 @@ def _write(writer: TableWriter, parts: Parts, step: int, sources: Sequence[Sourc
         writer.write_shard(ids[:filled], shard[:filled])
 
 
-def _stored(ids: Tensor, vectors: Tensor, dtype: str, sources: Sequence[Source]) -> Tensor:
+def _stored(ids: Tensor, vectors: Tensor, dtype: str, sources: Sequence[ExternalVectors]) -> Tensor:
     if vectors.dtype == torch.int8 and dtype == "int8":
         return fuse_codes(vectors)
     stored = encode(vectors.float(), dtype)
@@ -188,33 +188,33 @@ def _stored(ids: Tensor, vectors: Tensor, dtype: str, sources: Sequence[Source])
     return stored
 
 
-def _bar(sources: Sequence[Source], name: str, show: bool) -> tqdm:
+def _bar(sources: Sequence[ExternalVectors], name: str, show: bool) -> tqdm:
     total = sum(source.rows for source in sources)
     return tqdm(total=total, unit="row", unit_scale=True, desc=name, disable=not show)
 
 
-def _with_bar(parts: Parts, sources: Sequence[Source], name: str, show: bool) -> Parts:
+def _with_bar(parts: Parts, sources: Sequence[ExternalVectors], name: str, show: bool) -> Parts:
     with _bar(sources, name, show) as bar:
         for ids, vectors in parts:
             yield ids, vectors
             bar.update(ids.numel())
 
 
-def _origin(sources: Sequence[Source], dtype: str, head_room: int) -> dict[str, Any]:
+def _origin(sources: Sequence[ExternalVectors], dtype: str, spare_rows: int) -> dict[str, Any]:
     first = sources[0]
     return {
         "files": [source.path.name for source in sources],
         "format": sorted({source.format for source in sources}),
         "columns": {"id": first.columns[0], "vector": first.columns[1]},
         "vectors": sorted({type_name(source.dtype) for source in sources}),
-        "options": {"dtype": dtype, "head_room": head_room},
+        "options": {"dtype": dtype, "spare_rows": spare_rows},
         "created_by": f"mim-torchrec {importlib.metadata.version('mim-torchrec')}",
     }
 
 
 def _open(
     paths: Sequence[Path], id_column: str | None, vector_column: str | None, ids: Sequence[Path]
-) -> list[Source]:
+) -> list[ExternalVectors]:
     """The files that have rows, at least one; those of a directory in the order of their names."""
     files = [file for path in paths for file in _files(path)]
     arrays = [file for file in files if file.suffix == ".npy"]
@@ -228,11 +228,11 @@ def _open(
             f"{arrays[0]}: a .npy file has no columns; leave out --id-column and --vector-column"
         )
     ids_left = iter(ids)
-    sources: list[Source] = []
+    sources: list[ExternalVectors] = []
     names: tuple[str | None, str | None] = (id_column, vector_column)
     for file in files:
         if file.suffix == ".npy":
-            source: Source = open_npy(file, next(ids_left))
+            source: ExternalVectors = open_npy(file, next(ids_left))
         elif file.suffix == ".safetensors":
             source = open_safetensors(file, id_column or "ids", vector_column or "vectors")
         else:

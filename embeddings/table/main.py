@@ -47,14 +47,14 @@ class Import:
     """A .npy of ids (num_rows,), once for each .npy of vectors and in their order."""
     table_version: str | None = None
     """Name of what made the vectors; by default a hash of them, for which they are read once more."""
-    head_room: int = 0
+    spare_rows: int = 0
     """Rows that a live table made from this one keeps free for new items."""
 
     def run(self) -> None:
         made = import_vectors(
             self.sources, self.out, dtype=self.dtype, id_column=self.id_column,
             vector_column=self.vector_column, ids=self.ids, table_version=self.table_version,
-            head_room=self.head_room, show_progress=True,
+            spare_rows=self.spare_rows, show_progress=True,
         )  # fmt: skip
         origin = made.encoder["imported"]
         print(
@@ -75,7 +75,7 @@ class Info:
     def run(self) -> None:
         manifest = Table.open(self.table, verify=False).manifest
         sizes = {
-            "head_room": manifest.head_room,
+            "spare_rows": manifest.spare_rows,
             "row_bytes": manifest.row_bytes,
             "vector_bytes": manifest.rows * manifest.row_bytes,
             "live_bytes": (1 + manifest.capacity) * manifest.row_bytes,
@@ -83,9 +83,9 @@ class Info:
         }
         if self.log is not None:
             windows = open_log(self.log, manifest.table_version)
-            first, head = windows.first(), windows.head()
-            sizes["log"] = {"first": first, "head": head, "bytes": windows.size(),
-                            "to_apply": max(head - manifest.seq, 0)}  # fmt: skip
+            first, last = windows.first_seq(), windows.last_seq()
+            sizes["log"] = {"first_seq": first, "last_seq": last, "bytes": windows.size(),
+                            "to_apply": max(last - manifest.seq, 0)}  # fmt: skip
         print(json.dumps({**sizes, **asdict(manifest)}, indent=2))
 
 
@@ -119,7 +119,7 @@ class Verify:
             gone = sum(window.removed.numel() for window in windows)
             print(
                 f"{self.log}: {len(windows)} windows after {manifest.seq}, {items} vectors, {gone} items "
-                "taken down: all checksums match"
+                "deleted: all checksums match"
             )
 
 
@@ -151,19 +151,19 @@ class Convert:
 
 @dataclass(frozen=True, kw_only=True)
 class Grow:
-    """Write a copy with more head-room for new items, which keeps every row, byte, table_version and seq."""
+    """Write a copy with more spare rows for new items, which keeps every row, byte, table_version and seq."""
 
     table: tyro.conf.Positional[Path]
     """The table to copy."""
     out: Path
     """Directory of the new table; must not exist."""
-    head_room: int
+    spare_rows: int
     """All rows that the new table keeps free; more than the table does."""
     link: bool = False
     """Link the shards instead of copying them (on one file system): at once, but the bytes are shared."""
 
     def run(self) -> None:
-        print(f"{self.out}: {summary(grow(self.table, self.out, self.head_room, link=self.link))}")
+        print(f"{self.out}: {summary(grow(self.table, self.out, self.spare_rows, link=self.link))}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +206,7 @@ class Diff:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TakeDown:
+class Delete:
     """Take items down: a window with their tombstones, after which all who read the log know them no more."""
 
     items: tyro.conf.Positional[tuple[int, ...]]
@@ -220,7 +220,7 @@ class TakeDown:
         manifest = Table.open(self.table, verify=False).manifest
         log = open_log(self.log, manifest.table_version, start=manifest.seq)
         seq = log.append(
-            f"take-down:{uuid.uuid4().hex}", torch.empty(0, dtype=torch.int64), torch.empty(0, manifest.dim),
+            f"delete:{uuid.uuid4().hex}", torch.empty(0, dtype=torch.int64), torch.empty(0, manifest.dim),
             dtype=manifest.dtype, removed=torch.tensor(self.items, dtype=torch.int64).unique(),
         )  # fmt: skip
         print(f"{self.log}: window {seq} takes {len(set(self.items))} items down")
@@ -249,13 +249,13 @@ def summary(manifest: Manifest) -> str:
     ...     format_version=2, table_version="v", rows=35_000_000, capacity=36_000_000, dim=128, dtype="int8",
     ...     seq=0, encoder={}, shards=(),
     ... ))
-    '35,000,000 x 128 int8, 136 bytes a row, 4.76 GB; head-room 1,000,000, capacity 36,000,000, 4.90 GB live'
+    '35,000,000 x 128 int8, 136 bytes a row, 4.76 GB; 1,000,000 spare rows, capacity 36,000,000, 4.90 GB live'
     """
     width = manifest.row_bytes
     return (
         f"{manifest.rows:,} x {manifest.dim} {manifest.dtype}, {width} bytes a row, "
-        f"{_size(manifest.rows * width)}; head-room {manifest.head_room:,}, capacity {manifest.capacity:,}, "
-        f"{_size((1 + manifest.capacity) * width)} live"
+        f"{_size(manifest.rows * width)}; {manifest.spare_rows:,} spare rows, "
+        f"capacity {manifest.capacity:,}, {_size((1 + manifest.capacity) * width)} live"
     )
 
 
@@ -276,7 +276,7 @@ Command = (
     | Annotated[Grow, tyro.conf.subcommand("grow")]
     | Annotated[Compact, tyro.conf.subcommand("compact")]
     | Annotated[Diff, tyro.conf.subcommand("diff")]
-    | Annotated[TakeDown, tyro.conf.subcommand("take-down")]
+    | Annotated[Delete, tyro.conf.subcommand("delete")]
     | Annotated[Permute, tyro.conf.subcommand("permute")]
 )
 

@@ -53,7 +53,7 @@ class Manifest:
     """What a table holds. ``table_version`` names the encoder, so vectors of two versions are never mixed.
 
     ``dim`` is the length of a vector in every storage type. ``capacity`` is the number of items that a live
-    table loaded from this one has room for: ``rows``, and head-room for new ones.
+    table loaded from this one has room for: ``rows``, and spare rows for new ones.
     """
 
     format_version: int
@@ -87,13 +87,13 @@ class Manifest:
         return row_bytes(self.dtype, self.dim)
 
     @property
-    def head_room(self) -> int:
+    def spare_rows(self) -> int:
         """Rows kept free for new items, after those of the table's items."""
         return self.capacity - self.rows
 
     @classmethod
     def load(cls, path: Path) -> "Manifest":
-        """Read and check ``manifest.json``; one of format version 1 has no head-room.
+        """Read and check ``manifest.json``; one of format version 1 has no spare rows.
 
         Raises:
             TableError: it is not JSON, has unknown or missing keys, another format version or a wrong sum.

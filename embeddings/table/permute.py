@@ -21,7 +21,7 @@ def permute(src: str | Path, dst: str | Path, seed: int) -> Manifest:
         seed: seed of the permutation.
 
     Returns:
-        The new table's manifest; head-room and seq are those of ``src``.
+        The new table's manifest; spare rows and seq are those of ``src``.
     """
     source = Table.open(src)
     old = source.manifest
@@ -29,7 +29,7 @@ def permute(src: str | Path, dst: str | Path, seed: int) -> Manifest:
     encoder = {**old.encoder, "permuted": {"seed": seed, "table_version": old.table_version}}
     writer = TableWriter(
         dst, table_version=version, dim=old.dim, dtype=old.dtype, encoder=encoder,
-        head_room=old.head_room, seq=old.seq,
+        spare_rows=old.spare_rows, seq=old.seq,
     )  # fmt: skip
     order = torch.randperm(old.rows, generator=torch.Generator().manual_seed(seed))
     ids = source.row_index().ids

@@ -130,7 +130,7 @@ class Table:
         """Read rows ``start`` to ``stop`` of the sharded table and nothing else, some rows at a time.
 
         Row 0 is the zero vector, rows 1 to n are those of the items in ascending order of their ids, and the
-        rows of the head-room after them are zero.
+        spare rows after them are zero.
 
         Args:
             start: the first row.
@@ -170,7 +170,7 @@ class Table:
 
         Returns:
             (first_row, rows) in ascending order, ``rows`` (num_rows, stored_width) as stored and not checked
-            for NaN (``mim table verify`` does). Row 0 and the head-room are in none of them: they are zero.
+            for NaN (``mim table verify`` does). Row 0 and the spare rows are in none of them: they are zero.
             What is written into ``rows`` stays in this process and costs private memory by the page.
 
         Raises:

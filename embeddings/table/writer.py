@@ -39,7 +39,7 @@ class TableWriter:
         dtype: "float32", "float16", "bfloat16" or "int8", the type stored.
         encoder: JSON description of the encoder, kept in the manifest.
         rank: this writer's rank; rank 0 clears what an earlier crash has left in ``<path>.partial``.
-        head_room: rows for new items that a live table made from this one keeps free.
+        spare_rows: rows for new items that a live table made from this one keeps free.
         seq: the last window of new items that the rows contain.
 
     Raises:
@@ -55,7 +55,7 @@ class TableWriter:
         dtype: str = "float16",
         encoder: dict[str, Any],
         rank: int = 0,
-        head_room: int = 0,
+        spare_rows: int = 0,
         seq: int = 0,
     ) -> None:
         self.path = Path(path)
@@ -66,7 +66,7 @@ class TableWriter:
         self.table_version, self.encoder = table_version, encoder
         self.dim, self.dtype, self.rank = dim, dtype, rank
         self.stored_width = stored_width(dtype, dim)
-        self.head_room, self.seq = head_room, seq
+        self.spare_rows, self.seq = spare_rows, seq
         self.shards: list[ShardInfo] = []
         if rank == 0:
             if self.partial.exists():
@@ -138,7 +138,7 @@ class TableWriter:
             format_version=FORMAT_VERSION,
             table_version=self.table_version,
             rows=rows,
-            capacity=rows + self.head_room,
+            capacity=rows + self.spare_rows,
             dim=self.dim,
             dtype=self.dtype,
             seq=self.seq,

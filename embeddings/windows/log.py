@@ -74,12 +74,12 @@ class WindowLog:
     def __str__(self) -> str:
         return str(self.root)
 
-    def head(self) -> int:
+    def last_seq(self) -> int:
         """Number of the newest window; where the log starts if there never was one."""
         # both: a list of files that others remove meanwhile may lack the newest of them
         return max([*self._numbers(), self._forgotten_through()])
 
-    def first(self) -> int:
+    def first_seq(self) -> int:
         """Number of the oldest window that can be read; one past the newest where none can."""
         return min(self._numbers(), default=self._forgotten_through() + 1)
 
@@ -104,7 +104,7 @@ class WindowLog:
             ids: (num_items,) int64, each once.
             vectors: (num_items, dim) floating point.
             dtype: storage type.
-            removed: (num_removed,) int64, items taken down.
+            removed: (num_removed,) int64, items deleted.
             seq: the number that it is to have, by one who has to know all windows before his own.
 
         Returns:
@@ -160,7 +160,7 @@ class WindowLog:
         deadline = time.monotonic() + timeout
         while not self._path(seq + 1).exists():
             if time.monotonic() >= deadline:
-                return self.head() > seq
+                return self.last_seq() > seq
             time.sleep(min(LOOK_EVERY, timeout))
         return True
 
@@ -170,7 +170,7 @@ class WindowLog:
         Raises:
             WindowGap: windows between the number and the log are gone, or the log ends before the number.
         """
-        head = self.head()
+        head = self.last_seq()
         check_not_behind(str(self), head, seq)
         for number in range(seq + 1, head + 1):
             yield self.read(number)
@@ -300,7 +300,7 @@ class WindowLog:
 def missing_window(log: object, seq: int) -> WindowGap:
     """The error of a window that is not there."""
     return WindowGap(
-        f"{log} has no window {seq}: it keeps {log.first()} to {log.head()}; what was before them is in a "
+        f"{log} has no window {seq}: it keeps {log.first_seq()} to {log.last_seq()}; older ones are in a "
         "base table of a later seq"
     )
 

@@ -26,7 +26,7 @@ class RedisFull(OSError):
 
 
 @dataclass(frozen=True)
-class Location:
+class RedisAddress:
     """Where something lies in Redis.
 
     Args:
@@ -51,7 +51,7 @@ def is_redis(where: str) -> bool:
     return "://" in where
 
 
-def locate(where: str) -> Location:
+def locate(where: str) -> RedisAddress:
     """Read a URL.
 
     Args:
@@ -72,10 +72,10 @@ def locate(where: str) -> Location:
         raise ValueError(f"{parts.fragment!r}: a name of keys has no braces")
     scheme = parts.scheme.removesuffix(CLUSTER)
     url = urlunsplit((scheme, parts.netloc, parts.path, parts.query, ""))
-    return Location(url, parts.scheme.endswith(CLUSTER), parts.fragment or "mim")
+    return RedisAddress(url, parts.scheme.endswith(CLUSTER), parts.fragment or "mim")
 
 
-def connect(location: Location) -> redis.Redis | RedisCluster:
+def connect(location: RedisAddress) -> redis.Redis | RedisCluster:
     """A client that connects when it is first used, and again when the connection is lost."""
     retry = Retry(ExponentialBackoff(cap=0.5, base=0.05), ATTEMPTS)
     make = RedisCluster.from_url if location.cluster else redis.Redis.from_url
@@ -84,7 +84,7 @@ def connect(location: Location) -> redis.Redis | RedisCluster:
 
 
 @contextmanager
-def reachable(location: Location) -> Iterator[None]:
+def reachable(location: RedisAddress) -> Iterator[None]:
     """Turn the errors of the client into ours.
 
     Raises:

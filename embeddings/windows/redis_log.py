@@ -88,7 +88,7 @@ class RedisWindowLog:
     def __str__(self) -> str:
         return str(self._at)
 
-    def head(self) -> int:
+    def last_seq(self) -> int:
         """Number of the newest window; where the log starts if there never was one.
 
         Raises:
@@ -100,11 +100,11 @@ class RedisWindowLog:
             raise TableError(f"{self._at} has lost the window log of this name")
         return int(head)
 
-    def first(self) -> int:
+    def first_seq(self) -> int:
         """Number of the oldest window that can be read; one past the newest where none can."""
         with reachable(self._at):
             oldest = self._client.xrange(self._windows, count=1)
-        return _number(oldest[0][0]) if oldest else self.head() + 1
+        return _number(oldest[0][0]) if oldest else self.last_seq() + 1
 
     def size(self) -> int:
         """Bytes of the windows that can be read, as the server counts them."""
@@ -129,7 +129,7 @@ class RedisWindowLog:
             RedisFull: the server has no memory left; the window is not in the log.
         """
         while True:
-            number = self.head() + 1 if seq is None else seq
+            number = self.last_seq() + 1 if seq is None else seq
             window = Window.of(ids, vectors, table_version=self.table_version, seq=number,
                                window_id=window_id, dtype=dtype, removed=removed)  # fmt: skip
             with reachable(self._at):
@@ -137,7 +137,7 @@ class RedisWindowLog:
                 taken = self._client.eval(APPEND, len(keys), *keys, number, window_id, window.to_bytes())
             if int(taken):
                 return int(taken)
-            check_not_moved(str(self), self.head() + 1, seq)
+            check_not_moved(str(self), self.last_seq() + 1, seq)
 
     def names(self) -> list[str]:
         """Names of all windows that ever were."""
@@ -166,7 +166,7 @@ class RedisWindowLog:
 
     def after(self, seq: int) -> Iterator[Window]:
         """The windows after a number, in order, up to what was the newest when the first was asked for."""
-        head = self.head()
+        head = self.last_seq()
         check_not_behind(str(self), head, seq)
         while seq < head:
             with reachable(self._at):

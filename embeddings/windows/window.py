@@ -1,4 +1,4 @@
-"""A window: some items with their vectors, and items taken down, under one sequence number (§3.5, RIM).
+"""A window: some items with their vectors, and items deleted, under one sequence number (§3.5, RIM).
 
 Every reader applies windows by one rule, `is_due`. Deliveries may come twice; each takes effect once.
 """
@@ -44,7 +44,7 @@ class Window:
         dim: length of a vector.
         ids: (num_items,) int64, each once.
         vectors: (num_items, stored_width) as stored.
-        removed: (num_removed,) int64, items taken down, none of which is in `ids`.
+        removed: (num_removed,) int64, items deleted, none of which is in `ids`.
 
     Raises:
         DuplicateId: an id is there twice.

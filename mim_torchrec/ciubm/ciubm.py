@@ -115,7 +115,7 @@ class CiUBM(nn.Module):
             pairs: the pairs of the batch.
             candidates_mm: (sum_candidates, mm_dim); needed by all but the ID interest.
             behaviors_mm: (sum_behaviors, mm_dim); needed by all but the ID interest.
-            context: gaps and categories, for the user behavior models that need them.
+            context: recency and categories, for the user behavior models that need them.
 
         Raises:
             ValueError: multi-modal vectors are missing that an interest needs.

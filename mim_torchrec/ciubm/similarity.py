@@ -23,9 +23,7 @@ def similarity_dim(tiers: int, windows: Sequence[int]) -> int:
 
 
 @torch.no_grad()
-def similarity_interest(
-    relevance: Tensor, pairs: RequestPairs, tiers: int, windows: Sequence[int]
-) -> Tensor:
+def similarity_interest(relevance: Tensor, pairs: RequestPairs, tiers: int, windows: Sequence[int]) -> Tensor:
     r"""Distribution of the relevance of each candidate's history.
 
     Of every window: $\log(1 + n_k)$ of the number $n_k$ of behaviors in each of `tiers` equal parts of

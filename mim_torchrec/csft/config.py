@@ -79,7 +79,7 @@ class CSFTConfig:
     """Weight decay of matrices; biases, norms and the temperature have none."""
     warmup: float = 0.1
     """Share of the steps in which the learning rate rises; after them it falls to 0 along a cosine."""
-    validation_share: float = 0.05
+    validation_fraction: float = 0.05
     """Share of the pairs, the last by time, that are held out; with 0 the last epoch is kept."""
     pictures: int = 8
     """Held-out queries of which `retrieval.png` shows what they find."""
@@ -108,7 +108,7 @@ class CSFTConfig:
     log_every: int = 20
     """Steps between two entries of the log."""
 
-    def same_run(self) -> dict[str, Any]:
+    def resume_fingerprint(self) -> dict[str, Any]:
         """What a run that is taken up must have been started with."""
         free = {"out", "checkpoint", "log_every", "pictures", "image_memory_gib", "encode_batch_size",
                 "feature_cache", "item_cache"}  # fmt: skip

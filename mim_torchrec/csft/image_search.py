@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from mim_torchrec.csft.inputs import Catalog, Inputs
+from mim_torchrec.csft.inputs import Inputs, SearchContent
 from mim_torchrec.data.ages import NUM_AGE_SETS, age_sets
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.items import ItemStore
@@ -20,7 +20,7 @@ from mim_torchrec.encoders.item_encoder import ItemEncoder, ItemHead
 from mim_torchrec.encoders.pixels import share_of
 from mim_torchrec.training import retrieval
 from mim_torchrec.training.checkpoint import write_json
-from mim_torchrec.training.distributed import Ranks
+from mim_torchrec.training.distributed import DistributedContext
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +34,9 @@ def encode(
     encoder: ItemEncoder | ItemHead,
     inputs: Inputs,
     held_out: np.ndarray,
-    catalog: Catalog,
+    catalog: SearchContent,
     batch_size: int,
-    ranks: Ranks,
+    context: DistributedContext,
 ) -> tuple[Tensor, Tensor]:
     """Vectors of queries and items, each computed by one rank and given to all.
 
@@ -46,7 +46,7 @@ def encode(
         held_out: (num_held_out,) indexes of pairs.
         catalog: pictures of items and queries.
         batch_size: pictures or titles at a time.
-        ranks: the process group.
+        context: the process group.
 
     Returns:
         h_q^img (num_held_out, dim) and h^MM (num_items, dim), float32 on the CPU.
@@ -54,13 +54,13 @@ def encode(
 
     def chunks(index: np.ndarray) -> list[tuple[np.ndarray, int]]:
         """As many on every rank, as divided towers need; an idle rank encodes something and keeps 0 of it."""
-        mine = index[share_of(len(index), ranks)]
-        starts = range(0, -(-len(index) // ranks.world_size), batch_size)
+        mine = index[share_of(len(index), context)]
+        starts = range(0, -(-len(index) // context.world_size), batch_size)
         parts = [mine[start : start + batch_size] for start in starts]
         return [(part, len(part)) if len(part) else (index[:1], 0) for part in parts]
 
     queries = [
-        encoder.encode_query(inputs.pictures(catalog.query_picture[part])).float().cpu()[:count]
+        encoder.encode_query(inputs.pictures(catalog.query_image_row[part])).float().cpu()[:count]
         for part, count in chunks(held_out)
     ]
     items = [
@@ -68,20 +68,20 @@ def encode(
         for part, count in chunks(np.arange(catalog.num_items))
     ]
     query, mm = (
-        torch.cat([part for share in ranks.all_gather_objects(parts) for part in share])
+        torch.cat([part for share in context.all_gather_objects(parts) for part in share])
         for parts in (queries, items)
     )
     return query, mm
 
 
-def find(query: Tensor, items_mm: Tensor, held_out: np.ndarray, catalog: Catalog) -> retrieval.Found:
+def find(query: Tensor, items_mm: Tensor, held_out: np.ndarray, catalog: SearchContent) -> retrieval.Found:
     """Search all items that have a readable image; the query itself is left out where it is an item."""
     bought, own = (torch.from_numpy(rows[held_out]) for rows in (catalog.item_row, catalog.query_row))
     return retrieval.search(query, items_mm, bought, own, torch.from_numpy(catalog.readable), TOP)
 
 
 def evaluate(
-    found: retrieval.Found, held_out: np.ndarray, catalog: Catalog, items: ItemStore
+    found: retrieval.Found, held_out: np.ndarray, catalog: SearchContent, items: ItemStore
 ) -> dict[str, Any]:
     """Place of the bought item of held-out pairs, in all, by the age of the bought item and by its category.
 
@@ -111,7 +111,7 @@ def evaluate(
     return report
 
 
-def draw(held_out: np.ndarray, found: retrieval.Found, catalog: Catalog, count: int) -> Image.Image:
+def draw(held_out: np.ndarray, found: retrieval.Found, catalog: SearchContent, count: int) -> Image.Image:
     """Queries spread evenly over the held-out pairs, one a line: the query, and the ten items found for it.
 
     The bought item has a green frame; where it is not among the ten it stands at the end, after a gap.
@@ -130,7 +130,7 @@ def draw(held_out: np.ndarray, found: retrieval.Found, catalog: Catalog, count: 
     for line, k in enumerate(chosen):
         pair, y = held_out[k], line * step
         bought, top = int(catalog.item_row[pair]), found.top[k].tolist()
-        place(int(catalog.query_picture[pair]), 0, y, QUERY_COLOR)
+        place(int(catalog.query_image_row[pair]), 0, y, QUERY_COLOR)
         for column, row in enumerate(top):
             place(row, (column + 1) * step + 2 * MARGIN, y, BOUGHT_COLOR if row == bought else None)
         if bought not in top:

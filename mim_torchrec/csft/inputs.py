@@ -27,7 +27,7 @@ from mim_torchrec.encoders.features import (
 )
 from mim_torchrec.encoders.pixels import HasTowers, PixelInputs, Tokens
 from mim_torchrec.encoders.vision import VisionEncoder
-from mim_torchrec.training.distributed import Ranks
+from mim_torchrec.training.distributed import DistributedContext
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Inputs(Protocol):
         """Tokens or features of titles, by item row."""
 
 
-class Catalog:
+class SearchContent:
     """Pictures and titles of items and queries.
 
     Args:
@@ -66,9 +66,9 @@ class Catalog:
         logged = np.flatnonzero(~pairs.query_is_item)
         _, first, which = np.unique(pairs.query_ids[logged], return_index=True, return_inverse=True)
         self._pair_of = logged[first]
-        self.query_picture = self.query_row.copy()
-        self.query_picture[logged] = self.num_items + which
-        self.num_pictures = self.num_items + len(first)
+        self.query_image_row = self.query_row.copy()
+        self.query_image_row[logged] = self.num_items + which
+        self.num_images = self.num_items + len(first)
 
     def titles(self, rows: np.ndarray) -> list[str]:
         """Titles of items."""
@@ -121,7 +121,7 @@ class FeatureInputs:
 
 
 def frozen_features(
-    catalog: Catalog, towers: HasTowers, cache: Path, batch_size: int, ranks: Ranks
+    catalog: SearchContent, towers: HasTowers, cache: Path, batch_size: int, context: DistributedContext
 ) -> FeatureInputs:
     """Features of all pictures and titles, each computed by one rank, or read from the cache.
 
@@ -130,31 +130,31 @@ def frozen_features(
         towers: on the rank's device, in evaluation mode.
         cache: folder; features are kept by the version of the towers and the content of the catalog.
         batch_size: pictures or titles at a time.
-        ranks: the process group.
+        context: the process group.
     """
-    inputs = PixelInputs(catalog, towers, None, ranks)
+    inputs = PixelInputs(catalog, towers, None, context)
     rows = np.arange(catalog.num_items)
 
     def pictures(index: np.ndarray, what: str) -> Tensor:
-        return compute_features(lambda i: towers.vision(inputs.pictures(i)), index, batch_size, what, ranks)
+        return compute_features(lambda i: towers.vision(inputs.pictures(i)), index, batch_size, what, context)
 
     def of_items() -> dict[str, Tensor]:
-        text = compute_features(lambda i: towers.text(inputs.texts(i)), rows, batch_size, "titles", ranks)
+        text = compute_features(lambda i: towers.text(inputs.texts(i)), rows, batch_size, "titles", context)
         return {"image": pictures(rows, "images"), "text": text}
 
     def of_queries() -> dict[str, Tensor]:
-        return {"image": pictures(np.arange(catalog.num_items, catalog.num_pictures), "queries")}
+        return {"image": pictures(np.arange(catalog.num_items, catalog.num_images), "queries")}
 
     items = read_or_compute(
-        lambda: item_features_file(cache, towers, catalog.items_digest()), of_items, ranks
+        lambda: item_features_file(cache, towers, catalog.items_digest()), of_items, context
     )
     image = items["image"]
-    if catalog.num_pictures > catalog.num_items:
+    if catalog.num_images > catalog.num_items:
         queries = read_or_compute(
-            lambda: query_features_file(cache, towers, catalog.queries_digest()), of_queries, ranks
+            lambda: query_features_file(cache, towers, catalog.queries_digest()), of_queries, context
         )
         image = torch.cat([image, queries["image"]])
-    return FeatureInputs(image, items["text"], ranks.device)
+    return FeatureInputs(image, items["text"], context.device)
 
 
 def leave_out_unreadable(items: ItemStore, pairs: PairDataset) -> np.ndarray:
@@ -168,7 +168,7 @@ def leave_out_unreadable(items: ItemStore, pairs: PairDataset) -> np.ndarray:
     Raises:
         DataError: nothing is left.
     """
-    catalog = Catalog(items, pairs)
+    catalog = SearchContent(items, pairs)
 
     def is_readable(picture: int) -> bool:
         try:
@@ -179,11 +179,11 @@ def leave_out_unreadable(items: ItemStore, pairs: PairDataset) -> np.ndarray:
         return True
 
     with ThreadPoolExecutor() as pool:
-        readable = np.fromiter(pool.map(is_readable, range(catalog.num_pictures)), bool)
+        readable = np.fromiter(pool.map(is_readable, range(catalog.num_images)), bool)
     of_items = readable[: catalog.num_items]
     if not readable.all():
         negatives_are_readable = of_items[items.rows_of(pairs.logged_negatives())]
-        keep = readable[catalog.query_picture] & of_items[catalog.item_row] & negatives_are_readable
+        keep = readable[catalog.query_image_row] & of_items[catalog.item_row] & negatives_are_readable
         log.warning("%d items and %d pairs are left out for images that cannot be decoded",
                     int((~of_items).sum()), int((~keep).sum()))  # fmt: skip
         pairs.skipped += int((~keep).sum())

@@ -1,7 +1,7 @@
 """Stage: fine-tune the item encoder on pairs of a query image and a bought item (C-SFT, §3.3).
 
-    python -m mim_torchrec.csft.main --data DIR --out DIR
-    python -m torch.distributed.run --nproc_per_node 2 -m mim_torchrec.csft.main --data DIR --out DIR
+python -m mim_torchrec.csft.main --data DIR --out DIR
+python -m torch.distributed.run --nproc_per_node 2 -m mim_torchrec.csft.main --data DIR --out DIR
 """
 
 import hashlib
@@ -20,15 +20,15 @@ import tyro
 from mim_torchrec.csft.config import CSFTConfig
 from mim_torchrec.csft.image_search import draw, encode, evaluate, find, write
 from mim_torchrec.csft.inputs import (
-    Catalog,
     FeatureInputs,
     Inputs,
     PixelInputs,
+    SearchContent,
     frozen_features,
     leave_out_unreadable,
     split_by_time,
 )
-from mim_torchrec.csft.objective import check_objective
+from mim_torchrec.csft.loss_variant import check_objective
 from mim_torchrec.csft.task import RECALL_AT, CSFTTask
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.pairs import PairDataset
@@ -38,64 +38,64 @@ from mim_torchrec.encoders.item_encoder import ItemEncoder
 from mim_torchrec.encoders.text import learns_tokenizer, train_tokenizer
 from mim_torchrec.training.checkpoint import write_json
 from mim_torchrec.training.checkpoints import Checkpoints
-from mim_torchrec.training.distributed import Ranks, distributed
+from mim_torchrec.training.distributed import DistributedContext, distributed
 from mim_torchrec.training.loop import fit
 
 log = logging.getLogger("mim_torchrec.csft")  # also where this file is __main__
 
 
-def fine_tune(config: CSFTConfig, ranks: Ranks) -> dict[str, Any]:
+def fine_tune(config: CSFTConfig, context: DistributedContext) -> dict[str, Any]:
     """Run the stage on an initialized process group; returns what metrics.json holds."""
     started = time.perf_counter()
-    if config.batch_size % ranks.world_size:
-        raise ValueError(f"--batch-size {config.batch_size} is not a multiple of {ranks.world_size} ranks")
+    if config.batch_size % context.world_size:
+        raise ValueError(f"--batch-size {config.batch_size} is not a multiple of {context.world_size} ranks")
     if config.init == "pca" and not config.freeze_towers:
         raise ValueError("--init pca needs --freeze-towers True: features change while towers are trained")
     if config.head.principal_dim and (config.init == "random" or not config.freeze_towers):
         raise ValueError("--head.principal-dim needs --freeze-towers True and --init pca or auto")
     check_objective(config)
-    if not 0 <= config.validation_share < 1:
-        raise ValueError(f"--validation-share is {config.validation_share}; it must be in [0, 1)")
+    if not 0 <= config.validation_fraction < 1:
+        raise ValueError(f"--validation-fraction is {config.validation_share}; it must be in [0, 1)")
     config.out.mkdir(parents=True, exist_ok=True)
-    if ranks.is_main:
+    if context.is_main:
         write_json(config.out / "config.json", asdict(config))
 
     dataset = Dataset(config.data)
     items = ItemStore.open(dataset, config.item_cache or config.out / "items")
     signal = None if config.interest_signal in ("all", "category") else config.interest_signal
-    pairs = PairDataset(
-        dataset.pairs(), items, signal=signal, seed=config.seed, on_bad_row=config.on_bad_row
-    )
+    pairs = PairDataset(dataset.pairs(), items, signal=signal, seed=config.seed, on_bad_row=config.on_bad_row)
     readable = leave_out_unreadable(items, pairs) if config.on_bad_row == "skip" else None
-    times = pairs.times() if config.validation_share else np.arange(len(pairs))
-    train, held_out = split_by_time(times, config.validation_share)
-    catalog = Catalog(items, pairs, readable)
+    times = pairs.times() if config.validation_fraction else np.arange(len(pairs))
+    train, held_out = split_by_time(times, config.validation_fraction)
+    catalog = SearchContent(items, pairs, readable)
     untitled = sum(not title.strip() for title in items.titles(np.arange(len(items))))
     if untitled:
         log.warning("%d of %d items have an empty title", untitled, len(items))
     log.info("%d items, %d pairs to train on, %d held out, %d query images that are no items'", len(items),
-             len(train), len(held_out), catalog.num_pictures - len(items))  # fmt: skip
+             len(train), len(held_out), catalog.num_images - len(items))  # fmt: skip
 
-    encoder = _build_encoder(config, items).to(ranks.device)
-    inputs = _inputs(config, encoder, catalog, ranks)
-    torch.manual_seed(config.seed + 1 + ranks.rank)  # dropout differs from rank to rank
-    task = CSFTTask(config, encoder, inputs, items, pairs, catalog, train, held_out, ranks)
-    same_run = config.same_run() | {"pairs_digest": _digest(items.item_ids, pairs.query_ids, pairs.item_ids)}
+    encoder = _build_encoder(config, items).to(context.device)
+    inputs = _inputs(config, encoder, catalog, context)
+    torch.manual_seed(config.seed + 1 + context.rank)  # dropout differs from rank to rank
+    task = CSFTTask(config, encoder, inputs, items, pairs, catalog, train, held_out, context)
+    resume_fingerprint = config.resume_fingerprint() | {
+        "pairs_digest": _digest(items.item_ids, pairs.query_ids, pairs.item_ids)
+    }
     history = fit(
         task,
         epochs=config.epochs,
         out=config.out,
-        ranks=ranks,
+        context=context,
         select=f"recall_at_{RECALL_AT}" if len(held_out) else None,
         patience=config.patience if len(held_out) else None,
         log_every=config.log_every,
-        checkpoints=Checkpoints(config.out / "checkpoints", config.checkpoint, same_run, ranks),
+        checkpoints=Checkpoints(config.out / "checkpoints", config.checkpoint, resume_fingerprint, context),
     )
-    if ranks.is_main and (config.out / "best").exists():  # not so where a finished run is started again
+    if context.is_main and (config.out / "best").exists():  # not so where a finished run is started again
         shutil.rmtree(config.out / "encoder", ignore_errors=True)
         os.replace(config.out / "best", config.out / "encoder")
-    ranks.barrier()
-    found = _search(config, inputs, held_out, catalog, items, ranks)
+    context.barrier()
+    found = _search(config, inputs, held_out, catalog, items, context)
     best = history.epochs[history.best_epoch]
     metrics = {name: value for name, value in best.items() if name not in ("epoch", "seconds")} | {
         "chance": RECALL_AT / len(items),
@@ -108,11 +108,11 @@ def fine_tune(config: CSFTConfig, ranks: Ranks) -> dict[str, Any]:
         "skipped_pairs": pairs.skipped,
         "unreadable_items": int((~catalog.readable).sum()),
         "untitled_items": untitled,
-        "world_size": ranks.world_size,
+        "world_size": context.world_size,
         "seed": config.seed,
         "seconds": time.perf_counter() - started,
     }
-    if ranks.is_main:
+    if context.is_main:
         write_json(config.out / "metrics.json", metrics)
         log.info("encoder %s, version %s, of epoch %d", config.out / "encoder", metrics["encoder_version"],
                  history.best_epoch)  # fmt: skip
@@ -124,17 +124,22 @@ def _digest(*ids: np.ndarray) -> str:
 
 
 def _search(
-    config: CSFTConfig, inputs: Inputs, held_out: np.ndarray, catalog: Catalog, items: ItemStore, ranks: Ranks
+    config: CSFTConfig,
+    inputs: Inputs,
+    held_out: np.ndarray,
+    catalog: SearchContent,
+    items: ItemStore,
+    context: DistributedContext,
 ) -> dict[str, Any] | None:
     """Image search with the encoder that was kept; None where no pairs are held out."""
     if not len(held_out):
         return None
-    encoder = load_encoder(config.out / "encoder", ranks.device)
+    encoder = load_encoder(config.out / "encoder", context.device)
     model = encoder.head if config.freeze_towers else encoder
-    query, items_mm = encode(model, inputs, held_out, catalog, config.encode_batch_size, ranks)
+    query, items_mm = encode(model, inputs, held_out, catalog, config.encode_batch_size, context)
     found = find(query, items_mm, held_out, catalog)
     report = evaluate(found, held_out, catalog, items)
-    if ranks.is_main:
+    if context.is_main:
         write(report, draw(held_out, found, catalog, config.pictures), config.out)
     return report
 
@@ -150,18 +155,20 @@ def _build_encoder(config: CSFTConfig, items: ItemStore) -> ItemEncoder:
     return ItemEncoder.build(config.encoder(), tokenizer)
 
 
-def _inputs(config: CSFTConfig, encoder: ItemEncoder, catalog: Catalog, ranks: Ranks) -> Inputs:
+def _inputs(
+    config: CSFTConfig, encoder: ItemEncoder, catalog: SearchContent, context: DistributedContext
+) -> Inputs:
     if not config.freeze_towers:
-        return PixelInputs(catalog, encoder, config.image_memory_gib, ranks)
+        return PixelInputs(catalog, encoder, config.image_memory_gib, context)
     if "random" in (config.vision.weights, config.text.weights):
         log.warning("a tower with random weights is frozen: it sees nothing. Train it, --freeze-towers False")
     encoder.vision.eval().requires_grad_(False)
     encoder.text.eval().requires_grad_(False)
     cache = config.feature_cache or config.out / "features"
-    features: FeatureInputs = frozen_features(catalog, encoder, cache, config.encode_batch_size, ranks)
+    features: FeatureInputs = frozen_features(catalog, encoder, cache, config.encode_batch_size, context)
     if config.init != "random":
         encoder.head.cpu().init_pca(features.image[: catalog.num_items], features.text)
-        encoder.to(ranks.device)
+        encoder.to(context.device)
     return features
 
 
@@ -169,9 +176,9 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of `mim csft`."""
     config = tyro.cli(CSFTConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    with distributed(config.seed) as ranks:
-        logging.getLogger("mim_torchrec").setLevel(logging.INFO if ranks.is_main else logging.WARNING)
-        fine_tune(config, ranks)
+    with distributed(config.seed) as context:
+        logging.getLogger("mim_torchrec").setLevel(logging.INFO if context.is_main else logging.WARNING)
+        fine_tune(config, context)
 
 
 if __name__ == "__main__":

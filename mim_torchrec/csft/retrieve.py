@@ -17,15 +17,16 @@ import torch
 import tyro
 
 from mim_torchrec.csft.image_search import draw, encode, evaluate, find, write
-from mim_torchrec.csft.inputs import Catalog, frozen_features, leave_out_unreadable, split_by_time
+from mim_torchrec.csft.inputs import SearchContent, frozen_features, leave_out_unreadable, split_by_time
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.pairs import PairDataset
 from mim_torchrec.data.schema import Dataset
 from mim_torchrec.encoders.checkpoint import load_encoder
 from mim_torchrec.representation.plain import PLAIN, PlainTowers
-from mim_torchrec.training.distributed import Ranks, distributed
+from mim_torchrec.training.distributed import DistributedContext, distributed
 
 log = logging.getLogger("mim_torchrec.csft.retrieve")  # also where this file is __main__
+
 
 @dataclass(frozen=True, kw_only=True)
 class RetrieveConfig:
@@ -40,7 +41,7 @@ class RetrieveConfig:
     """Directory of the results; made if missing."""
     interest_signal: Literal["purchase", "click", "all"] = "purchase"
     """Which pairs are searched for."""
-    held_out_share: float = 0.05
+    held_out_fraction: float = 0.05
     """Share of the pairs, the last by time, whose queries are used; 1 takes all."""
     pictures: int = 8
     """Queries in the picture."""
@@ -56,7 +57,7 @@ class RetrieveConfig:
     """Folder of the item index; by default one inside `out`."""
 
 
-def retrieve(config: RetrieveConfig, ranks: Ranks) -> dict[str, Any]:
+def retrieve(config: RetrieveConfig, context: DistributedContext) -> dict[str, Any]:
     """Run the search on an initialized process group; returns what retrieval.json holds.
 
     Raises:
@@ -64,34 +65,34 @@ def retrieve(config: RetrieveConfig, ranks: Ranks) -> dict[str, Any]:
         DataError: data is damaged.
         CheckpointError: the encoder is.
     """
-    if not 0 < config.held_out_share <= 1:
-        raise ValueError(f"--held-out-share is {config.held_out_share}; it must be in (0, 1]")
+    if not 0 < config.held_out_fraction <= 1:
+        raise ValueError(f"--held-out-fraction is {config.held_out_share}; it must be in (0, 1]")
     dataset = Dataset(config.data)
     items = ItemStore.open(dataset, config.item_cache or config.out / "items")
     signal = None if config.interest_signal == "all" else config.interest_signal
     pairs = PairDataset(dataset.pairs(), items, signal=signal, on_bad_row=config.on_bad_row)
     readable = leave_out_unreadable(items, pairs) if config.on_bad_row == "skip" else None
-    catalog = Catalog(items, pairs, readable)
-    _, held_out = split_by_time(pairs.times(), config.held_out_share)
+    catalog = SearchContent(items, pairs, readable)
+    _, held_out = split_by_time(pairs.times(), config.held_out_fraction)
     if not len(held_out):
-        raise ValueError(f"--held-out-share {config.held_out_share} of {len(pairs)} pairs is none")
+        raise ValueError(f"--held-out-fraction {config.held_out_share} of {len(pairs)} pairs is none")
     cache = config.feature_cache or config.out / "features"
     if config.encoder.startswith(PLAIN):
-        towers = PlainTowers(config.encoder, config.image_size, ranks.device)
-        image = frozen_features(catalog, towers, cache, config.encode_batch_size, ranks).image
-        query, vectors = image[torch.from_numpy(catalog.query_picture[held_out])], image[: len(items)]
+        towers = PlainTowers(config.encoder, config.image_size, context.device)
+        image = frozen_features(catalog, towers, cache, config.encode_batch_size, context).image
+        query, vectors = image[torch.from_numpy(catalog.query_image_row[held_out])], image[: len(items)]
     else:
-        encoder = load_encoder(config.encoder, ranks.device)
-        features = frozen_features(catalog, encoder, cache, config.encode_batch_size, ranks)
-        query, vectors = encode(encoder.head, features, held_out, catalog, config.encode_batch_size, ranks)
+        encoder = load_encoder(config.encoder, context.device)
+        features = frozen_features(catalog, encoder, cache, config.encode_batch_size, context)
+        query, vectors = encode(encoder.head, features, held_out, catalog, config.encode_batch_size, context)
     found = find(query, vectors, held_out, catalog)
     report = evaluate(found, held_out, catalog, items)
     report["skipped_pairs"] = pairs.skipped
-    if ranks.is_main:
+    if context.is_main:
         write(report, draw(held_out, found, catalog, config.pictures), config.out)
         log.info("recall@10 %.4f (chance %.4f), mean rank %.1f of %d, %d queries", report["recall_at_10"],
                  report["chance_at_10"], report["mean_rank"], len(items), report["n"])  # fmt: skip
-    ranks.barrier()
+    context.barrier()
     return report
 
 
@@ -99,9 +100,9 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of `mim retrieve`."""
     config = tyro.cli(RetrieveConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    with distributed(seed=0) as ranks:  # nothing here is drawn
-        logging.getLogger("mim_torchrec").setLevel(logging.INFO if ranks.is_main else logging.WARNING)
-        retrieve(config, ranks)
+    with distributed(seed=0) as context:  # nothing here is drawn
+        logging.getLogger("mim_torchrec").setLevel(logging.INFO if context.is_main else logging.WARNING)
+        retrieve(config, context)
 
 
 if __name__ == "__main__":

@@ -15,14 +15,14 @@ from torch.utils.checkpoint import checkpoint
 
 from mim_torchrec.csft.config import CSFTConfig
 from mim_torchrec.csft.image_search import encode, find
-from mim_torchrec.csft.inputs import Catalog, Inputs, Tokens
-from mim_torchrec.csft.objective import Objective, make_objective
+from mim_torchrec.csft.inputs import Inputs, SearchContent, Tokens
+from mim_torchrec.csft.loss_variant import VariantLoss, make_variant_loss
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.pairs import PairDataset
 from mim_torchrec.encoders.checkpoint import save_encoder
 from mim_torchrec.encoders.item_encoder import ItemEncoder, ItemHead
 from mim_torchrec.losses.cross_entropy import CategoryCrossEntropy, PairCrossEntropy
-from mim_torchrec.training.distributed import Ranks
+from mim_torchrec.training.distributed import DistributedContext
 from mim_torchrec.training.parallel import parallelize, synchronize_buffers, whole_state
 from mim_torchrec.training.state import TrainingState
 
@@ -62,7 +62,7 @@ class Contrast(nn.Module):
     def __init__(
         self,
         encoder: ItemEncoder | ItemHead,
-        loss: Objective,
+        loss: VariantLoss,
         bf16: bool = False,
         chunk_size: int | None = None,
     ) -> None:
@@ -134,7 +134,7 @@ class CSFTTask:
         catalog: pictures and titles of both.
         train: indexes of the pairs to train on.
         held_out: indexes of the pairs to validate on.
-        ranks: the process group.
+        context: the process group.
 
     Raises:
         ValueError: the sizes do not fit: no whole batch, or gamma with queries that are no items.
@@ -147,10 +147,10 @@ class CSFTTask:
         inputs: Inputs,
         items: ItemStore,
         pairs: PairDataset,
-        catalog: Catalog,
+        catalog: SearchContent,
         train: np.ndarray,
         held_out: np.ndarray,
-        ranks: Ranks,
+        context: DistributedContext,
     ) -> None:
         if len(train) < config.batch_size:
             raise ValueError(f"{len(train)} pairs are fewer than --batch-size {config.batch_size}; lower it")
@@ -161,24 +161,24 @@ class CSFTTask:
             )
         self._config, self._encoder, self._inputs = config, encoder, inputs
         self._items, self._pairs, self._catalog = items, pairs, catalog
-        self._train, self._held_out, self._ranks = train, held_out, ranks
-        self._per_rank = config.batch_size // ranks.world_size
+        self._train, self._held_out, self._context = train, held_out, context
+        self._per_rank = config.batch_size // context.world_size
         self._category: np.ndarray | None = None
         num_categories = 0
         if config.interest_signal == "category":
             names = np.asarray(items.categories(np.arange(len(items))), dtype=object).astype(str)
             known, self._category = np.unique(names, return_inverse=True)
             num_categories = len(known)
-        loss = make_objective(config, num_categories)
+        loss = make_variant_loss(config, num_categories)
         trained = encoder.head if config.freeze_towers else encoder
         towers = [] if config.freeze_towers else [encoder.vision, encoder.text]
         if config.chunk_size is not None:
             check_chunks(config, towers)
         self._plain: ItemEncoder | None = None
-        if config.parallel == "fsdp" and ranks.is_main:
+        if config.parallel == "fsdp" and context.is_main:
             self._plain = copy.deepcopy(encoder).cpu()  # takes the whole weights, to be saved
         self._contrast = Contrast(trained, loss, config.precision == "bf16", config.chunk_size)
-        self.model = parallelize(self._contrast.to(ranks.device), config.parallel, towers, ranks)
+        self.model = parallelize(self._contrast.to(context.device), config.parallel, towers, context)
         self.optimizer = make_optimizer(self._contrast, config)
         steps = self.num_batches(0) * config.epochs
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -196,7 +196,7 @@ class CSFTTask:
         self._pairs.set_epoch(epoch)
         order = np.random.default_rng((self._config.seed, epoch)).permutation(self._train)
         for step in range(first, self.num_batches(epoch)):
-            start = step * self._config.batch_size + self._ranks.rank * self._per_rank
+            start = step * self._config.batch_size + self._context.rank * self._per_rank
             yield self._batch(order[start : start + self._per_rank])
 
     def num_samples(self, batch: PairBatch) -> int:
@@ -224,7 +224,7 @@ class CSFTTask:
         synchronize_buffers(self.model)
         encoder = self._contrast.encoder.eval()
         size = self._config.encode_batch_size
-        vectors = encode(encoder, self._inputs, self._held_out, self._catalog, size, self._ranks)
+        vectors = encode(encoder, self._inputs, self._held_out, self._catalog, size, self._context)
         place = find(*vectors, self._held_out, self._catalog).place.double()
         return {
             f"recall_at_{RECALL_AT}": float((place <= RECALL_AT).double().mean()),
@@ -238,7 +238,7 @@ class CSFTTask:
             if self._plain is not None:
                 self._plain.load_state_dict(weights)
                 save_encoder(self._plain, path)
-        elif self._ranks.is_main:
+        elif self._context.is_main:
             save_encoder(self._encoder, path)
 
     def _batch(self, index: np.ndarray) -> PairBatch:
@@ -248,15 +248,16 @@ class CSFTTask:
             rows = np.concatenate([rows, self._items.rows_of(np.array(negatives))])
         query_row = self._catalog.query_row[index]
         return PairBatch(
-            query=self._inputs.pictures(self._catalog.query_picture[index]),
+            query=self._inputs.pictures(self._catalog.query_image_row[index]),
             query_text=self._inputs.texts(query_row) if self._config.gamma else None,
             image=self._inputs.pictures(rows),
             text=self._inputs.texts(rows),
-            item_row=torch.from_numpy(rows).to(self._ranks.device),
-            query_row=torch.from_numpy(query_row).to(self._ranks.device),
+            item_row=torch.from_numpy(rows).to(self._context.device),
+            query_row=torch.from_numpy(query_row).to(self._context.device),
             pair=index,
-            item_category=None if self._category is None
-            else torch.from_numpy(self._category[rows]).to(self._ranks.device),
+            item_category=None
+            if self._category is None
+            else torch.from_numpy(self._category[rows]).to(self._context.device),
         )
 
 

@@ -27,7 +27,7 @@ from mim_torchrec.embeddings.sharded.load import load_table, open_table, table_d
 from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.windows.transport import open_log
 from mim_torchrec.training.checkpoint import write_json
-from mim_torchrec.training.distributed import Ranks
+from mim_torchrec.training.distributed import DistributedContext
 
 CONFIG = "config.json"
 VOCABULARY = "vocabulary"
@@ -57,7 +57,9 @@ class Assembled:
     facts: dict[str, Any] | None
 
 
-def assemble(config: CTRConfig, vocabularies: dict[str, Vocabulary], ranks: Ranks) -> Assembled:
+def assemble(
+    config: CTRConfig, vocabularies: dict[str, Vocabulary], context: DistributedContext
+) -> Assembled:
     """Build and shard the model that a configuration describes.
 
     Raises:
@@ -68,7 +70,7 @@ def assemble(config: CTRConfig, vocabularies: dict[str, Vocabulary], ranks: Rank
     mapper = IdMapper(vocabularies, index, config.max_unknown)
     mm = frozen_config(table, ["candidate_mm", "behavior_mm"], name="mm") if table is not None else None
     rows = {name: vocabulary.num_embeddings for name, vocabulary in vocabularies.items()}
-    model, optimizer = shard(build_model(config, rows, mm, torch.device("meta")), config, ranks)
+    model, optimizer = shard(build_model(config, rows, mm, torch.device("meta")), config, context)
     frozen = model.module.mm_embeddings
     facts = None
     if table is not None:
@@ -86,14 +88,14 @@ def assemble(config: CTRConfig, vocabularies: dict[str, Vocabulary], ranks: Rank
 
 
 def live_windows(
-    config: CTRConfig, assembled: Assembled, ranks: Ranks, begin: bool = False
+    config: CTRConfig, assembled: Assembled, context: DistributedContext, begin: bool = False
 ) -> LiveWindows | None:
     """The windows that go into the model's table, None where there is no log of them.
 
     Args:
         config: names the log.
         assembled: the model.
-        ranks: the process group.
+        context: the process group.
         begin: a log that is not there yet.
 
     Raises:
@@ -106,11 +108,11 @@ def live_windows(
         raise ValueError("--windows changes the multi-modal table, which --mim off has not")
     manifest = assembled.table.manifest
     log = open_log(config.windows, manifest.table_version, start=manifest.seq if begin else None)
-    return LiveWindows(assembled.model, assembled.index, log, config.windows_every, ranks)
+    return LiveWindows(assembled.model, assembled.index, log, config.windows_every, context)
 
 
 def open_reader(
-    config: CTRConfig, dataset: Dataset, split: str, ranks: Ranks, training: bool = False
+    config: CTRConfig, dataset: Dataset, split: str, context: DistributedContext, training: bool = False
 ) -> RequestReader:
     """This rank's share of a split; to train on, it is shuffled and cut to equal shares.
 
@@ -118,13 +120,13 @@ def open_reader(
         ValueError: the batch size is not a multiple of the number of ranks.
         DataError: a file is malformed.
     """
-    if config.batch_size % ranks.world_size:
-        raise ValueError(f"--batch-size {config.batch_size} is not a multiple of {ranks.world_size} ranks")
+    if config.batch_size % context.world_size:
+        raise ValueError(f"--batch-size {config.batch_size} is not a multiple of {context.world_size} ranks")
     return RequestReader(
         dataset.requests(split),
-        batch_size=config.batch_size // ranks.world_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
+        batch_size=config.batch_size // context.world_size,
+        rank=context.rank,
+        world_size=context.world_size,
         seed=config.seed,
         shuffle=training,
         max_behaviors=config.max_behaviors,
@@ -134,20 +136,22 @@ def open_reader(
     )
 
 
-def scan_vocabularies(dataset: Dataset, config: CTRConfig, ranks: Ranks) -> dict[str, Vocabulary]:
+def scan_vocabularies(
+    dataset: Dataset, config: CTRConfig, context: DistributedContext
+) -> dict[str, Vocabulary]:
     """Vocabularies of the training requests, and of the run that a warm start begins from.
 
     Scanned by one rank, kept in the run, read by all.
     """
     folder = config.out / VOCABULARY
-    if ranks.is_main:
+    if context.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         earlier = load_vocabularies(config.warm_start) if config.warm_start is not None else {}
         columns = COLUMNS | {name: (name,) for name in config.sparse_features}
         for name, new in scan_ids(dataset.requests("train"), columns).items():
             ids = np.union1d(new, earlier[name].ids.numpy()) if name in earlier else new
-            Vocabulary.build(ids, head_room=config.head_room).save(folder / f"{name}.npz")
-    ranks.barrier()
+            Vocabulary.build(ids, spare_rows=config.spare_rows).save(folder / f"{name}.npz")
+    context.barrier()
     return load_vocabularies(config.out)
 
 

@@ -20,7 +20,7 @@ Sharding = Literal["table_wise", "row_wise", "column_wise"]
 PRESETS: dict[Preset, dict[str, Any]] = {
     "paper": {},
     "recommended": {
-        "content_pooling": "mean", "products": True, "similarity_interest": True, "lr": 1e-3,
+        "content_pooling": "mean", "dot_product_features": True, "similarity_interest": True, "lr": 1e-3,
     },
 }  # fmt: skip
 """Fields of `CTRConfig` that differ from the paper's form, which is the default of every field."""
@@ -61,7 +61,7 @@ class ModelConfig:
     id_dropout: float = 0.0
     """In training, the share of candidates whose item id is hidden, as a new item's is unknown; beyond the
     paper."""
-    products: bool = False
+    dot_product_features: bool = False
     """Feed the tower the inner product of each interest with the target as well."""
     embedding_dim: int = 16
     """Size of the embeddings of users, queries, items, categories and sparse features."""
@@ -84,7 +84,7 @@ class ModelConfig:
     """SIM's general search: by relevance, or among the behaviors of the candidate's category."""
     max_positions: int = 50
     """Most recent behaviors that BST uses."""
-    gaps: Literal["time", "order"] = "time"
+    recency: Literal["time", "order"] = "time"
     """How far a behavior lies back for BST, SIM and TWIN: in time, or, where times lack, in behaviors."""
     aux_weight: float = 1.0
     """Weight of the auxiliary loss of DIEN and of SIM's soft search; 0 leaves it out."""
@@ -157,7 +157,7 @@ class CTRConfig(ModelConfig):
     """Standard deviation of the initial embeddings; by default uniform within 1 / sqrt(rows)."""
     max_behaviors: int = 50
     """Most recent behaviors of a request that are used."""
-    head_room: float = 0.0
+    spare_rows: float = 0.0
     """Spare rows of the ID tables, as a share of the ids seen in training."""
     max_unknown: float = 0.5
     """Share of unknown ids of one kind above which an alarm is logged."""
@@ -169,7 +169,7 @@ class CTRConfig(ModelConfig):
     log_every: int = 20
     """Steps between two lines of the log."""
 
-    def same_run(self) -> dict[str, Any]:
+    def resume_fingerprint(self) -> dict[str, Any]:
         """What a run that is taken up must have been started with."""
         free = {"out", "preset", "pipeline", "index_dedup", "checkpoint", "log_every", "item_cache"}
         free.add("windows")  # their log may move

@@ -16,7 +16,7 @@ from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.requests import RequestReader
 from mim_torchrec.data.vocabulary import IdMapper
 from mim_torchrec.training import metrics
-from mim_torchrec.training.distributed import Ranks
+from mim_torchrec.training.distributed import DistributedContext
 
 log = logging.getLogger(__name__)
 
@@ -24,14 +24,16 @@ BOOTSTRAP_SEED = 0
 
 
 @torch.no_grad()
-def predict(model: nn.Module, reader: RequestReader, mapper: IdMapper, ranks: Ranks) -> dict[str, np.ndarray]:
+def predict(
+    model: nn.Module, reader: RequestReader, mapper: IdMapper, context: DistributedContext
+) -> dict[str, np.ndarray]:
     """Score every candidate that the reader yields, on all ranks.
 
     Args:
         model: gives a `Prediction` for a batch; scores in evaluation mode and is left in the mode it had.
         reader: this rank's share, not shuffled.
         mapper: ids to embedding rows.
-        ranks: the process group.
+        context: the process group.
 
     Returns:
         Arrays of equal length on every rank, ordered by rank and then as read: `request_id`, `user_id`,
@@ -44,22 +46,24 @@ def predict(model: nn.Module, reader: RequestReader, mapper: IdMapper, ranks: Ra
         candidates = batch.sparse["candidate_item_id"]
         users = batch.sparse["user_id"].values()
         repeats = candidates.lengths().long()
-        logits = model(mapper(batch).to(ranks.device)).logits
+        logits = model(mapper(batch).to(context.device)).logits
         queries = {}
         if "query_id" in batch.sparse.keys():  # noqa: SIM118  a KJT is no mapping
             of_request = batch.sparse["query_id"].values()
             queries["query_id"] = of_request.repeat_interleave(repeats).numpy()
-        parts.append({
-            "request_id": batch.request_ids.repeat_interleave(repeats).numpy(),
-            "user_id": users.repeat_interleave(repeats).numpy(),
-            **queries,
-            "item_id": candidates.values().numpy(),
-            "label": batch.labels.numpy(),
-            "score": torch.sigmoid(logits.float()).cpu().numpy(),
-        })
+        parts.append(
+            {
+                "request_id": batch.request_ids.repeat_interleave(repeats).numpy(),
+                "user_id": users.repeat_interleave(repeats).numpy(),
+                **queries,
+                "item_id": candidates.values().numpy(),
+                "label": batch.labels.numpy(),
+                "score": torch.sigmoid(logits.float()).cpu().numpy(),
+            }
+        )
     model.train(was_training)
     mine = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else None
-    everyone = [share for share in ranks.all_gather_objects(mine) if share is not None]
+    everyone = [share for share in context.all_gather_objects(mine) if share is not None]
     if not everyone:
         raise ValueError("there is nothing to predict: no rank has read a request")
     return {name: np.concatenate([share[name] for share in everyone]) for name in everyone[0]}

@@ -29,7 +29,7 @@ from mim_torchrec.ctr.task import load_model
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.schema import Dataset
 from mim_torchrec.training.checkpoint import write_json
-from mim_torchrec.training.distributed import Ranks, distributed
+from mim_torchrec.training.distributed import DistributedContext, distributed
 
 log = logging.getLogger("mim_torchrec.ctr.evaluation")  # also where it runs as __main__
 
@@ -80,7 +80,7 @@ def find_checkpoint(run: Path, name: str) -> Path:
     raise ValueError(f"{run} has no checkpoint {name!r}; it has {', '.join(['best', *names])}")
 
 
-def evaluate(config: EvaluationConfig, ranks: Ranks) -> dict[str, Any]:
+def evaluate(config: EvaluationConfig, context: DistributedContext) -> dict[str, Any]:
     """Run the stage on an initialized process group; returns what metrics.json holds.
 
     Raises:
@@ -101,14 +101,14 @@ def evaluate(config: EvaluationConfig, ranks: Ranks) -> dict[str, Any]:
     config.out.mkdir(parents=True, exist_ok=True)
     dataset = Dataset(settings.data)
     items = ItemStore.open(dataset, config.item_cache or config.out / "items")
-    reader = open_reader(settings, dataset, config.split, ranks)
-    assembled = assemble(settings, load_vocabularies(config.model), ranks)
+    reader = open_reader(settings, dataset, config.split, context)
+    assembled = assemble(settings, load_vocabularies(config.model), context)
     load_model(assembled.model, checkpoint)
-    windows = live_windows(settings, assembled, ranks)
+    windows = live_windows(settings, assembled, context)
     if windows is not None:
         windows.catch_up()
         assembled.facts["seq_after"] = windows.seq
-    predictions = predict(assembled.model, reader, assembled.mapper, ranks)
+    predictions = predict(assembled.model, reader, assembled.mapper, context)
     report = summarize(predictions, items, config.draws) | {
         "model": str(config.model),
         "checkpoint": str(checkpoint),
@@ -117,16 +117,16 @@ def evaluate(config: EvaluationConfig, ranks: Ranks) -> dict[str, Any]:
         "mim": settings.mim,
         "ubm": settings.ubm,
         "table": assembled.facts,
-        "unknown_ids": assembled.mapper.unknown_shares(),
-        "world_size": ranks.world_size,
+        "unknown_ids": assembled.mapper.unknown_fractions(),
+        "world_size": context.world_size,
         "skipped_rows": reader.skipped,
     }
-    if ranks.is_main:
+    if context.is_main:
         write_json(config.out / "metrics.json", report)
         pq.write_table(pa.table(predictions), config.out / "predictions.parquet")
         log.info("%s: auc %s %s, gauc %s, ne %s, %d impressions", config.split, report["auc"],
                  report.get("ci", {}).get("auc", ""), report["gauc"], report["ne"], report["n"])  # fmt: skip
-    ranks.barrier()
+    context.barrier()
     return report
 
 
@@ -134,8 +134,8 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of `mim evaluate`."""
     config = tyro.cli(EvaluationConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
     log_to_stderr()
-    with distributed(seed=0) as ranks:  # nothing here is drawn but the intervals, which have their own
-        evaluate(config, ranks)
+    with distributed(seed=0) as context:  # nothing here is drawn but the intervals, which have their own
+        evaluate(config, context)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Stage: train a CTR model with or without content interest and evaluate it.
 
-    python -m mim_torchrec.ctr.main --data DIR --table TABLE --out DIR
-    python -m torch.distributed.run --nproc_per_node 2 -m mim_torchrec.ctr.main --data DIR --mim off --out DIR
+python -m mim_torchrec.ctr.main --data DIR --table TABLE --out DIR
+python -m torch.distributed.run --nproc_per_node 2 -m mim_torchrec.ctr.main --data DIR --mim off --out DIR
 """
 
 import logging
@@ -32,13 +32,13 @@ from mim_torchrec.embeddings.sharded.load import table_digest
 from mim_torchrec.embeddings.windows.window import WindowGap
 from mim_torchrec.training.checkpoint import write_json
 from mim_torchrec.training.checkpoints import Checkpoints
-from mim_torchrec.training.distributed import Ranks, distributed
+from mim_torchrec.training.distributed import DistributedContext, distributed
 from mim_torchrec.training.loop import fit
 
 log = logging.getLogger("mim_torchrec.ctr.main")  # also where it runs as __main__
 
 
-def train_and_evaluate(config: CTRConfig, ranks: Ranks) -> dict[str, Any]:
+def train_and_evaluate(config: CTRConfig, context: DistributedContext) -> dict[str, Any]:
     """Run the stage on an initialized process group; returns what metrics.json holds."""
     started = time.time()
     if config.mim == "on" and config.table is None:
@@ -47,41 +47,41 @@ def train_and_evaluate(config: CTRConfig, ranks: Ranks) -> dict[str, Any]:
     dataset = Dataset(config.data)
     items = ItemStore.open(dataset, config.item_cache or config.out / "items")
     readers = {
-        split: open_reader(config, dataset, split, ranks, training=split == "train") for split in SPLITS
+        split: open_reader(config, dataset, split, context, training=split == "train") for split in SPLITS
     }
-    vocabularies = scan_vocabularies(dataset, config, ranks)
-    assembled = assemble(config, vocabularies, ranks)
+    vocabularies = scan_vocabularies(dataset, config, context)
+    assembled = assemble(config, vocabularies, context)
     model, mapper, facts = assembled.model, assembled.mapper, assembled.facts
     if config.warm_start is not None:
         version = None if facts is None else facts["table_version"]
         warm_start(model, config, config.warm_start, vocabularies, version)
-    if ranks.is_main:
+    if context.is_main:
         write_config(config, facts)
 
     # a table is the same by what it holds, wherever it lies
-    same_run = config.same_run() | {"table": None if facts is None else facts["content"]}
-    windows = live_windows(config, assembled, ranks, begin=True)
+    resume_fingerprint = config.resume_fingerprint() | {"table": None if facts is None else facts["content"]}
+    windows = live_windows(config, assembled, context, begin=True)
     if windows is not None:  # the base of a run that is taken up may be a later one
-        same_run["table"] = facts["table_version"]
-    pipeline = config.pipeline == "on" or (config.pipeline == "auto" and ranks.device.type == "cuda")
-    task = CTRTask(model, assembled.optimizer, readers["train"], readers["validation"], mapper, ranks,
+        resume_fingerprint["table"] = facts["table_version"]
+    pipeline = config.pipeline == "on" or (config.pipeline == "auto" and context.device.type == "cuda")
+    task = CTRTask(model, assembled.optimizer, readers["train"], readers["validation"], mapper, context,
                    config.aux_weight, config.id_dropout, config.seed, pipeline, windows)  # fmt: skip
     history = fit(
         task,
         epochs=config.epochs,
         out=config.out,
-        ranks=ranks,
+        context=context,
         select="auc",
         patience=config.patience,
         log_every=config.log_every,
-        checkpoints=Checkpoints(config.out / "checkpoints", config.checkpoint, same_run, ranks),
+        checkpoints=Checkpoints(config.out / "checkpoints", config.checkpoint, resume_fingerprint, context),
     )
     load_model(model, config.out / "best")
-    predictions = predict(model, readers["test"], mapper, ranks)
+    predictions = predict(model, readers["test"], mapper, context)
     report = summarize(predictions, items)
     if facts is not None:
         facts |= check_table(config, assembled, windows)
-    unknown = mapper.unknown_shares()
+    unknown = mapper.unknown_fractions()
     for name, share in unknown.items():
         if share > config.max_unknown:
             log.warning("%.0f%% of the ids of %s are unknown (limit %.0f%%)", 100 * share, name,
@@ -93,15 +93,20 @@ def train_and_evaluate(config: CTRConfig, ranks: Ranks) -> dict[str, Any]:
         "best_epoch": history.best_epoch,
         "seed": config.seed,
         "unknown_ids": unknown,
-        "world_size": ranks.world_size,
+        "world_size": context.world_size,
         "skipped_rows": {split: reader.skipped for split, reader in readers.items()},
         "seconds": time.time() - started,
     }
-    if ranks.is_main:
+    if context.is_main:
         write_json(config.out / "metrics.json", report)
         pq.write_table(pa.table(predictions), config.out / "predictions.parquet")
-        log.info("test: auc %.4f, gauc %s, ne %s, %d impressions", report["auc"] or float("nan"),
-                 report["gauc"], report["ne"], report["n"])
+        log.info(
+            "test: auc %.4f, gauc %s, ne %s, %d impressions",
+            report["auc"] or float("nan"),
+            report["gauc"],
+            report["ne"],
+            report["n"],
+        )
     return report
 
 
@@ -138,8 +143,8 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of `mim ctr`."""
     config = parse(argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
     log_to_stderr()
-    with distributed(config.seed) as ranks:
-        train_and_evaluate(config, ranks)
+    with distributed(config.seed) as context:
+        train_and_evaluate(config, context)
 
 
 if __name__ == "__main__":

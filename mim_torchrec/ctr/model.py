@@ -138,8 +138,8 @@ class CTRModel(nn.Module):
         self.request_embeddings = request_embeddings
         self.item_embeddings = item_embeddings
         self.mm_embeddings = mm_embeddings
-        self.products = config.products
-        self.gaps = config.gaps
+        self.dot_product_features = config.dot_product_features
+        self.recency = config.recency
 
         bags = request_embeddings.embedding_bag_configs()
         request_dim = sum(t.embedding_dim * len(t.feature_names) for t in bags)
@@ -176,13 +176,13 @@ class CTRModel(nn.Module):
         id_dim = ubm.out_dim if ubm is not None else 0
         # an ID interest of another size than the target's is brought to it before they are multiplied
         self.id_product: nn.Module = nn.Identity()
-        if self.products and id_dim not in (0, item_dim):
+        if self.dot_product_features and id_dim not in (0, item_dim):
             self.id_product = nn.Linear(id_dim, item_dim, bias=False)
         parts = [(ubm is not None, id_dim), (content, content_dim), (fusion, item_dim)]
         interest_dim = sum(size for on, size in parts if on) + self.ciubm.similarity_dim
-        num_products = sum(on for on, _ in parts) if self.products else 0
+        num_dot_products = sum(on for on, _ in parts) if self.dot_product_features else 0
         self.tower = DeepCTR(
-            request_dim + item_dim + more_dim + interest_dim + num_products + 1,
+            request_dim + item_dim + more_dim + interest_dim + num_dot_products + 1,
             config.tower,
             config.batch_norm,
             config.dropout,
@@ -215,9 +215,7 @@ class CTRModel(nn.Module):
     ) -> Prediction:
         """What comes after the lookups."""
         sparse = batch.sparse
-        pairs = self.list_pairs(
-            sparse["candidate_item_id"].offsets(), sparse["behavior_item_id"].offsets()
-        )
+        pairs = self.list_pairs(sparse["candidate_item_id"].offsets(), sparse["behavior_item_id"].offsets())
 
         def item(role: str) -> Tensor:
             parts = [item_rows[f"{role}_{column}"].values() for column in self.item_columns]
@@ -235,7 +233,7 @@ class CTRModel(nn.Module):
             features.append(batch.request_dense.index_select(0, pairs.candidate_request))
         if batch.candidate_dense is not None:
             features.append(batch.candidate_dense)
-        if self.products:
+        if self.dot_product_features:
             # agreement of each interest with the target, as product-based CTR towers feed it
             of_ids = self.id_product(interests.id) if interests.id is not None else None
             for interest in (of_ids, interests.fusion):
@@ -251,15 +249,15 @@ class CTRModel(nn.Module):
 
     def _context(self, batch: RequestBatch, pairs: RequestPairs) -> BehaviorContext:
         """What the batch knows of behaviors besides ids; what it does not know is None."""
-        gaps = None
-        if self.gaps == "order":
-            gaps = pairs.order
+        recency = None
+        if self.recency == "order":
+            recency = pairs.order
         elif batch.request_ts is not None and batch.behavior_ts is not None:
-            gaps = (batch.request_ts[pairs.behavior_request] - batch.behavior_ts) / MICROSECONDS
+            recency = (batch.request_ts[pairs.behavior_request] - batch.behavior_ts) / MICROSECONDS
         categories = {}
         if "category" in self.item_columns:
             categories = {
                 f"{role}_categories": batch.sparse[f"{role}_category"].values()
                 for role in ("candidate", "behavior")
             }
-        return BehaviorContext(gaps=gaps, **categories)
+        return BehaviorContext(recency=recency, **categories)

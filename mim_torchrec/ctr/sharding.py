@@ -44,7 +44,7 @@ from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.model import CTRModel
 from mim_torchrec.embeddings.sharded.frozen import FrozenEmbeddingCollection
 from mim_torchrec.embeddings.sharded.sharder import FrozenEmbeddingCollectionSharder
-from mim_torchrec.training.distributed import Ranks
+from mim_torchrec.training.distributed import DistributedContext
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def build_model(
 
 
 def shard(
-    model: CTRModel, config: CTRConfig, ranks: Ranks
+    model: CTRModel, config: CTRConfig, context: DistributedContext
 ) -> tuple[DistributedModelParallel, CombinedOptimizer]:
     """Plan and shard the model over the ranks, and make its optimizer.
 
@@ -125,7 +125,7 @@ def shard(
     Args:
         model: from `build_model` on the meta device.
         config: the stage's configuration.
-        ranks: the process group.
+        context: the process group.
 
     Returns:
         The sharded model with seeded initial values, and the optimizer of everything trainable.
@@ -141,35 +141,35 @@ def shard(
             _SPARSE_OPTIMIZERS[config.sparse_optimizer], collection.parameters(), options
         )
 
-    constraints = _constraints(model, config, ranks)
+    constraints = _constraints(model, config, context)
     sharders = [
         EmbeddingBagCollectionSharder(),
-        EmbeddingCollectionSharder(use_index_dedup=_index_dedup(config, ranks)),
+        EmbeddingCollectionSharder(use_index_dedup=_index_dedup(config, context)),
         FrozenEmbeddingCollectionSharder(),
     ]
-    topology = _topology(ranks)
+    topology = _topology(context)
     planner = EmbeddingShardingPlanner(
         topology=topology,
         constraints=constraints,
         storage_reservation=FixedPercentageStorageReservation(percentage=0.15),
     )
     plan = planner.collective_plan(model, sharders, dist.group.WORLD)
-    if ranks.is_main:
+    if context.is_main:
         log.info("sharding plan:\n%s", plan)
-    sharded = DistributedModelParallel(model, device=ranks.device, plan=plan, sharders=sharders)
+    sharded = DistributedModelParallel(model, device=context.device, plan=plan, sharders=sharders)
     initialize_tables(sharded, config.seed, config.embedding_init_std)
     dense = KeyedOptimizerWrapper(
         dict(in_backward_optimizer_filter(sharded.named_parameters())),
         lambda params: torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay),
     )
     parts = [("sparse", sharded.fused_optimizer, config.sparse_lr), ("dense", dense, config.lr)]
-    return sharded, CombinedOptimizer([
-        (name, _warmed_up(optimizer, lr, config.warmup_steps)) for name, optimizer, lr in parts
-    ])
+    return sharded, CombinedOptimizer(
+        [(name, _warmed_up(optimizer, lr, config.warmup_steps)) for name, optimizer, lr in parts]
+    )
 
 
-def _index_dedup(config: CTRConfig, ranks: Ranks) -> bool:
-    on_gpu = ranks.device.type == "cuda"
+def _index_dedup(config: CTRConfig, context: DistributedContext) -> bool:
+    on_gpu = context.device.type == "cuda"
     if config.index_dedup == "on" and not on_gpu:
         raise ValueError("--index-dedup on needs a GPU: fbgemm's jagged_unique_indices has no CPU kernel")
     return on_gpu and config.index_dedup != "off"
@@ -184,7 +184,9 @@ def _warmed_up(optimizer: KeyedOptimizer, lr: float, steps: int) -> KeyedOptimiz
     return warm
 
 
-def _constraints(model: CTRModel, config: CTRConfig, ranks: Ranks) -> dict[str, ParameterConstraints]:
+def _constraints(
+    model: CTRModel, config: CTRConfig, context: DistributedContext
+) -> dict[str, ParameterConstraints]:
     """What the planner may choose from, by table."""
     if not config.sharding:
         raise ValueError("--sharding names no way to divide a table over the ranks")
@@ -193,11 +195,11 @@ def _constraints(model: CTRModel, config: CTRConfig, ranks: Ranks) -> dict[str, 
             "row-wise Adagrad keeps a number for each row, which dividing columns changes: leave column_wise "
             "out of --sharding, or take --sparse-optimizer adagrad"
         )
-    on_gpu = ranks.device.type == "cuda"
+    on_gpu = context.device.type == "cuda"
     if config.sparse_optimizer == "adam" and not on_gpu:
         raise ValueError("--sparse-optimizer adam is fused on GPUs only; on a CPU take rowwise_adagrad")
     # on one rank rows would be put into buckets for nothing
-    allowed = list(config.sharding) if ranks.world_size > 1 else [ShardingType.TABLE_WISE.value]
+    allowed = list(config.sharding) if context.world_size > 1 else [ShardingType.TABLE_WISE.value]
     pooled = [kind for kind in allowed if on_gpu or kind != ShardingType.ROW_WISE.value]
     of_tables = {
         **{t.name: pooled or [ShardingType.TABLE_WISE.value]
@@ -208,7 +210,7 @@ def _constraints(model: CTRModel, config: CTRConfig, ranks: Ranks) -> dict[str, 
         by_rows = [ShardingType.ROW_WISE.value]
         of_tables |= {table.name: by_rows for table in model.mm_embeddings.embedding_configs()}
     # as many parts as ranks where columns are divided; fused kernels take multiples of 4
-    columns = min(4 * math.ceil(config.embedding_dim / ranks.world_size / 4), config.embedding_dim)
+    columns = min(4 * math.ceil(config.embedding_dim / context.world_size / 4), config.embedding_dim)
     return {
         name: ParameterConstraints(
             sharding_types=kinds,
@@ -219,18 +221,18 @@ def _constraints(model: CTRModel, config: CTRConfig, ranks: Ranks) -> dict[str, 
     }
 
 
-def _topology(ranks: Ranks) -> Topology:
+def _topology(context: DistributedContext) -> Topology:
     """The memory that each rank really has; the planner's defaults describe another machine."""
-    local_ranks = get_local_size(ranks.world_size)
-    on_gpu = ranks.device.type == "cuda"
+    local_ranks = get_local_size(context.world_size)
+    on_gpu = context.device.type == "cuda"
     return TopologyFactory.create_topology(
         TrainerConfig(
-            world_size=ranks.world_size,
+            world_size=context.world_size,
             local_world_size=local_ranks,
             ddr_cap_bytes=psutil.virtual_memory().total // local_ranks,
-            hbm_cap_bytes=torch.cuda.mem_get_info(ranks.device)[1] if on_gpu else None,
+            hbm_cap_bytes=torch.cuda.mem_get_info(context.device)[1] if on_gpu else None,
         ),
-        kernel_config=KernelConfig(compute_device=ranks.device.type),
+        kernel_config=KernelConfig(compute_device=context.device.type),
     )
 
 

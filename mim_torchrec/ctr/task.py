@@ -22,8 +22,8 @@ from mim_torchrec.data.batch import RequestBatch
 from mim_torchrec.data.requests import RequestReader
 from mim_torchrec.data.vocabulary import IdMapper
 from mim_torchrec.training import metrics
-from mim_torchrec.training.checkpoint import whole_directory_of_ranks
-from mim_torchrec.training.distributed import Ranks
+from mim_torchrec.training.checkpoint import atomic_directory_on_all_ranks
+from mim_torchrec.training.distributed import DistributedContext
 
 
 def global_mean_loss(logits: Tensor, labels: Tensor, world_size: int) -> Tensor:
@@ -98,7 +98,7 @@ class CTRState:
         if self._windows is not None and state["seq"] is not None:
             self._windows.catch_up(state["seq"])
 
-    def redivide(self, epoch: int, step: int, world_size: int) -> int:
+    def reshard(self, epoch: int, step: int, world_size: int) -> int:
         """Divide what is left of the epoch over the ranks that there are now."""
         self._done = [*self.done(epoch), *([(world_size, step)] if step else [])]
         self._epoch = epoch
@@ -114,7 +114,7 @@ class CTRTask:
         train: reader of this rank's share of the training requests.
         validation: reader of this rank's share of the validation requests.
         mapper: ids to embedding rows.
-        ranks: the process group.
+        context: the process group.
         aux_weight: weight of the auxiliary loss of the user behavior model, if it has one.
         id_dropout: probability that the item id of a training candidate is hidden.
         seed: of what is hidden.
@@ -132,7 +132,7 @@ class CTRTask:
         train: RequestReader,
         validation: RequestReader,
         mapper: IdMapper,
-        ranks: Ranks,
+        context: DistributedContext,
         aux_weight: float = 1.0,
         id_dropout: float = 0.0,
         seed: int = 0,
@@ -146,10 +146,10 @@ class CTRTask:
         self._train = train
         self._validation = validation
         self._mapper = mapper
-        self._ranks = ranks
+        self._context = context
         self._aux_weight = aux_weight
         self._id_dropout, self._seed = id_dropout, seed
-        self._exchange = SparseExchange(model, optimizer, ranks.device) if pipeline else None
+        self._exchange = SparseExchange(model, optimizer, context.device) if pipeline else None
         self._windows = windows
         self.state = CTRState(model, optimizer, windows)
 
@@ -165,14 +165,14 @@ class CTRTask:
         batches = self._mapped(epoch, first)
         if self._exchange is not None:
             return self._exchange.exchanged(batches)
-        return (batch.to(self._ranks.device) for batch in batches)
+        return (batch.to(self._context.device) for batch in batches)
 
     def _mapped(self, epoch: int, first: int) -> Iterator[RequestBatch]:
         self._train.set_epoch(epoch, self.state.done(epoch))
         for place, batch in enumerate(islice(self._train, first, None), first):
             rows = self._mapper(batch)
             if self._id_dropout:
-                rng = np.random.default_rng((self._seed, epoch, place, self._ranks.rank))
+                rng = np.random.default_rng((self._seed, epoch, place, self._context.rank))
                 hidden = rng.random(rows.num_candidates) < self._id_dropout
                 rows = rows.with_hidden_candidates(torch.from_numpy(hidden))
             yield rows
@@ -193,16 +193,16 @@ class CTRTask:
         logits, auxiliary = self.model(batch)
         if self._exchange is not None:
             self._exchange.after_forward()
-        loss = global_mean_loss(logits, batch.labels, self._ranks.world_size)
+        loss = global_mean_loss(logits, batch.labels, self._context.world_size)
         if auxiliary is None:
             return loss, {}
         targets = batch.labels if auxiliary.targets is None else auxiliary.targets
-        auxiliary_loss = global_mean_loss(auxiliary.logits, targets, self._ranks.world_size)
+        auxiliary_loss = global_mean_loss(auxiliary.logits, targets, self._context.world_size)
         return loss + self._aux_weight * auxiliary_loss, {"auxiliary_loss": auxiliary_loss}
 
     def after_epoch(self, epoch: int) -> dict[str, float]:
         """Validation metrics, the same on every rank; a metric that is undefined is left out."""
-        predictions = predict(self.model, self._validation, self._mapper, self._ranks)
+        predictions = predict(self.model, self._validation, self._mapper, self._context)
         labels, scores = predictions["label"], predictions["score"]
         values = {
             "auc": metrics.auc(labels, scores),
@@ -213,7 +213,7 @@ class CTRTask:
 
     def save(self, path: Path) -> None:
         """Write the trainable state, see `save_model`."""
-        with whole_directory_of_ranks(path, self._ranks) as folder:
+        with atomic_directory_on_all_ranks(path, self._context) as folder:
             save_model(self.model, folder)
 
 

@@ -14,7 +14,7 @@ from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.windows.compact import changes
 from mim_torchrec.embeddings.windows.transport import Transport
 from mim_torchrec.embeddings.windows.window import Window
-from mim_torchrec.training.distributed import Ranks
+from mim_torchrec.training.distributed import DistributedContext
 
 log = logging.getLogger(__name__)
 
@@ -29,16 +29,16 @@ class LiveWindows:
         index: of the table, which the batches' ids are mapped by.
         windows: the log.
         every: steps between two looks.
-        ranks: the process group.
+        context: the process group.
     """
 
     def __init__(
-        self, model: nn.Module, index: ItemIndex, windows: Transport, every: int, ranks: Ranks
+        self, model: nn.Module, index: ItemIndex, windows: Transport, every: int, context: DistributedContext
     ) -> None:
         if every < 1:
             raise ValueError(f"windows are looked for every {every} steps; it has to be at least 1")
         self._model, self._index, self._windows = model, index, windows
-        self._every, self._ranks = every, ranks
+        self._every, self._context = every, context
         self.applied = 0
 
     @property
@@ -51,7 +51,7 @@ class LiveWindows:
 
         Raises:
             WindowGap: the log has forgotten windows that the table lacks.
-            HeadRoomExhausted: there is no row left for a new item.
+            SpareRowsExhausted: there is no row left for a new item.
         """
         if done % self._every == 0:
             self.catch_up()
@@ -66,7 +66,7 @@ class LiveWindows:
         while seq is None or self.seq < seq:
             stop = self.seq + CHUNK if seq is None else min(seq, self.seq + CHUNK)
             found, problem = self._read(stop)
-            common = min(self._ranks.all_gather_objects(len(found)))
+            common = min(self._context.all_gather_objects(len(found)))
             if not common:
                 if seq is not None:
                     number = self.seq + 1
@@ -75,7 +75,7 @@ class LiveWindows:
             for window in found[:common]:
                 apply_window(self._model, self._index, window)
             self.applied += common
-            if self._ranks.is_main:
+            if self._context.is_main:
                 log.info("windows applied up to %d, %d items in the table", self.seq, len(self._index))
 
     def expected_digest(self, table: Table) -> str:
@@ -99,6 +99,6 @@ class LiveWindows:
                     break
                 found.append(window)
         except OSError as error:
-            log.warning("rank %d: %s; windows are looked for again later", self._ranks.rank, error)
+            log.warning("rank %d: %s; windows are looked for again later", self._context.rank, error)
             return found, error
         return found, None

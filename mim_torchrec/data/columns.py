@@ -39,7 +39,7 @@ class Jagged:
 
 
 @dataclass(frozen=True)
-class Requests:
+class RequestColumns:
     """Some requests: scalars by name (num_requests,), behaviors, candidates, and further lists of ids."""
 
     scalars: dict[str, np.ndarray]
@@ -50,14 +50,16 @@ class Requests:
     def __len__(self) -> int:
         return len(self.scalars["request_id"])
 
-    def take(self, rows: np.ndarray, max_behaviors: int | None = None) -> "Requests":
+    def take(self, rows: np.ndarray, max_behaviors: int | None = None) -> "RequestColumns":
         """Some rows in the order given, each with its last `max_behaviors` behaviors."""
         scalars = {name: values[rows] for name, values in self.scalars.items()}
         ids = {name: jagged.take(rows) for name, jagged in self.ids.items()}
-        return Requests(scalars, self.behavior.take(rows, max_behaviors), self.candidate.take(rows), ids)
+        return RequestColumns(
+            scalars, self.behavior.take(rows, max_behaviors), self.candidate.take(rows), ids
+        )
 
 
-def concatenate(parts: Sequence[Requests]) -> Requests:
+def concatenate(parts: Sequence[RequestColumns]) -> RequestColumns:
     """Join requests that have the same columns."""
     if len(parts) == 1:
         return parts[0]
@@ -70,7 +72,7 @@ def concatenate(parts: Sequence[Requests]) -> Requests:
     scalars = {name: np.concatenate([part.scalars[name] for part in parts]) for name in names}
     ids = {name: joined([part.ids[name] for part in parts]) for name in parts[0].ids}
     behavior, candidate = ([getattr(part, role) for part in parts] for role in ROLES)
-    return Requests(scalars, joined(behavior), joined(candidate), ids)
+    return RequestColumns(scalars, joined(behavior), joined(candidate), ids)
 
 
 def decode(
@@ -80,7 +82,7 @@ def decode(
     file: str | Path,
     row_group: int,
     features: Features = NO_FEATURES,
-) -> tuple[Requests, int]:
+) -> tuple[RequestColumns, int]:
     """Turn a row group into arrays, checking every row of it.
 
     A row is bad when a value is null, parallel lists differ in length, there is no candidate, a label is not
@@ -127,7 +129,7 @@ def decode(
         row = int(np.argmax(is_bad))
         _, column, problem = next(check for check in bad if check[0][row])
         raise DataError(problem, file, row_group, row, column)
-    requests = Requests(scalars, jagged["behavior"], jagged["candidate"], ids)
+    requests = RequestColumns(scalars, jagged["behavior"], jagged["candidate"], ids)
     return requests.take(np.flatnonzero(~is_bad), max_behaviors), int(is_bad.sum())
 
 

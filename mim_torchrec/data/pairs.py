@@ -123,7 +123,9 @@ class PairDataset(TorchDataset):
         missing = np.flatnonzero(self._times == _NO_TIME)
         if len(missing):
             problem = "is null or not there, so the last pairs cannot be held out"
-            raise DataError(f"{problem}; --validation-share 0 trains on all", *self._origin[missing[0]], "ts")
+            raise DataError(
+                f"{problem}; --validation-fraction 0 trains on all", *self._origin[missing[0]], "ts"
+            )
         return self._times
 
     def __getitem__(self, index: int) -> dict[str, bytes | int]:

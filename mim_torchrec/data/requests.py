@@ -21,7 +21,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mim_torchrec.data.batch import RequestBatch
-from mim_torchrec.data.columns import Requests, concatenate, decode
+from mim_torchrec.data.columns import RequestColumns, concatenate, decode
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.features import NO_FEATURES, Features
 from mim_torchrec.data.schema import (
@@ -132,7 +132,7 @@ class RequestReader(IterableDataset):
         pool = self._pool(self._done)
         start, stop = self._share(self._left(self._done), self._rank, self._world_size)
         bounds = _bounds(stop - start, self.num_batches)
-        buffer: Requests | None = None
+        buffer: RequestColumns | None = None
         position, done = 0, 0
         for chunk in self._stream(pool, self._rank, self._world_size):
             rest = [] if buffer is None else [buffer.take(np.arange(position, len(buffer)))]
@@ -233,7 +233,7 @@ class RequestReader(IterableDataset):
                 yield chunk[rng.permutation(len(chunk))] if self._shuffle else chunk
                 waiting = []
 
-    def _rows(self, positions: np.ndarray) -> Requests:
+    def _rows(self, positions: np.ndarray) -> RequestColumns:
         """Read rows, given by their positions in the files' own order."""
         units, of_row = np.unique(
             np.searchsorted(self._first, positions, side="right") - 1, return_inverse=True
@@ -242,7 +242,7 @@ class RequestReader(IterableDataset):
         starts = np.cumsum([0, *map(len, parts)])[:-1]
         return concatenate(parts).take(starts[of_row] + positions - self._first[units][of_row])
 
-    def _read(self, file: Path, row_group: int) -> tuple[Requests, int]:
+    def _read(self, file: Path, row_group: int) -> tuple[RequestColumns, int]:
         if self._opened is None or self._opened[0] != file:
             self._opened = (file, open_parquet(file, REQUESTS, REQUESTS_REQUIRED))
         table = read_row_group(self._opened[1], row_group, self._columns, file)
@@ -278,7 +278,7 @@ def _counts(parquet: pq.ParquetFile, row_group: int, file: Path) -> tuple[int, i
     return group.num_rows, column.num_values
 
 
-def _to_batch(requests: Requests, wanted: Features) -> RequestBatch:
+def _to_batch(requests: RequestColumns, wanted: Features) -> RequestBatch:
     ones = np.ones(len(requests), np.int32)
     features = [("user_id", requests.scalars["user_id"], ones)]
     if "query_id" in requests.scalars:

@@ -24,38 +24,44 @@ from mim_torchrec.data.errors import DataError
 SPLITS = ("train", "validation", "test")
 TIME = pa.timestamp("us")
 
-ITEMS = pa.schema([
-    ("item_id", pa.int64()),
-    ("title", pa.string()),
-    ("image", pa.binary()),  # JPEG, PNG or WebP
-    ("category", pa.string()),
-    ("listed_at", TIME),
-])
+ITEMS = pa.schema(
+    [
+        ("item_id", pa.int64()),
+        ("title", pa.string()),
+        ("image", pa.binary()),  # JPEG, PNG or WebP
+        ("category", pa.string()),
+        ("listed_at", TIME),
+    ]
+)
 ITEMS_REQUIRED = ("item_id",)
 
-PAIRS = pa.schema([
-    ("query_image", pa.binary()),  # null: the query is the image of the item whose id is query_id
-    ("query_id", pa.int64()),
-    ("item_id", pa.int64()),
-    ("hard_negative_item_id", pa.int64()),  # null: drawn from the category of item_id
-    ("signal", pa.string()),
-    ("ts", TIME),
-])
+PAIRS = pa.schema(
+    [
+        ("query_image", pa.binary()),  # null: the query is the image of the item whose id is query_id
+        ("query_id", pa.int64()),
+        ("item_id", pa.int64()),
+        ("hard_negative_item_id", pa.int64()),  # null: drawn from the category of item_id
+        ("signal", pa.string()),
+        ("ts", TIME),
+    ]
+)
 PAIRS_REQUIRED = ("query_id", "item_id")
 SIGNALS = ("purchase", "click")
 
-REQUESTS = pa.schema([
-    ("request_id", pa.int64()),
-    ("user_id", pa.int64()),
-    ("query_id", pa.int64()),
-    ("ts", TIME),
-    ("behavior_item_ids", pa.list_(pa.int64())),  # in order of time, strictly before ts
-    ("behavior_categories", pa.list_(pa.string())),
-    ("behavior_ts", pa.list_(TIME)),
-    ("candidate_item_ids", pa.list_(pa.int64())),
-    ("candidate_categories", pa.list_(pa.string())),
-    ("labels", pa.list_(pa.int8())),  # 0 or 1
-])
+REQUESTS = pa.schema(
+    [
+        ("request_id", pa.int64()),
+        ("user_id", pa.int64()),
+        ("query_id", pa.int64()),
+        ("ts", TIME),
+        ("behavior_item_ids", pa.list_(pa.int64())),  # in order of time, strictly before ts
+        ("behavior_categories", pa.list_(pa.string())),
+        ("behavior_ts", pa.list_(TIME)),
+        ("candidate_item_ids", pa.list_(pa.int64())),
+        ("candidate_categories", pa.list_(pa.string())),
+        ("labels", pa.list_(pa.int8())),  # 0 or 1
+    ]
+)
 REQUESTS_REQUIRED = ("request_id", "user_id", "behavior_item_ids", "candidate_item_ids", "labels")
 
 TRUTH = pa.schema([("request_id", pa.int64()), ("click_probability", pa.list_(pa.float32()))])

@@ -25,7 +25,7 @@ from mim_torchrec.data.shop_items import (
     draw_styles,
     draw_titles,
 )
-from mim_torchrec.data.shop_log import Catalog, Crowd, search, simulate
+from mim_torchrec.data.shop_log import Crowd, ShopItems, search, simulate
 from mim_torchrec.data.writing import DatasetWriter, lists
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class ShopConfig:
     """Seed; equal arguments give equal bytes."""
 
 
-def make_catalog(config: ShopConfig) -> Catalog:
+def make_catalog(config: ShopConfig) -> ShopItems:
     """Draw items: style, category, time of listing."""
     rng = np.random.default_rng((config.seed, 1))
     listed = rng.uniform(0, config.days, config.items)
@@ -74,7 +74,7 @@ def make_catalog(config: ShopConfig) -> Catalog:
     listed[:stock] -= config.days
     category = rng.integers(config.categories, size=config.items)
     centers = 0.6 * rng.normal(size=(config.categories, STYLE_DIM))
-    return Catalog(
+    return ShopItems(
         ids=1_000_000 + rng.permutation(10 * config.items)[: config.items].astype(np.int64),
         category=category,
         centers=centers,
@@ -100,7 +100,7 @@ def make_crowd(config: ShopConfig) -> Crowd:
     )
 
 
-def items_table(config: ShopConfig, catalog: Catalog) -> pa.Table:
+def items_table(config: ShopConfig, catalog: ShopItems) -> pa.Table:
     """Render the item table; `bid` is a column beside the schema's."""
     rng = np.random.default_rng((config.seed, 3))
     table = pa.table(
@@ -116,7 +116,7 @@ def items_table(config: ShopConfig, catalog: Catalog) -> pa.Table:
     return table.append_column("bid", pa.array(catalog.bid))
 
 
-def pairs_table(config: ShopConfig, catalog: Catalog, crowd: Crowd) -> pa.Table:
+def pairs_table(config: ShopConfig, catalog: ShopItems, crowd: Crowd) -> pa.Table:
     """Render the image searches of training time: a purchase and a click each, in this order."""
     rng = np.random.default_rng((config.seed, 4))
     stop = START + int(0.8 * config.days * DAY)
@@ -137,7 +137,7 @@ def pairs_table(config: ShopConfig, catalog: Catalog, crowd: Crowd) -> pa.Table:
     )
 
 
-def requests_table(config: ShopConfig, catalog: Catalog, crowd: Crowd) -> tuple[pa.Table, pa.Table]:
+def requests_table(config: ShopConfig, catalog: ShopItems, crowd: Crowd) -> tuple[pa.Table, pa.Table]:
     """Simulate the log; returns the requests in order of time and the truth about them."""
     rng = np.random.default_rng((config.seed, 5))
     run = simulate(

@@ -26,7 +26,7 @@ SEARCHED = 60
 
 
 @dataclass(frozen=True)
-class Catalog:
+class ShopItems:
     """Items: ids, category, style (n, 8), quality, listed_at (us), bid; of categories centers, appeal."""
 
     ids: np.ndarray
@@ -80,7 +80,7 @@ class Searches:
 class _Shelf:
     """What is listed in a block of time, drawn with more weight for the new and the popular."""
 
-    def __init__(self, catalog: Catalog, recent_clicks: np.ndarray, now: int, span: int) -> None:
+    def __init__(self, catalog: ShopItems, recent_clicks: np.ndarray, now: int, span: int) -> None:
         self.order = np.argsort(catalog.category, kind="stable")
         self.order = self.order[catalog.listed_at[self.order] < now]
         age = (now - catalog.listed_at[self.order]) / span
@@ -115,7 +115,7 @@ class _Shelf:
 
 
 def simulate(
-    catalog: Catalog,
+    catalog: ShopItems,
     crowd: Crowd,
     *,
     requests: int,
@@ -167,7 +167,7 @@ def simulate(
 
 
 def _logits(
-    catalog: Catalog, crowd: Crowd, shelf: _Shelf, user: np.ndarray, items: np.ndarray, style_weight: float
+    catalog: ShopItems, crowd: Crowd, shelf: _Shelf, user: np.ndarray, items: np.ndarray, style_weight: float
 ) -> np.ndarray:
     """(n, items each)."""
     style = catalog.style[items] / np.sqrt(STYLE_DIM)
@@ -179,7 +179,7 @@ def _logits(
 
 
 def search(
-    catalog: Catalog, crowd: Crowd, *, searches: int, start: int, stop: int, rng: np.random.Generator
+    catalog: ShopItems, crowd: Crowd, *, searches: int, start: int, stop: int, rng: np.random.Generator
 ) -> Searches:
     """Users search with a picture near a taste of theirs, buy the listed item most like it, click another."""
     user = rng.choice(len(crowd.ids), searches, p=crowd.activity)

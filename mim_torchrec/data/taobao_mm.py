@@ -57,7 +57,7 @@ class TaobaoMMConfig:
     """At which end of a history the newest behavior is; the data set does not say."""
     max_candidates: int = 50
     """Most samples of a user in a request."""
-    validation_share: float = 0.05
+    validation_fraction: float = 0.05
     """Share of the training samples, drawn at random, that becomes the validation part."""
     label_order: Literal["not_clicked_first", "clicked_first"] = "not_clicked_first"
     """What the two numbers of `label_0` are."""
@@ -159,7 +159,7 @@ def _hash(ids: np.ndarray) -> np.ndarray:
     return (ids.view(np.uint64) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(33)
 
 
-class Requests:
+class RequestsWriter:
     """Samples of a part of the users as requests.
 
     Args:
@@ -187,7 +187,7 @@ class Requests:
         self.samples, self.clicks = self.samples + len(label), self.clicks + int(label.sum())
         held_out = np.zeros(len(label), bool)
         if split == "train":
-            held_out = self._rng.random(len(label)) < self._config.validation_share
+            held_out = self._rng.random(len(label)) < self._config.validation_fraction
         row = row.fill_null(0).to_numpy()
         for name, chosen in ((split, ~held_out), ("validation", held_out)):
             kept = np.flatnonzero(chosen & has_user & has_item)
@@ -261,14 +261,14 @@ def convert(config: TaobaoMMConfig) -> dict[str, Any]:
             are clicks, which no advertising has.
         TableError: the vectors cannot be imported.
     """
-    if not 0 < config.validation_share < 1:
-        raise ValueError(f"--validation-share is {config.validation_share}; it must be between 0 and 1")
+    if not 0 < config.validation_fraction < 1:
+        raise ValueError(f"--validation-fraction is {config.validation_share}; it must be between 0 and 1")
     if min(config.partitions, config.max_behaviors, config.max_candidates) < 1:
         raise ValueError("partitions, behaviors and candidates are at least 1 each")
     source = {"command": "mim import taobao-mm", "of": "arXiv 2512.07216", "newest": config.newest}
     with DatasetWriter(config.out, name="taobao-mm", source=source) as writer:
         items = write_items(config, writer)
-        requests = Requests(config, items)
+        requests = RequestsWriter(config, items)
         scratch = Path(tempfile.mkdtemp(prefix="parts-", dir=writer.partial))
         for split in ("train", "test"):
             users = batches(find(config.source, f"{split}_user_features"), USER_COLUMNS, more="130_")
@@ -314,8 +314,10 @@ def main(argv: list[str] | None = None) -> None:
     log.info("%d items, %d samples, %.2f%% of them clicks, requests %s", found["items"], found["samples"],
              100 * found["clicks"] / max(found["samples"], 1), found["requests"])  # fmt: skip
     features = " ".join(["--sparse-features", *found["features"]]) if found["features"] else ""
-    print(f"mim ctr --data {config.out} --table {config.out / 'table'} --preset recommended --ubm sim "
-          f"--gaps order --max-behaviors {config.max_behaviors} --out runs/taobao-mm {features}")  # fmt: skip
+    print(
+        f"mim ctr --data {config.out} --table {config.out / 'table'} --preset recommended --ubm sim "
+        f"--recency order --max-behaviors {config.max_behaviors} --out runs/taobao-mm {features}"
+    )
 
 
 if __name__ == "__main__":

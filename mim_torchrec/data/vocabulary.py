@@ -44,7 +44,7 @@ class Vocabulary:
 
     Args:
         ids: (n,) int64, strictly ascending.
-        num_embeddings: rows of the table, at least n + 1; more is head-room for ids to come.
+        num_embeddings: rows of the table, at least n + 1; more is spare rows for ids to come.
 
     >>> vocabulary = Vocabulary.build(np.array([30, 10, 10]))
     >>> vocabulary.rows(torch.tensor([10, 30, 99])).tolist(), vocabulary.num_embeddings
@@ -60,10 +60,10 @@ class Vocabulary:
         self.unknown = 0
 
     @classmethod
-    def build(cls, ids: np.ndarray, head_room: float = 0.0) -> "Vocabulary":
-        """Vocabulary of ids (any order, repeated or not), with `head_room` times as many spare rows."""
+    def build(cls, ids: np.ndarray, spare_rows: float = 0.0) -> "Vocabulary":
+        """Vocabulary of ids (any order, repeated or not), with `spare_rows` times as many spare rows."""
         unique = torch.from_numpy(np.unique(np.asarray(ids, np.int64)))
-        return cls(unique, 1 + math.ceil(unique.numel() * (1.0 + head_room)))
+        return cls(unique, 1 + math.ceil(unique.numel() * (1.0 + spare_rows)))
 
     @property
     def ids(self) -> Tensor:
@@ -168,7 +168,7 @@ class IdMapper:
         mapped = KeyedJaggedTensor(keys=keys, values=torch.cat(values), lengths=torch.cat(lengths))
         return replace(batch, sparse=mapped)
 
-    def unknown_shares(self) -> dict[str, float]:
+    def unknown_fractions(self) -> dict[str, float]:
         """Share of unknown ids so far, by vocabulary ("mm" is the multi-modal table)."""
         named = self.vocabularies | ({} if self._mm is None else {"mm": self._mm})
         return {name: v.unknown / v.seen for name, v in named.items() if v.seen}

@@ -1,8 +1,8 @@
 """An item encoder, or two towers alone, on disk: a directory that needs nothing else to be loaded.
 
-    config.json          format, names, sizes, preprocessing
-    model.safetensors    all weights, towers included; for towers vision.safetensors and text.safetensors
-    text/                configuration and tokenizer of the text tower
+config.json          format, names, sizes, preprocessing
+model.safetensors    all weights, towers included; for towers vision.safetensors and text.safetensors
+text/                configuration and tokenizer of the text tower
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from torch import nn
 from mim_torchrec.encoders.item_encoder import HeadConfig, ItemEncoder, ItemEncoderConfig
 from mim_torchrec.encoders.text import TextEncoder, TextEncoderConfig
 from mim_torchrec.encoders.vision import VisionEncoder, VisionEncoderConfig
-from mim_torchrec.training.checkpoint import whole_directory, write_json
+from mim_torchrec.training.checkpoint import atomic_directory, write_json
 
 FORMAT_VERSION = 1
 
@@ -36,7 +36,7 @@ class Towers(NamedTuple):
 
 def save_encoder(encoder: ItemEncoder, path: Path) -> str:
     """Write a checkpoint, in the place of what is at `path`; returns its version."""
-    with whole_directory(path) as folder:
+    with atomic_directory(path) as folder:
         _save_weights(encoder, folder / "model.safetensors")
         encoder.text.save(folder / "text")
         config = {
@@ -76,7 +76,7 @@ def encoder_version(path: Path | str) -> str:
 def save_towers(vision: VisionEncoder, text: TextEncoder, path: Path) -> str:
     """Write two towers, in the place of what is at `path`; returns their version."""
     version = towers_version(vision, text)
-    with whole_directory(path) as folder:
+    with atomic_directory(path) as folder:
         _save_weights(vision, folder / "vision.safetensors")
         _save_weights(text, folder / "text.safetensors")
         text.save(folder / "text")
@@ -155,9 +155,7 @@ def module_version(encoder: ItemEncoder | VisionEncoder | TextEncoder) -> str:
 def _describe(vision: VisionEncoder, text: TextEncoder) -> dict[str, Any]:
     return {
         "vision": {"name": vision.config.name} | vision.preprocessing(),
-        "text": {
-            "name": Path(text.config.name).name, "max_length": text.max_length, "pooling": text.pooling
-        },
+        "text": {"name": Path(text.config.name).name, "max_length": text.max_length, "pooling": text.pooling},
     }
 
 

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from mim_torchrec.encoders.checkpoint import module_version
 from mim_torchrec.encoders.pixels import HasTowers, share_of
-from mim_torchrec.training.checkpoint import whole_directory
-from mim_torchrec.training.distributed import Ranks
+from mim_torchrec.training.checkpoint import atomic_directory
+from mim_torchrec.training.distributed import DistributedContext
 
 log = logging.getLogger(__name__)
 
@@ -39,30 +39,34 @@ def query_features_file(cache: Path, towers: HasTowers, content: str) -> Path:
 
 
 def read_or_compute(
-    file: Callable[[], Path], compute: Callable[[], dict[str, Tensor]], ranks: Ranks
+    file: Callable[[], Path], compute: Callable[[], dict[str, Tensor]], context: DistributedContext
 ) -> dict[str, Tensor]:
     """Read a file, or compute what belongs into it and write it.
 
     Args:
         file: says which, called on one rank only, as it takes hashing.
         compute: called on every rank if there is no file; the same tensors on all.
-        ranks: the process group.
+        context: the process group.
     """
-    path = ranks.all_gather_objects(file() if ranks.is_main else None)[0]
-    if all(ranks.all_gather_objects(path.is_file())):
+    path = context.all_gather_objects(file() if context.is_main else None)[0]
+    if all(context.all_gather_objects(path.is_file())):
         log.info("features of frozen towers read from %s", path)
         return load_file(path)
     found = compute()
-    if ranks.is_main:
-        with whole_directory(path.parent) as folder:
+    if context.is_main:
+        with atomic_directory(path.parent) as folder:
             save_file(found, folder / path.name)
-    ranks.barrier()
+    context.barrier()
     return found
 
 
 @torch.no_grad()
 def compute_features(
-    encode: Callable[[np.ndarray], Tensor], index: np.ndarray, batch_size: int, what: str, ranks: Ranks
+    encode: Callable[[np.ndarray], Tensor],
+    index: np.ndarray,
+    batch_size: int,
+    what: str,
+    context: DistributedContext,
 ) -> Tensor:
     """Features (len(index), dim) on the CPU, each computed by one rank and given to all.
 
@@ -71,16 +75,16 @@ def compute_features(
         index: of pictures or titles.
         batch_size: how many at a time.
         what: for the progress bar.
-        ranks: the process group.
+        context: the process group.
     """
-    mine = index[share_of(len(index), ranks)]
+    mine = index[share_of(len(index), context)]
     parts = []
-    with tqdm(total=len(mine), desc=f"encode {what}", disable=not ranks.is_main) as progress:
+    with tqdm(total=len(mine), desc=f"encode {what}", disable=not context.is_main) as progress:
         for start in range(0, len(mine), batch_size):
             some = mine[start : start + batch_size]
             parts.append(encode(some).float().cpu().numpy())
             progress.update(len(some))
-    gathered = [array for part in ranks.all_gather_objects(parts) for array in part]
+    gathered = [array for part in context.all_gather_objects(parts) for array in part]
     return torch.from_numpy(np.concatenate(gathered)) if gathered else torch.zeros(0, 0)
 
 

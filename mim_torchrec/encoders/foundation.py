@@ -46,9 +46,7 @@ class TextModel:
 
 
 def _bert_large() -> BertConfig:
-    return BertConfig(
-        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096
-    )
+    return BertConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
 
 
 def _beit3_large() -> Beit3TextConfig:

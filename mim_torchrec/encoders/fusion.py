@@ -25,9 +25,7 @@ class TensorFusion(nn.Module):
         dropout: on the hidden layer.
     """
 
-    def __init__(
-        self, dim: int, fusion_dim: int = 64, hidden_dim: int = 256, dropout: float = 0.0
-    ) -> None:
+    def __init__(self, dim: int, fusion_dim: int = 64, hidden_dim: int = 256, dropout: float = 0.0) -> None:
         super().__init__()
         self.image = nn.Sequential(nn.Linear(dim, fusion_dim), nn.LayerNorm(fusion_dim))
         self.text = nn.Sequential(nn.Linear(dim, fusion_dim), nn.LayerNorm(fusion_dim))

@@ -14,17 +14,17 @@ from tqdm import tqdm
 
 from mim_torchrec.encoders.text import TextEncoder
 from mim_torchrec.encoders.vision import VisionEncoder
-from mim_torchrec.training.distributed import Ranks
+from mim_torchrec.training.distributed import DistributedContext
 
 log = logging.getLogger(__name__)
 
 Tokens = dict[str, Tensor]
 
 
-class Catalog(Protocol):
+class ItemContent(Protocol):
     """Where pictures and titles come from."""
 
-    num_pictures: int
+    num_images: int
 
     def titles(self, rows: np.ndarray) -> list[str]:
         """Titles of items."""
@@ -47,22 +47,24 @@ class PixelInputs:
         catalog: pictures and titles.
         encoder: whose preprocessing is used.
         memory_gib: pictures are decoded once if they fit into this; None decodes whenever they are asked for.
-        ranks: the process group; each rank decodes its share, all keep all.
+        context: the process group; each rank decodes its share, all keep all.
     """
 
-    def __init__(self, catalog: Catalog, encoder: HasTowers, memory_gib: float | None, ranks: Ranks) -> None:
-        self._catalog, self._encoder, self._ranks = catalog, encoder, ranks
+    def __init__(
+        self, catalog: ItemContent, encoder: HasTowers, memory_gib: float | None, context: DistributedContext
+    ) -> None:
+        self._catalog, self._encoder, self._context = catalog, encoder, context
         self._pool = ThreadPoolExecutor(4)
-        size = catalog.num_pictures * 3 * encoder.vision.image_size**2
+        size = catalog.num_images * 3 * encoder.vision.image_size**2
         self._pixels: Tensor | None = None
         if memory_gib is None:
             return
         if size <= memory_gib * 2**30:
-            mine = share_of(catalog.num_pictures, ranks)
+            mine = share_of(catalog.num_images, context)
             chunks = [mine[i : i + 256] for i in range(0, len(mine), 256)]
-            progress = tqdm(chunks, desc="decode images", unit="batch", disable=not ranks.is_main)
+            progress = tqdm(chunks, desc="decode images", unit="batch", disable=not context.is_main)
             decoded = [self._decode(chunk).numpy() for chunk in progress]
-            parts = ranks.all_gather_objects(decoded)
+            parts = context.all_gather_objects(decoded)
             self._pixels = torch.from_numpy(np.concatenate([array for part in parts for array in part]))
         else:
             log.info("%.1f GiB of pixels are over the limit of %.1f GiB: every epoch decodes its images",
@@ -71,18 +73,20 @@ class PixelInputs:
     def pictures(self, index: np.ndarray) -> Tensor:
         """(n, 3, image_size, image_size) uint8."""
         pixels = self._decode(index) if self._pixels is None else self._pixels[torch.from_numpy(index)]
-        return pixels.to(self._ranks.device)
+        return pixels.to(self._context.device)
 
     def texts(self, rows: np.ndarray) -> Tokens:
         """`input_ids` and `attention_mask`, (n, num_tokens)."""
         tokens = self._encoder.text.tokenize(self._catalog.titles(rows))
-        return {name: value.to(self._ranks.device) for name, value in tokens.items()}
+        return {name: value.to(self._context.device) for name, value in tokens.items()}
 
     def _decode(self, index: np.ndarray) -> Tensor:
         decoded = self._pool.map(lambda one: self._catalog.decode(int(one), self._encoder.vision), index)
         return torch.stack(list(decoded))
 
 
-def share_of(count: int, ranks: Ranks) -> np.ndarray:
+def share_of(count: int, context: DistributedContext) -> np.ndarray:
     """This rank's share of 0 … count - 1, contiguous."""
-    return np.arange(count * ranks.rank // ranks.world_size, count * (ranks.rank + 1) // ranks.world_size)
+    return np.arange(
+        count * context.rank // context.world_size, count * (context.rank + 1) // context.world_size
+    )

@@ -15,7 +15,7 @@ from mim_torchrec.encoders.checkpoint import Towers
 from mim_torchrec.encoders.pixels import PixelInputs, Tokens
 from mim_torchrec.losses.alignment import ImageTextContrastive
 from mim_torchrec.pretraining.config import AlignmentConfig
-from mim_torchrec.pretraining.objective import Objective
+from mim_torchrec.pretraining.objective import PretrainingObjective
 
 
 @dataclass
@@ -27,14 +27,14 @@ class ItemBatch:
     rows: Tensor
 
 
-class ImageTextModel(Objective):
+class ImageTextModel(PretrainingObjective):
     """Both towers, their projections to one size, and the loss.
 
     Args:
         towers: vision and text.
         inputs: pictures and tokens by item row.
         config: size of the projections, and the loss.
-        fix_batch_norm: as in `Objective`.
+        fix_batch_norm: as in `PretrainingObjective`.
     """
 
     def __init__(

@@ -93,7 +93,7 @@ class PretrainConfig:
     every rank would take its own. By default so unless the vision tower starts with random weights."""
     patience: int | None = None
     """Stop a phase after this many epochs without a lower loss of held-out items."""
-    validation_share: float = 0.05
+    validation_fraction: float = 0.05
     """Share of the items that are held out, the same in every phase."""
     seed: int = 0
     """Seed of the initial weights, of the order of the items, of masks and of dropout."""
@@ -108,7 +108,7 @@ class PretrainConfig:
     log_every: int = 20
     """Steps between two entries of the log."""
 
-    def same_run(self) -> dict[str, Any]:
+    def resume_fingerprint(self) -> dict[str, Any]:
         """What a run that is taken up must have been started with."""
         free = {"out", "checkpoint", "log_every", "image_memory_gib", "item_cache"}
         return {name: value for name, value in asdict(self).items() if name not in free}

@@ -34,13 +34,13 @@ from mim_torchrec.encoders.text import TextEncoder, learns_tokenizer, train_toke
 from mim_torchrec.encoders.vision import VisionEncoder
 from mim_torchrec.pretraining.alignment import ImageTextModel
 from mim_torchrec.pretraining.config import PhaseConfig, PretrainConfig
-from mim_torchrec.pretraining.objective import Objective
+from mim_torchrec.pretraining.objective import PretrainingObjective
 from mim_torchrec.pretraining.task import PretrainTask
 from mim_torchrec.pretraining.text import LanguageModel
 from mim_torchrec.pretraining.vision import MaskedImageModel
 from mim_torchrec.training.checkpoint import write_json
 from mim_torchrec.training.checkpoints import Checkpoints
-from mim_torchrec.training.distributed import Ranks, distributed
+from mim_torchrec.training.distributed import DistributedContext, distributed
 from mim_torchrec.training.loop import fit
 
 log = logging.getLogger("mim_torchrec.pretraining")  # also where this file is __main__
@@ -51,7 +51,7 @@ class ItemCatalog:
 
     def __init__(self, items: ItemStore) -> None:
         self._items = items
-        self.num_pictures = len(items)
+        self.num_images = len(items)
 
     def titles(self, rows: np.ndarray) -> list[str]:
         """Titles of items."""
@@ -62,35 +62,37 @@ class ItemCatalog:
         return vision.transform(self._items.images(np.array([picture]))[0])
 
 
-def pretrain(config: PretrainConfig, ranks: Ranks) -> dict[str, Any]:
+def pretrain(config: PretrainConfig, context: DistributedContext) -> dict[str, Any]:
     """Run the stage on an initialized process group; returns what metrics.json holds."""
     if not config.phases or len(set(config.phases)) < len(config.phases):
         raise ValueError(f"--phases {' '.join(config.phases)}: name at least one, and each once")
-    if not 0 <= config.validation_share < 1:
-        raise ValueError(f"--validation-share is {config.validation_share}; it must be in [0, 1)")
+    if not 0 <= config.validation_fraction < 1:
+        raise ValueError(f"--validation-fraction is {config.validation_share}; it must be in [0, 1)")
     config.out.mkdir(parents=True, exist_ok=True)
-    if ranks.is_main:
+    if context.is_main:
         write_json(config.out / "config.json", asdict(config))
     items = ItemStore.open(Dataset(config.data), config.item_cache or config.out / "items")
     order = np.random.default_rng(config.seed).permutation(len(items))
-    cut = round(len(items) * config.validation_share)
+    cut = round(len(items) * config.validation_fraction)
     held_out, train = np.sort(order[:cut]), np.sort(order[cut:])
     towers = _towers(config, items)
     log.info("%d items to train on, %d held out, towers %s and %s", len(train), len(held_out),
              towers.vision.config.name, towers.text.config.name)  # fmt: skip
     reads_images = set(config.phases) != {"dda-text"}
-    inputs = PixelInputs(ItemCatalog(items), towers, config.image_memory_gib if reads_images else None, ranks)
+    inputs = PixelInputs(
+        ItemCatalog(items), towers, config.image_memory_gib if reads_images else None, context
+    )
     metrics: dict[str, Any] = {"items": len(train), "held_out_items": len(held_out), "seed": config.seed,
-                               "world_size": ranks.world_size, "phases": {}}  # fmt: skip
+                               "world_size": context.world_size, "phases": {}}  # fmt: skip
     for name in config.phases:
         metrics["phases"][name] = _run_phase(
-            config, name, towers, inputs, train, held_out, items.item_ids, ranks
+            config, name, towers, inputs, train, held_out, items.item_ids, context
         )
-    if ranks.is_main:
+    if context.is_main:
         metrics["towers_version"] = save_towers(*towers, config.out / "towers")
         write_json(config.out / "metrics.json", metrics)
         log.info("towers %s, version %s", config.out / "towers", metrics["towers_version"])
-    ranks.barrier()
+    context.barrier()
     return metrics
 
 
@@ -102,7 +104,7 @@ def _run_phase(
     train: np.ndarray,
     held_out: np.ndarray,
     item_ids: np.ndarray,
-    ranks: Ranks,
+    context: DistributedContext,
 ) -> dict[str, Any]:
     """Train a phase and leave its best epoch in the towers; returns what its metrics.json holds."""
     started = time.perf_counter()
@@ -110,9 +112,9 @@ def _run_phase(
     settings = {"dda-vision": config.dda_vision, "dda-text": config.dda_text, "dma": config.dma}
     phase: PhaseConfig = settings[name]
     torch.manual_seed(config.seed)  # a phase starts alike whether or not others ran before it
-    objective = _objective(config, name, towers, inputs).to(ranks.device)
-    torch.manual_seed(config.seed + 1 + ranks.rank)  # dropout differs from rank to rank
-    task = PretrainTask(config, phase, name, objective, towers, train, held_out, item_ids, ranks)
+    objective = _objective(config, name, towers, inputs).to(context.device)
+    torch.manual_seed(config.seed + 1 + context.rank)  # dropout differs from rank to rank
+    task = PretrainTask(config, phase, name, objective, towers, train, held_out, item_ids, context)
     before = task.validate()
     if before:
         log.info("%s before training: %s", name, before)
@@ -120,16 +122,16 @@ def _run_phase(
         task,
         epochs=phase.epochs,
         out=out,
-        ranks=ranks,
+        context=context,
         select="score" if before else None,
         patience=config.patience if before else None,
         log_every=config.log_every,
-        checkpoints=Checkpoints(out / "checkpoints", config.checkpoint, config.same_run(), ranks),
+        checkpoints=Checkpoints(out / "checkpoints", config.checkpoint, config.resume_fingerprint(), context),
     )
-    if ranks.is_main and (out / "best").exists():  # not so where a finished phase is started again
+    if context.is_main and (out / "best").exists():  # not so where a finished phase is started again
         shutil.rmtree(out / "towers", ignore_errors=True)
         os.replace(out / "best", out / "towers")
-    ranks.barrier()
+    context.barrier()
     best = load_towers(out / "towers")
     for ours, kept in zip(towers, best, strict=True):
         ours.load_state_dict(kept.state_dict())
@@ -142,7 +144,7 @@ def _run_phase(
         "towers_version": towers_version(*best),
         "seconds": time.perf_counter() - started,
     }
-    if ranks.is_main:
+    if context.is_main:
         write_json(out / "metrics.json", metrics)
     return metrics
 
@@ -160,7 +162,9 @@ def _towers(config: PretrainConfig, items: ItemStore) -> Towers:
     return Towers(VisionEncoder(config.vision), TextEncoder(config.text, tokenizer=tokenizer))
 
 
-def _objective(config: PretrainConfig, name: str, towers: Towers, inputs: PixelInputs) -> Objective:
+def _objective(
+    config: PretrainConfig, name: str, towers: Towers, inputs: PixelInputs
+) -> PretrainingObjective:
     fix = config.fix_batch_norm
     if fix is None:
         fix = config.vision.weights != "random"
@@ -175,9 +179,9 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of `mim pretrain`."""
     config = tyro.cli(PretrainConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    with distributed(config.seed) as ranks:
-        logging.getLogger("mim_torchrec").setLevel(logging.INFO if ranks.is_main else logging.WARNING)
-        pretrain(config, ranks)
+    with distributed(config.seed) as context:
+        logging.getLogger("mim_torchrec").setLevel(logging.INFO if context.is_main else logging.WARNING)
+        pretrain(config, context)
 
 
 if __name__ == "__main__":

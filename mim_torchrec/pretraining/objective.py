@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
-class Objective(nn.Module, ABC):
+class PretrainingObjective(nn.Module, ABC):
     """The trained part of a phase and its loss in one module, so that DDP averages every gradient.
 
     Args:
@@ -58,7 +58,7 @@ class Objective(nn.Module, ABC):
         report = {name: value for name, value in self.metrics(sums.detach()).items() if name != "loss"}
         return sums[0] * world_size / total.clamp(min=1), report
 
-    def train(self, mode: bool = True) -> "Objective":
+    def train(self, mode: bool = True) -> "PretrainingObjective":
         """Set the mode, which fixed batch normalization does not follow."""
         super().train(mode)
         if self._fix_batch_norm:

@@ -12,8 +12,8 @@ from transformers import get_cosine_schedule_with_warmup
 
 from mim_torchrec.encoders.checkpoint import Towers, save_towers
 from mim_torchrec.pretraining.config import PhaseConfig, PretrainConfig
-from mim_torchrec.pretraining.objective import Objective
-from mim_torchrec.training.distributed import Ranks
+from mim_torchrec.pretraining.objective import PretrainingObjective
+from mim_torchrec.training.distributed import DistributedContext
 from mim_torchrec.training.parallel import synchronize_buffers
 from mim_torchrec.training.state import TrainingState
 
@@ -32,7 +32,7 @@ class PretrainTask:
         train: item rows to train on.
         held_out: item rows to validate on.
         item_ids: (num_items,) ids by row.
-        ranks: the process group.
+        context: the process group.
 
     Raises:
         ValueError: the batch does not divide by the ranks, or there are fewer items than a batch has.
@@ -43,27 +43,27 @@ class PretrainTask:
         config: PretrainConfig,
         phase: PhaseConfig,
         name: str,
-        objective: Objective,
+        objective: PretrainingObjective,
         towers: Towers,
         train: np.ndarray,
         held_out: np.ndarray,
         item_ids: np.ndarray,
-        ranks: Ranks,
+        context: DistributedContext,
     ) -> None:
         size = phase.batch_size
-        if size % ranks.world_size:
-            raise ValueError(f"--{name}.batch-size {size} is not a multiple of {ranks.world_size} ranks")
+        if size % context.world_size:
+            raise ValueError(f"--{name}.batch-size {size} is not a multiple of {context.world_size} ranks")
         if len(train) < size:
             few = f"{len(train)} items to train on are fewer than --{name}.batch-size {size}"
             raise ValueError(f"{few}; lower it")
         self._config, self._batch_size, self._objective = config, size, objective
-        self._towers, self._ranks = towers, ranks
+        self._towers, self._context = towers, context
         self._train, self._item_ids = train, item_ids
         self._rows = train[:0]  # of this rank in the batch that was yielded last
         # every rank validates on as many items: what is left over, fewer than there are ranks, is not used
-        self._held_out = held_out[: len(held_out) // ranks.world_size * ranks.world_size]
+        self._held_out = held_out[: len(held_out) // context.world_size * context.world_size]
         self.model: nn.Module = objective
-        if ranks.world_size > 1:
+        if context.world_size > 1:
             # timm's towers may hold layers after the feature map that is reconstructed from
             unused = name == "dda-vision"
             self.model = nn.parallel.DistributedDataParallel(objective, find_unused_parameters=unused)
@@ -87,7 +87,7 @@ class PretrainTask:
 
     def num_samples(self, batch: Any) -> int:
         """Items of this rank in a batch."""
-        return self._batch_size // self._ranks.world_size
+        return self._batch_size // self._context.world_size
 
     def batch_ids(self, batch: Any) -> dict[str, list[int]]:
         """Item ids of this rank's batch, the last that `batches` has yielded."""
@@ -119,13 +119,13 @@ class PretrainTask:
         synchronize_buffers(self._objective)
         self._objective.eval()
         # in columns of one item a rank, so that every part has as many items on every rank
-        columns = self._held_out.reshape(-1, self._ranks.world_size)
+        columns = self._held_out.reshape(-1, self._context.world_size)
         parts = max(1, round(len(self._held_out) / self._batch_size))
         sums = torch.zeros(3, dtype=torch.float64)
         for part, rows in enumerate(np.array_split(columns, parts)):
             batch = self._batch(rows.ravel(), (self._config.seed, VALIDATION, part))
             sums += self._objective.sums(batch).double().cpu()
-        sums = torch.stack(self._ranks.all_gather_objects(sums)).sum(0)
+        sums = torch.stack(self._context.all_gather_objects(sums)).sum(0)
         if not sums[2]:
             raise ValueError("there is nothing to predict in the held-out items: have their titles words?")
         found = self._objective.metrics(sums)
@@ -133,19 +133,21 @@ class PretrainTask:
 
     def save(self, path: Path) -> None:
         """Write both towers."""
-        if self._ranks.is_main:
+        if self._context.is_main:
             save_towers(*self._towers, path)
 
     def _batch(self, rows: np.ndarray, key: tuple[int, ...]) -> Any:
         """This rank's part of a batch of all ranks."""
-        return self._objective.batch(self._mine(rows), (*key, self._ranks.rank))
+        return self._objective.batch(self._mine(rows), (*key, self._context.rank))
 
     def _mine(self, rows: np.ndarray) -> np.ndarray:
-        count = len(rows) // self._ranks.world_size
-        return rows[self._ranks.rank * count : (self._ranks.rank + 1) * count]
+        count = len(rows) // self._context.world_size
+        return rows[self._context.rank * count : (self._context.rank + 1) * count]
 
 
-def make_optimizer(objective: Objective, phase: PhaseConfig, weight_decay: float) -> torch.optim.AdamW:
+def make_optimizer(
+    objective: PretrainingObjective, phase: PhaseConfig, weight_decay: float
+) -> torch.optim.AdamW:
     """AdamW: decay on matrices only, a learning rate of its own for what stands on the towers."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in objective.named_parameters():  # the towers come first, with what heads share

@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from mim_torchrec.encoders.pixels import PixelInputs, Tokens
 from mim_torchrec.encoders.text import TextEncoder
 from mim_torchrec.pretraining.config import TextAdaptionConfig
-from mim_torchrec.pretraining.objective import Objective, generator
+from mim_torchrec.pretraining.objective import PretrainingObjective, generator
 
 IGNORED = -100
 """What transformers' collators put where nothing is to be predicted."""
@@ -39,7 +39,7 @@ class TokenBatch:
     labels: Tensor
 
 
-class LanguageModel(Objective):
+class LanguageModel(PretrainingObjective):
     """Predicts masked or next tokens.
 
     Args:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mim_torchrec.encoders.pixels import PixelInputs
 from mim_torchrec.encoders.vision import VisionEncoder
 from mim_torchrec.pretraining.config import ImageAdaptionConfig
-from mim_torchrec.pretraining.objective import Objective, generator
+from mim_torchrec.pretraining.objective import PretrainingObjective, generator
 
 
 @dataclass
@@ -29,14 +29,14 @@ class MaskedImages:
     masked: Tensor
 
 
-class MaskedImageModel(Objective):
+class MaskedImageModel(PretrainingObjective):
     """Reconstructs masked patches.
 
     Args:
         vision: the tower, any of timm with `forward_intermediates`.
         inputs: pictures by item row.
         config: size and share of the masked patches.
-        fix_batch_norm: as in `Objective`.
+        fix_batch_norm: as in `PretrainingObjective`.
 
     Raises:
         ValueError: the tower has no feature map, or sizes do not divide one another.

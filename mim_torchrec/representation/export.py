@@ -36,7 +36,7 @@ from mim_torchrec.encoders.vision import VisionEncoder
 from mim_torchrec.representation.ahead import ahead
 from mim_torchrec.representation.config import ExportConfig
 from mim_torchrec.representation.plain import PLAIN, PlainTowers, fit_projection
-from mim_torchrec.training.distributed import Ranks, distributed
+from mim_torchrec.training.distributed import DistributedContext, distributed
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class Encoded:
     """(num_items, dim) float32."""
 
 
-def export(config: ExportConfig, ranks: Ranks) -> Manifest:
+def export(config: ExportConfig, context: DistributedContext) -> Manifest:
     """Run the stage on an initialized process group.
 
     Returns:
@@ -108,42 +108,44 @@ def export(config: ExportConfig, ranks: Ranks) -> Manifest:
         raise TableError(f"{config.out} exists; choose another directory or remove it")
     items = ItemStore.open(Dataset(config.data), config.item_cache or Path(f"{config.out}.items"))
     rows = np.arange(len(items))[
-        len(items) * ranks.rank // ranks.world_size : len(items) * (ranks.rank + 1) // ranks.world_size
+        len(items) * context.rank // context.world_size : len(items)
+        * (context.rank + 1)
+        // context.world_size
     ]
     skipped: list[int] = []
     started = time.perf_counter()
     if config.encoder.startswith(PLAIN):
-        towers = PlainTowers(config.encoder, config.image_size, ranks.device)
-        known = _known_features(config.feature_cache, towers, items, ranks)
-        features = _joined(_encode(items, rows, towers, known, config, ranks, skipped), towers.feature_dim)
-        projection = fit_projection(features.vectors, config.dim, config.pca_items, ranks)
+        towers = PlainTowers(config.encoder, config.image_size, context.device)
+        known = _known_features(config.feature_cache, towers, items, context)
+        features = _joined(_encode(items, rows, towers, known, config, context, skipped), towers.feature_dim)
+        projection = fit_projection(features.vectors, config.dim, config.pca_items, context)
         version, dim = projection.version(towers.version), config.dim
         description = {**towers.description, "pca": {"items": projection.items}}
         batches: Iterable[Encoded] = [Encoded(features.ids, projection(features.vectors))]
     else:
-        encoder = TrainedEncoder(config.encoder, ranks.device)
+        encoder = TrainedEncoder(config.encoder, context.device)
         version, dim, description = encoder.version, encoder.dim, encoder.description
-        known = _known_features(config.feature_cache, encoder.encoder, items, ranks)
-        batches = _encode(items, rows, encoder, known, config, ranks, skipped)
-    written = _write(batches, version, dim, description, config, ranks, skipped)
+        known = _known_features(config.feature_cache, encoder.encoder, items, context)
+        batches = _encode(items, rows, encoder, known, config, context, skipped)
+    written = _write(batches, version, dim, description, config, context, skipped)
     seconds = time.perf_counter() - started
     log.info(
         "%s: %d items x %d %s in %.1f s (%.1f items/s on %d ranks), %d items left out, table_version %s",
-        config.out, written.rows, dim, config.dtype, seconds, written.rows / seconds, ranks.world_size,
+        config.out, written.rows, dim, config.dtype, seconds, written.rows / seconds, context.world_size,
         written.encoder["items_left_out"], version,
     )  # fmt: skip
     return written
 
 
 def _known_features(
-    cache: Path | None, towers: HasTowers, items: ItemStore, ranks: Ranks
+    cache: Path | None, towers: HasTowers, items: ItemStore, context: DistributedContext
 ) -> dict[str, Tensor] | None:
     if cache is None:
         return None
-    path = ranks.all_gather_objects(
-        item_features_file(cache, towers, items.digest()) if ranks.is_main else None
+    path = context.all_gather_objects(
+        item_features_file(cache, towers, items.digest()) if context.is_main else None
     )[0]
-    if not all(ranks.all_gather_objects(path.is_file())):
+    if not all(context.all_gather_objects(path.is_file())):
         log.warning("%s holds no features of these items by these towers: they are encoded", cache)
         return None
     log.info("features of the towers read from %s", path)
@@ -156,7 +158,7 @@ def _encode(
     encode: Encode,
     known: dict[str, Tensor] | None,
     config: ExportConfig,
-    ranks: Ranks,
+    context: DistributedContext,
     skipped: list[int],
 ) -> Iterator[Encoded]:
     if known is not None:
@@ -171,7 +173,7 @@ def _encode(
         lambda row: _pixels(items, row, encode.vision), rows, threads=config.decode_threads,
         depth=AHEAD * config.batch_size,
     )  # fmt: skip
-    with tqdm(total=len(rows), unit="item", desc="encode", disable=not ranks.is_main) as progress:
+    with tqdm(total=len(rows), unit="item", desc="encode", disable=not context.is_main) as progress:
         for start in range(0, len(rows), config.batch_size):
             batch = rows[start : start + config.batch_size]
             kept, pixels = _readable(items, batch, islice(pictures, len(batch)), config, skipped)
@@ -224,16 +226,16 @@ def _write(
     dim: int,
     description: dict[str, Any],
     config: ExportConfig,
-    ranks: Ranks,
+    context: DistributedContext,
     skipped: list[int],
 ) -> Manifest:
-    if not ranks.is_main:
-        ranks.barrier()  # rank 0 makes the directory, and clears what a crash has left, before others write
+    if not context.is_main:
+        context.barrier()  # rank 0 makes the directory, and clears what a crash has left, before others write
     table = TableWriter(
-        config.out, table_version=version, dim=dim, dtype=config.dtype, encoder=description, rank=ranks.rank
+        config.out, table_version=version, dim=dim, dtype=config.dtype, encoder=description, rank=context.rank
     )
-    if ranks.is_main:
-        ranks.barrier()
+    if context.is_main:
+        context.barrier()
     waiting: list[Encoded] = []
     for batch in batches:
         waiting.append(batch)
@@ -244,15 +246,15 @@ def _write(
     rest = _joined(waiting, dim)
     if rest.ids.numel():
         table.write_shard(rest.ids, rest.vectors)
-    every = ranks.all_gather_objects((table.shards, len(skipped)))
+    every = context.all_gather_objects((table.shards, len(skipped)))
     table.encoder = {
         **description,
         "items_left_out": sum(left_out for _, left_out in every),
         "export": {name: str(value) for name, value in asdict(config).items()},
     }
-    if ranks.is_main:
+    if context.is_main:
         table.finish([shard for shards, _ in every for shard in shards])
-    ranks.barrier()
+    context.barrier()
     return Manifest.load(config.out / "manifest.json")
 
 
@@ -260,10 +262,10 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of ``mim export``."""
     config = tyro.cli(ExportConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    with distributed(seed=0) as ranks:  # nothing here is drawn
+    with distributed(seed=0) as context:  # nothing here is drawn
         # not by basicConfig, which does nothing where fbgemm has given the root a handler
-        logging.getLogger().setLevel(logging.INFO if ranks.is_main else logging.WARNING)
-        export(config, ranks)
+        logging.getLogger().setLevel(logging.INFO if context.is_main else logging.WARNING)
+        export(config, context)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from mim_torchrec.encoders.checkpoint import load_towers, module_version
 from mim_torchrec.encoders.principal import principal_components
 from mim_torchrec.encoders.text import TextEncoder, TextEncoderConfig
 from mim_torchrec.encoders.vision import VisionEncoder, VisionEncoderConfig
-from mim_torchrec.training.distributed import Ranks
+from mim_torchrec.training.distributed import DistributedContext
 
 PLAIN = "plain:"
 
@@ -89,24 +89,24 @@ class Projection:
         return f"plain-{digest.hexdigest()[:16]}"
 
 
-def fit_projection(features: Tensor, dim: int, most: int, ranks: Ranks) -> Projection:
+def fit_projection(features: Tensor, dim: int, most: int, context: DistributedContext) -> Projection:
     """Compute the principal components on rank 0 and give them to all ranks.
 
     Args:
         features: (num_items, feature_dim) of this rank's items.
         dim: number of components.
         most: items used, over all ranks; evenly spaced where there are more.
-        ranks: the ranks, all of which call this.
+        context: the ranks, all of which call this.
 
     Raises:
         ValueError: fewer items or features than ``dim``.
     """
-    total = sum(ranks.all_gather_objects(len(features)))
+    total = sum(context.all_gather_objects(len(features)))
     step = -(-total // most) if total else 1
-    gathered = ranks.all_gather_objects(features[::step])
+    gathered = context.all_gather_objects(features[::step])
     sample = torch.cat(gathered)
     projection = None
-    if ranks.is_main:
+    if context.is_main:
         found = principal_components(sample, dim)
         projection = Projection(found.mean, found.components, len(sample))
-    return ranks.all_gather_objects(projection)[0]
+    return context.all_gather_objects(projection)[0]

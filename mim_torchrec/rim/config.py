@@ -19,7 +19,7 @@ class RIMConfig:
     log: str
     """Directory or URL of Redis (its name behind #) of the window log."""
     out: Path
-    """Directory of quarantine.jsonl (items that could not be encoded, and why) and rim.json (counts)."""
+    """Directory of dead-letter.jsonl (items that could not be encoded, and why) and rim.json (counts)."""
     window_items: int = 1000
     """Items of a window, at most."""
     window_seconds: float = 0.5
@@ -30,7 +30,7 @@ class RIMConfig:
     """Threads that one operation of the encoder uses on a CPU. More encode faster on cores of their own; on
     cores that others use as well they wait for each other, up to seconds an item."""
     max_image_bytes: int = 20_000_000
-    """Larger images are put into quarantine."""
+    """Larger images are put into the dead-letter file."""
     name: str = ""
     """Name of the source in the log, where several feed one."""
     once: bool = False

@@ -33,9 +33,9 @@ from mim_torchrec.embeddings.windows.redis_connection import is_redis
 from mim_torchrec.embeddings.windows.transport import Transport, open_log
 from mim_torchrec.representation.export import TrainedEncoder
 from mim_torchrec.rim.config import RIMConfig
+from mim_torchrec.rim.dead_letter import DeadLetterFile
 from mim_torchrec.rim.progress import order, positions_of, window_name
-from mim_torchrec.rim.quarantine import Quarantine
-from mim_torchrec.rim.sources import Arrival, DirectorySource, Source, StreamSource
+from mim_torchrec.rim.sources import Arrival, DirectorySource, ItemSource, StreamSource
 from mim_torchrec.training.checkpoint import write_json
 
 log = logging.getLogger("mim_torchrec.rim.main")  # also where it runs as __main__
@@ -51,7 +51,7 @@ class Counts:
     windows: int = 0
     items: int = 0
     removed: int = 0
-    quarantined: int = 0
+    dead_lettered: int = 0
     encode_seconds: float = 0.0
     publish_seconds: float = 0.0
 
@@ -61,7 +61,7 @@ class _Open:
     """A window that is not closed yet."""
 
     arrivals: list[Arrival] = field(default_factory=list)
-    vectors: list[Tensor | None] = field(default_factory=list)  # None: in quarantine, or taken down
+    vectors: list[Tensor | None] = field(default_factory=list)  # None: in the dead-letter file, or deleted
     began: float = 0.0
 
     def keep(self, is_kept: Callable[[Arrival], bool]) -> None:
@@ -71,7 +71,7 @@ class _Open:
         self.vectors = [self.vectors[k] for k in kept]
 
     def contents(self, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids, vectors, and ids taken down; of an item that came twice, what came last."""
+        """Ids, vectors, and ids deleted; of an item that came twice, what came last."""
         last: dict[int, Tensor | None] = {}
         for arrival, vector in zip(self.arrivals, self.vectors, strict=True):
             if vector is not None or (arrival.removed and arrival.item_id is not None):
@@ -106,9 +106,9 @@ class RIM:
             )
         self._dtype = manifest.dtype
         config.out.mkdir(parents=True, exist_ok=True)
-        self._quarantine = Quarantine(config.out / "quarantine.jsonl")
+        self._dead_letter = DeadLetterFile(config.out / "dead-letter.jsonl")
         self._log: Transport = open_log(config.log, manifest.table_version, start=manifest.seq)
-        self._source: Source = (
+        self._source: ItemSource = (
             StreamSource(config.source, config.name)
             if is_redis(config.source)
             else DirectorySource(Path(config.source), config.name)
@@ -198,7 +198,7 @@ class RIM:
             return [f"the encoder fails: {type(error).__name__}: {error}"]
 
     def _picture(self, arrival: Arrival) -> Image.Image | str | None:
-        """The picture of an item that can be encoded, why one cannot, None for one that is taken down."""
+        """The picture of an item that can be encoded, why one cannot, None for one that is deleted."""
         if arrival.problem is not None:
             return arrival.problem
         if arrival.item_id is None:
@@ -219,9 +219,9 @@ class RIM:
     def _publish(self, stop: Event) -> None:
         """Close the window and add it to the log, with the quarantine ahead of it."""
         started = time.monotonic()
-        known = len(self._quarantine)
-        self._insist(lambda: self._quarantine.add(self._bad), stop, give_up=False)
-        self.counts.quarantined += len(self._quarantine) - known
+        known = len(self._dead_letter)
+        self._insist(lambda: self._dead_letter.add(self._bad), stop, give_up=False)
+        self.counts.dead_lettered += len(self._dead_letter) - known
         self._bad = []
         while self._window.arrivals:
             window = self._window
@@ -244,12 +244,12 @@ class RIM:
             self.counts.items += ids.numel()
             self.counts.removed += removed.numel()
             self.counts.publish_seconds += time.monotonic() - started
-            log.info("window %d: %d items, %d taken down", seq, ids.numel(), removed.numel())
+            log.info("window %d: %d items, %d deleted", seq, ids.numel(), removed.numel())
             self._insist(lambda: write_json(self._config.out / "rim.json", asdict(self.counts)), stop)
 
     def _seek(self) -> dict[str, str]:
         """Learn from the log how far the source was read, and go on there."""
-        self._head = self._log.head()
+        self._head = self._log.last_seq()
         reached = positions_of(self._log.names())
         self._source.seek(reached | window_positions(self._window.arrivals, reached))
         return reached
@@ -296,8 +296,8 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(config.threads)
     counts = RIM(config, device).run(stop)
-    log.info("%d items in %d windows, %d taken down, %d in quarantine", counts.items, counts.windows,
-             counts.removed, counts.quarantined)  # fmt: skip
+    log.info("%d items in %d windows, %d deleted, %d in the dead-letter file", counts.items, counts.windows,
+             counts.removed, counts.dead_lettered)  # fmt: skip
 
 
 if __name__ == "__main__":

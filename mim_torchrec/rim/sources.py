@@ -26,7 +26,7 @@ Positions = dict[str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class Arrival:
-    """A new item, or one that was taken down, as it came.
+    """A new item, or one that was deleted, as it came.
 
     Args:
         unit: of the source.
@@ -35,7 +35,7 @@ class Arrival:
         item_id: None where there was none that could be read.
         title: likewise.
         image: encoded, likewise.
-        removed: whether the item was taken down.
+        removed: whether the item was deleted.
         problem: why it cannot be used, None if it can.
     """
 
@@ -49,7 +49,7 @@ class Arrival:
     problem: str | None = None
 
 
-class Source(Protocol):
+class ItemSource(Protocol):
     """New items in order."""
 
     def seek(self, positions: Positions) -> None:

@@ -35,7 +35,7 @@ from mim_torchrec.embeddings.table.manifest import VersionMismatch
 from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.table.shards import CHUNK
 from mim_torchrec.embeddings.table.writer import TableWriter
-from mim_torchrec.training.checkpoint import whole_directory, write_json
+from mim_torchrec.training.checkpoint import atomic_directory, write_json
 
 log = logging.getLogger(__name__)
 
@@ -181,7 +181,7 @@ def save_bundle(
         "tables": list(tables),
         "config": asdict(config),
     }
-    with whole_directory(out) as folder:
+    with atomic_directory(out) as folder:
         save_file(dense, folder / DENSE)
         for name, (ids, get_rows) in tables.items():
             rows = get_rows()

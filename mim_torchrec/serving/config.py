@@ -27,7 +27,7 @@ class ServeConfig:
     """Answer requests for scores over HTTP, by the Open Inference Protocol v2."""
 
     release: Path | None = None
-    """Folder of releases (`mim release`): the current one is served, and a flip is followed at once."""
+    """Folder of releases (`mim release`): the current one is served, and a promotion is followed at once."""
     bundle: Path | None = None
     """In place of --release: directory that `mim bundle` has written."""
     store: str | None = None

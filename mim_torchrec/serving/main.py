@@ -28,7 +28,7 @@ from mim_torchrec.serving.config import ServeConfig
 from mim_torchrec.serving.metrics import Metrics
 from mim_torchrec.serving.page import Page
 from mim_torchrec.serving.releases import ReleaseError, Releases
-from mim_torchrec.serving.service import Pair, Service
+from mim_torchrec.serving.service import ServedFiles, Service
 
 log = logging.getLogger("mim_torchrec.serving.main")  # also where it runs as __main__
 
@@ -37,7 +37,7 @@ BACKLOG = 2048
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
-def first_pair(config: ServeConfig) -> tuple[Pair, str | None]:
+def first_pair(config: ServeConfig) -> tuple[ServedFiles, str | None]:
     """What to serve first, and the name of its release if it is one.
 
     Raises:
@@ -46,12 +46,12 @@ def first_pair(config: ServeConfig) -> tuple[Pair, str | None]:
     if (config.release is None) == (config.bundle is None):
         raise ValueError("say what to serve: --release DIR, or --bundle DIR with --store")
     if config.bundle is not None:
-        return Pair(bundle=config.bundle, store=config.store, id_store=config.id_store,
+        return ServedFiles(bundle=config.bundle, store=config.store, id_store=config.id_store,
                     windows=config.windows), None  # fmt: skip
     releases = Releases(config.release)
     name, _ = releases.current()
     if name is None:
-        raise ReleaseError(f"{config.release} has no current release: stage one and flip it")
+        raise ReleaseError(f"{config.release} has no current release: stage one and promote it")
     return releases.read(name).pair(), name
 
 

@@ -4,7 +4,7 @@
     <root>/current.json    the one that is served, and the one before it
 
 A new encoder makes a table of another version: it is filled beside the old one, checked to cover the items of
-that, and flipped together with the model trained on it. `current.json` is replaced in one step, and servers
+that, and promoted together with the model trained on it. `current.json` is replaced in one step, and servers
 that follow it swap the pair.
 """
 
@@ -23,7 +23,7 @@ from mim_torchrec.embeddings.windows.compact import changes
 from mim_torchrec.embeddings.windows.redis_connection import is_redis
 from mim_torchrec.embeddings.windows.transport import open_log
 from mim_torchrec.serving.bundle import Bundle
-from mim_torchrec.serving.service import Pair
+from mim_torchrec.serving.service import ServedFiles
 from mim_torchrec.training.checkpoint import write_json
 
 CURRENT = "current"
@@ -52,10 +52,10 @@ class Release:
     id_store: str | None = None
     windows: str | None = None
 
-    def pair(self) -> Pair:
+    def pair(self) -> ServedFiles:
         """What a server opens; a remote store is kept up by others."""
         remote = self.store is not None and is_redis(self.store)
-        return Pair(bundle=Path(self.bundle), store=self.store or self.table, id_store=self.id_store,
+        return ServedFiles(bundle=Path(self.bundle), store=self.store or self.table, id_store=self.id_store,
                     windows=None if remote else self.windows)  # fmt: skip
 
     def items(self) -> Tensor:
@@ -121,7 +121,7 @@ class Releases:
         return {"items": own.numel(), "current_items": others.numel(), "missing": missing.numel(),
                 "examples": missing[:NAMED].tolist()}  # fmt: skip
 
-    def flip(self, name: str, allow_missing: int = 0) -> None:
+    def promote(self, name: str, allow_missing: int = 0) -> None:
         """Make a release the current one.
 
         Raises:
@@ -198,7 +198,7 @@ class Stage:
         release = Release(bundle=self.bundle, table=self.table, store=self.store, id_store=self.id_store,
                           windows=self.windows)  # fmt: skip
         Releases(self.root).stage(self.name, release)
-        print(f"{self.name} is staged; `check` says what it lacks, `flip` makes it current")
+        print(f"{self.name} is staged; `check` says what it lacks, `promote` makes it current")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +215,7 @@ class Check:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flip:
+class Promote:
     """Make a release the current one; servers that follow the folder swap model and vectors together."""
 
     root: Path
@@ -226,7 +226,7 @@ class Flip:
     """Items of the current release that the new one may lack."""
 
     def run(self) -> None:
-        Releases(self.root).flip(self.name, self.allow_missing)
+        Releases(self.root).promote(self.name, self.allow_missing)
         print(f"{self.name} is current")
 
 
@@ -244,7 +244,7 @@ class Rollback:
 Command = (
     Annotated[Stage, tyro.conf.subcommand("stage")]
     | Annotated[Check, tyro.conf.subcommand("check")]
-    | Annotated[Flip, tyro.conf.subcommand("flip")]
+    | Annotated[Promote, tyro.conf.subcommand("promote")]
     | Annotated[Rollback, tyro.conf.subcommand("rollback")]
 )
 

@@ -142,7 +142,7 @@ class Scorer:
     @property
     def _needs_times(self) -> bool:
         config = self.config
-        return config.id_interest and config.gaps == "time" and config.ubm in ("bst", "sim", "twin")
+        return config.id_interest and config.recency == "time" and config.ubm in ("bst", "sim", "twin")
 
     def apply(self, window: Window) -> bool:
         """Apply a window to the vectors, and forget what was made of the old ones."""

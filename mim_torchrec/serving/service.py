@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pair:
+class ServedFiles:
     """A model and its vectors.
 
     Args:
@@ -63,7 +63,7 @@ class Served:
         metrics: are told of windows.
     """
 
-    def __init__(self, pair: Pair, cache: int, metrics: Metrics) -> None:
+    def __init__(self, pair: ServedFiles, cache: int, metrics: Metrics) -> None:
         self.pair = pair
         self.scorer = Scorer(Bundle.open(pair.bundle), pair.store, pair.id_store, cache)
         self.problem: str | None = None
@@ -107,12 +107,12 @@ class Service:
         ValueError: the pair cannot be served.
     """
 
-    def __init__(self, pair: Pair, cache: int, metrics: Metrics) -> None:
+    def __init__(self, pair: ServedFiles, cache: int, metrics: Metrics) -> None:
         self._cache, self._metrics = cache, metrics
         self._lock = threading.Lock()
         self.current = Served(pair, cache, metrics)
 
-    def swap(self, pair: Pair) -> None:
+    def swap(self, pair: ServedFiles) -> None:
         """Serve another pair from now on.
 
         Raises:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mim_torchrec.training.distributed import Ranks
+from mim_torchrec.training.distributed import DistributedContext
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -20,7 +20,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def whole_directory(path: Path) -> Iterator[Path]:
+def atomic_directory(path: Path) -> Iterator[Path]:
     """A directory to write into that becomes `path` at the end, in the place of what is there.
 
     After an error nothing of it is left, and what was at `path` is still there.
@@ -46,15 +46,15 @@ def whole_directory(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_directory_of_ranks(path: Path, ranks: Ranks) -> Iterator[Path]:
-    """As `whole_directory`, for a directory that all ranks see and write into.
+def atomic_directory_on_all_ranks(path: Path, context: DistributedContext) -> Iterator[Path]:
+    """As `atomic_directory`, for a directory that all ranks see and write into.
 
     It gets its name when all ranks have left the block and everything in it is on the disk. What goes wrong
-    within the block has to be raised on all ranks, as `together` does.
+    within the block has to be raised on all ranks, as `on_all_ranks` does.
 
     Args:
         path: where the directory shall be.
-        ranks: the process group; every rank calls it.
+        context: the process group; every rank calls it.
 
     Yields:
         The same empty directory on every rank.
@@ -64,10 +64,10 @@ def whole_directory_of_ranks(path: Path, ranks: Ranks) -> Iterator[Path]:
     """
     partial = partial_of(path)
     try:
-        begin_directory(path, ranks)
+        begin_directory(path, context)
         yield partial
-        ranks.barrier()
-        together(lambda: publish_directory(path) if ranks.is_main else None, ranks)
+        context.barrier()
+        on_all_ranks(lambda: publish_directory(path) if context.is_main else None, context)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -78,8 +78,8 @@ def partial_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.partial")
 
 
-def begin_directory(path: Path, ranks: Ranks) -> None:
-    """Make the empty directory that ranks write into, see `whole_directory_of_ranks`; every rank calls it.
+def begin_directory(path: Path, context: DistributedContext) -> None:
+    """Make the empty directory that ranks write into; every rank calls it.
 
     Raises:
         OSError: on all ranks, if one cannot write, or does not see what rank 0 has made.
@@ -87,7 +87,7 @@ def begin_directory(path: Path, ranks: Ranks) -> None:
     partial = partial_of(path)
 
     def begin() -> None:
-        if ranks.is_main:
+        if context.is_main:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
 
@@ -95,8 +95,8 @@ def begin_directory(path: Path, ranks: Ranks) -> None:
         if not partial.is_dir():
             raise FileNotFoundError(f"{partial} is not there; all ranks have to share the folder of results")
 
-    together(begin, ranks)
-    together(look, ranks)
+    on_all_ranks(begin, context)
+    on_all_ranks(look, context)
 
 
 def publish_directory(path: Path) -> None:
@@ -113,14 +113,14 @@ def publish_directory(path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def together(act: Callable[[], None], ranks: Ranks) -> None:
+def on_all_ranks(act: Callable[[], None], context: DistributedContext) -> None:
     """Act on all ranks; where one cannot write or read, all raise OSError that names it."""
     problem = None
     try:
         act()
     except OSError as error:
-        problem = f"rank {ranks.rank}: {error}"
-    problems = [found for found in ranks.all_gather_objects(problem) if found is not None]
+        problem = f"rank {context.rank}: {error}"
+    problems = [found for found in context.all_gather_objects(problem) if found is not None]
     if problems:
         raise OSError("; ".join(problems))
 

@@ -32,12 +32,12 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from mim_torchrec.training.checkpoint import (
     begin_directory,
+    on_all_ranks,
     partial_of,
     publish_directory,
     remove,
-    together,
 )
-from mim_torchrec.training.distributed import Ranks, is_restarted
+from mim_torchrec.training.distributed import DistributedContext, is_restarted
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class State(Protocol):
     def load_local(self, state: dict[str, Any]) -> None:
         """Take what `local` gave."""
 
-    def redivide(self, epoch: int, step: int, world_size: int) -> int:
+    def reshard(self, epoch: int, step: int, world_size: int) -> int:
         """Go on, after loading, with another number of ranks than `world_size` that trained so far.
 
         Args:
@@ -102,13 +102,15 @@ class Checkpoints:
         folder: `<out>/checkpoints`.
         config: how often, how many.
         run: what a run must have in common with one that it takes up, such as its configuration; JSON.
-        ranks: the process group.
+        context: the process group.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig, run: dict[str, Any], ranks: Ranks) -> None:
+    def __init__(
+        self, folder: Path, config: CheckpointConfig, run: dict[str, Any], context: DistributedContext
+    ) -> None:
         if config.every < 0 or config.keep < 1:
             raise ValueError(f"checkpoints every {config.every} steps, {config.keep} kept: at least 0 and 1")
-        self._folder, self._config, self._ranks = folder, config, ranks
+        self._folder, self._config, self._context = folder, config, context
         self._run = json.loads(json.dumps(run, default=str))
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._group: dist.ProcessGroup | None = None
@@ -135,8 +137,8 @@ class Checkpoints:
         path = self._folder / f"epoch-{epoch:04d}-step-{step:08d}"
         partial, local = partial_of(path), state.local()
         try:
-            begin_directory(path, self._ranks)
-            together(lambda: self._write(partial, local, epoch, step, progress), self._ranks)
+            begin_directory(path, self._context)
+            on_all_ranks(lambda: self._write(partial, local, epoch, step, progress), self._context)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -148,8 +150,9 @@ class Checkpoints:
             )
             self._pending = path, self._writer.submit(self._finish, path, saved.result)
         else:
-            self._pending = path, self._writer.submit(
-                self._finish, path, lambda: dcp.save(shared, checkpoint_id=target)
+            self._pending = (
+                path,
+                self._writer.submit(self._finish, path, lambda: dcp.save(shared, checkpoint_id=target)),
             )
             self.wait()
 
@@ -170,7 +173,7 @@ class Checkpoints:
                 raise OSError(_cause(error)) from error
 
         try:
-            together(finish, self._ranks)
+            on_all_ranks(finish, self._context)
         except OSError as error:
             shutil.rmtree(partial_of(path), ignore_errors=True)
             raise OSError(f"{path} could not be written: {error}") from error
@@ -178,7 +181,7 @@ class Checkpoints:
 
     def _finish(self, path: Path, save: Callable[[], object]) -> None:
         save()  # returns when all ranks have written
-        if self._ranks.is_main:
+        if self._context.is_main:
             publish_directory(path)
             self._leave_newest()
 
@@ -199,13 +202,13 @@ class Checkpoints:
                 task cannot go on with this one, or damaged.
         """
         self.wait()
-        if self._ranks.is_main:
+        if self._context.is_main:
             for leftover in (*self._folder.glob("*.partial"), *self._folder.glob("*.old")):
                 shutil.rmtree(leftover)
             if self._config.resume == "never" and not is_restarted() and self._folder.exists():
                 remove(self._folder)
-        newest = self._all()[-1:] if self._ranks.is_main else []
-        found = self._ranks.all_gather_objects(newest)[0]
+        newest = self._all()[-1:] if self._context.is_main else []
+        found = self._context.all_gather_objects(newest)[0]
         if not found:
             return None
         path = found[0]
@@ -214,7 +217,7 @@ class Checkpoints:
             self._check(run, path)
             shared = state.shared()
             dcp.load(shared, checkpoint_id=str(path / "state"))
-            own = path / f"rank-{self._ranks.rank % run['world_size']}.pt"
+            own = path / f"rank-{self._context.rank % run['world_size']}.pt"
             local = torch.load(own, map_location="cpu", weights_only=True)
         except (CheckpointException, OSError, EOFError, RuntimeError, json.JSONDecodeError) as error:
             cause = _cause(error) if isinstance(error, CheckpointException) else error
@@ -225,15 +228,15 @@ class Checkpoints:
         state.load_local(local["state"])
         set_generators(local["generators"])
         epoch, step, world_size = run["epoch"], run["step"], run["world_size"]
-        if world_size != self._ranks.world_size:
+        if world_size != self._context.world_size:
             try:
-                step = state.redivide(epoch, step, world_size)
+                step = state.reshard(epoch, step, world_size)
             except ResumeError as error:
-                now = self._ranks.world_size
+                now = self._context.world_size
                 raise ResumeError(
                     f"{path} is of {world_size} ranks, this run has {now}: {error}; {WAY_OUT}"
                 ) from None
-            log.info("the rest of epoch %d is divided over %d ranks, not %d", epoch, self._ranks.world_size,
+            log.info("the rest of epoch %d is divided over %d ranks, not %d", epoch, self._context.world_size,
                      world_size)  # fmt: skip
         log.info("taken up from %s", path)
         return epoch, step, run["progress"]
@@ -247,12 +250,12 @@ class Checkpoints:
     ) -> None:
         content = io.BytesIO()  # torch.save hides the error of a file that cannot be written
         torch.save({"state": local, "generators": get_generators()}, content)
-        with (folder / f"rank-{self._ranks.rank}.pt").open("wb") as stream:
+        with (folder / f"rank-{self._context.rank}.pt").open("wb") as stream:
             stream.write(content.getbuffer())
             stream.flush()
             os.fsync(stream.fileno())
-        if self._ranks.is_main:
-            facts = {"epoch": epoch, "step": step, "world_size": self._ranks.world_size, "run": self._run}
+        if self._context.is_main:
+            facts = {"epoch": epoch, "step": step, "world_size": self._context.world_size, "run": self._run}
             with (folder / "run.json").open("w") as stream:
                 json.dump(facts | {"progress": progress}, stream)
                 stream.flush()

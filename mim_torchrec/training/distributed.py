@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Ranks:
+class DistributedContext:
     """This process among those that run the stage together."""
 
     rank: int
@@ -42,7 +42,7 @@ class Ranks:
 
 
 @contextmanager
-def distributed(seed: int) -> Iterator[Ranks]:
+def distributed(seed: int) -> Iterator[DistributedContext]:
     """Set up the process group and the seeds, and take the group down at the end.
 
     Where a launcher such as torchrun has set RANK and WORLD_SIZE the group spans its ranks; otherwise it is a
@@ -70,7 +70,7 @@ def distributed(seed: int) -> Iterator[Ranks]:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+        yield DistributedContext(dist.get_rank(), dist.get_world_size(), device)
     finally:
         if mine:
             dist.destroy_process_group()

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from mim_torchrec.training.checkpoint import write_json
 from mim_torchrec.training.checkpoints import Checkpoints, State
-from mim_torchrec.training.distributed import Ranks
+from mim_torchrec.training.distributed import DistributedContext
 from mim_torchrec.training.parallel import gradient_norm
 
 log = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ def fit(
     *,
     epochs: int,
     out: Path,
-    ranks: Ranks,
+    context: DistributedContext,
     select: str | None,
     patience: int | None,
     log_every: int = 20,
@@ -115,7 +115,7 @@ def fit(
         task: what to train.
         epochs: passes over the training data, at least 1.
         out: gets history.json, TensorBoard's event files in `tensorboard/` and the best weights in `best/`.
-        ranks: the process group; every rank calls `fit`.
+        context: the process group; every rank calls `fit`.
         select: validation metric to maximize; the first epoch with the highest is the best. None: the last
             epoch is the best.
         patience: stop after this many epochs that were no better than the best before them.
@@ -143,16 +143,16 @@ def fit(
         epoch, first, progress = found
         history = History(**progress)
     steps = len(history.steps)
-    writer = SummaryWriter(str(out / "tensorboard"), purge_step=steps + 1) if ranks.is_main else None
+    writer = SummaryWriter(str(out / "tensorboard"), purge_step=steps + 1) if context.is_main else None
     try:
         with _signals(checkpoints is not None) as stop:
             while epoch < epochs and not _is_over(history, select, patience):
                 started = time.perf_counter()
                 task.model.train()
-                _train_epoch(task, epoch, first, history, out, ranks, writer, log_every, checkpoints, stop)
+                _train_epoch(task, epoch, first, history, out, context, writer, log_every, checkpoints, stop)
                 losses = [entry["loss"] for entry in history.steps if entry["epoch"] == epoch]
                 entry = {"epoch": epoch, "loss": sum(losses) / len(losses)}
-                entry |= ranks.all_gather_objects(task.after_epoch(epoch))[0]  # all ranks decide alike
+                entry |= context.all_gather_objects(task.after_epoch(epoch))[0]  # all ranks decide alike
                 entry["seconds"] = time.perf_counter() - started
                 if _is_better(entry, history, select):
                     history.best_epoch = epoch
@@ -161,11 +161,11 @@ def fit(
                 if writer is not None:
                     _log_epoch(entry, writer, len(history.steps))
                     write_json(out / "history.json", asdict(history))
-                ranks.barrier()
+                context.barrier()
                 epoch, first = epoch + 1, 0
                 if checkpoints is not None:
                     checkpoints.save(task.state, epoch, first, asdict(history))
-                    if any(ranks.all_gather_objects(stop.is_set)):  # in the evaluation
+                    if any(context.all_gather_objects(stop.is_set)):  # in the evaluation
                         _interrupt(out, checkpoints)
             if checkpoints is not None:
                 checkpoints.wait()
@@ -191,7 +191,7 @@ def _train_epoch(
     first: int,
     history: History,
     out: Path,
-    ranks: Ranks,
+    context: DistributedContext,
     writer: SummaryWriter | None,
     log_every: int,
     checkpoints: Checkpoints | None,
@@ -202,21 +202,22 @@ def _train_epoch(
         raise ValueError(f"epoch {epoch} has no batches: the data is smaller than one batch on every rank")
     samples, waited, since = 0, 0.0, time.perf_counter()
     bar = tqdm(total=total, initial=first, desc=f"epoch {epoch}", unit="step", mininterval=1,
-               disable=not ranks.is_main)  # fmt: skip
+               disable=not context.is_main)  # fmt: skip
     with bar as progress:
         for place, (batch, seconds) in enumerate(_timed(task.batches(epoch, first)), first + 1):
             waited += seconds
             step = len(history.steps) + 1
             task.optimizer.zero_grad()  # before the forward pass, in which fused kernels take their rate
             loss, report = task.training_forward(batch)
-            value, stopping = _over_ranks(loss, stop.is_set, ranks)
+            value, stopping = _over_ranks(loss, stop.is_set, context)
             if not math.isfinite(value):
                 if checkpoints is not None:
                     checkpoints.wait()
-                file = out / "bad_batch" / f"rank{ranks.rank}.json"
+                file = out / "bad_batch" / f"rank{context.rank}.json"
                 file.parent.mkdir(exist_ok=True)
-                write_json(file, {"epoch": epoch, "step": step, "loss": float(loss.detach())}
-                           | task.batch_ids(batch))
+                write_json(
+                    file, {"epoch": epoch, "step": step, "loss": float(loss.detach())} | task.batch_ids(batch)
+                )
                 raise FloatingPointError(
                     f"the loss is {value} in epoch {epoch} at step {step}; the ids of the batch are in "
                     f"{file.parent}. Try a lower learning rate, and check the input for values that are not "
@@ -230,10 +231,10 @@ def _train_epoch(
             entry = {"step": step, "epoch": epoch, "loss": value}
             if is_logged:
                 elapsed = time.perf_counter() - since
-                entry["samples_per_s"] = samples * ranks.world_size / elapsed
+                entry["samples_per_s"] = samples * context.world_size / elapsed
                 entry["data_wait"] = waited / elapsed
                 entry["grad_norm"] = norm
-                entry["peak_memory_gib"] = peak_memory(ranks.device) / 2**30
+                entry["peak_memory_gib"] = peak_memory(context.device) / 2**30
                 entry |= {name: float(scalar.detach()) for name, scalar in report.items()}
                 samples, waited, since = 0, 0.0, time.perf_counter()
                 if writer is not None:
@@ -301,13 +302,13 @@ def _timed(batches: Iterable[Any]) -> Iterator[tuple[Any, float]]:
         yield batch, time.perf_counter() - started
 
 
-def _over_ranks(loss: Tensor, stop: bool, ranks: Ranks) -> tuple[float, bool]:
+def _over_ranks(loss: Tensor, stop: bool, context: DistributedContext) -> tuple[float, bool]:
     """Mean loss, and whether any rank is to stop: all learn it in the same step."""
     both = torch.stack([loss.detach().double(), loss.new_tensor(float(stop), dtype=torch.float64)])
-    if ranks.world_size > 1:
+    if context.world_size > 1:
         dist.all_reduce(both)
     value, stopping = both.tolist()
-    return value / ranks.world_size, stopping > 0
+    return value / context.world_size, stopping > 0
 
 
 def _is_better(entry: dict[str, float], history: History, select: str | None) -> bool:

@@ -57,9 +57,7 @@ class GroupedAUC:
         sums = [np.bincount(self._group, weights=x, minlength=self.num_groups) for x in (positive, negative)]
         before = np.concatenate(([0.0], np.cumsum(sums[1])[:-1]))  # negatives of the groups ahead
         below = np.cumsum(negative) - negative - before[self._group]
-        wins = np.bincount(
-            self._group, weights=positive * (below + negative / 2), minlength=self.num_groups
-        )
+        wins = np.bincount(self._group, weights=positive * (below + negative / 2), minlength=self.num_groups)
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(sums[0] * sums[1] > 0, wins / (sums[0] * sums[1]), np.nan)
 

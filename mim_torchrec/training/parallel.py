@@ -17,14 +17,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
-from mim_torchrec.training.distributed import Ranks
+from mim_torchrec.training.distributed import DistributedContext
 
 Parallel = Literal["ddp", "fsdp"]
 BLOCKS = ("Block", "Layer", "Bottleneck", "Residual", "BlockPostNorm")
 
 
 def parallelize(
-    model: nn.Module, kind: Parallel, parts: Sequence[nn.Module], ranks: Ranks, **options: Any
+    model: nn.Module, kind: Parallel, parts: Sequence[nn.Module], context: DistributedContext, **options: Any
 ) -> nn.Module:
     """Make a model train on all ranks, whose losses' mean is the loss.
 
@@ -32,7 +32,7 @@ def parallelize(
         model: on the rank's device, alike on all ranks.
         kind: `ddp` or `fsdp`.
         parts: what FSDP2 divides: large modules of the model, such as towers.
-        ranks: the process group.
+        context: the process group.
         options: of `DistributedDataParallel`.
 
     Returns:
@@ -42,19 +42,19 @@ def parallelize(
         ValueError: FSDP2 is asked for and there is nothing to divide.
     """
     if kind == "ddp":
-        if ranks.world_size == 1:
+        if context.world_size == 1:
             return model
         return nn.parallel.DistributedDataParallel(model, **options)
     if not parts:
         raise ValueError("fsdp divides towers that are trained, and none is; take ddp")
-    mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
+    mesh = init_device_mesh(context.device.type, (context.world_size,))
     for part in parts:
         for block in blocks(part):
             fully_shard(block, mesh=mesh)
         fully_shard(part, mesh=mesh)
     divided = {id(parameter) for part in parts for parameter in part.parameters()}
     for parameter in model.parameters():
-        if parameter.requires_grad and id(parameter) not in divided and ranks.world_size > 1:
+        if parameter.requires_grad and id(parameter) not in divided and context.world_size > 1:
             parameter.register_post_accumulate_grad_hook(_average)
     return model
 

@@ -28,8 +28,17 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  the backend is chosen first
 
 PACKAGES = (
-    "mim-torchrec", "torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "timm", "transformers", "torchx",
-    "pyarrow", "numpy", "scikit-learn",
+    "mim-torchrec",
+    "torch",
+    "torchrec",
+    "fbgemm-gpu-cpu",
+    "fbgemm-gpu",
+    "timm",
+    "transformers",
+    "torchx",
+    "pyarrow",
+    "numpy",
+    "scikit-learn",
 )
 BASE_COLOR, MIM_COLOR = "#8a94a6", "#c2410c"
 MAX_CURVE_POINTS = 200
@@ -125,9 +134,7 @@ def write_report(report: dict[str, Any], out: Path) -> dict[str, Any]:
     embedded = {name: base64.b64encode(png).decode() for name, png in plots.items()}
     pages = {"report.json": text + "\n"}
     pages["report.md"] = _environment(False).from_string(MARKDOWN).render(r=report).rstrip() + "\n"
-    pages["report.html"] = _environment(True).from_string(HTML).render(
-        r=report, plots=embedded, style=STYLE
-    )
+    pages["report.html"] = _environment(True).from_string(HTML).render(r=report, plots=embedded, style=STYLE)
     for name, page in pages.items():
         whole_file(out / name, page.encode())
     return report
@@ -152,8 +159,15 @@ def _environment(autoescape: bool) -> jinja2.Environment:
         "count": lambda x: f"{x:,}",
         "minus": lambda pair: None if None in pair else pair[0] - pair[1],
         "words": lambda x: x.replace("_", " ").replace("auc", "AUC"),
-        "cell": lambda x, key: "–" if x is None else f"{x:+.4f}" if "gain" in key
-        else f"{x:.4f}" if isinstance(x, float) else str(x),
+        "cell": lambda x, key: (
+            "–"
+            if x is None
+            else f"{x:+.4f}"
+            if "gain" in key
+            else f"{x:.4f}"
+            if isinstance(x, float)
+            else str(x)
+        ),
         "setting": lambda x: ", ".join(f"{key} {value}" for key, value in x.items()) or "defaults",
         "pretty": lambda x: json.dumps(x, indent=2, default=str),
     }
@@ -187,8 +201,14 @@ def _draw_cold_start(sets: list[dict[str, Any]]) -> plt.Figure:
     axes.bar(place + 0.2, values["mim_auc"], 0.38, label="MIM", color=MIM_COLOR)
     for x, (base, mim) in enumerate(zip(*values.values(), strict=True)):
         if not math.isnan(base + mim):
-            axes.annotate(f"{mim - base:+.3f}", (x, max(base, mim)), (0, 3), textcoords="offset points",
-                          ha="center", fontsize=8)
+            axes.annotate(
+                f"{mim - base:+.3f}",
+                (x, max(base, mim)),
+                (0, 3),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+            )
     known = np.concatenate(list(values.values()))
     known = known[~np.isnan(known)]
     if len(known):
@@ -206,11 +226,16 @@ def _draw_curves(curves: dict[str, dict[str, Any]]) -> plt.Figure:
     columns = min(3, max(len(curves), 1))
     rows = max(math.ceil(len(curves) / columns), 1)
     figure, grid = plt.subplots(rows, columns, figsize=(8.4, 2.3 * rows), layout="constrained", squeeze=False)
-    for axes in grid.flat[len(curves):]:
+    for axes in grid.flat[len(curves) :]:
         axes.set_visible(False)
     for axes, (name, curve) in zip(grid.flat, curves.items(), strict=False):
-        axes.plot(curve["step"], curve["loss"], color="#1d4e89", linewidth=1.2,
-                  marker="." if len(curve["step"]) < 3 else None)
+        axes.plot(
+            curve["step"],
+            curve["loss"],
+            color="#1d4e89",
+            linewidth=1.2,
+            marker="." if len(curve["step"]) < 3 else None,
+        )
         axes.set_title(name, fontsize=9)
         axes.set_xlabel("step", fontsize=8)
         axes.set_ylabel("training loss", fontsize=8)

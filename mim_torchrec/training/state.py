@@ -62,7 +62,7 @@ class TrainingState:
         set_model_state_dict(self._model, model | state["extra"])
         self._schedule.load_state_dict(state["schedule"])
 
-    def redivide(self, epoch: int, step: int, world_size: int) -> int:
+    def reshard(self, epoch: int, step: int, world_size: int) -> int:
         """Raises ResumeError: negatives and schedule depend on the number of ranks."""
         raise ResumeError("each has generators and a queue of its own")
 

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mim_torchrec.training.checkpoint import together, whole_directory_of_ranks
+from mim_torchrec.training.checkpoint import atomic_directory_on_all_ranks, on_all_ranks
 from mim_torchrec.training.checkpoints import CheckpointConfig, Checkpoints
-from mim_torchrec.training.distributed import Ranks, distributed
+from mim_torchrec.training.distributed import DistributedContext, distributed
 from mim_torchrec.training.parallel import Parallel, gradient_norm, parallelize
 from mim_torchrec.training.state import TrainingState
 from tests.ranks import RankError, run_ranks
@@ -41,20 +41,20 @@ class Model(nn.Module):
 class Run:
     """A few steps on batches that differ from rank to rank."""
 
-    def __init__(self, ranks: Ranks, kind: Parallel, out: Path) -> None:
+    def __init__(self, context: DistributedContext, kind: Parallel, out: Path) -> None:
         torch.manual_seed(0)
-        self.module, self.ranks = Model(), ranks
+        self.module, self.context = Model(), context
         options = {} if kind == "fsdp" else {"find_unused_parameters": True}
-        self.model = parallelize(self.module, kind, [self.module.tower], ranks, **options)
+        self.model = parallelize(self.module, kind, [self.module.tower], context, **options)
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=0.1)
         schedule = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.9)
         self.state = TrainingState(self.model, self.optimizer, schedule)
-        self.checkpoints = Checkpoints(out, CheckpointConfig(), {}, ranks)
+        self.checkpoints = Checkpoints(out, CheckpointConfig(), {}, context)
         self.norm = 0.0
 
     def train(self, *steps: int) -> None:
         for step in steps:
-            generator = torch.Generator().manual_seed(10 * step + self.ranks.rank)
+            generator = torch.Generator().manual_seed(10 * step + self.context.rank)
             self.optimizer.zero_grad()
             self.model(torch.randn(6, 4, generator=generator)).backward()
             self.norm = float(gradient_norm(self.model))
@@ -66,14 +66,14 @@ class Run:
 
 
 def broken_off_and_not(kind: Parallel, out: Path):
-    with distributed(0) as ranks:
-        whole = Run(ranks, kind, out)
+    with distributed(0) as context:
+        whole = Run(context, kind, out)
         whole.train(0, 1)
         whole.checkpoints.save(whole.state, 0, 2, {})
         whole.checkpoints.wait()
         saved = {name: value.clone() for name, value in whole.module.named_buffers()}
         whole.train(2, 3)
-        again = Run(ranks, kind, out)
+        again = Run(context, kind, out)
         assert again.checkpoints.restore(again.state) == (0, 2, {})
         restored = {name: value.clone() for name, value in again.module.named_buffers()}
         again.train(2, 3)
@@ -92,8 +92,8 @@ def test_running_statistics_and_layers_without_a_gradient_come_back_as_they_were
 
 
 def norm_of(kind: Parallel, out: Path) -> float:
-    with distributed(0) as ranks:
-        run = Run(ranks, kind, out)
+    with distributed(0) as context:
+        run = Run(context, kind, out)
         run.train(0)
         return run.norm
 
@@ -106,13 +106,13 @@ def test_the_norm_of_a_divided_gradient_is_that_of_the_whole(tmp_path):
 
 def save_on_a_full_disk(out: Path) -> str:
     """Files of rank 1 may not grow beyond some bytes, as if its disk were full."""
-    with distributed(0) as ranks:
-        run = Run(ranks, "ddp", out)
+    with distributed(0) as context:
+        run = Run(context, "ddp", out)
         run.train(0)
         run.checkpoints.save(run.state, 0, 1, {})
         run.checkpoints.wait()
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        if ranks.rank == 1:
+        if context.rank == 1:
             resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
         try:
             run.checkpoints.save(run.state, 0, 2, {})
@@ -132,14 +132,14 @@ def test_a_full_disk_of_one_rank_is_an_error_of_all_and_leaves_what_was_there(tm
 
 
 def write_a_directory(path: Path, fails: bool) -> None:
-    with distributed(0) as ranks, whole_directory_of_ranks(path, ranks) as folder:
+    with distributed(0) as context, atomic_directory_on_all_ranks(path, context) as folder:
 
         def write() -> None:
             (folder / f"{dist.get_rank()}").write_text("")
-            if fails and ranks.rank == 1:
+            if fails and context.rank == 1:
                 raise OSError(28, "No space left on device")
 
-        together(write, ranks)
+        on_all_ranks(write, context)
 
 
 def test_a_directory_of_ranks_has_the_files_of_all_or_stays_as_it_was(tmp_path):

@@ -71,9 +71,9 @@ def train(name: str, folder: Path, ranks) -> dict[str, object]:
     kind, _, way = name.partition(":")
     with_mm, with_features = kind == "mim", kind == "features"
     config = CTRConfig(
-        ubm=name if name in UBMS else "din", heads=2, top_k=3, max_positions=4, gaps="order",
+        ubm=name if name in UBMS else "din", heads=2, top_k=3, max_positions=4, recency="order",
         data=folder, out=folder, mim="on" if with_mm else "off", embedding_dim=8, attention=(8,),
-        tower=(16, 8), seed=3, lr=1e-2, sparse_lr=0.1, products=True, content_projection="linear",
+        tower=(16, 8), seed=3, lr=1e-2, sparse_lr=0.1, dot_product_features=True, content_projection="linear",
         content_dim=6, attention_activation="dice", sharding=(way,) if way else SHARDINGS[:2],
         sparse_optimizer="adagrad" if way == "column_wise" else "rowwise_adagrad",
         # DIEN's negatives are drawn from the rank's own histories

@@ -21,7 +21,13 @@ from mim_torchrec.embeddings.sharded.frozen import (
     frozen_bag_config,
     frozen_config,
 )
-from mim_torchrec.embeddings.sharded.live import ItemIndex, apply_window, table_state, take_down, update_items
+from mim_torchrec.embeddings.sharded.live import (
+    ItemIndex,
+    apply_window,
+    delete_items,
+    table_state,
+    update_items,
+)
 from mim_torchrec.embeddings.sharded.load import find_frozen, load_table, open_table, table_digest
 from mim_torchrec.embeddings.sharded.rows import MappedRows
 from mim_torchrec.embeddings.sharded.sharder import frozen_sharders
@@ -33,10 +39,10 @@ DIM, ITEMS, FEATURES = 8, 23, ["candidate", "behavior"]
 IDS = torch.arange(ITEMS) * 7 - 20
 
 
-def write_table(path: Path, dtype: str = "float16", version: str = "v1", head_room: int = 3) -> Path:
+def write_table(path: Path, dtype: str = "float16", version: str = "v1", spare_rows: int = 3) -> Path:
     """Three shards of ascending ids: a rank's rows begin and end within them."""
     generator = torch.Generator().manual_seed(0)
-    writer = TableWriter(path, table_version=version, dim=DIM, dtype=dtype, encoder={}, head_room=head_room)
+    writer = TableWriter(path, table_version=version, dim=DIM, dtype=dtype, encoder={}, spare_rows=spare_rows)
     for part in IDS.split(9):
         writer.write_shard(part, torch.randn(part.numel(), DIM, generator=generator))
     writer.finish()
@@ -208,7 +214,7 @@ def _updates_are_seen_by_the_next_lookup(path: Path) -> None:
         features = KeyedJaggedTensor(FEATURES, rows, lengths=torch.tensor([3, 1]))
         found = model(features)
         assert torch.equal(torch.cat([found[key] for key in FEATURES]), vectors)
-        take_down(model, index, ids[:1], table_version="v1", seq=2)
+        delete_items(model, index, ids[:1], table_version="v1", seq=2)
         assert index.rows(ids[:1]).tolist() == [0]
         found = model(features)  # mapped before the window: the row is zero
         assert torch.equal(found["candidate"], vectors[:3] * torch.tensor([[0.0], [1.0], [1.0]]))

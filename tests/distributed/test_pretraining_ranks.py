@@ -15,10 +15,10 @@ from mim_torchrec.encoders.vision import VisionEncoder, VisionEncoderConfig
 from mim_torchrec.pretraining.alignment import ImageTextModel, ItemBatch
 from mim_torchrec.pretraining.config import AlignmentConfig, ImageAdaptionConfig, TextAdaptionConfig
 from mim_torchrec.pretraining.main import main
-from mim_torchrec.pretraining.objective import Objective
+from mim_torchrec.pretraining.objective import PretrainingObjective
 from mim_torchrec.pretraining.text import LanguageModel, TokenBatch
 from mim_torchrec.pretraining.vision import MaskedImageModel, MaskedImages
-from mim_torchrec.training.distributed import Ranks
+from mim_torchrec.training.distributed import DistributedContext
 from tests.ranks import run_ranks
 
 N, RANKS = 4, 2
@@ -27,7 +27,7 @@ TITLES = ["red wool hat", "blue scarf with long fringes", "hat", "shirt", "", ""
 
 
 class Catalog:
-    num_pictures = RANKS * N
+    num_images = RANKS * N
 
     def titles(self, rows: np.ndarray) -> list[str]:
         return [TITLES[row] for row in rows]
@@ -37,14 +37,14 @@ class Catalog:
         return torch.randint(256, (3, 32, 32), dtype=torch.uint8, generator=draws)
 
 
-def objective_of(phase: str) -> Objective:
+def objective_of(phase: str) -> PretrainingObjective:
     torch.manual_seed(0)
     vision = VisionEncoder(VisionEncoderConfig(name="test_convnext", weights="random", image_size=32))
     text = TextEncoder(
         TextEncoderConfig(name="bert-tiny", weights="random", max_length=12),
         tokenizer=train_tokenizer(TITLES),
     )
-    inputs = PixelInputs(Catalog(), Towers(vision, text), None, Ranks(0, 1, torch.device("cpu")))
+    inputs = PixelInputs(Catalog(), Towers(vision, text), None, DistributedContext(0, 1, torch.device("cpu")))
     if phase == "dda-vision":
         return MaskedImageModel(vision, inputs, ImageAdaptionConfig(mask_size=8))
     if phase == "dma":
@@ -77,10 +77,10 @@ def test_two_ranks_have_the_loss_and_the_gradients_of_one(phase):
     objective = objective_of(phase)
     loss, _ = objective(objective.batch(np.arange(RANKS * N), (0,)))
     loss.backward()
-    ranks = run_ranks(one_rank_of_two, RANKS, phase)
+    found = run_ranks(one_rank_of_two, RANKS, phase)
     assert float(loss.detach()) > 0
-    assert sum(rank[0] for rank in ranks) / RANKS == pytest.approx(float(loss.detach()), rel=1e-5)
-    for _, theirs in ranks:
+    assert sum(rank[0] for rank in found) / RANKS == pytest.approx(float(loss.detach()), rel=1e-5)
+    for _, theirs in found:
         for name, parameter in objective.named_parameters():
             if parameter.grad is None:  # a norm after pooling, of which a feature map knows nothing
                 assert theirs.get(name) is None

@@ -40,7 +40,5 @@ def test_scores_are_timed_in_all_forms(report):
 
 def test_targets_are_compared_with_their_figures(report):
     met = {entry["claim"]: entry["met"] for entry in report["targets"]}
-    assert met["sim/paper, 1000 behaviors, one client: p99 at most 30 ms"] == (
-        report["p99_ms"]["1000"] <= 30
-    )
+    assert met["sim/paper, 1000 behaviors, one client: p99 at most 30 ms"] == (report["p99_ms"]["1000"] <= 30)
     assert len(met) == 2  # dim 8 has no target of its ratio

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.chaos import main
 from benchmarks.chaos_corpus import Corpus, Fed
-from benchmarks.chaos_verify import Audit, verify_log, verify_quarantine, verify_rows
+from benchmarks.chaos_verify import Audit, verify_dead_letter, verify_log, verify_rows
 from benchmarks.chaos_victims import Place, Victim, context, embedded
 from mim_torchrec.embeddings.table.writer import TableWriter
 from mim_torchrec.embeddings.windows.transport import open_log
@@ -25,7 +25,7 @@ def test_killed_processes_leave_every_row_right_over_both_transports(tmp_path):
     assert (report["wrong"], report["lost"], report["doubled"], report["problems"]) == (0, 0, 0, [])
     for outcome in report["transports"].values():
         assert len(set(outcome["watermarks"].values())) == 1 and outcome["faults"]
-        assert set(outcome["readers"]) == {"quarantine", "store", "embedded", "training"}
+        assert set(outcome["readers"]) == {"dead_letter", "store", "embedded", "training"}
     assert "Watermarks" in (out / "report.md").read_text()
 
 
@@ -91,7 +91,7 @@ def test_a_log_that_is_right_passes(corpus):
         ([*RIGHT, window(4, {9: 3})], (1, 0, 0)),
         ([RIGHT[0], RIGHT[1], replace(RIGHT[2], window_id="w1")], (0, 0, 1)),
     ],
-    ids=["wrong vector", "not taken down but again", "lost", "twice", "twice before the next", "poison",
+    ids=["wrong vector", "not deleted but again", "lost", "twice", "twice before the next", "poison",
          "a name twice"],
 )  # fmt: skip
 def test_a_log_that_is_not_right_is_noticed(corpus, windows, expected):
@@ -113,13 +113,13 @@ def test_rows_that_are_wrong_lost_or_too_many_are_noticed(corpus):
 
     assert check(right, held=3) == (0, 0, 0)
     assert check(right | {3: VECTORS[2] + 1e-6}) == (1, 0, 0)
-    assert check(right | {1: VECTORS[0]}) == (1, 0, 0)  # was taken down
+    assert check(right | {1: VECTORS[0]}) == (1, 0, 0)  # was deleted
     assert check({2: VECTORS[5], 7: torch.ones(2)}) == (0, 1, 0)
     assert check(right, held=4) == (0, 0, 1)
 
 
-def test_a_quarantine_that_is_not_right_is_noticed(corpus):
-    assert counts(verify_quarantine(["a"], corpus, [9])) == (0, 0, 0)
-    assert counts(verify_quarantine([], corpus, [])) == (0, 1, 0)
-    assert counts(verify_quarantine(["a", "b"], corpus, [9, 3])) == (1, 0, 0)
-    assert counts(verify_quarantine(["a", "a"], corpus, [9, 9])) == (0, 0, 2)
+def test_a_dead_letter_file_that_is_not_right_is_noticed(corpus):
+    assert counts(verify_dead_letter(["a"], corpus, [9])) == (0, 0, 0)
+    assert counts(verify_dead_letter([], corpus, [])) == (0, 1, 0)
+    assert counts(verify_dead_letter(["a", "b"], corpus, [9, 3])) == (1, 0, 0)
+    assert counts(verify_dead_letter(["a", "a"], corpus, [9, 9])) == (0, 0, 2)

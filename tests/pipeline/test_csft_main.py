@@ -78,7 +78,7 @@ def test_features_of_frozen_towers_are_computed_once_for_many_runs(shop, tmp_pat
     def refuse(*_):
         raise AssertionError("a picture was decoded again")
 
-    monkeypatch.setattr("mim_torchrec.csft.inputs.Catalog.decode", refuse)
+    monkeypatch.setattr("mim_torchrec.csft.inputs.SearchContent.decode", refuse)
     run(shop, tmp_path / "two", freeze_towers="True", feature_cache=cache, lr="0.01")
     versions = [encoder_version(tmp_path / name / "encoder") for name in ("one", "two")]
     assert versions[0] != versions[1]
@@ -110,9 +110,9 @@ def changed_pairs(shop: Path, to: Path, change) -> Path:
 
 def test_pairs_without_time_cannot_be_held_out(shop, tmp_path):
     data = changed_pairs(shop, tmp_path / "shop", lambda table: table.drop_columns("ts"))
-    with pytest.raises(DataError, match=r"part-.*, row 0, column ts: .*--validation-share 0"):
+    with pytest.raises(DataError, match=r"part-.*, row 0, column ts: .*--validation-fraction 0"):
         run(data, tmp_path / "out")
-    run(data, tmp_path / "out", validation_share="0", epochs="1")
+    run(data, tmp_path / "out", validation_fraction="0", epochs="1")
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["best_epoch"] == 0
 
 

@@ -230,7 +230,7 @@ UBM_FLAGS = {
     "bst": ["--heads", "2", "--max-positions", "3"],
     "sim": ["--heads", "2", "--top-k", "2"],
     "sim_hard": ["--ubm", "sim", "--search", "hard", "--heads", "2", "--top-k", "2"],
-    "twin": ["--heads", "2", "--top-k", "2", "--products", "True"],
+    "twin": ["--heads", "2", "--top-k", "2", "--dot-product-features", "True"],
 }
 
 
@@ -267,9 +267,9 @@ def drop_columns(source: Path, target: Path, *columns: str) -> Path:
 def test_without_times_gaps_are_refused_in_seconds_and_taken_in_behaviors(folder, tmp_path):
     data = drop_columns(folder / "data", tmp_path / "data", "behavior_ts")
     flags = ["--data", str(data), "--mim", "off", *SMALL, "--epochs", "1", "--ubm", "twin", "--heads", "2"]
-    with pytest.raises(ValueError, match="--gaps order"):
+    with pytest.raises(ValueError, match="--recency order"):
         main([*flags, "--out", str(tmp_path / "time")])
-    main([*flags, "--out", str(tmp_path / "order"), "--gaps", "order"])
+    main([*flags, "--out", str(tmp_path / "order"), "--recency", "order"])
     assert report(tmp_path / "order")["auc"] is not None
 
 
@@ -322,7 +322,11 @@ def test_a_preset_gives_defaults_and_flags_win():
     needed = ["--data", "data", "--out", "out"]
     paper = parse(needed)
     assert (paper.preset, paper.lr, paper.batch_size) == ("paper", 0.005, 1024)
-    assert (paper.content_pooling, paper.products, paper.similarity_interest) == ("sum", False, False)
+    assert (paper.content_pooling, paper.dot_product_features, paper.similarity_interest) == (
+        "sum",
+        False,
+        False,
+    )
     recommended = parse([*needed, "--preset", "recommended", "--lr", "0.01"])
     assert (recommended.similarity_interest, recommended.lr) == (True, 0.01)
 

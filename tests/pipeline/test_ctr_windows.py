@@ -12,7 +12,7 @@ from mim_torchrec.ctr.evaluation import main as evaluate
 from mim_torchrec.ctr.main import main
 from mim_torchrec.ctr.task import CTRTask
 from mim_torchrec.ctr.windows import LiveWindows
-from mim_torchrec.embeddings.sharded.live import HeadRoomExhausted
+from mim_torchrec.embeddings.sharded.live import SpareRowsExhausted
 from mim_torchrec.embeddings.sharded.load import find_frozen
 from mim_torchrec.embeddings.table.format import TableWriter, VersionMismatch
 from mim_torchrec.embeddings.windows.compact import compact
@@ -28,8 +28,8 @@ VECTORS = torch.eye(8)[torch.arange(NUM_ITEMS) % STYLES] + 0.1 * torch.randn(
 OLD = NUM_ITEMS // 2
 
 
-def write_table(path: Path, items: int, head_room: int) -> None:
-    writer = TableWriter(path, table_version="v1", dim=8, dtype="float16", encoder={}, head_room=head_room)
+def write_table(path: Path, items: int, spare_rows: int) -> None:
+    writer = TableWriter(path, table_version="v1", dim=8, dtype="float16", encoder={}, spare_rows=spare_rows)
     writer.write_shard(IDS[:items], VECTORS[:items])
     writer.finish()
 
@@ -155,7 +155,7 @@ def test_what_changes_the_table_besides_windows_is_noticed(folder, tmp_path, mon
 
 def test_no_room_another_version_and_no_table_are_errors(folder, tmp_path):
     write_table(tmp_path / "full", OLD, 5)
-    with pytest.raises(HeadRoomExhausted, match="mim table grow"):
+    with pytest.raises(SpareRowsExhausted, match="mim table grow"):
         main(words(folder, str(tmp_path / "full"), tmp_path / "run", "--windows", str(folder / "log")))
     open_log(tmp_path / "foreign", "v9", start=0)
     with pytest.raises(VersionMismatch, match="v9"):

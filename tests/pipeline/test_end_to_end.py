@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.ctr_throughput import training_step
-from benchmarks.end_to_end import FEATURES, Catalog, Encoded, build_encoded_model
+from benchmarks.end_to_end import FEATURES, Encoded, RandomContent, build_encoded_model
 from benchmarks.figure5 import WORDS
 from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.sharding import build_model, shard
@@ -56,7 +56,7 @@ class Shop:
         self.ids = torch.from_numpy(self.items.item_ids)
         encoder = new_encoder().eval()
         writer = TableWriter(self.table, table_version="untrained", dim=DIM, dtype="float32", encoder={})
-        catalog = Catalog.read(self.items, encoder)
+        catalog = RandomContent.read(self.items, encoder)
         with torch.no_grad():
             vectors = encoder.encode_table(*catalog.of(torch.arange(1, 1 + len(self.ids))))
         writer.write_shard(self.ids, vectors)
@@ -78,7 +78,7 @@ def shop(tmp_path_factory) -> Shop:
 
 def encoded(shop: Shop, trained: bool):
     encoder = new_encoder()
-    source = Encoded(encoder, Catalog.read(shop.items, encoder), trained)
+    source = Encoded(encoder, RandomContent.read(shop.items, encoder), trained)
     return encoder, build_encoded_model(shop.settings, shop.rows, source, DIM)
 
 

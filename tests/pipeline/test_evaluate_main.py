@@ -76,9 +76,9 @@ def test_intervals_resample_users(found):
     users = np.unique(rows["user_id"])
     draws = []
     for _ in range(50):
-        chosen = np.concatenate([
-            np.flatnonzero(rows["user_id"] == users[k]) for k in rng.integers(len(users), size=len(users))
-        ])
+        chosen = np.concatenate(
+            [np.flatnonzero(rows["user_id"] == users[k]) for k in rng.integers(len(users), size=len(users))]
+        )
         draws.append(roc_auc_score(rows["label"][chosen], rows["score"][chosen]))
     assert report["ci"]["auc"] == pytest.approx(list(np.quantile(draws, [0.025, 0.975])))
     assert set(report["ci"]) == {"auc", "gauc", "gauc_by_query", "ne", "logloss", "calibration_ratio"}

@@ -22,7 +22,7 @@ ITEMS, DIM = 1000, 16  # as in the examples
 def table(tmp_path_factory) -> Path:
     """Vectors of all items but the last hundred."""
     path = tmp_path_factory.mktemp("example") / "table"
-    writer = TableWriter(path, table_version="v1", dim=DIM, encoder={}, head_room=10)
+    writer = TableWriter(path, table_version="v1", dim=DIM, encoder={}, spare_rows=10)
     writer.write_shard(torch.arange(ITEMS - 100), torch.randn(ITEMS - 100, DIM))
     writer.finish()
     return path

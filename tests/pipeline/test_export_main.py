@@ -23,7 +23,7 @@ from mim_torchrec.encoders.text import TextEncoderConfig, train_tokenizer
 from mim_torchrec.encoders.vision import VisionEncoderConfig
 from mim_torchrec.representation.export import main
 from mim_torchrec.representation.plain import fit_projection
-from mim_torchrec.training.distributed import Ranks
+from mim_torchrec.training.distributed import DistributedContext
 
 NUM_ITEMS = 13
 TITLES = [
@@ -31,7 +31,7 @@ TITLES = [
     for color in ("red", "blue", "green", "grey", "pink")
     for thing in ("hat", "shoe", "bag")
 ]
-ONE = Ranks(0, 1, torch.device("cpu"))
+ONE = DistributedContext(0, 1, torch.device("cpu"))
 
 
 def write_items(root: Path, *, broken: int | None = None) -> Path:
@@ -182,7 +182,7 @@ def test_plain_towers_need_no_training_and_give_the_same_table_twice(exported, t
 def test_the_projection_is_onto_the_leading_principal_components():
     torch.manual_seed(0)
     features = torch.randn(40, 6) * torch.tensor([9.0, 5.0, 3.0, 0.1, 0.1, 0.1]) + 7
-    projection = fit_projection(features, dim=3, most=100, ranks=ONE)
+    projection = fit_projection(features, dim=3, most=100, context=ONE)
     centered = features - features.mean(0)
     components = torch.linalg.svd(centered, full_matrices=False).Vh[:3].T
     expected = (centered @ components).abs()
@@ -190,9 +190,9 @@ def test_the_projection_is_onto_the_leading_principal_components():
 
 
 def test_the_projection_uses_no_more_items_than_allowed():
-    assert fit_projection(torch.randn(100, 6), dim=2, most=30, ranks=ONE).items == 25
+    assert fit_projection(torch.randn(100, 6), dim=2, most=30, context=ONE).items == 25
 
 
 def test_more_dimensions_than_items_are_refused():
     with pytest.raises(ValueError, match="5 items of 9 features have no 8 principal components"):
-        fit_projection(torch.randn(5, 9), dim=8, most=100, ranks=ONE)
+        fit_projection(torch.randn(5, 9), dim=8, most=100, context=ONE)

@@ -22,7 +22,7 @@ TOWERS = {
     "vision.name": "test_convnext", "vision.weights": "random", "vision.image-size": "32",
     "text.name": "bert-tiny", "text.weights": "random",
 }  # fmt: skip
-SMALL = {"dda-vision.mask-size": "8", "validation-share": "0.2"} | {
+SMALL = {"dda-vision.mask-size": "8", "validation-fraction": "0.2"} | {
     f"{phase}.{name}": value
     for phase in PHASES
     for name, value in (("epochs", "3"), ("batch-size", "32"), ("lr", "0.001"))
@@ -131,7 +131,7 @@ def test_images_that_do_not_fit_in_memory_are_decoded_as_needed(shop, tmp_path):
 
 
 def test_without_held_out_items_the_last_epoch_is_kept(shop, tmp_path):
-    figures = metrics_of(run(shop, tmp_path / "out", "dda-text", validation_share="0") / "dda-text")
+    figures = metrics_of(run(shop, tmp_path / "out", "dda-text", validation_fraction="0") / "dda-text")
     assert figures["before"] == {} and figures["best_epoch"] == 2
 
 

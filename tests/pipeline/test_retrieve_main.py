@@ -21,7 +21,7 @@ def shop(tmp_path_factory) -> Path:
 def trained(shop, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("run") / "csft"
     flags = TINY_TOWERS | {"batch-size": "64", "epochs": "3", "lr": "0.003", "freeze-towers": "False"}
-    fine_tune(words(shop, out, flags, validation_share="0.1"))
+    fine_tune(words(shop, out, flags, validation_fraction="0.1"))
     return out
 
 
@@ -32,7 +32,7 @@ def run(shop: Path, encoder: str, out: Path, *more: str) -> dict:
 
 def test_csft_searches_with_the_encoder_it_kept(shop, trained, tmp_path):
     metrics = json.loads((trained / "metrics.json").read_text())
-    found = run(shop, str(trained / "encoder"), tmp_path, "--held-out-share", "0.1")
+    found = run(shop, str(trained / "encoder"), tmp_path, "--held-out-fraction", "0.1")
     assert metrics["retrieval"]["recall_at_10"] == metrics["recall_at_10"]
     for name in ("n", "recall_at_10", "recall_at_100", "items"):
         assert found[name] == metrics["retrieval"][name]
@@ -50,7 +50,7 @@ def test_queries_are_told_apart_by_age_and_category(trained):
 
 
 def test_the_picture_has_a_line_a_query(shop, trained, tmp_path):
-    run(shop, str(trained / "encoder"), tmp_path, "--pictures", "3")
+    run(shop, str(trained / "encoder"), tmp_path, "--grid-rows", "3")
     with Image.open(tmp_path / "retrieval.png") as three, Image.open(trained / "retrieval.png") as eight:
         assert three.size[0] == eight.size[0]
         assert 8 * three.size[1] == 3 * eight.size[1]
@@ -70,5 +70,5 @@ def test_what_is_no_encoder_is_refused(shop, tmp_path):
 
 @pytest.mark.parametrize("share", ["0", "1.5", "0.0001"])
 def test_no_queries_are_refused(shop, trained, tmp_path, share):
-    with pytest.raises(ValueError, match="--held-out-share"):
-        run(shop, str(trained / "encoder"), tmp_path, "--held-out-share", share)
+    with pytest.raises(ValueError, match="--held-out-fraction"):
+        run(shop, str(trained / "encoder"), tmp_path, "--held-out-fraction", share)

@@ -81,7 +81,7 @@ def windows(place: dict[str, str]) -> list:
 
 
 def reasons(place: dict[str, str]) -> dict[int | None, str]:
-    lines = (Path(place["--out"]) / "quarantine.jsonl").read_text().splitlines()
+    lines = (Path(place["--out"]) / "dead-letter.jsonl").read_text().splitlines()
     entries = [json.loads(line) for line in lines if line]
     assert len({(e["place"], e["reason"]) for e in entries}) == len(entries)
     return {entry["item_id"]: entry["reason"] for entry in entries}
@@ -116,7 +116,9 @@ def test_again_publishes_nothing_twice_and_only_what_is_new(place, tmp_path):
     assert [w.ids.tolist() for w in windows(place)] == [list(range(10)), [20]]
 
 
-def test_poisoned_items_go_to_quarantine_with_their_reason_and_the_others_on(place, tmp_path, monkeypatch):
+def test_poisoned_items_go_to_the_dead_letter_file_with_their_reason_and_the_others_on(
+    place, tmp_path, monkeypatch
+):
     bad = {1: {"image": picture(1)[:60]}, 2: {"title": "  "}, 3: {"title": None}, 4: {"image": None},
            5: {"image": b"no image"}, 6: {"image": bytes(3000)}}  # fmt: skip
     put(tmp_path / "new", "a", [row(k, **bad.get(k, {})) for k in range(9)] + [row(0, item_id=None)])
@@ -133,7 +135,7 @@ def test_poisoned_items_go_to_quarantine_with_their_reason_and_the_others_on(pla
     for _ in range(2):
         main(words(place, "--max-image-bytes", "5000", "--once"))
     assert [w.ids.tolist() for w in windows(place)] == [[0, 8]]
-    lines = (tmp_path / "rim" / "quarantine.jsonl").read_text()
+    lines = (tmp_path / "rim" / "dead-letter.jsonl").read_text()
     found = reasons(place)
     assert "cannot be decoded" in found[1]
     assert found[5] == "image: the image of 8 bytes cannot be decoded (no known format)"
@@ -142,7 +144,7 @@ def test_poisoned_items_go_to_quarantine_with_their_reason_and_the_others_on(pla
     assert "broken.parquet" in lines and "column item_id" in lines and "there is no item_id" in lines
 
 
-def test_items_that_the_encoder_cannot_take_go_to_quarantine_but_not_where_it_takes_none(
+def test_items_that_the_encoder_cannot_take_go_to_the_dead_letter_file_but_not_where_it_takes_none(
     place, tmp_path, monkeypatch
 ):
     put(tmp_path / "new", "a", [row(k) for k in range(5)])
@@ -164,7 +166,7 @@ def test_items_that_the_encoder_cannot_take_go_to_quarantine_but_not_where_it_ta
     assert list(reasons(place)) == [3] and len(windows(place)) == 1
 
 
-def test_an_image_that_is_too_large_goes_to_quarantine(place, tmp_path):
+def test_an_image_that_is_too_large_goes_to_the_dead_letter_file(place, tmp_path):
     put(tmp_path / "new", "a", [row(1), row(2)])
     main(words(place, "--max-image-bytes", "100", "--once"))
     assert all("more than 100" in reason for reason in reasons(place).values())
@@ -186,7 +188,7 @@ def test_tombstones_and_items_that_come_twice(place, tmp_path):
     main(words(place, "--once"))
     (made,) = windows(place)
     assert (made.ids.tolist(), sorted(made.removed.tolist())) == ([1], [2, 103])
-    table_command(["take-down", "1", "106", "--log", place["--log"], "--table", place["--table"]])
+    table_command(["delete", "1", "106", "--log", place["--log"], "--table", place["--table"]])
     store = EmbeddedStore(Table.open(place["--table"]))
     assert store.lookup(torch.tensor([103, 106]))[1].tolist() == [True, True]
     catch_up(store, open_log(place["--log"], version(place)))
@@ -212,7 +214,7 @@ def test_items_of_a_stream(place, redis_url):
     made = windows(place)
     assert [w.ids.tolist() for w in made] == [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9], []]
     assert made[1].removed.tolist() == [3]
-    lines = (Path(place["--out"]) / "quarantine.jsonl").read_text()
+    lines = (Path(place["--out"]) / "dead-letter.jsonl").read_text()
     assert "there is no item_id" in lines and "invalid literal" in lines and "beyond 64 bits" in lines
     add(source, row(77))
     main(words(place, "--once"))
@@ -254,8 +256,8 @@ def test_whoever_is_killed_when_every_item_is_in_one_window(place, tmp_path, red
 def test_sigterm_publishes_what_was_read_and_ends(place, tmp_path):
     put(tmp_path / "new", "a", [row(k) for k in range(6)])
     rim = start(place, "--batch-size", "2")
-    quarantine = Path(place["--out"])
-    while not quarantine.exists():
+    dead_letter = Path(place["--out"])
+    while not dead_letter.exists():
         assert rim.poll() is None
     rim.send_signal(signal.SIGTERM)
     said = rim.communicate()[1]

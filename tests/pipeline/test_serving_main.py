@@ -40,7 +40,7 @@ from mim_torchrec.serving.metrics import Metrics
 from mim_torchrec.serving.releases import ReleaseError, Releases
 from mim_torchrec.serving.releases import main as release
 from mim_torchrec.serving.scorer import Scorer, ScoreRequest
-from mim_torchrec.serving.service import Pair, Service
+from mim_torchrec.serving.service import ServedFiles, Service
 from tests.pipeline.test_ctr_main import NUM_ITEMS, item_id, write_dataset
 from tests.pipeline.test_evaluate_main import write_table
 from tests.serving import messages, output, trained_bundle
@@ -60,14 +60,14 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
-def pair(folder: Path, **words) -> Pair:
-    return Pair(**({"bundle": folder / "run" / "bundle", "store": str(folder / "table")} | words))
+def pair(folder: Path, **words) -> ServedFiles:
+    return ServedFiles(**({"bundle": folder / "run" / "bundle", "store": str(folder / "table")} | words))
 
 
 DEFAULTS = Limits()
 
 
-def application(what: Pair, limits: Limits = DEFAULTS, **words):
+def application(what: ServedFiles, limits: Limits = DEFAULTS, **words):
     metrics = Metrics()
     service = Service(what, 100, metrics)
     return make_app(service, metrics, limits, **words), service
@@ -341,7 +341,7 @@ def test_a_store_that_is_gone_is_503_and_comes_back_without_a_restart(folder, se
         server.kill()
 
 
-def test_releases_are_checked_flipped_and_rolled_back(folder, tmp_path, capsys, sent):
+def test_releases_are_checked_promoted_and_rolled_back(folder, tmp_path, capsys, sent):
     root = str(tmp_path / "releases")
     writer = TableWriter(tmp_path / "short", table_version="styles", dim=8, dtype="float16", encoder={})
     writer.write_shard(torch.tensor([item_id(k) for k in range(NUM_ITEMS - 2)]), torch.ones(NUM_ITEMS - 2, 8))
@@ -351,7 +351,7 @@ def test_releases_are_checked_flipped_and_rolled_back(folder, tmp_path, capsys, 
     bundles = [str(folder / name / "bundle") for name in ("run", "second")]
     words = ["stage", "--root", root, "--name", "one", "--bundle", bundles[0]]
     release([*words, "--table", str(folder / "table")])
-    release(["flip", "--root", root, "--name", "one"])
+    release(["promote", "--root", root, "--name", "one"])
     server, address = start("--release", root)
     try:
         release(["stage", "--root", root, "--name", "two", "--bundle", bundles[1], "--table",
@@ -363,9 +363,9 @@ def test_releases_are_checked_flipped_and_rolled_back(folder, tmp_path, capsys, 
             "examples": [1000, item_id(NUM_ITEMS - 2)],
         }  # fmt: skip
         with pytest.raises(ReleaseError, match="no vector of 2 items"):
-            release(["flip", "--root", root, "--name", "two"])
+            release(["promote", "--root", root, "--name", "two"])
         first = httpx.get(f"{address}/v2/models/mim").json()["versions"]
-        release(["flip", "--root", root, "--name", "two", "--allow-missing", "2"])
+        release(["promote", "--root", root, "--name", "two", "--allow-missing", "2"])
         os.kill(server.pid, signal.SIGHUP)
         while (second := httpx.get(f"{address}/v2/models/mim").json())["versions"] == first:
             pass
@@ -388,7 +388,7 @@ def test_releases_are_checked_flipped_and_rolled_back(folder, tmp_path, capsys, 
     with pytest.raises(ReleaseError, match="needs a table"):
         release(["stage", "--root", root, "--name", "four", "--bundle", bundles[0]])
     with pytest.raises(ReleaseError, match="no release 'nine'; it has one, two"):
-        Releases(root).flip("nine")
+        Releases(root).promote("nine")
     with pytest.raises(ReleaseError, match="no release before None"):
         Releases(tmp_path / "none").rollback()
 
@@ -400,7 +400,7 @@ def test_what_to_serve_has_to_be_said_once(tmp_path, folder):
         main(["--release", str(tmp_path)])
     with pytest.raises(ValueError, match="Base"):
         base = trained_bundle(folder, "base", "--mim", "off")
-        Service(Pair(bundle=base / "bundle", windows=str(tmp_path)), 0, Metrics())
+        Service(ServedFiles(bundle=base / "bundle", windows=str(tmp_path)), 0, Metrics())
 
 
 def test_a_new_table_of_the_same_version_continues_the_log(folder, tmp_path):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mim_torchrec.ciubm.ubm.bst import BST
-from mim_torchrec.ciubm.ubm.interface import BehaviorContext, gap_buckets
+from mim_torchrec.ciubm.ubm.interface import BehaviorContext, recency_buckets
 from tests.histories import Case, assert_same_with_gradients, make_case, naive_value
 
 DIM, HEADS = 8, 2
@@ -24,7 +24,7 @@ def naive_bst(model: BST, case: Case) -> Tensor:
 
     def interest(candidate: Tensor, _: Tensor, behaviors: list[int], __: int) -> Tensor:
         behaviors = behaviors[-model.max_positions :]
-        buckets = gap_buckets(BehaviorContext(gaps=case.context.gaps[behaviors]), "BST")
+        buckets = recency_buckets(BehaviorContext(recency=case.context.recency[behaviors]), "BST")
         e = torch.cat([case.behaviors[behaviors], candidate[None]])
         e = e + model.position.weight[torch.cat([buckets, torch.tensor([64])])]
         projected = model.projection(e).view(-1, 3, HEADS, DIM // HEADS)

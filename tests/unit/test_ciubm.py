@@ -78,10 +78,7 @@ def naive_din(model: DIN, candidates: Tensor, behaviors: Tensor) -> Tensor:
     for cs, bs in requests():
         for t in cs:
             q = candidates[t]
-            scores = [
-                unit(model, torch.cat([q, s, q - s, q * s]))
-                for s in (behaviors[i] for i in bs)
-            ]
+            scores = [unit(model, torch.cat([q, s, q - s, q * s])) for s in (behaviors[i] for i in bs)]
             weights = torch.stack(scores).softmax(0) if scores and model.softmax else scores
             rows.append(sum((w * behaviors[i] for w, i in zip(weights, bs, strict=True)), torch.zeros(DIM)))
     return torch.stack(rows)

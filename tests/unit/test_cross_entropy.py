@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from mim_torchrec.csft.config import CSFTConfig
+from mim_torchrec.csft.loss_variant import check_objective, make_variant_loss
 from mim_torchrec.csft.main import main
-from mim_torchrec.csft.objective import check_objective, make_objective
 from mim_torchrec.losses.cross_entropy import CategoryCrossEntropy, PairCrossEntropy
 from mim_torchrec.losses.info_nce import MultiLevelInfoNCE
 
@@ -86,7 +86,7 @@ def test_pairs_without_hard_negatives_are_refused():
 def test_the_five_variants_of_table_4(loss, signal, expected):
     chosen = config(loss=loss, interest_signal=signal)
     check_objective(chosen)
-    assert type(make_objective(chosen, CATEGORIES)) is expected
+    assert type(make_variant_loss(chosen, CATEGORIES)) is expected
 
 
 @pytest.mark.parametrize(("options", "message"), [

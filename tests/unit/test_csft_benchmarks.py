@@ -10,8 +10,8 @@ from benchmarks import ablation_csft, figure5
 from benchmarks.ablation_csft import TABLES, TRAINED, exchange, line, other_orders
 from benchmarks.figure5 import Figure5Config, Tower, build_text, build_vision, pairs_of
 from mim_torchrec.csft.config import CSFTConfig
+from mim_torchrec.csft.loss_variant import check_objective
 from mim_torchrec.csft.main import main as csft
-from mim_torchrec.csft.objective import check_objective
 from tests.programs import words
 
 

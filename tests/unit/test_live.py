@@ -1,11 +1,11 @@
-"""A live table: new items, new vectors, items taken down, and what is refused."""
+"""A live table: new items, new vectors, items deleted, and what is refused."""
 
 import pytest
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mim_torchrec.embeddings.sharded.frozen import FrozenEmbeddingCollection, TableState, frozen_config
-from mim_torchrec.embeddings.sharded.live import HeadRoomExhausted, ItemIndex, take_down, update_items
+from mim_torchrec.embeddings.sharded.live import ItemIndex, SpareRowsExhausted, delete_items, update_items
 from mim_torchrec.embeddings.sharded.load import find_frozen, load_table, table_digest
 from mim_torchrec.embeddings.table.format import (
     DTYPES,
@@ -28,9 +28,9 @@ def tensor(*ids):
 
 @pytest.fixture
 def live(tmp_path):
-    def make(dtype="float16", head_room=2):
+    def make(dtype="float16", spare_rows=2):
         writer = TableWriter(
-            tmp_path / dtype, table_version="v1", dim=4, dtype=dtype, encoder={}, head_room=head_room
+            tmp_path / dtype, table_version="v1", dim=4, dtype=dtype, encoder={}, spare_rows=spare_rows
         )
         writer.write_shard(tensor(*IDS), torch.randn(3, 4, generator=torch.Generator().manual_seed(0)))
         writer.finish()
@@ -62,7 +62,7 @@ def test_new_items_and_new_vectors_are_found_by_the_next_lookup(live, dtype):
     module, index, table = live(dtype)
     vectors = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
     report = apply(module, index, [25, 10, 5], vectors)
-    assert (report.items, report.rows, report.head_room) == (3, 3, 0)
+    assert (report.items, report.rows, report.spare_rows) == (3, 3, 0)
     assert torch.equal(look_up(module, index, 25, 10, 5), decode(encode(vectors, dtype), dtype))
     assert torch.equal(look_up(module, index, 30, 20), table.read_float(tensor(30, 20)))
 
@@ -72,7 +72,7 @@ def test_the_storage_does_not_move(live):
     store = find_frozen(module, "mm")[1].store
     where = store.tensor.data_ptr()
     apply(module, index, [25], torch.ones(1, 4))
-    take_down(module, index, tensor(30), table_version="v1", seq=2)
+    delete_items(module, index, tensor(30), table_version="v1", seq=2)
     assert store.tensor.data_ptr() == where
 
 
@@ -88,10 +88,10 @@ def test_a_window_is_remembered_by_its_number(live):
     assert find_frozen(module, "mm")[1].state == TableState("v1", 7)
 
 
-def test_an_item_taken_down_is_unknown_and_its_row_is_zero(live):
+def test_an_item_deleted_is_unknown_and_its_row_is_zero(live):
     module, index, _ = live()
     row = index.rows(tensor(30))
-    report = take_down(module, index, tensor(30, 99), table_version="v1", seq=1)
+    report = delete_items(module, index, tensor(30, 99), table_version="v1", seq=1)
     assert (report.items, report.rows, len(index)) == (1, 1, 2)
     assert not look_up(module, index, 30).any() and index.rows(tensor(30)).tolist() == [0]
     assert not module.frozen_tables()["mm"].store.gather(row).any()
@@ -101,7 +101,7 @@ def test_an_item_that_comes_back_has_the_row_it_had(live):
     module, index, _ = live()
     apply(module, index, [25], torch.ones(1, 4), seq=1)
     before = index.rows(tensor(25, 30))
-    take_down(module, index, tensor(25, 30), table_version="v1", seq=2)
+    delete_items(module, index, tensor(25, 30), table_version="v1", seq=2)
     apply(module, index, [26], torch.full((1, 4), 2.0), seq=3)
     apply(module, index, [30, 25], torch.full((2, 4), 3.0), seq=4)
     assert torch.equal(index.rows(tensor(25, 30)), before)
@@ -110,11 +110,11 @@ def test_an_item_that_comes_back_has_the_row_it_had(live):
 
 def test_without_room_the_error_names_the_command_and_nothing_is_changed(live):
     module, index, table = live()
-    before = table_digest(module), index.head_room
-    command = "mim table grow .*float16 --out DIR --head-room 5"
-    with pytest.raises(HeadRoomExhausted, match=f"3 new items, 2 free rows of 5: .*{command}"):
+    before = table_digest(module), index.spare_rows
+    command = "mim table grow .*float16 --out DIR --spare-rows 5"
+    with pytest.raises(SpareRowsExhausted, match=f"3 new items, 2 free rows of 5: .*{command}"):
         apply(module, index, [30, 1, 2, 3], torch.ones(4, 4))
-    assert (table_digest(module), index.head_room) == before
+    assert (table_digest(module), index.spare_rows) == before
     assert index.rows(tensor(1, 2, 3)).tolist() == [0, 0, 0]
 
 
@@ -126,7 +126,7 @@ def test_a_vector_that_cannot_be_stored_changes_nothing(live, wrong):
     vectors[1, 2] = wrong
     with pytest.raises(NonFiniteVector, match="window 1, item id 26"):
         apply(module, index, [25, 26], vectors)
-    assert table_digest(module) == before and index.head_room == 2
+    assert table_digest(module) == before and index.spare_rows == 2
 
 
 def test_windows_of_another_encoder_an_old_window_and_repeated_items_are_refused(live):

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from mim_torchrec.training.checkpoint import whole_directory
+from mim_torchrec.training.checkpoint import atomic_directory
 from mim_torchrec.training.checkpoints import CheckpointConfig, Checkpoints
-from mim_torchrec.training.distributed import Ranks, distributed
+from mim_torchrec.training.distributed import DistributedContext, distributed
 from mim_torchrec.training.loop import Interrupted, fit
 from mim_torchrec.training.state import TrainingState
 
-ONE = Ranks(0, 1, torch.device("cpu"))
+ONE = DistributedContext(0, 1, torch.device("cpu"))
 
 
 class Line:
@@ -56,7 +56,9 @@ class Line:
 
 
 def run(task, out, **changes):
-    return fit(task, **({"epochs": 3, "out": out, "ranks": ONE, "select": None, "patience": None} | changes))
+    return fit(
+        task, **({"epochs": 3, "out": out, "context": ONE, "select": None, "patience": None} | changes)
+    )
 
 
 def test_the_loss_falls_and_every_step_is_in_the_history(tmp_path):
@@ -198,18 +200,18 @@ def test_an_epoch_without_batches_is_an_error(tmp_path):
 def test_a_process_without_torchrun_is_a_world_of_one_with_a_fixed_seed():
     drawn = []
     for _ in range(2):
-        with distributed(5) as ranks:
-            assert (ranks.rank, ranks.world_size, ranks.is_main) == (0, 1, True)
-            assert ranks.all_gather_objects("me") == ["me"]
+        with distributed(5) as context:
+            assert (context.rank, context.world_size, context.is_main) == (0, 1, True)
+            assert context.all_gather_objects("me") == ["me"]
             drawn.append(torch.rand(3))
     assert torch.equal(*drawn)
 
 
 def test_a_directory_that_fails_halfway_leaves_the_old_one(tmp_path):
     target = tmp_path / "encoder"
-    with whole_directory(target) as folder:
+    with atomic_directory(target) as folder:
         (folder / "a").write_text("first")
-    with pytest.raises(RuntimeError), whole_directory(target) as folder:
+    with pytest.raises(RuntimeError), atomic_directory(target) as folder:
         (folder / "a").write_text("second")
         raise RuntimeError
     assert (target / "a").read_text() == "first"

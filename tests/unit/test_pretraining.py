@@ -16,19 +16,19 @@ from mim_torchrec.encoders.vision import VisionEncoder, VisionEncoderConfig
 from mim_torchrec.pretraining.config import ImageAdaptionConfig, TextAdaptionConfig
 from mim_torchrec.pretraining.text import IGNORED, LanguageModel
 from mim_torchrec.pretraining.vision import MaskedImageModel
-from mim_torchrec.training.distributed import Ranks
+from mim_torchrec.training.distributed import DistributedContext
 
 TITLES = [
     "red wool hat", "blue wool scarf with fringes", "green cotton shirt", "", "grey hat", "pink silk scarf"
 ]  # fmt: skip
 ROWS = np.arange(len(TITLES))
-ONE = Ranks(0, 1, torch.device("cpu"))
+ONE = DistributedContext(0, 1, torch.device("cpu"))
 
 
 class Catalog:
     """Random pictures and the titles above."""
 
-    num_pictures = len(TITLES)
+    num_images = len(TITLES)
 
     def __init__(self, titles: list[str] = TITLES) -> None:
         self._titles = titles

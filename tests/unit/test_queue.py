@@ -182,7 +182,8 @@ def test_balance_counts_the_push_of_an_items_own_batch_for_all_in_which_it_is_a_
             score = query[i] @ F.normalize(as_positive[i], dim=0) / 0.2
             others = [
                 query[i] @ F.normalize(as_negative[j], dim=0) / 0.2
-                for j in range(2 * N) if j != i and int(ids[j]) not in (int(ids[i]), int(own[i]))
+                for j in range(2 * N)
+                if j != i and int(ids[j]) not in (int(ids[i]), int(own[i]))
             ]
             others += [query[i] @ v / 0.2 for v, k in zip(queued, queued_ids, strict=True)
                        if int(k) not in (int(ids[i]), int(own[i]))]  # fmt: skip

@@ -130,7 +130,7 @@ def test_unknown_ids_are_scored_as_the_trainer_does_and_counted(din, folder):
     assert found.scores[0] != found.scores[2]
 
 
-def test_an_item_that_was_taken_down_is_unknown_at_once_also_in_the_cache(din, folder):
+def test_an_item_that_was_deleted_is_unknown_at_once_also_in_the_cache(din, folder):
     one, sent = scorer(din, cache=100), requests(folder)
     gone = next(
         (r, b)

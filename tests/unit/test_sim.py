@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mim_torchrec.ciubm.ubm.interface import BehaviorContext, gap_buckets
+from mim_torchrec.ciubm.ubm.interface import BehaviorContext, recency_buckets
 from mim_torchrec.ciubm.ubm.sim import SIM
 from tests.histories import Case, assert_same_with_gradients, make_case, naive_value
 
@@ -15,7 +15,7 @@ DIM, HEADS = 8, 2
 
 def build(**options) -> SIM:
     torch.manual_seed(2)
-    return SIM(DIM, heads=HEADS, gap_dim=3, **options).double()
+    return SIM(DIM, heads=HEADS, recency_dim=3, **options).double()
 
 
 def naive_search(model: SIM, case: Case, candidate: Tensor, behaviors: list[int], t: int) -> list[int]:
@@ -37,8 +37,8 @@ def naive_sim(model: SIM, case: Case) -> Tensor:
         found = naive_search(model, case, candidate, behaviors, t)
         if not found:
             return candidate.new_zeros(model.out_dim)
-        buckets = gap_buckets(BehaviorContext(gaps=case.context.gaps[found]), "SIM")
-        z = torch.cat([case.behaviors[found], model.gap.weight[buckets]], dim=1)
+        buckets = recency_buckets(BehaviorContext(recency=case.context.recency[found]), "SIM")
+        z = torch.cat([case.behaviors[found], model.recency.weight[buckets]], dim=1)
         heads = []
         for w_a, w_b in zip(model.query.weight.chunk(HEADS), model.key.weight.chunk(HEADS), strict=True):
             heads.append(((z @ w_b.T) @ (w_a @ candidate)).softmax(0) @ z)
@@ -86,7 +86,7 @@ def test_an_unknown_category_matches_nothing():
 
 def test_a_hard_search_without_categories_is_refused():
     case = make_case()
-    context = BehaviorContext(gaps=case.context.gaps)
+    context = BehaviorContext(recency=case.context.recency)
     with pytest.raises(ValueError, match="categories of candidates and behaviors"):
         dataclasses.replace(case, context=context).run(build(search="hard"))
 

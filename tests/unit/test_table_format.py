@@ -106,7 +106,7 @@ def test_a_truncated_shard_is_refused_even_without_checksums(tmp_path):
         Table.open(path, verify=False)
 
 
-def test_a_foreign_version_is_refused_naming_both(tmp_path):
+def test_another_version_is_refused_naming_both(tmp_path):
     path = write(tmp_path / "t")
     with pytest.raises(VersionMismatch, match="table_version is v1, expected v2"):
         Table.open(path, expected_version="v2")

@@ -1,4 +1,4 @@
-"""``mim table import``: foreign vectors become a table exactly, in any order, or are refused by place."""
+"""``mim table import``: external vectors become a table exactly, in any order, or are refused by place."""
 
 import re
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mim_torchrec.embeddings.table import arranging, foreign, foreign_parquet, foreign_tensors
+from mim_torchrec.embeddings.table import arranging, external, external_parquet, external_tensors
 from mim_torchrec.embeddings.table.format import DuplicateId, NonFiniteVector, Table, TableError
 from mim_torchrec.embeddings.table.importing import content_version, import_vectors
 from mim_torchrec.embeddings.table.main import main
@@ -94,13 +94,13 @@ def test_the_layout_of_taobao_mm_is_imported_by_the_command_without_options(tmp_
     codes = torch.randint(-128, 128, (20, 128), generator=torch.Generator().manual_seed(2)).to(torch.int8)
     ids = torch.randperm(1000, generator=torch.Generator().manual_seed(3))[:20]
     parquet(tmp_path / "scl.parquet", ids, codes, names=("205", "205_c"))
-    main(["import", str(tmp_path / "scl.parquet"), "--out", str(tmp_path / "t"), "--head-room", "5"])
+    main(["import", str(tmp_path / "scl.parquet"), "--out", str(tmp_path / "t"), "--spare-rows", "5"])
     printed = capsys.readouterr().out
     assert "ids from '205', vectors from '205_c' (int8)" in printed
-    assert "20 x 128 int8, 136 bytes a row, 2.72 kB; head-room 5, capacity 25" in printed
+    assert "20 x 128 int8, 136 bytes a row, 2.72 kB; 5 spare rows, capacity 25" in printed
     table = Table.open(tmp_path / "t")
     assert torch.equal(table.read_float(ids), codes.float())
-    assert table.manifest.head_room == 5 and table.manifest.seq == 0
+    assert table.manifest.spare_rows == 5 and table.manifest.seq == 0
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_any_order_shard_and_batch_size_equals_a_dictionary(
     ids = torch.randperm(10_000, generator=generator)[:50] - 5000
     ids = ids.sort().values if in_order else ids
     vectors = torch.randn(50, 4, generator=generator)
-    for module in (arranging, foreign, foreign_parquet, foreign_tensors):
+    for module in (arranging, external, external_parquet, external_tensors):
         monkeypatch.setattr(module, "CHUNK", batch)
     if source == "parquet":
         options = {"paths": parquet(tmp_path / "a.parquet", ids, vectors)}
@@ -235,7 +235,7 @@ def test_a_version_given_is_that_of_the_table_and_its_shards(tmp_path):
 
 
 def test_the_manifest_says_where_the_vectors_come_from(tmp_path):
-    manifest = import_vectors(parquet(tmp_path / "a.parquet", vectors=CODES), tmp_path / "t", head_room=2)
+    manifest = import_vectors(parquet(tmp_path / "a.parquet", vectors=CODES), tmp_path / "t", spare_rows=2)
     origin = dict(manifest.encoder["imported"])
     assert origin.pop("created_by").startswith("mim-torchrec ")
     assert origin == {
@@ -243,7 +243,7 @@ def test_the_manifest_says_where_the_vectors_come_from(tmp_path):
         "format": ["parquet"],
         "columns": {"id": "id", "vector": "v"},
         "vectors": ["int8"],
-        "options": {"dtype": "int8", "head_room": 2},
+        "options": {"dtype": "int8", "spare_rows": 2},
     }
 
 
@@ -482,7 +482,7 @@ def test_an_existing_table_is_kept(tmp_path):
 
 @pytest.mark.parametrize(
     ("option", "message"),
-    [({"head_room": -1}, "head-room is -1"), ({"table_version": " "}, "table_version given is empty")],
+    [({"spare_rows": -1}, "--spare-rows is -1"), ({"table_version": " "}, "table_version given is empty")],
 )
 def test_senseless_options_are_refused(tmp_path, option, message):
     with pytest.raises(TableError, match=message):

@@ -130,8 +130,8 @@ def test_codes_are_not_taken_for_vectors(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_converted_table_has_the_same_version_ids_and_head_room(tmp_path, vectors, dtype):
-    source = Table.open(write(tmp_path / "t", vectors, "float32", head_room=5, seq=3))
+def test_a_converted_table_has_the_same_version_ids_and_spare_rows(tmp_path, vectors, dtype):
+    source = Table.open(write(tmp_path / "t", vectors, "float32", spare_rows=5, seq=3))
     made = convert(tmp_path / "t", tmp_path / "c", dtype).manifest
     table = Table.open(tmp_path / "c", expected_version="v1")
     assert (made.dtype, made.rows, made.capacity, made.seq) == (dtype, 40, 45, 3)

@@ -30,14 +30,14 @@ def where(request, tmp_path):
 
 def test_windows_are_numbered_from_the_base_on_and_read_in_order(where):
     log = open_log(where, "v1", start=7)
-    assert (log.head(), log.first(), list(log.after(7))) == (7, 8, [])
+    assert (log.last_seq(), log.first_seq(), list(log.after(7))) == (7, 8, [])
     assert [log.append(f"w{k}", tensor(k, k + 50), vectors(2, k)) for k in range(40)] == list(range(8, 48))
     read = list(open_log(where, "v1").after(9))
     assert [(w.seq, w.ids[0].item(), w.window_id) for w in read] == [
         (k + 8, k, f"w{k}") for k in range(2, 40)
     ]
     assert torch.equal(read[0].vectors, vectors(2, 2).half())
-    assert (log.head(), log.first()) == (47, 8) and log.size() > 40 * 2 * DIM * 2
+    assert (log.last_seq(), log.first_seq()) == (47, 8) and log.size() > 40 * 2 * DIM * 2
 
 
 def test_a_name_is_added_once_even_when_its_window_was_forgotten(where):
@@ -46,14 +46,14 @@ def test_a_name_is_added_once_even_when_its_window_was_forgotten(where):
         log.append(f"w{k}", tensor(k), vectors(1))
     assert log.forget(3, min_age=3600) == 0
     assert log.forget(3) == 3
-    assert (log.first(), log.head()) == (4, 5)
+    assert (log.first_seq(), log.last_seq()) == (4, 5)
     for other in (log, open_log(where, "v1")):
         assert [other.append(f"w{k}", tensor(k), vectors(1)) for k in range(5)] == [1, 2, 3, 4, 5]
     assert [w.seq for w in log.after(3)] == [4, 5]
     with pytest.raises(WindowGap, match="no window 3: it keeps 4 to 5"):
         list(log.after(2))
     assert log.forget(5) == 2
-    assert (log.first(), log.head()) == (6, 5)
+    assert (log.first_seq(), log.last_seq()) == (6, 5)
     assert log.append("w5", tensor(1), vectors(1)) == 6
 
 
@@ -119,7 +119,7 @@ def test_a_writer_that_is_killed_again_and_again_adds_every_window_once(where):
     assert [w.seq for w in found] == list(range(1, 31))
 
 
-def test_damaged_and_foreign_entries_of_a_stream_are_named(redis_url):
+def test_damaged_and_malformed_entries_of_a_stream_are_named(redis_url):
     log = open_log(redis_url, "v1", start=0)
     at = locate(redis_url)
     stream, client = f"{{{at.name}}}:windows", connect(at)
@@ -182,7 +182,7 @@ def test_a_server_without_memory_refuses_a_window_and_keeps_what_it_has(tmp_path
         with pytest.raises(RedisFull, match="no memory left"):
             for k in range(100):
                 log.append(f"w{k}", torch.arange(2000), torch.zeros(2000, 64))
-        head = log.head()
+        head = log.last_seq()
         assert 0 < head < 99
         server.client().config_set("maxmemory", "100mb")
         assert log.append(f"w{head}", tensor(1), vectors(1)) == head + 1

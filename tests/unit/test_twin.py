@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mim_torchrec.ciubm.ubm.interface import BehaviorContext, gap_buckets
+from mim_torchrec.ciubm.ubm.interface import BehaviorContext, recency_buckets
 from mim_torchrec.ciubm.ubm.twin import TWIN
 from tests.histories import Case, assert_same_with_gradients, make_case, naive_value
 
@@ -16,13 +16,15 @@ DIM, HEADS = 8, 2
 
 def build(top_k: int, **options) -> TWIN:
     torch.manual_seed(2)
-    model = TWIN(DIM, top_k=top_k, heads=HEADS, gap_dim=3, **options).double()
+    model = TWIN(DIM, top_k=top_k, heads=HEADS, recency_dim=3, **options).double()
     torch.nn.init.normal_(model.cross_weight)
     return model
 
 
 def cross_features(model: TWIN, case: Case, behaviors: list[int]) -> Tensor:
-    return model.gap.weight[gap_buckets(BehaviorContext(gaps=case.context.gaps[behaviors]), "TWIN")]
+    return model.recency.weight[
+        recency_buckets(BehaviorContext(recency=case.context.recency[behaviors]), "TWIN")
+    ]
 
 
 def naive_twin(model: TWIN, case: Case) -> Tensor:

@@ -125,5 +125,5 @@ def test_a_model_that_needs_gaps_says_what_is_missing(name):
         candidate_categories=case.context.candidate_categories,
         behavior_categories=case.context.behavior_categories,
     )
-    with pytest.raises(ValueError, match="how far behaviors lie back.*--gaps order"):
+    with pytest.raises(ValueError, match="how far behaviors lie back.*--recency order"):
         dataclasses.replace(case, context=context).run(MODELS[name]().double())

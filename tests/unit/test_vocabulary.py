@@ -49,9 +49,9 @@ def test_ids_seen_and_unknown_are_counted_over_calls():
     assert (found.seen, found.unknown) == (5, 3)
 
 
-@pytest.mark.parametrize("head_room, rows", [(0.0, 11), (0.25, 14), (1.0, 21)])
-def test_head_room_adds_spare_rows_to_those_of_the_ids_and_the_unknown(head_room, rows):
-    assert Vocabulary.build(np.arange(10), head_room).num_embeddings == rows
+@pytest.mark.parametrize("spare_rows, rows", [(0.0, 11), (0.25, 14), (1.0, 21)])
+def test_spare_rows_adds_spare_rows_to_those_of_the_ids_and_the_unknown(spare_rows, rows):
+    assert Vocabulary.build(np.arange(10), spare_rows).num_embeddings == rows
 
 
 def test_too_few_rows_are_refused():
@@ -60,7 +60,7 @@ def test_too_few_rows_are_refused():
 
 
 def test_what_is_saved_is_loaded(tmp_path):
-    saved = Vocabulary.build(np.array([5, 2**62, -1]), head_room=0.5)
+    saved = Vocabulary.build(np.array([5, 2**62, -1]), spare_rows=0.5)
     saved.save(tmp_path / "item_id.npz")
     loaded = Vocabulary.load(tmp_path / "item_id.npz")
     assert torch.equal(loaded.ids, saved.ids)
@@ -111,7 +111,7 @@ def test_the_scan_finds_the_ids_that_readers_give(tmp_path):
     mapper = IdMapper({name: Vocabulary.build(ids) for name, ids in scan_ids([file]).items()}, None, 0.0)
     for batch in RequestReader([file], batch_size=4):
         mapper(batch)
-    assert mapper.unknown_shares() == dict.fromkeys(("user_id", "query_id", "item_id", "category"), 0.0)
+    assert mapper.unknown_fractions() == dict.fromkeys(("user_id", "query_id", "item_id", "category"), 0.0)
 
 
 def batch_of(**features: Sequence[Sequence[int]]) -> RequestBatch:
@@ -192,13 +192,13 @@ def test_a_vocabulary_without_a_feature_is_left_alone():
 def test_unknown_shares_count_candidates_and_behaviors_of_all_batches():
     mapper = mapper_of(ItemIndex(torch.tensor([20]), capacity=4))
     mapper(small_batch())
-    assert mapper.unknown_shares() == {"user_id": 1 / 2, "item_id": 1 / 4, "category": 0.0, "mm": 2 / 4}
+    assert mapper.unknown_fractions() == {"user_id": 1 / 2, "item_id": 1 / 4, "category": 0.0, "mm": 2 / 4}
     mapper(batch_of(user_id=[[3]], candidate_item_id=[[40, 50]], behavior_item_id=[[10, 60]]))
-    assert mapper.unknown_shares() == {"user_id": 1 / 3, "item_id": 4 / 8, "category": 0.0, "mm": 6 / 8}
+    assert mapper.unknown_fractions() == {"user_id": 1 / 3, "item_id": 4 / 8, "category": 0.0, "mm": 6 / 8}
 
 
 def test_unknown_shares_leave_out_what_was_never_seen():
-    assert mapper_of().unknown_shares() == {}
+    assert mapper_of().unknown_fractions() == {}
 
 
 def candidates(count: int, unknown: int) -> RequestBatch:

@@ -14,7 +14,7 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mim_torchrec.embeddings.sharded.frozen import FrozenEmbeddingCollection, TableState, frozen_config
-from mim_torchrec.embeddings.sharded.live import HeadRoomExhausted, ItemIndex, apply_window, table_state
+from mim_torchrec.embeddings.sharded.live import ItemIndex, SpareRowsExhausted, apply_window, table_state
 from mim_torchrec.embeddings.sharded.load import load_table, table_digest
 from mim_torchrec.embeddings.table.diff import diff
 from mim_torchrec.embeddings.table.format import (
@@ -100,10 +100,10 @@ def test_the_rule():
 
 def test_the_log_numbers_windows_and_gives_them_in_order(tmp_path):
     log = WindowLog(tmp_path / "log", "v1", start=0)
-    assert log.head() == 0
+    assert log.last_seq() == 0
     assert [log.append(f"w{k}", tensor(k), vectors(1, k)) for k in range(4)] == [1, 2, 3, 4]
     assert [(w.seq, w.ids.item()) for w in log.after(1)] == [(2, 1), (3, 2), (4, 3)]
-    assert WindowLog(tmp_path / "log", "v1", start=0).head() == 4
+    assert WindowLog(tmp_path / "log", "v1", start=0).last_seq() == 4
 
 
 def test_a_window_that_is_delivered_again_keeps_its_number(tmp_path):
@@ -112,7 +112,7 @@ def test_a_window_that_is_delivered_again_keeps_its_number(tmp_path):
     assert other.append("second", tensor(2), vectors(1)) == 2
     assert log.append("second", tensor(2), vectors(1)) == 2
     assert other.append("first", tensor(1), vectors(1)) == 1
-    assert log.head() == 2
+    assert log.last_seq() == 2
 
 
 def test_a_log_is_of_one_version(tmp_path):
@@ -137,13 +137,14 @@ def test_a_window_under_a_wrong_number_and_a_missing_one_are_errors(tmp_path):
 def test_a_full_disk_leaves_nothing_and_the_window_can_be_appended_later(tmp_path, monkeypatch):
     log = WindowLog(tmp_path / "log", "v1", start=0)
     with monkeypatch.context() as full:
+
         def refuse(path: Path, data: bytes) -> int:
             raise OSError(errno.ENOSPC, "no space left on device", str(path))
 
         full.setattr(Path, "write_bytes", refuse)
         with pytest.raises(OSError, match="no space"):
             log.append("w", tensor(1), vectors(1))
-    assert log.head() == 0
+    assert log.last_seq() == 0
     assert [path.name for path in log.root.iterdir()] == ["log.json"]
     assert log.append("w", tensor(1), vectors(1)) == 1
 
@@ -198,11 +199,13 @@ def test_a_writer_that_is_killed_at_any_moment_loses_and_doubles_nothing(tmp_pat
     check(tmp_path / "log", count)
 
 
-def make_live(folder: Path, dtype: str = "float16", head_room: int = 10):
+def make_live(folder: Path, dtype: str = "float16", spare_rows: int = 10):
     """A table of items 1 to 9 and its live collection."""
-    path = folder / f"table-{dtype}-{head_room}"
+    path = folder / f"table-{dtype}-{spare_rows}"
     if not path.exists():
-        writer = TableWriter(path, table_version="v1", dim=DIM, dtype=dtype, encoder={}, head_room=head_room)
+        writer = TableWriter(
+            path, table_version="v1", dim=DIM, dtype=dtype, encoder={}, spare_rows=spare_rows
+        )
         writer.write_shard(torch.arange(1, 10), vectors(9))
         writer.finish()
     table = Table.open(path)
@@ -261,9 +264,9 @@ def test_a_window_that_comes_twice_takes_effect_once_and_a_gap_none(tmp_path):
 
 
 def test_a_window_without_room_changes_nothing_and_says_how_to_make_room(tmp_path):
-    module, index = make_live(tmp_path, head_room=1)
+    module, index = make_live(tmp_path, spare_rows=1)
     before = table_digest(module)
-    with pytest.raises(HeadRoomExhausted, match="mim table grow"):
+    with pytest.raises(SpareRowsExhausted, match="mim table grow"):
         apply_window(module, index, window(1, 3, 20, 21))
     assert table_digest(module) == before and len(index) == 9
 
@@ -319,7 +322,7 @@ def test_the_commands_compact_and_verify(tmp_path, capsys):
     base, log = str(tmp_path / "table-float16-10"), WindowLog(tmp_path / "log", "v1", start=0)
     log.append("w", tensor(3, 20), vectors(2), removed=tensor(4))
     command(["verify", base, "--log", str(log.root)])
-    assert "1 windows after 0, 2 vectors, 1 items taken down: all checksums match" in capsys.readouterr().out
+    assert "1 windows after 0, 2 vectors, 1 items deleted: all checksums match" in capsys.readouterr().out
     command(["compact", base, "--log", str(log.root), "--out", str(tmp_path / "new")])
     assert "windows up to 1; 9 x 8 float16" in capsys.readouterr().out
 
@@ -331,13 +334,13 @@ def test_the_commands_say_what_a_log_holds_and_forget_what_a_table_does(tmp_path
         log.append(f"w{k}", tensor(100 + k), vectors(1, k), removed=tensor(3))
     command(["info", base, "--log", str(log.root)])
     said = json.loads(capsys.readouterr().out)["log"]
-    assert said == {"first": 1, "head": 3, "bytes": log.size(), "to_apply": 3}
+    assert said == {"first_seq": 1, "last_seq": 3, "bytes": log.size(), "to_apply": 3}
     new = str(tmp_path / "new")
     command(["compact", base, "--log", str(log.root), "--out", new, "--forget-hours", "1"])
     assert "0 windows removed" in capsys.readouterr().out
     command(["compact", base, "--log", str(log.root), "--out", f"{new}er", "--forget-hours", "0"])
     assert "3 windows removed" in capsys.readouterr().out
-    assert (log.first(), log.head()) == (4, 3)
+    assert (log.first_seq(), log.last_seq()) == (4, 3)
     command(["diff", base, new])
     said = json.loads(capsys.readouterr().out)
     assert (said["same_version"], said["seq"], said["changed"], said["only_first"]) == (True, [0, 3], 0, 1)
@@ -387,12 +390,12 @@ def test_a_name_that_holds_braces_may_be_broken_off_anywhere(tmp_path):
 def test_nobody_appends_behind_a_window_of_another_version(tmp_path):
     log = WindowLog(tmp_path / "log", "v1", start=0)
     log.append("w1", tensor(1), vectors(1))
-    foreign = log.root / "0000000000000002.safetensors"
-    foreign.write_bytes(window(2, 3, table_version="v9").to_bytes())
+    external = log.root / "0000000000000002.safetensors"
+    external.write_bytes(window(2, 3, table_version="v9").to_bytes())
     for appender in (log, WindowLog(log.root, "v1")):
         with pytest.raises(VersionMismatch, match="0002.*v9.*take the file away"):
             appender.append("w2", tensor(2), vectors(1))
-    foreign.unlink()
+    external.unlink()
     assert log.append("w2", tensor(2), vectors(1)) == 2
 
 
@@ -401,7 +404,7 @@ def test_names_are_known_though_others_forget_while_one_looks(tmp_path, monkeypa
     for k in range(6):
         other.append(f"w{k}", tensor(k), vectors(1))
     for look in ("_numbers", "_forgotten", "_name_in"):
-        reader, original, through = WindowLog(log.root, "v1"), getattr(WindowLog, look), [log.first()]
+        reader, original, through = WindowLog(log.root, "v1"), getattr(WindowLog, look), [log.first_seq()]
 
         def look_late(self, *args, original=original, through=through):
             found = original(self, *args)
@@ -415,12 +418,12 @@ def test_names_are_known_though_others_forget_while_one_looks(tmp_path, monkeypa
             return original(self, *args)
 
         for between in (look_late, look_early):
-            through[:] = [other.first()]
+            through[:] = [other.first_seq()]
             with monkeypatch.context() as meanwhile:
                 meanwhile.setattr(WindowLog, look, between)
                 reader = WindowLog(log.root, "v1")
                 assert sorted(reader.names()) == [f"w{k}" for k in range(6)]
-    assert (log.head(), log.first()) == (6, 7)
+    assert (log.last_seq(), log.first_seq()) == (6, 7)
 
 
 def test_what_was_broken_off_long_ago_is_removed_by_who_forgets(tmp_path):

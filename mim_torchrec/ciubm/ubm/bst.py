@@ -1,7 +1,7 @@
 r"""Behavior Sequence Transformer (Chen et al., DLP-KDD 2019).
 
 One transformer layer, the number the paper found best, over a history and the target, whose positions are
-embeddings of the time gap to the request (section 2.1). With E = embedding + position (Eq. 1–6):
+embeddings of the recency before the request (section 2.1). With E = embedding + position (Eq. 1–6):
 
     S' = LayerNorm(E + MultiHead(E))      F = LayerNorm(S' + FFN(S'))      FFN = W₂ LeakyReLU(W₁ ·)
 
@@ -28,11 +28,11 @@ from torch.autograd.function import once_differentiable
 from mim_torchrec.ciubm.jagged import RequestPairs
 from mim_torchrec.ciubm.packed import rows_of_behaviors, rows_of_candidates, segment_logsumexp, segment_sum
 from mim_torchrec.ciubm.ubm.interface import (
-    NUM_GAP_BUCKETS,
+    NUM_RECENCY_BUCKETS,
     BehaviorContext,
     Interest,
     UserBehaviorModel,
-    gap_buckets,
+    recency_buckets,
 )
 
 GROUP_STEP = 8
@@ -63,7 +63,7 @@ class BST(UserBehaviorModel):
         self.out_dim = 2 * dim
         self.heads = heads
         self.max_positions = max_positions
-        self.position = nn.Embedding(NUM_GAP_BUCKETS + 1, dim)  # the last row is the target's
+        self.position = nn.Embedding(NUM_RECENCY_BUCKETS + 1, dim)  # the last row is the target's
         self.projection = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
         self.attention_norm = nn.LayerNorm(dim)
@@ -80,7 +80,7 @@ class BST(UserBehaviorModel):
         context: BehaviorContext | None = None,
     ) -> Interest:
         """Run the layer on each candidate with its history."""
-        buckets = gap_buckets(context, "BST")
+        buckets = recency_buckets(context, "BST")
         recent, pairs = pairs.recent(self.max_positions)
         if recent.numel() < behaviors.shape[0]:
             behaviors, buckets = behaviors.index_select(0, recent), buckets.index_select(0, recent)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mim_torchrec.ciubm.jagged import RequestPairs
 
-NUM_GAP_BUCKETS = 64
+NUM_RECENCY_BUCKETS = 64
 
 
 @dataclass(frozen=True)
@@ -19,13 +19,13 @@ class BehaviorContext:
     """What a model may know of candidates and behaviors besides their embeddings.
 
     Attributes:
-        gaps: (sum_behaviors,) how far each behavior lies before its request, not negative: seconds, or the
+        recency: (sum_behaviors,) how far each behavior lies before its request, not negative: seconds, or the
             number of behaviors in between.
         candidate_categories: (sum_candidates,) int64; 0 is an unknown category, which equals no other.
         behavior_categories: (sum_behaviors,) int64 likewise.
     """
 
-    gaps: Tensor | None = None
+    recency: Tensor | None = None
     candidate_categories: Tensor | None = None
     behavior_categories: Tensor | None = None
 
@@ -72,7 +72,7 @@ class UserBehaviorModel(nn.Module):
             candidates: (sum_candidates, dim) ID embeddings.
             behaviors: (sum_behaviors, dim) ID embeddings, the oldest of a request first.
             pairs: the pairs of the batch.
-            context: gaps and categories, for the models that need them.
+            context: recency and categories, for the models that need them.
 
         Raises:
             ValueError: the context lacks what the model needs.
@@ -80,22 +80,22 @@ class UserBehaviorModel(nn.Module):
         raise NotImplementedError
 
 
-def gap_buckets(context: BehaviorContext | None, model: str) -> Tensor:
-    """Gaps in half octaves, `floor(2 log2(1 + gap))`, at most 63; 63 is 96 years where gaps are seconds.
+def recency_buckets(context: BehaviorContext | None, model: str) -> Tensor:
+    """Recency in half octaves, `floor(2 log2(1 + recency))`, at most 63; 63 is 96 years of seconds.
 
     Returns:
         (sum_behaviors,) int64.
 
     Raises:
-        ValueError: there are no gaps.
+        ValueError: the recency is missing.
 
     >>> import torch
-    >>> gap_buckets(BehaviorContext(gaps=torch.tensor([0.0, 1.0, 60.0, 86400.0])), "SIM").tolist()
+    >>> recency_buckets(BehaviorContext(recency=torch.tensor([0.0, 1.0, 60.0, 86400.0])), "SIM").tolist()
     [0, 2, 11, 32]
     """
-    if context is None or context.gaps is None:
+    if context is None or context.recency is None:
         raise ValueError(
             f"{model} needs to know how far behaviors lie back: the times of requests and behaviors, or "
-            "their order (--gaps order)"
+            "their order (--recency order)"
         )
-    return (context.gaps.double() + 1).log2().mul(2).floor().long().clamp(0, NUM_GAP_BUCKETS - 1)
+    return (context.recency.double() + 1).log2().mul(2).floor().long().clamp(0, NUM_RECENCY_BUCKETS - 1)

@@ -2,7 +2,7 @@ r"""Search-based Interest Model (Pi et al., CIKM 2020).
 
 A general search unit keeps few behaviors of a long history: `hard`, those of the candidate's category, or
 `soft`, those with the largest $r_i = \langle W_b e_i, W_a e_a \rangle$ (Eq. 1). The exact search unit attends
-to them with several heads over $z_i = [e_i; e^t_i]$, the embedding with that of the time gap (Eq. 4–6):
+to them with several heads over $z_i = [e_i; e^t_i]$, the embedding with that of its recency (Eq. 4–6):
 
     att^h = softmax(⟨W_b^h z_i, W_a^h e_a⟩)      head^h = Σ_i att^h_i z_i      interest = [head^1; …; head^q]
 
@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from mim_torchrec.ciubm.jagged import Pairs, RequestPairs
 from mim_torchrec.ciubm.ubm.activation import PReLU
 from mim_torchrec.ciubm.ubm.interface import (
-    NUM_GAP_BUCKETS,
+    NUM_RECENCY_BUCKETS,
     Auxiliary,
     BehaviorContext,
     Interest,
     UserBehaviorModel,
-    gap_buckets,
+    recency_buckets,
 )
 
 Search = Literal["soft", "hard"]
@@ -42,7 +42,7 @@ class SIM(UserBehaviorModel):
         top_k: behaviors that the general search unit keeps.
         heads: attention heads of the exact search unit.
         attention_dim: size of the compared vectors of all heads together; `dim` by default.
-        gap_dim: size of the embedding of a time gap.
+        gap_dim: size of the embedding of a recency.
         auxiliary: train the soft search by an auxiliary click prediction.
         auxiliary_hidden: width of the hidden layer that predicts it.
     """
@@ -54,7 +54,7 @@ class SIM(UserBehaviorModel):
         top_k: int = 50,
         heads: int = 4,
         attention_dim: int | None = None,
-        gap_dim: int = 8,
+        recency_dim: int = 8,
         auxiliary: bool = True,
         auxiliary_hidden: int = 80,
     ) -> None:
@@ -64,13 +64,13 @@ class SIM(UserBehaviorModel):
             raise ValueError(f"search is 'soft' or 'hard', not {search!r}")
         if top_k < 1 or attention_dim % heads:
             raise ValueError(f"impossible: top_k {top_k}, {heads} heads over {attention_dim} dimensions")
-        self.out_dim = heads * (dim + gap_dim)
+        self.out_dim = heads * (dim + recency_dim)
         self.search: Search = search
         self.top_k = top_k
         self.heads = heads
-        self.gap = nn.Embedding(NUM_GAP_BUCKETS, gap_dim)
+        self.recency = nn.Embedding(NUM_RECENCY_BUCKETS, recency_dim)
         self.query = nn.Linear(dim, attention_dim, bias=False)
-        self.key = nn.Linear(dim + gap_dim, attention_dim, bias=False)
+        self.key = nn.Linear(dim + recency_dim, attention_dim, bias=False)
         self.auxiliary = auxiliary and search == "soft"
         if self.auxiliary:
             self.search_query = nn.Linear(dim, dim, bias=False)
@@ -88,7 +88,7 @@ class SIM(UserBehaviorModel):
     ) -> Interest:
         """Search the history of each candidate and attend to what is found."""
         found, auxiliary = self._search(candidates, behaviors, pairs, context)
-        z = torch.cat([behaviors, self.gap(gap_buckets(context, "SIM"))], dim=-1)
+        z = torch.cat([behaviors, self.recency(recency_buckets(context, "SIM"))], dim=-1)
         queries = self.query(candidates).chunk(self.heads, dim=1)
         keys = self.key(z).chunk(self.heads, dim=1)
         heads = [

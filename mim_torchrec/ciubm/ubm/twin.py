@@ -7,7 +7,7 @@ most. For each head (Eq. 5–8), with inherent features $K_h$ and cross features
 
 of which the `top_k` largest enter the softmax, head by head; the interest is $[head_1; …] W^o$. Inherent
 features, which do not depend on who looks, are the behavior's embedding: projected once a history for all its
-candidates. Cross features of user and item are compressed to a bias: here the time gap, whose embedding and
+candidates. Cross features of user and item are compressed to a bias: here the recency, whose embedding and
 projections are a table of 64 rows.
 
 With `top_k` at least the length of the history it is target attention over all of it. Left out: the paper's
@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 from mim_torchrec.ciubm.jagged import RequestPairs
 from mim_torchrec.ciubm.ubm.interface import (
-    NUM_GAP_BUCKETS,
+    NUM_RECENCY_BUCKETS,
     BehaviorContext,
     Interest,
     UserBehaviorModel,
-    gap_buckets,
+    recency_buckets,
 )
 
 
@@ -39,11 +39,16 @@ class TWIN(UserBehaviorModel):
         top_k: behaviors that a head attends to.
         heads: attention heads.
         attention_dim: size of the vectors of all heads together; `dim` by default.
-        gap_dim: size of the embedding of a time gap.
+        gap_dim: size of the embedding of a recency.
     """
 
     def __init__(
-        self, dim: int, top_k: int = 50, heads: int = 4, attention_dim: int | None = None, gap_dim: int = 8
+        self,
+        dim: int,
+        top_k: int = 50,
+        heads: int = 4,
+        attention_dim: int | None = None,
+        recency_dim: int = 8,
     ) -> None:
         super().__init__()
         attention_dim = attention_dim or dim
@@ -52,12 +57,12 @@ class TWIN(UserBehaviorModel):
         self.out_dim = dim
         self.top_k = top_k
         self.heads = heads
-        self.gap = nn.Embedding(NUM_GAP_BUCKETS, gap_dim)
+        self.recency = nn.Embedding(NUM_RECENCY_BUCKETS, recency_dim)
         self.query = nn.Linear(dim, attention_dim, bias=False)
         self.key = nn.Linear(dim, attention_dim, bias=False)
-        self.cross = nn.Linear(gap_dim, heads, bias=False)
+        self.cross = nn.Linear(recency_dim, heads, bias=False)
         self.cross_weight = nn.Parameter(torch.ones(heads))
-        self.value = nn.Linear(dim + gap_dim, attention_dim, bias=False)
+        self.value = nn.Linear(dim + recency_dim, attention_dim, bias=False)
         self.out = nn.Linear(attention_dim, dim, bias=False)
 
     def forward(
@@ -68,11 +73,11 @@ class TWIN(UserBehaviorModel):
         context: BehaviorContext | None = None,
     ) -> Interest:
         """Attend to the most relevant behaviors of each candidate's history."""
-        buckets = gap_buckets(context, "TWIN")
+        buckets = recency_buckets(context, "TWIN")
         dim = behaviors.shape[1]
-        gap_values = F.linear(self.gap.weight, self.value.weight[:, dim:])
-        values = F.linear(behaviors, self.value.weight[:, :dim]) + F.embedding(buckets, gap_values)
-        biases = F.embedding(buckets, self.cross(self.gap.weight) * self.cross_weight)
+        recency_values = F.linear(self.recency.weight, self.value.weight[:, dim:])
+        values = F.linear(behaviors, self.value.weight[:, :dim]) + F.embedding(buckets, recency_values)
+        biases = F.embedding(buckets, self.cross(self.recency.weight) * self.cross_weight)
         queries = self.query(candidates) / math.sqrt(self.key.out_features // self.heads)
         of_heads = zip(
             *(x.chunk(self.heads, dim=1) for x in (queries, self.key(behaviors), values, biases)), strict=True

@@ -11,7 +11,7 @@ from mim_torchrec.rim.sources import Arrival
 log = logging.getLogger(__name__)
 
 
-class Quarantine:
+class DeadLetterFile:
     """A file to which items are added once, however often they are met.
 
     Args:
@@ -49,5 +49,5 @@ class Quarantine:
             file.flush()
             os.fsync(file.fileno())
         for arrival, reason in new:
-            log.warning("in quarantine: %s: %s", arrival.place, reason)
+            log.warning("in the dead-letter file: %s: %s", arrival.place, reason)
             self._known.add((arrival.place, reason))

@@ -1,7 +1,8 @@
-"""Vectors of a foreign team: what a file of them gives, and the checks that all files share.
+"""Vectors of another team: what a file of them gives, and the checks that all files share.
 
 A source gives ids as int64 and vectors in their own type (float64 as float32), a batch of rows at a time, and
-refuses by file, row, id and column what cannot be imported. ``foreign_parquet.py`` and ``foreign_tensors.py``
+refuses by file, row, id and column what cannot be imported. ``external_parquet.py`` and
+``external_tensors.py``
 know the files. Not here: text formats, sparse vectors, and int8 vectors that come with a scale.
 """
 
@@ -18,7 +19,7 @@ from mim_torchrec.embeddings.table.shards import CHUNK
 BATCH_BYTES = 32 << 20  # of a batch's vectors as float32
 
 
-class Source(Protocol):
+class ExternalVectors(Protocol):
     """One file of ids and vectors.
 
     ``dtype`` is the type of the vectors as :meth:`read` gives them; ``columns`` names the column or tensor of
@@ -42,7 +43,7 @@ class Source(Protocol):
         """Say where a row of the file is."""
 
 
-def places(sources: Iterable[Source], item: int) -> list[str]:
+def places(sources: Iterable[ExternalVectors], item: int) -> list[str]:
     """Say where all rows of an item id are, by reading the ids again."""
     found = []
     for source in sources:
@@ -72,7 +73,7 @@ def delivered_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float64 else dtype
 
 
-def as_int64(source: Source, ids: Tensor, start: int) -> Tensor:
+def as_int64(source: ExternalVectors, ids: Tensor, start: int) -> Tensor:
     """Return ids (num_rows,) of the rows of ``source`` from ``start`` as int64.
 
     Raises:
@@ -89,7 +90,7 @@ def as_int64(source: Source, ids: Tensor, start: int) -> Tensor:
     return made
 
 
-def as_delivered(source: Source, ids: Tensor, vectors: Tensor, start: int) -> Tensor:
+def as_delivered(source: ExternalVectors, ids: Tensor, vectors: Tensor, start: int) -> Tensor:
     """Return vectors (num_rows, dim) of the rows of ``source`` from ``start`` in the type it gives.
 
     Raises:

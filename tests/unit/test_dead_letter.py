@@ -1,15 +1,15 @@
 """The quarantine of RIM survives a kill in the middle of a line."""
 
-from mim_torchrec.rim.quarantine import Quarantine
+from mim_torchrec.rim.dead_letter import DeadLetterFile
 from mim_torchrec.rim.sources import Arrival
 
 
 def test_a_line_may_be_broken_off_anywhere(tmp_path):
-    path = tmp_path / "quarantine.jsonl"
+    path = tmp_path / "dead-letter.jsonl"
     found = [(Arrival(unit="u", position="1", place="{é}, row 1"), "a {brace}")]
-    Quarantine(path).add(found)
+    DeadLetterFile(path).add(found)
     whole = path.read_bytes()
     for length in range(len(whole)):
         path.write_bytes(whole[:length] + b"\n")
-        Quarantine(path).add(found)
-        assert len(Quarantine(path)) == 1
+        DeadLetterFile(path).add(found)
+        assert len(DeadLetterFile(path)) == 1

@@ -1,4 +1,4 @@
-"""Vectors of a foreign team in Parquet: a column of ids and one of lists, as in the public TAOBAO-MM data."""
+"""Vectors of another team in Parquet: a column of ids and one of lists, as in the public TAOBAO-MM data."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from mim_torchrec.embeddings.table.foreign import as_delivered, as_int64, batch_rows, delivered_dtype
+from mim_torchrec.embeddings.table.external import as_delivered, as_int64, batch_rows, delivered_dtype
 from mim_torchrec.embeddings.table.manifest import TableError
 from mim_torchrec.embeddings.table.shards import CHUNK
 

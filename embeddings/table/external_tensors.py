@@ -1,4 +1,4 @@
-"""Vectors of a foreign team as mapped tensors: ``.npy`` beside a ``.npy`` of ids, and safetensors."""
+"""Vectors of another team as mapped tensors: ``.npy`` beside a ``.npy`` of ids, and safetensors."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mim_torchrec.embeddings.table.foreign import (
+from mim_torchrec.embeddings.table.external import (
     as_delivered,
     as_int64,
     batch_rows,
@@ -25,7 +25,7 @@ VECTOR_TYPES = (torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.
 
 
 class TensorSource:
-    """Ids and vectors as two tensors that are mapped into memory; see :class:`foreign.Source`."""
+    """Ids and vectors as two tensors that are mapped into memory; see :class:`external.ExternalVectors`."""
 
     def __init__(
         self, path: Path, kind: str, columns: tuple[str, str], ids: Tensor, vectors: Tensor, ids_from: Path

@@ -16,7 +16,7 @@ from mim_torchrec.csft.config import CSFTConfig
 from mim_torchrec.losses.cross_entropy import CategoryCrossEntropy, PairCrossEntropy
 from mim_torchrec.losses.info_nce import MultiLevelInfoNCE
 
-Objective = MultiLevelInfoNCE | PairCrossEntropy | CategoryCrossEntropy
+VariantLoss = MultiLevelInfoNCE | PairCrossEntropy | CategoryCrossEntropy
 
 
 def check_objective(config: CSFTConfig) -> None:
@@ -36,7 +36,7 @@ def check_objective(config: CSFTConfig) -> None:
         )
 
 
-def make_objective(config: CSFTConfig, num_categories: int) -> Objective:
+def make_variant_loss(config: CSFTConfig, num_categories: int) -> VariantLoss:
     """The loss of a configuration that `check_objective` lets pass.
 
     Args:
