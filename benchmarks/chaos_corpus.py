@@ -29,7 +29,7 @@ TOLERANCE = 1e-5  # of a component: other batches, other order of sums
 DTYPE = "float32"
 DIM = 16
 APART = 300  # arrivals between two of one item, so that no window has both
-FIRST_POISON = 90_000_000
+FIRST_BAD = 90_000_000
 SCHEMA = pa.schema([("item_id", pa.int64()), ("title", pa.string()), ("image", pa.binary()),
                     ("removed", pa.bool_())])  # fmt: skip
 
@@ -43,14 +43,14 @@ class Fed:
         title: None where it is deleted.
         image: likewise.
         removed: whether it is deleted.
-        poison: whether it cannot be encoded.
+        bad: whether it cannot be encoded.
     """
 
     item_id: int
     title: str | None = None
     image: bytes | None = None
     removed: bool = False
-    poison: bool = False
+    bad: bool = False
 
     def row(self) -> dict[str, object]:
         """As a source has it."""
@@ -121,7 +121,7 @@ def make_corpus(out: Path, items: int, requests: int, seed: int) -> Corpus:
     encoder = TrainedEncoder(str(path), torch.device("cpu"))
     nothing = torch.zeros(DIM)
     vectors = torch.stack([
-        nothing if a.removed or a.poison else encode_alone(encoder, a.title, a.image) for a in arrivals
+        nothing if a.removed or a.bad else encode_alone(encoder, a.title, a.image) for a in arrivals
     ])  # fmt: skip
     stock.sort(key=lambda row: row["item_id"])
     base_ids = torch.tensor([row["item_id"] for row in stock])
@@ -132,7 +132,7 @@ def make_corpus(out: Path, items: int, requests: int, seed: int) -> Corpus:
     writer.finish()
     corpus = Corpus(shop=shop, encoder=path, base=out / "base", version=version, arrivals=arrivals,
                     vectors=vectors, base_ids=base_ids, base_vectors=base_vectors)  # fmt: skip
-    there = torch.cat([base_vectors, vectors[[not (a.removed or a.poison) for a in arrivals]]])
+    there = torch.cat([base_vectors, vectors[[not (a.removed or a.bad) for a in arrivals]]])
     corpus.distance = min(_closest(there, start) for start in range(0, len(there), 512))
     if corpus.distance < 10 * TOLERANCE:
         raise ValueError(f"two of the items differ by {corpus.distance:.1e} only; take another seed")
@@ -163,7 +163,7 @@ def _draw(stock: list[dict], new: list[dict], rng: random.Random) -> list[Fed]:
             arrivals.append(again)
         elif chance < 0.1:
             broken = [{"title": "  ", "image": row["image"]}, {"title": "hat", "image": row["image"][:40]}]
-            arrivals.append(Fed(item_id=FIRST_POISON + number, poison=True, **rng.choice(broken)))
+            arrivals.append(Fed(item_id=FIRST_BAD + number, bad=True, **rng.choice(broken)))
         known[row["item_id"]] = row
         last[row["item_id"]] = len(arrivals)
         arrivals.append(Fed(**row))

@@ -82,7 +82,7 @@ class Chaos:
         RedisStore.load(place.store, Table.open(place.base))
         self._faults = Faults(place, self._audit, server, Random(f"{seed} faults"))
         self._fed, self._published, self._over = threading.Event(), threading.Event(), threading.Event()
-        fed = {arrival.item_id for arrival in corpus.arrivals if not arrival.poison}
+        fed = {arrival.item_id for arrival in corpus.arrivals if not arrival.bad}
         self._ids = sorted({*fed, *corpus.base_ids.tolist()})
         self._told = 0  # the last window that the embedded store has told of
         self._rows: dict[str, tuple[int, Tensor, Tensor]] = {}

@@ -93,7 +93,7 @@ def verify_log(windows: Iterable[Window], corpus: Corpus) -> Findings:
     found = Findings()
     due: dict[int, list[int]] = defaultdict(list)
     for number, arrival in enumerate(corpus.arrivals):
-        if not arrival.poison:
+        if not arrival.bad:
             due[arrival.item_id].append(number)
     done: dict[int, int] = defaultdict(int)
     names: set[str] = set()
@@ -158,22 +158,22 @@ def verify_rows(
 
 
 def verify_dead_letter(places: list[str], corpus: Corpus, items: list[int | None]) -> Findings:
-    """Compare the quarantine with what was poisoned: all of it is there once.
+    """Compare the dead-letter file with the bad items: all of it is there once.
 
     Args:
         places: of its entries.
         corpus: what was fed.
         items: ids of its entries.
     """
-    poison = [arrival.item_id for arrival in corpus.arrivals if arrival.poison]
-    found = Findings(rows=len(poison))
-    for item in poison:
+    bad = [arrival.item_id for arrival in corpus.arrivals if arrival.bad]
+    found = Findings(rows=len(bad))
+    for item in bad:
         count = items.count(item)
         if count != 1:
             found.note(
                 "lost" if count == 0 else "doubled", f"item {item} is {count} times in the dead-letter file"
             )
-    for item in set(items) - set(poison):
+    for item in set(items) - set(bad):
         found.note("wrong", f"item {item} is in the dead-letter file")
     if len(set(places)) != len(places):
         found.note("doubled", "a place is twice in the dead-letter file")

@@ -242,7 +242,7 @@ def rim(
         encoder: encoder directory written by csft, of which the table is
         table: directory of the base table
         log: directory or URL of the window log
-        out: directory of the quarantine and the counts
+        out: directory of the dead-letter file and the counts
         image: container image with mim-torchrec in it, for kubernetes and local_docker
         h: a named resource, in place of cpu, gpu and memMB
         cpu: cores

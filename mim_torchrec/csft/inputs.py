@@ -51,7 +51,7 @@ class SearchContent:
         readable: (num_items,) bool, items whose image can be decoded, by default all; others are blank.
 
     Attributes:
-        query_picture: (num_pairs,) int64, the picture of each pair's query.
+        query_image_row: (num_pairs,) int64, the picture of each pair's query.
         query_row: (num_pairs,) int64, the item row of each pair's query, -1 where it is no item.
         item_row: (num_pairs,) int64, the row of each pair's item.
     """
@@ -103,7 +103,7 @@ class FeatureInputs:
     """Features of frozen towers, computed once.
 
     Args:
-        image: (num_pictures, image_dim).
+        image: (num_images, image_dim).
         text: (num_items, text_dim).
         device: where batches go.
     """

@@ -55,7 +55,7 @@ def fine_tune(config: CSFTConfig, context: DistributedContext) -> dict[str, Any]
         raise ValueError("--head.principal-dim needs --freeze-towers True and --init pca or auto")
     check_objective(config)
     if not 0 <= config.validation_fraction < 1:
-        raise ValueError(f"--validation-fraction is {config.validation_share}; it must be in [0, 1)")
+        raise ValueError(f"--validation-fraction is {config.validation_fraction}; it must be in [0, 1)")
     config.out.mkdir(parents=True, exist_ok=True)
     if context.is_main:
         write_json(config.out / "config.json", asdict(config))

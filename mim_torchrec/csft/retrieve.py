@@ -66,7 +66,7 @@ def retrieve(config: RetrieveConfig, context: DistributedContext) -> dict[str, A
         CheckpointError: the encoder is.
     """
     if not 0 < config.held_out_fraction <= 1:
-        raise ValueError(f"--held-out-fraction is {config.held_out_share}; it must be in (0, 1]")
+        raise ValueError(f"--held-out-fraction is {config.held_out_fraction}; it must be in (0, 1]")
     dataset = Dataset(config.data)
     items = ItemStore.open(dataset, config.item_cache or config.out / "items")
     signal = None if config.interest_signal == "all" else config.interest_signal
@@ -75,7 +75,7 @@ def retrieve(config: RetrieveConfig, context: DistributedContext) -> dict[str, A
     catalog = SearchContent(items, pairs, readable)
     _, held_out = split_by_time(pairs.times(), config.held_out_fraction)
     if not len(held_out):
-        raise ValueError(f"--held-out-fraction {config.held_out_share} of {len(pairs)} pairs is none")
+        raise ValueError(f"--held-out-fraction {config.held_out_fraction} of {len(pairs)} pairs is none")
     cache = config.feature_cache or config.out / "features"
     if config.encoder.startswith(PLAIN):
         towers = PlainTowers(config.encoder, config.image_size, context.device)

@@ -34,7 +34,7 @@ def item_features_file(cache: Path, towers: HasTowers, content: str) -> Path:
 
 
 def query_features_file(cache: Path, towers: HasTowers, content: str) -> Path:
-    """Where the features of pictures that are no item's are: `image` (num_pictures, image_dim)."""
+    """Where the features of pictures that are no item's are: `image` (num_images, image_dim)."""
     return _file(cache, "queries", module_version(towers.vision), content)
 
 

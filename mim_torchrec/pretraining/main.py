@@ -67,7 +67,7 @@ def pretrain(config: PretrainConfig, context: DistributedContext) -> dict[str, A
     if not config.phases or len(set(config.phases)) < len(config.phases):
         raise ValueError(f"--phases {' '.join(config.phases)}: name at least one, and each once")
     if not 0 <= config.validation_fraction < 1:
-        raise ValueError(f"--validation-fraction is {config.validation_share}; it must be in [0, 1)")
+        raise ValueError(f"--validation-fraction is {config.validation_fraction}; it must be in [0, 1)")
     config.out.mkdir(parents=True, exist_ok=True)
     if context.is_main:
         write_json(config.out / "config.json", asdict(config))

@@ -217,7 +217,7 @@ class RIM:
             return error.problem
 
     def _publish(self, stop: Event) -> None:
-        """Close the window and add it to the log, with the quarantine ahead of it."""
+        """Close the window and add it to the log, after the dead-letter file."""
         started = time.monotonic()
         known = len(self._dead_letter)
         self._insist(lambda: self._dead_letter.add(self._bad), stop, give_up=False)

@@ -52,7 +52,7 @@ def test_chaos_that_does_not_end_says_who_is_still_at_work(tmp_path):
 
 
 VECTORS = torch.arange(12, dtype=torch.float32).view(6, 2)
-FED = [Fed(item_id=1), Fed(item_id=2), Fed(item_id=3), Fed(item_id=9, poison=True),
+FED = [Fed(item_id=1), Fed(item_id=2), Fed(item_id=3), Fed(item_id=9, bad=True),
        Fed(item_id=1, removed=True), Fed(item_id=2)]  # fmt: skip
 
 
@@ -91,7 +91,7 @@ def test_a_log_that_is_right_passes(corpus):
         ([*RIGHT, window(4, {9: 3})], (1, 0, 0)),
         ([RIGHT[0], RIGHT[1], replace(RIGHT[2], window_id="w1")], (0, 0, 1)),
     ],
-    ids=["wrong vector", "not deleted but again", "lost", "twice", "twice before the next", "poison",
+    ids=["wrong vector", "not deleted but again", "lost", "twice", "twice before the next", "bad item",
          "a name twice"],
 )  # fmt: skip
 def test_a_log_that_is_not_right_is_noticed(corpus, windows, expected):

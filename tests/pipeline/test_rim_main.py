@@ -103,7 +103,7 @@ def test_items_of_files_become_windows_with_the_vectors_of_the_encoder(place, tm
         assert is_there.item()
         torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-5)
     counts = json.loads((tmp_path / "rim" / "rim.json").read_text())
-    assert (counts["windows"], counts["items"], counts["removed"], counts["quarantined"]) == (4, 25, 0, 0)
+    assert (counts["windows"], counts["items"], counts["removed"], counts["dead_lettered"]) == (4, 25, 0, 0)
 
 
 def test_again_publishes_nothing_twice_and_only_what_is_new(place, tmp_path):
@@ -116,7 +116,7 @@ def test_again_publishes_nothing_twice_and_only_what_is_new(place, tmp_path):
     assert [w.ids.tolist() for w in windows(place)] == [list(range(10)), [20]]
 
 
-def test_poisoned_items_go_to_the_dead_letter_file_with_their_reason_and_the_others_on(
+def test_bad_items_go_to_the_dead_letter_file_with_their_reason_and_the_others_on(
     place, tmp_path, monkeypatch
 ):
     bad = {1: {"image": picture(1)[:60]}, 2: {"title": "  "}, 3: {"title": None}, 4: {"image": None},
@@ -126,12 +126,12 @@ def test_poisoned_items_go_to_the_dead_letter_file_with_their_reason_and_the_oth
     pq.write_table(pa.table({"title": ["x"]}), tmp_path / "new" / "columns.parquet")
     original = TrainedEncoder.__call__
 
-    def poison(self, images, titles):
+    def bad(self, images, titles):
         vectors = original(self, images, titles).clone()
         vectors[[title.endswith(" 7") for title in titles]] = float("nan")
         return vectors
 
-    monkeypatch.setattr(TrainedEncoder, "__call__", poison)
+    monkeypatch.setattr(TrainedEncoder, "__call__", bad)
     for _ in range(2):
         main(words(place, "--max-image-bytes", "5000", "--once"))
     assert [w.ids.tolist() for w in windows(place)] == [[0, 8]]

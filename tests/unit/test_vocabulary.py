@@ -189,7 +189,7 @@ def test_a_vocabulary_without_a_feature_is_left_alone():
     assert "query_id" not in lists_of(mapper_of(query_id=(1,))(small_batch()))
 
 
-def test_unknown_shares_count_candidates_and_behaviors_of_all_batches():
+def test_unknown_fractions_count_candidates_and_behaviors_of_all_batches():
     mapper = mapper_of(ItemIndex(torch.tensor([20]), capacity=4))
     mapper(small_batch())
     assert mapper.unknown_fractions() == {"user_id": 1 / 2, "item_id": 1 / 4, "category": 0.0, "mm": 2 / 4}
@@ -197,7 +197,7 @@ def test_unknown_shares_count_candidates_and_behaviors_of_all_batches():
     assert mapper.unknown_fractions() == {"user_id": 1 / 3, "item_id": 4 / 8, "category": 0.0, "mm": 6 / 8}
 
 
-def test_unknown_shares_leave_out_what_was_never_seen():
+def test_unknown_fractions_leave_out_what_was_never_seen():
     assert mapper_of().unknown_fractions() == {}
 
 
