@@ -1,0 +1,105 @@
+"""Runs of many CTR models on one data set, side by side, one rank and one thread each."""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mim_torchrec.benchmarks.harness import comparison
+from mim_torchrec.benchmarks.harness.stages import Run, Stage, ctr_stage
+from mim_torchrec.benchmarks.paper.data_sets import DataSet, Options
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A CTR model of a benchmark.
+
+    Args:
+        name: unique in the benchmark.
+        mim: with the table, or Base.
+        options: flags beyond those of the data set.
+    """
+
+    name: str
+    mim: bool
+    options: Options = field(default_factory=dict)
+
+
+class ModelRuns:
+    """CTR runs of several models on one data set.
+
+    Args:
+        run: the run directory.
+        data_set: the data set.
+        seeds: of the runs that are reported.
+        tuning_seed: of the runs that choose a setting from the grid, not reported.
+        jobs: runs side by side.
+
+    Raises:
+        ValueError: the tuning seed would be reported.
+    """
+
+    def __init__(
+        self, run: Run, data_set: DataSet, seeds: Sequence[int], tuning_seed: int, jobs: int
+    ) -> None:
+        if tuning_seed in seeds:
+            raise ValueError(f"seed {tuning_seed} is for tuning and cannot be reported")
+        self.data_set, self.seeds, self.tuning_seed = data_set, tuple(seeds), tuning_seed
+        self.runs: dict[str, list[Path]] = {}
+        self.tuning: dict[str, dict[str, Any]] = {}
+        self._run, self._jobs = run, jobs
+
+    def train(self, models: Iterable[Model], setting: Options | None = None) -> None:
+        """Train models with every seed.
+
+        Args:
+            models: with names that are not in use yet.
+            setting: of all of them; None lets every model choose from the data set's grid on validation.
+        """
+        models = list(models)
+        grid = list(enumerate(self.data_set.grid)) if setting is None else []
+        tried = {
+            (model.name, k): self._stage(model, f"tune-{model.name}-{k}", self.tuning_seed, tried_setting)
+            for model in models for k, tried_setting in grid
+        }  # fmt: skip
+        self._side_by_side(tried.values())
+        for model in models:
+            scores = [comparison.validation_auc(tried[model.name, k].out) for k, _ in grid]
+            chosen = self.data_set.grid[scores.index(max(scores))] if grid else setting or {}
+            self.tuning[model.name] = {"validation_auc": scores, "chosen": dict(chosen)}
+        stages = {
+            model.name: [
+                self._stage(model, f"{model.name}-{seed}", seed, self.tuning[model.name]["chosen"])
+                for seed in self.seeds
+            ]
+            for model in models
+        }
+        self._side_by_side(itertools.chain.from_iterable(stages.values()))
+        self.runs |= {name: [stage.out for stage in of_seeds] for name, of_seeds in stages.items()}
+
+    def metrics(self, name: str) -> list[dict[str, Any]]:
+        """metrics.json of a model, seed by seed."""
+        return comparison.read_metrics(self.runs[name])
+
+    def auc(self, name: str) -> list[float]:
+        """Test AUC of a model, seed by seed."""
+        return [metrics["auc"] for metrics in self.metrics(name)]
+
+    def gain(self, base: str, other: str) -> dict[str, Any]:
+        """What one model has over another, see `comparison.gain`."""
+        return comparison.gain(self.runs[base], self.runs[other])
+
+    def _stage(self, model: Model, name: str, seed: int, setting: Options) -> Stage:
+        return ctr_stage(
+            f"{self.data_set.name}-{name}",
+            root=self._run.root,
+            data=self.data_set.data,
+            table=self.data_set.table if model.mim else None,
+            seed=seed,
+            options={**self.data_set.options, **setting, **model.options},
+            ranks="1x1",
+        )
+
+    def _side_by_side(self, stages: Iterable[Stage]) -> None:
+        self._run.run(stages, jobs=self._jobs, threads=1)
