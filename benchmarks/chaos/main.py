@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import tyro
 
 from mim_torchrec.benchmarks.chaos.inputs import TOLERANCE, Inputs, make_inputs
@@ -23,6 +22,7 @@ from mim_torchrec.benchmarks.chaos.workers import Place, warm_up
 from mim_torchrec.benchmarks.harness.comparison import target
 from mim_torchrec.benchmarks.harness.pages import Section, targets_section, write_pages
 from mim_torchrec.benchmarks.harness.redis_server import RedisServer
+from mim_torchrec.benchmarks.measures.turns import threads_of_torch
 
 Transport = Literal["directory", "redis"]
 SHARES = {"rim": 0.4, "store": 0.2, "embedded": 0.2, "rank": 0.2}
@@ -184,12 +184,8 @@ def main(argv: list[str] | None = None) -> None:
     if config.out.exists():
         shutil.rmtree(config.out)
     config.out.mkdir(parents=True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with threads_of_torch(1):
         report = measure(config)
-    finally:
-        torch.set_num_threads(threads)
     report["config"] = dataclasses.asdict(config)
     summary = f"{report['kills']} SIGKILLs, {report['kills_at_work']} of them at work, seed {config.seed}."
     write_pages(report, "Chaos", summary, sections(report), {}, config.out)

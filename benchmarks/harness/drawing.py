@@ -1,8 +1,10 @@
 """How all figures look. Figures are made without pyplot, which keeps global state and chooses a display."""
 
 import io
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -28,3 +30,23 @@ def tidy(axes: Axes) -> None:
     axes.tick_params(labelsize=8)
     axes.grid(axis="y", alpha=0.25, linewidth=0.6)
     axes.set_axisbelow(True)
+
+
+def beside_the_paper(
+    axes: Axes, names: Sequence[str], lines: Sequence[Mapping[str, Any]], **words: Any
+) -> None:
+    """Bars of differences here and in the paper.
+
+    Args:
+        axes: to draw on.
+        names: of the lines.
+        lines: with `delta`, `delta_std` (None of a single seed) and `paper_delta`.
+        words: how the names are set.
+    """
+    place = np.arange(len(lines))
+    axes.bar(place - 0.2, [row["delta"] for row in lines], 0.38, label="here", color=MIM_COLOR,
+             yerr=[row["delta_std"] or 0.0 for row in lines], error_kw={"linewidth": 0.8})  # fmt: skip
+    axes.bar(place + 0.2, [row["paper_delta"] for row in lines], 0.38, label="paper", color=BASE_COLOR)
+    axes.set_xticks(place, names, **words)
+    axes.legend(frameon=False, fontsize=8)
+    tidy(axes)

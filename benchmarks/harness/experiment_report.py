@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from mim_torchrec.benchmarks.harness.drawing import BASE_COLOR, MIM_COLOR, subplots, tidy, to_png
-from mim_torchrec.benchmarks.harness.pages import Section, targets_section, write_pages
+from mim_torchrec.benchmarks.harness.pages import Section, formatted, interval, targets_section, write_pages
 
 MAX_CURVE_POINTS = 200
 
@@ -57,8 +57,8 @@ def write_report(report: dict[str, Any], out: Path) -> dict[str, Any]:
     }
     figures = report["ctr"]
     headline = (
-        f"MIM − Base: {_signed(figures['mim_minus_base_auc'])} AUC, 95% interval "
-        f"{_interval(figures['mim_minus_base_ci'])} (users resampled)"
+        f"MIM − Base: {formatted(figures['mim_minus_base_auc'], '+.4f')} AUC, 95% interval "
+        f"{interval(figures['mim_minus_base_ci'])} (users resampled)"
     )
     return write_pages(
         report, report["title"], report["summary"], sections(report), images, out, headline=headline
@@ -72,30 +72,30 @@ def sections(report: Mapping[str, Any]) -> list[Section]:
     found = [
         Section(
             "Base and MIM", columns=["model", "test AUC", "grouped AUC", "normalized entropy"],
-            rows=[[name, *(_auc(report["ctr"][key][figure]) for figure in ("auc", "gauc", "ne"))]
+            rows=[[name, *(formatted(report["ctr"][key][figure]) for figure in ("auc", "gauc", "ne"))]
                   for name, key in (("Base", "base"), ("MIM", "mim"))],
         ),
         targets_section(report["targets"]),
         Section(
             "Negative controls", columns=["control", "", "gain over its Base", "95% interval", ""],
-            rows=[[name, c["what"], _signed(c["gain"]), _interval(c["ci"]), c["verdict"]]
+            rows=[[name, c["what"], _signed(c["gain"]), interval(c["ci"]), c["verdict"]]
                   for name, c in report["controls"].items()],
         ),
         Section(
             "Variants", columns=["variant", "", "Base AUC", "AUC", "difference", "95% interval"],
-            rows=[[name, v["what"], _auc(v["base_auc"]), _auc(v["auc"]), _signed(v["gain"]),
-                   _interval(v["ci"])] for name, v in report["variants"].items()],
+            rows=[[name, v["what"], formatted(v["base_auc"]), formatted(v["auc"]), _signed(v["gain"]),
+                   interval(v["ci"])] for name, v in report["variants"].items()],
         ),
         Section(
             "Seeds", columns=[key.replace("_", " ").replace("auc", "AUC") for key in (seeds or [{}])[0]],
-            rows=[[_signed(value) if "gain" in key else _auc(value) if isinstance(value, float) else value
+            rows=[[_signed(value) if "gain" in key else value if key == "seed" else formatted(value)
                    for key, value in row.items()] for row in seeds],
         ),
         Section(
             "Tuning", text=[tuning["how"]] if tuning else [],
             columns=["setting", "Base validation AUC", "MIM validation AUC"],
             rows=[[", ".join(f"{key} {value}" for key, value in row["setting"].items()) or "defaults",
-                   *(_auc(row[model]) + (" (chosen)" if row[f"chosen_for_{model}"] else "")
+                   *(formatted(row[model]) + (" (chosen)" if row[f"chosen_for_{model}"] else "")
                      for model in ("base", "mim"))]
                   for row in tuning.get("grid", [])],
         ),
@@ -126,19 +126,11 @@ def sections(report: Mapping[str, Any]) -> list[Section]:
 def _pair(part: Mapping[str, Any]) -> list[str]:
     base, mim = part["base_auc"], part["mim_auc"]
     difference = None if base is None or mim is None else mim - base
-    return [_auc(base), _auc(mim), _signed(difference), f"{part['n']:,}"]
-
-
-def _auc(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
+    return [formatted(base), formatted(mim), _signed(difference), f"{part['n']:,}"]
 
 
 def _signed(value: float | None) -> str:
-    return "–" if value is None else f"{value:+.4f}"
-
-
-def _interval(ci: Sequence[float]) -> str:
-    return f"[{ci[0]:+.4f}, {ci[1]:+.4f}]"
+    return formatted(value, "+.4f")
 
 
 def _draw_cold_start(sets: list[dict[str, Any]]) -> Figure:

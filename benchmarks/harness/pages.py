@@ -133,6 +133,16 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
+def formatted(value: float | None, form: str = ".4f") -> str:
+    """A figure in a form; "–" for one that is undefined."""
+    return "–" if value is None else format(value, form)
+
+
+def interval(ci: Sequence[float] | None) -> str:
+    """A confidence interval of a difference in AUC; "–" where it is undefined."""
+    return "–" if ci is None else f"[{ci[0]:+.4f}, {ci[1]:+.4f}]"
+
+
 def targets_section(targets: Sequence[Mapping[str, Any]]) -> Section:
     """What figures were to show, as the last section of a report.
 

@@ -5,9 +5,9 @@ films too; below it what goes beyond the paper, one switch at a time. All runs h
 nothing is tuned for a row.
 """
 
-import dataclasses
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,12 @@ import tyro
 
 from mim_torchrec.benchmarks.harness.comparison import deviation
 from mim_torchrec.benchmarks.harness.drawing import BASE_COLOR, MIM_COLOR, subplots, tidy, to_png
-from mim_torchrec.benchmarks.harness.pages import Section, write_pages
+from mim_torchrec.benchmarks.harness.pages import Section, formatted, interval
 from mim_torchrec.benchmarks.harness.stages import Run
-from mim_torchrec.benchmarks.paper import data_sets, shop
+from mim_torchrec.benchmarks.paper import shop
 from mim_torchrec.benchmarks.paper.data_sets import DataSet, Options
-from mim_torchrec.benchmarks.paper.model_runs import Model, ModelRuns
-from mim_torchrec.benchmarks.paper.shop import ShopSizes
+from mim_torchrec.benchmarks.paper.model_runs import Model, ModelRuns, ModelsConfig, write_experiment
 from mim_torchrec.ctr.config import UBM
-
-TUNING_SEED = 1000
 
 
 @dataclass(frozen=True)
@@ -62,21 +59,13 @@ BEYOND = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class AblationConfig:
+class AblationConfig(ModelsConfig):
     """Measure what the parts of CiUBM are worth, and write a report."""
 
-    data: Path | None = None
-    """Folder with ratings.csv, movies.csv and posters.parquet; without it, films are left out."""
     out: Path = Path("runs/ablation_ciubm")
     """Directory of the run; a run that was interrupted there resumes."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds that are reported, fixed beforehand."""
     ubm: UBM = "sim"
     """User behavior model; the paper's is SIM."""
-    shop: ShopSizes = ShopSizes()
-    """The synthetic shop; its seed is not that of training."""
-    jobs: int = 2
-    """CTR runs side by side, one process and one thread each."""
 
 
 def line(runs: ModelRuns, version: Version) -> dict[str, Any]:
@@ -110,17 +99,13 @@ def other_signs(lines: list[dict[str, Any]]) -> list[str]:
 def section(data_set: DataSet, heading: str, text: list[str], lines: list[dict[str, Any]]) -> Section:
     """A table of rows."""
     rows = [
-        [row["version"], f"{row['auc_mean']:.4f}", _or_dash(row["auc_std"], ".4f"), f"{row['delta']:+.4f}",
-         _or_dash(row["delta_std"], ".4f"), f"[{row['ci'][0]:+.4f}, {row['ci'][1]:+.4f}]",
-         _or_dash(row["paper_delta"], "+.4f")]
+        [row["version"], f"{row['auc_mean']:.4f}", formatted(row["auc_std"]), f"{row['delta']:+.4f}",
+         formatted(row["delta_std"]), interval(row["ci"]),
+         formatted(row["paper_delta"], "+.4f")]
         for row in lines
     ]  # fmt: skip
     columns = ["version", "AUC", "± seeds", "Δ from MIM", "± seeds", "95% of users", "paper's Δ"]
     return Section(f"{heading}: {data_set.name}", text=text, columns=columns, rows=rows)
-
-
-def _or_dash(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
 
 
 def draw(lines: list[dict[str, Any]]) -> bytes:
@@ -139,36 +124,33 @@ def draw(lines: list[dict[str, Any]]) -> bytes:
     return to_png(figure)
 
 
+def experiment(
+    config: AblationConfig, run: Run, data_set: DataSet
+) -> tuple[dict[str, Any], list[Section], bytes]:
+    """The versions on one data set."""
+    runs = ModelRuns(run, data_set, config.seeds, config.jobs)
+    runs.train([MIM])
+    chosen = runs.tuning[MIM.name]["chosen"]
+    runs.train((version.model for version in (*TABLE5[1:], *BEYOND)), setting=chosen)
+    table5, beyond = ([line(runs, version) for version in part] for part in (TABLE5, BEYOND))
+    title = f"{data_set.title}; {config.ubm.upper()}."
+    sections = [
+        section(data_set, "Table 5, CiUBM: what is left out", [title, *other_signs(table5)], table5),
+        section(data_set, "Beyond the paper: what is changed or added", [title], beyond),
+        Section(f"Differences from MIM: {data_set.name}", images=[f"{data_set.name}.png"]),
+    ]
+    return {"table5": table5, "beyond": beyond, "setting": chosen}, sections, draw(table5[1:] + beyond)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `python -m mim_torchrec.benchmarks.paper.ablation_ciubm`."""
     config = tyro.cli(AblationConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
-    run = Run(config.out)
-    options = {**shop.CTR, "ubm": config.ubm}
-    found = data_sets.make_all(run, config.shop, config.data, options)
-    report: dict[str, Any] = {}
-    sections, images = [], {}
-    for data_set in found:
-        runs = ModelRuns(run, data_set, config.seeds, TUNING_SEED, config.jobs)
-        runs.train([MIM])
-        chosen = runs.tuning[MIM.name]["chosen"]
-        runs.train((version.model for version in (*TABLE5[1:], *BEYOND)), setting=chosen)
-        table5, beyond = ([line(runs, version) for version in part] for part in (TABLE5, BEYOND))
-        part = {"table5": table5, "beyond": beyond, "setting": chosen}
-        report |= part if data_set.name == "shop" else {data_set.name: part}
-        title = f"{data_set.title}; {config.ubm.upper()}."
-        sections += [
-            section(data_set, "Table 5, CiUBM: what is left out", [title, *other_signs(table5)], table5),
-            section(data_set, "Beyond the paper: what is changed or added", [title], beyond),
-            Section(f"Differences from MIM: {data_set.name}", images=[f"{data_set.name}.png"]),
-        ]
-        images[f"{data_set.name}.png"] = draw(table5[1:] + beyond)
-    report |= {"stages": run.seconds, "config": dataclasses.asdict(config)}
     summary = (
         f"AUC on test requests, means of the seeds {list(config.seeds)}; ± is the standard deviation over "
         "the seeds, the interval is of the mean difference, by resampling users."
     )
-    write_pages(report, "What the parts of CiUBM are worth", summary, sections, images, run.root)
-    print((run.root / "report.md").read_text())
+    options, title = {**shop.CTR, "ubm": config.ubm}, "What the parts of CiUBM are worth"
+    write_experiment(config, options, partial(experiment, config), title, summary)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ import numpy as np
 import tyro
 
 from mim_torchrec.benchmarks.harness.comparison import deviation, exchange_rate, read_metrics
-from mim_torchrec.benchmarks.harness.drawing import BASE_COLOR, MIM_COLOR, subplots, tidy, to_png
-from mim_torchrec.benchmarks.harness.pages import Section, write_pages
+from mim_torchrec.benchmarks.harness.drawing import beside_the_paper, subplots, tidy, to_png
+from mim_torchrec.benchmarks.harness.pages import Section, formatted, write_pages
 from mim_torchrec.benchmarks.harness.stages import Run, Stage, Value, ctr_stage, export_stage
 from mim_torchrec.benchmarks.paper import shop
 
@@ -251,24 +251,10 @@ def draw_tables(tables: dict[str, list[dict[str, Any]]]) -> bytes:
     """Our gains beside the paper's, a panel a table."""
     figure, panels = subplots(1, len(tables), figsize=(11, 3.6))
     for axes, (name, lines) in zip(panels, tables.items(), strict=True):
-        place = np.arange(len(lines))
-        spread = [row["delta_std"] or 0.0 for row in lines]
-        axes.bar(
-            place - 0.2,
-            [row["delta"] for row in lines],
-            0.38,
-            yerr=spread,
-            label="here",
-            color=MIM_COLOR,
-            error_kw={"linewidth": 0.8},
-        )
-        axes.bar(place + 0.2, [row["paper_delta"] for row in lines], 0.38, label="paper", color=BASE_COLOR)
         names = [row["version"].replace(" (", "\n(") for row in lines]
-        axes.set_xticks(place, names, rotation=40, ha="right")
+        beside_the_paper(axes, names, lines, rotation=40, ha="right")
         axes.set_title(TITLES[name], fontsize=9)
         axes.set_ylabel("AUC over Base", fontsize=8)
-        axes.legend(frameon=False, fontsize=8)
-        tidy(axes)
     return to_png(figure)
 
 
@@ -302,9 +288,9 @@ def build(job: Job) -> tuple[dict[str, Any], list[Section], dict[str, bytes]]:
     sections = [
         Section(
             TITLES[name], text=orders[name], columns=columns,
-            rows=[[row["version"], f"{row['auc_mean']:.4f}", _spread(row["auc_std"]), f"{row['delta']:+.4f}",
-                   _spread(row["delta_std"]), f"{row['paper_delta']:+.4f}", f"{row['recall_at_10']:.3f}",
-                   f"{row['mean_rank']:.0f}"] for row in lines],
+            rows=[[row["version"], f"{row['auc_mean']:.4f}", formatted(row["auc_std"]),
+                   f"{row['delta']:+.4f}", formatted(row["delta_std"]), f"{row['paper_delta']:+.4f}",
+                   f"{row['recall_at_10']:.3f}", f"{row['mean_rank']:.0f}"] for row in lines],
         )
         for name, lines in tables.items()
     ]  # fmt: skip
@@ -333,10 +319,6 @@ def build(job: Job) -> tuple[dict[str, Any], list[Section], dict[str, bytes]]:
     return report, sections, images
 
 
-def _spread(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
-
-
 def _rate(found: dict[str, Any]) -> str:
     if found["auc_per_point"] is None:
         return "too few or too equal to say"
@@ -357,7 +339,7 @@ def main(argv: list[str] | None = None) -> None:
     base = report["base"]
     summary = (
         f"A synthetic shop, {len(config.seeds)} seeds of C-SFT and CTR, one of pre-training. Base without "
-        f"content: AUC {base['auc_mean']:.4f} ± {_spread(base['auc_std'])} (paper {BASE_AUC}). Δ is the "
+        f"content: AUC {base['auc_mean']:.4f} ± {formatted(base['auc_std'])} (paper {BASE_AUC}). Δ is the "
         "difference to Base on the same seed. The paper prints +0.0060 for plain FoM; its AUC column says "
         "+0.0006, which stands here."
     )

@@ -26,7 +26,6 @@ from mim_torchrec.benchmarks.paper.shop import ShopSizes
 from mim_torchrec.ctr.config import UBM
 from mim_torchrec.training.metrics import group_codes
 
-TUNING_SEED = 1000
 BASE, MIM = "base", "mim"
 VARIANTS = {"without-content": {"content-interest": False}, "without-fusion": {"fusion-interest": False},
             "similarity": {"similarity-interest": True}}  # fmt: skip
@@ -197,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
     config = tyro.cli(ABTestConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
     run = Run(config.out)
     data_set = data_sets.make_shop(run, config.shop, {**shop.CTR, "ubm": config.ubm})
-    runs = ModelRuns(run, data_set, config.seeds, TUNING_SEED, config.jobs)
+    runs = ModelRuns(run, data_set, config.seeds, config.jobs)
     models = [Model(name=BASE, mim=False), Model(name=MIM, mim=True)]
     models += [Model(name=name, mim=True, options=options) for name, options in VARIANTS.items()]
     runs.train(models)

@@ -4,8 +4,8 @@ Figure 6 of the paper: test impressions in ten sets by the age of their item, an
 each; beside it, MIM trained with hidden item ids, which is ours.
 """
 
-import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +16,28 @@ from scipy.stats import spearmanr
 from mim_torchrec.benchmarks.harness import comparison
 from mim_torchrec.benchmarks.harness.comparison import target
 from mim_torchrec.benchmarks.harness.drawing import BASE_COLOR, MIM_COLOR, subplots, tidy, to_png
-from mim_torchrec.benchmarks.harness.pages import Section, write_pages
+from mim_torchrec.benchmarks.harness.pages import Section, formatted, interval
 from mim_torchrec.benchmarks.harness.stages import Run
-from mim_torchrec.benchmarks.paper import data_sets, shop
+from mim_torchrec.benchmarks.paper import shop
 from mim_torchrec.benchmarks.paper.data_sets import DataSet
-from mim_torchrec.benchmarks.paper.model_runs import Model, ModelRuns
-from mim_torchrec.benchmarks.paper.shop import ShopSizes
+from mim_torchrec.benchmarks.paper.model_runs import Model, ModelRuns, ModelsConfig, write_experiment
 from mim_torchrec.ctr.config import UBM
 from mim_torchrec.data.ages import NUM_AGE_SETS, age_sets
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.schema import Dataset
 
-TUNING_SEED = 1000
 HIDDEN = "mim-hidden-ids"
 ID_DROPOUT = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
-class ColdStartConfig:
+class ColdStartConfig(ModelsConfig):
     """Compare Base and MIM on items by age, and write a report."""
 
-    data: Path | None = None
-    """Folder with ratings.csv, movies.csv and posters.parquet; without it, films are left out."""
     out: Path = Path("runs/coldstart")
     """Directory of the run; a run that was interrupted there resumes."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds that are reported, fixed beforehand."""
     ubm: UBM = "sim"
     """User behavior model; the paper's is SIM."""
-    shop: ShopSizes = ShopSizes()
-    """The synthetic shop; its seed is not that of training."""
-    jobs: int = 2
-    """CTR runs side by side, one process and one thread each."""
 
 
 def by_age(run: Run, runs: ModelRuns) -> list[dict[str, Any]]:
@@ -116,9 +106,9 @@ def section(data_set: DataSet, sets: list[dict[str, Any]], said: dict[str, Any])
     ]
     text += [f"{'Met' if t['met'] else 'Not met'}: {t['claim']}." for t in said["targets"]]
     rows = [
-        [e["set"], e["n"], e["positives"], _number(e["base_auc"], ".4f"), _number(e["mim_auc"], ".4f"),
-         _number(e["gain"], "+.4f"), _interval(e["ci"]), _number(e["hidden_ids_gain"], "+.4f"),
-         _interval(e["hidden_ids_ci"])]
+        [e["set"], e["n"], e["positives"], formatted(e["base_auc"]), formatted(e["mim_auc"]),
+         formatted(e["gain"], "+.4f"), interval(e["ci"]), formatted(e["hidden_ids_gain"], "+.4f"),
+         interval(e["hidden_ids_ci"])]
         for e in sets
     ]  # fmt: skip
     columns = ["set", "impressions", "clicks", "Base", "MIM", "gain", "95% of users", "hidden ids: gain",
@@ -127,44 +117,27 @@ def section(data_set: DataSet, sets: list[dict[str, Any]], said: dict[str, Any])
                    images=[f"{data_set.name}.png"])  # fmt: skip
 
 
-def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
-
-
-def _interval(ci: list[float] | None) -> str:
-    return "–" if ci is None else f"[{ci[0]:+.4f}, {ci[1]:+.4f}]"
+def experiment(
+    config: ColdStartConfig, run: Run, data_set: DataSet
+) -> tuple[dict[str, Any], list[Section], bytes]:
+    """The models on one data set."""
+    runs = ModelRuns(run, data_set, config.seeds, config.jobs)
+    hidden = Model(name=HIDDEN, mim=True, options={"id-dropout": ID_DROPOUT})
+    runs.train([Model(name="base", mim=False), Model(name="mim", mim=True), hidden])
+    sets = by_age(run, runs)
+    said = summarize(data_set, sets)
+    return {"sets": sets, **said, "settings": runs.tuning}, [section(data_set, sets, said)], draw(sets)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `python -m mim_torchrec.benchmarks.paper.coldstart`."""
     config = tyro.cli(ColdStartConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
-    run = Run(config.out)
-    options = {**shop.CTR, "ubm": config.ubm}
-    found = data_sets.make_all(run, config.shop, config.data, options)
-    report: dict[str, Any] = {}
-    sections, images = [], {}
-    for data_set in found:
-        runs = ModelRuns(run, data_set, config.seeds, TUNING_SEED, config.jobs)
-        runs.train(
-            [
-                Model(name="base", mim=False),
-                Model(name="mim", mim=True),
-                Model(name=HIDDEN, mim=True, options={"id-dropout": ID_DROPOUT}),
-            ]
-        )
-        sets = by_age(run, runs)
-        said = summarize(data_set, sets)
-        part = {"sets": sets, **said, "settings": runs.tuning}
-        report |= part if data_set.name == "shop" else {data_set.name: part}
-        sections.append(section(data_set, sets, said))
-        images[f"{data_set.name}.png"] = draw(sets)
-    report |= {"stages": run.seconds, "config": dataclasses.asdict(config)}
     summary = (
         f"Test AUC of {config.ubm.upper()} without and with MIM, means of the seeds {list(config.seeds)}. "
         "The paper says that the newest items gain most and gives a plot without figures."
     )
-    write_pages(report, "Figure 6: gains by the age of an item", summary, sections, images, run.root)
-    print((run.root / "report.md").read_text())
+    options, title = {**shop.CTR, "ubm": config.ubm}, "Figure 6: gains by the age of an item"
+    write_experiment(config, options, partial(experiment, config), title, summary)
 
 
 if __name__ == "__main__":

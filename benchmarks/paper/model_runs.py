@@ -1,14 +1,36 @@
 """Runs of many CTR models on one data set, side by side, one rank and one thread each."""
 
+import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mim_torchrec.benchmarks.harness import comparison
+from mim_torchrec.benchmarks.harness.pages import Section, print_targets, write_pages
 from mim_torchrec.benchmarks.harness.stages import Run, Stage, ctr_stage
-from mim_torchrec.benchmarks.paper.data_sets import DataSet, Options
+from mim_torchrec.benchmarks.paper.data_sets import DataSet, Options, make_all
+from mim_torchrec.benchmarks.paper.shop import ShopSizes
+
+TUNING_SEED = 1000
+"""Of the runs that choose a setting from the grid of a data set; it is not reported."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelsConfig:
+    """Flags of the experiments that compare CTR models on data sets."""
+
+    out: Path
+    """Directory of the run; a run that was interrupted there resumes."""
+    data: Path | None = None
+    """Folder with ratings.csv, movies.csv and posters.parquet; without it, films are left out."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds that are reported, fixed beforehand."""
+    shop: ShopSizes = ShopSizes()
+    """The synthetic shop; its seed is not that of training."""
+    jobs: int = 2
+    """CTR runs side by side, one process and one thread each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,19 +55,16 @@ class ModelRuns:
         run: the run directory.
         data_set: the data set.
         seeds: of the runs that are reported.
-        tuning_seed: of the runs that choose a setting from the grid, not reported.
         jobs: runs side by side.
 
     Raises:
         ValueError: the tuning seed would be reported.
     """
 
-    def __init__(
-        self, run: Run, data_set: DataSet, seeds: Sequence[int], tuning_seed: int, jobs: int
-    ) -> None:
-        if tuning_seed in seeds:
-            raise ValueError(f"seed {tuning_seed} is for tuning and cannot be reported")
-        self.data_set, self.seeds, self.tuning_seed = data_set, tuple(seeds), tuning_seed
+    def __init__(self, run: Run, data_set: DataSet, seeds: Sequence[int], jobs: int) -> None:
+        if TUNING_SEED in seeds:
+            raise ValueError(f"seed {TUNING_SEED} is for tuning and cannot be reported")
+        self.data_set, self.seeds = data_set, tuple(seeds)
         self.runs: dict[str, list[Path]] = {}
         self.tuning: dict[str, dict[str, Any]] = {}
         self._run, self._jobs = run, jobs
@@ -60,7 +79,7 @@ class ModelRuns:
         models = list(models)
         grid = list(enumerate(self.data_set.grid)) if setting is None else []
         tried = {
-            (model.name, k): self._stage(model, f"tune-{model.name}-{k}", self.tuning_seed, tried_setting)
+            (model.name, k): self._stage(model, f"tune-{model.name}-{k}", TUNING_SEED, tried_setting)
             for model in models for k, tried_setting in grid
         }  # fmt: skip
         self._side_by_side(tried.values())
@@ -103,3 +122,36 @@ class ModelRuns:
 
     def _side_by_side(self, stages: Iterable[Stage]) -> None:
         self._run.run(stages, jobs=self._jobs, threads=1)
+
+
+def write_experiment(
+    config: ModelsConfig,
+    options: Options,
+    experiment: Callable[[Run, DataSet], tuple[dict[str, Any], list[Section], bytes]],
+    title: str,
+    summary: str,
+) -> None:
+    """Run an experiment on every data set, write one report of all and print it.
+
+    Args:
+        config: flags.
+        options: flags of every CTR run.
+        experiment: gives its part of report.json, its sections and an image, `<data set>.png`.
+        title: of the pages.
+        summary: first paragraph.
+    """
+    run = Run(config.out)
+    report: dict[str, Any] = {}
+    sections: list[Section] = []
+    images = {}
+    for data_set in make_all(run, config.shop, config.data, options):
+        part, own, images[f"{data_set.name}.png"] = experiment(run, data_set)
+        sections += own
+        if data_set.name == "shop":
+            report |= part  # its targets are printed with the report
+        else:
+            report[data_set.name] = part
+            print_targets(part.get("targets", ()))
+    report |= {"stages": run.seconds, "config": dataclasses.asdict(config)}
+    write_pages(report, title, summary, sections, images, run.root)
+    print((run.root / "report.md").read_text())

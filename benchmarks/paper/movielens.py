@@ -18,12 +18,12 @@ from mim_torchrec.benchmarks.harness.experiment_report import loss_curve, write_
 from mim_torchrec.benchmarks.harness.stages import Run, Stage, Value, ctr_stage, export_stage, permute_stage
 from mim_torchrec.benchmarks.paper import shop
 from mim_torchrec.benchmarks.paper.films import CSFT, ENCODER, GRID, TRAINING, csft_stage, import_stage
+from mim_torchrec.benchmarks.paper.model_runs import TUNING_SEED
 from mim_torchrec.benchmarks.paper.shop import ShopSizes
 
 # --- settings, all in one place -----------------------------------------------------------------------------
 PLAIN_OPTIONS: dict[str, Value] = {"image-size": 128}
 CTR: dict[str, Value] = shop.CTR | TRAINING
-TUNING_SEED = 1000
 GLOBAL_SEEDS = 1
 NO_STYLE_SHOP = ShopSizes(items=2000, users=1500, requests=10_000, searches=2000, nproc=1)
 BASE_AUC_TARGET, GAIN_TARGET = 0.760, 0.005

@@ -4,8 +4,8 @@ Table 2 of the paper on a synthetic shop and, with a folder of MovieLens and pos
 Base+MIM of a model have the same settings; where a data set has a grid, each chooses from it on validation.
 """
 
-import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,13 +13,18 @@ import numpy as np
 import tyro
 
 from mim_torchrec.benchmarks.harness.comparison import deviation, target
-from mim_torchrec.benchmarks.harness.drawing import BASE_COLOR, MIM_COLOR, subplots, tidy, to_png
-from mim_torchrec.benchmarks.harness.pages import Section, print_targets, write_pages
+from mim_torchrec.benchmarks.harness.drawing import beside_the_paper, subplots, to_png
+from mim_torchrec.benchmarks.harness.pages import Section, interval
 from mim_torchrec.benchmarks.harness.stages import Run
-from mim_torchrec.benchmarks.paper import data_sets, shop
+from mim_torchrec.benchmarks.paper import shop
 from mim_torchrec.benchmarks.paper.data_sets import DataSet
-from mim_torchrec.benchmarks.paper.model_runs import Model, ModelRuns
-from mim_torchrec.benchmarks.paper.shop import ShopSizes
+from mim_torchrec.benchmarks.paper.model_runs import (
+    TUNING_SEED,
+    Model,
+    ModelRuns,
+    ModelsConfig,
+    write_experiment,
+)
 from mim_torchrec.ctr.config import UBM
 
 PAPER = {
@@ -28,31 +33,22 @@ PAPER = {
     "sim": (0.7024, 0.7062, 0.0038), "twin": (0.7028, 0.7051, 0.0023),
 }  # fmt: skip
 """AUC of Base and of Base+MIM and the difference as printed, column ALL of Table 2."""
-TUNING_SEED = 1000
 DIN_TARGET = 0.760
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table2Config:
+class Table2Config(ModelsConfig):
     """Compare six user behavior models without and with MIM, and write a report."""
 
-    data: Path | None = None
-    """Folder with ratings.csv, movies.csv and posters.parquet; without it, films are left out."""
     out: Path = Path("runs/table2")
     """Directory of the run; a run that was interrupted there resumes."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds that are reported, fixed beforehand."""
     models: tuple[UBM, ...] = get_args(UBM)
     """User behavior models."""
-    shop: ShopSizes = ShopSizes()
-    """The synthetic shop; its seed is not that of training."""
-    jobs: int = 2
-    """CTR runs side by side, one process and one thread each."""
 
 
 def compare(run: Run, data_set: DataSet, config: Table2Config) -> ModelRuns:
     """Train every model without and with MIM."""
-    runs = ModelRuns(run, data_set, config.seeds, TUNING_SEED, config.jobs)
+    runs = ModelRuns(run, data_set, config.seeds, config.jobs)
     runs.train(
         Model(name=f"{ubm}-{kind}", mim=kind == "mim", options={"ubm": ubm})
         for ubm in config.models for kind in ("base", "mim")
@@ -105,7 +101,7 @@ def section(data_set: DataSet, lines: dict[str, dict[str, Any]]) -> Section:
         [ubm, f"{row['base_auc']:.4f}{_plus_minus(row['base_std'])}",
          f"{row['mim_auc']:.4f}{_plus_minus(row['mim_std'])}",
          f"{row['delta']:+.4f}{_plus_minus(row['delta_std'])}",
-         f"[{row['ci'][0]:+.4f}, {row['ci'][1]:+.4f}]", f"{row['paper_delta']:+.4f}"]
+         interval(row["ci"]), f"{row['paper_delta']:+.4f}"]
         for ubm, row in lines.items()
     ]  # fmt: skip
     columns = ["model", "Base", "Base+MIM", "Δ ± seeds", "95% of users", "paper's Δ"]
@@ -120,47 +116,30 @@ def _plus_minus(value: float | None) -> str:
 def draw(lines: dict[str, dict[str, Any]]) -> bytes:
     """Our gains beside the paper's."""
     figure, axes = subplots(figsize=(7, 3.4))
-    place = np.arange(len(lines))
-    rows = lines.values()
-    axes.bar(place - 0.2, [row["delta"] for row in rows], 0.38, label="here", color=MIM_COLOR,
-             yerr=[row["delta_std"] or 0.0 for row in rows], error_kw={"linewidth": 0.8})  # fmt: skip
-    axes.bar(place + 0.2, [row["paper_delta"] for row in rows], 0.38, label="paper", color=BASE_COLOR)
-    axes.set_xticks(place, list(lines))
+    beside_the_paper(axes, list(lines), list(lines.values()))
     axes.set_ylabel("AUC of MIM over Base", fontsize=9)
-    axes.legend(frameon=False, fontsize=8)
-    tidy(axes)
     return to_png(figure)
+
+
+def experiment(
+    config: Table2Config, run: Run, data_set: DataSet
+) -> tuple[dict[str, Any], list[Section], bytes]:
+    """The models on one data set."""
+    runs = compare(run, data_set, config)
+    lines = {ubm: line(runs, ubm) for ubm in config.models}
+    part = {"models": lines, "targets": targets(data_set, lines)}
+    return part, [section(data_set, lines)], draw(lines)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `python -m mim_torchrec.benchmarks.paper.table2`."""
     config = tyro.cli(Table2Config, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
-    run = Run(config.out)
-    found = data_sets.make_all(run, config.shop, config.data, shop.CTR)
-    report: dict[str, Any] = {}
-    sections, images = [], {}
-    for data_set in found:
-        runs = compare(run, data_set, config)
-        lines = {ubm: line(runs, ubm) for ubm in config.models}
-        part = {"models": lines, "targets": targets(data_set, lines)}
-        sections.append(section(data_set, lines))
-        images[f"{data_set.name}.png"] = draw(lines)
-        print(f"\n{data_set.title}")
-        for ubm, row in lines.items():
-            print(f"{ubm:12} Base {row['base_auc']:.4f}  Base+MIM {row['mim_auc']:.4f}  {row['delta']:+.4f}"
-                  f"{_plus_minus(row['delta_std'])}  paper {row['paper_delta']:+.4f}")  # fmt: skip
-        if data_set.name == "shop":
-            report |= part  # whose targets are printed with the report
-        else:
-            report[data_set.name] = part
-            print_targets(part["targets"])
-    report |= {"stages": run.seconds, "config": dataclasses.asdict(config)}
     summary = (
         f"AUC on test requests, means of the seeds {list(config.seeds)}; ± is the standard deviation over "
         "the seeds, the interval is of the mean gain, by resampling users."
     )
     title = "Table 2: six user behavior models without and with MIM"
-    write_pages(report, title, summary, sections, images, run.root)
+    write_experiment(config, shop.CTR, partial(experiment, config), title, summary)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from mim_torchrec.benchmarks.measures.training_steps import (
     random_table,
     training_step,
 )
-from mim_torchrec.benchmarks.measures.turns import in_turns
+from mim_torchrec.benchmarks.measures.turns import in_turns, threads_of_torch
 from mim_torchrec.benchmarks.speed import fuxictr_models
 from mim_torchrec.ctr.sharding import build_model, shard
 from mim_torchrec.embeddings.sharded.frozen import frozen_config
@@ -195,13 +195,8 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of `python -m mim_torchrec.benchmarks.speed.ctr_throughput`."""
     words = {"description": __doc__, "config": (tyro.conf.FlagConversionOff,)}
     config = tyro.cli(ThroughputConfig, args=argv, **words)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with distributed(0) as context:
-            report = measure(config, context)
-    finally:
-        torch.set_num_threads(threads)
+    with threads_of_torch(1), distributed(0) as context:
+        report = measure(config, context)
     report["config"] = dataclasses.asdict(config)
     summary = (
         f"Samples per CPU-second of a whole training step at one thread: {config.batch_size} candidates, "

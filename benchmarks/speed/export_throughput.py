@@ -28,6 +28,7 @@ from tqdm import tqdm
 import mim_torchrec.representation.export as representation
 from mim_torchrec.benchmarks.harness.comparison import target
 from mim_torchrec.benchmarks.harness.pages import Section, targets_section, write_pages
+from mim_torchrec.benchmarks.measures.turns import threads_of_torch
 from mim_torchrec.data.images import decode_image
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.schema import ITEMS, Dataset
@@ -279,12 +280,8 @@ def main(argv: list[str] | None = None) -> None:
     config = tyro.cli(ExportThroughputConfig, args=argv, **words)
     config.out.mkdir(parents=True, exist_ok=True)
     logging.getLogger("mim_torchrec").setLevel(logging.WARNING)
-    threads = torch.get_num_threads()
-    try:
-        with distributed(0) as context:
-            report = measure(config, context)
-    finally:
-        torch.set_num_threads(threads)
+    with threads_of_torch(torch.get_num_threads()), distributed(0) as context:
+        report = measure(config, context)
     report["config"] = dataclasses.asdict(config)
     summary = (
         f"{config.items} items, JPEG images of {config.image_px} x {config.image_px} pixels and "

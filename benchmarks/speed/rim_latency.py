@@ -31,6 +31,7 @@ from mim_torchrec.benchmarks.harness.pages import Section, targets_section, writ
 from mim_torchrec.benchmarks.harness.redis_server import RedisServer
 from mim_torchrec.benchmarks.measures.arrivals import Arrival, Feeder
 from mim_torchrec.benchmarks.measures.encoders import encode_alone, make_encoder
+from mim_torchrec.benchmarks.measures.turns import threads_of_torch
 from mim_torchrec.data.shop import ShopConfig, make_shop
 from mim_torchrec.embeddings.stores.main import main as store_command
 from mim_torchrec.embeddings.stores.store import follow, open_store
@@ -289,12 +290,8 @@ def main(argv: list[str] | None = None) -> None:
     if config.out.exists():
         shutil.rmtree(config.out)
     config.out.mkdir(parents=True)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with threads_of_torch(1):
         report = measure(config)
-    finally:
-        torch.set_num_threads(threads)
     report["config"] = dataclasses.asdict(config)
     summary = f"An item by itself takes the encoder {report['encoder_alone_ms']:.1f} ms."
     write_pages(report, "New items", summary, sections(config, report), {}, config.out)

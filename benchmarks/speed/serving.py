@@ -30,7 +30,7 @@ from torchrec.modules.embedding_configs import EmbeddingConfig
 
 from mim_torchrec.benchmarks.harness.comparison import target
 from mim_torchrec.benchmarks.harness.pages import Section, targets_section, write_pages
-from mim_torchrec.benchmarks.measures.turns import seconds_by_name
+from mim_torchrec.benchmarks.measures.turns import seconds_by_name, threads_of_torch
 from mim_torchrec.ciubm.content import content_relevance, relevant_interest
 from mim_torchrec.ctr.config import PRESETS, CTRConfig
 from mim_torchrec.ctr.sharding import build_model
@@ -377,11 +377,8 @@ def main(argv: list[str] | None = None) -> None:
     words = {"description": __doc__, "config": (tyro.conf.FlagConversionOff,)}
     config = tyro.cli(ServingConfig, args=argv, **words)
     config.out.mkdir(parents=True, exist_ok=True)
-    threads = torch.get_num_threads()
-    try:
+    with threads_of_torch(torch.get_num_threads()):
         report = measure(config)
-    finally:
-        torch.set_num_threads(threads)
     report["config"] = dataclasses.asdict(config)
     summary = f"Requests of {config.candidates} candidates; item embeddings of {2 * config.id_dim}."
     write_pages(report, "Serving", summary, sections(config, report), {}, config.out)
