@@ -351,16 +351,13 @@ def bench(
     mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
 ) -> specs.AppDef:
     """
-    Run a benchmark, such as efficiency (Table 6). Benchmarks are not installed: the job runs in a checkout.
-
-    With local_cwd that is the current folder; an image needs the checkout as its working directory, or gets
-    it as TorchX's workspace (--workspace).
+    Run a benchmark, such as paper.efficiency.main (Table 6).
 
     Args:
         script_args: further flags of the benchmark, after a lone --
-        name: module of the folder benchmarks: efficiency, ctr_throughput, csft_loss, frozen_table, ...
+        name: module of mim_torchrec.benchmarks: paper.efficiency.main, speed.ctr_throughput, chaos.main, ...
         out: directory of the report
-        image: container image with a checkout as its working directory, for kubernetes and local_docker
+        image: container image with mim-torchrec[report] in it, for kubernetes and local_docker
         h: a named resource, in place of cpu, gpu and memMB
         cpu: cores
         gpu: accelerators
@@ -369,7 +366,7 @@ def bench(
         env: environment variables, A=1,B=2
         mounts: type=bind,src=/host,dst=/job[,readonly]
     """
-    command = ["-m", f"benchmarks.{name}", "--out", out, *script_args]
+    command = ["-m", f"mim_torchrec.benchmarks.{name}", "--out", out, *script_args]
     resource = specs.resource(cpu=cpu, gpu=gpu, memMB=memMB, h=h)
     return _service("bench", command, image, resource, max_retries, env, mounts)
 

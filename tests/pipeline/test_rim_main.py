@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.redis_server import RedisServer
+from mim_torchrec.benchmarks.harness.redis_server import RedisServer
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.embeddings.stores.embedded import EmbeddedStore
 from mim_torchrec.embeddings.stores.store import catch_up
