@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,37 @@ def test_imports_run_downwards_only(module):
         assert name.split(".")[0] not in ("embeddings", "launch", "benchmarks", "tests"), f"imports {name}"
         if name.startswith("mim_torchrec"):
             assert layer(name) <= layer(module), f"{module} must not import {name}"
+
+
+def imported_modules(module: str) -> set[str]:
+    """Modules of the packages that a module imports, at once or within a function."""
+    found = set()
+    for node in ast.walk(ast.parse(SOURCES[module].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            members = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in SOURCES else node.module for name in members}
+    return found & SOURCES.keys()
+
+
+def circles(imported: dict[str, set[str]]) -> list[list[str]]:
+    """Paths of imports that end where they began; none where the graph has an order."""
+    try:
+        list(TopologicalSorter(imported).static_order())
+    except CycleError as error:
+        return [error.args[1]]
+    return []
+
+
+def test_a_circle_of_imports_is_found():
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}
+    (found,) = circles(graph)
+    assert found[0] == found[-1] and set(found) == {"a", "b", "c"}
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    assert circles({module: imported_modules(module) for module in SOURCES}) == []
 
 
 @pytest.mark.parametrize("module", ["mim_torchrec", "mim_torchrec.cli", "mim_torchrec.doctor"])
