@@ -15,8 +15,8 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 from torchrec.optim.warmup import WarmupOptimizer
 
-from mim_torchrec.ctr.evaluate import predict
 from mim_torchrec.ctr.pipeline import SparseExchange
+from mim_torchrec.ctr.predictions import predict
 from mim_torchrec.ctr.windows import LiveWindows
 from mim_torchrec.data.batch import RequestBatch
 from mim_torchrec.data.requests import RequestReader
