@@ -30,6 +30,7 @@ from mim_torchrec.ctr.assembly import load_vocabularies, read_config
 from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.evaluation import find_checkpoint
 from mim_torchrec.ctr.model import CTRModel
+from mim_torchrec.ctr.parameters import id_tables, is_dense
 from mim_torchrec.ctr.sharding import build_model
 from mim_torchrec.embeddings.table.manifest import VersionMismatch
 from mim_torchrec.embeddings.table.reader import Table
@@ -108,7 +109,7 @@ class Bundle:
                                  feature_names=["candidate_mm", "behavior_mm"])  # fmt: skip
         model = build_model(self.config, dict.fromkeys(self.tables, 1), mm, torch.device("meta"))
         missing, surplus = model.load_state_dict(dense, strict=False)
-        lacking = [name for name in missing if "_embeddings." not in name]
+        lacking = [name for name in missing if is_dense(name)]
         if lacking or surplus:
             raise VersionMismatch(f"{self.path / DENSE} does not fit its model: {[*lacking, *surplus]}")
         return model.eval(), unknown
@@ -133,7 +134,7 @@ def write_bundle(run: Path, out: Path, checkpoint: str = "best") -> Bundle:
         for name, found in FileSystemReader(state).read_metadata().state_dict_metadata.items()
         if name.startswith(prefix) and hasattr(found, "size")
     }
-    where = {name.split(".")[-2]: name for name in sizes if "_embeddings." in name}
+    where = id_tables(sizes)
     vocabularies = load_vocabularies(run)
 
     def read(names: list[str]) -> dict[str, Tensor]:
@@ -147,7 +148,7 @@ def write_bundle(run: Path, out: Path, checkpoint: str = "best") -> Bundle:
     mm_dim = 0
     if config.mim == "on":
         mm_dim = Table.open(config.table, config.table_version, verify=False).manifest.dim
-    dense = read([name for name in sizes if name not in where.values()])
+    dense = read([name for name in sizes if is_dense(name)])
     tables = {name: (vocabularies[name].ids, partial(rows_of, name)) for name in where}
     return save_bundle(out, config, dense, tables, mm_dim)
 
