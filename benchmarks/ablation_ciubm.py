@@ -18,7 +18,6 @@ from matplotlib import pyplot as plt
 from benchmarks import corpora, demo
 from benchmarks.corpora import Comparison, Corpus, Model, Options
 from benchmarks.stages import Run
-from mim_torchrec.ctr.config import UBM
 from mim_torchrec.training.comparison import deviation
 from mim_torchrec.training.pages import Section, write_pages
 from mim_torchrec.training.report import BASE_COLOR, MIM_COLOR, tidy, to_png
@@ -70,7 +69,7 @@ class AblationConfig:
     """Directory of the run; a run that was interrupted there resumes."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds that are reported, fixed beforehand."""
-    ubm: UBM = "sim"
+    ubm: str = "sim"
     """User behavior model; the paper's is SIM."""
     shop: demo.DemoConfig = demo.DemoConfig()
     """The synthetic shop; its `out` and `seed` of training are not used."""

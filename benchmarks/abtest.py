@@ -20,7 +20,6 @@ from benchmarks import corpora, demo
 from benchmarks.auction import Outcome, Traffic, lifts, outcome, rank
 from benchmarks.corpora import Comparison, Model
 from benchmarks.stages import Run
-from mim_torchrec.ctr.config import UBM
 from mim_torchrec.training.comparison import deviation
 from mim_torchrec.training.metrics import group_codes
 from mim_torchrec.training.pages import Section, write_pages
@@ -45,7 +44,7 @@ class ABTestConfig:
     """Directory of the run; a run that was interrupted there resumes."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the CTR models; the test takes them all together."""
-    ubm: UBM = "sim"
+    ubm: str = "sim"
     """User behavior model; the paper's is SIM."""
     shop: demo.DemoConfig = demo.DemoConfig(requests=10_000, candidates=20)
     """The synthetic shop; its `out` and `seed` of training are not used."""

@@ -17,7 +17,6 @@ from scipy.stats import spearmanr
 from benchmarks import corpora, demo
 from benchmarks.corpora import Comparison, Corpus, Model
 from benchmarks.stages import Run
-from mim_torchrec.ctr.config import UBM
 from mim_torchrec.data.ages import NUM_AGE_SETS, age_sets
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.schema import Dataset
@@ -41,7 +40,7 @@ class ColdStartConfig:
     """Directory of the run; a run that was interrupted there resumes."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds that are reported, fixed beforehand."""
-    ubm: UBM = "sim"
+    ubm: str = "sim"
     """User behavior model; the paper's is SIM."""
     shop: demo.DemoConfig = demo.DemoConfig()
     """The synthetic shop; its `out` and `seed` of training are not used."""

@@ -9,7 +9,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from benchmarks import fuxictr_models
 from benchmarks.flops import count_flops
+from mim_torchrec.ciubm.ubm.registry import find_model
 from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.sharding import build_model, shard
 from mim_torchrec.ctr.task import CTRTask
@@ -127,10 +128,13 @@ def random_table(config: ThroughputConfig) -> Path:
 
 def our_config(config: ThroughputConfig, name: str, dim: int, mim: bool = False) -> CTRConfig:
     """What `mim ctr` would be told, to train one of our models at these sizes."""
+    model = find_model(name)
+    sizes = {"attention": (config.attention,), "attention_activation": "dice", "heads": config.heads,
+             "top_k": config.top_k}  # fmt: skip
+    options = model(**{field.name: sizes[field.name] for field in fields(model) if field.name in sizes})
     return CTRConfig(
-        data=config.out, out=config.out, ubm=name, mim="on" if mim else "off", embedding_dim=dim,
-        attention=(config.attention,), attention_activation="dice", heads=config.heads, top_k=config.top_k,
-        tower=config.tower, lr=1e-3, max_behaviors=config.max_behaviors,
+        data=config.out, out=config.out, ubm=name, ubm_options=options, mim="on" if mim else "off",
+        embedding_dim=dim, tower=config.tower, lr=1e-3, max_behaviors=config.max_behaviors,
         # FuxiCTR's DIEN has no auxiliary loss; both have SIM's
         aux_weight=0.0 if name == "dien" else 1.0,
     )  # fmt: skip

@@ -7,7 +7,7 @@ Base+MIM of a model have the same settings; where a corpus has a grid, each choo
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import tyro
@@ -16,7 +16,6 @@ from matplotlib import pyplot as plt
 from benchmarks import corpora, demo
 from benchmarks.corpora import Comparison, Corpus, Model
 from benchmarks.stages import Run
-from mim_torchrec.ctr.config import UBM
 from mim_torchrec.training.comparison import deviation, target
 from mim_torchrec.training.pages import Section, print_targets, write_pages
 from mim_torchrec.training.report import BASE_COLOR, MIM_COLOR, tidy, to_png
@@ -41,7 +40,7 @@ class Table2Config:
     """Directory of the run; a run that was interrupted there resumes."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds that are reported, fixed beforehand."""
-    models: tuple[UBM, ...] = get_args(UBM)
+    models: tuple[str, ...] = tuple(PAPER)
     """User behavior models."""
     shop: demo.DemoConfig = demo.DemoConfig()
     """The synthetic shop; its `out` and `seed` of training are not used."""

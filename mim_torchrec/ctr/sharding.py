@@ -77,7 +77,7 @@ def build_model(
     """
     dim = config.embedding_dim
     features = config.features()
-    of_requests = features.of_requests(features.sparse)
+    of_requests = [feature.name for feature in features.ids(of_candidates=False)]
     request = [
         EmbeddingBagConfig(
             name=name,
@@ -93,7 +93,7 @@ def build_model(
         name: [f"candidate_{name}", f"behavior_{name}"]
         for name in ("item_id", "category")
         if name in num_embeddings
-    } | {name: [name] for name in features.of_candidates(features.sparse)}
+    } | {feature.name: [feature.name] for feature in features.ids(of_candidates=True)}
     items = [
         EmbeddingConfig(
             name=name,

@@ -20,14 +20,13 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 import tyro
-from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torchrec.modules.embedding_configs import EmbeddingConfig
 
 from mim_torchrec.ctr.assembly import load_vocabularies, read_config
-from mim_torchrec.ctr.config import CTRConfig
+from mim_torchrec.ctr.config import CTRConfig, from_values
 from mim_torchrec.ctr.evaluation import find_checkpoint
 from mim_torchrec.ctr.model import CTRModel
 from mim_torchrec.ctr.parameters import id_tables, is_dense
@@ -77,12 +76,12 @@ class Bundle:
             found = json.loads((path / ABOUT).read_text())
             if (version := found["format_version"]) != FORMAT_VERSION:
                 raise ValueError(f"format_version {version}, this release reads {FORMAT_VERSION}")
-            config = TypeAdapter(CTRConfig).validate_python(found["config"])
+            config = from_values(found["config"])
             return cls(path, config, found["model_version"], found["table_version"], found["mm_dim"],
                        tuple(found["tables"]))  # fmt: skip
         except FileNotFoundError:
             raise ValueError(f"{path} is no bundle: it has no {ABOUT}; mim bundle writes one") from None
-        except (ValidationError, KeyError, ValueError) as error:
+        except (KeyError, ValueError) as error:
             raise ValueError(f"{path / ABOUT} cannot be read: {error}") from None
 
     def table(self, name: str) -> Table:

@@ -17,10 +17,10 @@ import torch
 import tyro
 from torch import Tensor
 
+from mim_torchrec.embeddings.stores.store import is_remote
 from mim_torchrec.embeddings.table.manifest import VersionMismatch
 from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.windows.compact import changes
-from mim_torchrec.embeddings.windows.redis_connection import is_redis
 from mim_torchrec.embeddings.windows.transport import open_log
 from mim_torchrec.serving.bundle import Bundle
 from mim_torchrec.serving.service import ServedFiles
@@ -54,7 +54,7 @@ class Release:
 
     def pair(self) -> ServedFiles:
         """What a server opens; a remote store is kept up by others."""
-        remote = self.store is not None and is_redis(self.store)
+        remote = self.store is not None and is_remote(self.store)
         return ServedFiles(bundle=Path(self.bundle), store=self.store or self.table, id_store=self.id_store,
                     windows=None if remote else self.windows)  # fmt: skip
 

@@ -60,7 +60,7 @@ def layer(module: str) -> int:
     names = module.split(".")[1:2]
     if not names:
         return 0
-    layers = [{"embeddings"}, PARTS, STAGES, SERVICES, TOP]
+    layers = [{"embeddings", "extensions"}, PARTS, STAGES, SERVICES, TOP]
     return next(number for number, members in enumerate(layers) if names[0] in members)
 
 
