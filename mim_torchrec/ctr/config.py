@@ -55,8 +55,8 @@ class ModelConfig:
     paper."""
     similarity_tiers: int = 20
     """Equal parts of [-1, 1] that the similarity interest counts behaviors in."""
-    similarity_windows: tuple[int, ...] = (5, 0)
-    """Most recent behaviors that the similarity interest looks at, window by window; 0 is all of them."""
+    similarity_spans: tuple[int, ...] = (5, 0)
+    """Most recent behaviors that the similarity interest looks at, span by span; 0 is all of them."""
     content_temperature: float | None = None
     """Weigh behaviors by softmax(relevance / temperature), with a learnable temperature that starts here;
     beyond the paper, which weighs them by the relevance."""

@@ -138,7 +138,7 @@ class CTRModel(nn.Module):
             fusion=fusion,
             pooling=config.content_pooling,
             tiers=config.similarity_tiers if similarity else 0,
-            windows=config.similarity_windows if similarity else (),
+            spans=config.similarity_spans if similarity else (),
             temperature=config.content_temperature,
             content_dropout=config.content_dropout,
         )

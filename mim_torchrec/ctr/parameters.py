@@ -10,8 +10,9 @@ and mapped by a vocabulary, and the dense weights are whole on every rank. A nam
 """
 
 from collections.abc import Iterable
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 FROZEN = "mm_embeddings"
 ID_TABLES = ("request_embeddings", "item_embeddings")
@@ -41,6 +42,6 @@ def id_tables(names: Iterable[str]) -> dict[str, str]:
     return {table: name for name in names if (table := id_table(name)) is not None}
 
 
-def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+def trainable_state(model: nn.Module) -> dict[str, Any]:
     """Weights by name, ID tables of a sharded model as sharded tensors; without the frozen table."""
     return {name: value for name, value in model.state_dict().items() if name.split(".")[0] != FROZEN}

@@ -36,7 +36,7 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "item_id": ("candidate_item_ids", "behavior_item_ids"),
     "category": ("candidate_categories", "behavior_categories"),
 }
-ALARM_WINDOW = 100_000
+ALARM_IDS = 100_000
 
 
 class Vocabulary:
@@ -178,7 +178,7 @@ class IdMapper:
     def _rows(self, name: str, vocabulary: Vocabulary | ItemIndex, ids: Tensor) -> Tensor:
         rows = vocabulary.rows(ids)
         seen, unknown = self._checked.get(name, (0, 0))
-        if vocabulary.seen - seen >= ALARM_WINDOW:
+        if vocabulary.seen - seen >= ALARM_IDS:
             share = (vocabulary.unknown - unknown) / (vocabulary.seen - seen)
             if share > self.max_unknown:
                 log.warning("%.0f%% of the last %d ids of %s are unknown (limit %.0f%%)", 100 * share,

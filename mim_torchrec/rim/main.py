@@ -159,7 +159,7 @@ class RIM:
         started = time.monotonic()
         if not self._window.arrivals:
             self._window.began = started
-        readable = list(self._pool.map(self._picture, arrivals))
+        readable = list(self._pool.map(self._image, arrivals))
         good = [k for k, found in enumerate(readable) if isinstance(found, Image.Image)]
         encoded = self._encode([readable[k] for k in good], [arrivals[k].title for k in good])
         vectors: dict[int, Tensor] = {}
@@ -178,27 +178,27 @@ class RIM:
                 self._window.vectors.append(vectors.get(k))
         self.counts.encode_seconds += time.monotonic() - started
 
-    def _encode(self, pictures: list[Image.Image], titles: list[str]) -> list[Tensor | str]:
+    def _encode(self, images: list[Image.Image], titles: list[str]) -> list[Tensor | str]:
         """The vector (dim,) of each item, or why it has none.
 
         Raises:
-            Exception: the encoder does not even encode a blank picture, so that no item is at fault.
+            Exception: the encoder does not even encode a blank image, so that no item is at fault.
         """
-        if not pictures:
+        if not images:
             return []
         try:
             with torch.inference_mode():
-                return list(self._encoder(pictures, titles).float().cpu().clone())
+                return list(self._encoder(images, titles).float().cpu().clone())
         except Exception as error:
-            if len(pictures) > 1:
-                pairs = zip(pictures, titles, strict=True)
-                return [self._encode([picture], [title])[0] for picture, title in pairs]
+            if len(images) > 1:
+                pairs = zip(images, titles, strict=True)
+                return [self._encode([image], [title])[0] for image, title in pairs]
             with torch.inference_mode():
                 self._encoder([Image.new("RGB", (64, 64))], ["a"])
             return [f"the encoder fails: {type(error).__name__}: {error}"]
 
-    def _picture(self, arrival: Arrival) -> Image.Image | str | None:
-        """The picture of an item that can be encoded, why one cannot, None for one that is deleted."""
+    def _image(self, arrival: Arrival) -> Image.Image | str | None:
+        """The image of an item that can be encoded, why one cannot, None for one that is deleted."""
         if arrival.problem is not None:
             return arrival.problem
         if arrival.item_id is None:

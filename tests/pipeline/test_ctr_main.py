@@ -290,7 +290,7 @@ def test_a_hard_search_without_categories_is_refused(folder, tmp_path):
 def test_everything_beyond_the_paper_trains_through_main(folder):
     out = folder / "beyond"
     main(["--data", str(folder / "data"), "--table", str(folder / "table"), "--out", str(out), *SMALL,
-          "--similarity-interest", "True", "--similarity-tiers", "8", "--similarity-windows", "2", "0",
+          "--similarity-interest", "True", "--similarity-tiers", "8", "--similarity-spans", "2", "0",
           "--content-temperature", "0.5", "--content-dropout", "0.1", "--id-dropout", "0.3"])  # fmt: skip
     assert report(out)["auc"] > 0.6
 
