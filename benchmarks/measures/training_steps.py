@@ -1,7 +1,7 @@
 """Training steps of the CTR models on random batches, at sizes that benchmarks choose."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from mim_torchrec.ciubm.ubm.registry import find_model
 from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.task import CTRTask
 from mim_torchrec.data.batch import RequestBatch
@@ -98,10 +99,13 @@ def random_table(sizes: StepSizes) -> Path:
 
 def our_config(sizes: StepSizes, name: str, dim: int, mim: bool = False) -> CTRConfig:
     """What `mim ctr` would be told, to train one of our models at these sizes."""
+    model = find_model(name)
+    known = {"attention": (sizes.attention,), "attention_activation": "dice", "heads": sizes.heads,
+             "top_k": sizes.top_k}  # fmt: skip
+    options = model(**{field.name: known[field.name] for field in fields(model) if field.name in known})
     return CTRConfig(
-        data=sizes.out, out=sizes.out, ubm=name, mim="on" if mim else "off", embedding_dim=dim,
-        attention=(sizes.attention,), attention_activation="dice", heads=sizes.heads, top_k=sizes.top_k,
-        tower=sizes.tower, lr=1e-3, max_behaviors=sizes.max_behaviors,
+        data=sizes.out, out=sizes.out, ubm=name, ubm_options=options, mim="on" if mim else "off",
+        embedding_dim=dim, tower=sizes.tower, lr=1e-3, max_behaviors=sizes.max_behaviors,
         # FuxiCTR's DIEN has no auxiliary loss; both have SIM's
         aux_weight=0.0 if name == "dien" else 1.0,
     )  # fmt: skip

@@ -21,7 +21,6 @@ from mim_torchrec.benchmarks.harness.stages import Run
 from mim_torchrec.benchmarks.paper import shop
 from mim_torchrec.benchmarks.paper.data_sets import DataSet, Options
 from mim_torchrec.benchmarks.paper.model_runs import Model, ModelRuns, ModelsConfig, write_experiment
-from mim_torchrec.ctr.config import UBM
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class AblationConfig(ModelsConfig):
 
     out: Path = Path("runs/ablation_ciubm")
     """Directory of the run; a run that was interrupted there resumes."""
-    ubm: UBM = "sim"
+    ubm: str = "sim"
     """User behavior model; the paper's is SIM."""
 
 

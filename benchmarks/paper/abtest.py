@@ -23,7 +23,6 @@ from mim_torchrec.benchmarks.paper import data_sets, shop
 from mim_torchrec.benchmarks.paper.auction import Outcome, Traffic, lifts, outcome, rank
 from mim_torchrec.benchmarks.paper.model_runs import Model, ModelRuns
 from mim_torchrec.benchmarks.paper.shop import ShopSizes
-from mim_torchrec.ctr.config import UBM
 from mim_torchrec.training.metrics import group_codes
 
 BASE, MIM = "base", "mim"
@@ -44,7 +43,7 @@ class ABTestConfig:
     """Directory of the run; a run that was interrupted there resumes."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the CTR models; the test takes them all together."""
-    ubm: UBM = "sim"
+    ubm: str = "sim"
     """User behavior model; the paper's is SIM."""
     shop: ShopSizes = ShopSizes(requests=10_000, candidates=20)
     """The synthetic shop; its seed is not that of training."""

@@ -21,7 +21,6 @@ from mim_torchrec.benchmarks.harness.stages import Run
 from mim_torchrec.benchmarks.paper import shop
 from mim_torchrec.benchmarks.paper.data_sets import DataSet
 from mim_torchrec.benchmarks.paper.model_runs import Model, ModelRuns, ModelsConfig, write_experiment
-from mim_torchrec.ctr.config import UBM
 from mim_torchrec.data.ages import NUM_AGE_SETS, age_sets
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.schema import Dataset
@@ -36,7 +35,7 @@ class ColdStartConfig(ModelsConfig):
 
     out: Path = Path("runs/coldstart")
     """Directory of the run; a run that was interrupted there resumes."""
-    ubm: UBM = "sim"
+    ubm: str = "sim"
     """User behavior model; the paper's is SIM."""
 
 

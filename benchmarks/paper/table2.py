@@ -7,7 +7,7 @@ Base+MIM of a model have the same settings; where a data set has a grid, each ch
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import tyro
@@ -25,7 +25,6 @@ from mim_torchrec.benchmarks.paper.model_runs import (
     ModelsConfig,
     write_experiment,
 )
-from mim_torchrec.ctr.config import UBM
 
 PAPER = {
     "avg_pooling": (0.6965, 0.7030, 0.0066), "din": (0.7004, 0.7047, 0.0042),
@@ -42,7 +41,7 @@ class Table2Config(ModelsConfig):
 
     out: Path = Path("runs/table2")
     """Directory of the run; a run that was interrupted there resumes."""
-    models: tuple[UBM, ...] = get_args(UBM)
+    models: tuple[str, ...] = tuple(PAPER)
     """User behavior models."""
 
 

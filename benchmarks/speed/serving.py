@@ -33,6 +33,7 @@ from mim_torchrec.benchmarks.harness.pages import Section, targets_section, writ
 from mim_torchrec.benchmarks.measures.turns import seconds_by_name, threads_of_torch
 from mim_torchrec.ciubm.content import content_relevance, relevant_interest
 from mim_torchrec.ctr.config import PRESETS, CTRConfig
+from mim_torchrec.ctr.parameters import is_dense
 from mim_torchrec.ctr.sharding import build_model
 from mim_torchrec.embeddings.table.format import TableWriter
 from mim_torchrec.serving.bundle import Bundle, save_bundle
@@ -135,7 +136,7 @@ def make_bundle(config: ServingConfig, model: str) -> Path:
     mm = EmbeddingConfig(name="mm", num_embeddings=1, embedding_dim=dim,
                          feature_names=["candidate_mm", "behavior_mm"])  # fmt: skip
     built = build_model(settings, dict.fromkeys(rows, 1), mm, torch.device("meta"))
-    dense = {name: value for name, value in built.state_dict().items() if "_embeddings." not in name}
+    dense = {name: value for name, value in built.state_dict().items() if is_dense(name)}
 
     def random_rows(name: str) -> Callable[[], Tensor]:
         generator = torch.Generator().manual_seed(len(name))

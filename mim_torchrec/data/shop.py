@@ -61,7 +61,7 @@ class ShopConfig:
     style_weight: float = 1.0
     """How much users care for style; 0 is the negative control."""
     image_size: int = 64
-    """Height and width of pictures in pixels."""
+    """Height and width of images in pixels."""
     seed: int = 0
     """Seed; equal arguments give equal bytes."""
 

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mim_torchrec.ciubm.jagged import ByBehavior, Pairs, RequestPairs
+from mim_torchrec.ciubm.jagged import Pairs, RequestPairs
+from mim_torchrec.ciubm.packed import ByBehavior
 
 
 class Grid(RequestPairs):

@@ -16,6 +16,7 @@ from mim_torchrec.benchmarks.paper.efficiency.encoders_in_step import (
     RandomContent,
     build_encoded_model,
 )
+from mim_torchrec.ciubm.ubm.sim import SIMOptions
 from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.sharding import build_model, shard
 from mim_torchrec.data.items import ItemStore
@@ -72,7 +73,13 @@ class Shop:
         reader = RequestReader(self.dataset.requests("train"), batch_size=16)
         self.batches = [mapper(batch) for batch in islice(reader, 3)]
         self.settings = CTRConfig(
-            data=self.folder, out=root, ubm="sim", embedding_dim=4, tower=(8,), heads=1, lr=1e-3, top_k=3
+            data=self.folder,
+            out=root,
+            ubm="sim",
+            ubm_options=SIMOptions(heads=1, top_k=3),
+            embedding_dim=4,
+            tower=(8,),
+            lr=1e-3,
         )
 
 

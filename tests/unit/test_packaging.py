@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,7 @@ def layer(module: str) -> int:
         return 0
     if names[0] == "benchmarks":
         return 5 + benchmark_layer(module)
-    layers = [{"embeddings"}, PARTS, STAGES, SERVICES, TOP]
+    layers = [{"embeddings", "extensions"}, PARTS, STAGES, SERVICES, TOP]
     return next(number for number, members in enumerate(layers) if names[0] in members)
 
 
@@ -128,6 +129,37 @@ def test_a_benchmark_without_what_it_draws_with_names_the_extra(tmp_path: Path):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert "the benchmarks need matplotlib" in done.stderr and "mim-torchrec[report]" in done.stderr
+
+
+def imported_modules(module: str) -> set[str]:
+    """Modules of the packages that a module imports, at once or within a function."""
+    found = set()
+    for node in ast.walk(ast.parse(SOURCES[module].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            members = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in SOURCES else node.module for name in members}
+    return found & SOURCES.keys()
+
+
+def circles(imported: dict[str, set[str]]) -> list[list[str]]:
+    """Paths of imports that end where they began; none where the graph has an order."""
+    try:
+        list(TopologicalSorter(imported).static_order())
+    except CycleError as error:
+        return [error.args[1]]
+    return []
+
+
+def test_a_circle_of_imports_is_found():
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}
+    (found,) = circles(graph)
+    assert found[0] == found[-1] and set(found) == {"a", "b", "c"}
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    assert circles({module: imported_modules(module) for module in SOURCES}) == []
 
 
 @pytest.mark.parametrize("module", ["mim_torchrec", "mim_torchrec.cli", "mim_torchrec.doctor"])
