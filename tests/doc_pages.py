@@ -47,8 +47,9 @@ def run_page(page: str, folder: Path, replace: Mapping[str, str] | None = None) 
         (folder / "examples").symlink_to(ROOT / "examples")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     shell = subprocess.Popen(
-        ["bash", "-x", "-euo", "pipefail", "-c", code], cwd=folder, env=os.environ | {"PATH": path}, text=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        ["bash", "-x", "-euo", "pipefail", "-c", code], cwd=folder, env=os.environ | {"PATH": path},
+        text=True, start_new_session=True, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
     try:
         out, errors = shell.communicate(timeout=800)
