@@ -57,3 +57,36 @@ def test_new_items_and_serving(checkout, redis_server):
     assert all(0 < score < 1 for score in scores["score"]) and any(scores["content_contribution"])
     assert answer["parameters"]["unknown_vector"] == 0
     assert '"missing": 200' in out and "monday is current again" in out
+
+
+def test_readme_looks_vectors_up(checkout):
+    assert "torch.Size([2, 16])" in run_page("../README.md", checkout)
+
+
+def test_quickstart(tmp_path):
+    run_page("quickstart.md", tmp_path, {"--items 400 ": "--items 120 --image-size 32 "})
+    metrics = json.loads((tmp_path / "runs" / "mim" / "metrics.json").read_text())
+    assert metrics["table"] is not None
+    assert list((tmp_path / "runs" / "mim-validation").iterdir())
+
+
+def test_own_data(tmp_path):
+    run_page("tutorials/own_data.md", tmp_path)
+    auc = {run: json.loads((tmp_path / "runs" / run / "metrics.json").read_text())["test"]["auc"]
+           for run in ("my-base", "my-mim")}  # fmt: skip
+    assert auc["my-mim"] > auc["my-base"]
+
+
+def test_a_frozen_table_in_a_torchrec_model(tmp_path):
+    assert run_page("tutorials/frozen_table.md", tmp_path).count("loss 0.") == 2
+
+
+def test_a_new_behavior_model(tmp_path):
+    run_page("tutorials/behavior_model.md", tmp_path)
+
+
+def test_a_cluster(tmp_path):
+    # an environment that is shared has no `torchx` beside its interpreter
+    out = run_page("tutorials/cluster.md", tmp_path, {"torchx run": "python -m torchx.cli.main run"})
+    assert "--nproc_per_node 8" in out.replace("'\n", "").replace("                         '", "")
+    assert json.loads((tmp_path / "runs" / "two-ranks" / "metrics.json").read_text())["mim"] == "off"
