@@ -72,7 +72,7 @@ def test_quickstart(tmp_path):
 
 def test_own_data(tmp_path):
     run_page("tutorials/own_data.md", tmp_path)
-    auc = {run: json.loads((tmp_path / "runs" / run / "metrics.json").read_text())["test"]["auc"]
+    auc = {run: json.loads((tmp_path / "runs" / run / "metrics.json").read_text())["auc"]
            for run in ("my-base", "my-mim")}  # fmt: skip
     assert auc["my-mim"] > auc["my-base"]
 
