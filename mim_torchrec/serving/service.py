@@ -1,7 +1,7 @@
-"""The model that is served, with its vectors, and how another pair takes their place while requests come.
+"""The model and the vectors that are served, and how a new pair replaces them without downtime.
 
-A pair is opened, caught up with its windows and tried before it is served. Requests that have begun end with
-the pair they began with; what is wrong with a new pair leaves the old one where it is.
+A new pair is opened, brought up to date with its windows and tested before it is served. Requests that have
+begun end with their pair. If the new pair fails, the old one stays in service.
 """
 
 import logging
@@ -113,7 +113,7 @@ class Service:
         self.current = Served(pair, cache, metrics)
 
     def swap(self, pair: ServedFiles) -> None:
-        """Serve another pair from now on.
+        """Replace the pair that is served.
 
         Raises:
             Exception: it cannot be served; the one before still is.
