@@ -19,7 +19,7 @@ export MIM_PYTHON := $(BIN)/python
 export PYTHONPATH :=
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install demo test movielens ablation-csft figure5 table2 ablation-ciubm coldstart abtest table6 bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving bench-rim-latency bench-scaling bench-export-throughput chaos bench benchmark-report doctor lint lock clean
+.PHONY: help install demo test movielens ablation-csft figure5 table2 ablation-ciubm coldstart abtest table6 bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving bench-rim-latency bench-scaling bench-export-throughput chaos bench benchmark-report docs doctor lint lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -99,6 +99,9 @@ bench-export-throughput: install  ## export's items per second beside its encode
 test: install  ## unit, distributed and pipeline tests
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
+docs: install  ## build the documentation site into build/docs; a warning is an error
+	$(BIN)/python -m sphinx -b html -W --keep-going docs build/docs
+
 doctor: install  ## check the installation
 	$(BIN)/mim doctor
 
@@ -108,5 +111,5 @@ lint: install  ## ruff
 lock: install  ## rewrite requirements/*.txt from the packages in $(VENV)
 	$(BIN)/python requirements/lock.py
 
-clean:  ## remove runs and caches, not the environment
-	rm -rf runs .pytest_cache .ruff_cache
+clean:  ## remove runs, built pages and caches, not the environment
+	rm -rf runs build docs/_generated .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""What a computation machine asks of a parameter machine (§3.5, CMD): rows by id, and windows applied."""
+"""The interface of a parameter store (§3.5, CMD): look rows up by id, and apply windows."""
 
 import logging
 from pathlib import Path

@@ -1,11 +1,11 @@
-"""What a server loads of a trained model (§3.5, CMD): dense weights, and ID tables to look rows up in.
+"""A bundle: what a server loads of a trained model (§3.5, CMD).
 
     <bundle>/bundle.json            configuration, model_version, table_version
     <bundle>/dense.safetensors      weights that are not embeddings, and the rows of unknown ids
-    <bundle>/tables/<name>/         a table of each kind of id, by id, in the format of multi-modal tables
+    <bundle>/tables/<name>/         one ID table per kind of id, in the format of multi-modal tables
 
-The computation machine holds the dense weights. Rows stay on the disk, in the page cache that processes
-share, or are loaded into Redis (`mim store load`); ids are their keys, so that no vocabulary is held either.
+The computation machine holds the dense weights. Rows stay on disk, in the page cache that all processes
+share, or are loaded into Redis (`mim store load`). Ids are the keys, so a server needs no vocabulary.
 """
 
 import hashlib

@@ -2,8 +2,8 @@
 
     python -m mim_torchrec.serving.main --bundle DIR --store TABLE --windows LOG --data DIR
 
-One process; behind a balancer there may be any number. SIGTERM lets requests that have begun end. SIGHUP
-reads the release again at once.
+The server is one process; a load balancer can distribute requests over any number of them. On SIGTERM the
+server completes the requests that have begun. On SIGHUP it reads the current release at once.
 """
 
 import ctypes

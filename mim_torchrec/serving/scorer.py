@@ -1,6 +1,6 @@
 """From requests to scores: rows from stores, interests by matrices where they are linear, the dense model.
 
-A scorer is one model with the stores of its versions. Another deployment has a scorer of its own.
+A scorer is one model with the stores of its versions. Another scorer replaces it to serve another deployment.
 """
 
 import hashlib

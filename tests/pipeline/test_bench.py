@@ -59,10 +59,14 @@ def test_the_benchmark_report_is_what_the_records_make_of_it():
     assert all((RESULTS / name).exists() for name in images)
 
 
-def test_readme_says_what_the_records_say():
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    names = ("efficiency", "serving", "rim_latency", "chaos", "export_throughput")
-    table6, serving, latency, chaos, export = (
+def test_the_pages_say_what_the_records_say():
+    readme, page = (
+        " ".join((ROOT / name).read_text(encoding="utf-8").split())
+        for name in ("README.md", "docs/results.md")
+    )
+    names = ("efficiency", "serving", "rim_latency", "chaos", "export_throughput", "frozen_table",
+             "ctr_throughput")  # fmt: skip
+    table6, serving, latency, chaos, export, frozen, throughput = (
         json.loads((RESULTS / f"{name}.json").read_text()) for name in names
     )
     p50, p99 = ([1e-3 * one for by_way in latency[name].values() for one in by_way.values()]
@@ -84,7 +88,19 @@ def test_readme_says_what_the_records_say():
         f"{mim['gflops_delta']:.1%} more operations",
         *(f"| {phase['gflops']:.4f} (" for phase in phases),
     ]
-    assert [one for one in said if one not in readme] == []
+    assert [one for one in said if one not in page] == []
+    step = frozen["step"]["2"]
+    ratios = [own["ratio"] for models in ("models", "models_5_candidates")
+              for by_dim in throughput[models].values() for own in by_dim.values()]  # fmt: skip
+    short = [
+        f"step at dim 64 | {mim['gflops_delta']:.1%} |",
+        f"two ranks | {step['trainable']['seconds'] / step['frozen']['seconds']:.1f} times faster |",
+        f"{min(ratios):.1f} to {max(ratios):.1f} times |",
+        f"1,000 behaviors | {answers['1000']:.0f} ms |",
+        f"| {min(p50):.2f} to {max(p50):.2f} s |",
+        f"after {chaos['kills']} SIGKILLs | 0 of {chaos['rows']:,} |",
+    ]
+    assert [one for one in short if one not in readme] == []
 
 
 def test_a_figure_that_a_report_lacks_is_named():
