@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 from threading import Event
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -108,5 +108,5 @@ def open_store(where: str | Path, table_version: str | None = None) -> Parameter
     if table_version is None:
         raise ValueError(f"{where} may hold several versions: say which table_version is meant")
     scheme = str(where).partition("://")[0]
-    opener = load_class(scheme) if ":" in scheme else RedisStore
+    opener: Any = load_class(scheme) if ":" in scheme else RedisStore
     return opener.open(str(where), table_version)

@@ -116,6 +116,7 @@ class RIM:
         )
         self.counts = Counts()
         self._window = _Open()
+        self._last_seq = 0
         self._bad: list[tuple[Arrival, str]] = []
         self._seek()
 
@@ -249,7 +250,7 @@ class RIM:
 
     def _seek(self) -> dict[str, str]:
         """Read from the log how far the source was read, and continue there."""
-        self._last_seq: int = self._log.last_seq()
+        self._last_seq = self._log.last_seq()
         reached = positions_of(self._log.names())
         self._source.seek(reached | window_positions(self._window.arrivals, reached))
         return reached
