@@ -18,7 +18,8 @@ from torch import Tensor
 from mim_torchrec.data.images import decode_image
 from mim_torchrec.data.shop import ShopConfig, make_shop
 from mim_torchrec.embeddings.table.format import TableWriter
-from mim_torchrec.embeddings.windows.redis_connection import connect, is_redis, locate, reachable
+from mim_torchrec.embeddings.windows.redis_address import is_redis, locate
+from mim_torchrec.embeddings.windows.redis_connection import connect, reachable
 from mim_torchrec.encoders.checkpoint import save_encoder
 from mim_torchrec.encoders.item_encoder import HeadConfig, ItemEncoder, ItemEncoderConfig
 from mim_torchrec.encoders.text import TextEncoderConfig, train_tokenizer

@@ -8,8 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from mim_torchrec.embeddings.stores.embedded import EmbeddedStore
-from mim_torchrec.embeddings.stores.redis_store import RedisStore
-from mim_torchrec.embeddings.windows.redis_connection import is_redis
+from mim_torchrec.embeddings.windows.redis_address import is_redis
 from mim_torchrec.embeddings.windows.transport import Transport
 from mim_torchrec.embeddings.windows.window import Window
 
@@ -94,9 +93,12 @@ def open_store(where: str | Path, table_version: str | None = None) -> Parameter
     Raises:
         VersionMismatch: it is of another version.
         TableError: there is none.
+        MissingExtra: a URL, and the extra `redis` is not installed.
     """
     if is_redis(str(where)):
         if table_version is None:
             raise ValueError(f"{where} may hold several versions: say which table_version is meant")
+        from mim_torchrec.embeddings.stores.redis_store import RedisStore  # needs the extra `redis`
+
         return RedisStore.open(str(where), table_version)
     return EmbeddedStore.open(where, table_version)

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
@@ -26,8 +25,12 @@ from mim_torchrec.embeddings.sharded.live import ItemIndex
 from mim_torchrec.embeddings.sharded.load import load_table, open_table, table_digest
 from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.windows.transport import open_log
+from mim_torchrec.extras import needs
 from mim_torchrec.training.checkpoint import write_json
 from mim_torchrec.training.distributed import DistributedContext
+
+with needs("train"):
+    from pydantic import TypeAdapter, ValidationError
 
 CONFIG = "config.json"
 VOCABULARY = "vocabulary"

@@ -8,7 +8,6 @@ rows. Initial values depend on the seed alone, not on the number of ranks.
 import logging
 import math
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -44,7 +43,11 @@ from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.model import CTRModel
 from mim_torchrec.embeddings.sharded.frozen import FrozenEmbeddingCollection
 from mim_torchrec.embeddings.sharded.sharder import FrozenEmbeddingCollectionSharder
+from mim_torchrec.extras import needs
 from mim_torchrec.training.distributed import DistributedContext
+
+with needs("train"):
+    import psutil
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from mim_torchrec.embeddings.table.manifest import VersionMismatch
 from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.windows.compact import changes
-from mim_torchrec.embeddings.windows.redis_connection import is_redis
+from mim_torchrec.embeddings.windows.redis_address import is_redis
 from mim_torchrec.embeddings.windows.transport import open_log
 from mim_torchrec.serving.bundle import Bundle
 from mim_torchrec.serving.service import ServedFiles

@@ -17,7 +17,7 @@ from mim_torchrec.data.batch import RequestBatch
 from mim_torchrec.data.requests import alike
 from mim_torchrec.embeddings.stores.store import ParameterStore, open_store
 from mim_torchrec.embeddings.table.manifest import VersionMismatch
-from mim_torchrec.embeddings.windows.redis_connection import is_redis
+from mim_torchrec.embeddings.windows.redis_address import is_redis
 from mim_torchrec.embeddings.windows.window import Window
 from mim_torchrec.serving.bundle import Bundle
 from mim_torchrec.serving.grid import pairs_of
