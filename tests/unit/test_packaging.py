@@ -178,7 +178,14 @@ def test_no_tracked_file_holds(what, pattern):
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_lock_files_pin_every_package_to_one_version(kind):
     lines = (ROOT / "requirements" / f"{kind}.txt").read_text().splitlines()[1:]
-    assert [line for line in lines if not re.fullmatch(r"[a-z0-9-]+==[\w.]+", line)] == []
+    pin = r"[a-z0-9-]+==[\w.]+( ; python_full_version < \"[\d.]+\")?"
+    assert [line for line in lines if not re.fullmatch(pin, line)] == []
+
+
+def test_lock_files_are_for_every_supported_patch_version_of_python():
+    lines = (ROOT / "requirements" / "cpu.txt").read_text().splitlines()
+    needed = [line for line in lines if line.startswith("async-timeout==")]  # by redis on Debian 12's Python
+    assert [line.partition(" ; ")[2] for line in needed] == ['python_full_version < "3.11.3"']
 
 
 def test_lock_files_differ_in_the_build_of_fbgemm_only():
