@@ -1,96 +1,105 @@
 # `make demo` and `make test` set up everything they need; `make help` lists the rest.
-# paths may hold spaces, so recipes quote them
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13; do $$python -c "" 2>/dev/null && echo $$python && break; done)
 VENV ?= .venv
 DATA ?=
 # processes that run tests side by side; each takes up to 2 GiB
 TEST_PROCESSES ?= 2
 
-BIN := $(shell case "$(VENV)" in (/*) echo "$(VENV)" ;; (*) echo "$(CURDIR)/$(VENV)" ;; esac)/bin
+# paths may hold spaces: BIN and DATA are quoted for the shell
+ENVIRONMENT := $(shell case "$(VENV)" in (/*) echo "$(VENV)" ;; (*) echo "$(CURDIR)/$(VENV)" ;; esac)
+BIN := '$(ENVIRONMENT)/bin'
+override DATA := $(if $(DATA),'$(DATA)')
 KIND := $(shell nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 
-export PATH := $(BIN):$(PATH)
-export MIM_PYTHON := $(BIN)/python
+export PATH := $(ENVIRONMENT)/bin:$(PATH)
+export MIM_PYTHON := $(ENVIRONMENT)/bin/python
 export PYTHONPATH :=
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install demo test movielens ablation-csft figure5 table2 ablation-ciubm coldstart abtest table6 bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving bench-rim-latency bench-scaling bench-export-throughput chaos bench book doctor lint lock clean
+.PHONY: help install demo test movielens ablation-csft figure5 table2 ablation-ciubm coldstart abtest table6 bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving bench-rim-latency bench-scaling bench-export-throughput chaos bench book doctor lint lock wheel release-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
 
 install:  ## install everything into $(VENV)
-	@sh requirements/install.sh "$(VENV)" "$(PYTHON)" "$(KIND)"
+	@sh requirements/install.sh '$(VENV)' '$(PYTHON)' '$(KIND)'
 
 demo: install  ## every stage on a synthetic shop, two ranks; prints Base and MIM test AUC
-	"$(BIN)/python" -m benchmarks.demo --out runs/demo
+	$(BIN)/python -m benchmarks.demo --out runs/demo
 
 movielens: install  ## the real job on MovieLens and posters: make movielens DATA=<folder>
 	@test -n "$(DATA)" || { echo "make movielens DATA=<folder with ratings.csv, movies.csv and posters.parquet>"; exit 2; }
-	"$(BIN)/python" -m benchmarks.movielens --data "$(DATA)" --out runs/movielens
+	$(BIN)/python -m benchmarks.movielens --data $(DATA) --out runs/movielens
 
 ablation-csft: install  ## what pre-training and C-SFT are worth in AUC: Tables 3, 4 and 5
-	"$(BIN)/python" -m benchmarks.ablation_csft --out runs/ablation_csft
+	$(BIN)/python -m benchmarks.ablation_csft --out runs/ablation_csft
 
 figure5: install  ## vision and text models by cost and by AUC: make figure5 [DATA=<dataset>]
-	"$(BIN)/python" -m benchmarks.figure5 --out runs/figure5 $(if $(DATA),--data "$(DATA)")
+	$(BIN)/python -m benchmarks.figure5 --out runs/figure5 $(if $(DATA),--data $(DATA))
 
 table2: install  ## six user behavior models without and with MIM: make table2 [DATA=<films>]
-	"$(BIN)/python" -m benchmarks.table2 --out runs/table2 $(if $(DATA),--data "$(DATA)")
+	$(BIN)/python -m benchmarks.table2 --out runs/table2 $(if $(DATA),--data $(DATA))
 
 ablation-ciubm: install  ## what the parts of CiUBM are worth in AUC: make ablation-ciubm [DATA=<films>]
-	"$(BIN)/python" -m benchmarks.ablation_ciubm --out runs/ablation_ciubm $(if $(DATA),--data "$(DATA)")
+	$(BIN)/python -m benchmarks.ablation_ciubm --out runs/ablation_ciubm $(if $(DATA),--data $(DATA))
 
 coldstart: install  ## gains by the age of an item, Figure 6: make coldstart [DATA=<films>]
-	"$(BIN)/python" -m benchmarks.coldstart --out runs/coldstart $(if $(DATA),--data "$(DATA)")
+	$(BIN)/python -m benchmarks.coldstart --out runs/coldstart $(if $(DATA),--data $(DATA))
 
 abtest: install  ## a simulated online test: CTR and revenue of rankings by Base and by MIM
-	"$(BIN)/python" -m benchmarks.abtest --out runs/abtest
+	$(BIN)/python -m benchmarks.abtest --out runs/abtest
 
 table6: install  ## operations, memory and speed without a representation center, end to end, and of MIM
-	"$(BIN)/python" -m benchmarks.efficiency --out runs/table6
+	$(BIN)/python -m benchmarks.efficiency --out runs/table6
 
 bench-frozen-table: install  ## a frozen sharded table beside trainable and unsharded ones
-	"$(BIN)/python" -m benchmarks.frozen_table --out runs/frozen_table
+	$(BIN)/python -m benchmarks.frozen_table --out runs/frozen_table
 
 bench-csft-loss: install  ## the loss of C-SFT at the size of the paper, beside the naive one
-	"$(BIN)/python" -m benchmarks.csft_loss --out runs/csft_loss
+	$(BIN)/python -m benchmarks.csft_loss --out runs/csft_loss
 
 bench-ctr-throughput: install  ## training steps of the CTR models beside FuxiCTR's
-	"$(BIN)/python" -m benchmarks.ctr_throughput --out runs/ctr_throughput
+	$(BIN)/python -m benchmarks.ctr_throughput --out runs/ctr_throughput
 
 bench-serving: install  ## what a score costs at serving, alone and over HTTP, by the length of the history
-	"$(BIN)/python" -m benchmarks.serving --out runs/serving
+	$(BIN)/python -m benchmarks.serving --out runs/serving
 
 bench-scaling: install  ## how a training step grows with history, batch, table and ranks; the paper's scale planned
-	"$(BIN)/python" -m benchmarks.scaling --out runs/scaling
+	$(BIN)/python -m benchmarks.scaling --out runs/scaling
 
 bench: install  ## every benchmark of cost at a small size, and what moved; RECORD=1 records it
-	"$(BIN)/python" -m benchmarks.bench --out runs/bench $(if $(RECORD),--record)
+	$(BIN)/python -m benchmarks.bench --out runs/bench $(if $(RECORD),--record)
 
 book: install  ## write benchmarks/README.md from the recorded results
-	"$(BIN)/python" -m benchmarks.book
+	$(BIN)/python -m benchmarks.book
 
 bench-rim-latency: install  ## from the arrival of an item to a lookup that has its vector
-	"$(BIN)/python" -m benchmarks.rim_latency --out runs/rim_latency
+	$(BIN)/python -m benchmarks.rim_latency --out runs/rim_latency
 
 chaos: install  ## kill RIM, stores and training ranks 240 times: no row wrong, lost or doubled
-	"$(BIN)/python" -m benchmarks.chaos --out runs/chaos
+	$(BIN)/python -m benchmarks.chaos --out runs/chaos
 
 bench-export-throughput: install  ## export's items per second beside its encoder's bare forward pass
-	"$(BIN)/python" -m benchmarks.export_throughput --out runs/export_throughput
+	$(BIN)/python -m benchmarks.export_throughput --out runs/export_throughput
 
 test: install  ## unit, distributed and pipeline tests
-	"$(BIN)/python" -m pytest -n $(TEST_PROCESSES) --dist loadfile
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 doctor: install  ## check the installation
-	"$(BIN)/python" -m mim_torchrec.cli doctor
+	$(BIN)/mim doctor
 
 lint: install  ## ruff
-	"$(BIN)/python" -m ruff check .
+	$(BIN)/ruff check .
 
 lock: install  ## rewrite requirements/*.txt from the packages in $(VENV)
-	"$(BIN)/python" requirements/lock.py
+	$(BIN)/python requirements/lock.py
+
+wheel: install  ## build the sdist and the wheel into dist/
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist .
+
+release-check: wheel  ## install the wheel and the sdist into a clean environment and use them
+	sh requirements/release_check.sh $(BIN)/python $(KIND)
 
 clean:  ## remove runs and caches, not the environment
 	rm -rf runs .pytest_cache .ruff_cache

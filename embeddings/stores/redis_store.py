@@ -15,7 +15,6 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import redis
 import torch
 from torch import Tensor
 
@@ -26,6 +25,10 @@ from mim_torchrec.embeddings.table.shards import CHUNK
 from mim_torchrec.embeddings.windows.redis_address import RedisAddress, locate
 from mim_torchrec.embeddings.windows.redis_connection import connect, reachable
 from mim_torchrec.embeddings.windows.window import Window, is_due
+from mim_torchrec.extras import needs
+
+with needs("redis"):
+    import redis
 
 ROWS = 200  # written by one command: others wait no longer than that
 FETCH = 2000  # read by one command

@@ -39,6 +39,8 @@ class Blocking:
         if path is None and name in blocked:
             return None
         return self.finder.find_spec(name, path, target)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
 
 sys.meta_path[:] = [Blocking(finder) for finder in sys.meta_path]
 failed = {}
