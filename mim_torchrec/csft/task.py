@@ -265,7 +265,7 @@ def check_chunks(config: CSFTConfig, towers: Sequence[nn.Module]) -> None:
     """Raise ValueError where a batch in chunks is not the batch in one, or there is nothing to cut."""
     if not towers:
         raise ValueError("--chunk-size is for towers that are trained; the features of frozen ones are small")
-    if config.chunk_size < 1:
+    if config.chunk_size is not None and config.chunk_size < 1:
         raise ValueError(f"--chunk-size is {config.chunk_size}; it must be positive")
     if config.parallel == "fsdp":
         raise ValueError("--chunk-size needs --parallel ddp; with fsdp take activation checkpointing")

@@ -238,7 +238,7 @@ def test_whoever_is_killed_when_every_item_is_in_one_window(place, tmp_path, red
         add(place["--source"], *(row(k) for k in items))
     rng, kills = random.Random(3), 0
     while True:
-        rim = start(place, "--window-items", "5", "--once")
+        rim = start(place, "--window-items", "1", "--once")
         seen = 0
         for line in rim.stderr:
             seen += "window" in line
