@@ -26,10 +26,6 @@ from mim_torchrec.embeddings.table.shards import CHUNK
 from mim_torchrec.embeddings.windows.redis_address import RedisAddress, locate
 from mim_torchrec.embeddings.windows.redis_connection import connect, reachable
 from mim_torchrec.embeddings.windows.window import Window, is_due
-from mim_torchrec.extras import needs
-
-with needs("redis"):
-    import redis
 
 ROWS = 200  # written by one command: others wait no longer than that
 FETCH = 2000  # read by one command
