@@ -15,7 +15,7 @@ EXTRAS = {
     "serving": ("fastapi", "prometheus_client", "pydantic", "uvicorn"),
     "launch": ("torchx",),
     "redis": ("redis",),
-    "report": ("jinja2", "matplotlib", "psutil"),
+    "report": ("jinja2", "matplotlib"),
 }
 """Modules that our code imports of each extra."""
 

@@ -11,11 +11,11 @@ CLUSTER = "+cluster"
 
 
 class RedisUnavailable(ConnectionError):
-    """The server cannot be reached, or is still loading. What was asked for may be asked for again."""
+    """The server cannot be reached, or is still loading. The request can be repeated."""
 
 
 class RedisFull(OSError):
-    """The server has no memory left for what was to be written. What was there is whole."""
+    """The server has no memory left for the write. Existing data is intact."""
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
-"""RIM (§3.5): encode new items as they come, and publish them in windows to all who read vectors.
+"""RIM (§3.5): encode new items as they arrive, and publish them in windows to all readers of vectors.
 
     python -m mim_torchrec.rim.main --source DIR --encoder DIR --table TABLE --log LOG --out DIR
 
-One process follows a source. It may be killed at any time: the log says what was published, and the same
-command goes on behind it. A second one on the same source and log loses the race for every window and
-publishes nothing twice. SIGTERM publishes what was read and ends.
+One process follows a source. It may be killed at any time: the log records what was published, and the same
+command continues from there. A second process on the same source and log loses the race for every window and
+publishes nothing twice. On SIGTERM the process publishes what it has read and ends.
 """
 
 import logging
@@ -116,11 +116,12 @@ class RIM:
         )
         self.counts = Counts()
         self._window = _Open()
+        self._last_seq = 0
         self._bad: list[tuple[Arrival, str]] = []
         self._seek()
 
     def run(self, stop: Event) -> Counts:
-        """Follow the source until told to stop, or until its end where `once` says so."""
+        """Follow the source until asked to stop or, with `once`, to its end."""
         config = self._config
         with ThreadPoolExecutor() as self._pool:
             while not stop.is_set():
@@ -155,7 +156,7 @@ class RIM:
         return is_old or len(window.arrivals) >= config.window_items
 
     def _take(self, arrivals: list[Arrival]) -> None:
-        """Encode what came and put it into the open window."""
+        """Encode arrivals and add them to the open window."""
         started = time.monotonic()
         if not self._window.arrivals:
             self._window.began = started
@@ -199,7 +200,7 @@ class RIM:
             return [f"the encoder fails: {type(error).__name__}: {error}"]
 
     def _image(self, arrival: Arrival) -> Image.Image | str | None:
-        """The image of an item that can be encoded, why it cannot, None for an item that is deleted."""
+        """The image of an item, the reason why it cannot be encoded, or None for a deleted item."""
         if arrival.problem is not None:
             return arrival.problem
         if arrival.item_id is None:
@@ -248,14 +249,14 @@ class RIM:
             self._insist(lambda: write_json(self._config.out / "rim.json", asdict(self.counts)), stop)
 
     def _seek(self) -> dict[str, str]:
-        """Learn from the log how far the source was read, and go on there."""
-        self._last_seq: int = self._log.last_seq()
+        """Read from the log how far the source was read, and continue there."""
+        self._last_seq = self._log.last_seq()
         reached = positions_of(self._log.names())
         self._source.seek(reached | window_positions(self._window.arrivals, reached))
         return reached
 
     def _insist(self, action: Callable[[], Value], stop: Event, give_up: bool = True) -> Value | None:
-        """Do something until a server or disk allows it; None if told to stop meanwhile.
+        """Retry an action until the server or disk allows it; None if asked to stop meanwhile.
 
         What was read is published when told to stop: then (`give_up` False) it is tried once more, and
         failing is an error.
@@ -284,7 +285,7 @@ def _is_behind(reached: dict[str, str], arrival: Arrival) -> bool:
 
 
 def window_positions(arrivals: list[Arrival], reached: dict[str, str]) -> dict[str, str]:
-    """Where an open window ends, as far as that is behind what the log has reached."""
+    """The end positions of an open window that lie behind those of the log."""
     ends = {arrival.unit: arrival.position for arrival in arrivals}
     return {unit: end for unit, end in ends.items()
             if unit not in reached or order(end) > order(reached[unit])}  # fmt: skip

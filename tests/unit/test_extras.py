@@ -15,7 +15,6 @@ from mim_torchrec.extras import EXTRAS, MissingExtra, needs, require
 from tests.unit.test_packaging import SOURCES
 
 NEEDS_REDIS = ("windows.redis_connection", "windows.redis_log", "stores.redis_store", "stores.main")
-NEEDS_REPORT = ("report", "report_pages", "pages")
 PROMISES = {
     (): ["embeddings", "ciubm", "losses", "ctr.model", "ctr.config", "data.batch", "data.requests"],
     ("redis",): ["embeddings"],
@@ -24,6 +23,7 @@ PROMISES = {
     ("encoders", "train"): ["csft", "pretraining", "representation", "rim"],
     ("serving",): ["serving"],
     ("launch",): ["launch"],
+    ("all",): ["benchmarks"],
 }
 """What imports with core and these extras: every module of these rooms."""
 
@@ -96,9 +96,7 @@ def import_with(extras: tuple[str, ...], modules: list[str]) -> dict[str, str]:
 def promised(extras: tuple[str, ...]) -> list[str]:
     """Modules of the rooms that import with core and these extras."""
     rooms = tuple(f"mim_torchrec.{room}" for room in PROMISES[extras])
-    left_out = {f"mim_torchrec.training.{name}" for name in NEEDS_REPORT}
-    if "redis" not in extras:
-        left_out |= {f"mim_torchrec.embeddings.{name}" for name in NEEDS_REDIS}
+    left_out = set() if "redis" in extras else {f"mim_torchrec.embeddings.{name}" for name in NEEDS_REDIS}
     return [name for name in SOURCES if f"{name}.".startswith(tuple(f"{room}." for room in rooms))
             and name not in left_out]  # fmt: skip
 
