@@ -4,6 +4,8 @@ import sys
 from importlib import import_module
 from importlib.metadata import version
 
+from mim_torchrec.extras import MissingExtra
+
 COMMANDS = {
     "doctor": ("mim_torchrec.doctor", "check the installation and say how to fix it"),
     "shop": ("mim_torchrec.data.shop", "write a synthetic shop"),
@@ -57,6 +59,9 @@ def main(argv: list[str] | None = None) -> None:
     sys.argv[0] = f"mim {command}"  # what the command's own --help calls it
     try:
         module = import_module(COMMANDS[command][0])
+    except MissingExtra as error:
+        print(f"mim {command}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
     except ImportError:
         print(f"mim {command} cannot be loaded; `mim doctor` says what is wrong", file=sys.stderr)
         raise

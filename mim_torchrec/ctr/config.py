@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import tyro
-from pydantic import TypeAdapter
 
 from mim_torchrec.ciubm.content import Pooling
 from mim_torchrec.ciubm.ubm.interface import UBMOptions
 from mim_torchrec.ciubm.ubm.registry import built_in_models, find_model
 from mim_torchrec.data.features import Features
+from mim_torchrec.extras import needs
 from mim_torchrec.training.checkpoints import CheckpointConfig
 
 Preset = Literal["paper", "recommended"]
@@ -193,6 +193,8 @@ def from_values(values: Mapping[str, Any]) -> CTRConfig:
     missing = {"ubm", "ubm_options"} - values.keys()
     if missing:
         raise ValueError(f"{', '.join(sorted(missing))} is missing")
+    with needs("train"):
+        from pydantic import TypeAdapter
     options = TypeAdapter(find_model(values["ubm"])).validate_python(values["ubm_options"])
     return TypeAdapter(CTRConfig).validate_python({**values, "ubm_options": options})
 

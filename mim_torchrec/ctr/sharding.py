@@ -9,7 +9,6 @@ import logging
 import math
 from typing import Any, cast
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -45,7 +44,11 @@ from mim_torchrec.ctr.model import CTRModel
 from mim_torchrec.ctr.parameters import id_tables, trainable_state
 from mim_torchrec.embeddings.sharded.frozen import FrozenEmbeddingCollection
 from mim_torchrec.embeddings.sharded.sharder import FrozenEmbeddingCollectionSharder
+from mim_torchrec.extras import needs
 from mim_torchrec.training.distributed import DistributedContext
+
+with needs("train"):
+    import psutil
 
 log = logging.getLogger(__name__)
 

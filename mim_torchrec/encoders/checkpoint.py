@@ -50,10 +50,14 @@ def save_encoder(encoder: ItemEncoder, path: Path) -> str:
 
 
 def load_encoder(path: Path | str, device: torch.device | str = "cpu") -> ItemEncoder:
-    """Read a checkpoint.
+    """Read an item encoder that `mim csft` or `save_encoder` wrote.
+
+    Args:
+        path: the checkpoint's directory, such as `<out>/encoder` of a run of `mim csft`.
+        device: where the encoder goes.
 
     Returns:
-        The encoder, in evaluation mode.
+        The encoder, in evaluation mode; `encode` takes it.
 
     Raises:
         CheckpointError: it is not there, of another format, or its content is not what its version says.

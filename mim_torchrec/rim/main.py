@@ -30,7 +30,7 @@ from mim_torchrec.embeddings.table.manifest import VersionMismatch
 from mim_torchrec.embeddings.table.quantize import encode, finite_rows
 from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.windows.log import LogMoved
-from mim_torchrec.embeddings.windows.redis_connection import is_redis
+from mim_torchrec.embeddings.windows.redis_address import is_redis
 from mim_torchrec.embeddings.windows.transport import Transport, open_log
 from mim_torchrec.representation.export import TrainedEncoder
 from mim_torchrec.rim.config import RIMConfig
