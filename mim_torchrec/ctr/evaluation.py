@@ -24,7 +24,7 @@ from mim_torchrec.ctr.assembly import (
     open_reader,
     read_config,
 )
-from mim_torchrec.ctr.evaluate import predict, summarize
+from mim_torchrec.ctr.predictions import predict, summarize
 from mim_torchrec.ctr.task import load_model
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.schema import Dataset
@@ -107,6 +107,7 @@ def evaluate(config: EvaluationConfig, context: DistributedContext) -> dict[str,
     windows = live_windows(settings, assembled, context)
     if windows is not None:
         windows.catch_up()
+        assert assembled.facts is not None  # a model without a table has no windows
         assembled.facts["seq_after"] = windows.seq
     predictions = predict(assembled.model, reader, assembled.mapper, context)
     report = summarize(predictions, items, config.draws) | {

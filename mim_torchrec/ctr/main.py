@@ -22,7 +22,7 @@ from mim_torchrec.ctr.assembly import (
     write_config,
 )
 from mim_torchrec.ctr.config import CTRConfig, parse
-from mim_torchrec.ctr.evaluate import predict, summarize
+from mim_torchrec.ctr.predictions import predict, summarize
 from mim_torchrec.ctr.task import CTRTask, load_model
 from mim_torchrec.ctr.warm_start import warm_start
 from mim_torchrec.ctr.windows import LiveWindows
@@ -61,7 +61,7 @@ def train_and_evaluate(config: CTRConfig, context: DistributedContext) -> dict[s
     # a table is the same by what it holds, wherever it lies
     resume_fingerprint = config.resume_fingerprint() | {"table": None if facts is None else facts["content"]}
     windows = live_windows(config, assembled, context, begin=True)
-    if windows is not None:  # the base of a run that is taken up may be a later one
+    if windows is not None:  # a resumed run may have a later base
         resume_fingerprint["table"] = facts["table_version"]
     pipeline = config.pipeline == "on" or (config.pipeline == "auto" and context.device.type == "cuda")
     task = CTRTask(model, assembled.optimizer, readers["train"], readers["validation"], mapper, context,

@@ -1,12 +1,13 @@
 """F_V of Eq. 2: any image model of timm as a feature extractor, with its preprocessing inside.
 
-Pictures are resized to a square as they are, without a crop: the edge of a product matters. Pixels stay uint8
+Images are resized to a square as they are, without a crop: the edge of a product matters. Pixels stay uint8
 until they are on the device, where the module scales them as the weights expect. Not here: pre-training.
 """
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -51,6 +52,10 @@ class VisionEncoder(nn.Module):
         ValueError: timm does not know the name, or the weights cannot be had.
     """
 
+    model: Any  # timm's classes share no base class that names their methods
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, config: VisionEncoderConfig, *, load_weights: bool = True) -> None:
         super().__init__()
         self.config = config
@@ -60,8 +65,8 @@ class VisionEncoder(nn.Module):
             raise ValueError(f"vision tower {config.name!r} is no model of timm; near it: {close or '-'}")
         source = config.weights if load_weights else "random"
         defaults = timm.get_pretrained_cfg(name)
-        options = {}
-        if defaults.fixed_input_size and config.image_size is not None:
+        options: dict[str, Any] = {}
+        if defaults is not None and defaults.fixed_input_size and config.image_size is not None:
             options["img_size"] = config.image_size
         from_timm = source == "pretrained" and config.name not in PACKAGED
         try:
@@ -105,7 +110,7 @@ class VisionEncoder(nn.Module):
         return self.model((images.float() / 255 - self.mean) / self.std)
 
     def transform(self, image: Image.Image) -> Tensor:
-        """Picture to (3, image_size, image_size) uint8."""
+        """Image to (3, image_size, image_size) uint8."""
         modes = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
         size = (self.image_size, self.image_size)
         resized = image.convert("RGB").resize(size, modes[self.interpolation])

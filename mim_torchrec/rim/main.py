@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import TypeVar
@@ -74,13 +75,13 @@ class _Open:
         """Ids, vectors, and ids deleted; of an item that came twice, what came last."""
         last: dict[int, Tensor | None] = {}
         for arrival, vector in zip(self.arrivals, self.vectors, strict=True):
-            if vector is not None or (arrival.removed and arrival.item_id is not None):
+            if arrival.item_id is not None and (vector is not None or arrival.removed):
                 last[arrival.item_id] = vector
-        ids = [item for item, vector in last.items() if vector is not None]
-        gone = [item for item, vector in last.items() if vector is None]
-        vectors = [torch.empty(0, dim), *(last[item][None] for item in ids)]
+        found = {item: vector for item, vector in last.items() if vector is not None}
+        deleted = [item for item, vector in last.items() if vector is None]
+        vectors = [torch.empty(0, dim), *(vector[None] for vector in found.values())]
         int64 = torch.int64
-        return torch.tensor(ids, dtype=int64), torch.cat(vectors), torch.tensor(gone, dtype=int64)
+        return torch.tensor([*found], dtype=int64), torch.cat(vectors), torch.tensor(deleted, dtype=int64)
 
 
 class RIM:
@@ -115,6 +116,7 @@ class RIM:
         )
         self.counts = Counts()
         self._window = _Open()
+        self._last_seq = 0
         self._bad: list[tuple[Arrival, str]] = []
         self._seek()
 
@@ -124,9 +126,8 @@ class RIM:
         with ThreadPoolExecutor() as self._pool:
             while not stop.is_set():
                 room = config.window_items - len(self._window.arrivals)
-                arrivals = self._insist(
-                    lambda room=room: self._source.read(min(config.batch_size, room), self._patience()), stop
-                )
+                read = partial(self._source.read, min(config.batch_size, room), self._patience())
+                arrivals = self._insist(read, stop)
                 if arrivals is None:
                     break
                 if arrivals:
@@ -159,45 +160,46 @@ class RIM:
         started = time.monotonic()
         if not self._window.arrivals:
             self._window.began = started
-        readable = list(self._pool.map(self._picture, arrivals))
-        good = [k for k, found in enumerate(readable) if isinstance(found, Image.Image)]
-        encoded = self._encode([readable[k] for k in good], [arrivals[k].title for k in good])
+        read = list(self._pool.map(self._image, arrivals))
+        images = {k: found for k, found in enumerate(read) if isinstance(found, Image.Image)}
+        problems = {k: found for k, found in enumerate(read) if isinstance(found, str)}
+        encoded = self._encode([*images.values()], [arrivals[k].title or "" for k in images])
         vectors: dict[int, Tensor] = {}
-        for k, vector in zip(good, encoded, strict=True):
+        for k, vector in zip(images, encoded, strict=True):
             if isinstance(vector, str):
-                readable[k] = vector
+                problems[k] = vector
             elif bool(finite_rows(encode(vector[None], self._dtype), self._dtype)):
                 vectors[k] = vector
             else:
-                readable[k] = f"its vector holds NaN or infinity as {self._dtype}"
+                problems[k] = f"its vector holds NaN or infinity as {self._dtype}"
         for k, arrival in enumerate(arrivals):
-            if isinstance(readable[k], str):
-                self._bad.append((arrival, readable[k]))
-            if arrival.unit:  # else it is no place to go on from
+            if k in problems:
+                self._bad.append((arrival, problems[k]))
+            if arrival.unit:  # without a unit there is no position to resume from
                 self._window.arrivals.append(arrival)
                 self._window.vectors.append(vectors.get(k))
         self.counts.encode_seconds += time.monotonic() - started
 
-    def _encode(self, pictures: list[Image.Image], titles: list[str]) -> list[Tensor | str]:
+    def _encode(self, images: list[Image.Image], titles: list[str]) -> list[Tensor | str]:
         """The vector (dim,) of each item, or why it has none.
 
         Raises:
-            Exception: the encoder does not even encode a blank picture, so that no item is at fault.
+            Exception: the encoder does not even encode a blank image, so that no item is at fault.
         """
-        if not pictures:
+        if not images:
             return []
         try:
             with torch.inference_mode():
-                return list(self._encoder(pictures, titles).float().cpu().clone())
+                return list(self._encoder(images, titles).float().cpu().clone())
         except Exception as error:
-            if len(pictures) > 1:
-                pairs = zip(pictures, titles, strict=True)
-                return [self._encode([picture], [title])[0] for picture, title in pairs]
+            if len(images) > 1:
+                items = zip(images, titles, strict=True)
+                return [self._encode([image], [title])[0] for image, title in items]
             with torch.inference_mode():
                 self._encoder([Image.new("RGB", (64, 64))], ["a"])
             return [f"the encoder fails: {type(error).__name__}: {error}"]
 
-    def _picture(self, arrival: Arrival) -> Image.Image | str | None:
+    def _image(self, arrival: Arrival) -> Image.Image | str | None:
         """The image of an item, the reason why it cannot be encoded, or None for a deleted item."""
         if arrival.problem is not None:
             return arrival.problem
@@ -227,19 +229,18 @@ class RIM:
             window = self._window
             ids, vectors, removed = window.contents(self._encoder.dim)
             try:
-                seq = self._insist(
-                    lambda w=window, i=ids, v=vectors, r=removed: self._log.append(
-                        window_name(w.arrivals), i, v, dtype=self._dtype, removed=r, seq=self._head + 1
-                    ),
-                    stop,
-                    give_up=False,
-                )
+                append = partial(
+                    self._log.append, window_name(window.arrivals), ids, vectors, dtype=self._dtype,
+                    removed=removed, seq=self._last_seq + 1,
+                )  # fmt: skip
+                seq = self._insist(append, stop, give_up=False)
+                assert seq is not None  # without giving up it appends or raises
             except LogMoved as error:
                 log.warning("%s", error)
                 reached = self._seek()
-                window.keep(lambda a, r=reached: a.unit not in r or order(a.position) > order(r[a.unit]))
+                window.keep(partial(_is_behind, reached))
                 continue
-            self._head, self._window = seq, _Open()
+            self._last_seq, self._window = seq, _Open()
             self.counts.windows += 1
             self.counts.items += ids.numel()
             self.counts.removed += removed.numel()
@@ -249,7 +250,7 @@ class RIM:
 
     def _seek(self) -> dict[str, str]:
         """Read from the log how far the source was read, and continue there."""
-        self._head = self._log.last_seq()
+        self._last_seq = self._log.last_seq()
         reached = positions_of(self._log.names())
         self._source.seek(reached | window_positions(self._window.arrivals, reached))
         return reached
@@ -276,6 +277,11 @@ class RIM:
                     log.warning("%s; trying again until it works", error)
                 waited = True
                 stop.wait(LOOK)
+
+
+def _is_behind(reached: dict[str, str], arrival: Arrival) -> bool:
+    """Whether an item comes after what the log has reached in its unit."""
+    return arrival.unit not in reached or order(arrival.position) > order(reached[arrival.unit])
 
 
 def window_positions(arrivals: list[Arrival], reached: dict[str, str]) -> dict[str, str]:

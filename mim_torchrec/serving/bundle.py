@@ -20,16 +20,17 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 import tyro
-from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchrec.modules.embedding_configs import EmbeddingConfig
 
 from mim_torchrec.ctr.assembly import load_vocabularies, read_config
-from mim_torchrec.ctr.config import CTRConfig
+from mim_torchrec.ctr.config import CTRConfig, from_values
 from mim_torchrec.ctr.evaluation import find_checkpoint
 from mim_torchrec.ctr.model import CTRModel
+from mim_torchrec.ctr.parameters import id_tables, is_dense
 from mim_torchrec.ctr.sharding import build_model
 from mim_torchrec.embeddings.table.manifest import VersionMismatch
 from mim_torchrec.embeddings.table.reader import Table
@@ -76,12 +77,12 @@ class Bundle:
             found = json.loads((path / ABOUT).read_text())
             if (version := found["format_version"]) != FORMAT_VERSION:
                 raise ValueError(f"format_version {version}, this release reads {FORMAT_VERSION}")
-            config = TypeAdapter(CTRConfig).validate_python(found["config"])
+            config = from_values(found["config"])
             return cls(path, config, found["model_version"], found["table_version"], found["mm_dim"],
                        tuple(found["tables"]))  # fmt: skip
         except FileNotFoundError:
             raise ValueError(f"{path} is no bundle: it has no {ABOUT}; mim bundle writes one") from None
-        except (ValidationError, KeyError, ValueError) as error:
+        except (KeyError, ValueError) as error:
             raise ValueError(f"{path / ABOUT} cannot be read: {error}") from None
 
     def table(self, name: str) -> Table:
@@ -108,7 +109,7 @@ class Bundle:
                                  feature_names=["candidate_mm", "behavior_mm"])  # fmt: skip
         model = build_model(self.config, dict.fromkeys(self.tables, 1), mm, torch.device("meta"))
         missing, surplus = model.load_state_dict(dense, strict=False)
-        lacking = [name for name in missing if "_embeddings." not in name]
+        lacking = [name for name in missing if is_dense(name)]
         if lacking or surplus:
             raise VersionMismatch(f"{self.path / DENSE} does not fit its model: {[*lacking, *surplus]}")
         return model.eval(), unknown
@@ -131,9 +132,9 @@ def write_bundle(run: Path, out: Path, checkpoint: str = "best") -> Bundle:
     sizes = {
         name.removeprefix(prefix): (name, found.size, found.properties.dtype)
         for name, found in FileSystemReader(state).read_metadata().state_dict_metadata.items()
-        if name.startswith(prefix) and hasattr(found, "size")
+        if name.startswith(prefix) and isinstance(found, TensorStorageMetadata)
     }
-    where = {name.split(".")[-2]: name for name in sizes if "_embeddings." in name}
+    where = id_tables(sizes)
     vocabularies = load_vocabularies(run)
 
     def read(names: list[str]) -> dict[str, Tensor]:
@@ -146,9 +147,12 @@ def write_bundle(run: Path, out: Path, checkpoint: str = "best") -> Bundle:
 
     mm_dim = 0
     if config.mim == "on":
+        assert config.table is not None  # `mim ctr --mim on` has refused to train without
         mm_dim = Table.open(config.table, config.table_version, verify=False).manifest.dim
-    dense = read([name for name in sizes if name not in where.values()])
-    tables = {name: (vocabularies[name].ids, partial(rows_of, name)) for name in where}
+    dense = read([name for name in sizes if is_dense(name)])
+    tables: dict[str, tuple[Tensor, Callable[[], Tensor]]] = {
+        name: (vocabularies[name].ids, partial(rows_of, name)) for name in where
+    }
     return save_bundle(out, config, dense, tables, mm_dim)
 
 
@@ -170,8 +174,8 @@ def save_bundle(
         mm_dim: length of the multi-modal vectors, 0 for Base.
     """
     dense = dict(dense)
-    for name, (_, rows) in tables.items():
-        dense[UNKNOWN + name] = rows()[0].clone()
+    for name, (_, get_rows) in tables.items():
+        dense[UNKNOWN + name] = get_rows()[0].clone()
     version = _digest(dense, config, config.table_version)
     facts: dict[str, Any] = {
         "format_version": FORMAT_VERSION,

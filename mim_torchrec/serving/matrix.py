@@ -85,7 +85,7 @@ class MatrixCiUBM(nn.Module):
         similarity = None
         if inner.tiers:
             relevance = content_relevance(candidates_mm, behaviors_mm, pairs)
-            similarity = similarity_interest(relevance, pairs, inner.tiers, inner.windows)
+            similarity = similarity_interest(relevance, pairs, inner.tiers, inner.spans)
         c_ends, b_ends = pairs.candidate_offsets.tolist(), pairs.behavior_offsets.tolist()
         given = self.given or [None] * (len(c_ends) - 1)
         self.given, self.made = None, []
