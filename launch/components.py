@@ -149,14 +149,11 @@ def serve(
 @service()
 def bench(*script_args: str, name: str, out: str) -> specs.AppDef:
     """
-    Run a benchmark, such as efficiency (Table 6). Benchmarks are not installed: the job runs in a checkout.
-
-    With local_cwd that is the current folder; an image needs the checkout as its working directory, or gets
-    it as TorchX's workspace (--workspace).
+    Run a benchmark, such as paper.efficiency.main (Table 6).
 
     Args:
         script_args: further flags of the benchmark, after a lone --
-        name: module of the folder benchmarks: efficiency, ctr_throughput, csft_loss, frozen_table, ...
+        name: module of mim_torchrec.benchmarks: paper.efficiency.main, speed.ctr_throughput, chaos.main, ...
         out: directory of the report
     """
-    return process("bench", f"benchmarks.{name}", script_args, out=out)
+    return process("bench", f"mim_torchrec.benchmarks.{name}", script_args, out=out)

@@ -5,7 +5,7 @@ from importlib import import_module
 from importlib.metadata import version
 
 COMMANDS = {
-    "doctor": ("mim_torchrec.doctor", "check the installation and say how to mend it"),
+    "doctor": ("mim_torchrec.doctor", "check the installation and say how to fix it"),
     "shop": ("mim_torchrec.data.shop", "write a synthetic shop"),
     "import movielens": ("mim_torchrec.data.movielens", "convert MovieLens and posters"),
     "import taobao-mm": ("mim_torchrec.data.taobao_mm", "convert TAOBAO-MM, vectors and all"),

@@ -1,9 +1,9 @@
-"""What a computation machine asks of a parameter machine (§3.5, CMD): rows by id, and windows applied."""
+"""The interface of a parameter store (§3.5, CMD): look rows up by id, and apply windows."""
 
 import logging
 from pathlib import Path
 from threading import Event
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -108,5 +108,5 @@ def open_store(where: str | Path, table_version: str | None = None) -> Parameter
     if table_version is None:
         raise ValueError(f"{where} may hold several versions: say which table_version is meant")
     scheme = str(where).partition("://")[0]
-    opener = load_class(scheme) if ":" in scheme else RedisStore
+    opener: Any = load_class(scheme) if ":" in scheme else RedisStore
     return opener.open(str(where), table_version)

@@ -35,7 +35,7 @@ class Towers(NamedTuple):
 
 
 def save_encoder(encoder: ItemEncoder, path: Path) -> str:
-    """Write a checkpoint, in the place of what is at `path`; returns its version."""
+    """Write a checkpoint, replacing what is at `path`; returns its version."""
     with atomic_directory(path) as folder:
         _save_weights(encoder, folder / "model.safetensors")
         encoder.text.save(folder / "text")
@@ -74,7 +74,7 @@ def encoder_version(path: Path | str) -> str:
 
 
 def save_towers(vision: VisionEncoder, text: TextEncoder, path: Path) -> str:
-    """Write two towers, in the place of what is at `path`; returns their version."""
+    """Write two towers, replacing what is at `path`; returns their version."""
     version = towers_version(vision, text)
     with atomic_directory(path) as folder:
         _save_weights(vision, folder / "vision.safetensors")

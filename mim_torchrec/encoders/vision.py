@@ -1,6 +1,6 @@
 """F_V of Eq. 2: any image model of timm as a feature extractor, with its preprocessing inside.
 
-Pictures are resized to a square as they are, without a crop: the edge of a product matters. Pixels stay uint8
+Images are resized to a square as they are, without a crop: the edge of a product matters. Pixels stay uint8
 until they are on the device, where the module scales them as the weights expect. Not here: pre-training.
 """
 
@@ -110,7 +110,7 @@ class VisionEncoder(nn.Module):
         return self.model((images.float() / 255 - self.mean) / self.std)
 
     def transform(self, image: Image.Image) -> Tensor:
-        """Picture to (3, image_size, image_size) uint8."""
+        """Image to (3, image_size, image_size) uint8."""
         modes = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
         size = (self.image_size, self.image_size)
         resized = image.convert("RGB").resize(size, modes[self.interpolation])

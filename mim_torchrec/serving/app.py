@@ -1,4 +1,4 @@
-"""The server's addresses: Open Inference Protocol v2, Prometheus metrics, and a page for people."""
+"""HTTP routes of the server: Open Inference Protocol v2, Prometheus metrics, and a page for people."""
 
 import asyncio
 import logging
@@ -184,7 +184,7 @@ def make_app(
 
     @app.get("/v2")
     async def about() -> dict[str, Any]:
-        """What this server is."""
+        """Name, version and extensions of this server."""
         return {"name": "mim-torchrec", "version": "2", "extensions": []}
 
     @app.get("/v2/models/{model}", responses={404: ERRORS[404]})

@@ -1,11 +1,11 @@
-"""What a server loads of a trained model (§3.5, CMD): dense weights, and ID tables to look rows up in.
+"""A bundle: what a server loads of a trained model (§3.5, CMD).
 
     <bundle>/bundle.json            configuration, model_version, table_version
     <bundle>/dense.safetensors      weights that are not embeddings, and the rows of unknown ids
-    <bundle>/tables/<name>/         a table of each kind of id, by id, in the format of multi-modal tables
+    <bundle>/tables/<name>/         one ID table per kind of id, in the format of multi-modal tables
 
-The computation machine holds the dense weights. Rows stay on the disk, in the page cache that processes
-share, or are loaded into Redis (`mim store load`); ids are their keys, so that no vocabulary is held either.
+The computation machine holds the dense weights. Rows stay on disk, in the page cache that all processes
+share, or are loaded into Redis (`mim store load`). Ids are the keys, so a server needs no vocabulary.
 """
 
 import hashlib
@@ -23,6 +23,7 @@ import tyro
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchrec.modules.embedding_configs import EmbeddingConfig
 
 from mim_torchrec.ctr.assembly import load_vocabularies, read_config
@@ -131,7 +132,7 @@ def write_bundle(run: Path, out: Path, checkpoint: str = "best") -> Bundle:
     sizes = {
         name.removeprefix(prefix): (name, found.size, found.properties.dtype)
         for name, found in FileSystemReader(state).read_metadata().state_dict_metadata.items()
-        if name.startswith(prefix) and hasattr(found, "size")
+        if name.startswith(prefix) and isinstance(found, TensorStorageMetadata)
     }
     where = id_tables(sizes)
     vocabularies = load_vocabularies(run)
@@ -146,9 +147,12 @@ def write_bundle(run: Path, out: Path, checkpoint: str = "best") -> Bundle:
 
     mm_dim = 0
     if config.mim == "on":
+        assert config.table is not None  # `mim ctr --mim on` has refused to train without
         mm_dim = Table.open(config.table, config.table_version, verify=False).manifest.dim
     dense = read([name for name in sizes if is_dense(name)])
-    tables = {name: (vocabularies[name].ids, partial(rows_of, name)) for name in where}
+    tables: dict[str, tuple[Tensor, Callable[[], Tensor]]] = {
+        name: (vocabularies[name].ids, partial(rows_of, name)) for name in where
+    }
     return save_bundle(out, config, dense, tables, mm_dim)
 
 
@@ -170,8 +174,8 @@ def save_bundle(
         mm_dim: length of the multi-modal vectors, 0 for Base.
     """
     dense = dict(dense)
-    for name, (_, rows) in tables.items():
-        dense[UNKNOWN + name] = rows()[0].clone()
+    for name, (_, get_rows) in tables.items():
+        dense[UNKNOWN + name] = get_rows()[0].clone()
     version = _digest(dense, config, config.table_version)
     facts: dict[str, Any] = {
         "format_version": FORMAT_VERSION,

@@ -2,8 +2,8 @@
 
     python -m mim_torchrec.serving.main --bundle DIR --store TABLE --windows LOG --data DIR
 
-One process; behind a balancer there may be any number. SIGTERM lets requests that have begun end. SIGHUP
-reads the release again at once.
+The server is one process; a load balancer can distribute requests over any number of them. On SIGTERM the
+server completes the requests that have begun. On SIGHUP it reads the current release at once.
 """
 
 import ctypes
@@ -45,7 +45,8 @@ def first_deployment(config: ServeConfig) -> tuple[Deployment, str | None]:
     """
     if (config.release is None) == (config.bundle is None):
         raise ValueError("say what to serve: --release DIR, or --bundle DIR with --store")
-    if config.bundle is not None:
+    if config.release is None:
+        assert config.bundle is not None
         return Deployment(bundle=config.bundle, store=config.store, id_store=config.id_store,
                     windows=config.windows), None  # fmt: skip
     releases = Releases(config.release)

@@ -1,9 +1,9 @@
-"""The Open Inference Protocol v2 on both sides of a score: tensors in JSON to a request, scores to tensors.
+"""The Open Inference Protocol v2: from JSON tensors to a request, and from scores to JSON tensors.
 
-Inputs by name: `user_id` (1), `candidate_item_id` (n), `behavior_item_id` (m, the oldest first), and as the
-model was trained `query_id` (1), `candidate_category` and `behavior_category` (n, m; BYTES or INT64),
-`request_ts` (1) and `behavior_ts` (m, microseconds since 1970), and further features by their names.
-Outputs: `score` (n), and where asked for `content_contribution` (n).
+Inputs by name: `user_id` (1), `candidate_item_id` (n) and `behavior_item_id` (m, oldest first). If the model
+was trained with them: `query_id` (1), `candidate_category` and `behavior_category` (n, m; BYTES or INT64),
+`request_ts` (1) and `behavior_ts` (m, microseconds since 1970), and further features by name. Outputs:
+`score` (n), and on request `content_contribution` (n).
 """
 
 from math import isfinite, prod

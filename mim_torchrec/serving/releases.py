@@ -1,11 +1,11 @@
-"""Releases: a model and its vectors under a name, made current together and taken back together.
+"""Releases: a model and its vectors under a name, promoted and rolled back together.
 
     <root>/<name>.json     the deployment, as staged
-    <root>/current.json    the one that is served, and the one before it
+    <root>/current.json    the release that is served, and the one before it
 
-A new encoder makes a table of another version: it is filled beside the old one, checked to cover the items of
-that, and promoted together with the model trained on it. `current.json` is replaced in one step, and servers
-that follow it swap the deployment.
+A new encoder produces a table of another version. The new table is filled next to the old one, checked to
+cover the old one's items, and promoted together with the model that was trained on it. `current.json` is
+replaced atomically. Servers that follow it swap model and vectors together.
 """
 
 import json
@@ -83,7 +83,7 @@ class Releases:
         self.root = Path(root)
 
     def stage(self, name: str, release: Release) -> None:
-        """Write a release down, after seeing that its parts belong together.
+        """Stage a release, after checking that its parts belong together.
 
         Raises:
             ReleaseError: the name is taken or reserved.
@@ -179,7 +179,7 @@ class Releases:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """Write a release down: a model and the vectors it was trained on."""
+    """Stage a release: a model and the vectors that it was trained on."""
 
     root: Path
     """Folder of the releases."""

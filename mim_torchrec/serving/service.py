@@ -1,7 +1,7 @@
-"""The model that is served, with its vectors, and how another deployment replaces it while requests come.
+"""The model and the vectors that are served, and how a new deployment replaces them without downtime.
 
-A deployment is opened, caught up with its windows and tried before it is served. Requests that have begun end
-with the deployment they began with. A new deployment that cannot be served leaves the old one in service.
+A new deployment is opened, brought up to date with its windows and tested before it is served. Requests that
+have begun end with their deployment. If the new one fails, the old one stays in service.
 """
 
 import logging
@@ -119,7 +119,7 @@ class Service:
         self.current = Served(deployment, cache, metrics)
 
     def swap(self, deployment: Deployment) -> None:
-        """Serve another deployment from now on.
+        """Replace the deployment that is served.
 
         Raises:
             Exception: it cannot be served; the one before still is.

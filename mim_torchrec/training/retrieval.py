@@ -1,15 +1,10 @@
-"""Image search as a test of an encoder: the rank of the bought item among all items.
-
-Its gains cost minutes to measure, those of a CTR model that uses the vectors cost hours; `exchange_rate` says
-what the one was worth in the other so far, the measure by which MOON (arXiv 2511.11305) chooses its encoders.
-"""
+"""Image search as a test of an encoder: the rank of the bought item among all items."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -87,26 +82,4 @@ def by_group(rank: Tensor, groups: np.ndarray, names: Sequence[str], num_items: 
         name: summarize(rank[torch.from_numpy(groups == k)], num_items)
         for k, name in enumerate(names)
         if (groups == k).any()
-    }
-
-
-def exchange_rate(recall: Sequence[float], gain: Sequence[float]) -> dict[str, float | int | None]:
-    """How much AUC a point of recall was worth, over runs: least squares of the gain on the recall.
-
-    Args:
-        recall: recall of the bought item of each run's encoder, 0 to 1.
-        gain: AUC of each run's CTR model less that of its Base.
-
-    Returns:
-        `auc_per_point` (AUC for one more percent of recall), `pearson`, `spearman`, `n`; None where
-        fewer than three runs, or runs that do not differ, say nothing.
-    """
-    known: dict[str, float | int | None] = {"n": len(recall)}
-    if len(recall) < 3 or np.ptp(recall) == 0 or np.ptp(gain) == 0:
-        return known | {"auc_per_point": None, "pearson": None, "spearman": None}
-    line = stats.linregress(recall, gain)
-    return known | {
-        "auc_per_point": float(line.slope) / 100,
-        "pearson": float(line.rvalue),
-        "spearman": float(stats.spearmanr(recall, gain).statistic),
     }

@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.redis_server import RedisServer
+from mim_torchrec.benchmarks.harness.redis_server import RedisServer
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.embeddings.stores.embedded import EmbeddedStore
 from mim_torchrec.embeddings.stores.store import catch_up
@@ -237,7 +237,7 @@ def test_whoever_is_killed_when_every_item_is_in_one_window(place, tmp_path, red
         add(place["--source"], *(row(k) for k in items))
     rng, kills = random.Random(3), 0
     while True:
-        rim = start(place, "--window-items", "5", "--once")
+        rim = start(place, "--window-items", "1", "--once")
         seen = 0
         for line in rim.stderr:
             seen += "window" in line

@@ -24,8 +24,8 @@ from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.memory import private_bytes
-from benchmarks.redis_server import RedisServer
+from mim_torchrec.benchmarks.harness.redis_server import RedisServer
+from mim_torchrec.benchmarks.measures.memory import private_bytes
 from mim_torchrec.ctr.evaluation import main as evaluate
 from mim_torchrec.embeddings.stores.redis_store import RedisStore
 from mim_torchrec.embeddings.table.format import Table, TableWriter, VersionMismatch
@@ -416,7 +416,7 @@ MEMORY = """
 import sys, torch
 from mim_torchrec.serving.bundle import Bundle
 from mim_torchrec.serving.scorer import Scorer, ScoreRequest
-from benchmarks.memory import private_bytes
+from mim_torchrec.benchmarks.measures.memory import private_bytes
 bundle, table = sys.argv[1:]
 scorer = Scorer(Bundle.open(bundle), table)
 items = torch.randint(0, 10**6, (500,), generator=torch.Generator().manual_seed(0))

@@ -20,6 +20,7 @@ from mim_torchrec import cli
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {
     "mim_torchrec": "mim_torchrec",
+    "benchmarks": "mim_torchrec.benchmarks",
     "embeddings": "mim_torchrec.embeddings",
     "launch": "mim_torchrec.launch",
 }
@@ -27,11 +28,14 @@ STAGES = {"pretraining", "csft", "representation", "ctr"}
 PARTS = {"encoders", "losses", "ciubm", "data", "training"}
 SERVICES = {"rim", "serving"}
 TOP = {"launch", "cli", "doctor"}
+BENCHMARK_ROOMS = [{"harness", "measures"}, {"paper", "speed", "chaos"}, {"records"}]
+DRAWING = {"matplotlib", "jinja2"}
 
 START = """
 import json, runpy, sys
-import mim_torchrec, mim_torchrec.embeddings, mim_torchrec.launch
-print(json.dumps([m.__file__ for m in (mim_torchrec, mim_torchrec.embeddings, mim_torchrec.launch)]))
+import mim_torchrec, mim_torchrec.benchmarks, mim_torchrec.embeddings, mim_torchrec.launch
+packages = (mim_torchrec, mim_torchrec.benchmarks, mim_torchrec.embeddings, mim_torchrec.launch)
+print(json.dumps([m.__file__ for m in packages]))
 for module in sys.argv[1:]:
     sys.argv = [module, "--help"]
     try:
@@ -53,15 +57,26 @@ def sources() -> dict[str, Path]:
 
 SOURCES = sources()
 PROGRAMS = [name for name, path in SOURCES.items() if '__name__ == "__main__"' in path.read_text()]
+# of the benchmarks, tests/pipeline/test_bench.py starts every one from the checkout
+STARTED = [name for name in PROGRAMS if not name.startswith("mim_torchrec.benchmarks.")]
+STARTED += ["mim_torchrec.benchmarks.paper.demo", "mim_torchrec.benchmarks.records.bench"]
 
 
 def layer(module: str) -> int:
     """0 for the bottom: a module may import from its own layer and those below."""
-    names = module.split(".")[1:2]
+    names = module.split(".")[1:]
     if not names:
         return 0
+    if names[0] == "benchmarks":
+        return 5 + benchmark_layer(module)
     layers = [{"embeddings", "extensions"}, PARTS, STAGES, SERVICES, TOP]
     return next(number for number, members in enumerate(layers) if names[0] in members)
+
+
+def benchmark_layer(module: str) -> int:
+    """As `layer`, among the rooms of the benchmarks; rooms of one layer do not import each other."""
+    rooms = module.split(".")[2:3]
+    return next((n for n, members in enumerate(BENCHMARK_ROOMS) if rooms and rooms[0] in members), 0)
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
@@ -96,6 +111,24 @@ def test_imports_run_downwards_only(module):
         assert name.split(".")[0] not in ("embeddings", "launch", "benchmarks", "tests"), f"imports {name}"
         if name.startswith("mim_torchrec"):
             assert layer(name) <= layer(module), f"{module} must not import {name}"
+        rooms = [one.split(".")[2] for one in (name, module) if one.startswith("mim_torchrec.benchmarks.")]
+        if len(set(rooms)) == 2:
+            assert benchmark_layer(name) < benchmark_layer(module), f"{module} must not import {name}"
+
+
+@pytest.mark.parametrize("module", [m for m in SOURCES if not m.startswith("mim_torchrec.benchmarks")])
+def test_only_benchmarks_draw(module):
+    assert {name.split(".")[0] for name, _ in imports(SOURCES[module])}.isdisjoint(DRAWING)
+
+
+def test_a_benchmark_without_what_it_draws_with_names_the_extra(tmp_path: Path):
+    code = (
+        "import importlib.util as u; known = u.find_spec; "
+        "u.find_spec = lambda name, *more: None if name == 'matplotlib' else known(name, *more); "
+        "import mim_torchrec.benchmarks"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert "the benchmarks need matplotlib" in done.stderr and "mim-torchrec[report]" in done.stderr
 
 
 def imported_modules(module: str) -> set[str]:
@@ -142,7 +175,7 @@ def test_every_command_has_a_program():
 def start_all(folder: Path, search: Path | None) -> list[Path]:
     """`--help` of every program, as `python -m` from a folder; returns where the packages were found."""
     result = subprocess.run(
-        [sys.executable, "-c", START, *PROGRAMS],
+        [sys.executable, "-c", START, *STARTED],
         env={**os.environ, "PYTHONPATH": "" if search is None else str(search)},
         cwd=folder, capture_output=True, text=True, check=False,
     )  # fmt: skip
@@ -156,7 +189,7 @@ def test_every_program_starts_from_the_checkout():
 
 def test_every_program_starts_from_a_wheel(tmp_path: Path):
     source = tmp_path / "source"
-    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.png")
     for folder in FOLDERS:
         shutil.copytree(ROOT / folder, source / folder, ignore=ignore)
     for file in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
@@ -171,7 +204,9 @@ def test_every_program_starts_from_a_wheel(tmp_path: Path):
     zipfile.ZipFile(wheel).extractall(unpacked)
     elsewhere.mkdir()
     package = unpacked / "mim_torchrec"
-    assert start_all(elsewhere, unpacked) == [package, package / "embeddings", package / "launch"]
+    folders = [package, *(package / name for name in ("benchmarks", "embeddings", "launch"))]
+    assert start_all(elsewhere, unpacked) == folders
+    assert (package / "benchmarks" / "results" / "small.json").exists()
     top = {path.name for path in unpacked.iterdir() if not path.name.endswith(".dist-info")}
     assert top == {"mim_torchrec"}
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from mim_torchrec.training.retrieval import by_group, exchange_rate, search, summarize
+from mim_torchrec.benchmarks.harness.comparison import exchange_rate
+from mim_torchrec.training.retrieval import by_group, search, summarize
 
 NUM_ITEMS, NUM_QUERIES, DIM = 40, 300, 6
 
