@@ -12,6 +12,7 @@ from mim_torchrec.embeddings.stores.redis_store import RedisStore
 from mim_torchrec.embeddings.windows.redis_connection import is_redis
 from mim_torchrec.embeddings.windows.transport import Transport
 from mim_torchrec.embeddings.windows.window import Window
+from mim_torchrec.errors import OptionError
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +98,6 @@ def open_store(where: str | Path, table_version: str | None = None) -> Parameter
     """
     if is_redis(str(where)):
         if table_version is None:
-            raise ValueError(f"{where} may hold several versions: say which table_version is meant")
+            raise OptionError(f"{where} may hold several versions: say which table_version is meant")
         return RedisStore.open(str(where), table_version)
     return EmbeddedStore.open(where, table_version)

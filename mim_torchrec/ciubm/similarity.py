@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mim_torchrec.ciubm.jagged import RequestPairs
+from mim_torchrec.errors import OptionError
 
 STATISTICS = 2
 WHOLE = 0
@@ -41,10 +42,10 @@ def similarity_interest(relevance: Tensor, pairs: RequestPairs, tiers: int, wind
         where a window holds no item with a vector.
 
     Raises:
-        ValueError: fewer than one tier, no window, or a negative one.
+        OptionError: fewer than one tier, no window, or a negative one.
     """
     if tiers < 1 or not windows or min(windows) < 0:
-        raise ValueError(f"{tiers} tiers over windows {tuple(windows)}: at least one of each, none negative")
+        raise OptionError(f"{tiers} tiers over windows {tuple(windows)}: at least one of each, none negative")
     order = pairs.order[pairs.behavior_index]
     parts = []
     for window in windows:

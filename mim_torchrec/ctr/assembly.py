@@ -18,6 +18,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.sharding import build_model, shard
 from mim_torchrec.ctr.windows import LiveWindows
+from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.requests import RequestReader
 from mim_torchrec.data.schema import Dataset
 from mim_torchrec.data.vocabulary import COLUMNS, IdMapper, Vocabulary, scan_ids
@@ -26,6 +27,7 @@ from mim_torchrec.embeddings.sharded.live import ItemIndex
 from mim_torchrec.embeddings.sharded.load import load_table, open_table, table_digest
 from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.windows.transport import open_log
+from mim_torchrec.errors import OptionError
 from mim_torchrec.training.checkpoint import write_json
 from mim_torchrec.training.distributed import DistributedContext
 
@@ -99,13 +101,13 @@ def live_windows(
         begin: a log that is not there yet.
 
     Raises:
-        ValueError: there is a log and no table.
+        OptionError: there is a log and no table.
         VersionMismatch: the log is of another version than the table.
     """
     if config.windows is None:
         return None
     if assembled.table is None:
-        raise ValueError("--windows changes the multi-modal table, which --mim off has not")
+        raise OptionError("--windows changes the multi-modal table, which --mim off has not")
     manifest = assembled.table.manifest
     log = open_log(config.windows, manifest.table_version, start=manifest.seq if begin else None)
     return LiveWindows(assembled.model, assembled.index, log, config.windows_every, context)
@@ -117,11 +119,11 @@ def open_reader(
     """This rank's share of a split; to train on, it is shuffled and cut to equal shares.
 
     Raises:
-        ValueError: the batch size is not a multiple of the number of ranks.
+        OptionError: the batch size is not a multiple of the number of ranks.
         DataError: a file is malformed.
     """
     if config.batch_size % context.world_size:
-        raise ValueError(f"--batch-size {config.batch_size} is not a multiple of {context.world_size} ranks")
+        raise OptionError(f"--batch-size {config.batch_size} is not a multiple of {context.world_size} ranks")
     return RequestReader(
         dataset.requests(split),
         batch_size=config.batch_size // context.world_size,
@@ -170,15 +172,15 @@ def read_config(run: Path) -> CTRConfig:
     """The configuration that a run was trained with.
 
     Raises:
-        ValueError: there is none, or it is of another format.
+        DataError: there is none, or it is of another format.
     """
     path = run / CONFIG
     if not path.is_file():
-        raise ValueError(f"{run} is no run of mim ctr: it has no {CONFIG}")
+        raise DataError(f"is no run of mim ctr: it has no {CONFIG}", file=run)
     try:
         return TypeAdapter(CTRConfig).validate_python(json.loads(path.read_text()))
     except (ValidationError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a configuration of this version of mim ctr: {error}") from None
+        raise DataError(f"is not a configuration of this version of mim ctr: {error}", file=path) from None
 
 
 def log_to_stderr() -> None:

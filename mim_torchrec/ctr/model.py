@@ -27,6 +27,7 @@ from mim_torchrec.ciubm.ubm.sim import SIM
 from mim_torchrec.ciubm.ubm.twin import TWIN
 from mim_torchrec.ctr.config import UBM, ModelConfig
 from mim_torchrec.data.batch import RequestBatch
+from mim_torchrec.errors import OptionError
 from mim_torchrec.training.batch_norm import GlobalBatchNorm1d
 
 MICROSECONDS = 1_000_000
@@ -61,7 +62,7 @@ def build_ubm(config: ModelConfig, dim: int) -> UserBehaviorModel:
             return SIM(dim, config.search, config.top_k, config.heads, auxiliary=auxiliary)
         case "twin":
             return TWIN(dim, config.top_k, config.heads)
-    raise ValueError(f"ubm is one of {', '.join(get_args(UBM))}, not {config.ubm!r}")
+    raise OptionError(f"ubm is one of {', '.join(get_args(UBM))}, not {config.ubm!r}")
 
 
 class DeepCTR(nn.Module):

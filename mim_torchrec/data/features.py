@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.schema import REQUESTS, is_list
+from mim_torchrec.errors import OptionError
 
 OF_CANDIDATES = "candidate_"
 RESERVED = {
@@ -32,7 +33,7 @@ class Features:
         dense: of finite numbers, which models get as sign(x) · log(1 + |x|).
 
     Raises:
-        ValueError: a name is there twice, or a column of every request has it.
+        OptionError: a name is there twice, or a column of every request has it.
 
     >>> features = Features(sparse=("city", "candidate_brand"), dense=("candidate_price",))
     >>> features.of_requests(features.sparse), features.of_candidates(features.sparse)
@@ -45,9 +46,9 @@ class Features:
     def __post_init__(self) -> None:
         names = self.names
         if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"features named more than once: {', '.join(repeated)}")
+            raise OptionError(f"features named more than once: {', '.join(repeated)}")
         if reserved := sorted(RESERVED.intersection(names)):
-            raise ValueError(f"{', '.join(reserved)}: requests have it anyway, it is no further feature")
+            raise OptionError(f"{', '.join(reserved)}: requests have it anyway, it is no further feature")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -72,7 +73,8 @@ class Features:
         schema = parquet.schema_arrow
         for name in self.names:
             if schema.get_field_index(name) < 0:
-                problem = f"the column is missing; the file has {', '.join(schema.names)}"
+                there = ", ".join(schema.names)
+                problem = f"the column is missing; add it, or name columns that are there: {there}"
                 raise DataError(problem, file=file, column=name)
             found = schema.field(name).type
             is_dense, of_candidates = name in self.dense, name.startswith(OF_CANDIDATES)
@@ -82,7 +84,9 @@ class Features:
                 expected = "numbers" if is_dense else "integers or strings"
                 form = "one a request" if is_dense else "or lists of them"
                 form = "one a candidate" if of_candidates else form
-                raise DataError(f"expected {expected}, {form}; found {found}", file=file, column=name)
+                remedy = "convert the column, or use the other of --sparse-features and --dense-features"
+                problem = f"expected {expected}, {form}; found {found}; {remedy}"
+                raise DataError(problem, file=file, column=name)
 
 
 NO_FEATURES = Features()

@@ -31,10 +31,12 @@ from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.evaluation import find_checkpoint
 from mim_torchrec.ctr.model import CTRModel
 from mim_torchrec.ctr.sharding import build_model
+from mim_torchrec.data.errors import DataError
 from mim_torchrec.embeddings.table.manifest import VersionMismatch
 from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.table.shards import CHUNK
 from mim_torchrec.embeddings.table.writer import TableWriter
+from mim_torchrec.program import run
 from mim_torchrec.training.checkpoint import atomic_directory, write_json
 
 log = logging.getLogger(__name__)
@@ -69,7 +71,7 @@ class Bundle:
         """Open a bundle.
 
         Raises:
-            ValueError: there is none, or it is of another format.
+            DataError: there is none, or it is of another format.
         """
         path = Path(path)
         try:
@@ -80,9 +82,11 @@ class Bundle:
             return cls(path, config, found["model_version"], found["table_version"], found["mm_dim"],
                        tuple(found["tables"]))  # fmt: skip
         except FileNotFoundError:
-            raise ValueError(f"{path} is no bundle: it has no {ABOUT}; mim bundle writes one") from None
+            raise DataError(f"is no bundle: it has no {ABOUT}; mim bundle writes one", file=path) from None
         except (ValidationError, KeyError, ValueError) as error:
-            raise ValueError(f"{path / ABOUT} cannot be read: {error}") from None
+            raise DataError(
+                f"cannot be read: {error}; write the bundle again with mim bundle", file=path / ABOUT
+            ) from None
 
     def table(self, name: str) -> Table:
         """An ID table, memory-mapped."""
@@ -123,7 +127,8 @@ def write_bundle(run: Path, out: Path, checkpoint: str = "best") -> Bundle:
         checkpoint: as of `mim evaluate`.
 
     Raises:
-        ValueError: `run` is no run, or has no such checkpoint.
+        DataError: `run` is no run.
+        OptionError: it has no such checkpoint.
     """
     config = read_config(run)
     path = find_checkpoint(run, checkpoint)
@@ -225,4 +230,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

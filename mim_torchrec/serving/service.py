@@ -12,6 +12,7 @@ from pathlib import Path
 from mim_torchrec.embeddings.stores.store import catch_up, follow
 from mim_torchrec.embeddings.windows.transport import Transport, open_log
 from mim_torchrec.embeddings.windows.window import Window
+from mim_torchrec.errors import OptionError
 from mim_torchrec.serving.bundle import Bundle
 from mim_torchrec.serving.metrics import Metrics
 from mim_torchrec.serving.scorer import Scorer
@@ -71,7 +72,7 @@ class Served:
         self._thread: threading.Thread | None = None
         if pair.windows is not None:
             if self.scorer.mm is None:
-                raise ValueError(f"{pair.bundle} is Base, which has no vectors for windows to change")
+                raise OptionError(f"{pair.bundle} is Base, which has no vectors for windows to change")
             follower = _Follower(self.scorer, metrics)
             windows = open_log(pair.windows, follower.table_version, start=follower.seq)
             catch_up(follower, windows)
@@ -104,7 +105,7 @@ class Service:
         metrics: are told of swaps and windows.
 
     Raises:
-        ValueError: the pair cannot be served.
+        OptionError: the pair cannot be served.
     """
 
     def __init__(self, pair: ServedFiles, cache: int, metrics: Metrics) -> None:

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from mim_torchrec.errors import SetupError
+
 T = TypeVar("T")
 
 
@@ -56,7 +58,7 @@ def distributed(seed: int) -> Iterator[DistributedContext]:
         The rank, the number of ranks and this rank's device.
 
     Raises:
-        RuntimeError: a machine has GPUs, but fewer than ranks.
+        SetupError: a machine has GPUs, but fewer than ranks.
     """
     device = _device()
     mine = not dist.is_initialized()
@@ -86,7 +88,7 @@ def _device() -> torch.device:
         return torch.device("cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if local_rank >= torch.cuda.device_count():
-        raise RuntimeError(
+        raise SetupError(
             f"local rank {local_rank} has no GPU, the machine has {torch.cuda.device_count()}; start fewer "
             "processes, or set CUDA_VISIBLE_DEVICES= to use the CPU"
         )

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -23,21 +24,18 @@ FOLDERS = {
     "launch": "mim_torchrec.launch",
 }
 STAGES = {"pretraining", "csft", "representation", "ctr"}
+BASE = {"errors", "program"}
 PARTS = {"encoders", "losses", "ciubm", "data", "training"}
 SERVICES = {"rim", "serving"}
 TOP = {"launch", "cli", "doctor"}
+WITHOUT_LIBRARIES = ["mim_torchrec", *(f"mim_torchrec.{n}" for n in ("cli", "doctor", "errors", "program"))]
 
-START = """
-import json, runpy, sys
+WHERE = """
+import json
 import mim_torchrec, mim_torchrec.embeddings, mim_torchrec.launch
 print(json.dumps([m.__file__ for m in (mim_torchrec, mim_torchrec.embeddings, mim_torchrec.launch)]))
-for module in sys.argv[1:]:
-    sys.argv = [module, "--help"]
-    try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
-    except SystemExit as exit:
-        assert not exit.code, f"{module} --help exits with {exit.code}"
 """
+LIGHT = ["mim_torchrec.cli", "mim_torchrec.doctor", "mim_torchrec.data.shop"]  # that load in a second
 
 
 def sources() -> dict[str, Path]:
@@ -59,7 +57,7 @@ def layer(module: str) -> int:
     names = module.split(".")[1:2]
     if not names:
         return 0
-    layers = [{"embeddings"}, PARTS, STAGES, SERVICES, TOP]
+    layers = [BASE, {"embeddings"}, PARTS, STAGES, SERVICES, TOP]
     return next(number for number, members in enumerate(layers) if names[0] in members)
 
 
@@ -97,32 +95,58 @@ def test_imports_run_downwards_only(module):
             assert layer(name) <= layer(module), f"{module} must not import {name}"
 
 
-@pytest.mark.parametrize("module", ["mim_torchrec", "mim_torchrec.cli", "mim_torchrec.doctor"])
+@pytest.mark.parametrize("module", WITHOUT_LIBRARIES)
 def test_the_doctor_loads_where_no_library_does(module):
-    names = {name.split(".")[0] for name, at_once in imports(SOURCES[module]) if at_once}
-    assert names <= set(sys.stdlib_module_names)
+    names = {name for name, at_once in imports(SOURCES[module]) if at_once}
+    others = {name for name in names if name.split(".")[0] not in sys.stdlib_module_names}
+    assert others <= set(WITHOUT_LIBRARIES)
 
 
 def test_every_command_has_a_program():
     assert {module for module, _ in cli.COMMANDS.values()} <= set(PROGRAMS)
 
 
-def start_all(folder: Path, search: Path | None) -> list[Path]:
-    """`--help` of every program, as `python -m` from a folder; returns where the packages were found."""
+@pytest.mark.parametrize("module", PROGRAMS)
+def test_every_program_has_help(module, capsys):
+    with pytest.raises(SystemExit) as ended:
+        import_module(module).main(["--help"])
+    assert not ended.value.code
+    assert "usage" in capsys.readouterr().out.lower()
+
+
+@pytest.mark.parametrize("module", PROGRAMS)
+def test_every_program_ends_errors_as_all_do(module):
+    (ending,) = re.findall(r'^if __name__ == "__main__":\n((?:    .*\n)+)', SOURCES[module].read_text(), re.M)
+    assert ending == ("    main()\n" if module == "mim_torchrec.cli" else "    run(main)\n")
+
+
+def python(folder: Path, search: Path | None, *words: str) -> str:
+    """What Python prints in a folder, with another one before those of the packages."""
     result = subprocess.run(
-        [sys.executable, "-c", START, *PROGRAMS],
-        env={**os.environ, "PYTHONPATH": "" if search is None else str(search)},
+        [sys.executable, *words], env={**os.environ, "PYTHONPATH": "" if search is None else str(search)},
         cwd=folder, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
-    return [Path(file).parent for file in json.loads(result.stdout.splitlines()[0])]
+    return result.stdout
 
 
-def test_every_program_starts_from_the_checkout():
-    assert start_all(ROOT, None) == [ROOT / folder for folder in FOLDERS]
+def start(folder: Path, search: Path | None) -> list[Path]:
+    """`--help` of some programs, as `python -m` from a folder; returns where the packages were found."""
+    for module in LIGHT:
+        assert "usage" in python(folder, search, "-m", module, "--help")
+    return [Path(file).parent for file in json.loads(python(folder, search, "-c", WHERE))]
 
 
-def test_every_program_starts_from_a_wheel(tmp_path: Path):
+def test_programs_start_from_the_checkout():
+    assert start(ROOT, None) == [ROOT / folder for folder in FOLDERS]
+
+
+def installed(module: str, path: Path) -> str:
+    """The file of a module in a wheel."""
+    return module.replace(".", "/") + ("/__init__.py" if path.name == "__init__.py" else ".py")
+
+
+def test_a_wheel_holds_every_module_and_starts(tmp_path: Path):
     source = tmp_path / "source"
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for folder in FOLDERS:
@@ -136,10 +160,13 @@ def test_every_program_starts_from_a_wheel(tmp_path: Path):
     assert built.returncode == 0, built.stderr
     (wheel,) = tmp_path.glob("*.whl")
     unpacked, elsewhere = tmp_path / "unpacked", tmp_path / "elsewhere"
-    zipfile.ZipFile(wheel).extractall(unpacked)
+    with zipfile.ZipFile(wheel) as archive:
+        modules = {name for name in archive.namelist() if name.endswith(".py")}
+        archive.extractall(unpacked)
+    assert modules == {installed(name, path) for name, path in SOURCES.items()}
     elsewhere.mkdir()
     package = unpacked / "mim_torchrec"
-    assert start_all(elsewhere, unpacked) == [package, package / "embeddings", package / "launch"]
+    assert start(elsewhere, unpacked) == [package, package / "embeddings", package / "launch"]
     top = {path.name for path in unpacked.iterdir() if not path.name.endswith(".dist-info")}
     assert top == {"mim_torchrec"}
 
