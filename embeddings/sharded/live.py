@@ -287,7 +287,7 @@ def expected_digest(
         for row in rows[(rows >= start) & (rows < stop)].tolist():
             vector = row_of[row]
             part[row - start] = zero if vector is None else vector
-        digest.update(part.view(torch.uint8).numpy())
+        digest.update(part.view(torch.uint8).numpy().data)
     return digest_of_ranks(digest.hexdigest(), module)
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -114,10 +114,10 @@ def load_table(model: nn.Module, table: Table, name: str = "mm", mapped: bool = 
             rank = dist.get_rank(group_of(module)) if dist.is_initialized() else 0
             with tqdm(total=store.num_rows, desc=f"load {name}", unit="row", unit_scale=True,
                       disable=True if rank else None) as bar:  # fmt: skip
-                table.rows_for(first, stop, out=dense.tensor, progress=bar.update)
+                table.rows_for(first, stop, out=cast(DenseRows, dense).tensor, progress=bar.update)
         frozen.state, frozen.expected = state, None
         return LoadReport(
-            table_version=state.table_version,
+            table_version=manifest.table_version,
             seq=state.seq,
             first_row=first,
             rows=store.num_rows,
@@ -138,7 +138,7 @@ def table_digest(model: nn.Module, name: str = "mm") -> str:
     module, frozen = find_frozen(model, name)
     digest = hashlib.sha256()
     for rows in frozen.store.blocks():
-        digest.update(rows.cpu().view(torch.uint8).numpy())
+        digest.update(rows.cpu().view(torch.uint8).numpy().data)
     return digest_of_ranks(digest.hexdigest(), module)
 
 
@@ -178,7 +178,8 @@ def gather(value: T, group: dist.ProcessGroup | None) -> list[T]:
 
 def on_all_ranks(work: Callable[[], T], group: dist.ProcessGroup | None) -> T:
     """Do ``work`` on every rank; if it fails on one, raise that rank's error on all."""
-    result, error = None, None
+    result: T | None = None
+    error: TableError | None = None
     try:
         result = work()
     except TableError as caught:
@@ -186,7 +187,7 @@ def on_all_ranks(work: Callable[[], T], group: dist.ProcessGroup | None) -> T:
     for rank, failed in enumerate(gather(error, group)):
         if failed is not None:
             raise type(failed)(f"rank {rank}: {failed}") if error is None else error
-    return result
+    return cast(T, result)
 
 
 def _is_on_cpu(store: RowStore) -> bool:

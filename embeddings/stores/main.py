@@ -87,7 +87,8 @@ class Check:
         table = Table.open(self.table)
         manifest = table.manifest
         store = open_store(self.store, manifest.table_version)
-        changed, seq = {}, manifest.seq
+        changed: dict[int, torch.Tensor | None] = {}
+        seq = manifest.seq
         if self.log is not None:
             changed, seq = changes(open_log(self.log, manifest.table_version), manifest)
         ids = torch.cat([table.row_index().ids, torch.tensor(sorted(changed), dtype=torch.int64)]).unique()

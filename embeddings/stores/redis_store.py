@@ -14,8 +14,8 @@ takes its place at once. `<version>` is a digest of `table_version`.
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
-import redis
 import torch
 from torch import Tensor
 
@@ -250,7 +250,7 @@ class RedisStore:
             raise TableError(
                 f"{self._at} has lost shards {lost} of {self.table_version}: load its table again"
             )
-        return [int(mark.split(b"+")[0]) for mark in marks]
+        return [int(mark.split(b"+")[0]) for mark in marks if mark is not None]
 
     def _read_facts(self) -> _Facts:
         with reachable(self._at):
@@ -273,7 +273,7 @@ class RedisStore:
         return [shards[item % len(shards)] + item.to_bytes(8, "big", signed=True) for item in items]
 
 
-def _check_policy(client: redis.Redis, at: RedisAddress) -> None:
+def _check_policy(client: Any, at: RedisAddress) -> None:
     servers = [node.redis_connection for node in client.get_primaries()] if at.cluster else [client]
     for server in servers:
         info = server.info("memory")

@@ -118,8 +118,8 @@ def content_version(parts: Iterable[tuple[Tensor, Tensor]]) -> str:
     """
     of_ids, of_vectors = hashlib.sha256(), hashlib.sha256()
     for ids, vectors in parts:
-        of_ids.update(np.ascontiguousarray(ids.numpy(), dtype="<i8"))
-        of_vectors.update(np.ascontiguousarray(vectors.float().numpy(), dtype="<f4"))
+        of_ids.update(np.ascontiguousarray(ids.numpy(), dtype="<i8").data)
+        of_vectors.update(np.ascontiguousarray(vectors.float().numpy(), dtype="<f4").data)
     return f"imported-{hashlib.sha256(of_ids.digest() + of_vectors.digest()).hexdigest()[:16]}"
 
 

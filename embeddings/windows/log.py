@@ -150,7 +150,7 @@ class WindowLog:
         try:
             data = path.read_bytes()
         except FileNotFoundError:
-            raise missing_window(self, seq) from None
+            raise missing_window(str(self), seq, self.first_seq(), self.last_seq()) from None
         window = Window.from_bytes(data, str(path))
         if window.seq != seq:
             raise MalformedWindow(f"{path} holds window {window.seq}")
@@ -300,10 +300,10 @@ class WindowLog:
         return self.root / f"{seq:016d}{SUFFIX}"
 
 
-def missing_window(log: object, seq: int) -> WindowGap:
+def missing_window(log: str, seq: int, first: int, last: int) -> WindowGap:
     """The error of a window that is not there."""
     return WindowGap(
-        f"{log} has no window {seq}: it keeps {log.first_seq()} to {log.last_seq()}; older ones are in a "
+        f"{log} has no window {seq}: it keeps {first} to {last}; older ones are in a "
         "base table of a later seq"
     )
 

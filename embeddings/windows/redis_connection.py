@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import redis
@@ -81,8 +82,11 @@ def locate(where: str) -> RedisAddress:
     return RedisAddress(url, parts.scheme.endswith(CLUSTER), parts.fragment or "mim")
 
 
-def connect(location: RedisAddress) -> redis.Redis | RedisCluster:
-    """A client that connects when it is first used, and again when the connection is lost."""
+def connect(location: RedisAddress) -> Any:
+    """A `redis.Redis` or `RedisCluster` that connects at its first use, and again after a lost connection.
+
+    Its type is `Any`: the two share no base class, and redis-py types answers as if they might be decoded.
+    """
     retry = Retry(ExponentialBackoff(cap=0.5, base=0.05), ATTEMPTS)
     make = RedisCluster.from_url if location.cluster else redis.Redis.from_url
     with reachable(location):

@@ -155,7 +155,7 @@ class RedisWindowLog:
         with reachable(self._at):
             found = self._client.xrange(self._windows, f"{seq}-0", f"{seq}-0")
         if not found:
-            raise missing_window(self, seq)
+            raise missing_window(str(self), seq, self.first_seq(), self.last_seq())
         return self._window(*found[0])
 
     def wait(self, seq: int, timeout: float) -> bool:

@@ -17,7 +17,7 @@ from mim_torchrec.data.ages import NUM_AGE_SETS, age_sets
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.encoders.item_encoder import ItemEncoder, ItemHead
-from mim_torchrec.encoders.pixels import share_of
+from mim_torchrec.encoders.pixels import rows_of_rank
 from mim_torchrec.training import retrieval
 from mim_torchrec.training.checkpoint import write_json
 from mim_torchrec.training.distributed import DistributedContext
@@ -54,7 +54,7 @@ def encode(
 
     def chunks(index: np.ndarray) -> list[tuple[np.ndarray, int]]:
         """As many on every rank, as divided towers need; an idle rank encodes something and keeps 0 of it."""
-        mine = index[share_of(len(index), context)]
+        mine = index[rows_of_rank(len(index), context)]
         starts = range(0, -(-len(index) // context.world_size), batch_size)
         parts = [mine[start : start + batch_size] for start in starts]
         return [(part, len(part)) if len(part) else (index[:1], 0) for part in parts]

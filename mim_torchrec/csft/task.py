@@ -266,7 +266,7 @@ def check_chunks(config: CSFTConfig, towers: Sequence[nn.Module]) -> None:
     """Raise OptionError where a batch in chunks is not the batch in one, or there is nothing to cut."""
     if not towers:
         raise OptionError("--chunk-size is for towers that are trained; leave it out with frozen ones")
-    if config.chunk_size < 1:
+    if config.chunk_size is not None and config.chunk_size < 1:
         raise OptionError(f"--chunk-size is {config.chunk_size}; it must be positive")
     if config.parallel == "fsdp":
         raise OptionError("--chunk-size needs --parallel ddp; with fsdp take activation checkpointing")

@@ -130,10 +130,9 @@ class PairDataset(TorchDataset):
         """(num_pairs,) int64, microseconds since 1970. Raises DataError where a pair has no time."""
         missing = np.flatnonzero(self._times == _NO_TIME)
         if len(missing):
+            file, row_group, row = self._origin[missing[0]]
             problem = "is null or not there, so the last pairs cannot be held out"
-            raise DataError(
-                f"{problem}; --validation-fraction 0 trains on all", *self._origin[missing[0]], "ts"
-            )
+            raise DataError(f"{problem}; --validation-fraction 0 trains on all", file, row_group, row, "ts")
         return self._times
 
     def __getitem__(self, index: int) -> dict[str, bytes | int]:

@@ -163,8 +163,9 @@ def simulate(
         best = np.argmax(2 * logits + rng.gumbel(size=logits.shape), axis=1)
         clicks.append((user, items[np.arange(len(user)), best], ts))
         recent = 0.97 * recent + sum(np.bincount(c[1], minlength=len(recent)) for c in clicks[-2:])
-    columns = [np.concatenate(parts) for parts in zip(*shown, strict=True)]
-    return Log(*columns, tuple(np.concatenate(parts) for parts in zip(*clicks, strict=True)))
+    user, ts, category, items, probability, clicked = (np.concatenate(p) for p in zip(*shown, strict=True))
+    user_of_click, item_of_click, ts_of_click = (np.concatenate(p) for p in zip(*clicks, strict=True))
+    return Log(user, ts, category, items, probability, clicked, (user_of_click, item_of_click, ts_of_click))
 
 
 def _logits(

@@ -119,11 +119,13 @@ def towers_in_place_of(path: Path, vision: VisionEncoderConfig, text: TextEncode
         OptionError: a flag names a tower, its weights or its sizes, all of which are those in `path`.
     """
     of_text = ("name", "weights", "tokenizer", "max_length", "pooling")
-    defaults = {"vision": (vision, VisionEncoderConfig(), ("name", "weights", "image_size")),
-                "text": (text, TextEncoderConfig(), of_text)}  # fmt: skip
+    defaults: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
+        "vision": (vision, VisionEncoderConfig(), ("name", "weights", "image_size")),
+        "text": (text, TextEncoderConfig(), of_text),
+    }
     for tower, (given, default, fields) in defaults.items():
         for name in fields:
-            if dataclasses.asdict(given)[name] != dataclasses.asdict(default)[name]:
+            if getattr(given, name) != getattr(default, name):
                 flag = f"--{tower}.{name.replace('_', '-')}"
                 raise OptionError(f"{flag} is settled by --towers {path}; leave one of them out")
     return load_towers(path, vision, text)

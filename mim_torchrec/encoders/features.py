@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mim_torchrec.encoders.checkpoint import module_version
-from mim_torchrec.encoders.pixels import HasTowers, share_of
+from mim_torchrec.encoders.pixels import HasTowers, rows_of_rank
 from mim_torchrec.training.checkpoint import atomic_directory
 from mim_torchrec.training.distributed import DistributedContext
 
@@ -48,7 +48,7 @@ def read_or_compute(
         compute: called on every rank if there is no file; the same tensors on all.
         context: the process group.
     """
-    path = context.all_gather_objects(file() if context.is_main else None)[0]
+    path = context.broadcast_object(file() if context.is_main else None)
     if all(context.all_gather_objects(path.is_file())):
         log.info("features of frozen towers read from %s", path)
         return load_file(path)
@@ -77,7 +77,7 @@ def compute_features(
         what: for the progress bar.
         context: the process group.
     """
-    mine = index[share_of(len(index), context)]
+    mine = index[rows_of_rank(len(index), context)]
     parts = []
     with tqdm(total=len(mine), desc=f"encode {what}", disable=not context.is_main) as progress:
         for start in range(0, len(mine), batch_size):

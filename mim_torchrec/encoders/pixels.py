@@ -36,8 +36,10 @@ class ItemContent(Protocol):
 class HasTowers(Protocol):
     """Whose preprocessing is used, such as an `ItemEncoder`."""
 
-    vision: VisionEncoder
-    text: TextEncoder
+    @property
+    def vision(self) -> VisionEncoder: ...
+    @property
+    def text(self) -> TextEncoder: ...
 
 
 class PixelInputs:
@@ -60,7 +62,7 @@ class PixelInputs:
         if memory_gib is None:
             return
         if size <= memory_gib * 2**30:
-            mine = share_of(catalog.num_images, context)
+            mine = rows_of_rank(catalog.num_images, context)
             chunks = [mine[i : i + 256] for i in range(0, len(mine), 256)]
             progress = tqdm(chunks, desc="decode images", unit="batch", disable=not context.is_main)
             decoded = [self._decode(chunk).numpy() for chunk in progress]
@@ -85,7 +87,7 @@ class PixelInputs:
         return torch.stack(list(decoded))
 
 
-def share_of(count: int, context: DistributedContext) -> np.ndarray:
+def rows_of_rank(count: int, context: DistributedContext) -> np.ndarray:
     """This rank's share of 0 … count - 1, contiguous."""
     return np.arange(
         count * context.rank // context.world_size, count * (context.rank + 1) // context.world_size

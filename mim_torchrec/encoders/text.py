@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from tokenizers import Tokenizer
@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mim_torchrec.encoders.beit3 import Beit3TextModel
+from mim_torchrec.encoders.beit3 import Beit3TextConfig, Beit3TextModel
 from mim_torchrec.encoders.foundation import TEXT
 from mim_torchrec.errors import OptionError, SetupError
 
@@ -202,7 +202,7 @@ def _build(config: TextEncoderConfig, tokenizer: str | None) -> Tower:
             settings = known.config() if known else AutoConfig.from_pretrained(_source(config))
             return _tokenizer(config, tokenizer), AutoModel.from_config(settings)
         if known is not None and known.hub is None:
-            model = Beit3TextModel(known.config())
+            model = Beit3TextModel(cast(Beit3TextConfig, known.config()))
             model.load_original(_beit3_file(config))
             return _tokenizer(config, tokenizer), model
         source = _source(config)
@@ -246,7 +246,9 @@ def _beit3_file(config: TextEncoderConfig) -> Path:
 
 def _tokenizer(config: TextEncoderConfig, learned: str | None) -> PreTrainedTokenizerFast:
     if not learns_tokenizer(config):
-        return AutoTokenizer.from_pretrained(config.tokenizer or _source(config))
+        return cast(
+            PreTrainedTokenizerFast, AutoTokenizer.from_pretrained(config.tokenizer or _source(config))
+        )
     if learned is None:
         raise OptionError(f"{config.name} needs a tokenizer, see train_tokenizer")
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(learned), **_SPECIAL)

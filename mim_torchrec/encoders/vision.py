@@ -7,6 +7,7 @@ until they are on the device, where the module scales them as the weights expect
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -52,6 +53,10 @@ class VisionEncoder(nn.Module):
         OptionError: timm does not know the name, or the weights cannot be had.
     """
 
+    model: Any  # timm's classes share no base class that names their methods
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, config: VisionEncoderConfig, *, load_weights: bool = True) -> None:
         super().__init__()
         self.config = config
@@ -61,8 +66,8 @@ class VisionEncoder(nn.Module):
             raise OptionError(f"vision tower {config.name!r} is no model of timm; near it: {close or '-'}")
         source = config.weights if load_weights else "random"
         defaults = timm.get_pretrained_cfg(name)
-        options = {}
-        if defaults.fixed_input_size and config.image_size is not None:
+        options: dict[str, Any] = {}
+        if defaults is not None and defaults.fixed_input_size and config.image_size is not None:
             options["img_size"] = config.image_size
         from_timm = source == "pretrained" and config.name not in PACKAGED
         try:

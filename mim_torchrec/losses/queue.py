@@ -44,14 +44,12 @@ class ItemQueue(nn.Module):
 
     def place_on(self, device: torch.device) -> None:
         """Move what is held, which after loading may lie elsewhere than the training, to a device."""
-        if self._vectors is not None:
+        if self._vectors is not None and self._ids is not None:
             self._vectors, self._ids = self._vectors.to(device), self._ids.to(device)
 
     def vectors(self, level: str) -> Tensor | None:
         """(num_queued, dim) bfloat16 of a level; None while nothing was pushed."""
-        if self._vectors is None:
-            return None
-        return self._vectors[self.levels.index(level), : self._filled()]
+        return None if self._vectors is None else self._vectors[self.levels.index(level), : self._filled()]
 
     @property
     def ids(self) -> Tensor | None:
@@ -70,7 +68,7 @@ class ItemQueue(nn.Module):
             ValueError: the sizes differ from those of the batches before.
         """
         batch = torch.stack([level.detach().to(DTYPE) for level in vectors])
-        if self._vectors is None:
+        if self._vectors is None or self._ids is None:
             levels, rows, dim = batch.shape
             self._vectors = batch.new_zeros(levels, self.batches * rows, dim)
             self._ids = ids.new_zeros(self.batches * rows)
@@ -108,5 +106,5 @@ class ItemQueue(nn.Module):
         self._ids = None if state["ids"] is None else state["ids"].clone()
 
     def _filled(self) -> int:
-        rows = self._ids.shape[0] // self.batches
+        rows = 0 if self._ids is None else self._ids.shape[0] // self.batches
         return min(self.pushed, self.batches) * rows

@@ -102,6 +102,7 @@ class LeftOut:
         return left
 
     def _same(self, rows: slice, columns: Tensor) -> Tensor:
+        assert self._query_ids is not None  # there are columns only where there are ids of queries
         ids = self._item_ids[columns]
         first, *others = self._query_ids[rows].unbind(1)
         same = first[:, None] == ids
@@ -207,7 +208,7 @@ class _Logits:
             queries = self._queries[first_query : first_query + self._tile.queries]
             shape = (len(queries), len(block))
             logits = torch.mm(queries, block.T, out=self._memory[: shape[0] * shape[1]].view(shape))
-            if self._left_out is not None:
+            if self._left_out is not None and self._columns is not None:
                 columns = self._columns[first_item // self._tile.items]
                 self._left_out.fill_(logits, columns, first_query, first_item)
             yield slice(first_query, first_query + len(queries)), logits

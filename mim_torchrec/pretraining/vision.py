@@ -10,6 +10,7 @@ to the bias of the patch embedding: a learned mask token already.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -75,7 +76,7 @@ class MaskedImageModel(PretrainingObjective):
         pixels = nn.Conv2d(shape[1], 3 * stride**2, 1)
         # it starts at the mean color, so that a random head does not shake a pretrained tower
         nn.init.zeros_(pixels.weight)
-        nn.init.zeros_(pixels.bias)
+        nn.init.zeros_(cast(Tensor, pixels.bias))
         self.head = nn.Sequential(pixels, nn.PixelShuffle(stride))
 
     def batch(self, rows: np.ndarray, key: Sequence[int]) -> MaskedImages:

@@ -31,7 +31,7 @@ from mim_torchrec.data.schema import Dataset
 from mim_torchrec.embeddings.table.format import Manifest, TableWriter
 from mim_torchrec.encoders.checkpoint import encoder_version, load_encoder
 from mim_torchrec.encoders.features import item_features_file
-from mim_torchrec.encoders.pixels import HasTowers
+from mim_torchrec.encoders.pixels import HasTowers, rows_of_rank
 from mim_torchrec.encoders.vision import VisionEncoder
 from mim_torchrec.errors import OutputExists, check_sizes
 from mim_torchrec.program import run
@@ -111,11 +111,7 @@ def export(config: ExportConfig, context: DistributedContext) -> Manifest:
     if config.out.exists():
         raise OutputExists(f"{config.out} exists; choose another directory or remove it")
     items = ItemStore.open(Dataset(config.data), config.item_cache or Path(f"{config.out}.items"))
-    rows = np.arange(len(items))[
-        len(items) * context.rank // context.world_size : len(items)
-        * (context.rank + 1)
-        // context.world_size
-    ]
+    rows = rows_of_rank(len(items), context)
     skipped: list[int] = []
     started = time.perf_counter()
     if config.encoder.startswith(PLAIN):
@@ -146,9 +142,9 @@ def _known_features(
 ) -> dict[str, Tensor] | None:
     if cache is None:
         return None
-    path = context.all_gather_objects(
+    path = context.broadcast_object(
         item_features_file(cache, towers, items.digest()) if context.is_main else None
-    )[0]
+    )
     if not all(context.all_gather_objects(path.is_file())):
         log.warning("%s holds no features of these items by these towers: they are encoded", cache)
         return None

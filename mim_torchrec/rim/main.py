@@ -76,13 +76,13 @@ class _Open:
         """Ids, vectors, and ids deleted; of an item that came twice, what came last."""
         last: dict[int, Tensor | None] = {}
         for arrival, vector in zip(self.arrivals, self.vectors, strict=True):
-            if vector is not None or (arrival.removed and arrival.item_id is not None):
+            if arrival.item_id is not None and (vector is not None or arrival.removed):
                 last[arrival.item_id] = vector
-        ids = [item for item, vector in last.items() if vector is not None]
-        gone = [item for item, vector in last.items() if vector is None]
-        vectors = [torch.empty(0, dim), *(last[item][None] for item in ids)]
+        found = {item: vector for item, vector in last.items() if vector is not None}
+        deleted = [item for item, vector in last.items() if vector is None]
+        vectors = [torch.empty(0, dim), *(vector[None] for vector in found.values())]
         int64 = torch.int64
-        return torch.tensor(ids, dtype=int64), torch.cat(vectors), torch.tensor(gone, dtype=int64)
+        return torch.tensor([*found], dtype=int64), torch.cat(vectors), torch.tensor(deleted, dtype=int64)
 
 
 class RIM:

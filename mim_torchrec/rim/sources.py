@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -178,7 +178,7 @@ class StreamSource:
         return [self._arrival(entry.decode(), fields) for entry, fields in entries]
 
     def _arrival(self, entry: str, fields: dict[bytes, bytes]) -> Arrival:
-        known = {"unit": self._unit, "position": entry, "place": f"{self._at} entry {entry}"}
+        known: dict[str, Any] = {"unit": self._unit, "position": entry, "place": f"{self._at} entry {entry}"}
         try:
             item_id = int(fields[b"item_id"])
             title = fields[b"title"].decode() if b"title" in fields else None

@@ -46,7 +46,7 @@ class InferOutputs(BaseModel):
     outputs: list[dict[str, Any]]
 
 
-ERRORS = {
+ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": Error, "description": "The request cannot be scored."},
     401: {"model": Error, "description": "The token is missing or wrong."},
     404: {"model": Error, "description": "There is no such model or version."},
@@ -240,10 +240,10 @@ def make_app(
 
     async def readiness() -> Any:
         served = service.current
-        problem = served.problem
-        if problem is None and served.scorer.mm is not None:
+        problem, store = served.problem, served.scorer.mm
+        if problem is None and store is not None:
             try:
-                await asyncio.to_thread(lambda: served.scorer.mm.seq)
+                await asyncio.to_thread(lambda: store.seq)
             except RedisUnavailable as error:
                 problem = str(error)
         if problem is not None:

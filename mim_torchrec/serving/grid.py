@@ -22,6 +22,8 @@ class Grid(RequestPairs):
         num_behaviors: likewise.
     """
 
+    shape: tuple[int, int]
+
     def __init__(self, num_candidates: int, num_behaviors: int) -> None:
         shape = (num_candidates, num_behaviors)
         self.__dict__.update(  # the base class is frozen

@@ -1,5 +1,7 @@
 """What a server says of itself to Prometheus."""
 
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
@@ -10,7 +12,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        own = {"namespace": "mim", "registry": self.registry}
+        own: dict[str, Any] = {"namespace": "mim", "registry": self.registry}
         self.requests = Counter("requests", "Requests for scores by status.", ["status"], **own)
         self.seconds = Histogram("request_seconds", "From request to answer.", buckets=SECONDS, **own)
         sizes = (1, 2, 4, 8, 16, 32, 64)

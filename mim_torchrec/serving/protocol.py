@@ -136,12 +136,16 @@ def _tensor(given: InferInput, is_dense: bool) -> Tensor:
 
 def write_response(sent: InferRequest, found: Scores, name: str, version: str) -> dict[str, Any]:
     """What is answered."""
-    asked = [output.name for output in sent.outputs or ()] or [SCORE]
-    values = {SCORE: found.scores, CONTRIBUTION: found.contribution}
+    asked: list[str] = [output.name for output in sent.outputs or ()] or [SCORE]
+    # a model without content interest has nothing that it contributes
+    nothing = torch.zeros_like(found.scores)
+    values = {
+        SCORE: found.scores,
+        CONTRIBUTION: nothing if found.contribution is None else found.contribution,
+    }
     outputs = []
     for output in asked:
-        # a model without content interest has nothing that it contributes
-        data = (values[output] if values[output] is not None else torch.zeros_like(found.scores)).tolist()
+        data = values[output].tolist()
         outputs.append({"name": output, "shape": [len(data)], "datatype": "FP32", "data": data})
     body = {"model_name": name, "model_version": version, "outputs": outputs,
             "parameters": {f"unknown_{kind}": count for kind, count in found.unknown.items()}}  # fmt: skip

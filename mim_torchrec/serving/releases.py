@@ -11,7 +11,7 @@ that follow it swap the pair.
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -63,7 +63,9 @@ class Release:
                     windows=None if remote else self.windows)  # fmt: skip
 
     def items(self) -> Tensor:
-        """(num_items,) int64: all items that have a vector, windows included."""
+        """(num_items,) int64: all items that have a vector, windows included; none of Base."""
+        if self.table is None:
+            return torch.empty(0, dtype=torch.int64)
         table = Table.open(self.table, verify=False)
         ids = table.row_index().ids
         if self.windows is None:
@@ -110,17 +112,17 @@ class Releases:
         self.root.mkdir(parents=True, exist_ok=True)
         write_json(path, asdict(release))
 
-    def check(self, name: str) -> dict[str, object]:
+    def check(self, name: str) -> dict[str, Any]:
         """Compare the items of a release with those of the current one.
 
         Returns:
             `items`, `current_items`, `missing` (of the current one's), and some of them in `examples`.
         """
         release = self.read(name)
-        own = release.items() if release.table is not None else torch.empty(0, dtype=torch.int64)
+        own = release.items()
         current, _ = self.current()
         now = self.read(current) if current is not None else None
-        others = now.items() if now is not None and now.table is not None else own[:0]
+        others = now.items() if now is not None else own[:0]
         missing = others[~torch.isin(others, own)]
         return {"items": own.numel(), "current_items": others.numel(), "missing": missing.numel(),
                 "examples": missing[:NAMED].tolist()}  # fmt: skip

@@ -9,7 +9,9 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from mim_torchrec.embeddings.stores.store import catch_up, follow
+from torch import Tensor
+
+from mim_torchrec.embeddings.stores.store import ParameterStore, catch_up, follow
 from mim_torchrec.embeddings.windows.transport import Transport, open_log
 from mim_torchrec.embeddings.windows.window import Window
 from mim_torchrec.errors import OptionError
@@ -38,20 +40,24 @@ class ServedFiles:
 
 
 class _Follower:
-    """A store as `follow` sees it: windows go through the scorer, which has made things of the rows."""
+    """A store as `follow` sees it: windows go through the scorer, which keeps what it derived from rows."""
 
-    def __init__(self, scorer: Scorer, metrics: Metrics) -> None:
-        self._scorer, self._metrics = scorer, metrics
-        self.table_version, self.dim = scorer.mm.table_version, scorer.mm.dim
+    def __init__(self, scorer: Scorer, store: ParameterStore, metrics: Metrics) -> None:
+        self._scorer, self._store, self._metrics = scorer, store, metrics
+        self.table_version, self.dim = store.table_version, store.dim
 
     @property
     def seq(self) -> int:
-        return self._scorer.mm.seq
+        return self._store.seq
+
+    def lookup(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """See `ParameterStore`."""
+        return self._store.lookup(ids)
 
     def apply(self, window: Window) -> bool:
         """See `ParameterStore`."""
         applied = self._scorer.apply(window)
-        self._metrics.window.set(self._scorer.mm.seq)
+        self._metrics.window.set(self._store.seq)
         return applied
 
 
@@ -73,7 +79,7 @@ class Served:
         if pair.windows is not None:
             if self.scorer.mm is None:
                 raise OptionError(f"{pair.bundle} is Base, which has no vectors for windows to change")
-            follower = _Follower(self.scorer, metrics)
+            follower = _Follower(self.scorer, self.scorer.mm, metrics)
             windows = open_log(pair.windows, follower.table_version, start=follower.seq)
             catch_up(follower, windows)
             self._thread = threading.Thread(target=self._follow, args=(follower, windows), daemon=True)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mim_torchrec.ciubm.jagged import RequestPairs
+from mim_torchrec.ciubm.jagged import Pairs, RequestPairs
 from mim_torchrec.ciubm.ubm.interface import (
     NUM_RECENCY_BUCKETS,
     BehaviorContext,
@@ -86,7 +86,7 @@ class TWIN(UserBehaviorModel):
         heads = []
         for query, key, value, bias in of_heads:
             scores = pairs.inner_products(query, key) + bias.squeeze(1).index_select(0, pairs.behavior_index)
-            found = pairs
+            found: Pairs = pairs
             if pairs.longest > self.top_k:
                 kept = pairs.top_k(scores.detach(), self.top_k)
                 found, scores = pairs.select(kept), scores[kept]
