@@ -19,7 +19,7 @@ export MIM_PYTHON := $(BIN)/python
 export PYTHONPATH :=
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install demo test movielens ablation-csft figure5 table2 ablation-ciubm coldstart abtest table6 bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving bench-rim-latency bench-scaling bench-export-throughput chaos bench book doctor lint lock clean
+.PHONY: help install demo test test-fast movielens ablation-csft figure5 table2 ablation-ciubm coldstart abtest table6 bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving bench-rim-latency bench-scaling bench-export-throughput chaos bench book doctor lint lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -96,8 +96,11 @@ chaos: install  ## kill RIM, stores and training ranks 240 times: no row wrong, 
 bench-export-throughput: install  ## export's items per second beside its encoder's bare forward pass
 	$(BIN)/python -m benchmarks.export_throughput --out runs/export_throughput
 
-test: install  ## unit, distributed and pipeline tests
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+test: install  ## all tests; `make test-fast` runs fewer
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
+
+test-fast: install  ## the tests that are not marked slow
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal -m "not slow"
 
 doctor: install  ## check the installation
 	$(BIN)/mim doctor

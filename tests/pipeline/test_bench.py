@@ -10,6 +10,9 @@ from benchmarks import bench, book
 from benchmarks.registry import BENCHMARKS, EXPERIMENTS, RESULTS, Benchmark
 from tests.unit.test_packaging import ROOT
 
+pytestmark = pytest.mark.slow
+
+
 PROGRAMS = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text()}
 
 

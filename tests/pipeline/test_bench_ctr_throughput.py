@@ -8,6 +8,9 @@ import torch
 from benchmarks import fuxictr_models
 from benchmarks.ctr_throughput import MODELS, ThroughputConfig, in_turns, main, make_batch
 
+pytestmark = pytest.mark.slow
+
+
 SMALL = ["--dims", "4", "--candidates", "1", "2", "--batch-size", "8", "--users", "20", "--items", "50",
          "--categories", "5", "--mm-dim", "8", "--batches", "2", "--rounds", "2", "--warmup", "1",
          "--attention", "4", "--tower", "8", "4", "--top-k", "3"]  # fmt: skip

@@ -2,7 +2,11 @@
 
 import json
 
+import pytest
+
 from benchmarks.rim_latency import main
+
+pytestmark = pytest.mark.slow
 
 
 def test_the_report_holds_every_figure_by_store_and_transport(tmp_path):

@@ -19,6 +19,7 @@ def status_of(words: list[str]) -> int:
     return ended.value.code
 
 
+@pytest.mark.slow
 def test_this_installation_is_sound(capsys):
     assert status_of(["doctor", "--json"]) == 0
     findings = json.loads(capsys.readouterr().out)
@@ -73,6 +74,7 @@ def test_the_cuda_build_is_right_where_there_is_a_driver():
     assert doctor.check_versions(packages, driver=True).ok
 
 
+@pytest.mark.slow
 def test_a_library_that_cannot_load_is_named(tmp_path: Path, monkeypatch):
     (tmp_path / "fbgemm_gpu.py").write_text("raise OSError('libcuda.so.1: cannot open shared object file')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

@@ -146,6 +146,7 @@ def installed(module: str, path: Path) -> str:
     return module.replace(".", "/") + ("/__init__.py" if path.name == "__init__.py" else ".py")
 
 
+@pytest.mark.slow
 def test_a_wheel_holds_every_module_and_starts(tmp_path: Path):
     source = tmp_path / "source"
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")

@@ -249,6 +249,7 @@ def test_the_commands_load_follow_and_check(redis_url, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["seq"] == 1
 
 
+@pytest.mark.slow
 def test_the_follower_ends_at_sigterm_and_survives_sigkill(redis_url, tmp_path):
     write_table(tmp_path / "table")
     RedisStore.load(redis_url, Table.open(tmp_path / "table"))
