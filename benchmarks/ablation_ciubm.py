@@ -18,6 +18,7 @@ from matplotlib import pyplot as plt
 from benchmarks import corpora, demo
 from benchmarks.corpora import Comparison, Corpus, Model, Options
 from benchmarks.stages import Run
+from mim_torchrec import program
 from mim_torchrec.ctr.config import UBM
 from mim_torchrec.training.comparison import deviation
 from mim_torchrec.training.pages import Section, write_pages
@@ -174,4 +175,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

@@ -18,6 +18,7 @@ from matplotlib import pyplot as plt
 
 from benchmarks import demo
 from benchmarks.stages import Run, Stage, Value, ctr_stage, export_stage
+from mim_torchrec import program
 from mim_torchrec.training.comparison import deviation, read_metrics
 from mim_torchrec.training.pages import Section, write_pages
 from mim_torchrec.training.report import BASE_COLOR, MIM_COLOR, tidy, to_png
@@ -370,4 +371,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

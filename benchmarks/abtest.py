@@ -20,6 +20,7 @@ from benchmarks import corpora, demo
 from benchmarks.auction import Outcome, Traffic, lifts, outcome, rank
 from benchmarks.corpora import Comparison, Model
 from benchmarks.stages import Run
+from mim_torchrec import program
 from mim_torchrec.ctr.config import UBM
 from mim_torchrec.training.comparison import deviation
 from mim_torchrec.training.metrics import group_codes
@@ -227,4 +228,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

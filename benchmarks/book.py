@@ -16,6 +16,7 @@ import jinja2
 from benchmarks.bench import SMALL
 from benchmarks.pictures import draw
 from benchmarks.registry import BENCHMARKS, EXPERIMENTS, RESULTS, Benchmark
+from mim_torchrec import program
 from mim_torchrec.training.pages import number
 
 BOOK = Path(__file__).with_name("README.md")
@@ -74,7 +75,7 @@ def render(records: Path = RESULTS) -> tuple[str, dict[str, bytes]]:
     return page, pictures
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Entry point of `python -m benchmarks.book`."""
     page, pictures = render()
     BOOK.write_text(page, encoding="utf-8")
@@ -84,4 +85,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

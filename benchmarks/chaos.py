@@ -21,6 +21,7 @@ from benchmarks.chaos_run import Chaos, Outcome
 from benchmarks.chaos_verify import Findings
 from benchmarks.chaos_victims import Place, warm_up
 from benchmarks.redis_server import RedisServer
+from mim_torchrec import program
 from mim_torchrec.training.comparison import target
 from mim_torchrec.training.pages import Section, print_targets, targets_section, write_pages
 
@@ -198,4 +199,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

@@ -23,6 +23,7 @@ from mim_torchrec.encoders.checkpoint import save_encoder
 from mim_torchrec.encoders.item_encoder import HeadConfig, ItemEncoder, ItemEncoderConfig
 from mim_torchrec.encoders.text import TextEncoderConfig, train_tokenizer
 from mim_torchrec.encoders.vision import VisionEncoderConfig
+from mim_torchrec.errors import OptionError
 from mim_torchrec.representation.export import TrainedEncoder
 
 TOLERANCE = 1e-5  # of a component: other batches, other order of sums
@@ -135,7 +136,7 @@ def make_corpus(out: Path, items: int, requests: int, seed: int) -> Corpus:
     there = torch.cat([base_vectors, vectors[[not (a.removed or a.bad) for a in arrivals]]])
     corpus.distance = min(_closest(there, start) for start in range(0, len(there), 512))
     if corpus.distance < 10 * TOLERANCE:
-        raise ValueError(f"two of the items differ by {corpus.distance:.1e} only; take another seed")
+        raise OptionError(f"two of the items differ by {corpus.distance:.1e} only; take another seed")
     return corpus
 
 

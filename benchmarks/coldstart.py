@@ -17,6 +17,7 @@ from scipy.stats import spearmanr
 from benchmarks import corpora, demo
 from benchmarks.corpora import Comparison, Corpus, Model
 from benchmarks.stages import Run
+from mim_torchrec import program
 from mim_torchrec.ctr.config import UBM
 from mim_torchrec.data.ages import NUM_AGE_SETS, age_sets
 from mim_torchrec.data.items import ItemStore
@@ -168,4 +169,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

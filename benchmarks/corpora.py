@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks import demo, movielens
 from benchmarks.stages import Run, Stage, Value, ctr_stage, export_stage
+from mim_torchrec.errors import OptionError
 from mim_torchrec.training import comparison
 
 Options = Mapping[str, Value]
@@ -99,7 +100,7 @@ class Comparison:
 
     def __init__(self, run: Run, corpus: Corpus, seeds: Sequence[int], tuning_seed: int, jobs: int) -> None:
         if tuning_seed in seeds:
-            raise ValueError(f"seed {tuning_seed} is for tuning and cannot be reported")
+            raise OptionError(f"seed {tuning_seed} is for tuning and cannot be reported")
         self.corpus, self.seeds, self.tuning_seed = corpus, tuple(seeds), tuning_seed
         self.runs: dict[str, list[Path]] = {}
         self.tuning: dict[str, dict[str, Any]] = {}

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.memory import peak_private_bytes, private_bytes
+from mim_torchrec import program
 from mim_torchrec.losses.contrast import Level, contrast
 from mim_torchrec.losses.info_nce import MultiLevelInfoNCE
 from mim_torchrec.losses.tiled import CPU_TILE
@@ -292,4 +293,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

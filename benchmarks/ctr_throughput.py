@@ -22,6 +22,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from benchmarks import fuxictr_models
 from benchmarks.flops import count_flops
+from mim_torchrec import program
 from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.sharding import build_model, shard
 from mim_torchrec.ctr.task import CTRTask
@@ -339,4 +340,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 import tyro
 
 from benchmarks.stages import Run, Stage, Value, ctr_stage, export_stage, permute_stage
+from mim_torchrec import program
+from mim_torchrec.data.errors import DataError
 from mim_torchrec.training import comparison
 from mim_torchrec.training.report import loss_curve, write_report
 
@@ -95,7 +97,7 @@ def run_stages(config: DemoConfig, run: Run) -> dict[str, Path]:
     permuted = permute_stage(export, out=root / "table-permuted", seed=config.seed + 1)
     run.run([shop, no_style, csft, export, plain, permuted])
     if not _items(shop).equals(_items(no_style)):
-        raise RuntimeError("the two shops differ in their items: one table cannot serve both")
+        raise DataError("the two shops differ in their items: one table cannot serve both")
     runs = {
         name: ctr_stage(name, root=root, data=data, table=table, seed=config.seed,
                         options=CTR | {"epochs": config.ctr_epochs}, ranks=ranks)
@@ -181,4 +183,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

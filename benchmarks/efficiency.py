@@ -20,6 +20,8 @@ import tyro
 from benchmarks.efficiency_config import parse
 from benchmarks.efficiency_measures import measure_table, measure_time, validate
 from benchmarks.efficiency_pages import sections, summary
+from mim_torchrec import program
+from mim_torchrec.errors import OptionError
 from mim_torchrec.training.comparison import target
 from mim_torchrec.training.distributed import distributed
 from mim_torchrec.training.pages import print_targets, write_pages
@@ -58,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
     with distributed(0) as ranks:
         if ranks.world_size > 1:
-            raise SystemExit("this benchmark is of one rank: start it without torchrun, or with one process")
+            raise OptionError("this benchmark is of one rank: start it without torchrun, or with one process")
         report = measure_table(config, ranks)
         on_cpu = ranks.device.type == "cpu"
         report["validation"] = validate(config, ranks) if on_cpu else None
@@ -73,4 +75,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

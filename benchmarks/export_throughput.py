@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import mim_torchrec.representation.export as representation
+from mim_torchrec import program
 from mim_torchrec.data.images import decode_image
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.schema import ITEMS, Dataset
@@ -296,4 +297,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

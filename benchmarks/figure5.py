@@ -18,10 +18,12 @@ from matplotlib import pyplot as plt
 
 from benchmarks import demo
 from benchmarks.stages import Run, Stage, Value, ctr_stage, export_stage
+from mim_torchrec import program
 from mim_torchrec.encoders.cost import Cost, tower_cost
 from mim_torchrec.encoders.foundation import TEXT, VISION
 from mim_torchrec.encoders.text import TextEncoder, TextEncoderConfig, learns_tokenizer, train_tokenizer
 from mim_torchrec.encoders.vision import VisionEncoder, VisionEncoderConfig
+from mim_torchrec.errors import OptionError
 from mim_torchrec.training.comparison import read_metrics
 from mim_torchrec.training.pages import Section, write_pages
 from mim_torchrec.training.report import tidy, to_png
@@ -242,7 +244,7 @@ def main(argv: list[str] | None = None) -> None:
             only_forward(tower, build_text(tower, config.max_length), why)
     runnable = [pair for pair in pairs if all(built[tower].problem is None for tower in pair)]
     if not runnable:
-        raise SystemExit("no pair of models has its weights here: name files, --vision <name>=<file>")
+        raise OptionError("no pair of models has its weights here: name files, --vision <name>=<file>")
     job = Job(config, runnable, built)
     points = []
     for (vision, text), auc in zip(runnable, job.auc, strict=True):
@@ -291,4 +293,4 @@ def write(
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

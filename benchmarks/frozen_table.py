@@ -35,6 +35,7 @@ from benchmarks.frozen_model import (
     wrap,
 )
 from benchmarks.memory import peak_private_bytes, private_bytes
+from mim_torchrec import program
 from mim_torchrec.embeddings.sharded.frozen import FrozenEmbeddingCollection, frozen_config
 from mim_torchrec.embeddings.sharded.load import find_frozen, load_table, open_table
 from mim_torchrec.embeddings.table.format import TableWriter, decode, encode, row_bytes
@@ -347,4 +348,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

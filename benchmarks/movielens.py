@@ -15,6 +15,8 @@ import tyro
 
 from benchmarks import demo
 from benchmarks.stages import Run, Stage, Value, ctr_stage, export_stage, permute_stage
+from mim_torchrec import program
+from mim_torchrec.errors import OptionError
 from mim_torchrec.training import comparison
 from mim_torchrec.training.pages import print_targets
 from mim_torchrec.training.report import loss_curve, write_report
@@ -89,7 +91,7 @@ class Job:
 
     def __init__(self, config: MovieLensConfig) -> None:
         if TUNING_SEED in config.seeds:
-            raise ValueError(f"seed {TUNING_SEED} is for tuning and cannot be reported")
+            raise OptionError(f"seed {TUNING_SEED} is for tuning and cannot be reported")
         self.config = config
         self.run = Run(config.out)
         self.root = self.run.root
@@ -286,4 +288,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

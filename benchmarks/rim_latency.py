@@ -28,6 +28,7 @@ import tyro
 
 from benchmarks.chaos_corpus import Fed, Feeder, encode_alone, make_encoder
 from benchmarks.redis_server import RedisServer
+from mim_torchrec import program
 from mim_torchrec.data.shop import ShopConfig, make_shop
 from mim_torchrec.embeddings.stores.main import main as store_command
 from mim_torchrec.embeddings.stores.store import follow, open_store
@@ -302,4 +303,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

@@ -26,6 +26,7 @@ from benchmarks.frozen_table import launch, write_scale_table
 from benchmarks.memory import private_bytes
 from benchmarks.peak_memory import estimated
 from benchmarks.scaling_pages import AXES, PICTURE, scaling, sections
+from mim_torchrec import program
 from mim_torchrec.ctr.sharding import build_model, shard
 from mim_torchrec.data.batch import RequestBatch
 from mim_torchrec.embeddings.sharded.frozen import frozen_config
@@ -269,4 +270,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

@@ -28,6 +28,7 @@ import tyro
 from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingConfig
 
+from mim_torchrec import program
 from mim_torchrec.ciubm.content import content_relevance, relevant_interest
 from mim_torchrec.ctr.config import PRESETS, CTRConfig
 from mim_torchrec.ctr.sharding import build_model
@@ -401,4 +402,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

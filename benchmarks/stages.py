@@ -18,6 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mim_torchrec.errors import ExpectedError, OptionError
+
 CHECKOUT = Path(__file__).resolve().parents[1]
 COMMON = ("mim_torchrec/data", "mim_torchrec/training")
 SOURCES = {
@@ -37,8 +39,8 @@ OF_A_RANK = re.compile(r"\S+/\d+ \[\d+\]:.*\S")
 Value = str | int | float | bool | Path
 
 
-class StageError(RuntimeError):
-    """A stage ended with an error; the message holds the end of its log."""
+class StageError(ExpectedError, RuntimeError):
+    """A stage ended with an error; the end of its log is on standard error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +142,7 @@ class Run:
 
     def _run_one(self, stage: Stage, threads: int | None) -> None:
         if not stage.out.resolve().is_relative_to(self.root):
-            raise ValueError(f"stage {stage.name} writes to {stage.out}, which is outside {self.root}")
+            raise OptionError(f"stage {stage.name} writes to {stage.out}, which is outside {self.root}")
         folder = self.root / "stages"
         folder.mkdir(parents=True, exist_ok=True)
         record, log = folder / f"{stage.name}.json", folder / f"{stage.name}.log"
@@ -186,7 +188,8 @@ class Run:
             ).returncode
         if code:
             tail = _tail(log.read_text(errors="replace").splitlines())
-            raise StageError(f"stage {stage.name} failed with exit code {code}; end of {log}:\n{tail}")
+            print(f"end of {log}:\n{tail}", file=sys.stderr, flush=True)
+            raise StageError(f"stage {stage.name} failed with exit code {code}; see {log}")
         return time.monotonic() - started
 
     def _say(self, line: str) -> None:

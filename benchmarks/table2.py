@@ -16,6 +16,7 @@ from matplotlib import pyplot as plt
 from benchmarks import corpora, demo
 from benchmarks.corpora import Comparison, Corpus, Model
 from benchmarks.stages import Run
+from mim_torchrec import program
 from mim_torchrec.ctr.config import UBM
 from mim_torchrec.training.comparison import deviation, target
 from mim_torchrec.training.pages import Section, print_targets, write_pages
@@ -163,4 +164,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

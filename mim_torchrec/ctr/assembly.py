@@ -187,6 +187,5 @@ def log_to_stderr() -> None:
     """Log what this package says, and nothing of what torch and torchrec say about themselves."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("mim_torchrec").setLevel(logging.INFO)
-    warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
     warnings.filterwarnings("ignore", message="Please use DTensor instead")
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")

@@ -37,6 +37,7 @@ from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.table.shards import CHUNK
 from mim_torchrec.embeddings.table.writer import TableWriter
 from mim_torchrec.program import run
+from mim_torchrec.quiet import quiet
 from mim_torchrec.training.checkpoint import atomic_directory, write_json
 
 log = logging.getLogger(__name__)
@@ -143,7 +144,8 @@ def write_bundle(run: Path, out: Path, checkpoint: str = "best") -> Bundle:
 
     def read(names: list[str]) -> dict[str, Tensor]:
         tensors = {sizes[n][0]: torch.empty(sizes[n][1], dtype=sizes[n][2]) for n in names}
-        dcp.load(tensors, checkpoint_id=str(state), no_dist=True)
+        with quiet("torch.distributed is disabled"):  # which is what no_dist means
+            dcp.load(tensors, checkpoint_id=str(state), no_dist=True)
         return {name: tensors[sizes[name][0]] for name in names}
 
     def rows_of(name: str) -> Tensor:

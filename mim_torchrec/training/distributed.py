@@ -65,13 +65,15 @@ def distributed(seed: int) -> Iterator[DistributedContext]:
         SetupError: a machine has GPUs, but fewer than ranks.
     """
     device = _device()
-    mine = not dist.is_initialized()
+    mine, alone = not dist.is_initialized(), False
     if mine:
         backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            alone = "LOCAL_WORLD_SIZE" not in os.environ
+            os.environ.setdefault("LOCAL_WORLD_SIZE", "1")  # torchrec warns where it has to guess
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -80,6 +82,8 @@ def distributed(seed: int) -> Iterator[DistributedContext]:
     finally:
         if mine:
             dist.destroy_process_group()
+        if alone:
+            del os.environ["LOCAL_WORLD_SIZE"]
 
 
 def is_restarted() -> bool:

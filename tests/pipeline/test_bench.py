@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import bench, book
 from benchmarks.registry import BENCHMARKS, EXPERIMENTS, RESULTS, Benchmark
+from mim_torchrec.errors import OptionError
 from tests.unit.test_packaging import ROOT
 
 pytestmark = pytest.mark.slow
@@ -115,7 +116,7 @@ def test_it_runs_what_is_asked_for_and_compares_it(tmp_path, monkeypatch, capsys
 def test_a_benchmark_that_fails_ends_it_and_is_named(tmp_path, monkeypatch):
     broken = Benchmark(name="csft_loss", target="x", title="", small=("--no-such-flag", "1"))
     monkeypatch.setattr(bench, "BENCHMARKS", [broken])
-    with pytest.raises(SystemExit, match="csft_loss ended with 2"):
+    with pytest.raises(bench.BenchmarkFailed, match="csft_loss ended with 2"):
         bench.main(["--out", str(tmp_path), "--only", "csft_loss"])
-    with pytest.raises(SystemExit, match="there is no benchmark nothing"):
+    with pytest.raises(OptionError, match="there is no benchmark nothing"):
         bench.main(["--out", str(tmp_path), "--only", "nothing"])

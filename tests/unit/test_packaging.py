@@ -24,7 +24,7 @@ FOLDERS = {
     "launch": "mim_torchrec.launch",
 }
 STAGES = {"pretraining", "csft", "representation", "ctr"}
-BASE = {"errors", "program"}
+BASE = {"errors", "program", "quiet"}
 PARTS = {"encoders", "losses", "ciubm", "data", "training"}
 SERVICES = {"rim", "serving"}
 TOP = {"launch", "cli", "doctor"}
