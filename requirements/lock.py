@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 HERE = Path(__file__).parent
 ROOTS = ["mim-torchrec", "fbgemm-gpu-cpu", "setuptools", "wheel", "packaging", "pip"]
 FBGEMM = {"cpu": "fbgemm-gpu-cpu", "cuda": "fbgemm-gpu"}
-EXTRAS = {"mim-torchrec": ["encoders", "test"]}
+EXTRAS = {"mim-torchrec": ["docs", "encoders", "test"]}
 
 
 def closure() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""``mim store``: put a table into a parameter store, keep it up with a window log, compare the two."""
+"""``mim store``: load a table into a parameter store, apply a window log to it, compare the two."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ CHUNK = 10_000
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """Write a table into Redis or Valkey, in the place of an older base of the same table_version."""
+    """Write a table into Redis or Valkey; it replaces an older base table of the same table_version."""
 
     table: tyro.conf.Positional[Path]
     """The base table's directory."""

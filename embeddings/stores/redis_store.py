@@ -1,14 +1,14 @@
 """The parameter store in Redis or Valkey, one server or a cluster, for many computation machines.
 
     {<name>}:<version>                              hash: base, dim, dtype, shards
-    {<name>:<version>:<base>:<shard>}               number of the last window applied to a shard, and behind a
-                                                    + how many changes of the next one are written
+    {<name>:<version>:<base>:<shard>}               number of the last window applied to a shard; after a +
+                                                    the number of written changes of the next window
     {<name>:<version>:<base>:<shard>}<8 bytes>      a row as stored, by item id
 
-A shard is what one slot of a cluster holds: its rows and their watermark, so that a script can check the one
-and write the other in one step. A reader may see part of a window before the watermark moves, but never a
-torn row; a consumer that was overtaken cannot write. The next base of a version is loaded beside the last and
-takes its place at once. `<version>` is a digest of `table_version`.
+A shard is what one slot of a cluster holds: its rows and their watermark. A script can therefore check the
+watermark and write the rows in one step. A reader may see a part of a window before the watermark moves, but
+never a torn row. A consumer that was overtaken cannot write. The next base table of a version is loaded next
+to the last and replaces it atomically. `<version>` is a digest of `table_version`.
 """
 
 import hashlib
@@ -175,7 +175,7 @@ class RedisStore:
     def _commands(
         self, window: Window, values: list[bytes], due: set[int]
     ) -> Iterator[tuple[list[bytes], list[bytes | int]]]:
-        """Keys and arguments of the script: at most ROWS rows each; a shard's last one moves its mark."""
+        """Keys and arguments of the script: at most ROWS rows each; a shard's last call moves its mark."""
         shards = self._facts.shards
         for shard in sorted(due):
             rows = [(item, value) for item, value in zip(window.ids.tolist(), values, strict=True)
@@ -210,7 +210,7 @@ class RedisStore:
         self._drop_where(lambda found: found == base)
 
     def _drop_older(self) -> None:
-        """Remove the rows of all bases before this one, also those that a load that broke off has left."""
+        """Remove the rows of all older base tables, also those that an interrupted load left."""
         self._drop_where(lambda found: found < self._facts.base)
 
     def _drop_where(self, is_dropped: Callable[[int], bool]) -> None:

@@ -1,7 +1,7 @@
-"""Fold windows into a new base table, which a reader that is behind, or new, opens in their place.
+"""Compaction: write a new base table with the windows applied, for readers that are behind or new.
 
-Memory holds what the windows change, and a chunk of the base. Not here: removing windows from the log, which
-`Transport.forget` does.
+Memory holds the changes of the windows and one chunk of the base table. `Transport.forget` removes windows
+from the log.
 """
 
 from pathlib import Path

@@ -1,13 +1,13 @@
-"""The window log: a directory with a file a window, durable, ordered and idempotent, without a server.
+"""The window log as a directory with one file per window: durable, ordered, idempotent, without a server.
 
     <log>/log.json                        format version, table_version and start
     <log>/0000000000000001.safetensors    window 1, and so on
-    <log>/forgotten.jsonl                 numbers and names of windows whose files are gone
+    <log>/forgotten.jsonl                 numbers and names of windows whose files were removed
 
-A window is in the log once its file has its name: it is written under another one, brought to the disk and
-linked, which fails if the number is taken. So several may append, none overwrites another, and who is killed
-leaves at most a hidden file that nobody reads. `compact.py` folds them into a table, after which `forget`
-removes their files; their names stay, so that a window that is delivered again is still known.
+A window is written to a hidden file, flushed to disk and then hard-linked to its number, which fails if the
+number is taken. Several writers may append, and none overwrites another. A killed writer leaves at most a
+hidden file that no reader opens. `compact.py` writes a table with the windows applied; `forget` then removes
+their files. Their names are kept, so that a window that is delivered again is recognized.
 """
 
 import json
@@ -83,7 +83,7 @@ class WindowLog:
         return max([*self._numbers(), self._forgotten_through()])
 
     def first_seq(self) -> int:
-        """Number of the oldest window that can be read; one past the newest where none can."""
+        """Number of the oldest window that can be read; one past the newest if there is none."""
         return min(self._numbers(), default=self._forgotten_through() + 1)
 
     def size(self) -> int:
@@ -134,7 +134,7 @@ class WindowLog:
                 self._path(number).unlink()
 
     def names(self) -> list[str]:
-        """Names of all windows that ever were."""
+        """Names of all windows that were ever added."""
         self._read_names()
         return list(self._seq_of)
 
@@ -168,7 +168,7 @@ class WindowLog:
         return True
 
     def after(self, seq: int) -> Iterator[Window]:
-        """The windows after a number, in order, up to what was the newest when the first was asked for.
+        """The windows after a number, in order, up to the newest one at the first call of `next`.
 
         Raises:
             WindowGap: windows between the number and the log are gone, or the log ends before the number.
@@ -216,7 +216,7 @@ class WindowLog:
         return len(gone)
 
     def _remove_broken_off(self) -> None:
-        """Remove what those have left who were killed while they wrote."""
+        """Remove the hidden files that killed writers left."""
         for path in self.root.glob(f".*{WRITING}"):
             try:
                 if path.stat().st_mtime < time.time() - BROKEN_OFF:
@@ -225,13 +225,13 @@ class WindowLog:
                 continue
 
     def _forgotten(self) -> list[tuple[int, str]]:
-        """Numbers and names of windows without a file; the line that a killed writer broke off is left."""
+        """Numbers and names of windows without a file; the unfinished line of a killed writer is skipped."""
         path = self.root / FORGOTTEN
         if not path.exists():
             return []
         entries = []
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            # the files of a line that was broken off are still there, and are forgotten by a later one
+            # the files of an unfinished line are still there; a later call forgets them
             try:
                 entry = json.loads(line)
                 entries.append((entry["seq"], entry["window_id"]))
@@ -283,7 +283,7 @@ class WindowLog:
         return name
 
     def _publish(self, path: Path, data: bytes) -> bool:
-        """Give a file its name when all of it is on the disk; False where somebody else has."""
+        """Link a file to its name when all of it is on disk; False if the name is taken."""
         waiting = self.root / f".{uuid.uuid4().hex}{WRITING}"
         try:
             waiting.write_bytes(data)
@@ -309,7 +309,7 @@ def missing_window(log: str, seq: int, first: int, last: int) -> WindowGap:
 
 
 def check_not_moved(log: str, next_seq: int, seq: int | None) -> None:
-    """Refuse a window that was meant for another place.
+    """Refuse a window that was meant for another number.
 
     Raises:
         LogMoved: `seq` is given and not the next number.

@@ -1,4 +1,4 @@
-"""Connections to Redis, Valkey and clusters of them, and what their failures mean to callers."""
+"""Connections to Redis, Valkey and clusters, and the errors that callers get when these fail."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,13 +21,13 @@ TIMEOUT = 5.0  # seconds of one attempt
 
 
 class RedisUnavailable(ExpectedError, ConnectionError):
-    """The server cannot be reached, or is still loading. What was asked for may be asked for again."""
+    """The server cannot be reached, or is still loading. The request can be repeated."""
 
     status = Status.ENVIRONMENT
 
 
 class RedisFull(ExpectedError, OSError):
-    """The server has no memory left for what was to be written. What was there is whole."""
+    """The server has no memory left for the write. Existing data is intact."""
 
     status = Status.ENVIRONMENT
 

@@ -1,4 +1,4 @@
-"""Where windows go from who encodes items to all who read vectors: a directory, or a Redis stream."""
+"""Transport of windows from encoders to all readers of vectors: a directory, or a Redis stream."""
 
 from collections.abc import Iterator
 from pathlib import Path

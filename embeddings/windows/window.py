@@ -1,6 +1,6 @@
-"""A window: some items with their vectors, and items deleted, under one sequence number (§3.5, RIM).
+"""A window: items with their vectors, and deleted items, under one sequence number (§3.5, RIM).
 
-Every reader applies windows by one rule, `is_due`. Deliveries may come twice; each takes effect once.
+Every reader applies windows by one rule, `is_due`. A window may be delivered twice and takes effect once.
 """
 
 import hashlib

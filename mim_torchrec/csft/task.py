@@ -132,7 +132,7 @@ class CSFTTask:
         inputs: features for the head if towers are frozen, else pixels and tokens.
         items: the items.
         pairs: all pairs.
-        catalog: pictures and titles of both.
+        catalog: images and titles of both.
         train: indexes of the pairs to train on.
         held_out: indexes of the pairs to validate on.
         context: the process group.
@@ -249,9 +249,9 @@ class CSFTTask:
             rows = np.concatenate([rows, self._items.rows_of(np.array(negatives))])
         query_row = self._catalog.query_row[index]
         return PairBatch(
-            query=self._inputs.pictures(self._catalog.query_image_row[index]),
+            query=self._inputs.images(self._catalog.query_image_row[index]),
             query_text=self._inputs.texts(query_row) if self._config.gamma else None,
-            image=self._inputs.pictures(rows),
+            image=self._inputs.images(rows),
             text=self._inputs.texts(rows),
             item_row=torch.from_numpy(rows).to(self._context.device),
             query_row=torch.from_numpy(query_row).to(self._context.device),

@@ -4,24 +4,24 @@ import json
 import logging
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
-from mim_torchrec.ctr.config import CTRConfig
+from mim_torchrec.ctr.config import CTRConfig, from_values
 from mim_torchrec.ctr.sharding import build_model, shard
 from mim_torchrec.ctr.windows import LiveWindows
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.requests import RequestReader
 from mim_torchrec.data.schema import Dataset
-from mim_torchrec.data.vocabulary import COLUMNS, IdMapper, Vocabulary, scan_ids
+from mim_torchrec.data.vocabulary import IdMapper, Vocabulary, scan_ids
 from mim_torchrec.embeddings.sharded.frozen import frozen_config
 from mim_torchrec.embeddings.sharded.live import ItemIndex
 from mim_torchrec.embeddings.sharded.load import load_table, open_table, table_digest
@@ -124,8 +124,9 @@ def open_reader(
     """
     if config.batch_size % context.world_size:
         raise OptionError(f"--batch-size {config.batch_size} is not a multiple of {context.world_size} ranks")
-    return RequestReader(
-        dataset.requests(split),
+    files = dataset.requests(split)
+    reader = RequestReader(
+        files,
         batch_size=config.batch_size // context.world_size,
         rank=context.rank,
         world_size=context.world_size,
@@ -136,6 +137,27 @@ def open_reader(
         drop_remainder=training,
         features=config.features(),
     )
+    _check_needs(config, reader.columns, files[0])
+    return reader
+
+
+def _check_needs(config: CTRConfig, columns: Sequence[str], file: Path) -> None:
+    """See before training that the requests have what the user behavior model reads besides ids."""
+    needs = config.ubm_options.needs if config.id_interest else frozenset()
+    if "recency" in needs and config.recency == "time":
+        if missing := sorted({"ts", "behavior_ts"}.difference(columns)):
+            raise DataError(
+                f"--ubm {config.ubm} needs to know how far behaviors lie back, in seconds; with "
+                f"--recency order it counts behaviors (missing: {', '.join(missing)})",
+                file=file,
+            )
+    if "categories" in needs:
+        if missing := sorted({"behavior_categories", "candidate_categories"}.difference(columns)):
+            raise DataError(
+                f"--ubm {config.ubm} with these options needs the categories of candidates and behaviors "
+                f"(missing: {', '.join(missing)})",
+                file=file,
+            )
 
 
 def scan_vocabularies(
@@ -149,8 +171,7 @@ def scan_vocabularies(
     if context.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         earlier = load_vocabularies(config.warm_start) if config.warm_start is not None else {}
-        columns = COLUMNS | {name: (name,) for name in config.sparse_features}
-        for name, new in scan_ids(dataset.requests("train"), columns).items():
+        for name, new in scan_ids(dataset.requests("train"), config.features()).items():
             ids = np.union1d(new, earlier[name].ids.numpy()) if name in earlier else new
             Vocabulary.build(ids, spare_rows=config.spare_rows).save(folder / f"{name}.npz")
     context.barrier()
@@ -178,8 +199,8 @@ def read_config(run: Path) -> CTRConfig:
     if not path.is_file():
         raise DataError(f"is no run of mim ctr: it has no {CONFIG}", file=run)
     try:
-        return TypeAdapter(CTRConfig).validate_python(json.loads(path.read_text()))
-    except (ValidationError, json.JSONDecodeError) as error:
+        return from_values(json.loads(path.read_text()))
+    except ValueError as error:
         raise DataError(f"is not a configuration of this version of mim ctr: {error}", file=path) from None
 
 

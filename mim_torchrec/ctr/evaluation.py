@@ -24,7 +24,7 @@ from mim_torchrec.ctr.assembly import (
     open_reader,
     read_config,
 )
-from mim_torchrec.ctr.evaluate import predict, summarize
+from mim_torchrec.ctr.predictions import predict, summarize
 from mim_torchrec.ctr.task import load_model
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.schema import Dataset

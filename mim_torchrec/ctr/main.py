@@ -22,7 +22,7 @@ from mim_torchrec.ctr.assembly import (
     write_config,
 )
 from mim_torchrec.ctr.config import CTRConfig, parse
-from mim_torchrec.ctr.evaluate import predict, summarize
+from mim_torchrec.ctr.predictions import predict, summarize
 from mim_torchrec.ctr.task import CTRTask, load_model
 from mim_torchrec.ctr.warm_start import warm_start
 from mim_torchrec.ctr.windows import LiveWindows

@@ -12,7 +12,6 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.comm import get_local_size
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
@@ -42,6 +41,7 @@ from torchrec.optim.warmup import WarmupOptimizer, WarmupPolicy, WarmupStage
 
 from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.model import CTRModel
+from mim_torchrec.ctr.parameters import id_tables, trainable_state
 from mim_torchrec.embeddings.sharded.frozen import FrozenEmbeddingCollection
 from mim_torchrec.embeddings.sharded.sharder import FrozenEmbeddingCollectionSharder
 from mim_torchrec.errors import OptionError
@@ -78,7 +78,7 @@ def build_model(
     """
     dim = config.embedding_dim
     features = config.features()
-    of_requests = features.of_requests(features.sparse)
+    of_requests = [feature.name for feature in features.ids(of_candidates=False)]
     request = [
         EmbeddingBagConfig(
             name=name,
@@ -94,7 +94,7 @@ def build_model(
         name: [f"candidate_{name}", f"behavior_{name}"]
         for name in ("item_id", "category")
         if name in num_embeddings
-    } | {name: [name] for name in features.of_candidates(features.sparse)}
+    } | {feature.name: [feature.name] for feature in features.ids(of_candidates=True)}
     items = [
         EmbeddingConfig(
             name=name,
@@ -246,13 +246,9 @@ def initialize_tables(model: nn.Module, seed: int, std: float | None) -> None:
         seed: seed of the run; each table has its own stream, named by its place in sorted order.
         std: standard deviation of normal values; None is uniform within $1/\\sqrt{rows}$.
     """
-    tables = {
-        name: value
-        for name, value in model.state_dict().items()
-        if isinstance(value, ShardedTensor) and "mm_embeddings" not in name
-    }
-    for place, name in enumerate(sorted(tables)):
-        table = tables[name]
+    state = trainable_state(model)
+    for place, name in enumerate(sorted(id_tables(state).values())):
+        table = state[name]
         rows, dim = table.size()
         generator = torch.Generator().manual_seed(seed * 1000 + place)
         bound = 1 / math.sqrt(rows)

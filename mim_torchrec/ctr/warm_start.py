@@ -16,7 +16,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from mim_torchrec.ctr.assembly import load_vocabularies, read_config
 from mim_torchrec.ctr.config import CTRConfig
-from mim_torchrec.ctr.task import trainable_state
+from mim_torchrec.ctr.parameters import id_tables, trainable_state
 from mim_torchrec.data.vocabulary import Vocabulary
 from mim_torchrec.errors import ExpectedError, Status
 
@@ -68,20 +68,19 @@ def warm_start(
     state = trainable_state(model)
     if state.keys() != sizes.keys():
         raise WarmStartError(f"{run} has other weights: {sorted(state.keys() ^ sizes.keys())}")
-    dense = {name: value for name, value in state.items() if not isinstance(value, ShardedTensor)}
+    tables = id_tables(state)
+    dense = {name: value for name, value in state.items() if name not in tables.values()}
     dcp.load(dense, checkpoint_id=path)
     model.load_state_dict(dict(state), strict=False)  # torchrec renames what it is given
     before = load_vocabularies(run)
-    for name, table in state.items():
-        if isinstance(table, ShardedTensor):
-            weights = torch.empty(sizes[name].size)
-            dcp.load({name: weights}, checkpoint_id=path)
-            column = name.split(".")[-2]
-            known, ids = before[column].ids, vocabularies[column].ids
-            # row 0 of unknown ids stays, row k + 1 is that of the id at place k
-            places = torch.cat([torch.zeros(1, dtype=torch.long), 1 + torch.searchsorted(ids, known)])
-            _take_over(table, weights[: len(places)], places)
-            log.info("%s: %d rows taken over, %d new", column, len(known), len(ids) - len(known))
+    for column, name in tables.items():
+        weights = torch.empty(sizes[name].size)
+        dcp.load({name: weights}, checkpoint_id=path)
+        known, ids = before[column].ids, vocabularies[column].ids
+        # row 0 of unknown ids stays, row k + 1 is that of the id at place k
+        places = torch.cat([torch.zeros(1, dtype=torch.long), 1 + torch.searchsorted(ids, known)])
+        _take_over(state[name], weights[: len(places)], places)
+        log.info("%s: %d rows taken over, %d new", column, len(known), len(ids) - len(known))
 
 
 def _take_over(table: ShardedTensor, weights: torch.Tensor, places: torch.Tensor) -> None:

@@ -109,7 +109,7 @@ class ItemStore:
         return values
 
     def images(self, rows: np.ndarray) -> list[Image.Image]:
-        """Decoded RGB pictures. Raises DataError naming the place of one that is truncated."""
+        """Decoded RGB images. Raises DataError naming the place of one that is truncated."""
         return [
             decode_image(data, self.location(int(row), "image"))
             for row, data in zip(rows, self.image_bytes(rows), strict=True)

@@ -69,7 +69,7 @@ class Log:
 
 @dataclass(frozen=True)
 class Searches:
-    """Searches by image: style of the picture (n, 8), its category, ts, item bought and item clicked (n,)."""
+    """Searches by image: style of the image (n, 8), its category, ts, item bought and item clicked (n,)."""
 
     style: np.ndarray
     category: np.ndarray
@@ -183,7 +183,7 @@ def _logits(
 def search(
     catalog: ShopItems, crowd: Crowd, *, searches: int, start: int, stop: int, rng: np.random.Generator
 ) -> Searches:
-    """Users search with a picture near a taste of theirs, buy the listed item most like it, click another."""
+    """Users search with a image near a taste of theirs, buy the listed item most like it, click another."""
     user = rng.choice(len(crowd.ids), searches, p=crowd.activity)
     ts = np.sort(rng.integers(start, stop, searches))
     taste = crowd.tastes[user, rng.integers(2, size=searches)] * np.sqrt(STYLE_DIM)

@@ -34,7 +34,7 @@ def item_features_file(cache: Path, towers: HasTowers, content: str) -> Path:
 
 
 def query_features_file(cache: Path, towers: HasTowers, content: str) -> Path:
-    """Where the features of pictures that are no item's are: `image` (num_images, image_dim)."""
+    """Where the features of images that are no item's are: `image` (num_images, image_dim)."""
     return _file(cache, "queries", module_version(towers.vision), content)
 
 
@@ -72,7 +72,7 @@ def compute_features(
 
     Args:
         encode: features of some of the index.
-        index: of pictures or titles.
+        index: of images or titles.
         batch_size: how many at a time.
         what: for the progress bar.
         context: the process group.

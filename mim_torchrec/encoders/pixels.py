@@ -1,6 +1,6 @@
-"""Pictures and titles as towers take them, by index: what every stage that trains towers reads.
+"""Images and titles as towers take them, by index: what every stage that trains towers reads.
 
-Not here: where pictures and titles come from, which the stages know.
+Not here: where images and titles come from, which the stages know.
 """
 
 import logging
@@ -22,15 +22,15 @@ Tokens = dict[str, Tensor]
 
 
 class ItemContent(Protocol):
-    """Where pictures and titles come from."""
+    """Where images and titles come from."""
 
     num_images: int
 
     def titles(self, rows: np.ndarray) -> list[str]:
         """Titles of items."""
 
-    def decode(self, picture: int, vision: VisionEncoder) -> Tensor:
-        """One picture as the tower takes it."""
+    def decode(self, image: int, vision: VisionEncoder) -> Tensor:
+        """One image as the tower takes it."""
 
 
 class HasTowers(Protocol):
@@ -46,9 +46,9 @@ class PixelInputs:
     """Pixels and tokens, for towers that are trained.
 
     Args:
-        catalog: pictures and titles.
+        catalog: images and titles.
         encoder: whose preprocessing is used.
-        memory_gib: pictures are decoded once if they fit into this; None decodes whenever they are asked for.
+        memory_gib: images are decoded once if they fit into this; None decodes whenever they are asked for.
         context: the process group; each rank decodes its share, all keep all.
     """
 
@@ -72,7 +72,7 @@ class PixelInputs:
             log.info("%.1f GiB of pixels are over the limit of %.1f GiB: every epoch decodes its images",
                      size / 2**30, memory_gib)  # fmt: skip
 
-    def pictures(self, index: np.ndarray) -> Tensor:
+    def images(self, index: np.ndarray) -> Tensor:
         """(n, 3, image_size, image_size) uint8."""
         pixels = self._decode(index) if self._pixels is None else self._pixels[torch.from_numpy(index)]
         return pixels.to(self._context.device)

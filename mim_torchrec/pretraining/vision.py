@@ -36,7 +36,7 @@ class MaskedImageModel(PretrainingObjective):
 
     Args:
         vision: the tower, any of timm with `forward_intermediates`.
-        inputs: pictures by item row.
+        inputs: images by item row.
         config: size and share of the masked patches.
         fix_batch_norm: as in `PretrainingObjective`.
 
@@ -81,7 +81,7 @@ class MaskedImageModel(PretrainingObjective):
 
     def batch(self, rows: np.ndarray, key: Sequence[int]) -> MaskedImages:
         """Images of items, and a mask drawn for each."""
-        images = self._inputs.pictures(rows)
+        images = self._inputs.images(rows)
         masked = patch_masks(len(rows), self.side, self.masked_patches, generator(key))
         return MaskedImages(images, masked.to(images.device))
 

@@ -3,7 +3,7 @@
     python -m mim_torchrec.representation.export --data DIR --encoder DIR --out TABLE
     python -m torch.distributed.run --nproc_per_node 2 -m mim_torchrec.representation.export ...
 
-Items are divided over the ranks in ascending order of their ids. Threads read, decode and resize the pictures
+Items are divided over the ranks in ascending order of their ids. Threads read, decode and resize the images
 of the next batches while the encoder works on this one. The table's version is the encoder's, so whoever
 reads the table can state which encoder it is for. Not here: encoding of items that arrive later.
 """
@@ -42,15 +42,15 @@ from mim_torchrec.training.distributed import DistributedContext, distributed
 
 log = logging.getLogger(__name__)
 
-AHEAD = 2  # batches whose pictures wait or are being decoded while one is encoded
+AHEAD = 2  # batches whose images wait or are being decoded while one is encoded
 
 
 class Encode(Protocol):
-    """Maps pictures and titles of items to vectors (num_items, dim)."""
+    """Maps images and titles of items to vectors (num_items, dim)."""
 
     device: torch.device
     vision: VisionEncoder
-    """Whose ``transform`` makes pixels of a picture."""
+    """Whose ``transform`` makes pixels of a image."""
 
     def of_pixels(self, pixels: Tensor, titles: list[str]) -> Tensor:
         """Vectors of pixels (num_items, 3, image_size, image_size) uint8 and as many titles."""
@@ -74,7 +74,7 @@ class TrainedEncoder:
         self.description: dict[str, Any] = {"kind": "csft", **asdict(self.encoder.config)}
 
     def __call__(self, images: list[Image], titles: list[str]) -> Tensor:
-        """Vectors of pictures and titles."""
+        """Vectors of images and titles."""
         return self.of_pixels(torch.stack([self.vision.transform(image) for image in images]), titles)
 
     def of_pixels(self, pixels: Tensor, titles: list[str]) -> Tensor:
@@ -169,14 +169,14 @@ def _encode(
                 vectors = encode.of_features(image, text)
             yield Encoded(torch.from_numpy(items.item_ids[part.numpy()]), vectors.float().cpu())
         return
-    pictures = ahead(
+    images = ahead(
         lambda row: _pixels(items, row, encode.vision), rows, threads=config.decode_threads,
         depth=AHEAD * config.batch_size,
     )  # fmt: skip
     with tqdm(total=len(rows), unit="item", desc="encode", disable=not context.is_main) as progress:
         for start in range(0, len(rows), config.batch_size):
             batch = rows[start : start + config.batch_size]
-            kept, pixels = _readable(items, batch, islice(pictures, len(batch)), config, skipped)
+            kept, pixels = _readable(items, batch, islice(images, len(batch)), config, skipped)
             progress.update(len(batch))
             if len(kept):
                 with torch.inference_mode():

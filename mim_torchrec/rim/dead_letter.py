@@ -1,4 +1,4 @@
-"""Items that could not be encoded, and why: a line of JSON each."""
+"""The dead-letter file: items that could not be encoded and the reason, one line of JSON each."""
 
 import json
 import logging
@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 class DeadLetterFile:
-    """A file to which items are added once, however often they are met.
+    """A file to which each item is added once, however often it arrives.
 
     Args:
         path: of the file.
@@ -26,7 +26,7 @@ class DeadLetterFile:
                 try:
                     entry = json.loads(line)
                     self._known.add((entry["place"], entry["reason"]))
-                except ValueError:  # it is empty, or was broken off
+                except ValueError:  # an empty or unfinished line
                     continue
 
     def __len__(self) -> int:
@@ -45,7 +45,7 @@ class DeadLetterFile:
         facts = [{"place": a.place, "item_id": a.item_id, "reason": reason, "at": now} for a, reason in new]
         lines = [json.dumps(entry, ensure_ascii=False) for entry in facts]
         with self._path.open("a", encoding="utf-8") as file:
-            file.write("\n" + "\n".join(lines) + "\n")  # the first ends a line that was broken off
+            file.write("\n" + "\n".join(lines) + "\n")  # the first newline ends an unfinished line
             file.flush()
             os.fsync(file.fileno())
         for arrival, reason in new:

@@ -1,7 +1,8 @@
-"""Where new items come from: Parquet files that are moved to a directory, or a Redis stream.
+"""Sources of new items: Parquet files that are moved into a directory, or a Redis stream.
 
-A source is read in order from a position, which is a place in each of its units: rows of a file, entries of
-the stream. Windows carry the positions that they reach, so the log alone says what is still to be read.
+A source consists of units, such as files or one stream, and is read in order. A position is a row of a file
+or an entry of the stream. Windows record the positions that they reach, so the log alone tells what is still
+to be read.
 """
 
 import time
@@ -53,7 +54,7 @@ class ItemSource(Protocol):
     """New items in order."""
 
     def seek(self, positions: Positions) -> None:
-        """Go on behind these positions; units that are not named are read from their beginning."""
+        """Continue after these positions; units that are not named are read from their beginning."""
 
     def read(self, limit: int, timeout: float) -> list[Arrival]:
         """The next items, at most `limit`; none if none came within `timeout` seconds.
@@ -81,13 +82,13 @@ class DirectorySource:
         self.seek({})
 
     def seek(self, positions: Positions) -> None:
-        """See `Source`."""
+        """See `ItemSource`."""
         self._positions = dict(positions)
         self._done: dict[str, tuple[int, int]] = {}  # files that were read to their end, by size and time
         self._current: Iterator[Arrival] = iter(())
 
     def read(self, limit: int, timeout: float) -> list[Arrival]:
-        """See `Source`; a file that cannot be read is one arrival with a problem."""
+        """See `ItemSource`; a file that cannot be read is one arrival with a problem."""
         deadline = time.monotonic() + timeout
         while True:
             found = [arrival for _, arrival in zip(range(limit), self._arrivals(), strict=False)]
@@ -132,12 +133,12 @@ class DirectorySource:
                             )
                 start = stop
         except DataError as error:
-            # it may still be mended: no position says that it was read
+            # somebody may fix it: no position says that it was read
             yield Arrival(unit="", position="", place=str(path), problem=str(error))
 
 
 def _items(parquet: pq.ParquetFile, group: int, columns: list[str], path: Path) -> Iterator[dict]:
-    """Rows of a row group, a few at a time, for images are large."""
+    """Rows of a row group, a few at a time, because images are large."""
     try:
         for batch in parquet.iter_batches(BATCH, row_groups=[group], columns=columns, use_threads=False):
             yield from batch.to_pylist()
@@ -163,11 +164,11 @@ class StreamSource:
         self.seek({})
 
     def seek(self, positions: Positions) -> None:
-        """See `Source`."""
+        """See `ItemSource`."""
         self._after = positions.get(self._unit, "0-0")
 
     def read(self, limit: int, timeout: float) -> list[Arrival]:
-        """See `Source`."""
+        """See `ItemSource`."""
         block = max(1, int(1000 * timeout)) if timeout > 0 else None
         with reachable(self._at):
             found = self._client.xread({self._at.name: self._after}, count=limit, block=block)

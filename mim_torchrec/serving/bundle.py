@@ -1,11 +1,11 @@
-"""What a server loads of a trained model (§3.5, CMD): dense weights, and ID tables to look rows up in.
+"""A bundle: what a server loads of a trained model (§3.5, CMD).
 
     <bundle>/bundle.json            configuration, model_version, table_version
     <bundle>/dense.safetensors      weights that are not embeddings, and the rows of unknown ids
-    <bundle>/tables/<name>/         a table of each kind of id, by id, in the format of multi-modal tables
+    <bundle>/tables/<name>/         one ID table per kind of id, in the format of multi-modal tables
 
-The computation machine holds the dense weights. Rows stay on the disk, in the page cache that processes
-share, or are loaded into Redis (`mim store load`); ids are their keys, so that no vocabulary is held either.
+The computation machine holds the dense weights. Rows stay on disk, in the page cache that all processes
+share, or are loaded into Redis (`mim store load`). Ids are the keys, so a server needs no vocabulary.
 """
 
 import hashlib
@@ -20,16 +20,16 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 import tyro
-from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torchrec.modules.embedding_configs import EmbeddingConfig
 
 from mim_torchrec.ctr.assembly import load_vocabularies, read_config
-from mim_torchrec.ctr.config import CTRConfig
+from mim_torchrec.ctr.config import CTRConfig, from_values
 from mim_torchrec.ctr.evaluation import find_checkpoint
 from mim_torchrec.ctr.model import CTRModel
+from mim_torchrec.ctr.parameters import id_tables, is_dense
 from mim_torchrec.ctr.sharding import build_model
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.embeddings.table.manifest import VersionMismatch
@@ -79,15 +79,14 @@ class Bundle:
             found = json.loads((path / ABOUT).read_text())
             if (version := found["format_version"]) != FORMAT_VERSION:
                 raise ValueError(f"format_version {version}, this release reads {FORMAT_VERSION}")
-            config = TypeAdapter(CTRConfig).validate_python(found["config"])
+            config = from_values(found["config"])
             return cls(path, config, found["model_version"], found["table_version"], found["mm_dim"],
                        tuple(found["tables"]))  # fmt: skip
         except FileNotFoundError:
             raise DataError(f"is no bundle: it has no {ABOUT}; mim bundle writes one", file=path) from None
-        except (ValidationError, KeyError, ValueError) as error:
-            raise DataError(
-                f"cannot be read: {error}; write the bundle again with mim bundle", file=path / ABOUT
-            ) from None
+        except (KeyError, ValueError) as error:
+            problem = f"cannot be read: {error}; write the bundle again with mim bundle"
+            raise DataError(problem, file=path / ABOUT) from None
 
     def table(self, name: str) -> Table:
         """An ID table, memory-mapped."""
@@ -113,7 +112,7 @@ class Bundle:
                                  feature_names=["candidate_mm", "behavior_mm"])  # fmt: skip
         model = build_model(self.config, dict.fromkeys(self.tables, 1), mm, torch.device("meta"))
         missing, surplus = model.load_state_dict(dense, strict=False)
-        lacking = [name for name in missing if "_embeddings." not in name]
+        lacking = [name for name in missing if is_dense(name)]
         if lacking or surplus:
             raise VersionMismatch(f"{self.path / DENSE} does not fit its model: {[*lacking, *surplus]}")
         return model.eval(), unknown
@@ -139,7 +138,7 @@ def write_bundle(run: Path, out: Path, checkpoint: str = "best") -> Bundle:
         for name, found in FileSystemReader(state).read_metadata().state_dict_metadata.items()
         if name.startswith(prefix) and hasattr(found, "size")
     }
-    where = {name.split(".")[-2]: name for name in sizes if "_embeddings." in name}
+    where = id_tables(sizes)
     vocabularies = load_vocabularies(run)
 
     def read(names: list[str]) -> dict[str, Tensor]:
@@ -154,7 +153,7 @@ def write_bundle(run: Path, out: Path, checkpoint: str = "best") -> Bundle:
     mm_dim = 0
     if config.mim == "on":
         mm_dim = Table.open(config.table, config.table_version, verify=False).manifest.dim
-    dense = read([name for name in sizes if name not in where.values()])
+    dense = read([name for name in sizes if is_dense(name)])
     tables = {name: (vocabularies[name].ids, partial(rows_of, name)) for name in where}
     return save_bundle(out, config, dense, tables, mm_dim)
 

@@ -1,8 +1,8 @@
-"""All pairs of one request as a grid of candidates and behaviors: what a server scores mostly.
+"""All pairs of one request as a dense grid of candidates and behaviors.
 
-Where every candidate is compared with every behavior, sums over packed pairs are products of matrices and no
-list of pairs has to be written. For inference only: lists in the order of behaviors, which gradients need,
-are not made.
+A server mostly scores requests in which every candidate is compared with every behavior. Sums over packed
+pairs are then matrix products, and no list of pairs is needed. For inference only: the order by behavior,
+which gradients need, is not built.
 """
 
 from functools import cached_property
@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mim_torchrec.ciubm.jagged import ByBehavior, Pairs, RequestPairs
+from mim_torchrec.ciubm.jagged import Pairs, RequestPairs
+from mim_torchrec.ciubm.packed import ByBehavior
 
 
 class Grid(RequestPairs):

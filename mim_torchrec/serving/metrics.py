@@ -1,4 +1,4 @@
-"""What a server says of itself to Prometheus."""
+"""Prometheus metrics of the server."""
 
 from typing import Any
 

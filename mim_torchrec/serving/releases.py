@@ -1,11 +1,11 @@
-"""Releases: a model and its vectors under a name, made current together and taken back together.
+"""Releases: a model and its vectors under a name, promoted and rolled back together.
 
-    <root>/<name>.json     the pair, as staged
-    <root>/current.json    the one that is served, and the one before it
+    <root>/<name>.json     the deployment, as staged
+    <root>/current.json    the release that is served, and the one before it
 
-A new encoder makes a table of another version: it is filled beside the old one, checked to cover the items of
-that, and promoted together with the model trained on it. `current.json` is replaced in one step, and servers
-that follow it swap the pair.
+A new encoder produces a table of another version. The new table is filled next to the old one, checked to
+cover the old one's items, and promoted together with the model that was trained on it. `current.json` is
+replaced atomically. Servers that follow it swap model and vectors together.
 """
 
 import json
@@ -17,15 +17,15 @@ import torch
 import tyro
 from torch import Tensor
 
+from mim_torchrec.embeddings.stores.store import is_remote
 from mim_torchrec.embeddings.table.manifest import VersionMismatch
 from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.windows.compact import changes
-from mim_torchrec.embeddings.windows.redis_connection import is_redis
 from mim_torchrec.embeddings.windows.transport import open_log
 from mim_torchrec.errors import ExpectedError, Status
 from mim_torchrec.program import run
 from mim_torchrec.serving.bundle import Bundle
-from mim_torchrec.serving.service import ServedFiles
+from mim_torchrec.serving.service import Deployment
 from mim_torchrec.training.checkpoint import write_json
 
 CURRENT = "current"
@@ -56,10 +56,10 @@ class Release:
     id_store: str | None = None
     windows: str | None = None
 
-    def pair(self) -> ServedFiles:
+    def deployment(self) -> Deployment:
         """What a server opens; a remote store is kept up by others."""
-        remote = self.store is not None and is_redis(self.store)
-        return ServedFiles(bundle=Path(self.bundle), store=self.store or self.table, id_store=self.id_store,
+        remote = self.store is not None and is_remote(self.store)
+        return Deployment(bundle=Path(self.bundle), store=self.store or self.table, id_store=self.id_store,
                     windows=None if remote else self.windows)  # fmt: skip
 
     def items(self) -> Tensor:
@@ -87,7 +87,7 @@ class Releases:
         self.root = Path(root)
 
     def stage(self, name: str, release: Release) -> None:
-        """Write a release down, after seeing that its parts belong together.
+        """Stage a release, after checking that its parts belong together.
 
         Raises:
             ReleaseError: the name is taken or reserved.
@@ -183,7 +183,7 @@ class Releases:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """Write a release down: a model and the vectors it was trained on."""
+    """Stage a release: a model and the vectors that it was trained on."""
 
     root: Path
     """Folder of the releases."""

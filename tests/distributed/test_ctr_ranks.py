@@ -1,5 +1,6 @@
 """Two gloo ranks train the same CTR model as one: same start, same losses, same predictions."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from mim_torchrec.ciubm.ubm.registry import find_model
 from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.sharding import build_model, shard
 from mim_torchrec.ctr.task import CTRTask, load_model, save_model
@@ -70,11 +72,14 @@ def train(name: str, folder: Path, context) -> dict[str, object]:
 
     kind, _, way = name.partition(":")
     with_mm, with_features = kind == "mim", kind == "features"
+    ubm = name if name in UBMS else "din"
+    small = {"heads": 2, "top_k": 3, "max_positions": 4, "attention": (8,), "attention_activation": "dice"}
+    model = find_model(ubm)
     config = CTRConfig(
-        ubm=name if name in UBMS else "din", heads=2, top_k=3, max_positions=4, recency="order",
-        data=folder, out=folder, mim="on" if with_mm else "off", embedding_dim=8, attention=(8,),
+        ubm=ubm, ubm_options=model(**{f.name: small[f.name] for f in fields(model) if f.name in small}),
+        recency="order", data=folder, out=folder, mim="on" if with_mm else "off", embedding_dim=8,
         tower=(16, 8), seed=3, lr=1e-2, sparse_lr=0.1, dot_product_features=True, content_projection="linear",
-        content_dim=6, attention_activation="dice", sharding=(way,) if way else SHARDINGS[:2],
+        content_dim=6, sharding=(way,) if way else SHARDINGS[:2],
         sparse_optimizer="adagrad" if way == "column_wise" else "rowwise_adagrad",
         # DIEN's negatives are drawn from the rank's own histories
         aux_weight=0.0 if name == "dien" else 1.0,

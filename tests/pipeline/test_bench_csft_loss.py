@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks.csft_loss import main
+from mim_torchrec.benchmarks.speed.csft_loss import main
 
 pytestmark = pytest.mark.slow
 

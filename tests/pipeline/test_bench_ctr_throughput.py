@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 
-from benchmarks import fuxictr_models
-from benchmarks.ctr_throughput import MODELS, ThroughputConfig, in_turns, main, make_batch
+from mim_torchrec.benchmarks.measures.training_steps import make_batch
+from mim_torchrec.benchmarks.measures.turns import in_turns
+from mim_torchrec.benchmarks.speed import fuxictr_models
+from mim_torchrec.benchmarks.speed.ctr_throughput import MODELS, ThroughputConfig, main
 
 pytestmark = pytest.mark.slow
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks.scaling import exponent, main
+from mim_torchrec.benchmarks.speed.scaling import exponent, main
 
 pytestmark = pytest.mark.slow
 

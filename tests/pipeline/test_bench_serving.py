@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks.serving import main
+from mim_torchrec.benchmarks.speed.serving import main
 
 pytestmark = pytest.mark.slow
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import ablation_ciubm, abtest, coldstart, table2
+from mim_torchrec.benchmarks.paper import ablation_ciubm, abtest, coldstart, table2
 
 pytestmark = pytest.mark.slow
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import demo
+from mim_torchrec.benchmarks.paper import demo
 
 pytestmark = pytest.mark.slow
 

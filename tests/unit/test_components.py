@@ -36,7 +36,7 @@ SERVICES = {
     "serve": ["--release", "releases"],
     "follow": ["--store", "redis://host", "--log", "log", "--table_version", "v1"],
 }
-BENCH = ["--name", "efficiency", "--out", "out"]
+BENCH = ["--name", "paper.efficiency.main", "--out", "out"]
 COMPONENTS = STAGES | SERVICES | {"bench": BENCH}
 
 
@@ -154,11 +154,13 @@ def test_a_service_is_one_process_that_schedulers_accept(runner, service, schedu
     "scheduler, config",
     [("local_cwd", {}), ("slurm", {}), ("kubernetes", {"queue": "default", "validate_spec": False})],
 )
-def test_a_benchmark_is_one_process_in_a_checkout_that_schedulers_accept(runner, scheduler, config):
+def test_a_benchmark_is_one_process_that_schedulers_accept(runner, scheduler, config):
     known = runner.scheduler_run_opts(scheduler)._opts
     config = {name: value for name, value in config.items() if name in known}
     app = build("bench", "--", "--samples", "8")
-    expected = 'exec "$${MIM_PYTHON:-python}" -m benchmarks.efficiency --out out --samples 8'
+    expected = (
+        'exec "$${MIM_PYTHON:-python}" -m mim_torchrec.benchmarks.paper.efficiency.main --out out --samples 8'
+    )
     assert line(app) == expected and app.roles[0].num_replicas == 1
     request = runner.dryrun_component("mim.bench", [*BENCH, "--image", "mim:1"], scheduler, config)
-    assert "benchmarks.efficiency" in str(request)
+    assert "mim_torchrec.benchmarks.paper.efficiency.main" in str(request)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from importlib import import_module
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from mim_torchrec import cli
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {
     "mim_torchrec": "mim_torchrec",
+    "benchmarks": "mim_torchrec.benchmarks",
     "embeddings": "mim_torchrec.embeddings",
     "launch": "mim_torchrec.launch",
 }
@@ -28,12 +30,15 @@ BASE = {"errors", "program", "quiet"}
 PARTS = {"encoders", "losses", "ciubm", "data", "training"}
 SERVICES = {"rim", "serving"}
 TOP = {"launch", "cli", "doctor"}
-WITHOUT_LIBRARIES = ["mim_torchrec", *(f"mim_torchrec.{n}" for n in ("cli", "doctor", "errors", "program"))]
+BENCHMARK_ROOMS = [{"harness", "measures"}, {"paper", "speed", "chaos"}, {"records"}]
+DRAWING = {"matplotlib", "jinja2"}
 
+WITHOUT_LIBRARIES = ["mim_torchrec", *(f"mim_torchrec.{n}" for n in ("cli", "doctor", "errors", "program"))]
 WHERE = """
 import json
-import mim_torchrec, mim_torchrec.embeddings, mim_torchrec.launch
-print(json.dumps([m.__file__ for m in (mim_torchrec, mim_torchrec.embeddings, mim_torchrec.launch)]))
+import mim_torchrec, mim_torchrec.benchmarks, mim_torchrec.embeddings, mim_torchrec.launch
+packages = (mim_torchrec, mim_torchrec.benchmarks, mim_torchrec.embeddings, mim_torchrec.launch)
+print(json.dumps([m.__file__ for m in packages]))
 """
 LIGHT = ["mim_torchrec.cli", "mim_torchrec.doctor", "mim_torchrec.data.shop"]  # that load in a second
 
@@ -50,15 +55,26 @@ def sources() -> dict[str, Path]:
 
 SOURCES = sources()
 PROGRAMS = [name for name, path in SOURCES.items() if '__name__ == "__main__"' in path.read_text()]
+# of the benchmarks, tests/pipeline/test_bench.py starts every one from the checkout
+STARTED = [name for name in PROGRAMS if not name.startswith("mim_torchrec.benchmarks.")]
+STARTED += ["mim_torchrec.benchmarks.paper.demo", "mim_torchrec.benchmarks.records.bench"]
 
 
 def layer(module: str) -> int:
     """0 for the bottom: a module may import from its own layer and those below."""
-    names = module.split(".")[1:2]
+    names = module.split(".")[1:]
     if not names:
         return 0
-    layers = [BASE, {"embeddings"}, PARTS, STAGES, SERVICES, TOP]
+    if names[0] == "benchmarks":
+        return 6 + benchmark_layer(module)
+    layers = [BASE, {"embeddings", "extensions"}, PARTS, STAGES, SERVICES, TOP]
     return next(number for number, members in enumerate(layers) if names[0] in members)
+
+
+def benchmark_layer(module: str) -> int:
+    """As `layer`, among the rooms of the benchmarks; rooms of one layer do not import each other."""
+    rooms = module.split(".")[2:3]
+    return next((n for n, members in enumerate(BENCHMARK_ROOMS) if rooms and rooms[0] in members), 0)
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
@@ -93,6 +109,55 @@ def test_imports_run_downwards_only(module):
         assert name.split(".")[0] not in ("embeddings", "launch", "benchmarks", "tests"), f"imports {name}"
         if name.startswith("mim_torchrec"):
             assert layer(name) <= layer(module), f"{module} must not import {name}"
+        rooms = [one.split(".")[2] for one in (name, module) if one.startswith("mim_torchrec.benchmarks.")]
+        if len(set(rooms)) == 2:
+            assert benchmark_layer(name) < benchmark_layer(module), f"{module} must not import {name}"
+
+
+@pytest.mark.parametrize("module", [m for m in SOURCES if not m.startswith("mim_torchrec.benchmarks")])
+def test_only_benchmarks_draw(module):
+    assert {name.split(".")[0] for name, _ in imports(SOURCES[module])}.isdisjoint(DRAWING)
+
+
+def test_a_benchmark_without_what_it_draws_with_names_the_extra(tmp_path: Path):
+    code = (
+        "import importlib.util as u; known = u.find_spec; "
+        "u.find_spec = lambda name, *more: None if name == 'matplotlib' else known(name, *more); "
+        "import mim_torchrec.benchmarks"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert "the benchmarks need matplotlib" in done.stderr and "mim-torchrec[report]" in done.stderr
+
+
+def imported_modules(module: str) -> set[str]:
+    """Modules of the packages that a module imports, at once or within a function."""
+    found = set()
+    for node in ast.walk(ast.parse(SOURCES[module].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            members = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in SOURCES else node.module for name in members}
+    return found & SOURCES.keys()
+
+
+def circles(imported: dict[str, set[str]]) -> list[list[str]]:
+    """Paths of imports that end where they began; none where the graph has an order."""
+    try:
+        list(TopologicalSorter(imported).static_order())
+    except CycleError as error:
+        return [error.args[1]]
+    return []
+
+
+def test_a_circle_of_imports_is_found():
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}
+    (found,) = circles(graph)
+    assert found[0] == found[-1] and set(found) == {"a", "b", "c"}
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    assert circles({module: imported_modules(module) for module in SOURCES}) == []
 
 
 @pytest.mark.parametrize("module", WITHOUT_LIBRARIES)
@@ -106,7 +171,7 @@ def test_every_command_has_a_program():
     assert {module for module, _ in cli.COMMANDS.values()} <= set(PROGRAMS)
 
 
-@pytest.mark.parametrize("module", PROGRAMS)
+@pytest.mark.parametrize("module", STARTED)
 def test_every_program_has_help(module, capsys):
     with pytest.raises(SystemExit) as ended:
         import_module(module).main(["--help"])
@@ -117,13 +182,17 @@ def test_every_program_has_help(module, capsys):
 @pytest.mark.parametrize("module", PROGRAMS)
 def test_every_program_ends_errors_as_all_do(module):
     (ending,) = re.findall(r'^if __name__ == "__main__":\n((?:    .*\n)+)', SOURCES[module].read_text(), re.M)
-    assert ending == ("    main()\n" if module == "mim_torchrec.cli" else "    run(main)\n")
+    if module == "mim_torchrec.cli":
+        assert ending == "    main()\n"
+    else:
+        assert ending in ("    run(main)\n", "    program.run(main)\n")
 
 
 def python(folder: Path, search: Path | None, *words: str) -> str:
     """What Python prints in a folder, with another one before those of the packages."""
     result = subprocess.run(
-        [sys.executable, *words], env={**os.environ, "PYTHONPATH": "" if search is None else str(search)},
+        [sys.executable, *words],
+        env={**os.environ, "PYTHONPATH": "" if search is None else str(search)},
         cwd=folder, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
@@ -149,7 +218,7 @@ def installed(module: str, path: Path) -> str:
 @pytest.mark.slow
 def test_a_wheel_holds_every_module_and_starts(tmp_path: Path):
     source = tmp_path / "source"
-    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.png")
     for folder in FOLDERS:
         shutil.copytree(ROOT / folder, source / folder, ignore=ignore)
     for file in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
@@ -167,7 +236,9 @@ def test_a_wheel_holds_every_module_and_starts(tmp_path: Path):
     assert modules == {installed(name, path) for name, path in SOURCES.items()}
     elsewhere.mkdir()
     package = unpacked / "mim_torchrec"
-    assert start(elsewhere, unpacked) == [package, package / "embeddings", package / "launch"]
+    folders = [package, *(package / name for name in ("benchmarks", "embeddings", "launch"))]
+    assert start(elsewhere, unpacked) == folders
+    assert (package / "benchmarks" / "results" / "small.json").exists()
     top = {path.name for path in unpacked.iterdir() if not path.name.endswith(".dist-info")}
     assert top == {"mim_torchrec"}
 

@@ -11,7 +11,7 @@ from threading import Event
 import pytest
 import torch
 
-from benchmarks.redis_server import RedisServer
+from mim_torchrec.benchmarks.harness.redis_server import RedisServer
 from mim_torchrec.embeddings.stores.embedded import EmbeddedStore
 from mim_torchrec.embeddings.stores.main import main as command
 from mim_torchrec.embeddings.stores.redis_store import RedisStore

@@ -11,7 +11,7 @@ from threading import Event, Thread
 import pytest
 import torch
 
-from benchmarks.redis_server import RedisServer
+from mim_torchrec.benchmarks.harness.redis_server import RedisServer
 from mim_torchrec.embeddings.stores.store import follow
 from mim_torchrec.embeddings.table.format import TableError, VersionMismatch
 from mim_torchrec.embeddings.windows.redis_connection import RedisFull, RedisUnavailable, connect, locate

@@ -16,6 +16,7 @@ store of projected behaviors.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,8 @@ from mim_torchrec.ciubm.ubm.interface import (
     NUM_RECENCY_BUCKETS,
     BehaviorContext,
     Interest,
+    Need,
+    UBMOptions,
     UserBehaviorModel,
     recency_buckets,
 )
@@ -92,3 +95,24 @@ class TWIN(UserBehaviorModel):
                 found, scores = pairs.select(kept), scores[kept]
             heads.append(found.weighted_sum(value, found.segment_softmax(scores)))
         return Interest(self.out(torch.cat(heads, dim=-1)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TWINOptions(UBMOptions):
+    """Options of TWIN."""
+
+    name = "twin"
+
+    top_k: int = 50
+    """Behaviors that a head attends to."""
+    heads: int = 4
+    """Attention heads; each takes its fraction of the embeddings of an item."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """See `UBMOptions`."""
+        return frozenset({"recency"})
+
+    def build(self, dim: int, *, dropout: float, auxiliary: bool) -> TWIN:
+        """See `UBMOptions`."""
+        return TWIN(dim, self.top_k, self.heads)
