@@ -43,7 +43,7 @@ log = logging.getLogger("mim_torchrec.ctr.main")  # also where it runs as __main
 def train_and_evaluate(config: CTRConfig, context: DistributedContext) -> dict[str, Any]:
     """Run the stage on an initialized process group; returns what metrics.json holds."""
     check_sizes(config, 1, "batch_size", "epochs", "max_behaviors", "log_every", "patience", "embedding_dim")
-    check_sizes(config, 1, "heads", "top_k", "content_dim", "windows_every")
+    check_sizes(config, 1, "content_dim", "windows_every")
     check_sizes(config, 0, "seed", "warmup_steps", "spare_rows")
     started = time.time()
     if config.mim == "on" and config.table is None:
