@@ -16,7 +16,7 @@ CASES = [
     ("shop", f"--out {OUT} --candidates 0", 2, f"--candidates is 0; {TOO_SMALL}"),
     ("shop", f"--out {OUT} --items 10", 2, "--items 10 is too few"),
     ("shop", f"--out {SHOP}", 5, "exists; choose another directory"),
-    ("import movielens", f"--ratings {FILE} --posters {FILE} --out {OUT}", 3, "check the path"),
+    ("import movielens", f"--ratings {FILE} --posters {FILE} --out {OUT}", 3, "no such file; --ratings is"),
     ("import movielens", f"--ratings {FILE} --posters {FILE} --out {OUT} --negatives 0", 2, "--negatives is"),
     ("import taobao-mm", f"--source {FILE} --out {OUT}", 3, "put all files of the data set there"),
     ("pretrain", f"--data {FILE} --out {OUT}", 3, "no such directory; check the path"),
@@ -78,7 +78,7 @@ def test_a_command_ends_an_expected_error_in_one_line(
         cli.main([*command.split(), *words.split()])
     shown = capsys.readouterr().err.splitlines()
     mine = [line for line in shown if line.startswith(f"mim {command}: ")]
-    assert len(mine) == 1 and said in mine[0]
+    assert len(mine) == 1 and said in mine[0], "\n".join(shown)
     assert not any(line.startswith("Traceback") for line in shown)
     assert ended.value.code == status
 
