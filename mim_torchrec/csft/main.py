@@ -49,7 +49,7 @@ log = logging.getLogger("mim_torchrec.csft")  # also where this file is __main__
 def fine_tune(config: CSFTConfig, context: DistributedContext) -> dict[str, Any]:
     """Run the stage on an initialized process group; returns what metrics.json holds."""
     check_sizes(config, 1, "batch_size", "epochs", "encode_batch_size", "log_every", "patience")
-    check_sizes(config, 0, "seed", "images", "queue_batches", "queue_start_step", "head.principal_dim")
+    check_sizes(config, 0, "seed", "drawn_queries", "queue_batches", "queue_start_step", "head.principal_dim")
     check_sizes(
         config, 1, "head.dim", "head.fusion_dim", "head.lmf_rank", "head.hidden_dim", "text.max_length"
     )

@@ -68,7 +68,7 @@ def retrieve(config: RetrieveConfig, context: DistributedContext) -> dict[str, A
         CheckpointError: the encoder is.
     """
     check_sizes(config, 1, "encode_batch_size", "image_size")
-    check_sizes(config, 0, "images")
+    check_sizes(config, 0, "drawn_queries")
     if not 0 < config.held_out_fraction <= 1:
         raise OptionError(f"--held-out-fraction is {config.held_out_fraction}; it must be in (0, 1]")
     dataset = Dataset(config.data)
