@@ -6,10 +6,11 @@ from importlib import import_module
 from importlib.metadata import version
 
 from mim_torchrec.errors import OptionError, SetupError
+from mim_torchrec.extras import MissingExtra
 from mim_torchrec.program import DEBUG, run
 
 COMMANDS = {
-    "doctor": ("mim_torchrec.doctor", "check the installation and say how to mend it"),
+    "doctor": ("mim_torchrec.doctor", "check the installation and say how to fix it"),
     "shop": ("mim_torchrec.data.shop", "write a synthetic shop"),
     "import movielens": ("mim_torchrec.data.movielens", "convert MovieLens and posters"),
     "import taobao-mm": ("mim_torchrec.data.taobao_mm", "convert TAOBAO-MM, vectors and all"),
@@ -79,6 +80,8 @@ def _without_command(words: list[str]) -> None:
 def _load_and_run(module: str, words: list[str]) -> None:
     try:
         main = import_module(module).main
+    except MissingExtra:
+        raise
     except ImportError as error:
         raise SetupError(f"cannot be loaded: {error}; `mim doctor` says what is wrong") from error
     main(words)

@@ -5,7 +5,7 @@ h_q^img of a query is compared with the h^MM of all items (§3.3 Q3), the vector
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -64,7 +64,7 @@ def encode(
         for part, count in chunks(held_out)
     ]
     items = [
-        encoder.encode_items(inputs.images(part), inputs.texts(part)).mm.float().cpu()[:count]
+        encoder.encode_items(inputs.images(part), cast(Any, inputs.texts(part))).mm.float().cpu()[:count]
         for part, count in chunks(np.arange(catalog.num_items))
     ]
     query, mm = (

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -89,12 +90,14 @@ class Contrast(nn.Module):
             h_query, items.mm, items.text, items.image, batch.item_row, batch.query_row, query_mm
         )
 
-    def _features(self, batch: PairBatch) -> tuple[ItemHead, Tensor, Tensor | None, Tensor, Tensor]:
+    def _features(self, batch: PairBatch) -> tuple[ItemHead, Tensor, Any, Tensor, Any]:
         """The head, and what it takes: features of queries, of their titles, of items and of theirs."""
         if isinstance(self.encoder, ItemHead):
             return self.encoder, batch.query, batch.query_text, batch.image, batch.text
         image = self._encode(self.encoder.vision, torch.cat([batch.query, batch.image]))
-        titles = batch.text if batch.query_text is None else join_tokens(batch.query_text, batch.text)
+        titles = cast(Tokens, batch.text)
+        if batch.query_text is not None:
+            titles = join_tokens(cast(Tokens, batch.query_text), titles)
         text = self._encode(self.encoder.text, titles)
         queries = len(batch.query)
         query_text = None if batch.query_text is None else text[: len(text) - len(image) + queries]
@@ -226,10 +229,10 @@ class CSFTTask:
         encoder = self._contrast.encoder.eval()
         size = self._config.encode_batch_size
         vectors = encode(encoder, self._inputs, self._held_out, self._catalog, size, self._context)
-        place = find(*vectors, self._held_out, self._catalog).place.double()
+        rank = find(*vectors, self._held_out, self._catalog).rank.double()
         return {
-            f"recall_at_{RECALL_AT}": float((place <= RECALL_AT).double().mean()),
-            "mrr": float((1 / place).mean()),
+            f"recall_at_{RECALL_AT}": float((rank <= RECALL_AT).double().mean()),
+            "mrr": float((1 / rank).mean()),
         }
 
     def save(self, path: Path) -> None:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -67,15 +67,19 @@ def assemble(
     Raises:
         VersionMismatch: the table has another version than `config.table_version`.
     """
-    table = open_table(config.table, config.table_version) if config.mim == "on" else None
+    table = None
+    if config.mim == "on":
+        if config.table is None:
+            raise OptionError("--mim on needs --table; train Base with --mim off")
+        table = open_table(config.table, config.table_version)
     index = ItemIndex.of(table) if table is not None else None
     mapper = IdMapper(vocabularies, index, config.max_unknown)
     mm = frozen_config(table, ["candidate_mm", "behavior_mm"], name="mm") if table is not None else None
     rows = {name: vocabulary.num_embeddings for name, vocabulary in vocabularies.items()}
     model, optimizer = shard(build_model(config, rows, mm, torch.device("meta")), config, context)
-    frozen = model.module.mm_embeddings
+    frozen = cast(nn.Module | None, model.module.mm_embeddings)
     facts = None
-    if table is not None:
+    if table is not None and frozen is not None:
         load_table(frozen, table, "mm")
         facts = {
             "rows": table.manifest.rows,
@@ -106,7 +110,7 @@ def live_windows(
     """
     if config.windows is None:
         return None
-    if assembled.table is None:
+    if assembled.table is None or assembled.index is None:
         raise OptionError("--windows changes the multi-modal table, which --mim off has not")
     manifest = assembled.table.manifest
     log = open_log(config.windows, manifest.table_version, start=manifest.seq if begin else None)

@@ -111,6 +111,7 @@ def evaluate(config: EvaluationConfig, context: DistributedContext) -> dict[str,
     windows = live_windows(settings, assembled, context)
     if windows is not None:
         windows.catch_up()
+        assert assembled.facts is not None  # a model without a table has no windows
         assembled.facts["seq_after"] = windows.seq
     predictions = predict(assembled.model, reader, assembled.mapper, context)
     report = summarize(predictions, items, config.draws) | {

@@ -66,7 +66,7 @@ def train_and_evaluate(config: CTRConfig, context: DistributedContext) -> dict[s
     # a table is the same by what it holds, wherever it lies
     resume_fingerprint = config.resume_fingerprint() | {"table": None if facts is None else facts["content"]}
     windows = live_windows(config, assembled, context, begin=True)
-    if windows is not None:  # the base of a run that is taken up may be a later one
+    if windows is not None:  # a resumed run may have a later base
         resume_fingerprint["table"] = facts["table_version"]
     pipeline = config.pipeline == "on" or (config.pipeline == "auto" and context.device.type == "cuda")
     task = CTRTask(model, assembled.optimizer, readers["train"], readers["validation"], mapper, context,

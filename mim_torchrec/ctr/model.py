@@ -217,7 +217,7 @@ class CTRModel(nn.Module):
             for interest in (of_ids, interests.fusion):
                 if interest is not None:
                     features.append((interest * candidates).sum(-1, keepdim=True))
-            if interests.content is not None:
+            if interests.content is not None and candidates_mm is not None:
                 target = F.normalize(candidates_mm.float(), dim=-1)
                 features.append((interests.content * target).sum(-1, keepdim=True))
         if interests.content is not None:

@@ -115,10 +115,10 @@ def summarize(predictions: dict[str, np.ndarray], items: ItemStore, draws: int =
     if draws:
         weightings = metrics.draw_groups(predictions["user_id"], draws, BOOTSTRAP_SEED)
         drawn = [impressions.metrics(weights) for weights in weightings]
-        names = ("auc", "gauc", "gauc_by_query", "ne", "logloss", "calibration_ratio")
+        figures = ("auc", "gauc", "gauc_by_query", "ne", "logloss", "calibration_ratio")
         report["ci"] = {
             name: metrics.interval(np.array([draw[name] for draw in drawn]))
-            for name in names if name in found
+            for name in figures if name in found
         }  # fmt: skip
         for name, values in parts.items():
             for place, part in enumerate((values or {}).values()):

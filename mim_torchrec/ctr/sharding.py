@@ -7,8 +7,8 @@ rows. Initial values depend on the seed alone, not on the number of ranks.
 
 import logging
 import math
+from typing import Any, cast
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -45,7 +45,11 @@ from mim_torchrec.ctr.parameters import id_tables, trainable_state
 from mim_torchrec.embeddings.sharded.frozen import FrozenEmbeddingCollection
 from mim_torchrec.embeddings.sharded.sharder import FrozenEmbeddingCollectionSharder
 from mim_torchrec.errors import OptionError
+from mim_torchrec.extras import needs
 from mim_torchrec.training.distributed import DistributedContext
+
+with needs("train"):
+    import psutil
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +147,7 @@ def shard(
         )
 
     constraints = _constraints(model, config, context)
-    sharders = [
+    sharders: list[Any] = [
         EmbeddingBagCollectionSharder(),
         EmbeddingCollectionSharder(use_index_dedup=_index_dedup(config, context)),
         FrozenEmbeddingCollectionSharder(),
@@ -181,7 +185,8 @@ def _warmed_up(optimizer: KeyedOptimizer, lr: float, steps: int) -> KeyedOptimiz
         return optimizer
     stage = WarmupStage(WarmupPolicy.LINEAR, max_iters=steps, value=1 / (steps + 1))
     warm = WarmupOptimizer(optimizer, [stage], lr=lr, param_name=WARMUP)
-    warm.state[warm.params[WARMUP]] = {"warmup": torch.zeros(2, dtype=torch.long)}  # for checkpoints to fill
+    state = cast(dict[Any, Any], warm.state)
+    state[warm.params[WARMUP]] = {"warmup": torch.zeros(2, dtype=torch.long)}  # for checkpoints to fill
     return warm
 
 
@@ -200,7 +205,7 @@ def _constraints(
     if config.sparse_optimizer == "adam" and not on_gpu:
         raise OptionError("--sparse-optimizer adam is fused on GPUs only; on a CPU take rowwise_adagrad")
     # on one rank rows would be put into buckets for nothing
-    allowed = list(config.sharding) if context.world_size > 1 else [ShardingType.TABLE_WISE.value]
+    allowed: list[str] = list(config.sharding) if context.world_size > 1 else [ShardingType.TABLE_WISE.value]
     pooled = [kind for kind in allowed if on_gpu or kind != ShardingType.ROW_WISE.value]
     of_tables = {
         **{t.name: pooled or [ShardingType.TABLE_WISE.value]

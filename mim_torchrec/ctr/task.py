@@ -1,5 +1,6 @@
 """CTR training as a task of the shared loop: batches, loss, validation, checkpoint."""
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -234,4 +235,4 @@ def load_model(model: DistributedModelParallel, path: Path) -> None:
         dcp.load({"model": state}, checkpoint_id=str(path / "state"))
     else:
         dcp.load(state, checkpoint_id=str(path))
-    model.load_state_dict(state, strict=False)
+    model.load_state_dict(OrderedDict(state), strict=False)

@@ -1,12 +1,14 @@
 """Start a CTR model from one that was trained on an earlier day, with a vocabulary that has grown.
 
 Rows of ids that are known go to their new places, new ids begin as in any run, dense weights are taken over.
-Optimizers begin anew: what they have gathered is about another day's losses, and `best` does not hold it.
+Optimizers start from scratch: their state is of another day's losses, and `best` does not hold it.
 """
 
 import logging
+from collections import OrderedDict
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -60,18 +62,17 @@ def warm_start(
     if earlier.table_version != table_version:
         raise WarmStartError(
             f"{run} was trained on vectors of version {earlier.table_version}, the table has "
-            f"{table_version}; "
-            "another encoder's vectors mean other things, so the model has to be trained anew"
+            f"{table_version}: vectors of two encoders cannot be compared; train the model from scratch"
         )
     path = str(run / "best")
-    sizes = FileSystemReader(path).read_metadata().state_dict_metadata
+    sizes: dict[str, Any] = FileSystemReader(path).read_metadata().state_dict_metadata
     state = trainable_state(model)
     if state.keys() != sizes.keys():
         raise WarmStartError(f"{run} has other weights: {sorted(state.keys() ^ sizes.keys())}")
     tables = id_tables(state)
     dense = {name: value for name, value in state.items() if name not in tables.values()}
     dcp.load(dense, checkpoint_id=path)
-    model.load_state_dict(dict(state), strict=False)  # torchrec renames what it is given
+    model.load_state_dict(OrderedDict(state), strict=False)  # torchrec renames what it is given
     before = load_vocabularies(run)
     for column, name in tables.items():
         weights = torch.empty(sizes[name].size)

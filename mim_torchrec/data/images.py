@@ -4,9 +4,11 @@ import io
 import struct
 import zlib
 
-from PIL import Image, UnidentifiedImageError
-
 from mim_torchrec.data.errors import DataError, Location
+from mim_torchrec.extras import needs
+
+with needs("train"):
+    from PIL import Image, UnidentifiedImageError
 
 _UNREADABLE = (
     OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError,

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
 from mim_torchrec.data.errors import DataError, Location
 from mim_torchrec.data.images import decode_image
@@ -26,6 +25,10 @@ from mim_torchrec.data.schema import (
     present_columns,
     read_row_group,
 )
+from mim_torchrec.extras import needs
+
+with needs("train"):
+    from PIL import Image
 
 log = logging.getLogger(__name__)
 

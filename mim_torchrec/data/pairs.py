@@ -1,4 +1,4 @@
-"""Pairs for C-SFT (§3.3): the image somebody searched with, and the item that was then bought or clicked.
+"""Pairs for C-SFT (§3.3): the image that a user searched with, and the item that was then bought or clicked.
 
 Every pair comes with a hard negative: the one logged, or else the item of another pair of the same category.
 It is drawn from what is bought, not from what is listed: otherwise the vectors learn to tell what sells from

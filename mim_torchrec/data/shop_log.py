@@ -7,8 +7,8 @@ Clicks follow
 where match is the larger cosine of the item's style with the user's two tastes, less 0.2 for the second,
 crowd the standardized logarithm of the item's recent clicks, quality the item's own, appeal its category's
 and mood the user's. A user's preference for categories decides what is asked for, not what is clicked:
-otherwise content, which shows the category, would help by that even where nobody cares for style. Users who
-browse choose one of 20 items, by twice the logit.
+otherwise content, which shows the category, would help by that even where users do not care for style. Users
+who browse choose one of 20 items, by twice the logit.
 """
 
 from dataclasses import dataclass

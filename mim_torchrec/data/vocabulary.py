@@ -122,7 +122,7 @@ def scan_ids(files: Sequence[str | Path], features: Features = NO_FEATURES) -> d
 
 
 class IdMapper:
-    """Puts embedding rows in the place of a batch's ids.
+    """Replaces a batch's ids by embedding rows.
 
     `candidate_x` and `behavior_x` share the vocabulary `x`, unless they have one of their own. Where there is
     a multi-modal table, the batch gets the features `candidate_mm` and `behavior_mm`: rows of that table,

@@ -36,7 +36,7 @@ class Towers(NamedTuple):
 
 
 def save_encoder(encoder: ItemEncoder, path: Path) -> str:
-    """Write a checkpoint, in the place of what is at `path`; returns its version."""
+    """Write a checkpoint, replacing what is at `path`; returns its version."""
     with atomic_directory(path) as folder:
         _save_weights(encoder, folder / "model.safetensors")
         encoder.text.save(folder / "text")
@@ -51,10 +51,14 @@ def save_encoder(encoder: ItemEncoder, path: Path) -> str:
 
 
 def load_encoder(path: Path | str, device: torch.device | str = "cpu") -> ItemEncoder:
-    """Read a checkpoint.
+    """Read an item encoder that `mim csft` or `save_encoder` wrote.
+
+    Args:
+        path: the checkpoint's directory, such as `<out>/encoder` of a run of `mim csft`.
+        device: where the encoder goes.
 
     Returns:
-        The encoder, in evaluation mode.
+        The encoder, in evaluation mode; `encode` takes it.
 
     Raises:
         CheckpointError: it is not there, of another format, or its content is not what its version says.
@@ -75,7 +79,7 @@ def encoder_version(path: Path | str) -> str:
 
 
 def save_towers(vision: VisionEncoder, text: TextEncoder, path: Path) -> str:
-    """Write two towers, in the place of what is at `path`; returns their version."""
+    """Write two towers, replacing what is at `path`; returns their version."""
     version = towers_version(vision, text)
     with atomic_directory(path) as folder:
         _save_weights(vision, folder / "vision.safetensors")

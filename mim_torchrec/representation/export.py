@@ -4,8 +4,8 @@
     python -m torch.distributed.run --nproc_per_node 2 -m mim_torchrec.representation.export ...
 
 Items are divided over the ranks in ascending order of their ids. Threads read, decode and resize the images
-of the next batches while the encoder works on this one. The table's version is the encoder's, so whoever
-reads the table can state which encoder it is for. Not here: encoding of items that arrive later.
+of the next batches while the encoder works on this one. The table's version is the encoder's, so a
+reader can state which encoder it expects. Not here: encoding of items that arrive later.
 """
 
 import logging

@@ -30,7 +30,7 @@ from mim_torchrec.embeddings.table.manifest import VersionMismatch
 from mim_torchrec.embeddings.table.quantize import encode, finite_rows
 from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.windows.log import LogMoved
-from mim_torchrec.embeddings.windows.redis_connection import is_redis
+from mim_torchrec.embeddings.windows.redis_address import is_redis
 from mim_torchrec.embeddings.windows.transport import Transport, open_log
 from mim_torchrec.errors import check_sizes
 from mim_torchrec.program import run
@@ -118,6 +118,7 @@ class RIM:
         )
         self.counts = Counts()
         self._window = _Open()
+        self._last_seq = 0
         self._bad: list[tuple[Arrival, str]] = []
         self._seek()
 
@@ -251,7 +252,7 @@ class RIM:
 
     def _seek(self) -> dict[str, str]:
         """Read from the log how far the source was read, and continue there."""
-        self._last_seq: int = self._log.last_seq()
+        self._last_seq = self._log.last_seq()
         reached = positions_of(self._log.names())
         self._source.seek(reached | window_positions(self._window.arrivals, reached))
         return reached

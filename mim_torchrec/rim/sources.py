@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.schema import ITEMS, ITEMS_REQUIRED, open_parquet, present_columns
-from mim_torchrec.embeddings.windows.redis_connection import connect, locate, reachable
+from mim_torchrec.embeddings.windows.redis_address import locate
 
 LOOK_EVERY = 0.05  # seconds between two looks into the directory
 BATCH = 64  # rows in memory
@@ -155,10 +155,13 @@ class StreamSource:
 
     Raises:
         RedisUnavailable: the server does not answer.
+        MissingExtra: the extra `redis` is not installed.
     """
 
     def __init__(self, where: str, name: str = "") -> None:
-        self._at = locate(where)
+        from mim_torchrec.embeddings.windows.redis_connection import connect, reachable
+
+        self._at, self._reachable = locate(where), reachable
         self._client = connect(self._at)
         self._unit = f"{name}/{self._at.name}" if name else self._at.name
         self.seek({})
@@ -170,7 +173,7 @@ class StreamSource:
     def read(self, limit: int, timeout: float) -> list[Arrival]:
         """See `ItemSource`."""
         block = max(1, int(1000 * timeout)) if timeout > 0 else None
-        with reachable(self._at):
+        with self._reachable(self._at):
             found = self._client.xread({self._at.name: self._after}, count=limit, block=block)
         if not found:
             return []

@@ -23,6 +23,7 @@ import tyro
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchrec.modules.embedding_configs import EmbeddingConfig
 
 from mim_torchrec.ctr.assembly import load_vocabularies, read_config
@@ -136,7 +137,7 @@ def write_bundle(run: Path, out: Path, checkpoint: str = "best") -> Bundle:
     sizes = {
         name.removeprefix(prefix): (name, found.size, found.properties.dtype)
         for name, found in FileSystemReader(state).read_metadata().state_dict_metadata.items()
-        if name.startswith(prefix) and hasattr(found, "size")
+        if name.startswith(prefix) and isinstance(found, TensorStorageMetadata)
     }
     where = id_tables(sizes)
     vocabularies = load_vocabularies(run)
@@ -152,9 +153,12 @@ def write_bundle(run: Path, out: Path, checkpoint: str = "best") -> Bundle:
 
     mm_dim = 0
     if config.mim == "on":
+        assert config.table is not None  # `mim ctr --mim on` has refused to train without
         mm_dim = Table.open(config.table, config.table_version, verify=False).manifest.dim
     dense = read([name for name in sizes if is_dense(name)])
-    tables = {name: (vocabularies[name].ids, partial(rows_of, name)) for name in where}
+    tables: dict[str, tuple[Tensor, Callable[[], Tensor]]] = {
+        name: (vocabularies[name].ids, partial(rows_of, name)) for name in where
+    }
     return save_bundle(out, config, dense, tables, mm_dim)
 
 
@@ -176,8 +180,8 @@ def save_bundle(
         mm_dim: length of the multi-modal vectors, 0 for Base.
     """
     dense = dict(dense)
-    for name, (_, rows) in tables.items():
-        dense[UNKNOWN + name] = rows()[0].clone()
+    for name, (_, get_rows) in tables.items():
+        dense[UNKNOWN + name] = get_rows()[0].clone()
     version = _digest(dense, config, config.table_version)
     facts: dict[str, Any] = {
         "format_version": FORMAT_VERSION,

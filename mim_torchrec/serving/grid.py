@@ -6,6 +6,7 @@ which gradients need, is not built.
 """
 
 from functools import cached_property
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -96,7 +97,8 @@ def _listed(candidate_index: Tensor, behavior_index: Tensor, counts: Tensor) -> 
     """Pairs of candidates, (num_candidates,) of each; in rows where all have equally many."""
     width = int(counts[0]) if len(counts) else 0
     made = Rows if width and bool((counts == width).all()) else Listed
-    return made(candidate_index, behavior_index, F.pad(counts.cumsum(0), (1, 0)), None)
+    nothing = cast(ByBehavior, None)  # only gradients read the order by behavior
+    return made(candidate_index, behavior_index, F.pad(counts.cumsum(0), (1, 0)), nothing)
 
 
 class Listed(Pairs):

@@ -48,7 +48,8 @@ def first_deployment(config: ServeConfig) -> tuple[Deployment, str | None]:
     """
     if (config.release is None) == (config.bundle is None):
         raise OptionError("say what to serve: --release DIR, or --bundle DIR with --store")
-    if config.bundle is not None:
+    if config.release is None:
+        assert config.bundle is not None
         return Deployment(bundle=config.bundle, store=config.store, id_store=config.id_store,
                     windows=config.windows), None  # fmt: skip
     releases = Releases(config.release)

@@ -7,12 +7,14 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
+from mim_torchrec.ciubm.ciubm import CiUBM
 from mim_torchrec.data.batch import RequestBatch
 from mim_torchrec.data.features import Feature, tower_numbers
 from mim_torchrec.embeddings.stores.store import ParameterStore, open_store
@@ -119,7 +121,8 @@ class Scorer:
         self.cache = MatrixCache(cache)
         self._matrices: MatrixCiUBM | None = None
         if self.mm is not None and is_linear(self._model.ciubm) and not plain:
-            self._matrices = self._model.ciubm = MatrixCiUBM(self._model.ciubm)
+            self._matrices = MatrixCiUBM(self._model.ciubm)
+            self._model.ciubm = cast(CiUBM, self._matrices)  # it takes and gives what CiUBM does
         # the similarity interest reads the vectors of a history, whatever else is known of it
         self._keeps = cache > 0 and self._matrices is not None and not self._matrices.inner.tiers
 
@@ -146,6 +149,7 @@ class Scorer:
 
     def apply(self, window: Window) -> bool:
         """Apply a window to the vectors, and forget what was made of the old ones."""
+        assert self.mm is not None  # Base follows no windows
         applied = self.mm.apply(window)
         self.cache.drop(torch.cat([window.ids, window.removed]))
         return applied
@@ -180,7 +184,7 @@ class Scorer:
         without = None
         if vectors is not None and any(request.contribution for request in requests):
             if self._matrices is not None:
-                self._matrices.given = made
+                self._matrices.given = [*made]
             nothing = vectors["candidate_mm"]
             zeros = JaggedTensor(torch.zeros_like(nothing.values()), lengths=nothing.lengths())
             logits = self._model.score(batch, pooled, rows, vectors | {"candidate_mm": zeros}).logits
@@ -197,6 +201,7 @@ class Scorer:
         Returns:
             Their places, (num_candidates, count), and cosines; 0 where there is no vector.
         """
+        assert self.mm is not None  # Base has nothing to compare
         both, _ = self.mm.lookup(torch.cat([candidates, behaviors]))
         one, other = torch.nn.functional.normalize(both, dim=1).split([len(candidates), len(behaviors)])
         found = (one @ other.T).topk(min(count, len(behaviors)), dim=1)
@@ -300,9 +305,9 @@ class Scorer:
             if key.endswith("category"):  # compared with each other, and 0 is an unknown one
                 ids = torch.where(known[key], ids + 1, 0)
             values.append(ids)
-        times = [request.behavior_ts for request in requests]
-        moments = [request.request_ts for request in requests]
-        has_times = all(t is not None for t in times) and all(m is not None for m in moments)
+        times = [request.behavior_ts for request in requests if request.behavior_ts is not None]
+        moments = [request.request_ts for request in requests if request.request_ts is not None]
+        has_times = len(times) == len(moments) == len(requests)
         return RequestBatch(
             sparse=KeyedJaggedTensor(keys, torch.cat(values), lengths=torch.cat([n for _, n in flat])),
             labels=torch.empty(0),

@@ -21,14 +21,17 @@ from typing import Any, NoReturn, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from mim_torchrec.errors import Diverged, OptionError
+from mim_torchrec.extras import needs
 from mim_torchrec.training.checkpoint import write_json
 from mim_torchrec.training.checkpoints import Checkpoints, State
 from mim_torchrec.training.distributed import DistributedContext
 from mim_torchrec.training.parallel import gradient_norm
+
+with needs("train"):
+    from torch.utils.tensorboard import SummaryWriter
 
 log = logging.getLogger(__name__)
 

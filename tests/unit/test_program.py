@@ -22,7 +22,7 @@ from mim_torchrec.embeddings.table.manifest import (
     VersionMismatch,
 )
 from mim_torchrec.embeddings.windows.log import LogMoved
-from mim_torchrec.embeddings.windows.redis_connection import RedisFull, RedisUnavailable
+from mim_torchrec.embeddings.windows.redis_address import RedisFull, RedisUnavailable
 from mim_torchrec.embeddings.windows.window import MalformedWindow, WindowGap
 from mim_torchrec.encoders.checkpoint import CheckpointError
 from mim_torchrec.errors import (
@@ -33,6 +33,7 @@ from mim_torchrec.errors import (
     SetupError,
     Status,
 )
+from mim_torchrec.extras import MissingExtra
 from mim_torchrec.program import run
 from mim_torchrec.serving.releases import ReleaseError
 from mim_torchrec.training.checkpoints import ResumeError
@@ -45,7 +46,7 @@ OURS = {
     DuplicateId: 3, NonFiniteVector: 3, SpareRowsExhausted: 3, MalformedWindow: 3,
     VersionMismatch: 4, WarmStartError: 4, WindowGap: 4,
     OutputExists: 5, ResumeError: 5, ReleaseError: 5, LogMoved: 5,
-    SetupError: 6, RedisUnavailable: 6, RedisFull: 6,
+    SetupError: 6, MissingExtra: 6, RedisUnavailable: 6, RedisFull: 6,
 }  # fmt: skip
 GLOO = "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234"
 THEIRS = {

@@ -46,7 +46,7 @@ class SIM(UserBehaviorModel):
         top_k: behaviors that the general search unit keeps.
         heads: attention heads of the exact search unit.
         attention_dim: size of the compared vectors of all heads together; `dim` by default.
-        gap_dim: size of the embedding of a recency.
+        recency_dim: size of the embedding of a recency.
         auxiliary: train the soft search by an auxiliary click prediction.
         auxiliary_hidden: width of the hidden layer that predicts it.
     """

@@ -43,7 +43,7 @@ class TWIN(UserBehaviorModel):
         top_k: behaviors that a head attends to.
         heads: attention heads.
         attention_dim: size of the vectors of all heads together; `dim` by default.
-        gap_dim: size of the embedding of a recency.
+        recency_dim: size of the embedding of a recency.
     """
 
     def __init__(
