@@ -16,7 +16,7 @@ export MIM_PYTHON := $(ENVIRONMENT)/bin/python
 export PYTHONPATH :=
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install demo test movielens ablation-csft figure5 table2 ablation-ciubm coldstart abtest table6 bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving bench-rim-latency bench-scaling bench-export-throughput chaos bench benchmark-report docs doctor lint lock wheel release-check clean
+.PHONY: help install demo test test-fast movielens ablation-csft figure5 table2 ablation-ciubm coldstart abtest table6 bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving bench-rim-latency bench-scaling bench-export-throughput chaos bench benchmark-report docs doctor lint lock wheel release-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
@@ -82,8 +82,11 @@ chaos: install  ## kill RIM, stores and training ranks 240 times: no row wrong, 
 bench-export-throughput: install  ## export's items per second beside its encoder's bare forward pass
 	$(BIN)/python -m mim_torchrec.benchmarks.speed.export_throughput --out runs/export_throughput
 
-test: install  ## unit, distributed and pipeline tests
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+test: install  ## all tests; `make test-fast` runs fewer
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
+
+test-fast: install  ## the tests that are not marked slow
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal -m "not slow"
 
 docs: install  ## build the documentation site into build/docs; a warning is an error
 	$(BIN)/python -m sphinx -b html -W --keep-going docs build/docs

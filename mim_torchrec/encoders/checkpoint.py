@@ -18,12 +18,13 @@ from torch import nn
 from mim_torchrec.encoders.item_encoder import HeadConfig, ItemEncoder, ItemEncoderConfig
 from mim_torchrec.encoders.text import TextEncoder, TextEncoderConfig
 from mim_torchrec.encoders.vision import VisionEncoder, VisionEncoderConfig
+from mim_torchrec.errors import ExpectedError, OptionError
 from mim_torchrec.training.checkpoint import atomic_directory, write_json
 
 FORMAT_VERSION = 1
 
 
-class CheckpointError(ValueError):
+class CheckpointError(ExpectedError, ValueError):
     """A directory is no checkpoint of what was asked for, or a damaged one."""
 
 
@@ -119,7 +120,7 @@ def towers_in_place_of(path: Path, vision: VisionEncoderConfig, text: TextEncode
 
     Raises:
         CheckpointError: as `load_towers`.
-        ValueError: a flag names a tower, its weights or its sizes, all of which are those in `path`.
+        OptionError: a flag names a tower, its weights or its sizes, all of which are those in `path`.
     """
     of_text = ("name", "weights", "tokenizer", "max_length", "pooling")
     defaults: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
@@ -130,7 +131,7 @@ def towers_in_place_of(path: Path, vision: VisionEncoderConfig, text: TextEncode
         for name in fields:
             if getattr(given, name) != getattr(default, name):
                 flag = f"--{tower}.{name.replace('_', '-')}"
-                raise ValueError(f"{flag} is settled by --towers {path}; leave one of them out")
+                raise OptionError(f"{flag} is settled by --towers {path}; leave one of them out")
     return load_towers(path, vision, text)
 
 
