@@ -22,7 +22,7 @@ from typing import Any
 import tyro
 
 from benchmarks.registry import BENCHMARKS, RESULTS, Benchmark
-from mim_torchrec.training.checkpoint import write_json
+from mim_torchrec.embeddings.files import write_json
 from mim_torchrec.training.pages import Section, number, write_pages
 from mim_torchrec.training.report import environment
 

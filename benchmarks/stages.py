@@ -18,6 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mim_torchrec.embeddings.files import write_text
+
 CHECKOUT = Path(__file__).resolve().parents[1]
 COMMON = ("mim_torchrec/data", "mim_torchrec/training")
 SOURCES = {
@@ -158,9 +160,7 @@ class Run:
         if not stage.out.exists():
             raise StageError(f"stage {stage.name} ended without an error but made no {stage.out}; log: {log}")
         text = json.dumps({"digest": digest, "seconds": seconds, "argv": stage.argv()}, indent=2)
-        partial = record.with_suffix(".partial")
-        partial.write_text(text + "\n")
-        os.replace(partial, record)
+        write_text(record, text + "\n")
         self.seconds[stage.name] = seconds
         self._say(f"{stage.name}: done in {seconds:.0f} s")
 

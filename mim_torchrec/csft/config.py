@@ -16,7 +16,7 @@ class CSFTConfig:
     """Fine-tune the item encoder on pairs of a query image and the item that was bought after it (§3.3).
 
     One process, or several under torchrun. Writes `encoder/` (a self-contained checkpoint), config.json,
-    history.json, metrics.json, retrieval.json and retrieval.png (image search of the held-out pairs) and
+    history.jsonl, metrics.json, retrieval.json and retrieval.png (image search of the held-out pairs) and
     TensorBoard's files into `out`.
     """
 
@@ -109,7 +109,7 @@ class CSFTConfig:
     """Steps between two entries of the log."""
 
     def resume_fingerprint(self) -> dict[str, Any]:
-        """What a run that is taken up must have been started with."""
+        """What a run that is resumed must have been started with."""
         free = {"out", "checkpoint", "log_every", "pictures", "image_memory_gib", "encode_batch_size",
                 "feature_cache", "item_cache"}  # fmt: skip
         return {name: value for name, value in asdict(self).items() if name not in free}

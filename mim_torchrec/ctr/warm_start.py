@@ -14,7 +14,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint import FileSystemReader
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from mim_torchrec.ctr.assembly import load_vocabularies, read_config
+from mim_torchrec.ctr.assembly import TrainedRun
 from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.task import trainable_state
 from mim_torchrec.data.vocabulary import Vocabulary
@@ -46,9 +46,11 @@ def warm_start(
         table_version: of the multi-modal table of the run that starts, None for Base.
 
     Raises:
+        ModelMismatch: the earlier run's config.json or vocabulary/ are not those of its weights.
         WarmStartError: the earlier model is another one, or was trained on vectors of another encoder.
     """
-    earlier = read_config(run)
+    trained = TrainedRun.open(run)
+    earlier = trained.config
     old, new = (asdict(c.model()) for c in (earlier, config))
     other = sorted(name for name in new if old[name] != new[name] and name not in MAY_DIFFER)
     if other:
@@ -60,7 +62,7 @@ def warm_start(
             f"{table_version}; "
             "another encoder's vectors mean other things, so the model has to be trained anew"
         )
-    path = str(run / "best")
+    path = str(trained.weights)
     sizes = FileSystemReader(path).read_metadata().state_dict_metadata
     state = trainable_state(model)
     if state.keys() != sizes.keys():
@@ -68,7 +70,7 @@ def warm_start(
     dense = {name: value for name, value in state.items() if not isinstance(value, ShardedTensor)}
     dcp.load(dense, checkpoint_id=path)
     model.load_state_dict(dict(state), strict=False)  # torchrec renames what it is given
-    before = load_vocabularies(run)
+    before = trained.vocabularies
     for name, table in state.items():
         if isinstance(table, ShardedTensor):
             weights = torch.empty(sizes[name].size)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
@@ -323,3 +324,20 @@ def _dense(values: Mapping[str, np.ndarray], names: Sequence[str]) -> torch.Tens
 def alike(columns: torch.Tensor) -> torch.Tensor:
     """Numbers of any range as models get them: sign(x) · log(1 + |x|)."""
     return columns.sign() * columns.abs().log1p()
+
+
+def label_classes(files: Sequence[str | Path]) -> set[int]:
+    """Labels that request files have; reading ends when there are two.
+
+    Raises:
+        DataError: a file is malformed.
+    """
+    found: set[int] = set()
+    for file in files:
+        parquet = open_parquet(file, REQUESTS, REQUESTS_REQUIRED)
+        for group in range(parquet.num_row_groups):
+            labels = pc.list_flatten(read_row_group(parquet, group, ["labels"], file)["labels"])
+            found |= {int(label) for label in pc.unique(labels).to_pylist() if label is not None}
+            if len(found) > 1:
+                return found
+    return found

@@ -63,7 +63,7 @@ class PretrainConfig:
     """Adapt the towers to the shop's items (DDA) and align them with each other (DMA) (§3.2).
 
     One process, or several under torchrun. Every phase writes `<phase>/towers/`, which C-SFT, the export and
-    this stage take by `--towers`, with its history.json, metrics.json and TensorBoard's files; `towers/` is
+    this stage take by `--towers`, with its history.jsonl, metrics.json and TensorBoard's files; `towers/` is
     that of the last phase.
     """
 
@@ -109,6 +109,6 @@ class PretrainConfig:
     """Steps between two entries of the log."""
 
     def resume_fingerprint(self) -> dict[str, Any]:
-        """What a run that is taken up must have been started with."""
+        """What a run that is resumed must have been started with."""
         free = {"out", "checkpoint", "log_every", "image_memory_gib", "item_cache"}
         return {name: value for name, value in asdict(self).items() if name not in free}

@@ -37,6 +37,7 @@ from mim_torchrec.representation.ahead import ahead
 from mim_torchrec.representation.config import ExportConfig
 from mim_torchrec.representation.plain import PLAIN, PlainTowers, fit_projection
 from mim_torchrec.training.distributed import DistributedContext, distributed
+from mim_torchrec.training.lease import leased_by_rank_0
 
 log = logging.getLogger(__name__)
 
@@ -103,9 +104,15 @@ def export(config: ExportConfig, context: DistributedContext) -> Manifest:
     Raises:
         DataError: an item cannot be encoded and ``on_bad_row`` is "fail"; it names the item.
         TableError: ``out`` exists.
+        LeaseError: another process writes it.
     """
     if config.out.exists():
         raise TableError(f"{config.out} exists; choose another directory or remove it")
+    with leased_by_rank_0(Path(f"{config.out}.lease.json"), context):
+        return _export(config, context)
+
+
+def _export(config: ExportConfig, context: DistributedContext) -> Manifest:
     items = ItemStore.open(Dataset(config.data), config.item_cache or Path(f"{config.out}.items"))
     rows = np.arange(len(items))[
         len(items) * context.rank // context.world_size : len(items)

@@ -21,21 +21,20 @@ import torch
 import torch.distributed.checkpoint as dcp
 import tyro
 from pydantic import TypeAdapter, ValidationError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torchrec.modules.embedding_configs import EmbeddingConfig
 
-from mim_torchrec.ctr.assembly import load_vocabularies, read_config
+from mim_torchrec.ctr.assembly import TrainedRun
 from mim_torchrec.ctr.config import CTRConfig
-from mim_torchrec.ctr.evaluation import find_checkpoint
 from mim_torchrec.ctr.model import CTRModel
 from mim_torchrec.ctr.sharding import build_model
+from mim_torchrec.embeddings.files import atomic_directory, write_json, write_tensors
 from mim_torchrec.embeddings.table.manifest import VersionMismatch
 from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.table.shards import CHUNK
 from mim_torchrec.embeddings.table.writer import TableWriter
-from mim_torchrec.training.checkpoint import atomic_directory, write_json
 
 log = logging.getLogger(__name__)
 
@@ -124,9 +123,10 @@ def write_bundle(run: Path, out: Path, checkpoint: str = "best") -> Bundle:
 
     Raises:
         ValueError: `run` is no run, or has no such checkpoint.
+        ModelMismatch: its config.json or vocabulary/ are not those of the weights.
     """
-    config = read_config(run)
-    path = find_checkpoint(run, checkpoint)
+    trained = TrainedRun.open(run, checkpoint)
+    config, path, vocabularies = trained.config, trained.weights, trained.vocabularies
     state, prefix = (path / "state", "model.") if (path / "state").is_dir() else (path, "")
     sizes = {
         name.removeprefix(prefix): (name, found.size, found.properties.dtype)
@@ -134,7 +134,6 @@ def write_bundle(run: Path, out: Path, checkpoint: str = "best") -> Bundle:
         if name.startswith(prefix) and hasattr(found, "size")
     }
     where = {name.split(".")[-2]: name for name in sizes if "_embeddings." in name}
-    vocabularies = load_vocabularies(run)
 
     def read(names: list[str]) -> dict[str, Tensor]:
         tensors = {sizes[n][0]: torch.empty(sizes[n][1], dtype=sizes[n][2]) for n in names}
@@ -182,7 +181,7 @@ def save_bundle(
         "config": asdict(config),
     }
     with atomic_directory(out) as folder:
-        save_file(dense, folder / DENSE)
+        write_tensors(folder / DENSE, dense)
         for name, (ids, get_rows) in tables.items():
             rows = get_rows()
             writer = TableWriter(

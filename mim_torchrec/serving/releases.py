@@ -17,6 +17,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from mim_torchrec.embeddings.files import write_json
 from mim_torchrec.embeddings.table.manifest import VersionMismatch
 from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.windows.compact import changes
@@ -24,7 +25,6 @@ from mim_torchrec.embeddings.windows.redis_connection import is_redis
 from mim_torchrec.embeddings.windows.transport import open_log
 from mim_torchrec.serving.bundle import Bundle
 from mim_torchrec.serving.service import ServedFiles
-from mim_torchrec.training.checkpoint import write_json
 
 CURRENT = "current"
 NAMED = 10

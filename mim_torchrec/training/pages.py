@@ -12,7 +12,8 @@ from typing import Any
 
 import jinja2
 
-from mim_torchrec.training.report import environment, whole_file
+from mim_torchrec.embeddings.files import write_bytes, write_text
+from mim_torchrec.training.report import environment
 from mim_torchrec.training.report_pages import STYLE
 
 MARKDOWN = """\
@@ -153,18 +154,18 @@ def write_pages(
     text = json.dumps(report, indent=2, default=str, allow_nan=False)
     out.mkdir(parents=True, exist_ok=True)
     for name, png in pictures.items():
-        whole_file(out / name, png)
+        write_bytes(out / name, png)
     values = {
         "title": title, "summary": summary, "sections": sections, "made": made(report), "style": STYLE,
         "pictures": {name: base64.b64encode(png).decode() for name, png in pictures.items()},
     }  # fmt: skip
-    whole_file(out / "report.json", f"{text}\n".encode())
+    write_text(out / "report.json", f"{text}\n")
     for name, template, escape in (("report.md", MARKDOWN, False), ("report.html", HTML, True)):
         jinja = jinja2.Environment(
             autoescape=escape, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
         )
         page = jinja.from_string(template).render(values)
-        whole_file(out / name, f"{page.rstrip()}\n".encode())
+        write_text(out / name, f"{page.rstrip()}\n")
     return report
 
 

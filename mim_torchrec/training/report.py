@@ -22,6 +22,8 @@ import numpy as np
 import psutil
 import torch
 
+from mim_torchrec.embeddings.files import write_bytes, write_text
+from mim_torchrec.training.history import read_history
 from mim_torchrec.training.report_pages import HTML, MARKDOWN, STYLE
 
 matplotlib.use("Agg")
@@ -91,20 +93,20 @@ def loss_curve(history: Path) -> dict[str, Any]:
     """Loss by step, averaged over equal spans to at most 200 points, and metrics by epoch.
 
     Args:
-        history: history.json of a stage.
+        history: history.jsonl of a stage.
 
     Returns:
         `step` and `loss` lists of equal length, `epochs` as in the history, `best_epoch`.
     """
-    content = json.loads(history.read_text())
-    steps = np.array([entry["step"] for entry in content["steps"]], float)
-    losses = np.array([entry["loss"] for entry in content["steps"]], float)
+    content = read_history(history)
+    steps = np.array([entry["step"] for entry in content.steps], float)
+    losses = np.array([entry["loss"] for entry in content.steps], float)
     parts = min(MAX_CURVE_POINTS, max(len(steps), 1))
     return {
         "step": [float(part.mean()) for part in np.array_split(steps, parts) if len(part)],
         "loss": [float(part.mean()) for part in np.array_split(losses, parts) if len(part)],
-        "epochs": content["epochs"],
-        "best_epoch": content["best_epoch"],
+        "epochs": content.epochs,
+        "best_epoch": content.best_epoch,
     }
 
 
@@ -130,21 +132,14 @@ def write_report(report: dict[str, Any], out: Path) -> dict[str, Any]:
         "curves": to_png(_draw_curves(report["curves"])),
     }
     for name, png in plots.items():
-        (out / f"{name}.png").write_bytes(png)
+        write_bytes(out / f"{name}.png", png)
     embedded = {name: base64.b64encode(png).decode() for name, png in plots.items()}
     pages = {"report.json": text + "\n"}
     pages["report.md"] = _environment(False).from_string(MARKDOWN).render(r=report).rstrip() + "\n"
     pages["report.html"] = _environment(True).from_string(HTML).render(r=report, plots=embedded, style=STYLE)
     for name, page in pages.items():
-        whole_file(out / name, page.encode())
+        write_text(out / name, page)
     return report
-
-
-def whole_file(path: Path, content: bytes) -> None:
-    """Write a file that is either whole or not there."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
 
 
 def _environment(autoescape: bool) -> jinja2.Environment:
