@@ -322,7 +322,8 @@ def run_writers() -> Iterator[Writer]:
                  lambda r: RunDirectory(r).begin({"lr": 2}, CheckpointConfig(), ONE),
                  lambda r: RunDirectory(r).read_config())  # fmt: skip
     yield Writer("metrics and predictions", results(1), results(2), read_results)
-    yield Writer("encoder of a finished run", promotable, lambda r: RunDirectory(r).promote_best("encoder", ONE),
+    yield Writer("encoder of a finished run", promotable,
+                 lambda r: RunDirectory(r).promote_best("encoder", ONE),
                  lambda r: (r / "encoder" / "w").read_text())  # fmt: skip
     yield Writer("history", history(1), history(2), lambda r: len(read_history(r / "h").steps))
     yield Writer("lease", lambda r: None, lease, lambda r: (r / "ended").exists())

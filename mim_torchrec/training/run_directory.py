@@ -220,13 +220,12 @@ class RunDirectory:
             if not context.is_main:
                 return
             self.root.mkdir(parents=True, exist_ok=True)
-            contents: dict[Path, bytes] = {}
+            contents, facts = {}, dict(metrics)
             if predictions is not None:
-                contents[self.predictions] = to_bytes(
-                    lambda file: pq.write_table(pa.table(predictions), file)
-                )
-            digests = {"predictions_sha256": hashlib.sha256(data).hexdigest() for data in contents.values()}
-            replace_files(contents | {self.metrics: json_text(metrics | digests).encode()})
+                data = to_bytes(lambda file: pq.write_table(pa.table(predictions), file))
+                contents[self.predictions] = data
+                facts["predictions_sha256"] = hashlib.sha256(data).hexdigest()
+            replace_files(contents | {self.metrics: json_text(facts).encode()})
 
         self.check_lease()
         on_all_ranks(write)

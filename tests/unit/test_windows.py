@@ -142,9 +142,7 @@ def test_a_full_disk_leaves_nothing_and_the_window_can_be_appended_later(tmp_pat
             raise OSError(errno.ENOSPC, "no space left on device")
 
         full.setattr("os.fsync", refuse)
-        with pytest.raises(
-            OSError, match=r"no space left on device; \d+ bytes are needed, \d+ bytes are free"
-        ):
+        with pytest.raises(OSError, match=r"no space left on device; \d+ bytes are needed, \d+"):
             log.append("w", tensor(1), vectors(1))
     assert log.last_seq() == 0
     assert [path.name for path in log.root.iterdir()] == ["log.json"]
