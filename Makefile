@@ -19,7 +19,7 @@ export MIM_PYTHON := $(BIN)/python
 export PYTHONPATH :=
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install demo test movielens ablation-csft figure5 table2 ablation-ciubm coldstart abtest table6 bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving bench-rim-latency bench-scaling bench-export-throughput chaos bench book doctor lint lock clean
+.PHONY: help install demo test faults movielens ablation-csft figure5 table2 ablation-ciubm coldstart abtest table6 bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving bench-rim-latency bench-scaling bench-export-throughput chaos bench book doctor lint lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -92,6 +92,9 @@ bench-rim-latency: install  ## from the arrival of an item to a lookup that has 
 
 chaos: install  ## kill RIM, stores and training ranks 240 times: no row wrong, lost or doubled
 	$(BIN)/python -m benchmarks.chaos --out runs/chaos
+
+faults: install  ## fail every file-system call of every writer: nothing is lost or mixed
+	$(BIN)/python -m benchmarks.faults --out runs/faults
 
 bench-export-throughput: install  ## export's items per second beside its encoder's bare forward pass
 	$(BIN)/python -m benchmarks.export_throughput --out runs/export_throughput

@@ -79,7 +79,7 @@ def refuse_one_class(dataset: Dataset, context: DistributedContext) -> None:
                 raise DataError(
                     f"all labels are {found}: no AUC to choose the best epoch by. Put requests with clicked "
                     "and with other candidates into the validation part",
-                    file=dataset.root / "validation",
+                    file=dataset.root / "requests" / "validation",
                 )
 
     on_all_ranks(look)

@@ -13,6 +13,7 @@ from benchmarks.fault_injection import Faults, Killed
 from mim_torchrec.ctr.evaluation import main as evaluate
 from mim_torchrec.ctr.main import main as train
 from mim_torchrec.data.errors import DataError
+from mim_torchrec.data.schema import Dataset
 from mim_torchrec.data.vocabulary import Vocabulary
 from mim_torchrec.serving.bundle import write_bundle
 from mim_torchrec.training import lease
@@ -82,7 +83,8 @@ def spoil_vocabulary(run: Path) -> None:
 
 
 @pytest.mark.parametrize(("spoil", "named"), [
-    (spoil_config, "content_pooling 'sum' .config.json: 'mean'."), (spoil_vocabulary, "vocabulary of item_id"),
+    (spoil_config, "content_pooling 'sum' .config.json: 'mean'."),
+    (spoil_vocabulary, "vocabulary of item_id"),
 ])  # fmt: skip
 @pytest.mark.parametrize("reads", ["evaluate", "evaluate a checkpoint", "bundle", "warm start"])
 def test_weights_of_another_model_are_an_error_everywhere(data, finished, tmp_path, spoil, named, reads):
@@ -127,7 +129,7 @@ def predictions(run: Path) -> pa.Table:
 
 def test_validation_with_one_class_of_labels_is_refused_before_anything_is_trained(data, tmp_path):
     one = shutil.copytree(data, tmp_path / "data")
-    for file in (one / "validation").glob("*.parquet"):
+    for file in Dataset(one).requests("validation"):
         table = pq.read_table(file)
         zeros = pa.array([[0] * len(labels) for labels in table["labels"].to_pylist()], table["labels"].type)
         table = table.set_column(table.schema.get_field_index("labels"), "labels", zeros)
@@ -147,7 +149,6 @@ class Kill(Faults):
 def test_a_run_that_is_killed_at_any_moment_is_resumed_and_ends_as_if_it_had_not_been(
     data, whole, tmp_path, monkeypatch
 ):
-    lives = iter(range(1000))
     command = ["--checkpoint.every", "3"]
     out = tmp_path / "counted"
     counted = Kill(out)
@@ -157,9 +158,9 @@ def test_a_run_that_is_killed_at_any_moment_is_resumed_and_ends_as_if_it_had_not
     total = len(counted.calls)
     for number in np.linspace(1, total, 7).astype(int):
         out = tmp_path / f"{number}"
-        monkeypatch.setattr(lease, "_began", lambda _, life=next(lives): f"life {life}")
+        monkeypatch.setattr(lease, "_began", lambda pid, number=number: f"before the kill at {number}")
         with Kill(out, int(number), None).injected(), pytest.raises((Killed, OSError)):
             train(words(data, out, *command))
-        monkeypatch.setattr(lease, "_began", lambda _, life=next(lives): f"life {life}")
+        monkeypatch.setattr(lease, "_began", lambda pid, number=number: f"after the kill at {number}")
         train(words(data, out, *command))
         assert predictions(out).equals(predictions(whole)), counted.calls[number - 1]

@@ -1,4 +1,4 @@
-"""One process writes into a directory; the second is refused by the name of the first, a dead one is replaced."""
+"""One process writes into a directory: a second is refused by the name of the first, a dead one replaced."""
 
 import json
 import os
