@@ -1,1 +1,5 @@
-"""Programs that measure, run from the checkout: `python -m benchmarks.<name>`."""
+"""Programs that measure: `python -m mim_torchrec.benchmarks.<room>.<program>`, or `torchx run mim.bench`."""
+
+from mim_torchrec.extras import require
+
+require("report", "train")

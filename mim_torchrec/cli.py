@@ -4,8 +4,10 @@ import sys
 from importlib import import_module
 from importlib.metadata import version
 
+from mim_torchrec.extras import MissingExtra
+
 COMMANDS = {
-    "doctor": ("mim_torchrec.doctor", "check the installation and say how to mend it"),
+    "doctor": ("mim_torchrec.doctor", "check the installation and say how to fix it"),
     "shop": ("mim_torchrec.data.shop", "write a synthetic shop"),
     "import movielens": ("mim_torchrec.data.movielens", "convert MovieLens and posters"),
     "import taobao-mm": ("mim_torchrec.data.taobao_mm", "convert TAOBAO-MM, vectors and all"),
@@ -57,6 +59,9 @@ def main(argv: list[str] | None = None) -> None:
     sys.argv[0] = f"mim {command}"  # what the command's own --help calls it
     try:
         module = import_module(COMMANDS[command][0])
+    except MissingExtra as error:
+        print(f"mim {command}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
     except ImportError:
         print(f"mim {command} cannot be loaded; `mim doctor` says what is wrong", file=sys.stderr)
         raise

@@ -9,7 +9,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest  # noqa: E402
 import torch  # noqa: E402 (it reads the environment when it loads)
 
-from benchmarks.redis_server import RedisCluster, RedisServer  # noqa: E402
+from mim_torchrec.benchmarks.harness.redis_server import RedisCluster, RedisServer  # noqa: E402
 
 torch.set_num_threads(1)
 

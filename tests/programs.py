@@ -14,7 +14,7 @@ TINY_TOWERS = {
 def small_shop(
     folder: Path, items: int = 150, searches: int = 300, requests: int = 50, users: int = 30, seed: int = 0
 ) -> Path:
-    """Write a shop of three categories and pictures of 32 pixels to `<folder>/shop`."""
+    """Write a shop of three categories and images of 32 pixels to `<folder>/shop`."""
     sizes = {"items": items, "searches": searches, "requests": requests, "users": users, "seed": seed,
              "browsing": 2 * items, "categories": 3, "image-size": 32}  # fmt: skip
     make_shop(["--out", str(folder / "shop"), *(w for k, v in sizes.items() for w in (f"--{k}", str(v)))])

@@ -70,6 +70,12 @@ class FrozenTable:
     def dtype(self) -> str:
         return self.store.dtype
 
+    @property
+    def bag_config(self) -> EmbeddingBagConfig:
+        """The config of a table whose vectors are pooled."""
+        assert isinstance(self.config, EmbeddingBagConfig)
+        return self.config
+
 
 def frozen_config(table: Table, feature_names: Sequence[str], name: str = "mm") -> EmbeddingConfig:
     """Return the embedding config of a table on disk, for a :class:`FrozenEmbeddingCollection`.
@@ -297,7 +303,7 @@ class FrozenEmbeddingBagCollection(FrozenModule, EmbeddingBagCollection):
                 rows = bags.values().long()
                 check_rows(rows, table.config)
                 vectors, index = table.store.vectors(rows), torch.arange(rows.numel(), device=rows.device)
-                pooled.append(pool(vectors, index, bags, table.config, self.is_weighted()))
+                pooled.append(pool(vectors, index, bags, table.bag_config, self.is_weighted()))
         return keyed(pooled, self._embedding_bag_configs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FrozenEmbeddingBagCollection":

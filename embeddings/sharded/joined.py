@@ -1,5 +1,7 @@
 """Several pooled collections as one, for models that take a single collection (DLRM, DeepFM)."""
 
+from typing import cast
+
 import torch
 from torch import nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
@@ -26,7 +28,11 @@ class JoinedEmbeddingBags(nn.ModuleList):
 
     def embedding_bag_configs(self) -> list[EmbeddingBagConfig]:
         """Configs of all collections, before they are sharded."""
-        return [config for collection in self for config in collection.embedding_bag_configs()]
+        return [
+            config
+            for collection in self
+            for config in cast(EmbeddingBagCollection, collection).embedding_bag_configs()
+        ]
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Return pooled vectors (batch_size, sum of dims) of all features."""

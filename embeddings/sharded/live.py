@@ -268,7 +268,7 @@ def expected_digest(
 
     Args:
         model: as in :func:`update_items`.
-        table: the base, opened anew: a live table may be mapped, and what is written there is in its mapping.
+        table: the base, opened again, because updates of a live table that is mapped are in its mapping.
         index: as in :func:`update_items`, after the changes.
         changed: by item, the vector as stored, None for one that was deleted.
         name: of the table.
@@ -287,7 +287,7 @@ def expected_digest(
         for row in rows[(rows >= start) & (rows < stop)].tolist():
             vector = row_of[row]
             part[row - start] = zero if vector is None else vector
-        digest.update(part.view(torch.uint8).numpy())
+        digest.update(part.view(torch.uint8).numpy().data)
     return digest_of_ranks(digest.hexdigest(), module)
 
 

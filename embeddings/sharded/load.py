@@ -8,6 +8,7 @@ import hashlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -111,10 +112,10 @@ def load_table(model: nn.Module, table: Table, name: str = "mm", mapped: bool = 
             rank = dist.get_rank(group_of(module)) if dist.is_initialized() else 0
             with tqdm(total=store.num_rows, desc=f"load {name}", unit="row", unit_scale=True,
                       disable=True if rank else None) as bar:  # fmt: skip
-                table.rows_for(first, stop, out=dense.tensor, progress=bar.update)
+                table.rows_for(first, stop, out=cast(DenseRows, dense).tensor, progress=bar.update)
         frozen.state, frozen.expected = state, None
         return LoadReport(
-            table_version=state.table_version,
+            table_version=manifest.table_version,
             seq=state.seq,
             first_row=first,
             rows=store.num_rows,
@@ -135,7 +136,7 @@ def table_digest(model: nn.Module, name: str = "mm") -> str:
     module, frozen = find_frozen(model, name)
     digest = hashlib.sha256()
     for rows in frozen.store.blocks():
-        digest.update(rows.cpu().view(torch.uint8).numpy())
+        digest.update(rows.cpu().view(torch.uint8).numpy().data)
     return digest_of_ranks(digest.hexdigest(), module)
 
 

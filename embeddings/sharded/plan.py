@@ -10,11 +10,12 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import tyro
 from torch import nn
+from torch.distributed._shard.sharding_spec import EnumerableShardingSpec
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.planner import EmbeddingShardingPlanner
@@ -26,7 +27,7 @@ from torchrec.distributed.planner.types import (
     TopologyFactory,
     TrainerConfig,
 )
-from torchrec.distributed.types import ParameterSharding, ShardingPlan
+from torchrec.distributed.types import EmbeddingModuleShardingPlan, ParameterSharding, ShardingPlan
 from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
@@ -148,7 +149,7 @@ def _placements(
 ) -> list[Placement]:
     found = []
     for module in [FROZEN, *shapes]:
-        (name, how), = plan.plan[module].items()  # fmt: skip
+        (name, how), = cast(EmbeddingModuleShardingPlan, plan.plan[module]).items()  # fmt: skip
         rows = _rows_of_ranks(how, config.world_size)
         if name == FROZEN:
             width, state = row_bytes(config.dtype, config.dim), 0
@@ -175,12 +176,12 @@ def _placements(
 
 def _rows_of_ranks(how: ParameterSharding, world_size: int) -> list[int]:
     """Rows of a table on each rank; a shard of some columns counts as that share of its rows."""
-    assert how.sharding_spec is not None
-    shards = how.sharding_spec.shards
+    shards = cast(EnumerableShardingSpec, how.sharding_spec).shards
     width = max(shard.shard_offsets[1] + shard.shard_sizes[1] for shard in shards)
     rows = [0.0] * world_size
     for shard in shards:
-        rows[shard.placement.rank()] += shard.shard_sizes[0] * shard.shard_sizes[1] / width
+        assert shard.placement is not None and (rank := shard.placement.rank()) is not None
+        rows[rank] += shard.shard_sizes[0] * shard.shard_sizes[1] / width
     return [round(own) for own in rows]
 
 

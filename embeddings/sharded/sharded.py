@@ -18,7 +18,7 @@ Not here: other shardings than row-wise, two-dimensional parallelism, int4.
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -36,7 +36,7 @@ from torchrec.distributed.types import (
     ParameterSharding,
     ShardingEnv,
 )
-from torchrec.modules.embedding_configs import BaseEmbeddingConfig
+from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingConfig
 from torchrec.modules.embedding_modules import get_embedding_names_by_table
 from torchrec.optim.keyed import CombinedOptimizer
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
@@ -69,9 +69,14 @@ class FrozenContext(Multistreamable):
     index: list[Tensor | None] = field(default_factory=list)
     sharding_contexts: list[SequenceShardingContext] = field(default_factory=list)
 
+    def looked_up(self) -> KeyedJaggedTensor:
+        """The features of the step, which `input_dist` has set."""
+        assert self.features is not None
+        return self.features
+
     def record_stream(self, stream: torch.Stream) -> None:
         if self.features is not None:
-            self.features.record_stream(stream)
+            self.features.record_stream(cast(torch.cuda.Stream, stream))
         for index in self.index:
             if index is not None:
                 index.record_stream(stream)
@@ -124,7 +129,8 @@ class VectorsBack(Awaitable[Tensor]):
         )
 
     def _wait_impl(self) -> Tensor:
-        self._work.wait()
+        if self._work is not None:  # None where this rank is not in the group
+            self._work.wait()
         stored = self._received.view(DTYPES[self._dtype])
         del self._received, self._sent  # who waits may hold this object for longer than the bytes are needed
         return decode(stored, self._dtype) if self._dtype == "int8" else stored
@@ -170,11 +176,9 @@ class ShardedFrozenModule(
         self.module_sharding_plan = EmbeddingModuleShardingPlan(params)
         whole = module.frozen_tables()
         self.init_frozen([self._shard(whole[c.name], params[c.name]) for c in configs], module.store_rows)
-        self._names = get_embedding_names_by_table(list(configs))
+        self._names = get_embedding_names_by_table(cast(list[EmbeddingConfig], list(configs)))
         if self._is_divided:
-            self._input_dists = [
-                RowsDist(env.process_group, c.name, self._block(c), self._device) for c in configs
-            ]
+            self._input_dists = [RowsDist(self._group, c.name, self._block(c), self._device) for c in configs]
 
     @property
     def env(self) -> ShardingEnv:
@@ -232,7 +236,7 @@ class ShardedFrozenModule(
         if not self._is_divided:
             return FrozenAwaitable(self, ctx, [NoWait(vectors) for vectors in output])
         vectors: list[Awaitable[Tensor]] = [
-            VectorsBack(stored, table.dtype, each.output_splits, each.input_splits, self._env.process_group)
+            VectorsBack(stored, table.dtype, each.output_splits, each.input_splits, self._group)
             for stored, table, each in zip(output, self._frozen.values(), ctx.sharding_contexts, strict=True)
         ]
         return FrozenAwaitable(self, ctx, vectors)
@@ -243,6 +247,12 @@ class ShardedFrozenModule(
 
     def _needs_distinct(self, table: FrozenTable) -> bool:
         return self._is_divided
+
+    @property
+    def _group(self) -> dist.ProcessGroup:
+        """The ranks that divide the rows; there is a group wherever rows are divided."""
+        assert self._env.process_group is not None
+        return self._env.process_group
 
     @property
     def _is_divided(self) -> bool:
@@ -291,7 +301,7 @@ class ShardedFrozenEmbeddingCollection(ShardedFrozenModule[dict[str, JaggedTenso
 
     @torch.no_grad()  # it is waited for outside the forward that made it
     def assemble(self, ctx: FrozenContext, vectors: list[Tensor]) -> dict[str, JaggedTensor]:
-        by_feature = ctx.features.to_dict()
+        by_feature = ctx.looked_up().to_dict()
         found = {}
         for table, names, own, index in zip(
             self._frozen.values(), self._names, vectors, ctx.index, strict=True
@@ -330,21 +340,22 @@ class ShardedFrozenEmbeddingBagCollection(ShardedFrozenModule[KeyedTensor]):
             if self._needs_distinct(table):
                 found.append(table.store.vectors(rows.values()))
             else:  # pooled where they are
-                found.append(table.store.tensor)
+                found.append(cast(DenseRows, table.store).tensor)
                 ctx.index[k] = rows.values()
         return found
 
     def assemble(self, ctx: FrozenContext, vectors: list[Tensor]) -> KeyedTensor:
-        by_feature = ctx.features.to_dict()
+        by_feature = ctx.looked_up().to_dict()
         pooled = []
         for table, own, index in zip(self._frozen.values(), vectors, ctx.index, strict=True):
             features = [by_feature[key] for key in table.config.feature_names]
+            assert index is not None  # `compute` has set it
             parts = index.split([feature.values().numel() for feature in features])
             pooled += [
-                pool(own, part, bags, table.config, self._is_weighted)
+                pool(own, part, bags, table.bag_config, self._is_weighted)
                 for part, bags in zip(parts, features, strict=True)
             ]
-        return keyed(pooled, [table.config for table in self._frozen.values()])
+        return keyed(pooled, [table.bag_config for table in self._frozen.values()])
 
     def _needs_distinct(self, table: FrozenTable) -> bool:
         return self._is_divided or not (isinstance(table.store, DenseRows) and table.dtype == "float32")

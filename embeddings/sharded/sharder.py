@@ -6,6 +6,7 @@ in: "fused" is memory of the device (HBM, or host memory on a CPU), "fused_uvm" 
 planner prices rows by their stored bytes, and no optimizer state.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -62,7 +63,7 @@ def frozen_sharders() -> list[ModuleSharder[nn.Module]]:
 class _FrozenSharder(BaseEmbeddingSharder):
     """What both sharders have in common."""
 
-    sharded: type[ShardedFrozenModule[Any]]
+    sharded: Callable[..., ShardedFrozenModule[Any]]
 
     def shard(
         self,

@@ -1,1 +1,1 @@
-"""Parameter stores: where a serving machine looks rows up (§3.5, CMD)."""
+"""Parameter stores: a serving machine looks rows up here (§3.5, CMD)."""

@@ -1,7 +1,8 @@
-"""The embedded parameter store: a table mapped into memory, and over it what windows have changed since.
+"""The embedded parameter store: a memory-mapped table with an overlay of windows.
 
-There is no server and nothing to load: rows come from the page cache, which all processes of a machine share.
-Private memory holds the overlay only. Lookups may run in any threads while one other applies windows.
+It needs no server and loads nothing: rows come from the page cache, which all processes of a machine share.
+Private memory holds the overlay only. Any number of threads may look rows up while one thread applies
+windows.
 """
 
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ SMALLEST = 1024  # rows of the first buffer
 
 @dataclass(frozen=True)
 class _Overlay:
-    """What windows have changed, as of one of them; the next one makes a new overlay beside it.
+    """The changes of all windows up to one; the next window makes a new overlay.
 
     Args:
         seq: of the window.

@@ -1,4 +1,4 @@
-"""``mim store``: put a table into a parameter store, keep it up with a window log, compare the two."""
+"""``mim store``: load a table into a parameter store, apply a window log to it, compare the two."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ CHUNK = 10_000
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """Write a table into Redis or Valkey, in the place of an older base of the same table_version."""
+    """Write a table into Redis or Valkey; it replaces an older base table of the same table_version."""
 
     table: tyro.conf.Positional[Path]
     """The base table's directory."""
@@ -85,7 +85,8 @@ class Check:
         table = Table.open(self.table)
         manifest = table.manifest
         store = open_store(self.store, manifest.table_version)
-        changed, seq = {}, manifest.seq
+        changed: dict[int, torch.Tensor | None] = {}
+        seq = manifest.seq
         if self.log is not None:
             changed, seq = changes(open_log(self.log, manifest.table_version), manifest)
         ids = torch.cat([table.row_index().ids, torch.tensor(sorted(changed), dtype=torch.int64)]).unique()

@@ -1,21 +1,21 @@
 """The parameter store in Redis or Valkey, one server or a cluster, for many computation machines.
 
     {<name>}:<version>                              hash: base, dim, dtype, shards
-    {<name>:<version>:<base>:<shard>}               number of the last window applied to a shard, and behind a
-                                                    + how many changes of the next one are written
+    {<name>:<version>:<base>:<shard>}               number of the last window applied to a shard; after a +
+                                                    the number of written changes of the next window
     {<name>:<version>:<base>:<shard>}<8 bytes>      a row as stored, by item id
 
-A shard is what one slot of a cluster holds: its rows and their watermark, so that a script can check the one
-and write the other in one step. A reader may see part of a window before the watermark moves, but never a
-torn row; a consumer that was overtaken cannot write. The next base of a version is loaded beside the last and
-takes its place at once. `<version>` is a digest of `table_version`.
+A shard is what one slot of a cluster holds: its rows and their watermark. A script can therefore check the
+watermark and write the rows in one step. A reader may see a part of a window before the watermark moves, but
+never a torn row. A consumer that was overtaken cannot write. The next base table of a version is loaded next
+to the last and replaces it atomically. `<version>` is a digest of `table_version`.
 """
 
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
-import redis
 import torch
 from torch import Tensor
 
@@ -23,7 +23,8 @@ from mim_torchrec.embeddings.table.manifest import TableError
 from mim_torchrec.embeddings.table.quantize import DTYPES, decode, stored_width
 from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.table.shards import CHUNK
-from mim_torchrec.embeddings.windows.redis_connection import RedisAddress, connect, locate, reachable
+from mim_torchrec.embeddings.windows.redis_address import RedisAddress, locate
+from mim_torchrec.embeddings.windows.redis_connection import connect, reachable
 from mim_torchrec.embeddings.windows.window import Window, is_due
 
 ROWS = 200  # written by one command: others wait no longer than that
@@ -76,7 +77,7 @@ class RedisStore:
         """Open a store that has a table of this version.
 
         Args:
-            where: URL, see `redis_connection.locate`.
+            where: URL, see `redis_address.locate`.
             table_version: of the table.
 
         Raises:
@@ -89,10 +90,10 @@ class RedisStore:
     def load(
         cls, where: str, table: Table, progress: Callable[[int], object] = lambda rows: None
     ) -> "RedisStore":
-        """Write a base table into a store, in the place of an older one of its version.
+        """Write a base table into a store, instead of an older one of its version.
 
         Args:
-            where: URL, see `redis_connection.locate`.
+            where: URL, see `redis_address.locate`.
             table: the base.
             progress: called with the number of rows written since its last call.
 
@@ -175,7 +176,7 @@ class RedisStore:
     def _commands(
         self, window: Window, values: list[bytes], due: set[int]
     ) -> Iterator[tuple[list[bytes], list[bytes | int]]]:
-        """Keys and arguments of the script: at most ROWS rows each; a shard's last one moves its mark."""
+        """Keys and arguments of the script: at most ROWS rows each; a shard's last call moves its mark."""
         shards = self._facts.shards
         for shard in sorted(due):
             rows = [(item, value) for item, value in zip(window.ids.tolist(), values, strict=True)
@@ -210,7 +211,7 @@ class RedisStore:
         self._drop_where(lambda found: found == base)
 
     def _drop_older(self) -> None:
-        """Remove the rows of all bases before this one, also those that a load that broke off has left."""
+        """Remove the rows of all older base tables, also those that an interrupted load left."""
         self._drop_where(lambda found: found < self._facts.base)
 
     def _drop_where(self, is_dropped: Callable[[int], bool]) -> None:
@@ -250,7 +251,7 @@ class RedisStore:
             raise TableError(
                 f"{self._at} has lost shards {lost} of {self.table_version}: load its table again"
             )
-        return [int(mark.split(b"+")[0]) for mark in marks]
+        return [int(mark.split(b"+")[0]) for mark in marks if mark is not None]
 
     def _read_facts(self) -> _Facts:
         with reachable(self._at):
@@ -273,7 +274,7 @@ class RedisStore:
         return [shards[item % len(shards)] + item.to_bytes(8, "big", signed=True) for item in items]
 
 
-def _check_policy(client: redis.Redis, at: RedisAddress) -> None:
+def _check_policy(client: Any, at: RedisAddress) -> None:
     servers = [node.redis_connection for node in client.get_primaries()] if at.cluster else [client]
     for server in servers:
         info = server.info("memory")

@@ -1,17 +1,16 @@
-"""What a computation machine asks of a parameter machine (§3.5, CMD): rows by id, and windows applied."""
+"""The interface of a parameter store (§3.5, CMD): look rows up by id, and apply windows."""
 
 import logging
 from pathlib import Path
 from threading import Event
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from mim_torchrec.embeddings.stores.embedded import EmbeddedStore
-from mim_torchrec.embeddings.stores.redis_store import RedisStore
-from mim_torchrec.embeddings.windows.redis_connection import is_redis
 from mim_torchrec.embeddings.windows.transport import Transport
 from mim_torchrec.embeddings.windows.window import Window
+from mim_torchrec.extensions import load_class
 
 log = logging.getLogger(__name__)
 
@@ -84,19 +83,33 @@ def follow(store: ParameterStore, windows: Transport, stop: Event) -> None:
             stop.wait(WAIT)
 
 
+def is_remote(where: str | Path) -> bool:
+    """Whether a place is the URL of a store, which others keep up, and not the directory of a table."""
+    return "://" in str(where)
+
+
 def open_store(where: str | Path, table_version: str | None = None) -> ParameterStore:
     """Open a store.
 
     Args:
-        where: directory of a table, or URL of Redis into which a table was loaded.
-        table_version: that it must have; a store in Redis holds any number of them.
+        where: directory of a table; or URL of Redis into which a table was loaded; or a URL whose scheme is
+            `package.module:ClassName` of a store of your own, with a class method
+            `open(where, table_version)`.
+        table_version: that it must have; a store behind a URL holds any number of them.
 
     Raises:
         VersionMismatch: it is of another version.
         TableError: there is none.
+        ValueError: a URL without a table_version, or of a class that there is not.
+        MissingExtra: a URL of Redis, and the extra `redis` is not installed.
     """
-    if is_redis(str(where)):
-        if table_version is None:
-            raise ValueError(f"{where} may hold several versions: say which table_version is meant")
-        return RedisStore.open(str(where), table_version)
-    return EmbeddedStore.open(where, table_version)
+    if not is_remote(where):
+        return EmbeddedStore.open(where, table_version)
+    if table_version is None:
+        raise ValueError(f"{where} may hold several versions: say which table_version is meant")
+    scheme = str(where).partition("://")[0]
+    if ":" in scheme:
+        opener: Any = load_class(scheme)
+    else:
+        from mim_torchrec.embeddings.stores.redis_store import RedisStore as opener  # needs the extra `redis`
+    return opener.open(str(where), table_version)

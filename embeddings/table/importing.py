@@ -3,7 +3,7 @@
 Sources whose ids ascend stream straight through; the rows of others are first brought into the order of ids
 on the disk (``arranging.py``). Either way memory holds a batch of rows, the shard being written with its
 copies, and at first 8 bytes a row of ids. Without a version given, the vectors are read once more to hash
-them. ``foreign.py`` and its two readers say what the files may hold.
+them. ``external.py`` and its two readers say what the files may hold.
 """
 
 import hashlib
@@ -117,8 +117,8 @@ def content_version(parts: Iterable[tuple[Tensor, Tensor]]) -> str:
     """
     of_ids, of_vectors = hashlib.sha256(), hashlib.sha256()
     for ids, vectors in parts:
-        of_ids.update(np.ascontiguousarray(ids.numpy(), dtype="<i8"))
-        of_vectors.update(np.ascontiguousarray(vectors.float().numpy(), dtype="<f4"))
+        of_ids.update(np.ascontiguousarray(ids.numpy(), dtype="<i8").data)
+        of_vectors.update(np.ascontiguousarray(vectors.float().numpy(), dtype="<f4").data)
     return f"imported-{hashlib.sha256(of_ids.digest() + of_vectors.digest()).hexdigest()[:16]}"
 
 

@@ -1,1 +1,1 @@
-"""Windows: the changes of a table in order, each written whole, applied once (§3.5, RIM)."""
+"""Windows: ordered changes of a table, written atomically and applied once (§3.5, RIM)."""

@@ -1,7 +1,7 @@
-"""Fold windows into a new base table, which a reader that is behind, or new, opens in their place.
+"""Compaction: write a new base table with the windows applied, for readers that are behind or new.
 
-Memory holds what the windows change, and a chunk of the base. Not here: removing windows from the log, which
-`Transport.forget` does.
+Memory holds the changes of the windows and one chunk of the base table. `Transport.forget` removes windows
+from the log.
 """
 
 from pathlib import Path
@@ -41,7 +41,8 @@ def compact(table: str | Path, log: str | Path, out: str | Path) -> Manifest:
     names = torch.tensor(sorted(changed), dtype=torch.int64)
     ids = base.row_index().ids
     kept = ~torch.isin(ids, names)
-    new = torch.tensor([item for item in names.tolist() if changed[item] is not None], dtype=torch.int64)
+    written = {item: row for item, row in changed.items() if row is not None}
+    new = torch.tensor(sorted(written), dtype=torch.int64)
     rows = int(kept.sum()) + new.numel()
     writer = TableWriter(
         out, table_version=old.table_version, dim=old.dim, dtype=old.dtype, encoder=old.encoder,
@@ -55,7 +56,7 @@ def compact(table: str | Path, log: str | Path, out: str | Path) -> Manifest:
                 writer.write_shard(ids[part][kept[part]], stored)
         for part in new.split(CHUNK):
             if part.numel():
-                writer.write_shard(part, torch.stack([changed[item] for item in part.tolist()]))
+                writer.write_shard(part, torch.stack([written[item] for item in part.tolist()]))
         return writer.finish()
     except BaseException:
         writer.discard()

@@ -1,13 +1,13 @@
-"""The window log: a directory with a file a window, durable, ordered and idempotent, without a server.
+"""The window log as a directory with one file per window: durable, ordered, idempotent, without a server.
 
     <log>/log.json                        format version, table_version and start
     <log>/0000000000000001.safetensors    window 1, and so on
-    <log>/forgotten.jsonl                 numbers and names of windows whose files are gone
+    <log>/forgotten.jsonl                 numbers and names of windows whose files were removed
 
-A window is in the log once its file has its name: it is written under another one, brought to the disk and
-linked, which fails if the number is taken. So several may append, none overwrites another, and who is killed
-leaves at most a hidden file that nobody reads. `compact.py` folds them into a table, after which `forget`
-removes their files; their names stay, so that a window that is delivered again is still known.
+A window is written to a hidden file, flushed to disk and then hard-linked to its number, which fails if the
+number is taken. Several writers may append, and none overwrites another. A killed writer leaves at most a
+hidden file that no reader opens. `compact.py` writes a table with the windows applied; `forget` then removes
+their files. Their names are kept, so that a window that is delivered again is recognized.
 """
 
 import json
@@ -78,7 +78,7 @@ class WindowLog:
         return max([*self._numbers(), self._forgotten_through()])
 
     def first_seq(self) -> int:
-        """Number of the oldest window that can be read; one past the newest where none can."""
+        """Number of the oldest window that can be read; one past the newest if there is none."""
         return min(self._numbers(), default=self._forgotten_through() + 1)
 
     def size(self) -> int:
@@ -129,7 +129,7 @@ class WindowLog:
                 self._path(number).unlink()
 
     def names(self) -> list[str]:
-        """Names of all windows that ever were."""
+        """Names of all windows that were ever added."""
         self._read_names()
         return list(self._seq_of)
 
@@ -145,7 +145,7 @@ class WindowLog:
         try:
             data = path.read_bytes()
         except FileNotFoundError:
-            raise missing_window(self, seq) from None
+            raise missing_window(str(self), seq, self.first_seq(), self.last_seq()) from None
         window = Window.from_bytes(data, str(path))
         if window.seq != seq:
             raise MalformedWindow(f"{path} holds window {window.seq}")
@@ -163,7 +163,7 @@ class WindowLog:
         return True
 
     def after(self, seq: int) -> Iterator[Window]:
-        """The windows after a number, in order, up to what was the newest when the first was asked for.
+        """The windows after a number, in order, up to the newest one at the first call of `next`.
 
         Raises:
             WindowGap: windows between the number and the log are gone, or the log ends before the number.
@@ -206,7 +206,7 @@ class WindowLog:
         return len(gone)
 
     def _remove_broken_off(self) -> None:
-        """Remove what those have left who were killed while they wrote."""
+        """Remove the files that killed writers left."""
         for path in self.root.glob(f"*{PARTIAL}"):
             try:
                 if path.stat().st_mtime < time.time() - BROKEN_OFF:
@@ -215,13 +215,13 @@ class WindowLog:
                 continue
 
     def _forgotten(self) -> list[tuple[int, str]]:
-        """Numbers and names of windows without a file; the line that a killed writer broke off is left."""
+        """Numbers and names of windows without a file; the unfinished line of a killed writer is skipped."""
         path = self.root / FORGOTTEN
         if not path.exists():
             return []
         entries = []
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            # the files of a line that was broken off are still there, and are forgotten by a later one
+            # the files of an unfinished line are still there; a later call forgets them
             try:
                 entry = json.loads(line)
                 entries.append((entry["seq"], entry["window_id"]))
@@ -276,16 +276,16 @@ class WindowLog:
         return self.root / f"{seq:016d}{SUFFIX}"
 
 
-def missing_window(log: object, seq: int) -> WindowGap:
+def missing_window(log: str, seq: int, first: int, last: int) -> WindowGap:
     """The error of a window that is not there."""
     return WindowGap(
-        f"{log} has no window {seq}: it keeps {log.first_seq()} to {log.last_seq()}; older ones are in a "
+        f"{log} has no window {seq}: it keeps {first} to {last}; older ones are in a "
         "base table of a later seq"
     )
 
 
 def check_not_moved(log: str, next_seq: int, seq: int | None) -> None:
-    """Refuse a window that was meant for another place.
+    """Refuse a window that was meant for another number.
 
     Raises:
         LogMoved: `seq` is given and not the next number.

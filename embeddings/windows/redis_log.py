@@ -1,14 +1,14 @@
-"""The window log as a Redis stream: interface and promises of the directory log, without a shared disk.
+"""The window log as a Redis stream, with the interface and guarantees of the directory log.
 
     <name>:log        hash: format version, table_version, number of the newest window
     <name>:windows    stream: entry <seq>-0 has window <seq>
-    <name>:names      hash: number of every window that ever was, by its name
-    <name>:times      hash: when a window came, by its number
+    <name>:names      hash: number of every window that was ever added, by its name
+    <name>:times      hash: time at which a window was added, by its number
 
-A script takes the next number and adds the window in one step, so none is lost or doubled, whoever appends
-and whenever they are killed. Readers keep their own watermark beside the rows that it speaks of, and read on
-from there: there is no consumer group whose list of pending windows could say something else. How much of
-the stream outlives a crash of the server is that server's setting (`appendonly yes`, `appendfsync always`).
+A script takes the next number and adds the window in one step. No window is lost or duplicated, whichever
+writers append and whenever they are killed. Readers store their watermark next to the rows that it describes
+and continue from there; there is no consumer group with a second record. The setting of the server decides
+how much of the stream survives a crash of the server (`appendonly yes`, `appendfsync always`).
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,8 @@ from mim_torchrec.embeddings.windows.log import (
     check_not_moved,
     missing_window,
 )
-from mim_torchrec.embeddings.windows.redis_connection import TIMEOUT, connect, locate, reachable
+from mim_torchrec.embeddings.windows.redis_address import locate
+from mim_torchrec.embeddings.windows.redis_connection import TIMEOUT, connect, reachable
 from mim_torchrec.embeddings.windows.window import MalformedWindow, Window
 
 BATCH = 16  # windows fetched at once
@@ -52,7 +53,7 @@ class RedisWindowLog:
     """The windows of one table version in a Redis stream; see `WindowLog` for what methods do.
 
     Args:
-        where: URL, see `redis_connection.locate`.
+        where: URL, see `redis_address.locate`.
         table_version: that all of its windows have.
         start: as of `WindowLog`.
 
@@ -140,7 +141,7 @@ class RedisWindowLog:
             check_not_moved(str(self), self.last_seq() + 1, seq)
 
     def names(self) -> list[str]:
-        """Names of all windows that ever were."""
+        """Names of all windows that were ever added."""
         with reachable(self._at):
             return [name.decode() for name in self._client.hkeys(self._names)]
 
@@ -155,7 +156,7 @@ class RedisWindowLog:
         with reachable(self._at):
             found = self._client.xrange(self._windows, f"{seq}-0", f"{seq}-0")
         if not found:
-            raise missing_window(self, seq)
+            raise missing_window(str(self), seq, self.first_seq(), self.last_seq())
         return self._window(*found[0])
 
     def wait(self, seq: int, timeout: float) -> bool:
@@ -165,7 +166,7 @@ class RedisWindowLog:
             return bool(self._client.xread({self._windows: f"{seq}-0"}, count=1, block=block))
 
     def after(self, seq: int) -> Iterator[Window]:
-        """The windows after a number, in order, up to what was the newest when the first was asked for."""
+        """The windows after a number, in order, up to the newest one at the first call of `next`."""
         head = self.last_seq()
         check_not_behind(str(self), head, seq)
         while seq < head:

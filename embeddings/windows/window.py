@@ -1,11 +1,12 @@
-"""A window: some items with their vectors, and items deleted, under one sequence number (§3.5, RIM).
+"""A window: items with their vectors, and deleted items, under one sequence number (§3.5, RIM).
 
-Every reader applies windows by one rule, `is_due`. Deliveries may come twice; each takes effect once.
+Every reader applies windows by one rule, `is_due`. A window may be delivered twice and takes effect once.
 """
 
 import hashlib
 import json
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -152,8 +153,9 @@ class Window:
         if _digest(tensors, facts) != expected:
             raise MalformedWindow(f"{source}: its bytes are not those that were written")
         facts.pop("format_version")
-        numbers = {name: int(facts.pop(name)) for name in ("seq", "dim")}
-        return cls(**facts, **numbers, **tensors)
+        numbers: dict[str, Any] = {name: int(facts.pop(name)) for name in ("seq", "dim")}
+        parts: dict[str, Any] = tensors
+        return cls(**facts, **numbers, **parts)
 
 
 def is_due(window_version: str, seq: int, table_version: str, watermark: int) -> bool:

@@ -59,7 +59,7 @@ class CiUBM(nn.Module):
         fusion: compute the fusion interest.
         pooling: "sum" (Eq. 7 and 8) or "mean" over behaviors for content and fusion interest.
         tiers: parts of [-1, 1] in the similarity interest; 0 switches it off.
-        windows: its windows of most recent behaviors; 0 is the whole history.
+        spans: its spans of most recent behaviors; 0 is the whole history.
         temperature: where a learnable temperature starts, by which content and fusion interest weigh
             behaviors (`content.sharpened`); None weighs them by the relevance itself, as the paper does.
         content_dropout: in training, the probability that a candidate is scored as if it had no vector.
@@ -76,7 +76,7 @@ class CiUBM(nn.Module):
         fusion: bool,
         pooling: Pooling = "sum",
         tiers: int = 0,
-        windows: Sequence[int] = (),
+        spans: Sequence[int] = (),
         temperature: float | None = None,
         content_dropout: float = 0.0,
     ) -> None:
@@ -91,8 +91,8 @@ class CiUBM(nn.Module):
         self.content = content
         self.fusion = fusion
         self.pooling: Pooling = pooling
-        self.tiers, self.windows = tiers, tuple(windows)
-        self.similarity_dim = similarity_dim(tiers, windows) if tiers else 0
+        self.tiers, self.spans = tiers, tuple(spans)
+        self.similarity_dim = similarity_dim(tiers, spans) if tiers else 0
         self.log_temperature: nn.Parameter | None = None
         if temperature is not None and (content or fusion):
             self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
@@ -131,7 +131,7 @@ class CiUBM(nn.Module):
                 kept = torch.rand(pairs.num_candidates, device=relevance.device) >= self.content_dropout
                 relevance = relevance * kept[pairs.candidate_index]
             if self.tiers:
-                similarity = similarity_interest(relevance, pairs, self.tiers, self.windows)
+                similarity = similarity_interest(relevance, pairs, self.tiers, self.spans)
             if self.log_temperature is not None:
                 relevance = sharpened(relevance, self.log_temperature.exp(), pairs)
             if self.content:

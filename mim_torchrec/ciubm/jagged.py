@@ -9,27 +9,12 @@ in `packed.py`; a search unit keeps some of them (`Pairs.top_k`, `Pairs.select`)
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mim_torchrec.ciubm.packed import inner_products, segment_softmax, weighted_sum
-
-
-class ByBehavior(NamedTuple):
-    """The same pairs ordered by behavior, then by candidate; gradients of behaviors are sums in this order.
-
-    Attributes:
-        candidate_index: (num_pairs,) the candidate of each pair.
-        offsets: (sum_behaviors + 1,) where the pairs of each behavior start.
-        position: (num_pairs,) where each pair stands in the order by candidate.
-    """
-
-    candidate_index: Tensor
-    offsets: Tensor
-    position: Tensor
+from mim_torchrec.ciubm.packed import ByBehavior, inner_products, segment_softmax, weighted_sum
 
 
 @dataclass(frozen=True)

@@ -17,16 +17,16 @@ STATISTICS = 2
 WHOLE = 0
 
 
-def similarity_dim(tiers: int, windows: Sequence[int]) -> int:
+def similarity_dim(tiers: int, spans: Sequence[int]) -> int:
     """Size of the similarity interest."""
-    return len(windows) * (tiers + STATISTICS)
+    return len(spans) * (tiers + STATISTICS)
 
 
 @torch.no_grad()
-def similarity_interest(relevance: Tensor, pairs: RequestPairs, tiers: int, windows: Sequence[int]) -> Tensor:
+def similarity_interest(relevance: Tensor, pairs: RequestPairs, tiers: int, spans: Sequence[int]) -> Tensor:
     r"""Distribution of the relevance of each candidate's history.
 
-    Of every window: $\log(1 + n_k)$ of the number $n_k$ of behaviors in each of `tiers` equal parts of
+    Of every span: $\log(1 + n_k)$ of the number $n_k$ of behaviors in each of `tiers` equal parts of
     [-1, 1], their largest $\alpha$, and their mean $\alpha$ weighted by $1 / (1 + j)$, where j behaviors of
     the history came later. A relevance of exactly 0 is that of an item without a vector and counts nowhere.
 
@@ -34,23 +34,23 @@ def similarity_interest(relevance: Tensor, pairs: RequestPairs, tiers: int, wind
         relevance: (num_pairs,) cosines from `content.content_relevance`.
         pairs: the pairs.
         tiers: parts of [-1, 1].
-        windows: most recent behaviors that are looked at; 0 is the whole history.
+        spans: most recent behaviors that are looked at; 0 is the whole history.
 
     Returns:
-        (sum_candidates, `similarity_dim`), window by window: tiers from -1 upwards, maximum, mean. Zeros
-        where a window holds no item with a vector.
+        (sum_candidates, `similarity_dim`), span by span: tiers from -1 upwards, maximum, mean. Zeros
+        where a span holds no item with a vector.
 
     Raises:
-        ValueError: fewer than one tier, no window, or a negative one.
+        ValueError: fewer than one tier, no span, or a negative one.
     """
-    if tiers < 1 or not windows or min(windows) < 0:
-        raise ValueError(f"{tiers} tiers over windows {tuple(windows)}: at least one of each, none negative")
+    if tiers < 1 or not spans or min(spans) < 0:
+        raise ValueError(f"{tiers} tiers over spans {tuple(spans)}: at least one of each, none negative")
     order = pairs.order[pairs.behavior_index]
     parts = []
-    for window in windows:
+    for span in spans:
         seen = relevance != 0
-        if window != WHOLE:
-            seen &= order < window
+        if span != WHOLE:
+            seen &= order < span
         alpha, index, later = relevance[seen], pairs.candidate_index[seen], order[seen]
         tier = ((alpha + 1) * (tiers / 2)).long().clamp(0, tiers - 1)
         counts = torch.bincount(index * tiers + tier, minlength=pairs.num_candidates * tiers)

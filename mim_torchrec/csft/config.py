@@ -26,7 +26,7 @@ class CSFTConfig:
     """Directory of the results; made if missing."""
 
     towers: Path | None = None
-    """Directory of towers that `mim pretrain` wrote, in the place of those that --vision and --text name."""
+    """Directory of towers that `mim pretrain` wrote, instead of those that --vision and --text name."""
     vision: VisionEncoderConfig = field(default_factory=VisionEncoderConfig)
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
@@ -81,11 +81,11 @@ class CSFTConfig:
     """Share of the steps in which the learning rate rises; after them it falls to 0 along a cosine."""
     validation_fraction: float = 0.05
     """Share of the pairs, the last by time, that are held out; with 0 the last epoch is kept."""
-    pictures: int = 8
+    drawn_queries: int = 8
     """Held-out queries of which `retrieval.png` shows what they find."""
     on_bad_row: Literal["fail", "skip"] = "fail"
     """`skip` leaves out, and counts, pairs without an item, with an item that is not in the item table or
-    with an image that cannot be decoded; such items are nobody's hard negative. It decodes all pictures."""
+    with an image that cannot be decoded; such items are not used as hard negatives. It decodes all images."""
     seed: int = 0
     """Seed of the initial weights, of the order of the pairs, of hard negatives and of dropout."""
 
@@ -94,12 +94,12 @@ class CSFTConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision in which towers compute; heads and losses always take float32."""
     chunk_size: int | None = None
-    """Pictures or titles that a trained tower takes at a time, computed again in the backward pass: the
+    """Images or titles that a trained tower takes at a time, computed again in the backward pass: the
     gradient of a whole batch in the memory of a chunk (GradCache, Gao et al. 2021)."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     image_memory_gib: float = 2.0
-    """Decoded images are kept in the memory of every rank if they fit into this; else they are decoded anew
+    """Decoded images are kept in the memory of every rank if they fit into this; else they are decoded again
     in every epoch. Only for towers that are not frozen."""
     encode_batch_size: int = 64
     """Images or titles that a tower takes at a time where no gradient is needed."""
@@ -109,8 +109,8 @@ class CSFTConfig:
     """Steps between two entries of the log."""
 
     def resume_fingerprint(self) -> dict[str, Any]:
-        """What a run that is resumed must have been started with."""
-        free = {"out", "checkpoint", "log_every", "pictures", "image_memory_gib", "encode_batch_size",
+        """The fields that must be equal for a run to resume."""
+        free = {"out", "checkpoint", "log_every", "drawn_queries", "image_memory_gib", "encode_batch_size",
                 "feature_cache", "item_cache"}  # fmt: skip
         return {name: value for name, value in asdict(self).items() if name not in free}
 

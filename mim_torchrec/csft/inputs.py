@@ -1,6 +1,6 @@
 """What the encoder reads in training, by index: pixels and tokens, or features of frozen towers.
 
-Pictures have one numbering: those of the items by item row, then the distinct query images that are no
+Images have one numbering: those of the items by item row, then the distinct query images that are no
 item's.
 """
 
@@ -35,15 +35,15 @@ log = logging.getLogger(__name__)
 class Inputs(Protocol):
     """What `ItemEncoder` or its head takes, on the rank's device."""
 
-    def pictures(self, index: np.ndarray) -> Tensor:
-        """Pixels or features of pictures."""
+    def images(self, index: np.ndarray) -> Tensor:
+        """Pixels or features of images."""
 
     def texts(self, rows: np.ndarray) -> Tensor | Tokens:
         """Tokens or features of titles, by item row."""
 
 
 class SearchContent:
-    """Pictures and titles of items and queries.
+    """Images and titles of items and queries.
 
     Args:
         items: the items.
@@ -51,7 +51,7 @@ class SearchContent:
         readable: (num_items,) bool, items whose image can be decoded, by default all; others are blank.
 
     Attributes:
-        query_picture: (num_pairs,) int64, the picture of each pair's query.
+        query_image_row: (num_pairs,) int64, the image of each pair's query.
         query_row: (num_pairs,) int64, the item row of each pair's query, -1 where it is no item.
         item_row: (num_pairs,) int64, the row of each pair's item.
     """
@@ -74,18 +74,18 @@ class SearchContent:
         """Titles of items."""
         return self._items.titles(rows)
 
-    def open(self, picture: int) -> Image.Image:
-        """One picture. Raises DataError naming the place of one that is damaged or missing."""
-        if picture < self.num_items:
-            return self._items.images(np.array([picture]))[0]
-        pair = int(self._pair_of[picture - self.num_items])
+    def open(self, image: int) -> Image.Image:
+        """One image. Raises DataError naming the place of one that is damaged or missing."""
+        if image < self.num_items:
+            return self._items.images(np.array([image]))[0]
+        pair = int(self._pair_of[image - self.num_items])
         return decode_image(self._pairs.query_image(pair), self._pairs.query_location(pair))
 
-    def decode(self, picture: int, vision: VisionEncoder) -> Tensor:
-        """One picture as the tower takes it. Raises DataError as `open` does."""
-        if picture < self.num_items and not self.readable[picture]:
+    def decode(self, image: int, vision: VisionEncoder) -> Tensor:
+        """One image as the tower takes it. Raises DataError as `open` does."""
+        if image < self.num_items and not self.readable[image]:
             return torch.zeros(3, vision.image_size, vision.image_size, dtype=torch.uint8)
-        return vision.transform(self.open(picture))
+        return vision.transform(self.open(image))
 
     def items_digest(self) -> str:
         """Hash of the items' ids, titles and images."""
@@ -103,7 +103,7 @@ class FeatureInputs:
     """Features of frozen towers, computed once.
 
     Args:
-        image: (num_pictures, image_dim).
+        image: (num_images, image_dim).
         text: (num_items, text_dim).
         device: where batches go.
     """
@@ -111,7 +111,7 @@ class FeatureInputs:
     def __init__(self, image: Tensor, text: Tensor, device: torch.device) -> None:
         self.image, self.text, self._device = image, text, device
 
-    def pictures(self, index: np.ndarray) -> Tensor:
+    def images(self, index: np.ndarray) -> Tensor:
         """(n, image_dim)"""
         return self.image[torch.from_numpy(index)].to(self._device)
 
@@ -123,27 +123,27 @@ class FeatureInputs:
 def frozen_features(
     catalog: SearchContent, towers: HasTowers, cache: Path, batch_size: int, context: DistributedContext
 ) -> FeatureInputs:
-    """Features of all pictures and titles, each computed by one rank, or read from the cache.
+    """Features of all images and titles, each computed by one rank, or read from the cache.
 
     Args:
-        catalog: pictures and titles.
+        catalog: images and titles.
         towers: on the rank's device, in evaluation mode.
         cache: folder; features are kept by the version of the towers and the content of the catalog.
-        batch_size: pictures or titles at a time.
+        batch_size: images or titles at a time.
         context: the process group.
     """
     inputs = PixelInputs(catalog, towers, None, context)
     rows = np.arange(catalog.num_items)
 
-    def pictures(index: np.ndarray, what: str) -> Tensor:
-        return compute_features(lambda i: towers.vision(inputs.pictures(i)), index, batch_size, what, context)
+    def images(index: np.ndarray, what: str) -> Tensor:
+        return compute_features(lambda i: towers.vision(inputs.images(i)), index, batch_size, what, context)
 
     def of_items() -> dict[str, Tensor]:
         text = compute_features(lambda i: towers.text(inputs.texts(i)), rows, batch_size, "titles", context)
-        return {"image": pictures(rows, "images"), "text": text}
+        return {"image": images(rows, "images"), "text": text}
 
     def of_queries() -> dict[str, Tensor]:
-        return {"image": pictures(np.arange(catalog.num_items, catalog.num_images), "queries")}
+        return {"image": images(np.arange(catalog.num_items, catalog.num_images), "queries")}
 
     items = read_or_compute(
         lambda: item_features_file(cache, towers, catalog.items_digest()), of_items, context
@@ -160,7 +160,7 @@ def frozen_features(
 def leave_out_unreadable(items: ItemStore, pairs: PairDataset) -> np.ndarray:
     """Leave out pairs whose query image or item image cannot be decoded, and such items as hard negatives.
 
-    Every picture is decoded once for this.
+    Every image is decoded once for this.
 
     Returns:
         (num_items,) bool, the items whose image can be decoded.
@@ -170,9 +170,9 @@ def leave_out_unreadable(items: ItemStore, pairs: PairDataset) -> np.ndarray:
     """
     catalog = SearchContent(items, pairs)
 
-    def is_readable(picture: int) -> bool:
+    def is_readable(image: int) -> bool:
         try:
-            catalog.open(picture)
+            catalog.open(image)
         except DataError as error:
             log.warning("left out: %s", error)
             return False

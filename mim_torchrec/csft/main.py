@@ -139,7 +139,7 @@ def _search(
     found = find(query, items_mm, held_out, catalog)
     report = evaluate(found, held_out, catalog, items)
     if context.is_main:
-        write(report, draw(held_out, found, catalog, config.pictures), config.out)
+        write(report, draw(held_out, found, catalog, config.drawn_queries), config.out)
     return report
 
 

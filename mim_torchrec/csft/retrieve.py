@@ -1,4 +1,4 @@
-"""Image search with an encoder: where the bought item stands among all items, and what is found, in pictures.
+"""Image search with an encoder: where the bought item stands among all items, and what is found, as an image.
 
     python -m mim_torchrec.csft.retrieve --data DIR --encoder DIR --out DIR
 
@@ -43,8 +43,8 @@ class RetrieveConfig:
     """Which pairs are searched for."""
     held_out_fraction: float = 0.05
     """Share of the pairs, the last by time, whose queries are used; 1 takes all."""
-    pictures: int = 8
-    """Queries in the picture."""
+    drawn_queries: int = 8
+    """Queries in retrieval.png."""
     on_bad_row: Literal["fail", "skip"] = "fail"
     """As in csft."""
     image_size: int | None = None
@@ -66,7 +66,7 @@ def retrieve(config: RetrieveConfig, context: DistributedContext) -> dict[str, A
         CheckpointError: the encoder is.
     """
     if not 0 < config.held_out_fraction <= 1:
-        raise ValueError(f"--held-out-fraction is {config.held_out_share}; it must be in (0, 1]")
+        raise ValueError(f"--held-out-fraction is {config.held_out_fraction}; it must be in (0, 1]")
     dataset = Dataset(config.data)
     items = ItemStore.open(dataset, config.item_cache or config.out / "items")
     signal = None if config.interest_signal == "all" else config.interest_signal
@@ -75,7 +75,7 @@ def retrieve(config: RetrieveConfig, context: DistributedContext) -> dict[str, A
     catalog = SearchContent(items, pairs, readable)
     _, held_out = split_by_time(pairs.times(), config.held_out_fraction)
     if not len(held_out):
-        raise ValueError(f"--held-out-fraction {config.held_out_share} of {len(pairs)} pairs is none")
+        raise ValueError(f"--held-out-fraction {config.held_out_fraction} of {len(pairs)} pairs is none")
     cache = config.feature_cache or config.out / "features"
     if config.encoder.startswith(PLAIN):
         towers = PlainTowers(config.encoder, config.image_size, context.device)
@@ -89,7 +89,7 @@ def retrieve(config: RetrieveConfig, context: DistributedContext) -> dict[str, A
     report = evaluate(found, held_out, catalog, items)
     report["skipped_pairs"] = pairs.skipped
     if context.is_main:
-        write(report, draw(held_out, found, catalog, config.pictures), config.out)
+        write(report, draw(held_out, found, catalog, config.drawn_queries), config.out)
         log.info("recall@10 %.4f (chance %.4f), mean rank %.1f of %d, %d queries", report["recall_at_10"],
                  report["chance_at_10"], report["mean_rank"], len(items), report["n"])  # fmt: skip
     context.barrier()

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -88,12 +89,14 @@ class Contrast(nn.Module):
             h_query, items.mm, items.text, items.image, batch.item_row, batch.query_row, query_mm
         )
 
-    def _features(self, batch: PairBatch) -> tuple[ItemHead, Tensor, Tensor | None, Tensor, Tensor]:
+    def _features(self, batch: PairBatch) -> tuple[ItemHead, Tensor, Any, Tensor, Any]:
         """The head, and what it takes: features of queries, of their titles, of items and of theirs."""
         if isinstance(self.encoder, ItemHead):
             return self.encoder, batch.query, batch.query_text, batch.image, batch.text
         image = self._encode(self.encoder.vision, torch.cat([batch.query, batch.image]))
-        titles = batch.text if batch.query_text is None else join_tokens(batch.query_text, batch.text)
+        titles = cast(Tokens, batch.text)
+        if batch.query_text is not None:
+            titles = join_tokens(cast(Tokens, batch.query_text), titles)
         text = self._encode(self.encoder.text, titles)
         queries = len(batch.query)
         query_text = None if batch.query_text is None else text[: len(text) - len(image) + queries]
@@ -131,7 +134,7 @@ class CSFTTask:
         inputs: features for the head if towers are frozen, else pixels and tokens.
         items: the items.
         pairs: all pairs.
-        catalog: pictures and titles of both.
+        catalog: images and titles of both.
         train: indexes of the pairs to train on.
         held_out: indexes of the pairs to validate on.
         context: the process group.
@@ -225,10 +228,10 @@ class CSFTTask:
         encoder = self._contrast.encoder.eval()
         size = self._config.encode_batch_size
         vectors = encode(encoder, self._inputs, self._held_out, self._catalog, size, self._context)
-        place = find(*vectors, self._held_out, self._catalog).place.double()
+        rank = find(*vectors, self._held_out, self._catalog).rank.double()
         return {
-            f"recall_at_{RECALL_AT}": float((place <= RECALL_AT).double().mean()),
-            "mrr": float((1 / place).mean()),
+            f"recall_at_{RECALL_AT}": float((rank <= RECALL_AT).double().mean()),
+            "mrr": float((1 / rank).mean()),
         }
 
     def save(self, path: Path) -> None:
@@ -248,9 +251,9 @@ class CSFTTask:
             rows = np.concatenate([rows, self._items.rows_of(np.array(negatives))])
         query_row = self._catalog.query_row[index]
         return PairBatch(
-            query=self._inputs.pictures(self._catalog.query_image_row[index]),
+            query=self._inputs.images(self._catalog.query_image_row[index]),
             query_text=self._inputs.texts(query_row) if self._config.gamma else None,
-            image=self._inputs.pictures(rows),
+            image=self._inputs.images(rows),
             text=self._inputs.texts(rows),
             item_row=torch.from_numpy(rows).to(self._context.device),
             query_row=torch.from_numpy(query_row).to(self._context.device),
@@ -265,7 +268,7 @@ def check_chunks(config: CSFTConfig, towers: Sequence[nn.Module]) -> None:
     """Raise ValueError where a batch in chunks is not the batch in one, or there is nothing to cut."""
     if not towers:
         raise ValueError("--chunk-size is for towers that are trained; the features of frozen ones are small")
-    if config.chunk_size < 1:
+    if config.chunk_size is not None and config.chunk_size < 1:
         raise ValueError(f"--chunk-size is {config.chunk_size}; it must be positive")
     if config.parallel == "fsdp":
         raise ValueError("--chunk-size needs --parallel ddp; with fsdp take activation checkpointing")

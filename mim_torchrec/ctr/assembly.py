@@ -4,24 +4,25 @@ import hashlib
 import logging
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from pydantic import TypeAdapter, ValidationError
 from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 
-from mim_torchrec.ctr.config import CTRConfig
+from mim_torchrec.ctr.config import CTRConfig, from_values
 from mim_torchrec.ctr.sharding import build_model, shard
 from mim_torchrec.ctr.windows import LiveWindows
+from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.requests import RequestReader
 from mim_torchrec.data.schema import Dataset
-from mim_torchrec.data.vocabulary import COLUMNS, IdMapper, Vocabulary, scan_ids
+from mim_torchrec.data.vocabulary import IdMapper, Vocabulary, scan_ids
 from mim_torchrec.embeddings.collective import on_all_ranks
 from mim_torchrec.embeddings.files import atomic_directory
 from mim_torchrec.embeddings.sharded.frozen import frozen_config
@@ -67,15 +68,19 @@ def assemble(
     Raises:
         VersionMismatch: the table has another version than `config.table_version`.
     """
-    table = open_table(config.table, config.table_version) if config.mim == "on" else None
+    table = None
+    if config.mim == "on":
+        if config.table is None:
+            raise ValueError("--mim on needs --table; train Base with --mim off")
+        table = open_table(config.table, config.table_version)
     index = ItemIndex.of(table) if table is not None else None
     mapper = IdMapper(vocabularies, index, config.max_unknown)
     mm = frozen_config(table, ["candidate_mm", "behavior_mm"], name="mm") if table is not None else None
     rows = {name: vocabulary.num_embeddings for name, vocabulary in vocabularies.items()}
     model, optimizer = shard(build_model(config, rows, mm, torch.device("meta")), config, context)
-    frozen = model.module.mm_embeddings
+    frozen = cast(nn.Module | None, model.module.mm_embeddings)
     facts = None
-    if table is not None:
+    if table is not None and frozen is not None:
         load_table(frozen, table, "mm")
         facts = {
             "rows": table.manifest.rows,
@@ -106,7 +111,7 @@ def live_windows(
     """
     if config.windows is None:
         return None
-    if assembled.table is None:
+    if assembled.table is None or assembled.index is None:
         raise ValueError("--windows changes the multi-modal table, which --mim off has not")
     manifest = assembled.table.manifest
     log = open_log(config.windows, manifest.table_version, start=manifest.seq if begin else None)
@@ -124,8 +129,9 @@ def open_reader(
     """
     if config.batch_size % context.world_size:
         raise ValueError(f"--batch-size {config.batch_size} is not a multiple of {context.world_size} ranks")
-    return RequestReader(
-        dataset.requests(split),
+    files = dataset.requests(split)
+    reader = RequestReader(
+        files,
         batch_size=config.batch_size // context.world_size,
         rank=context.rank,
         world_size=context.world_size,
@@ -136,6 +142,27 @@ def open_reader(
         drop_remainder=training,
         features=config.features(),
     )
+    _check_needs(config, reader.columns, files[0])
+    return reader
+
+
+def _check_needs(config: CTRConfig, columns: Sequence[str], file: Path) -> None:
+    """See before training that the requests have what the user behavior model reads besides ids."""
+    needs = config.ubm_options.needs if config.id_interest else frozenset()
+    if "recency" in needs and config.recency == "time":
+        if missing := sorted({"ts", "behavior_ts"}.difference(columns)):
+            raise DataError(
+                f"--ubm {config.ubm} needs to know how far behaviors lie back, in seconds; with "
+                f"--recency order it counts behaviors (missing: {', '.join(missing)})",
+                file=file,
+            )
+    if "categories" in needs:
+        if missing := sorted({"behavior_categories", "candidate_categories"}.difference(columns)):
+            raise DataError(
+                f"--ubm {config.ubm} with these options needs the categories of candidates and behaviors "
+                f"(missing: {', '.join(missing)})",
+                file=file,
+            )
 
 
 def scan_vocabularies(
@@ -151,9 +178,8 @@ def scan_vocabularies(
         if not context.is_main or (resumes and folder.is_dir()):
             return
         earlier = load_vocabularies(config.warm_start) if config.warm_start is not None else {}
-        columns = COLUMNS | {name: (name,) for name in config.sparse_features}
         with atomic_directory(folder) as partial:
-            for name, new in scan_ids(dataset.requests("train"), columns).items():
+            for name, new in scan_ids(dataset.requests("train"), config.features()).items():
                 ids = np.union1d(new, earlier[name].ids.numpy()) if name in earlier else new
                 Vocabulary.build(ids, spare_rows=config.spare_rows).save(partial / f"{name}.npz")
 
@@ -175,8 +201,8 @@ def read_config(run: Path) -> CTRConfig:
     """
     found = RunDirectory(run)
     try:
-        return TypeAdapter(CTRConfig).validate_python(found.read_config())
-    except ValidationError as error:
+        return from_values(found.read_config())
+    except ValueError as error:
         text = f"{found.config} is not a configuration of this version of mim ctr: {error}"
         raise ValueError(text) from None
 

@@ -1,7 +1,8 @@
 """Configuration of the CTR stage; every field is a flag of `mim ctr`."""
 
 import argparse
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -9,12 +10,12 @@ from typing import Annotated, Any, Literal, get_args
 import tyro
 
 from mim_torchrec.ciubm.content import Pooling
-from mim_torchrec.ciubm.ubm.activation import Activation
-from mim_torchrec.ciubm.ubm.sim import Search
+from mim_torchrec.ciubm.ubm.interface import UBMOptions
+from mim_torchrec.ciubm.ubm.registry import built_in_models, find_model
 from mim_torchrec.data.features import Features
+from mim_torchrec.extras import needs
 from mim_torchrec.training.checkpoints import CheckpointConfig
 
-UBM = Literal["avg_pooling", "din", "dien", "bst", "sim", "twin"]
 Preset = Literal["paper", "recommended"]
 Sharding = Literal["table_wise", "row_wise", "column_wise"]
 PRESETS: dict[Preset, dict[str, Any]] = {
@@ -32,8 +33,11 @@ class ModelConfig:
 
     mim: Literal["on", "off"] = "on"
     """`off` is Base: ids only, no table."""
-    ubm: UBM = "din"
-    """User behavior model of the ID interest (Eq. 1)."""
+    ubm: Annotated[str, tyro.conf.arg(metavar=f"{{{','.join(built_in_models())}}}|MODULE:CLASS")] = "din"
+    """User behavior model of the ID interest (Eq. 1), or package.module:ClassName of the `UBMOptions` of your
+    own. Its options are flags as well; `--ubm NAME --help` shows them."""
+    ubm_options: Annotated[UBMOptions, tyro.conf.arg(name="")] = field(default_factory=UBMOptions)
+    """Options of the user behavior model."""
     id_interest: bool = True
     """Feed the ID interest to the tower (Table 5)."""
     content_interest: bool = True
@@ -51,8 +55,8 @@ class ModelConfig:
     paper."""
     similarity_tiers: int = 20
     """Equal parts of [-1, 1] that the similarity interest counts behaviors in."""
-    similarity_windows: tuple[int, ...] = (5, 0)
-    """Most recent behaviors that the similarity interest looks at, window by window; 0 is all of them."""
+    similarity_spans: tuple[int, ...] = (5, 0)
+    """Most recent behaviors that the similarity interest looks at, span by span; 0 is all of them."""
     content_temperature: float | None = None
     """Weigh behaviors by softmax(relevance / temperature), with a learnable temperature that starts here;
     beyond the paper, which weighs them by the relevance."""
@@ -70,20 +74,9 @@ class ModelConfig:
     any other a request has one id or a list of them, whose embeddings are averaged."""
     dense_features: tuple[str, ...] = ()
     """Further columns of numbers, likewise; the tower gets sign(x) log(1 + |x|)."""
-    attention: tuple[int, ...] = (36,)
-    """Hidden layers of DIN's attention unit."""
-    attention_activation: Activation = "prelu"
-    """Activation of DIN's attention unit."""
-    attention_softmax: bool = False
-    """Normalize attention weights, which DIN does not."""
-    heads: int = 4
-    """Attention heads of BST, SIM and TWIN; each takes its share of the embeddings of an item."""
-    top_k: int = 50
-    """Behaviors that the searches of SIM and TWIN keep."""
-    search: Search = "soft"
-    """SIM's general search: by relevance, or among the behaviors of the candidate's category."""
-    max_positions: int = 50
-    """Most recent behaviors that BST uses."""
+    other_features: dict[str, str] = field(default_factory=dict)
+    """Further columns of a kind of your own, each with package.module:ClassName of the kind, see
+    mim_torchrec.data.features."""
     recency: Literal["time", "order"] = "time"
     """How far a behavior lies back for BST, SIM and TWIN: in time, or, where times lack, in behaviors."""
     aux_weight: float = 1.0
@@ -94,6 +87,17 @@ class ModelConfig:
     """Batch normalization in the tower, over the batch of all ranks."""
     dropout: float = 0.0
     """Dropout in the tower and in BST."""
+
+    def __post_init__(self) -> None:
+        expected = find_model(self.ubm)
+        if type(self.ubm_options) is UBMOptions:  # not given
+            object.__setattr__(self, "ubm_options", expected())
+        elif type(self.ubm_options) is not expected:
+            raise ValueError(f"the options of {self.ubm} are {expected.__name__}, not {self.ubm_options!r}")
+
+    def features(self) -> Features:
+        """Columns beyond those that all requests have."""
+        return Features(sparse=self.sparse_features, dense=self.dense_features, other=self.other_features)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +126,7 @@ class CTRConfig(ModelConfig):
     has raised the AUC on every data set that it was measured on."""
     warm_start: Path | None = None
     """Directory of an earlier run of `mim ctr` whose best weights this one starts from, as with a new day's
-    data: ids that it knows keep their embeddings, new ones begin as usual, optimizers begin anew."""
+    data: ids that it knows keep their embeddings, new ones begin as usual, optimizers start from scratch."""
     seed: int = 0
     """Seed of the initial weights, of the order of the requests and of dropout."""
     epochs: int = 4
@@ -171,29 +175,63 @@ class CTRConfig(ModelConfig):
     """Steps between two lines of the log."""
 
     def resume_fingerprint(self) -> dict[str, Any]:
-        """What a run that is resumed must have been started with; it may be given more epochs."""
+        """The fields that must be equal for a run to resume; it may get more epochs."""
         free = {"out", "preset", "pipeline", "index_dedup", "checkpoint", "log_every", "item_cache", "epochs"}
         free.add("windows")  # their log may move
         return {name: value for name, value in asdict(self).items() if name not in free}
-
-    def features(self) -> Features:
-        """Columns beyond those that all requests have."""
-        return Features(sparse=self.sparse_features, dense=self.dense_features)
 
     def model(self) -> ModelConfig:
         """The part that describes the model."""
         return ModelConfig(**{f.name: self.__dict__[f.name] for f in fields(ModelConfig)})
 
 
+def from_values(values: Mapping[str, Any]) -> CTRConfig:
+    """The configuration that `asdict` has made a dictionary of.
+
+    Raises:
+        ValueError: it is not one of this version.
+    """
+    missing = {"ubm", "ubm_options"} - values.keys()
+    if missing:
+        raise ValueError(f"{', '.join(sorted(missing))} is missing")
+    with needs("train"):
+        from pydantic import TypeAdapter
+    options = TypeAdapter(find_model(values["ubm"])).validate_python(values["ubm_options"])
+    return TypeAdapter(CTRConfig).validate_python({**values, "ubm_options": options})
+
+
 def parse(argv: Sequence[str] | None, **words: Any) -> CTRConfig:
-    """A configuration from flags, whose defaults are those of the preset that the flags name.
+    """A configuration from flags, whose defaults are those of the preset and the model that the flags name.
 
     Args:
         argv: the flags; None takes those of the process.
         words: what `tyro.cli` takes as well.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage="mim ctr [OPTIONS]")
     parser.add_argument("--preset", choices=get_args(Preset), default="paper")
-    preset = parser.parse_known_args(argv)[0].preset
-    default = CTRConfig(data=tyro.MISSING, out=tyro.MISSING, preset=preset, **PRESETS[preset])
+    parser.add_argument("--ubm", default="din")
+    named = vars(parser.parse_known_args(argv)[0])
+    try:
+        default = CTRConfig(data=tyro.MISSING, out=tyro.MISSING, **named, **PRESETS[named["preset"]])
+    except ValueError as error:
+        parser.error(str(error))
+    own = {option.name for option in fields(default.ubm_options)}
+    for word in sys.argv[1:] if argv is None else argv:
+        flag = word.partition("=")[0]
+        option = flag.removeprefix("--").replace("-", "_")
+        models = [
+            name for name, model in built_in_models().items() if option in {o.name for o in fields(model)}
+        ]
+        if flag.startswith("--") and models and option not in own:
+            parser.error(f"{flag} is an option of --ubm {', '.join(models)}, not of {default.ubm}")
+    words["description"] = f"{words.get('description') or ''}\n{_options_by_model()}"
     return tyro.cli(CTRConfig, args=argv, default=default, **words)
+
+
+def _options_by_model() -> str:
+    """The flags that each user behavior model has, for `--help`, which describes those of one model only."""
+    lines = ["Options of the user behavior models, which `--ubm NAME --help` describes:"]
+    for name, model in built_in_models().items():
+        flags = ", ".join(f"--{option.name.replace('_', '-')}" for option in fields(model))
+        lines.append(f"    {name}: {flags or 'none'}")
+    return "\n".join(lines)

@@ -16,7 +16,7 @@ import tyro
 
 from mim_torchrec.ctr.assembly import TrainedRun, assemble, live_windows, log_to_stderr, open_reader
 from mim_torchrec.ctr.config import CTRConfig
-from mim_torchrec.ctr.evaluate import predict, summarize
+from mim_torchrec.ctr.predictions import predict, summarize
 from mim_torchrec.ctr.task import load_model
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.schema import Dataset
@@ -98,6 +98,7 @@ def _evaluate(
     windows = live_windows(settings, assembled, context)
     if windows is not None:
         windows.catch_up()
+        assert assembled.facts is not None  # a model without a table has no windows
         assembled.facts["seq_after"] = windows.seq
     predictions = predict(assembled.model, reader, assembled.mapper, context)
     report = summarize(predictions, items, config.draws) | {

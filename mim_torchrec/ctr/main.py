@@ -21,7 +21,7 @@ from mim_torchrec.ctr.assembly import (
     scan_vocabularies,
 )
 from mim_torchrec.ctr.config import CTRConfig, parse
-from mim_torchrec.ctr.evaluate import predict, summarize
+from mim_torchrec.ctr.predictions import predict, summarize
 from mim_torchrec.ctr.task import CTRTask, load_model
 from mim_torchrec.ctr.warm_start import warm_start
 from mim_torchrec.ctr.windows import LiveWindows

@@ -7,7 +7,7 @@ own models, so one class serves unsharded tests and sharded training. Left out: 
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +18,8 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
 from mim_torchrec.ciubm.ciubm import CiUBM
 from mim_torchrec.ciubm.jagged import RequestPairs
 from mim_torchrec.ciubm.ubm.activation import PReLU
-from mim_torchrec.ciubm.ubm.avg_pooling import AvgPooling
-from mim_torchrec.ciubm.ubm.bst import BST
-from mim_torchrec.ciubm.ubm.dien import DIEN
-from mim_torchrec.ciubm.ubm.din import DIN
-from mim_torchrec.ciubm.ubm.interface import Auxiliary, BehaviorContext, UserBehaviorModel
-from mim_torchrec.ciubm.ubm.sim import SIM
-from mim_torchrec.ciubm.ubm.twin import TWIN
-from mim_torchrec.ctr.config import UBM, ModelConfig
+from mim_torchrec.ciubm.ubm.interface import Auxiliary, BehaviorContext
+from mim_torchrec.ctr.config import ModelConfig
 from mim_torchrec.data.batch import RequestBatch
 from mim_torchrec.training.batch_norm import GlobalBatchNorm1d
 
@@ -43,25 +37,6 @@ class Prediction(NamedTuple):
 
     logits: Tensor
     auxiliary: Auxiliary | None
-
-
-def build_ubm(config: ModelConfig, dim: int) -> UserBehaviorModel:
-    """The user behavior model that the config names, over ID embeddings of size `dim`."""
-    auxiliary = config.aux_weight > 0
-    match config.ubm:
-        case "avg_pooling":
-            return AvgPooling(dim)
-        case "din":
-            return DIN(dim, config.attention, config.attention_activation, config.attention_softmax)
-        case "dien":
-            return DIEN(dim, auxiliary=auxiliary)
-        case "bst":
-            return BST(dim, config.heads, config.max_positions, dropout=config.dropout)
-        case "sim":
-            return SIM(dim, config.search, config.top_k, config.heads, auxiliary=auxiliary)
-        case "twin":
-            return TWIN(dim, config.top_k, config.heads)
-    raise ValueError(f"ubm is one of {', '.join(get_args(UBM))}, not {config.ubm!r}")
 
 
 class DeepCTR(nn.Module):
@@ -148,19 +123,22 @@ class CTRModel(nn.Module):
         item_dim = sum(t.embedding_dim for t in tables if t.name in ITEM_COLUMNS)
         self.candidate_columns = [t.name for t in tables if t.name not in ITEM_COLUMNS]
         more_dim = sum(t.embedding_dim for t in tables if t.name not in ITEM_COLUMNS)
-        more_dim += len(config.dense_features)
+        more_dim += config.features().width
         mm_dim = mm_embeddings.embedding_configs()[0].embedding_dim if mm_embeddings is not None else 0
         content = mm_embeddings is not None and config.content_interest
         fusion = mm_embeddings is not None and config.fusion_interest
         similarity = mm_embeddings is not None and config.similarity_interest
-        ubm = build_ubm(config, item_dim) if config.id_interest else None
+        ubm = None
+        if config.id_interest:
+            auxiliary = config.aux_weight > 0
+            ubm = config.ubm_options.build(item_dim, dropout=config.dropout, auxiliary=auxiliary)
         self.ciubm = CiUBM(
             ubm,
             content=content,
             fusion=fusion,
             pooling=config.content_pooling,
             tiers=config.similarity_tiers if similarity else 0,
-            windows=config.similarity_windows if similarity else (),
+            spans=config.similarity_spans if similarity else (),
             temperature=config.content_temperature,
             content_dropout=config.content_dropout,
         )
@@ -239,7 +217,7 @@ class CTRModel(nn.Module):
             for interest in (of_ids, interests.fusion):
                 if interest is not None:
                     features.append((interest * candidates).sum(-1, keepdim=True))
-            if interests.content is not None:
+            if interests.content is not None and candidates_mm is not None:
                 target = F.normalize(candidates_mm.float(), dim=-1)
                 features.append((interests.content * target).sum(-1, keepdim=True))
         if interests.content is not None:

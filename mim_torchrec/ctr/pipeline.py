@@ -5,6 +5,7 @@ Ours has the same stages around the steps of the shared loop, which looks at the
 """
 
 from collections.abc import Iterable, Iterator
+from typing import cast
 
 import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -44,7 +45,7 @@ class SparseExchange(TrainPipelineSparseDist):
                 if len(self.batches) > 1:
                     self.start_sparse_data_dist(self.batches[1], self.contexts[1])
                 self.enqueue_batch(source)
-                yield self.batches[0]
+                yield cast(RequestBatch, self.batches[0])
                 self.dequeue_batch()
         finally:
             self.detach()

@@ -7,12 +7,11 @@ rows. Initial values depend on the seed alone, not on the number of ranks.
 
 import logging
 import math
+from typing import Any, cast
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.comm import get_local_size
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
@@ -42,9 +41,14 @@ from torchrec.optim.warmup import WarmupOptimizer, WarmupPolicy, WarmupStage
 
 from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.model import CTRModel
+from mim_torchrec.ctr.parameters import id_tables, trainable_state
 from mim_torchrec.embeddings.sharded.frozen import FrozenEmbeddingCollection
 from mim_torchrec.embeddings.sharded.sharder import FrozenEmbeddingCollectionSharder
+from mim_torchrec.extras import needs
 from mim_torchrec.training.distributed import DistributedContext
+
+with needs("train"):
+    import psutil
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +81,7 @@ def build_model(
     """
     dim = config.embedding_dim
     features = config.features()
-    of_requests = features.of_requests(features.sparse)
+    of_requests = [feature.name for feature in features.ids(of_candidates=False)]
     request = [
         EmbeddingBagConfig(
             name=name,
@@ -93,7 +97,7 @@ def build_model(
         name: [f"candidate_{name}", f"behavior_{name}"]
         for name in ("item_id", "category")
         if name in num_embeddings
-    } | {name: [name] for name in features.of_candidates(features.sparse)}
+    } | {feature.name: [feature.name] for feature in features.ids(of_candidates=True)}
     items = [
         EmbeddingConfig(
             name=name,
@@ -142,7 +146,7 @@ def shard(
         )
 
     constraints = _constraints(model, config, context)
-    sharders = [
+    sharders: list[Any] = [
         EmbeddingBagCollectionSharder(),
         EmbeddingCollectionSharder(use_index_dedup=_index_dedup(config, context)),
         FrozenEmbeddingCollectionSharder(),
@@ -180,7 +184,8 @@ def _warmed_up(optimizer: KeyedOptimizer, lr: float, steps: int) -> KeyedOptimiz
         return optimizer
     stage = WarmupStage(WarmupPolicy.LINEAR, max_iters=steps, value=1 / (steps + 1))
     warm = WarmupOptimizer(optimizer, [stage], lr=lr, param_name=WARMUP)
-    warm.state[warm.params[WARMUP]] = {"warmup": torch.zeros(2, dtype=torch.long)}  # for checkpoints to fill
+    state = cast(dict[Any, Any], warm.state)
+    state[warm.params[WARMUP]] = {"warmup": torch.zeros(2, dtype=torch.long)}  # for checkpoints to fill
     return warm
 
 
@@ -199,7 +204,7 @@ def _constraints(
     if config.sparse_optimizer == "adam" and not on_gpu:
         raise ValueError("--sparse-optimizer adam is fused on GPUs only; on a CPU take rowwise_adagrad")
     # on one rank rows would be put into buckets for nothing
-    allowed = list(config.sharding) if context.world_size > 1 else [ShardingType.TABLE_WISE.value]
+    allowed: list[str] = list(config.sharding) if context.world_size > 1 else [ShardingType.TABLE_WISE.value]
     pooled = [kind for kind in allowed if on_gpu or kind != ShardingType.ROW_WISE.value]
     of_tables = {
         **{t.name: pooled or [ShardingType.TABLE_WISE.value]
@@ -245,13 +250,9 @@ def initialize_tables(model: nn.Module, seed: int, std: float | None) -> None:
         seed: seed of the run; each table has its own stream, named by its place in sorted order.
         std: standard deviation of normal values; None is uniform within $1/\\sqrt{rows}$.
     """
-    tables = {
-        name: value
-        for name, value in model.state_dict().items()
-        if isinstance(value, ShardedTensor) and "mm_embeddings" not in name
-    }
-    for place, name in enumerate(sorted(tables)):
-        table = tables[name]
+    state = trainable_state(model)
+    for place, name in enumerate(sorted(id_tables(state).values())):
+        table = state[name]
         rows, dim = table.size()
         generator = torch.Generator().manual_seed(seed * 1000 + place)
         bound = 1 / math.sqrt(rows)

@@ -1,5 +1,6 @@
 """CTR training as a task of the shared loop: batches, loss, validation, checkpoint."""
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -15,8 +16,9 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 from torchrec.optim.warmup import WarmupOptimizer
 
-from mim_torchrec.ctr.evaluate import predict
+from mim_torchrec.ctr.parameters import trainable_state
 from mim_torchrec.ctr.pipeline import SparseExchange
+from mim_torchrec.ctr.predictions import predict
 from mim_torchrec.ctr.windows import LiveWindows
 from mim_torchrec.data.batch import RequestBatch
 from mim_torchrec.data.requests import RequestReader
@@ -242,9 +244,4 @@ def load_model(model: DistributedModelParallel, path: Path) -> None:
         dcp.load({"model": state}, checkpoint_id=str(path / "state"))
     else:
         dcp.load(state, checkpoint_id=str(path))
-    model.load_state_dict(state, strict=False)
-
-
-def trainable_state(model: DistributedModelParallel) -> dict[str, Tensor]:
-    """Weights by name, tables as sharded tensors; without the frozen table."""
-    return {name: value for name, value in model.state_dict().items() if "mm_embeddings" not in name}
+    model.load_state_dict(OrderedDict(state), strict=False)

@@ -1,12 +1,14 @@
 """Start a CTR model from one that was trained on an earlier day, with a vocabulary that has grown.
 
 Rows of ids that are known go to their new places, new ids begin as in any run, dense weights are taken over.
-Optimizers begin anew: what they have gathered is about another day's losses, and `best` does not hold it.
+Optimizers start from scratch: their state is of another day's losses, and `best` does not hold it.
 """
 
 import logging
+from collections import OrderedDict
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -16,7 +18,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from mim_torchrec.ctr.assembly import TrainedRun
 from mim_torchrec.ctr.config import CTRConfig
-from mim_torchrec.ctr.task import trainable_state
+from mim_torchrec.ctr.parameters import id_tables, trainable_state
 from mim_torchrec.data.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -59,28 +61,26 @@ def warm_start(
     if earlier.table_version != table_version:
         raise WarmStartError(
             f"{run} was trained on vectors of version {earlier.table_version}, the table has "
-            f"{table_version}; "
-            "another encoder's vectors mean other things, so the model has to be trained anew"
+            f"{table_version}: vectors of two encoders cannot be compared; train the model from scratch"
         )
     path = str(trained.weights)
-    sizes = FileSystemReader(path).read_metadata().state_dict_metadata
+    sizes: dict[str, Any] = FileSystemReader(path).read_metadata().state_dict_metadata
     state = trainable_state(model)
     if state.keys() != sizes.keys():
         raise WarmStartError(f"{run} has other weights: {sorted(state.keys() ^ sizes.keys())}")
-    dense = {name: value for name, value in state.items() if not isinstance(value, ShardedTensor)}
+    tables = id_tables(state)
+    dense = {name: value for name, value in state.items() if name not in tables.values()}
     dcp.load(dense, checkpoint_id=path)
-    model.load_state_dict(dict(state), strict=False)  # torchrec renames what it is given
+    model.load_state_dict(OrderedDict(state), strict=False)  # torchrec renames what it is given
     before = trained.vocabularies
-    for name, table in state.items():
-        if isinstance(table, ShardedTensor):
-            weights = torch.empty(sizes[name].size)
-            dcp.load({name: weights}, checkpoint_id=path)
-            column = name.split(".")[-2]
-            known, ids = before[column].ids, vocabularies[column].ids
-            # row 0 of unknown ids stays, row k + 1 is that of the id at place k
-            places = torch.cat([torch.zeros(1, dtype=torch.long), 1 + torch.searchsorted(ids, known)])
-            _take_over(table, weights[: len(places)], places)
-            log.info("%s: %d rows taken over, %d new", column, len(known), len(ids) - len(known))
+    for column, name in tables.items():
+        weights = torch.empty(sizes[name].size)
+        dcp.load({name: weights}, checkpoint_id=path)
+        known, ids = before[column].ids, vocabularies[column].ids
+        # row 0 of unknown ids stays, row k + 1 is that of the id at place k
+        places = torch.cat([torch.zeros(1, dtype=torch.long), 1 + torch.searchsorted(ids, known)])
+        _take_over(state[name], weights[: len(places)], places)
+        log.info("%s: %d rows taken over, %d new", column, len(known), len(ids) - len(known))
 
 
 def _take_over(table: ShardedTensor, weights: torch.Tensor, places: torch.Tensor) -> None:

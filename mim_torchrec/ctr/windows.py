@@ -2,7 +2,7 @@
 
 Every few steps all ranks agree on the windows that each of them can read, and apply those at that step. An
 item that was unknown when training started has its content interest from then on. The watermark goes into
-checkpoints: a run that is taken up applies what it had applied, and goes on.
+checkpoints: a resumed run applies the windows that it had applied, and continues.
 """
 
 import logging

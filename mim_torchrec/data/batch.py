@@ -1,6 +1,7 @@
 """A batch of requests: what readers yield and what CTR models take."""
 
 from dataclasses import dataclass, fields, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -52,12 +53,12 @@ class RequestBatch(Pipelineable):
         """Keep the memory until the stream has used it; on a CPU there is no stream to wait for."""
         if not self.labels.is_cuda:
             return
-        self.sparse.record_stream(stream)
+        self.sparse.record_stream(cast(torch.cuda.Stream, stream))
         for _, tensor in self._tensors():
             tensor.record_stream(stream)
 
     def with_hidden_candidates(self, hidden: Tensor) -> "RequestBatch":
-        """The same batch of rows with row 0, that of an unknown id, in the place of some candidates' items.
+        """The same batch of rows with row 0, that of an unknown id, instead of some candidates' items.
 
         Args:
             hidden: (sum_candidates,) bool. Their categories and vectors stay.

@@ -3,7 +3,7 @@
 Nothing here loops over rows: a list column is its flat values and the lengths of its rows.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from mim_torchrec.data.errors import DataError
-from mim_torchrec.data.features import NO_FEATURES, Features
-from mim_torchrec.data.schema import category_ids, is_list
+from mim_torchrec.data.features import NO_FEATURES, Feature, Features, Ids, Numbers
+from mim_torchrec.data.schema import is_list
 
 SCALARS = ("request_id", "user_id", "query_id", "ts")
 ROLES = {
@@ -105,21 +105,22 @@ def decode(
     """
     bad: list[tuple[np.ndarray, str, str]] = []
     present = table.column_names
-    kinds = dict.fromkeys(features.sparse, "sparse") | dict.fromkeys(features.dense, "dense")
     scalars = {}
-    for name in (*SCALARS, *features.of_requests(features.dense)):
+    for name in (*SCALARS, *(feature.name for feature in features.numbers(of_candidates=False))):
         if name in present:
             column = table[name].combine_chunks()
             bad.append((_nulls(column), name, "is null"))
-            scalars[name] = _numbers(kinds.get(name, name), column)
+            scalars[name] = _values(name, column, features)
     jagged = {}
     for role, columns in ROLES.items():
         columns = {name: column for name, column in columns.items() if column in present}
         if role == "candidate":
-            columns |= {name: name for name in features.of_candidates(features.names)}
-        jagged[role] = _lists(table, columns, bad, kinds)
-    ids = {name: _ids(table[name].combine_chunks(), name, bad)
-           for name in features.of_requests(features.sparse)}  # fmt: skip
+            columns |= {name: name for name, feature in features.by_name.items() if feature.of_candidates}
+        jagged[role] = _lists(table, columns, bad, features)
+    ids = {
+        feature.name: _ids(table[feature.name].combine_chunks(), feature, bad)
+        for feature in features.ids(of_candidates=False)
+    }
     _check_dense(scalars, jagged["candidate"], features, bad)
     _check_labels(jagged["candidate"], bad)
     _check_times(jagged["behavior"], scalars.get("ts"), bad)
@@ -137,7 +138,7 @@ def _lists(
     table: pa.Table,
     columns: dict[str, str],
     bad: list[tuple[np.ndarray, str, str]],
-    kinds: Mapping[str, str],
+    features: Features,
 ) -> Jagged:
     """Parallel list columns; those of rows whose lengths differ come out empty."""
     arrays = {name: table[column].combine_chunks() for name, column in columns.items()}
@@ -159,21 +160,20 @@ def _lists(
         if missing.any():
             rows = np.repeat(np.arange(len(common)), lengths[name])[missing]
             bad.append((np.isin(np.arange(len(common)), rows), columns[name], "a value in the list is null"))
-        numbers = _numbers(kinds.get(name, columns[name]), flat)
-        values[name] = numbers[np.repeat(~uneven, lengths[name])] if uneven.any() else numbers
+        own = _values(columns[name], flat, features)
+        values[name] = own[np.repeat(~uneven, lengths[name])] if uneven.any() else own
     return Jagged(np.where(uneven, 0, common), values)
 
 
-def _ids(array: pa.Array, column: str, bad: list[tuple[np.ndarray, str, str]]) -> Jagged:
+def _ids(array: pa.Array, feature: Feature, bad: list[tuple[np.ndarray, str, str]]) -> Jagged:
     """Ids of each request, one or a list; without those that are null."""
     missing = _nulls(array)
     if not is_list(array.type):
-        known = array.drop_null()
-        return Jagged((~missing).astype(np.int64), {"id": _numbers("sparse", known)})
+        return Jagged((~missing).astype(np.int64), {"id": feature.kind.read(array.drop_null())})
     lengths = np.where(missing, 0, np.diff(array.offsets.to_numpy()).astype(np.int64))
     flat = array.flatten()
-    bad.append((_any_of(_nulls(flat), lengths), column, "a value in the list is null"))
-    return Jagged(lengths, {"id": _numbers("sparse", flat)})
+    bad.append((_any_of(_nulls(flat), lengths), feature.name, "a value in the list is null"))
+    return Jagged(lengths, {"id": _without_nulls(flat, feature.kind)})
 
 
 def _check_dense(
@@ -182,11 +182,12 @@ def _check_dense(
     features: Features,
     bad: list[tuple[np.ndarray, str, str]],
 ) -> None:
-    for name in features.of_requests(features.dense):
-        bad.append((~np.isfinite(scalars[name]), name, "is NaN, infinite or beyond float32"))
-    for name in features.of_candidates(features.dense):
-        wrong = _any_of(~np.isfinite(candidates.values[name]), candidates.lengths)
-        bad.append((wrong, name, "a value in the list is NaN, infinite or beyond float32"))
+    for feature in features.numbers(of_candidates=False):
+        problem = "is NaN, infinite or beyond float32"
+        bad.append((~np.isfinite(scalars[feature.name]), feature.name, problem))
+    for feature in features.numbers(of_candidates=True):
+        wrong = _any_of(~np.isfinite(candidates.values[feature.name]), candidates.lengths)
+        bad.append((wrong, feature.name, "a value in the list is NaN, infinite or beyond float32"))
 
 
 def _check_labels(candidates: Jagged, bad: list[tuple[np.ndarray, str, str]]) -> None:
@@ -224,22 +225,29 @@ def _nulls(array: pa.Array) -> np.ndarray:
     return array.is_null().to_numpy(zero_copy_only=False)
 
 
-def _numbers(column: str, array: pa.Array) -> np.ndarray:
-    """Values as int64 (labels and dense ones as float32); nulls become something, their rows are bad anyway.
+class _Integers(Ids):
+    """Columns that all requests have: integers, times in microseconds."""
 
-    Features go by what they are, "sparse" or "dense", in the place of their names.
-    """
-    kind = array.type
-    floating = column in ("labels", "dense")
-    if pa.types.is_timestamp(kind):
-        array = array.cast(pa.timestamp("us", kind.tz), safe=False).cast(pa.int64())
+    def read(self, values: pa.Array) -> np.ndarray:
+        if pa.types.is_timestamp(values.type):
+            values = values.cast(pa.timestamp("us", values.type.tz), safe=False).cast(pa.int64())
+        return values.cast(pa.int64()).to_numpy(zero_copy_only=False)
+
+
+def _values(column: str, array: pa.Array, features: Features) -> np.ndarray:
+    """Values of a column by its kind."""
+    if column in features.by_name:
+        return _without_nulls(array, features.by_name[column].kind)
+    if column == "labels":
+        return _without_nulls(array, Numbers())
+    return _without_nulls(array, Ids() if column.endswith("categories") else _Integers())
+
+
+def _without_nulls(array: pa.Array, kind: Ids | Numbers) -> np.ndarray:
+    """Values; nulls become something, their rows are bad anyway."""
     if array.null_count:
         known = array.drop_null()
         if not len(known):
-            return np.zeros(len(array), np.float32 if floating else np.int64)
+            return np.zeros(len(array), kind.dtype)
         array = array.fill_null(known[0])
-    if floating:
-        return array.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
-    if column == "sparse" or column.endswith("categories"):
-        return category_ids(array)
-    return array.cast(pa.int64()).to_numpy(zero_copy_only=False)
+    return kind.read(array)

@@ -1,20 +1,29 @@
-"""Further columns of requests that a CTR model reads: sparse ids and dense numbers, by name.
+"""Further columns of requests that a CTR model reads: by name, each of a kind that is described once.
 
 A column whose name begins with `candidate_` says something of every candidate and is a list parallel to
 `candidate_item_ids`. Any other says something of the request: a number, or for ids a number or a list, of
 which the embeddings are averaged. A request without an id, null or an empty list, gets zeros; any other null
 makes it malformed.
+
+A kind is a class with `Ids` or `Numbers` as its base. Reader, vocabularies, model and server ask it for what
+they need, and ask nothing else.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from torch import Tensor
 
 from mim_torchrec.data.errors import DataError
-from mim_torchrec.data.schema import REQUESTS, is_list
+from mim_torchrec.data.schema import REQUESTS, category_ids, is_list
+from mim_torchrec.extensions import load_class
 
 OF_CANDIDATES = "candidate_"
 RESERVED = {
@@ -23,45 +32,134 @@ RESERVED = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
-class Features:
-    """Names of further columns.
+class Ids:
+    """Ids, integers or strings; each column has a vocabulary and an embedding table of its own.
+
+    Attributes:
+        expected: the values that are read, for messages.
+    """
+
+    expected: ClassVar[str] = "integers or strings"
+    dtype: ClassVar[type] = np.int64
+
+    def accepts(self, value: pa.DataType) -> bool:
+        """Whether columns, or tensors of a request to the server, may hold values of a type."""
+        if pa.types.is_dictionary(value):
+            value = value.value_type
+        text = pa.types.is_string(value) or pa.types.is_large_string(value)
+        return text or (pa.types.is_integer(value) and not pa.types.is_uint64(value))
+
+    def read(self, values: pa.Array) -> np.ndarray:
+        """Ids (n,) int64 of values (n,) of an accepted type without nulls."""
+        return category_ids(values)
+
+
+class Numbers:
+    """Finite numbers, which the tower gets as sign(x) · log(1 + |x|).
+
+    Attributes:
+        expected: the values that are read, for messages.
+        width: numbers that the tower gets for each value.
+    """
+
+    expected: ClassVar[str] = "numbers"
+    dtype: ClassVar[type] = np.float32
+    width: ClassVar[int] = 1
+
+    def accepts(self, value: pa.DataType) -> bool:
+        """Whether columns, or tensors of a request to the server, may hold values of a type."""
+        return pa.types.is_floating(value) or pa.types.is_integer(value) or pa.types.is_boolean(value)
+
+    def read(self, values: pa.Array) -> np.ndarray:
+        """Numbers (n,) float32 of values (n,) of an accepted type without nulls."""
+        return values.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
+
+    def transform(self, numbers: Tensor) -> Tensor:
+        """What the tower gets of numbers (n,): (n, width) float32."""
+        return (numbers.sign() * numbers.abs().log1p())[:, None]
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A further column.
 
     Args:
-        sparse: of ids, integers or strings, each with a vocabulary and a table of its own.
-        dense: of finite numbers, which models get as sign(x) · log(1 + |x|).
+        name: of the column.
+        kind: what it holds.
+    """
+
+    name: str
+    kind: Ids | Numbers
+
+    @property
+    def of_candidates(self) -> bool:
+        """Whether it says something of each candidate, not of the request."""
+        return self.name.startswith(OF_CANDIDATES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """Further columns.
+
+    Args:
+        sparse: names of columns of `Ids`.
+        dense: names of columns of `Numbers`.
+        other: names of columns of any other kind, with `package.module:ClassName` of the kind.
 
     Raises:
-        ValueError: a name is there twice, or a column of every request has it.
+        ValueError: a name is there twice, a column of every request has it, or there is no such kind.
 
     >>> features = Features(sparse=("city", "candidate_brand"), dense=("candidate_price",))
-    >>> features.of_requests(features.sparse), features.of_candidates(features.sparse)
-    (('city',), ('candidate_brand',))
+    >>> [feature.name for feature in features.ids(of_candidates=False)]
+    ['city']
     """
 
     sparse: tuple[str, ...] = ()
     dense: tuple[str, ...] = ()
+    other: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        names = self.names
+        names = (*self.sparse, *self.dense, *self.other)
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"features named more than once: {', '.join(repeated)}")
         if reserved := sorted(RESERVED.intersection(names)):
             raise ValueError(f"{', '.join(reserved)}: requests have it anyway, it is no further feature")
+        for name, kind in self.other.items():
+            if not issubclass(load_class(kind), Ids | Numbers):
+                raise ValueError(
+                    f"{kind!r} of the feature {name} is neither Ids nor Numbers of data.features"
+                )
+
+    @cached_property
+    def by_name(self) -> dict[str, Feature]:
+        """All of them."""
+        kinds = (dict.fromkeys(self.sparse, Ids()) | dict.fromkeys(self.dense, Numbers())
+                 | {name: load_class(kind)() for name, kind in self.other.items()})  # fmt: skip
+        return {name: Feature(name, kind) for name, kind in kinds.items()}
 
     @property
     def names(self) -> tuple[str, ...]:
-        return self.sparse + self.dense
+        return tuple(self.by_name)
 
-    @staticmethod
-    def of_requests(names: Sequence[str]) -> tuple[str, ...]:
-        """Those of the names that say something of a request."""
-        return tuple(name for name in names if not name.startswith(OF_CANDIDATES))
+    def ids(self, *, of_candidates: bool) -> tuple[Feature, ...]:
+        """Those with a vocabulary and an embedding table, of requests or of candidates."""
+        return self._select(Ids, of_candidates)
 
-    @staticmethod
-    def of_candidates(names: Sequence[str]) -> tuple[str, ...]:
-        """Those of the names that say something of each candidate."""
-        return tuple(name for name in names if name.startswith(OF_CANDIDATES))
+    def numbers(self, *, of_candidates: bool) -> tuple[Feature, ...]:
+        """Those whose numbers the tower gets, of requests or of candidates."""
+        return self._select(Numbers, of_candidates)
+
+    def _select(self, kind: type, of_candidates: bool) -> tuple[Feature, ...]:
+        return tuple(
+            feature
+            for feature in self.by_name.values()
+            if isinstance(feature.kind, kind) and feature.of_candidates == of_candidates
+        )
+
+    @property
+    def width(self) -> int:
+        """Numbers that the tower gets for a candidate."""
+        return sum(f.kind.width for f in self.by_name.values() if isinstance(f.kind, Numbers))
 
     def check(self, parquet: pq.ParquetFile, file: str | Path) -> None:
         """See that a file of requests has the columns, with types that can be read.
@@ -70,30 +168,36 @@ class Features:
             DataError: a column is missing or of another type.
         """
         schema = parquet.schema_arrow
-        for name in self.names:
+        for name, feature in self.by_name.items():
             if schema.get_field_index(name) < 0:
                 problem = f"the column is missing; the file has {', '.join(schema.names)}"
                 raise DataError(problem, file=file, column=name)
             found = schema.field(name).type
-            is_dense, of_candidates = name in self.dense, name.startswith(OF_CANDIDATES)
-            form_fits = is_list(found) == of_candidates or not (of_candidates or is_dense)
-            value = found.value_type if is_list(found) else found
-            if not form_fits or not (_is_dense(value) if is_dense else _is_sparse(value)):
-                expected = "numbers" if is_dense else "integers or strings"
-                form = "one a request" if is_dense else "or lists of them"
-                form = "one a candidate" if of_candidates else form
-                raise DataError(f"expected {expected}, {form}; found {found}", file=file, column=name)
+            one_a_request = isinstance(feature.kind, Numbers) and not feature.of_candidates
+            any_form = not (feature.of_candidates or one_a_request)
+            form_fits = any_form or is_list(found) == feature.of_candidates
+            if not form_fits or not feature.kind.accepts(found.value_type if is_list(found) else found):
+                form = "one a request" if one_a_request else "or lists of them"
+                form = "one a candidate" if feature.of_candidates else form
+                problem = f"expected {feature.kind.expected}, {form}; found {found}"
+                raise DataError(problem, file=file, column=name)
 
 
 NO_FEATURES = Features()
 
 
-def _is_sparse(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    return text or (pa.types.is_integer(kind) and not pa.types.is_uint64(kind))
+def tower_numbers(features: Sequence[Feature], values: Mapping[str, Tensor]) -> Tensor | None:
+    """What the tower gets of features of numbers, side by side.
 
+    Args:
+        features: from `Features.numbers`.
+        values: (n,) numbers as read, by name.
 
-def _is_dense(kind: pa.DataType) -> bool:
-    return pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)
+    Returns:
+        (n, sum of the widths) float32, None without features.
+    """
+    if not features:
+        return None
+    return torch.cat(
+        [f.kind.transform(values[f.name]) for f in features if isinstance(f.kind, Numbers)], dim=1
+    )

@@ -1,12 +1,14 @@
-"""Bytes of an image to an RGB picture, and back."""
+"""Bytes of an image to an RGB image, and back."""
 
 import io
 import struct
 import zlib
 
-from PIL import Image, UnidentifiedImageError
-
 from mim_torchrec.data.errors import DataError, Location
+from mim_torchrec.extras import needs
+
+with needs("train"):
+    from PIL import Image, UnidentifiedImageError
 
 _UNREADABLE = (
     OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError,
@@ -21,7 +23,7 @@ def decode_image(data: bytes, where: Location | str = "image") -> Image.Image:
         where: what the error message says about its place.
 
     Returns:
-        The picture in mode RGB.
+        The image in mode RGB.
 
     Raises:
         DataError: the bytes are truncated or no image.
@@ -39,7 +41,7 @@ def decode_image(data: bytes, where: Location | str = "image") -> Image.Image:
 
 
 def encode_jpeg(image: Image.Image, quality: int = 85) -> bytes:
-    """Encode a picture as JPEG."""
+    """Encode a image as JPEG."""
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()

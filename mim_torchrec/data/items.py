@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
 from mim_torchrec.data.errors import DataError, Location
 from mim_torchrec.data.images import decode_image
@@ -25,6 +24,10 @@ from mim_torchrec.data.schema import (
     read_row_group,
 )
 from mim_torchrec.embeddings.files import atomic_file
+from mim_torchrec.extras import needs
+
+with needs("train"):
+    from PIL import Image
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +108,7 @@ class ItemStore:
         return values
 
     def images(self, rows: np.ndarray) -> list[Image.Image]:
-        """Decoded RGB pictures. Raises DataError naming the place of one that is truncated."""
+        """Decoded RGB images. Raises DataError naming the place of one that is truncated."""
         return [
             decode_image(data, self.location(int(row), "image"))
             for row, data in zip(rows, self.image_bytes(rows), strict=True)

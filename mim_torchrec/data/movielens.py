@@ -2,8 +2,8 @@
 
 A rating of 4 or more is a positive. Each becomes a request: the positive among films that the user has never
 rated, drawn by their popularity in the training part, with the user's earlier positives as history. A request
-of the training part and the positive before it make a pair for C-SFT: the poster of a liked film in the place
-of the image that was searched with, the next liked film in the place of what was bought.
+of the training part and the positive before it make a pair for C-SFT: the poster of a liked film stands
+for the image that was searched with, the next liked film for what was bought.
 
 Only films with a title, a poster and a rating take part. A film is listed at its first rating, and its
 category is its first genre. Ratings below 4 only keep a film out of the negatives.

@@ -1,4 +1,4 @@
-"""Pairs for C-SFT (§3.3): the image somebody searched with, and the item that was then bought or clicked.
+"""Pairs for C-SFT (§3.3): the image that a user searched with, and the item that was then bought or clicked.
 
 Every pair comes with a hard negative: the one logged, or else the item of another pair of the same category.
 It is drawn from what is bought, not from what is listed: otherwise the vectors learn to tell what sells from
@@ -122,10 +122,9 @@ class PairDataset(TorchDataset):
         """(num_pairs,) int64, microseconds since 1970. Raises DataError where a pair has no time."""
         missing = np.flatnonzero(self._times == _NO_TIME)
         if len(missing):
+            file, row_group, row = self._origin[missing[0]]
             problem = "is null or not there, so the last pairs cannot be held out"
-            raise DataError(
-                f"{problem}; --validation-fraction 0 trains on all", *self._origin[missing[0]], "ts"
-            )
+            raise DataError(f"{problem}; --validation-fraction 0 trains on all", file, row_group, row, "ts")
         return self._times
 
     def __getitem__(self, index: int) -> dict[str, bytes | int]:

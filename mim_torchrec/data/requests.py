@@ -24,7 +24,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from mim_torchrec.data.batch import RequestBatch
 from mim_torchrec.data.columns import RequestColumns, concatenate, decode
 from mim_torchrec.data.errors import DataError
-from mim_torchrec.data.features import NO_FEATURES, Features
+from mim_torchrec.data.features import NO_FEATURES, Feature, Features, tower_numbers
 from mim_torchrec.data.schema import (
     REQUESTS,
     REQUESTS_REQUIRED,
@@ -107,6 +107,11 @@ class RequestReader(IterableDataset):
         if self.num_requests < world_size:
             raise DataError(f"{self.num_requests} good requests cannot be divided over {world_size} ranks",
                             file=files[0] if files else None)  # fmt: skip
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns that the files have and batches hold."""
+        return self._columns
 
     @property
     def num_batches(self) -> int:
@@ -294,8 +299,8 @@ def _to_batch(requests: RequestColumns, wanted: Features) -> RequestBatch:
     features += [(name, ids.values["id"], ids.lengths.astype(np.int32)) for name, ids in requests.ids.items()]
     candidates = requests.candidate
     features += [
-        (name, candidates.values[name], candidates.lengths.astype(np.int32))
-        for name in wanted.of_candidates(wanted.sparse)
+        (feature.name, candidates.values[feature.name], candidates.lengths.astype(np.int32))
+        for feature in wanted.ids(of_candidates=True)
     ]
     behavior_ts = requests.behavior.values.get("ts")
     request_ts = requests.scalars.get("ts")
@@ -309,21 +314,13 @@ def _to_batch(requests: RequestColumns, wanted: Features) -> RequestBatch:
         request_ids=torch.from_numpy(requests.scalars["request_id"]),
         request_ts=None if request_ts is None else torch.from_numpy(request_ts),
         behavior_ts=None if behavior_ts is None else torch.from_numpy(behavior_ts),
-        request_dense=_dense(requests.scalars, wanted.of_requests(wanted.dense)),
-        candidate_dense=_dense(candidates.values, wanted.of_candidates(wanted.dense)),
+        request_dense=_dense(requests.scalars, wanted.numbers(of_candidates=False)),
+        candidate_dense=_dense(candidates.values, wanted.numbers(of_candidates=True)),
     )
 
 
-def _dense(values: Mapping[str, np.ndarray], names: Sequence[str]) -> torch.Tensor | None:
-    """Columns side by side, their ranges made alike: sign(x) · log(1 + |x|)."""
-    if not names:
-        return None
-    return alike(torch.from_numpy(np.stack([values[name] for name in names], axis=1)))
-
-
-def alike(columns: torch.Tensor) -> torch.Tensor:
-    """Numbers of any range as models get them: sign(x) · log(1 + |x|)."""
-    return columns.sign() * columns.abs().log1p()
+def _dense(values: Mapping[str, np.ndarray], features: Sequence[Feature]) -> torch.Tensor | None:
+    return tower_numbers(features, {f.name: torch.from_numpy(values[f.name]) for f in features})
 
 
 def label_classes(files: Sequence[str | Path]) -> set[int]:

@@ -61,7 +61,9 @@ class ShopConfig:
     style_weight: float = 1.0
     """How much users care for style; 0 is the negative control."""
     image_size: int = 64
-    """Height and width of pictures in pixels."""
+    """Height and width of images in pixels."""
+    first_item_id: int = 1_000_000
+    """Smallest item id that may occur; ids lie within 10 times `items` of it."""
     seed: int = 0
     """Seed; equal arguments give equal bytes."""
 
@@ -75,7 +77,7 @@ def make_catalog(config: ShopConfig) -> ShopItems:
     category = rng.integers(config.categories, size=config.items)
     centers = 0.6 * rng.normal(size=(config.categories, STYLE_DIM))
     return ShopItems(
-        ids=1_000_000 + rng.permutation(10 * config.items)[: config.items].astype(np.int64),
+        ids=config.first_item_id + rng.permutation(10 * config.items)[: config.items].astype(np.int64),
         category=category,
         centers=centers,
         appeal=rng.normal(size=config.categories),

@@ -1,6 +1,6 @@
-"""What items of the synthetic shop look like and are called: pictures and titles drawn from a latent style.
+"""What items of the synthetic shop look like and are called: images and titles drawn from a latent style.
 
-A style is a vector of 8 coordinates of variance about 1. A picture shows all of them, with noise: colors of
+A style is a vector of 8 coordinates of variance about 1. A image shows all of them, with noise: colors of
 the shape and of the ground, the shape's roundness and slimness, and a stripe pattern. A title names only its
 most striking ones, in words. A category has a style of its own on average, a number of lobes and a noun.
 """
@@ -8,9 +8,12 @@ most striking ones, in words. A category has a style of its own on average, a nu
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image
 
 from mim_torchrec.data.images import encode_jpeg
+from mim_torchrec.extras import needs
+
+with needs("train"):
+    from PIL import Image
 
 STYLE_DIM = 8
 NOUNS = ("bag", "lamp", "chair", "shirt", "vase", "watch", "rug", "mug", "scarf", "clock", "shoe", "mirror",
@@ -60,7 +63,7 @@ def draw_titles(styles: np.ndarray, categories: np.ndarray, rng: np.random.Gener
 def draw_images(
     styles: np.ndarray, categories: np.ndarray, size: int, rng: np.random.Generator
 ) -> Iterator[bytes]:
-    """JPEG pictures (size x size) of styles (n, 8) in categories (n,)."""
+    """JPEG images (size x size) of styles (n, 8) in categories (n,)."""
     for start in range(0, len(styles), _CHUNK):
         part = slice(start, start + _CHUNK)
         for pixels in _render(styles[part].astype(np.float32), categories[part], size, rng):

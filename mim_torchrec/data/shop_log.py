@@ -7,8 +7,8 @@ Clicks follow
 where match is the larger cosine of the item's style with the user's two tastes, less 0.2 for the second,
 crowd the standardized logarithm of the item's recent clicks, quality the item's own, appeal its category's
 and mood the user's. A user's preference for categories decides what is asked for, not what is clicked:
-otherwise content, which shows the category, would help by that even where nobody cares for style. Users who
-browse choose one of 20 items, by twice the logit.
+otherwise content, which shows the category, would help by that even where users do not care for style. Users
+who browse choose one of 20 items, by twice the logit.
 """
 
 from dataclasses import dataclass
@@ -68,7 +68,7 @@ class Log:
 
 @dataclass(frozen=True)
 class Searches:
-    """Searches by image: style of the picture (n, 8), its category, ts, item bought and item clicked (n,)."""
+    """Searches by image: style of the image (n, 8), its category, ts, item bought and item clicked (n,)."""
 
     style: np.ndarray
     category: np.ndarray
@@ -162,8 +162,9 @@ def simulate(
         best = np.argmax(2 * logits + rng.gumbel(size=logits.shape), axis=1)
         clicks.append((user, items[np.arange(len(user)), best], ts))
         recent = 0.97 * recent + sum(np.bincount(c[1], minlength=len(recent)) for c in clicks[-2:])
-    columns = [np.concatenate(parts) for parts in zip(*shown, strict=True)]
-    return Log(*columns, tuple(np.concatenate(parts) for parts in zip(*clicks, strict=True)))
+    user, ts, category, items, probability, clicked = (np.concatenate(p) for p in zip(*shown, strict=True))
+    user_of_click, item_of_click, ts_of_click = (np.concatenate(p) for p in zip(*clicks, strict=True))
+    return Log(user, ts, category, items, probability, clicked, (user_of_click, item_of_click, ts_of_click))
 
 
 def _logits(
@@ -181,7 +182,7 @@ def _logits(
 def search(
     catalog: ShopItems, crowd: Crowd, *, searches: int, start: int, stop: int, rng: np.random.Generator
 ) -> Searches:
-    """Users search with a picture near a taste of theirs, buy the listed item most like it, click another."""
+    """Users search with a image near a taste of theirs, buy the listed item most like it, click another."""
     user = rng.choice(len(crowd.ids), searches, p=crowd.activity)
     ts = np.sort(rng.integers(start, stop, searches))
     taste = crowd.tastes[user, rng.integers(2, size=searches)] * np.sqrt(STYLE_DIM)

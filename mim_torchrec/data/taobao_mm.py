@@ -262,7 +262,7 @@ def convert(config: TaobaoMMConfig) -> dict[str, Any]:
         TableError: the vectors cannot be imported.
     """
     if not 0 < config.validation_fraction < 1:
-        raise ValueError(f"--validation-fraction is {config.validation_share}; it must be between 0 and 1")
+        raise ValueError(f"--validation-fraction is {config.validation_fraction}; it must be between 0 and 1")
     if min(config.partitions, config.max_behaviors, config.max_candidates) < 1:
         raise ValueError("partitions, behaviors and candidates are at least 1 each")
     source = {"command": "mim import taobao-mm", "of": "arXiv 2512.07216", "newest": config.newest}

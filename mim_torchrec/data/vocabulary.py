@@ -17,10 +17,10 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mim_torchrec.data.batch import RequestBatch
 from mim_torchrec.data.errors import DataError
+from mim_torchrec.data.features import NO_FEATURES, Features, Ids
 from mim_torchrec.data.schema import (
     REQUESTS,
     REQUESTS_REQUIRED,
-    category_ids,
     is_list,
     open_parquet,
     read_row_group,
@@ -37,7 +37,7 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "item_id": ("candidate_item_ids", "behavior_item_ids"),
     "category": ("candidate_categories", "behavior_categories"),
 }
-ALARM_WINDOW = 100_000
+ALARM_IDS = 100_000
 
 
 class Vocabulary:
@@ -90,21 +90,22 @@ class Vocabulary:
             return cls(torch.from_numpy(stored["ids"]), int(stored["num_embeddings"]))
 
 
-def scan_ids(
-    files: Sequence[str | Path], columns: Mapping[str, Sequence[str]] = COLUMNS
-) -> dict[str, np.ndarray]:
+def scan_ids(files: Sequence[str | Path], features: Features = NO_FEATURES) -> dict[str, np.ndarray]:
     """Distinct ids of request files, for vocabularies; give it the training part only.
 
     Args:
         files: Parquet files of requests.
-        columns: name of a vocabulary → columns whose ids it holds.
+        features: further columns.
 
     Returns:
-        Name → (n,) int64, ascending. Names whose columns the files do not have are left out.
+        Name of a vocabulary → (n,) int64, ascending. Names whose columns the files do not have are left
+        out.
 
     Raises:
         DataError: a file is malformed.
     """
+    further = {f.name: f.kind for f in features.by_name.values() if isinstance(f.kind, Ids)}
+    columns = {**COLUMNS, **{name: (name,) for name in further}}
     found: dict[str, list[np.ndarray]] = {}
     for file in files:
         parquet = open_parquet(file, REQUESTS, REQUESTS_REQUIRED)
@@ -116,12 +117,13 @@ def scan_ids(
                 for column in present.intersection(sources):
                     values = table[column].combine_chunks()
                     values = values.flatten() if is_list(values.type) else values
-                    found.setdefault(name, []).append(category_ids(pc.unique(values).drop_null()))
+                    ids = further.get(column, Ids()).read(pc.unique(values).drop_null())
+                    found.setdefault(name, []).append(ids)
     return {name: np.unique(np.concatenate(parts)) for name, parts in found.items()}
 
 
 class IdMapper:
-    """Puts embedding rows in the place of a batch's ids.
+    """Replaces a batch's ids by embedding rows.
 
     `candidate_x` and `behavior_x` share the vocabulary `x`, unless they have one of their own. Where there is
     a multi-modal table, the batch gets the features `candidate_mm` and `behavior_mm`: rows of that table,
@@ -177,7 +179,7 @@ class IdMapper:
     def _rows(self, name: str, vocabulary: Vocabulary | ItemIndex, ids: Tensor) -> Tensor:
         rows = vocabulary.rows(ids)
         seen, unknown = self._checked.get(name, (0, 0))
-        if vocabulary.seen - seen >= ALARM_WINDOW:
+        if vocabulary.seen - seen >= ALARM_IDS:
             share = (vocabulary.unknown - unknown) / (vocabulary.seen - seen)
             if share > self.max_unknown:
                 log.warning("%.0f%% of the last %d ids of %s are unknown (limit %.0f%%)", 100 * share,

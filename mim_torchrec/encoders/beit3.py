@@ -9,7 +9,7 @@ layers that BEiT-3 shares between both. Not here: its vision-language experts an
 import re
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
@@ -69,7 +69,7 @@ class Beit3TextModel(PreTrainedModel):
             Block(
                 size, config.num_attention_heads, mlp_ratio=config.intermediate_size / size, qkv_bias=True,
                 scale_attn_norm=True, scale_mlp_norm=True,
-                norm_layer=partial(nn.LayerNorm, eps=config.layer_norm_eps),
+                norm_layer=cast(type[nn.Module], partial(nn.LayerNorm, eps=config.layer_norm_eps)),
             )
             for _ in range(config.num_hidden_layers)
         )  # fmt: skip
@@ -122,7 +122,7 @@ class Beit3TextModel(PreTrainedModel):
         if not file.is_file():
             raise ValueError(f"weights {file}: no such file")
         if file.suffix == ".safetensors":
-            saved = load_file(file)
+            saved: dict[str, Any] = load_file(file)
         else:
             saved = torch.load(file, map_location="cpu", weights_only=True)
         try:
@@ -192,7 +192,7 @@ def from_original(saved: dict[str, Tensor]) -> dict[str, Tensor]:
         renamed[name] = value
     found = {name: value for name, value in renamed.items() if not re.search(r"\.attn\.[qkv]\.", name)}
     for name in [name for name in renamed if ".attn.q." in name]:
-        parts = [renamed.get(name.replace(".attn.q.", f".attn.{which}.")) for which in "qkv"]
-        if all(part is not None for part in parts):
-            found[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
+        parts = [name.replace(".attn.q.", f".attn.{which}.") for which in "qkv"]
+        if all(part in renamed for part in parts):
+            found[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat([renamed[part] for part in parts])
     return found

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from mim_torchrec.embeddings.collective import on_all_ranks
 from mim_torchrec.embeddings.files import write_tensors
 from mim_torchrec.encoders.checkpoint import module_version
-from mim_torchrec.encoders.pixels import HasTowers, share_of
+from mim_torchrec.encoders.pixels import HasTowers, rows_of_rank
 from mim_torchrec.training.distributed import DistributedContext
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def item_features_file(cache: Path, towers: HasTowers, content: str) -> Path:
 
 
 def query_features_file(cache: Path, towers: HasTowers, content: str) -> Path:
-    """Where the features of pictures that are no item's are: `image` (num_pictures, image_dim)."""
+    """Where the features of images that are no item's are: `image` (num_images, image_dim)."""
     return _file(cache, "queries", module_version(towers.vision), content)
 
 
@@ -49,7 +49,7 @@ def read_or_compute(
         compute: called on every rank if there is no file; the same tensors on all.
         context: the process group.
     """
-    path = context.all_gather_objects(file() if context.is_main else None)[0]
+    path = context.broadcast_object(file() if context.is_main else None)
     if all(context.all_gather_objects(path.is_file())):
         log.info("features of frozen towers read from %s", path)
         return load_file(path)
@@ -76,12 +76,12 @@ def compute_features(
 
     Args:
         encode: features of some of the index.
-        index: of pictures or titles.
+        index: of images or titles.
         batch_size: how many at a time.
         what: for the progress bar.
         context: the process group.
     """
-    mine = index[share_of(len(index), context)]
+    mine = index[rows_of_rank(len(index), context)]
     parts = []
     with tqdm(total=len(mine), desc=f"encode {what}", disable=not context.is_main) as progress:
         for start in range(0, len(mine), batch_size):

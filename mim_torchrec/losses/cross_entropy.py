@@ -1,4 +1,4 @@
-"""Cross-entropy in the place of contrast, for the variants v1 to v3 of Table 4.
+"""Cross-entropy instead of contrast, for the variants v1 to v3 of Table 4.
 
 The paper names the loss and the signal of each variant and nothing more. What we take it to be:
 

@@ -17,8 +17,8 @@ DTYPE = torch.bfloat16
 class ItemQueue(nn.Module):
     """A ring of batches of item vectors.
 
-    What it holds is in `state_dict()`, so that a run that is taken up again has the negatives of one that was
-    never broken off. It is no buffer: `DistributedDataParallel` would overwrite it by that of rank 0, and
+    What it holds is in `state_dict()`, so that a resumed run has the negatives of an
+    uninterrupted one. It is no buffer: `DistributedDataParallel` would overwrite it by that of rank 0, and
     `.to(dtype)` would convert it. Checkpoints have to keep that of every rank.
 
     Args:
@@ -42,14 +42,12 @@ class ItemQueue(nn.Module):
 
     def place_on(self, device: torch.device) -> None:
         """Move what is held, which after loading may lie elsewhere than the training, to a device."""
-        if self._vectors is not None:
+        if self._vectors is not None and self._ids is not None:
             self._vectors, self._ids = self._vectors.to(device), self._ids.to(device)
 
     def vectors(self, level: str) -> Tensor | None:
         """(num_queued, dim) bfloat16 of a level; None while nothing was pushed."""
-        if self._vectors is None:
-            return None
-        return self._vectors[self.levels.index(level), : self._filled()]
+        return None if self._vectors is None else self._vectors[self.levels.index(level), : self._filled()]
 
     @property
     def ids(self) -> Tensor | None:
@@ -58,7 +56,7 @@ class ItemQueue(nn.Module):
 
     @torch.no_grad()
     def push(self, vectors: Sequence[Tensor], ids: Tensor) -> None:
-        """Take in a batch, in the place of the oldest if the queue is full.
+        """Take in a batch, replacing the oldest if the queue is full.
 
         Args:
             vectors: of every level (rows, dim); as many rows as in all batches before.
@@ -68,7 +66,7 @@ class ItemQueue(nn.Module):
             ValueError: the sizes differ from those of the batches before.
         """
         batch = torch.stack([level.detach().to(DTYPE) for level in vectors])
-        if self._vectors is None:
+        if self._vectors is None or self._ids is None:
             levels, rows, dim = batch.shape
             self._vectors = batch.new_zeros(levels, self.batches * rows, dim)
             self._ids = ids.new_zeros(self.batches * rows)
@@ -106,5 +104,5 @@ class ItemQueue(nn.Module):
         self._ids = None if state["ids"] is None else state["ids"].clone()
 
     def _filled(self) -> int:
-        rows = self._ids.shape[0] // self.batches
+        rows = 0 if self._ids is None else self._ids.shape[0] // self.batches
         return min(self.pushed, self.batches) * rows

@@ -4,7 +4,7 @@ With the negatives of k batches and P ranks the matrix of logits would be by far
 training: 3.5 GiB for 1,024 queries against 901,120 items. Here it exists one tile at a time, as scores do in
 flash attention. The mean of the items under the softmax is all that the gradient of a query needs, so it is
 summed up in the forward pass beside the log-sum-exp: the backward pass reads only items that are to have a
-gradient themselves, and computes their logits anew. Items of a queue are read once a step and never saved.
+gradient themselves, and computes their logits again. Items of a queue are read once a step and never saved.
 
 Not here: second derivatives, and collectives.
 """
@@ -102,6 +102,7 @@ class LeftOut:
         return left
 
     def _same(self, rows: slice, columns: Tensor) -> Tensor:
+        assert self._query_ids is not None  # there are columns only where there are ids of queries
         ids = self._item_ids[columns]
         first, *others = self._query_ids[rows].unbind(1)
         same = first[:, None] == ids
@@ -207,7 +208,7 @@ class _Logits:
             queries = self._queries[first_query : first_query + self._tile.queries]
             shape = (len(queries), len(block))
             logits = torch.mm(queries, block.T, out=self._memory[: shape[0] * shape[1]].view(shape))
-            if self._left_out is not None:
+            if self._left_out is not None and self._columns is not None:
                 columns = self._columns[first_item // self._tile.items]
                 self._left_out.fill_(logits, columns, first_query, first_item)
             yield slice(first_query, first_query + len(queries)), logits

@@ -32,7 +32,7 @@ class ImageTextModel(PretrainingObjective):
 
     Args:
         towers: vision and text.
-        inputs: pictures and tokens by item row.
+        inputs: images and tokens by item row.
         config: size of the projections, and the loss.
         fix_batch_norm: as in `PretrainingObjective`.
     """
@@ -49,7 +49,7 @@ class ImageTextModel(PretrainingObjective):
 
     def batch(self, rows: np.ndarray, key: Sequence[int]) -> ItemBatch:
         """Images and titles of items; nothing is drawn."""
-        images = self._inputs.pictures(rows)
+        images = self._inputs.images(rows)
         return ItemBatch(images, self._inputs.texts(rows), torch.from_numpy(rows).to(images.device))
 
     def sums(self, batch: ItemBatch) -> Tensor:

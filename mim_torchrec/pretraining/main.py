@@ -46,7 +46,7 @@ log = logging.getLogger("mim_torchrec.pretraining")  # also where this file is _
 
 
 class ItemCatalog:
-    """Pictures and titles of items, by item row."""
+    """Images and titles of items, by item row."""
 
     def __init__(self, items: ItemStore) -> None:
         self._items = items
@@ -56,9 +56,9 @@ class ItemCatalog:
         """Titles of items."""
         return self._items.titles(rows)
 
-    def decode(self, picture: int, vision: VisionEncoder) -> Tensor:
-        """One picture as the tower takes it. Raises DataError naming the place of one that is damaged."""
-        return vision.transform(self._items.images(np.array([picture]))[0])
+    def decode(self, image: int, vision: VisionEncoder) -> Tensor:
+        """One image as the tower takes it. Raises DataError naming the place of one that is damaged."""
+        return vision.transform(self._items.images(np.array([image]))[0])
 
 
 def pretrain(config: PretrainConfig, context: DistributedContext) -> dict[str, Any]:

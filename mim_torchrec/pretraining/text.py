@@ -7,7 +7,7 @@ its logits of every position would take more time and memory than the tower.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -64,7 +64,7 @@ class LanguageModel(PretrainingObjective):
         self._inputs = inputs
 
     def batch(self, rows: np.ndarray, key: Sequence[int]) -> TokenBatch:
-        """Titles of items, with tokens masked anew for every key."""
+        """Titles of items, with tokens masked again for every key."""
         tokens = self._inputs.texts(rows)
         device = tokens["input_ids"].device
         if not tokens["input_ids"].shape[1]:  # no title has a token, not even a special one
@@ -110,7 +110,8 @@ class LanguageHead(nn.Module):
         super().__init__()
         kind = AutoModelForMaskedLM if objective == "mlm" else AutoModelForCausalLM
         model = kind.from_config(tower.config)
-        decoder, embeddings = model.get_output_embeddings(), tower.get_input_embeddings()
+        decoder: Any = model.get_output_embeddings()
+        embeddings: Any = tower.get_input_embeddings()
         if decoder.weight.shape != embeddings.weight.shape:
             raise ValueError(
                 f"the head of {type(model).__name__} predicts {decoder.weight.shape[0]} tokens from "

@@ -1,7 +1,7 @@
 """Downstream data adaptation of the vision tower (§3.2): masked image modelling as SimMIM (arXiv 2111.09886).
 
 Random patches of the normalized image are masked and their pixels reconstructed, by an L1 loss and a head of
-one layer on the last feature map. SimMIM puts a learned token in the place of a masked patch; here masked
+one layer on the last feature map. SimMIM replaces a masked patch by a learned token; here masked
 pixels are set to the mean color, which is 0 after normalization, whatever the tower. A convolutional network
 has no tokens, and in a vision transformer whose patches are aligned with the mask every masked patch embeds
 to the bias of the patch embedding: a learned mask token already.
@@ -10,6 +10,7 @@ to the bias of the patch embedding: a learned mask token already.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ class MaskedImageModel(PretrainingObjective):
 
     Args:
         vision: the tower, any of timm with `forward_intermediates`.
-        inputs: pictures by item row.
+        inputs: images by item row.
         config: size and share of the masked patches.
         fix_batch_norm: as in `PretrainingObjective`.
 
@@ -74,12 +75,12 @@ class MaskedImageModel(PretrainingObjective):
         pixels = nn.Conv2d(shape[1], 3 * stride**2, 1)
         # it starts at the mean color, so that a random head does not shake a pretrained tower
         nn.init.zeros_(pixels.weight)
-        nn.init.zeros_(pixels.bias)
+        nn.init.zeros_(cast(Tensor, pixels.bias))
         self.head = nn.Sequential(pixels, nn.PixelShuffle(stride))
 
     def batch(self, rows: np.ndarray, key: Sequence[int]) -> MaskedImages:
         """Images of items, and a mask drawn for each."""
-        images = self._inputs.pictures(rows)
+        images = self._inputs.images(rows)
         masked = patch_masks(len(rows), self.side, self.masked_patches, generator(key))
         return MaskedImages(images, masked.to(images.device))
 

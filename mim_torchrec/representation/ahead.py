@@ -1,7 +1,7 @@
-"""Results in order, computed by threads ahead of whoever takes them.
+"""Results in order, computed by threads ahead of their consumer.
 
 Pillow and NumPy leave the interpreter free while they decode and resize, so that threads are enough: a
-process of its own would load torch once more and send every picture through a pipe.
+process of its own would load torch once more and send every image through a pipe.
 """
 
 from collections import deque

@@ -21,7 +21,7 @@ class ExportConfig:
     batch_size: int = 64
     """Items encoded at a time on a rank."""
     decode_threads: int = 2
-    """Threads of a rank that decode pictures while the encoder works on others; 0 takes turns with it."""
+    """Threads of a rank that decode images while the encoder works on others; 0 takes turns with it."""
     shard_rows: int = 65536
     """Rows of a shard file, at most."""
     on_bad_row: Literal["fail", "skip"] = "fail"

@@ -3,9 +3,9 @@
     python -m mim_torchrec.representation.export --data DIR --encoder DIR --out TABLE
     python -m torch.distributed.run --nproc_per_node 2 -m mim_torchrec.representation.export ...
 
-Items are divided over the ranks in ascending order of their ids. Threads read, decode and resize the pictures
-of the next batches while the encoder works on this one. The table's version is the encoder's, so whoever
-reads the table can state which encoder it is for. Not here: encoding of items that arrive later.
+Items are divided over the ranks in ascending order of their ids. Threads read, decode and resize the images
+of the next batches while the encoder works on this one. The table's version is the encoder's, so a
+reader can state which encoder it expects. Not here: encoding of items that arrive later.
 """
 
 import logging
@@ -31,7 +31,7 @@ from mim_torchrec.data.schema import Dataset
 from mim_torchrec.embeddings.table.format import Manifest, TableError, TableWriter
 from mim_torchrec.encoders.checkpoint import encoder_version, load_encoder
 from mim_torchrec.encoders.features import item_features_file
-from mim_torchrec.encoders.pixels import HasTowers
+from mim_torchrec.encoders.pixels import HasTowers, rows_of_rank
 from mim_torchrec.encoders.vision import VisionEncoder
 from mim_torchrec.representation.ahead import ahead
 from mim_torchrec.representation.config import ExportConfig
@@ -41,15 +41,15 @@ from mim_torchrec.training.lease import leased_by_rank_0
 
 log = logging.getLogger(__name__)
 
-AHEAD = 2  # batches whose pictures wait or are being decoded while one is encoded
+AHEAD = 2  # batches whose images wait or are being decoded while one is encoded
 
 
 class Encode(Protocol):
-    """Maps pictures and titles of items to vectors (num_items, dim)."""
+    """Maps images and titles of items to vectors (num_items, dim)."""
 
     device: torch.device
     vision: VisionEncoder
-    """Whose ``transform`` makes pixels of a picture."""
+    """Whose ``transform`` makes pixels of a image."""
 
     def of_pixels(self, pixels: Tensor, titles: list[str]) -> Tensor:
         """Vectors of pixels (num_items, 3, image_size, image_size) uint8 and as many titles."""
@@ -73,7 +73,7 @@ class TrainedEncoder:
         self.description: dict[str, Any] = {"kind": "csft", **asdict(self.encoder.config)}
 
     def __call__(self, images: list[Image], titles: list[str]) -> Tensor:
-        """Vectors of pictures and titles."""
+        """Vectors of images and titles."""
         return self.of_pixels(torch.stack([self.vision.transform(image) for image in images]), titles)
 
     def of_pixels(self, pixels: Tensor, titles: list[str]) -> Tensor:
@@ -114,11 +114,7 @@ def export(config: ExportConfig, context: DistributedContext) -> Manifest:
 
 def _export(config: ExportConfig, context: DistributedContext) -> Manifest:
     items = ItemStore.open(Dataset(config.data), config.item_cache or Path(f"{config.out}.items"))
-    rows = np.arange(len(items))[
-        len(items) * context.rank // context.world_size : len(items)
-        * (context.rank + 1)
-        // context.world_size
-    ]
+    rows = rows_of_rank(len(items), context)
     skipped: list[int] = []
     started = time.perf_counter()
     if config.encoder.startswith(PLAIN):
@@ -149,9 +145,9 @@ def _known_features(
 ) -> dict[str, Tensor] | None:
     if cache is None:
         return None
-    path = context.all_gather_objects(
+    path = context.broadcast_object(
         item_features_file(cache, towers, items.digest()) if context.is_main else None
-    )[0]
+    )
     if not all(context.all_gather_objects(path.is_file())):
         log.warning("%s holds no features of these items by these towers: they are encoded", cache)
         return None
@@ -176,14 +172,14 @@ def _encode(
                 vectors = encode.of_features(image, text)
             yield Encoded(torch.from_numpy(items.item_ids[part.numpy()]), vectors.float().cpu())
         return
-    pictures = ahead(
+    images = ahead(
         lambda row: _pixels(items, row, encode.vision), rows, threads=config.decode_threads,
         depth=AHEAD * config.batch_size,
     )  # fmt: skip
     with tqdm(total=len(rows), unit="item", desc="encode", disable=not context.is_main) as progress:
         for start in range(0, len(rows), config.batch_size):
             batch = rows[start : start + config.batch_size]
-            kept, pixels = _readable(items, batch, islice(pictures, len(batch)), config, skipped)
+            kept, pixels = _readable(items, batch, islice(images, len(batch)), config, skipped)
             progress.update(len(batch))
             if len(kept):
                 with torch.inference_mode():

@@ -109,4 +109,4 @@ def fit_projection(features: Tensor, dim: int, most: int, context: DistributedCo
     if context.is_main:
         found = principal_components(sample, dim)
         projection = Projection(found.mean, found.components, len(sample))
-    return context.all_gather_objects(projection)[0]
+    return context.broadcast_object(projection)

@@ -1,1 +1,5 @@
-"""New items into the representation center while training and serving run (§3.5, RIM)."""
+"""RIM: new items are added to the representation center during training and serving (§3.5)."""
+
+from mim_torchrec.extras import require
+
+require("encoders", "train")

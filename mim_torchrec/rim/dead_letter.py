@@ -1,4 +1,4 @@
-"""Items that could not be encoded, and why: a line of JSON each."""
+"""The dead-letter file: items that could not be encoded and the reason, one line of JSON each."""
 
 import json
 import logging
@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 class DeadLetterFile:
-    """A file to which items are added once, however often they are met.
+    """A file to which each item is added once, however often it arrives.
 
     Args:
         path: of the file.
@@ -26,7 +26,7 @@ class DeadLetterFile:
                 try:
                     entry = json.loads(line)
                     self._known.add((entry["place"], entry["reason"]))
-                except ValueError:  # it is empty, or was broken off
+                except ValueError:  # an empty or unfinished line
                     continue
 
     def __len__(self) -> int:

@@ -1,10 +1,10 @@
-"""RIM (§3.5): encode new items as they come, and publish them in windows to all who read vectors.
+"""RIM (§3.5): encode new items as they arrive, and publish them in windows to all readers of vectors.
 
     python -m mim_torchrec.rim.main --source DIR --encoder DIR --table TABLE --log LOG --out DIR
 
-One process follows a source. It may be killed at any time: the log says what was published, and the same
-command goes on behind it. A second one on the same source and log loses the race for every window and
-publishes nothing twice. SIGTERM publishes what was read and ends.
+One process follows a source. It may be killed at any time: the log records what was published, and the same
+command continues from there. A second process on the same source and log loses the race for every window and
+publishes nothing twice. On SIGTERM the process publishes what it has read and ends.
 """
 
 import logging
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import TypeVar
@@ -30,7 +31,7 @@ from mim_torchrec.embeddings.table.manifest import VersionMismatch
 from mim_torchrec.embeddings.table.quantize import encode, finite_rows
 from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.windows.log import LogMoved
-from mim_torchrec.embeddings.windows.redis_connection import is_redis
+from mim_torchrec.embeddings.windows.redis_address import is_redis
 from mim_torchrec.embeddings.windows.transport import Transport, open_log
 from mim_torchrec.representation.export import TrainedEncoder
 from mim_torchrec.rim.config import RIMConfig
@@ -75,13 +76,13 @@ class _Open:
         """Ids, vectors, and ids deleted; of an item that came twice, what came last."""
         last: dict[int, Tensor | None] = {}
         for arrival, vector in zip(self.arrivals, self.vectors, strict=True):
-            if vector is not None or (arrival.removed and arrival.item_id is not None):
+            if arrival.item_id is not None and (vector is not None or arrival.removed):
                 last[arrival.item_id] = vector
-        ids = [item for item, vector in last.items() if vector is not None]
-        gone = [item for item, vector in last.items() if vector is None]
-        vectors = [torch.empty(0, dim), *(last[item][None] for item in ids)]
+        found = {item: vector for item, vector in last.items() if vector is not None}
+        deleted = [item for item, vector in last.items() if vector is None]
+        vectors = [torch.empty(0, dim), *(vector[None] for vector in found.values())]
         int64 = torch.int64
-        return torch.tensor(ids, dtype=int64), torch.cat(vectors), torch.tensor(gone, dtype=int64)
+        return torch.tensor([*found], dtype=int64), torch.cat(vectors), torch.tensor(deleted, dtype=int64)
 
 
 class RIM:
@@ -116,18 +117,18 @@ class RIM:
         )
         self.counts = Counts()
         self._window = _Open()
+        self._last_seq = 0
         self._bad: list[tuple[Arrival, str]] = []
         self._seek()
 
     def run(self, stop: Event) -> Counts:
-        """Follow the source until told to stop, or until its end where `once` says so."""
+        """Follow the source until asked to stop or, with `once`, to its end."""
         config = self._config
         with ThreadPoolExecutor() as self._pool:
             while not stop.is_set():
                 room = config.window_items - len(self._window.arrivals)
-                arrivals = self._insist(
-                    lambda room=room: self._source.read(min(config.batch_size, room), self._patience()), stop
-                )
+                read = partial(self._source.read, min(config.batch_size, room), self._patience())
+                arrivals = self._insist(read, stop)
                 if arrivals is None:
                     break
                 if arrivals:
@@ -156,50 +157,51 @@ class RIM:
         return is_old or len(window.arrivals) >= config.window_items
 
     def _take(self, arrivals: list[Arrival]) -> None:
-        """Encode what came and put it into the open window."""
+        """Encode arrivals and add them to the open window."""
         started = time.monotonic()
         if not self._window.arrivals:
             self._window.began = started
-        readable = list(self._pool.map(self._picture, arrivals))
-        good = [k for k, found in enumerate(readable) if isinstance(found, Image.Image)]
-        encoded = self._encode([readable[k] for k in good], [arrivals[k].title for k in good])
+        read = list(self._pool.map(self._image, arrivals))
+        images = {k: found for k, found in enumerate(read) if isinstance(found, Image.Image)}
+        problems = {k: found for k, found in enumerate(read) if isinstance(found, str)}
+        encoded = self._encode([*images.values()], [arrivals[k].title or "" for k in images])
         vectors: dict[int, Tensor] = {}
-        for k, vector in zip(good, encoded, strict=True):
+        for k, vector in zip(images, encoded, strict=True):
             if isinstance(vector, str):
-                readable[k] = vector
+                problems[k] = vector
             elif bool(finite_rows(encode(vector[None], self._dtype), self._dtype)):
                 vectors[k] = vector
             else:
-                readable[k] = f"its vector holds NaN or infinity as {self._dtype}"
+                problems[k] = f"its vector holds NaN or infinity as {self._dtype}"
         for k, arrival in enumerate(arrivals):
-            if isinstance(readable[k], str):
-                self._bad.append((arrival, readable[k]))
-            if arrival.unit:  # else it is no place to go on from
+            if k in problems:
+                self._bad.append((arrival, problems[k]))
+            if arrival.unit:  # without a unit there is no position to resume from
                 self._window.arrivals.append(arrival)
                 self._window.vectors.append(vectors.get(k))
         self.counts.encode_seconds += time.monotonic() - started
 
-    def _encode(self, pictures: list[Image.Image], titles: list[str]) -> list[Tensor | str]:
+    def _encode(self, images: list[Image.Image], titles: list[str]) -> list[Tensor | str]:
         """The vector (dim,) of each item, or why it has none.
 
         Raises:
-            Exception: the encoder does not even encode a blank picture, so that no item is at fault.
+            Exception: the encoder does not even encode a blank image, so that no item is at fault.
         """
-        if not pictures:
+        if not images:
             return []
         try:
             with torch.inference_mode():
-                return list(self._encoder(pictures, titles).float().cpu().clone())
+                return list(self._encoder(images, titles).float().cpu().clone())
         except Exception as error:
-            if len(pictures) > 1:
-                pairs = zip(pictures, titles, strict=True)
-                return [self._encode([picture], [title])[0] for picture, title in pairs]
+            if len(images) > 1:
+                items = zip(images, titles, strict=True)
+                return [self._encode([image], [title])[0] for image, title in items]
             with torch.inference_mode():
                 self._encoder([Image.new("RGB", (64, 64))], ["a"])
             return [f"the encoder fails: {type(error).__name__}: {error}"]
 
-    def _picture(self, arrival: Arrival) -> Image.Image | str | None:
-        """The picture of an item that can be encoded, why one cannot, None for one that is deleted."""
+    def _image(self, arrival: Arrival) -> Image.Image | str | None:
+        """The image of an item, the reason why it cannot be encoded, or None for a deleted item."""
         if arrival.problem is not None:
             return arrival.problem
         if arrival.item_id is None:
@@ -218,7 +220,7 @@ class RIM:
             return error.problem
 
     def _publish(self, stop: Event) -> None:
-        """Close the window and add it to the log, with the quarantine ahead of it."""
+        """Close the window and add it to the log, after the dead-letter file."""
         started = time.monotonic()
         known = len(self._dead_letter)
         self._insist(lambda: self._dead_letter.add(self._bad), stop, give_up=False)
@@ -228,19 +230,18 @@ class RIM:
             window = self._window
             ids, vectors, removed = window.contents(self._encoder.dim)
             try:
-                seq = self._insist(
-                    lambda w=window, i=ids, v=vectors, r=removed: self._log.append(
-                        window_name(w.arrivals), i, v, dtype=self._dtype, removed=r, seq=self._head + 1
-                    ),
-                    stop,
-                    give_up=False,
-                )
+                append = partial(
+                    self._log.append, window_name(window.arrivals), ids, vectors, dtype=self._dtype,
+                    removed=removed, seq=self._last_seq + 1,
+                )  # fmt: skip
+                seq = self._insist(append, stop, give_up=False)
+                assert seq is not None  # without giving up it appends or raises
             except LogMoved as error:
                 log.warning("%s", error)
                 reached = self._seek()
-                window.keep(lambda a, r=reached: a.unit not in r or order(a.position) > order(r[a.unit]))
+                window.keep(partial(_is_behind, reached))
                 continue
-            self._head, self._window = seq, _Open()
+            self._last_seq, self._window = seq, _Open()
             self.counts.windows += 1
             self.counts.items += ids.numel()
             self.counts.removed += removed.numel()
@@ -249,14 +250,14 @@ class RIM:
             self._insist(lambda: write_json(self._config.out / "rim.json", asdict(self.counts)), stop)
 
     def _seek(self) -> dict[str, str]:
-        """Learn from the log how far the source was read, and go on there."""
-        self._head = self._log.last_seq()
+        """Read from the log how far the source was read, and continue there."""
+        self._last_seq = self._log.last_seq()
         reached = positions_of(self._log.names())
         self._source.seek(reached | window_positions(self._window.arrivals, reached))
         return reached
 
     def _insist(self, action: Callable[[], Value], stop: Event, give_up: bool = True) -> Value | None:
-        """Do something until a server or disk allows it; None if told to stop meanwhile.
+        """Retry an action until the server or disk allows it; None if asked to stop meanwhile.
 
         What was read is published when told to stop: then (`give_up` False) it is tried once more, and
         failing is an error.
@@ -279,8 +280,13 @@ class RIM:
                 stop.wait(LOOK)
 
 
+def _is_behind(reached: dict[str, str], arrival: Arrival) -> bool:
+    """Whether an item comes after what the log has reached in its unit."""
+    return arrival.unit not in reached or order(arrival.position) > order(reached[arrival.unit])
+
+
 def window_positions(arrivals: list[Arrival], reached: dict[str, str]) -> dict[str, str]:
-    """Where an open window ends, as far as that is behind what the log has reached."""
+    """The end positions of an open window that lie behind those of the log."""
     ends = {arrival.unit: arrival.position for arrival in arrivals}
     return {unit: end for unit, end in ends.items()
             if unit not in reached or order(end) > order(reached[unit])}  # fmt: skip

@@ -1,7 +1,7 @@
-"""How far RIM is: every window is named by the positions of the source that it reaches.
+"""Progress of RIM: the name of a window holds the positions that it reaches in the source.
 
-So a window and the fact that its items were read become true at once, and whoever is killed when, an item
-goes into one window exactly.
+Publishing a window and recording that its items were read are therefore one step. An item goes into exactly
+one window, whichever process is killed.
 """
 
 import json

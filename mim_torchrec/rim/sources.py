@@ -1,21 +1,22 @@
-"""Where new items come from: Parquet files that are moved to a directory, or a Redis stream.
+"""Sources of new items: Parquet files that are moved into a directory, or a Redis stream.
 
-A source is read in order from a position, which is a place in each of its units: rows of a file, entries of
-the stream. Windows carry the positions that they reach, so the log alone says what is still to be read.
+A source consists of units, such as files or one stream, and is read in order. A position is a row of a file
+or an entry of the stream. Windows record the positions that they reach, so the log alone tells what is still
+to be read.
 """
 
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.schema import ITEMS, ITEMS_REQUIRED, open_parquet, present_columns
-from mim_torchrec.embeddings.windows.redis_connection import connect, locate, reachable
+from mim_torchrec.embeddings.windows.redis_address import locate
 
 LOOK_EVERY = 0.05  # seconds between two looks into the directory
 BATCH = 64  # rows in memory
@@ -53,7 +54,7 @@ class ItemSource(Protocol):
     """New items in order."""
 
     def seek(self, positions: Positions) -> None:
-        """Go on behind these positions; units that are not named are read from their beginning."""
+        """Continue after these positions; units that are not named are read from their beginning."""
 
     def read(self, limit: int, timeout: float) -> list[Arrival]:
         """The next items, at most `limit`; none if none came within `timeout` seconds.
@@ -81,13 +82,13 @@ class DirectorySource:
         self.seek({})
 
     def seek(self, positions: Positions) -> None:
-        """See `Source`."""
+        """See `ItemSource`."""
         self._positions = dict(positions)
         self._done: dict[str, tuple[int, int]] = {}  # files that were read to their end, by size and time
         self._current: Iterator[Arrival] = iter(())
 
     def read(self, limit: int, timeout: float) -> list[Arrival]:
-        """See `Source`; a file that cannot be read is one arrival with a problem."""
+        """See `ItemSource`; a file that cannot be read is one arrival with a problem."""
         deadline = time.monotonic() + timeout
         while True:
             found = [arrival for _, arrival in zip(range(limit), self._arrivals(), strict=False)]
@@ -132,12 +133,12 @@ class DirectorySource:
                             )
                 start = stop
         except DataError as error:
-            # it may still be mended: no position says that it was read
+            # somebody may fix it: no position says that it was read
             yield Arrival(unit="", position="", place=str(path), problem=str(error))
 
 
 def _items(parquet: pq.ParquetFile, group: int, columns: list[str], path: Path) -> Iterator[dict]:
-    """Rows of a row group, a few at a time, for images are large."""
+    """Rows of a row group, a few at a time, because images are large."""
     try:
         for batch in parquet.iter_batches(BATCH, row_groups=[group], columns=columns, use_threads=False):
             yield from batch.to_pylist()
@@ -154,22 +155,25 @@ class StreamSource:
 
     Raises:
         RedisUnavailable: the server does not answer.
+        MissingExtra: the extra `redis` is not installed.
     """
 
     def __init__(self, where: str, name: str = "") -> None:
-        self._at = locate(where)
+        from mim_torchrec.embeddings.windows.redis_connection import connect, reachable
+
+        self._at, self._reachable = locate(where), reachable
         self._client = connect(self._at)
         self._unit = f"{name}/{self._at.name}" if name else self._at.name
         self.seek({})
 
     def seek(self, positions: Positions) -> None:
-        """See `Source`."""
+        """See `ItemSource`."""
         self._after = positions.get(self._unit, "0-0")
 
     def read(self, limit: int, timeout: float) -> list[Arrival]:
-        """See `Source`."""
+        """See `ItemSource`."""
         block = max(1, int(1000 * timeout)) if timeout > 0 else None
-        with reachable(self._at):
+        with self._reachable(self._at):
             found = self._client.xread({self._at.name: self._after}, count=limit, block=block)
         if not found:
             return []
@@ -178,7 +182,7 @@ class StreamSource:
         return [self._arrival(entry.decode(), fields) for entry, fields in entries]
 
     def _arrival(self, entry: str, fields: dict[bytes, bytes]) -> Arrival:
-        known = {"unit": self._unit, "position": entry, "place": f"{self._at} entry {entry}"}
+        known: dict[str, Any] = {"unit": self._unit, "position": entry, "place": f"{self._at} entry {entry}"}
         try:
             item_id = int(fields[b"item_id"])
             title = fields[b"title"].decode() if b"title" in fields else None

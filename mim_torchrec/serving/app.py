@@ -1,4 +1,4 @@
-"""The server's addresses: Open Inference Protocol v2, Prometheus metrics, and a page for people."""
+"""HTTP routes of the server: Open Inference Protocol v2, Prometheus metrics, and a page for people."""
 
 import asyncio
 import logging
@@ -16,11 +16,11 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mim_torchrec.embeddings.windows.redis_connection import RedisUnavailable
+from mim_torchrec.embeddings.windows.redis_address import RedisUnavailable
 from mim_torchrec.serving.batcher import Batcher, DeadlinePassed, QueueFull
 from mim_torchrec.serving.config import Limits
 from mim_torchrec.serving.metrics import Metrics
-from mim_torchrec.serving.protocol import InferRequest, read_request, write_response
+from mim_torchrec.serving.protocol import InferRequest, datatypes, inputs_of, read_request, write_response
 from mim_torchrec.serving.scorer import BadRequest, Scores
 from mim_torchrec.serving.service import Service
 
@@ -46,7 +46,7 @@ class InferOutputs(BaseModel):
     outputs: list[dict[str, Any]]
 
 
-ERRORS = {
+ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": Error, "description": "The request cannot be scored."},
     401: {"model": Error, "description": "The token is missing or wrong."},
     404: {"model": Error, "description": "There is no such model or version."},
@@ -184,7 +184,7 @@ def make_app(
 
     @app.get("/v2")
     async def about() -> dict[str, Any]:
-        """What this server is."""
+        """Name, version and extensions of this server."""
         return {"name": "mim-torchrec", "version": "2", "extensions": []}
 
     @app.get("/v2/models/{model}", responses={404: ERRORS[404]})
@@ -193,12 +193,10 @@ def make_app(
         known(model)
         served = service.current
         scorer = served.scorer
-        numbers = scorer.config.features().dense
-        ids = [*scorer.of_requests, *scorer.of_candidates]
-        ids += [f"{role}_{kind}" for kind in scorer.of_items for role in ("candidate", "behavior")]
-        ids += ["request_ts", "behavior_ts"]
-        inputs = [{"name": i, "datatype": "INT64", "shape": [-1]} for i in ids]
-        inputs += [{"name": i, "datatype": "FP32", "shape": [-1]} for i in numbers]
+        inputs = [
+            {"name": i, "datatype": datatypes(kind)[0], "shape": [-1]}
+            for i, kind in inputs_of(scorer).items()
+        ]
         outputs = [{"name": o, "datatype": "FP32", "shape": [-1]} for o in ("score", "content_contribution")]
         return {
             "name": name,
@@ -240,10 +238,10 @@ def make_app(
 
     async def readiness() -> Any:
         served = service.current
-        problem = served.problem
-        if problem is None and served.scorer.mm is not None:
+        problem, store = served.problem, served.scorer.mm
+        if problem is None and store is not None:
             try:
-                await asyncio.to_thread(lambda: served.scorer.mm.seq)
+                await asyncio.to_thread(lambda: store.seq)
             except RedisUnavailable as error:
                 problem = str(error)
         if problem is not None:

@@ -1,7 +1,7 @@
-"""Requests that wait are scored together, and none waits for another to come.
+"""Dynamic batching without added delay.
 
-One thread scores. Whenever it is free it takes what is in the queue, up to a number of pairs; so batches grow
-with the load and a lone request is scored at once.
+One thread scores. Whenever it is free, it takes all requests in the queue, up to a number of pairs. A single
+request is scored at once, and batches grow with the load.
 """
 
 import asyncio

@@ -1,11 +1,11 @@
-"""What a server loads of a trained model (§3.5, CMD): dense weights, and ID tables to look rows up in.
+"""A bundle: what a server loads of a trained model (§3.5, CMD).
 
     <bundle>/bundle.json            configuration, model_version, table_version
     <bundle>/dense.safetensors      weights that are not embeddings, and the rows of unknown ids
-    <bundle>/tables/<name>/         a table of each kind of id, by id, in the format of multi-modal tables
+    <bundle>/tables/<name>/         one ID table per kind of id, in the format of multi-modal tables
 
-The computation machine holds the dense weights. Rows stay on the disk, in the page cache that processes
-share, or are loaded into Redis (`mim store load`); ids are their keys, so that no vocabulary is held either.
+The computation machine holds the dense weights. Rows stay on disk, in the page cache that all processes
+share, or are loaded into Redis (`mim store load`). Ids are the keys, so a server needs no vocabulary.
 """
 
 import hashlib
@@ -20,15 +20,16 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 import tyro
-from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchrec.modules.embedding_configs import EmbeddingConfig
 
 from mim_torchrec.ctr.assembly import TrainedRun
-from mim_torchrec.ctr.config import CTRConfig
+from mim_torchrec.ctr.config import CTRConfig, from_values
 from mim_torchrec.ctr.model import CTRModel
+from mim_torchrec.ctr.parameters import id_tables, is_dense
 from mim_torchrec.ctr.sharding import build_model
 from mim_torchrec.embeddings.files import atomic_directory, write_json, write_tensors
 from mim_torchrec.embeddings.table.manifest import VersionMismatch
@@ -75,12 +76,12 @@ class Bundle:
             found = json.loads((path / ABOUT).read_text())
             if (version := found["format_version"]) != FORMAT_VERSION:
                 raise ValueError(f"format_version {version}, this release reads {FORMAT_VERSION}")
-            config = TypeAdapter(CTRConfig).validate_python(found["config"])
+            config = from_values(found["config"])
             return cls(path, config, found["model_version"], found["table_version"], found["mm_dim"],
                        tuple(found["tables"]))  # fmt: skip
         except FileNotFoundError:
             raise ValueError(f"{path} is no bundle: it has no {ABOUT}; mim bundle writes one") from None
-        except (ValidationError, KeyError, ValueError) as error:
+        except (KeyError, ValueError) as error:
             raise ValueError(f"{path / ABOUT} cannot be read: {error}") from None
 
     def table(self, name: str) -> Table:
@@ -107,7 +108,7 @@ class Bundle:
                                  feature_names=["candidate_mm", "behavior_mm"])  # fmt: skip
         model = build_model(self.config, dict.fromkeys(self.tables, 1), mm, torch.device("meta"))
         missing, surplus = model.load_state_dict(dense, strict=False)
-        lacking = [name for name in missing if "_embeddings." not in name]
+        lacking = [name for name in missing if is_dense(name)]
         if lacking or surplus:
             raise VersionMismatch(f"{self.path / DENSE} does not fit its model: {[*lacking, *surplus]}")
         return model.eval(), unknown
@@ -131,9 +132,9 @@ def write_bundle(run: Path, out: Path, checkpoint: str = "best") -> Bundle:
     sizes = {
         name.removeprefix(prefix): (name, found.size, found.properties.dtype)
         for name, found in FileSystemReader(state).read_metadata().state_dict_metadata.items()
-        if name.startswith(prefix) and hasattr(found, "size")
+        if name.startswith(prefix) and isinstance(found, TensorStorageMetadata)
     }
-    where = {name.split(".")[-2]: name for name in sizes if "_embeddings." in name}
+    where = id_tables(sizes)
 
     def read(names: list[str]) -> dict[str, Tensor]:
         tensors = {sizes[n][0]: torch.empty(sizes[n][1], dtype=sizes[n][2]) for n in names}
@@ -145,9 +146,12 @@ def write_bundle(run: Path, out: Path, checkpoint: str = "best") -> Bundle:
 
     mm_dim = 0
     if config.mim == "on":
+        assert config.table is not None  # `mim ctr --mim on` has refused to train without
         mm_dim = Table.open(config.table, config.table_version, verify=False).manifest.dim
-    dense = read([name for name in sizes if name not in where.values()])
-    tables = {name: (vocabularies[name].ids, partial(rows_of, name)) for name in where}
+    dense = read([name for name in sizes if is_dense(name)])
+    tables: dict[str, tuple[Tensor, Callable[[], Tensor]]] = {
+        name: (vocabularies[name].ids, partial(rows_of, name)) for name in where
+    }
     return save_bundle(out, config, dense, tables, mm_dim)
 
 
@@ -169,8 +173,8 @@ def save_bundle(
         mm_dim: length of the multi-modal vectors, 0 for Base.
     """
     dense = dict(dense)
-    for name, (_, rows) in tables.items():
-        dense[UNKNOWN + name] = rows()[0].clone()
+    for name, (_, get_rows) in tables.items():
+        dense[UNKNOWN + name] = get_rows()[0].clone()
     version = _digest(dense, config, config.table_version)
     facts: dict[str, Any] = {
         "format_version": FORMAT_VERSION,

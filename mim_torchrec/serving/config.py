@@ -37,7 +37,7 @@ class ServeConfig:
     windows: str | None = None
     """With --bundle: directory or URL of the window log to follow; a store that others keep up needs none."""
     data: Path | None = None
-    """Dataset directory, whose users and pictures the page at / shows; without it there is no page."""
+    """Dataset directory, whose users and images the page at / shows; without it there is no page."""
     name: str = "mim"
     """Name of the model in addresses."""
     host: str = "127.0.0.1"

@@ -1,17 +1,19 @@
-"""All pairs of one request as a grid of candidates and behaviors: what a server scores mostly.
+"""All pairs of one request as a dense grid of candidates and behaviors.
 
-Where every candidate is compared with every behavior, sums over packed pairs are products of matrices and no
-list of pairs has to be written. For inference only: lists in the order of behaviors, which gradients need,
-are not made.
+A server mostly scores requests in which every candidate is compared with every behavior. Sums over packed
+pairs are then matrix products, and no list of pairs is needed. For inference only: the order by behavior,
+which gradients need, is not built.
 """
 
 from functools import cached_property
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mim_torchrec.ciubm.jagged import ByBehavior, Pairs, RequestPairs
+from mim_torchrec.ciubm.jagged import Pairs, RequestPairs
+from mim_torchrec.ciubm.packed import ByBehavior
 
 
 class Grid(RequestPairs):
@@ -21,6 +23,8 @@ class Grid(RequestPairs):
         num_candidates: of the request.
         num_behaviors: likewise.
     """
+
+    shape: tuple[int, int]
 
     def __init__(self, num_candidates: int, num_behaviors: int) -> None:
         shape = (num_candidates, num_behaviors)
@@ -93,7 +97,8 @@ def _listed(candidate_index: Tensor, behavior_index: Tensor, counts: Tensor) -> 
     """Pairs of candidates, (num_candidates,) of each; in rows where all have equally many."""
     width = int(counts[0]) if len(counts) else 0
     made = Rows if width and bool((counts == width).all()) else Listed
-    return made(candidate_index, behavior_index, F.pad(counts.cumsum(0), (1, 0)), None)
+    nothing = cast(ByBehavior, None)  # only gradients read the order by behavior
+    return made(candidate_index, behavior_index, F.pad(counts.cumsum(0), (1, 0)), nothing)
 
 
 class Listed(Pairs):

@@ -2,8 +2,8 @@
 
     python -m mim_torchrec.serving.main --bundle DIR --store TABLE --windows LOG --data DIR
 
-One process; behind a balancer there may be any number. SIGTERM lets requests that have begun end. SIGHUP
-reads the release again at once.
+The server is one process; a load balancer can distribute requests over any number of them. On SIGTERM the
+server completes the requests that have begun. On SIGHUP it reads the current release at once.
 """
 
 import ctypes
@@ -28,7 +28,7 @@ from mim_torchrec.serving.config import ServeConfig
 from mim_torchrec.serving.metrics import Metrics
 from mim_torchrec.serving.page import Page
 from mim_torchrec.serving.releases import ReleaseError, Releases
-from mim_torchrec.serving.service import ServedFiles, Service
+from mim_torchrec.serving.service import Deployment, Service
 
 log = logging.getLogger("mim_torchrec.serving.main")  # also where it runs as __main__
 
@@ -37,7 +37,7 @@ BACKLOG = 2048
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
-def first_pair(config: ServeConfig) -> tuple[ServedFiles, str | None]:
+def first_deployment(config: ServeConfig) -> tuple[Deployment, str | None]:
     """What to serve first, and the name of its release if it is one.
 
     Raises:
@@ -45,18 +45,19 @@ def first_pair(config: ServeConfig) -> tuple[ServedFiles, str | None]:
     """
     if (config.release is None) == (config.bundle is None):
         raise ValueError("say what to serve: --release DIR, or --bundle DIR with --store")
-    if config.bundle is not None:
-        return ServedFiles(bundle=config.bundle, store=config.store, id_store=config.id_store,
+    if config.release is None:
+        assert config.bundle is not None
+        return Deployment(bundle=config.bundle, store=config.store, id_store=config.id_store,
                     windows=config.windows), None  # fmt: skip
     releases = Releases(config.release)
     name, _ = releases.current()
     if name is None:
         raise ReleaseError(f"{config.release} has no current release: stage one and promote it")
-    return releases.read(name).pair(), name
+    return releases.read(name).deployment(), name
 
 
 def follow_release(root: Path, name: str, service: Service, wake: threading.Event) -> None:
-    """Swap the pair whenever another release becomes current."""
+    """Swap the deployment whenever another release becomes current."""
     releases, refused = Releases(root), None
     while True:
         wake.wait(LOOK_EVERY)
@@ -65,7 +66,7 @@ def follow_release(root: Path, name: str, service: Service, wake: threading.Even
             current, _ = releases.current()
             if current in (None, name, refused):
                 continue
-            service.swap(releases.read(current).pair())
+            service.swap(releases.read(current).deployment())
             name, refused = current, None
         except Exception:
             refused = current
@@ -117,9 +118,9 @@ def serve(config: ServeConfig) -> None:
     keep_freed_memory()
     torch.set_num_threads(config.threads or os.cpu_count() or 1)
     tokens = read_tokens(config)
-    pair, name = first_pair(config)
+    deployment, name = first_deployment(config)
     metrics = Metrics()
-    service = Service(pair, config.cache, metrics)
+    service = Service(deployment, config.cache, metrics)
     with tempfile.TemporaryDirectory() as folder:
         page = None if config.data is None else Page(config.data, Path(folder), service)
         app = make_app(service, metrics, config.limits, name=config.name, tokens=tokens, page=page)

@@ -1,13 +1,13 @@
-r"""Content and fusion interest without a pass over the history for each candidate (Eq. 7 and 8 at serving).
+r"""Content and fusion interest without a pass over the history per candidate (Eq. 7 and 8 at serving).
 
-The relevance is a cosine, and so the interests are linear in the normalized vector of the target,
+The relevance is a cosine, so the interests are linear in the normalized vector of the target,
 
     \sum_i \cos(h_t, h_i) h_i = (\sum_i h_i \hat h_i^T) \hat h_t,
 
-with a d x d matrix that depends on the history alone (for the fusion interest id_dim x d), kept transposed.
-Made once for a request, its cost for a candidate does not depend on the length of the history; kept for a
-user, it is not made at all. A temperature makes the weights no longer linear, and the similarity interest
-needs the cosines themselves: those are computed over the history, as in training.
+with a d x d matrix that depends on the history alone (id_dim x d for the fusion interest) and is stored
+transposed. It is computed once per request, or once per user if it is cached. The cost per candidate does not
+depend on the length of the history. With a temperature the weights are not linear, and the similarity
+interest needs the cosines themselves. Both are computed over the history, as in training.
 """
 
 import threading
@@ -85,7 +85,7 @@ class MatrixCiUBM(nn.Module):
         similarity = None
         if inner.tiers:
             relevance = content_relevance(candidates_mm, behaviors_mm, pairs)
-            similarity = similarity_interest(relevance, pairs, inner.tiers, inner.windows)
+            similarity = similarity_interest(relevance, pairs, inner.tiers, inner.spans)
         c_ends, b_ends = pairs.candidate_offsets.tolist(), pairs.behavior_offsets.tolist()
         given = self.given or [None] * (len(c_ends) - 1)
         self.given, self.made = None, []

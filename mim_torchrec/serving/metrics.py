@@ -1,4 +1,6 @@
-"""What a server says of itself to Prometheus."""
+"""Prometheus metrics of the server."""
+
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -10,7 +12,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        own = {"namespace": "mim", "registry": self.registry}
+        own: dict[str, Any] = {"namespace": "mim", "registry": self.registry}
         self.requests = Counter("requests", "Requests for scores by status.", ["status"], **own)
         self.seconds = Histogram("request_seconds", "From request to answer.", buckets=SECONDS, **own)
         sizes = (1, 2, 4, 8, 16, 32, 64)

@@ -1,4 +1,4 @@
-"""The page for people: a user of the data set, their history, and what the model ranks for them and why."""
+"""The page for people: choose a user and see the history, the ranked candidates and the reasons."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -26,7 +26,7 @@ Score = Callable[..., Awaitable[Scores]]
 
 
 class Page:
-    """Requests of a data set's test part, scored when somebody looks at them.
+    """Test requests of a dataset, scored when a person opens them.
 
     Args:
         data: directory of the data set.

@@ -1,9 +1,9 @@
-"""The Open Inference Protocol v2 on both sides of a score: tensors in JSON to a request, scores to tensors.
+"""The Open Inference Protocol v2: from JSON tensors to a request, and from scores to JSON tensors.
 
-Inputs by name: `user_id` (1), `candidate_item_id` (n), `behavior_item_id` (m, the oldest first), and as the
-model was trained `query_id` (1), `candidate_category` and `behavior_category` (n, m; BYTES or INT64),
-`request_ts` (1) and `behavior_ts` (m, microseconds since 1970), and further features by their names.
-Outputs: `score` (n), and where asked for `content_contribution` (n).
+Inputs by name: `user_id` (1), `candidate_item_id` (n) and `behavior_item_id` (m, oldest first). If the model
+was trained with them: `query_id` (1), `candidate_category` and `behavior_category` (n, m; BYTES or INT64),
+`request_ts` (1) and `behavior_ts` (m, microseconds since 1970), and further features by name. Outputs:
+`score` (n), and on request `content_contribution` (n).
 """
 
 from math import isfinite, prod
@@ -14,13 +14,16 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr
 from torch import Tensor
 
-from mim_torchrec.data.schema import category_ids
+from mim_torchrec.data.features import Ids, Numbers
 from mim_torchrec.serving.config import Limits
 from mim_torchrec.serving.scorer import BadRequest, Scorer, ScoreRequest, Scores
 
 SCORE, CONTRIBUTION = "score", "content_contribution"
 INTEGERS = ("INT64", "INT32")
-NUMBERS = ("FP32", "FP64")
+DATATYPES = {
+    "FP32": pa.float32(), "FP64": pa.float64(), "INT64": pa.int64(), "INT32": pa.int32(),
+    "BYTES": pa.string(),
+}  # fmt: skip
 TIMES = ("request_ts", "behavior_ts")
 LONGEST_NAME = 128
 Name = Annotated[str, Field(min_length=1, max_length=LONGEST_NAME)]
@@ -67,6 +70,29 @@ class InferRequest(Strict):
     parameters: InferParameters | None = None
 
 
+class _Times(Ids):
+    """Microseconds."""
+
+    def accepts(self, value: pa.DataType) -> bool:
+        return pa.types.is_integer(value)
+
+
+def inputs_of(scorer: Scorer) -> dict[str, Ids | Numbers]:
+    """The inputs of a model by name, and what each holds."""
+    names = [*scorer.of_requests, *scorer.of_candidates, *_lists(scorer)]
+    kinds = {name: feature.kind for name, feature in scorer.features.by_name.items()}
+    return {**dict.fromkeys(names, Ids()), **dict.fromkeys(TIMES, _Times()), **kinds}
+
+
+def datatypes(kind: Ids | Numbers) -> list[str]:
+    """Types of tensors that an input may have, the usual one first."""
+    return [name for name, value in DATATYPES.items() if kind.accepts(value)]
+
+
+def _lists(scorer: Scorer) -> list[str]:
+    return [f"{role}_{name}" for name in scorer.of_items for role in ("candidate", "behavior")]
+
+
 def read_request(sent: InferRequest, scorer: Scorer, limits: Limits) -> ScoreRequest:
     """The request that tensors make.
 
@@ -76,15 +102,13 @@ def read_request(sent: InferRequest, scorer: Scorer, limits: Limits) -> ScoreReq
     names = [given.name for given in sent.inputs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise BadRequest(f"the tensor {twice[0]} is there twice")
-    features = scorer.config.features()
-    lists = {f"{role}_{name}" for name in scorer.of_items for role in ("candidate", "behavior")}
-    ids = {*scorer.of_requests, *scorer.of_candidates, *lists}
-    known = {*ids, *features.dense, *TIMES}
-    if surplus := sorted(set(names) - known):
+    known = inputs_of(scorer)
+    lists = _lists(scorer)
+    if surplus := sorted(set(names) - known.keys()):
         raise BadRequest(f"the model has no input {surplus[0]!r}; it has {', '.join(sorted(known))}")
     if missing := sorted({"user_id", "candidate_item_id", "behavior_item_id", *lists} - set(names)):
         raise BadRequest(f"the tensor {missing[0]} is missing")
-    tensors = {given.name: _tensor(given, given.name in features.dense) for given in sent.inputs}
+    tensors = {given.name: _tensor(given, known[given.name]) for given in sent.inputs}
     candidates, behaviors = (tensors[f"{role}_item_id"].numel() for role in ("candidate", "behavior"))
     if not candidates:
         raise BadRequest("there is no candidate")
@@ -94,7 +118,7 @@ def read_request(sent: InferRequest, scorer: Scorer, limits: Limits) -> ScoreReq
         raise BadRequest(f"{behaviors} behaviors are more than {limits.max_behaviors}")
     for name, values in tensors.items():
         expected = {"candidate": candidates, "behavior": behaviors}.get(name.split("_")[0], 1)
-        if name in scorer.of_requests and name in scorer.config.sparse_features:
+        if name in scorer.of_requests and name in scorer.features.by_name:
             continue  # a list of any length, whose embeddings are averaged
         if values.numel() != expected:
             raise BadRequest(f"the tensor {name} has {values.numel()} values, expected {expected}")
@@ -103,45 +127,51 @@ def read_request(sent: InferRequest, scorer: Scorer, limits: Limits) -> ScoreReq
     if times is not None and moment is not None and bool((times > moment).any()):
         raise BadRequest("a behavior is after its request")
     return ScoreRequest(
-        ids={name: values for name, values in tensors.items() if name in ids},
-        dense={name: values for name, values in tensors.items() if name in features.dense},
+        ids={name: values for name, values in tensors.items() if isinstance(known[name], Ids)},
+        dense={name: values for name, values in tensors.items() if isinstance(known[name], Numbers)},
         request_ts=None if moment is None else int(moment),
         behavior_ts=times,
         contribution=any(output.name == CONTRIBUTION for output in sent.outputs or ()),
     )
 
 
-def _tensor(given: InferInput, is_dense: bool) -> Tensor:
+def _tensor(given: InferInput, kind: Ids | Numbers) -> Tensor:
+    """The values of a tensor, as they are read of a column of the same kind."""
     name, data = given.name, given.data
     if prod(given.shape) != len(data):
         raise BadRequest(f"the tensor {name} has shape {given.shape} and {len(data)} values")
-    kinds = NUMBERS + INTEGERS if is_dense else (*INTEGERS, "BYTES")
-    if given.datatype not in kinds or (name in TIMES and given.datatype == "BYTES"):
-        raise BadRequest(f"the tensor {name} is {given.datatype}, expected {', '.join(kinds)}")
+    if given.datatype not in (expected := datatypes(kind)):
+        raise BadRequest(f"the tensor {name} is {given.datatype}, expected {', '.join(expected)}")
     if given.datatype == "BYTES":
         if not all(isinstance(value, str) for value in data):
             raise BadRequest(f"the tensor {name} is BYTES: its values are strings")
-        try:
-            return torch.from_numpy(category_ids(pa.array(data, pa.string())).copy())
-        except (UnicodeEncodeError, pa.ArrowException) as error:
-            raise BadRequest(f"the tensor {name}: {error}") from None
-    if is_dense:
+        stored = pa.string()
+    elif given.datatype in INTEGERS and isinstance(kind, Ids):
+        if not all(isinstance(value, int) and -(2**63) <= value < 2**63 for value in data):
+            raise BadRequest(f"the tensor {name}: its values are integers of 64 bits")
+        stored = pa.int64()
+    else:
         if not all(isinstance(v, int | float) and abs(v) < 3e38 and isfinite(v) for v in data):
             raise BadRequest(f"the tensor {name}: its values are finite numbers within float32")
-        return torch.tensor(data, dtype=torch.float32)
-    if not all(isinstance(value, int) and -(2**63) <= value < 2**63 for value in data):
-        raise BadRequest(f"the tensor {name}: its values are integers of 64 bits")
-    return torch.tensor(data, dtype=torch.int64)
+        data, stored = [float(value) for value in data], pa.float64()
+    try:
+        return torch.from_numpy(kind.read(pa.array(data, stored)).copy())
+    except (UnicodeEncodeError, pa.ArrowException) as error:
+        raise BadRequest(f"the tensor {name}: {error}") from None
 
 
 def write_response(sent: InferRequest, found: Scores, name: str, version: str) -> dict[str, Any]:
     """What is answered."""
-    asked = [output.name for output in sent.outputs or ()] or [SCORE]
-    values = {SCORE: found.scores, CONTRIBUTION: found.contribution}
+    asked: list[str] = [output.name for output in sent.outputs or ()] or [SCORE]
+    # a model without content interest has nothing that it contributes
+    nothing = torch.zeros_like(found.scores)
+    values = {
+        SCORE: found.scores,
+        CONTRIBUTION: nothing if found.contribution is None else found.contribution,
+    }
     outputs = []
     for output in asked:
-        # a model without content interest has nothing that it contributes
-        data = (values[output] if values[output] is not None else torch.zeros_like(found.scores)).tolist()
+        data = values[output].tolist()
         outputs.append({"name": output, "shape": [len(data)], "datatype": "FP32", "data": data})
     body = {"model_name": name, "model_version": version, "outputs": outputs,
             "parameters": {f"unknown_{kind}": count for kind, count in found.unknown.items()}}  # fmt: skip

@@ -1,30 +1,30 @@
-"""Releases: a model and its vectors under a name, made current together and taken back together.
+"""Releases: a model and its vectors under a name, promoted and rolled back together.
 
-    <root>/<name>.json     the pair, as staged
-    <root>/current.json    the one that is served, and the one before it
+    <root>/<name>.json     the deployment, as staged
+    <root>/current.json    the release that is served, and the one before it
 
-A new encoder makes a table of another version: it is filled beside the old one, checked to cover the items of
-that, and promoted together with the model trained on it. `current.json` is replaced in one step, and servers
-that follow it swap the pair.
+A new encoder produces a table of another version. The new table is filled next to the old one, checked to
+cover the old one's items, and promoted together with the model that was trained on it. `current.json` is
+replaced atomically. Servers that follow it swap model and vectors together.
 """
 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
 from torch import Tensor
 
 from mim_torchrec.embeddings.files import write_json
+from mim_torchrec.embeddings.stores.store import is_remote
 from mim_torchrec.embeddings.table.manifest import VersionMismatch
 from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.windows.compact import changes
-from mim_torchrec.embeddings.windows.redis_connection import is_redis
 from mim_torchrec.embeddings.windows.transport import open_log
 from mim_torchrec.serving.bundle import Bundle
-from mim_torchrec.serving.service import ServedFiles
+from mim_torchrec.serving.service import Deployment
 
 CURRENT = "current"
 NAMED = 10
@@ -52,14 +52,16 @@ class Release:
     id_store: str | None = None
     windows: str | None = None
 
-    def pair(self) -> ServedFiles:
+    def deployment(self) -> Deployment:
         """What a server opens; a remote store is kept up by others."""
-        remote = self.store is not None and is_redis(self.store)
-        return ServedFiles(bundle=Path(self.bundle), store=self.store or self.table, id_store=self.id_store,
+        remote = self.store is not None and is_remote(self.store)
+        return Deployment(bundle=Path(self.bundle), store=self.store or self.table, id_store=self.id_store,
                     windows=None if remote else self.windows)  # fmt: skip
 
     def items(self) -> Tensor:
-        """(num_items,) int64: all items that have a vector, windows included."""
+        """(num_items,) int64: all items that have a vector, windows included; none of Base."""
+        if self.table is None:
+            return torch.empty(0, dtype=torch.int64)
         table = Table.open(self.table, verify=False)
         ids = table.row_index().ids
         if self.windows is None:
@@ -81,7 +83,7 @@ class Releases:
         self.root = Path(root)
 
     def stage(self, name: str, release: Release) -> None:
-        """Write a release down, after seeing that its parts belong together.
+        """Stage a release, after checking that its parts belong together.
 
         Raises:
             ReleaseError: the name is taken or reserved.
@@ -106,17 +108,17 @@ class Releases:
         self.root.mkdir(parents=True, exist_ok=True)
         write_json(path, asdict(release))
 
-    def check(self, name: str) -> dict[str, object]:
+    def check(self, name: str) -> dict[str, Any]:
         """Compare the items of a release with those of the current one.
 
         Returns:
             `items`, `current_items`, `missing` (of the current one's), and some of them in `examples`.
         """
         release = self.read(name)
-        own = release.items() if release.table is not None else torch.empty(0, dtype=torch.int64)
+        own = release.items()
         current, _ = self.current()
         now = self.read(current) if current is not None else None
-        others = now.items() if now is not None and now.table is not None else own[:0]
+        others = now.items() if now is not None else own[:0]
         missing = others[~torch.isin(others, own)]
         return {"items": own.numel(), "current_items": others.numel(), "missing": missing.numel(),
                 "examples": missing[:NAMED].tolist()}  # fmt: skip
@@ -177,7 +179,7 @@ class Releases:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """Write a release down: a model and the vectors it was trained on."""
+    """Stage a release: a model and the vectors that it was trained on."""
 
     root: Path
     """Folder of the releases."""

@@ -1,23 +1,24 @@
 """From requests to scores: rows from stores, interests by matrices where they are linear, the dense model.
 
-A scorer is one model with the stores of its versions; to serve another pair, another scorer takes its place.
+A scorer is one model with the stores of its versions. Another scorer replaces it to serve another deployment.
 """
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
+from mim_torchrec.ciubm.ciubm import CiUBM
 from mim_torchrec.data.batch import RequestBatch
-from mim_torchrec.data.requests import alike
+from mim_torchrec.data.features import Feature, tower_numbers
 from mim_torchrec.embeddings.stores.store import ParameterStore, open_store
 from mim_torchrec.embeddings.table.manifest import VersionMismatch
-from mim_torchrec.embeddings.windows.redis_connection import is_redis
 from mim_torchrec.embeddings.windows.window import Window
 from mim_torchrec.serving.bundle import Bundle
 from mim_torchrec.serving.grid import pairs_of
@@ -100,6 +101,7 @@ class Scorer:
     ) -> None:
         self.bundle = bundle
         self.config = bundle.config
+        self.features = bundle.config.features()
         self._model, self._unknown = bundle.load()
         if not plain:
             self._model.list_pairs = pairs_of
@@ -112,27 +114,25 @@ class Scorer:
                 raise VersionMismatch(f"{store} has vectors of {dim}, the model needs {bundle.mm_dim}")
         self._ids: dict[str, ParameterStore] = {}
         for name in bundle.tables:
-            where = id_store if id_store is not None and is_redis(id_store) else bundle.path / "tables" / name
-            self._ids[name] = open_store(where, bundle.version_of(name))
+            self._ids[name] = open_store(id_store or bundle.path / "tables" / name, bundle.version_of(name))
         self.cache = MatrixCache(cache)
         self._matrices: MatrixCiUBM | None = None
         if self.mm is not None and is_linear(self._model.ciubm) and not plain:
-            self._matrices = self._model.ciubm = MatrixCiUBM(self._model.ciubm)
+            self._matrices = MatrixCiUBM(self._model.ciubm)
+            self._model.ciubm = cast(CiUBM, self._matrices)  # it takes and gives what CiUBM does
         # the similarity interest reads the vectors of a history, whatever else is known of it
         self._keeps = cache > 0 and self._matrices is not None and not self._matrices.inner.tiers
 
     @property
     def of_requests(self) -> tuple[str, ...]:
         """Ids that a request has besides behaviors and candidates."""
-        features = self.config.features()
         own = tuple(name for name in ("user_id", "query_id") if name in self._ids)
-        return own + features.of_requests(features.sparse)
+        return own + tuple(feature.name for feature in self.features.ids(of_candidates=False))
 
     @property
     def of_candidates(self) -> tuple[str, ...]:
         """Further ids of candidates."""
-        features = self.config.features()
-        return features.of_candidates(features.sparse)
+        return tuple(feature.name for feature in self.features.ids(of_candidates=True))
 
     @property
     def of_items(self) -> tuple[str, ...]:
@@ -142,10 +142,11 @@ class Scorer:
     @property
     def _needs_times(self) -> bool:
         config = self.config
-        return config.id_interest and config.recency == "time" and config.ubm in ("bst", "sim", "twin")
+        return config.id_interest and config.recency == "time" and "recency" in config.ubm_options.needs
 
     def apply(self, window: Window) -> bool:
         """Apply a window to the vectors, and forget what was made of the old ones."""
+        assert self.mm is not None  # Base follows no windows
         applied = self.mm.apply(window)
         self.cache.drop(torch.cat([window.ids, window.removed]))
         return applied
@@ -180,7 +181,7 @@ class Scorer:
         without = None
         if vectors is not None and any(request.contribution for request in requests):
             if self._matrices is not None:
-                self._matrices.given = made
+                self._matrices.given = [*made]
             nothing = vectors["candidate_mm"]
             zeros = JaggedTensor(torch.zeros_like(nothing.values()), lengths=nothing.lengths())
             logits = self._model.score(batch, pooled, rows, vectors | {"candidate_mm": zeros}).logits
@@ -197,6 +198,7 @@ class Scorer:
         Returns:
             Their places, (num_candidates, count), and cosines; 0 where there is no vector.
         """
+        assert self.mm is not None  # Base has nothing to compare
         both, _ = self.mm.lookup(torch.cat([candidates, behaviors]))
         one, other = torch.nn.functional.normalize(both, dim=1).split([len(candidates), len(behaviors)])
         found = (one @ other.T).topk(min(count, len(behaviors)), dim=1)
@@ -287,7 +289,7 @@ class Scorer:
                 self._count("user", found, lengths, lookups)
             owner = torch.arange(len(requests)).repeat_interleave(lengths)
             total = rows.new_zeros(len(requests), rows.shape[1]).index_add(0, owner, rows)
-            is_mean = name in self.config.sparse_features
+            is_mean = name in self.features.by_name
             parts.append(total / lengths.clamp(min=1)[:, None] if is_mean else total)
         return KeyedTensor(list(names), [part.shape[1] for part in parts], torch.cat(parts, dim=1))
 
@@ -300,28 +302,26 @@ class Scorer:
             if key.endswith("category"):  # compared with each other, and 0 is an unknown one
                 ids = torch.where(known[key], ids + 1, 0)
             values.append(ids)
-        features = self.config.features()
-        times = [request.behavior_ts for request in requests]
-        moments = [request.request_ts for request in requests]
-        has_times = all(t is not None for t in times) and all(m is not None for m in moments)
+        times = [request.behavior_ts for request in requests if request.behavior_ts is not None]
+        moments = [request.request_ts for request in requests if request.request_ts is not None]
+        has_times = len(times) == len(moments) == len(requests)
         return RequestBatch(
             sparse=KeyedJaggedTensor(keys, torch.cat(values), lengths=torch.cat([n for _, n in flat])),
             labels=torch.empty(0),
             request_ids=torch.empty(0),
             request_ts=torch.tensor(moments) if has_times else None,
             behavior_ts=torch.cat(times) if has_times else None,
-            request_dense=self._numbers(features.of_requests(features.dense), requests),
-            candidate_dense=self._numbers(features.of_candidates(features.dense), requests),
+            request_dense=self._numbers(self.features.numbers(of_candidates=False), requests),
+            candidate_dense=self._numbers(self.features.numbers(of_candidates=True), requests),
         )
 
-    def _numbers(self, names: tuple[str, ...], requests: Sequence[ScoreRequest]) -> Tensor | None:
-        if not names:
-            return None
+    def _numbers(self, features: Sequence[Feature], requests: Sequence[ScoreRequest]) -> Tensor | None:
+        names = [feature.name for feature in features]
         missing = [name for name in names for request in requests if name not in request.dense]
         if missing:
             raise BadRequest(f"the model needs the feature {missing[0]}")
-        columns = [torch.cat([request.dense[name] for request in requests]) for name in names]
-        return alike(torch.stack(columns, dim=1))
+        values = {name: torch.cat([request.dense[name] for request in requests]) for name in names}
+        return tower_numbers(features, values)
 
     def _flat(self, name: str, requests: Sequence[ScoreRequest]) -> tuple[Tensor, Tensor]:
         missing = [request for request in requests if name not in request.ids]

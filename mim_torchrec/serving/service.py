@@ -1,7 +1,7 @@
-"""The model that is served, with its vectors, and how another pair takes their place while requests come.
+"""The model and the vectors that are served, and how a new deployment replaces them without downtime.
 
-A pair is opened, caught up with its windows and tried before it is served. Requests that have begun end with
-the pair they began with; what is wrong with a new pair leaves the old one where it is.
+A new deployment is opened, brought up to date with its windows and tested before it is served. Requests that
+have begun end with their deployment. If the new one fails, the old one stays in service.
 """
 
 import logging
@@ -9,7 +9,9 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from mim_torchrec.embeddings.stores.store import catch_up, follow
+from torch import Tensor
+
+from mim_torchrec.embeddings.stores.store import ParameterStore, catch_up, follow
 from mim_torchrec.embeddings.windows.transport import Transport, open_log
 from mim_torchrec.embeddings.windows.window import Window
 from mim_torchrec.serving.bundle import Bundle
@@ -20,8 +22,8 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServedFiles:
-    """A model and its vectors.
+class Deployment:
+    """What is served together: a model and its vectors.
 
     Args:
         bundle: directory.
@@ -37,43 +39,47 @@ class ServedFiles:
 
 
 class _Follower:
-    """A store as `follow` sees it: windows go through the scorer, which has made things of the rows."""
+    """A store as `follow` sees it: windows go through the scorer, which keeps what it derived from rows."""
 
-    def __init__(self, scorer: Scorer, metrics: Metrics) -> None:
-        self._scorer, self._metrics = scorer, metrics
-        self.table_version, self.dim = scorer.mm.table_version, scorer.mm.dim
+    def __init__(self, scorer: Scorer, store: ParameterStore, metrics: Metrics) -> None:
+        self._scorer, self._store, self._metrics = scorer, store, metrics
+        self.table_version, self.dim = store.table_version, store.dim
 
     @property
     def seq(self) -> int:
-        return self._scorer.mm.seq
+        return self._store.seq
+
+    def lookup(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """See `ParameterStore`."""
+        return self._store.lookup(ids)
 
     def apply(self, window: Window) -> bool:
         """See `ParameterStore`."""
         applied = self._scorer.apply(window)
-        self._metrics.window.set(self._scorer.mm.seq)
+        self._metrics.window.set(self._store.seq)
         return applied
 
 
 class Served:
-    """A pair in service.
+    """A deployment in service.
 
     Args:
-        pair: what to serve.
+        deployment: what to serve.
         cache: matrices to keep.
         metrics: are told of windows.
     """
 
-    def __init__(self, pair: ServedFiles, cache: int, metrics: Metrics) -> None:
-        self.pair = pair
-        self.scorer = Scorer(Bundle.open(pair.bundle), pair.store, pair.id_store, cache)
+    def __init__(self, deployment: Deployment, cache: int, metrics: Metrics) -> None:
+        self.deployment = deployment
+        self.scorer = Scorer(Bundle.open(deployment.bundle), deployment.store, deployment.id_store, cache)
         self.problem: str | None = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        if pair.windows is not None:
+        if deployment.windows is not None:
             if self.scorer.mm is None:
-                raise ValueError(f"{pair.bundle} is Base, which has no vectors for windows to change")
-            follower = _Follower(self.scorer, metrics)
-            windows = open_log(pair.windows, follower.table_version, start=follower.seq)
+                raise ValueError(f"{deployment.bundle} is Base, which has no vectors for windows to change")
+            follower = _Follower(self.scorer, self.scorer.mm, metrics)
+            windows = open_log(deployment.windows, follower.table_version, start=follower.seq)
             catch_up(follower, windows)
             self._thread = threading.Thread(target=self._follow, args=(follower, windows), daemon=True)
             self._thread.start()
@@ -99,35 +105,35 @@ class Service:
     """What is served now.
 
     Args:
-        pair: to begin with.
+        deployment: to begin with.
         cache: matrices of histories to keep.
         metrics: are told of swaps and windows.
 
     Raises:
-        ValueError: the pair cannot be served.
+        ValueError: the deployment cannot be served.
     """
 
-    def __init__(self, pair: ServedFiles, cache: int, metrics: Metrics) -> None:
+    def __init__(self, deployment: Deployment, cache: int, metrics: Metrics) -> None:
         self._cache, self._metrics = cache, metrics
         self._lock = threading.Lock()
-        self.current = Served(pair, cache, metrics)
+        self.current = Served(deployment, cache, metrics)
 
-    def swap(self, pair: ServedFiles) -> None:
-        """Serve another pair from now on.
+    def swap(self, deployment: Deployment) -> None:
+        """Replace the deployment that is served.
 
         Raises:
             Exception: it cannot be served; the one before still is.
         """
         with self._lock:
             try:
-                made = Served(pair, self._cache, self._metrics)
+                made = Served(deployment, self._cache, self._metrics)
             except BaseException:
                 self._metrics.swaps.labels("refused").inc()
                 raise
             before, self.current = self.current, made
             before.close()
             self._metrics.swaps.labels("done").inc()
-            log.info("serving model %s of %s", made.model_version, pair.bundle)
+            log.info("serving model %s of %s", made.model_version, deployment.bundle)
 
     def close(self) -> None:
         """End."""

@@ -40,6 +40,9 @@ class GlobalBatchNorm1d(nn.Module):
         affine: learn a scale and a shift.
     """
 
+    running_mean: Tensor
+    running_var: Tensor
+
     def __init__(
         self, num_features: int, eps: float = 1e-5, momentum: float = 0.1, affine: bool = True
     ) -> None:

@@ -5,7 +5,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -38,7 +38,11 @@ class DistributedContext:
             return [obj]
         gathered: list[T | None] = [None] * self.world_size
         dist.all_gather_object(gathered, obj)
-        return gathered  # type: ignore[return-value]
+        return cast(list[T], gathered)
+
+    def broadcast_object(self, obj: T | None) -> T:
+        """The object of rank 0 on every rank; what other ranks give is ignored. Every rank must call it."""
+        return cast(T, self.all_gather_objects(obj)[0])
 
 
 @contextmanager

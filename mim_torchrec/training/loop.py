@@ -20,16 +20,19 @@ from typing import Any, NoReturn, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from mim_torchrec.embeddings.collective import on_all_ranks
 from mim_torchrec.embeddings.files import write_json
+from mim_torchrec.extras import needs
 from mim_torchrec.training.checkpoints import Checkpoints, ResumeError, State
 from mim_torchrec.training.distributed import DistributedContext
 from mim_torchrec.training.history import History, HistoryFile
 from mim_torchrec.training.parallel import gradient_norm
 from mim_torchrec.training.run_directory import RunDirectory
+
+with needs("train"):
+    from torch.utils.tensorboard import SummaryWriter
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
+
+from mim_torchrec.extras import needs
+
+with needs("train"):
+    from sklearn.metrics import roc_auc_score
 
 
 def auc(labels: np.ndarray, scores: np.ndarray) -> float | None:
@@ -195,6 +199,8 @@ def paired_bootstrap(
     if base is None or mim is None:
         raise ValueError("the difference of two AUCs needs impressions of both classes")
     ranked = [GroupedAUC(labels, scores) for scores in (base_scores, mim_scores)]
-    draws = [ranked[1](weights)[0] - ranked[0](weights)[0] for weights in draw_groups(groups, n, seed)]
-    low, high = interval(draws, confidence)
-    return mim - base, low, high
+    draws = np.array([ranked[1](w)[0] - ranked[0](w)[0] for w in draw_groups(groups, n, seed)])
+    found = interval(draws, confidence)
+    if found is None:
+        raise ValueError(f"none of {n} draws of groups has impressions of both classes")
+    return mim - base, found[0], found[1]

@@ -6,7 +6,7 @@ by `forward`, as often and in the same order on all ranks.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -71,7 +71,8 @@ def blocks(model: nn.Module) -> Iterator[nn.Module]:
 
 def whole_state(model: nn.Module) -> dict[str, Tensor]:
     """State of a model whose parts are divided, gathered on the CPU of rank 0; {} elsewhere."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return cast(dict[str, Tensor], get_model_state_dict(model, options=options))
 
 
 def synchronize_buffers(model: nn.Module) -> None:
@@ -95,10 +96,11 @@ def gradient_norm(model: nn.Module) -> Tensor:
     whole = [g for g in gradients if not isinstance(g, DTensor)]
     norms = [get_total_norm(whole)]
     if divided:
-        norms.append(get_total_norm(divided).full_tensor().to(norms[0].device))
+        norms.append(cast(DTensor, get_total_norm(divided)).full_tensor().to(norms[0].device))
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def _average(parameter: Tensor) -> None:
+    assert parameter.grad is not None  # it is called after the gradient was accumulated
     dist.all_reduce(parameter.grad)
     parameter.grad /= dist.get_world_size()

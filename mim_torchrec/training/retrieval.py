@@ -1,15 +1,10 @@
-"""Image search as a test of an encoder: the place of the bought item among all items.
-
-Its gains cost minutes to measure, those of a CTR model that uses the vectors cost hours; `exchange_rate` says
-what the one was worth in the other so far, the measure by which MOON (arXiv 2511.11305) chooses its encoders.
-"""
+"""Image search as a test of an encoder: the rank of the bought item among all items."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,8 +15,8 @@ CHUNK = 256
 class Found(NamedTuple):
     """What queries find among all items."""
 
-    place: Tensor
-    """(num_queries,) int64, place of the bought item, 1 the first. Of items that score the same the bought
+    rank: Tensor
+    """(num_queries,) int64, rank of the bought item, 1 the first. Of items that score the same the bought
     one is the last, so that vectors that are all the same find nothing."""
     top: Tensor
     """(num_queries, k) int64, rows of the items that score highest, the highest first."""
@@ -41,31 +36,31 @@ def search(
         top: how many of the best are returned.
     """
     query, items = F.normalize(query.float(), dim=1), F.normalize(items.float(), dim=1)
-    places, best = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, top, dtype=torch.int64)]
+    ranks, best = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, top, dtype=torch.int64)]
     for start in range(0, len(query), CHUNK):
         part = slice(start, start + CHUNK)
         scores = (query[part] @ items.T).masked_fill(~allowed, -torch.inf)
         of_items = torch.nonzero(own[part] >= 0).flatten()
         scores[of_items, own[part][of_items]] = -torch.inf
-        places.append((scores >= scores.gather(1, bought[part, None])).sum(1).cpu())
+        ranks.append((scores >= scores.gather(1, bought[part, None])).sum(1).cpu())
         best.append(scores.topk(min(top, len(items)), dim=1).indices.cpu())
-    return Found(torch.cat(places), torch.cat([b for b in best if len(b)]) if len(query) else best[0])
+    return Found(torch.cat(ranks), torch.cat([b for b in best if len(b)]) if len(query) else best[0])
 
 
-def summarize(place: Tensor, num_items: int) -> dict[str, float | int]:
-    """Recall, mean and median place, and mean reciprocal rank.
+def summarize(rank: Tensor, num_items: int) -> dict[str, float | int]:
+    """Recall, mean and median rank, and mean reciprocal rank.
 
     Args:
-        place: (num_queries,) as in `Found`, not empty.
+        rank: (num_queries,) as in `Found`, not empty.
         num_items: of how many.
 
     Returns:
         `n`, `recall_at_<k>`, `mean_rank`, `median_rank`, `mrr`, and `chance_at_10`, the recall at 10 of a
         random order.
     """
-    values = place.double()
+    values = rank.double()
     return {
-        "n": len(place),
+        "n": len(rank),
         **{f"recall_at_{k}": float((values <= k).double().mean()) for k in RECALL_AT},
         "mean_rank": float(values.mean()),
         "median_rank": float(values.median()),
@@ -74,39 +69,17 @@ def summarize(place: Tensor, num_items: int) -> dict[str, float | int]:
     }
 
 
-def by_group(place: Tensor, groups: np.ndarray, names: Sequence[str], num_items: int) -> dict[str, Any]:
+def by_group(rank: Tensor, groups: np.ndarray, names: Sequence[str], num_items: int) -> dict[str, Any]:
     """`summarize` of the queries of each group that has any.
 
     Args:
-        place: (num_queries,).
+        rank: (num_queries,).
         groups: (num_queries,) int, position in `names`.
         names: of the groups.
         num_items: of how many.
     """
     return {
-        name: summarize(place[torch.from_numpy(groups == k)], num_items)
+        name: summarize(rank[torch.from_numpy(groups == k)], num_items)
         for k, name in enumerate(names)
         if (groups == k).any()
-    }
-
-
-def exchange_rate(recall: Sequence[float], gain: Sequence[float]) -> dict[str, float | int | None]:
-    """How much AUC a point of recall was worth, over runs: least squares of the gain on the recall.
-
-    Args:
-        recall: recall of the bought item of each run's encoder, 0 to 1.
-        gain: AUC of each run's CTR model less that of its Base.
-
-    Returns:
-        `auc_per_point` (AUC for one more percent of recall), `pearson`, `spearman`, `n`; None where
-        fewer than three runs, or runs that do not differ, say nothing.
-    """
-    known: dict[str, float | int | None] = {"n": len(recall)}
-    if len(recall) < 3 or np.ptp(recall) == 0 or np.ptp(gain) == 0:
-        return known | {"auc_per_point": None, "pearson": None, "spearman": None}
-    line = stats.linregress(recall, gain)
-    return known | {
-        "auc_per_point": float(line.slope) / 100,
-        "pearson": float(line.rvalue),
-        "spearman": float(stats.spearmanr(recall, gain).statistic),
     }

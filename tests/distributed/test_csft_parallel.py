@@ -124,9 +124,9 @@ def encoder() -> ItemEncoder:
 
 def batch_of(model: ItemEncoder, gamma: bool) -> PairBatch:
     generator = torch.Generator().manual_seed(1)
-    pictures = torch.randint(0, 255, (9, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    images = torch.randint(0, 255, (9, 3, 32, 32), generator=generator, dtype=torch.uint8)
     return PairBatch(
-        query=pictures[:3], query_text=model.text.tokenize(TITLES[:3]) if gamma else None, image=pictures[3:],
+        query=images[:3], query_text=model.text.tokenize(TITLES[:3]) if gamma else None, image=images[3:],
         text=model.text.tokenize(TITLES), item_row=torch.arange(6), query_row=torch.tensor([6, 7, 8]),
         pair=np.arange(3),
     )  # fmt: skip

@@ -1,5 +1,6 @@
 """Two gloo ranks train the same CTR model as one: same start, same losses, same predictions."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from mim_torchrec.ciubm.ubm.registry import find_model
 from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.sharding import build_model, shard
 from mim_torchrec.ctr.task import CTRTask, load_model, save_model
@@ -66,15 +68,18 @@ def make_requests(step: int, first: int, last: int, with_mm: bool, with_features
     )
 
 
-def train(name: str, folder: Path, ranks) -> dict[str, object]:
+def train(name: str, folder: Path, context) -> dict[str, object]:
 
     kind, _, way = name.partition(":")
     with_mm, with_features = kind == "mim", kind == "features"
+    ubm = name if name in UBMS else "din"
+    small = {"heads": 2, "top_k": 3, "max_positions": 4, "attention": (8,), "attention_activation": "dice"}
+    model = find_model(ubm)
     config = CTRConfig(
-        ubm=name if name in UBMS else "din", heads=2, top_k=3, max_positions=4, recency="order",
-        data=folder, out=folder, mim="on" if with_mm else "off", embedding_dim=8, attention=(8,),
+        ubm=ubm, ubm_options=model(**{f.name: small[f.name] for f in fields(model) if f.name in small}),
+        recency="order", data=folder, out=folder, mim="on" if with_mm else "off", embedding_dim=8,
         tower=(16, 8), seed=3, lr=1e-2, sparse_lr=0.1, dot_product_features=True, content_projection="linear",
-        content_dim=6, attention_activation="dice", sharding=(way,) if way else SHARDINGS[:2],
+        content_dim=6, sharding=(way,) if way else SHARDINGS[:2],
         sparse_optimizer="adagrad" if way == "column_wise" else "rowwise_adagrad",
         # DIEN's negatives are drawn from the rank's own histories
         aux_weight=0.0 if name == "dien" else 1.0,
@@ -84,14 +89,14 @@ def train(name: str, folder: Path, ranks) -> dict[str, object]:
     table = Table.open(folder / "table") if with_mm else None
     mm = frozen_config(table, ["candidate_mm", "behavior_mm"], name="mm") if table else None
     rows = {"user_id": 10, "item_id": ITEMS, "category": 5, "interests": 7, "candidate_brand": 6}
-    model, optimizer = shard(build_model(config, rows, mm, torch.device("meta")), config, ranks)
-    task = CTRTask(model, optimizer, None, None, None, ranks, config.aux_weight)
+    model, optimizer = shard(build_model(config, rows, mm, torch.device("meta")), config, context)
+    task = CTRTask(model, optimizer, None, None, None, context, config.aux_weight)
     digests = []
     if table:
         load_table(model.module.mm_embeddings, table, "mm")
         digests.append(table_digest(model.module.mm_embeddings))
     cut = REQUESTS // 3  # an uneven share for each rank
-    bounds = {1: [(0, REQUESTS)], 2: [(0, cut), (cut, REQUESTS)]}[ranks.world_size][ranks.rank]
+    bounds = {1: [(0, REQUESTS)], 2: [(0, cut), (cut, REQUESTS)]}[context.world_size][context.rank]
     losses = []
     for step in range(STEPS):
         batch = make_requests(step, *bounds, with_mm, with_features)
@@ -99,16 +104,16 @@ def train(name: str, folder: Path, ranks) -> dict[str, object]:
         loss, _ = task.training_forward(batch)
         loss.backward()
         optimizer.step()
-        losses.append(float(np.mean(ranks.all_gather_objects(loss.item()))))
+        losses.append(float(np.mean(context.all_gather_objects(loss.item()))))
     model.eval()
     with torch.no_grad():
         logits = model(make_requests(STEPS, *bounds, with_mm, with_features)).logits
-    scores = np.concatenate(ranks.all_gather_objects(logits.numpy()))
-    save_model(model, folder / f"{name}-{ranks.world_size}")
+    scores = np.concatenate(context.all_gather_objects(logits.numpy()))
+    save_model(model, folder / f"{name}-{context.world_size}")
     load_model(model, folder / f"{name}-1")
     with torch.no_grad():
         logits = model(make_requests(STEPS, *bounds, with_mm, with_features)).logits
-    loaded = np.concatenate(ranks.all_gather_objects(logits.numpy()))
+    loaded = np.concatenate(context.all_gather_objects(logits.numpy()))
     if table:
         digests.append(table_digest(model.module.mm_embeddings))
     trainable = [parameter for parameter, _ in model.named_parameters() if "mm_embeddings" in parameter]
@@ -122,23 +127,23 @@ def train(name: str, folder: Path, ranks) -> dict[str, object]:
     }
 
 
-def batch_norm(ranks) -> torch.Tensor:
+def batch_norm(context) -> torch.Tensor:
     """Output, input gradient and running statistics; with two ranks the first has no row at all."""
     x, upstream = torch.randn(2, 7, 3, generator=torch.Generator().manual_seed(0))
-    mine = slice(0, 7) if ranks.world_size == 1 or ranks.rank == 1 else slice(0, 0)
+    mine = slice(0, 7) if context.world_size == 1 or context.rank == 1 else slice(0, 0)
     norm = GlobalBatchNorm1d(3)
     rows = x[mine].clone().requires_grad_()
     out = norm(rows)
     (out * upstream[mine]).sum().backward()
-    parts = ranks.all_gather_objects((out.detach(), rows.grad))
+    parts = context.all_gather_objects((out.detach(), rows.grad))
     statistics = torch.stack([norm.running_mean, norm.running_var])
     return torch.cat([torch.cat([o for o, _ in parts]), torch.cat([g for _, g in parts]), statistics])
 
 
 def train_all(folder: Path) -> dict:
-    with distributed(3) as ranks:
-        results = {name: train(name, folder, ranks) for name in RUNS}
-        return results | {"batch_norm": batch_norm(ranks), "world_size": ranks.world_size}
+    with distributed(3) as context:
+        results = {name: train(name, folder, context) for name in RUNS}
+        return results | {"batch_norm": batch_norm(context), "world_size": context.world_size}
 
 
 @pytest.fixture(scope="module")

@@ -34,8 +34,8 @@ class Catalog:
     def titles(self, rows: np.ndarray) -> list[str]:
         return [TITLES[row] for row in rows]
 
-    def decode(self, picture: int, vision: VisionEncoder) -> torch.Tensor:
-        draws = torch.Generator().manual_seed(picture)
+    def decode(self, image: int, vision: VisionEncoder) -> torch.Tensor:
+        draws = torch.Generator().manual_seed(image)
         return torch.randint(256, (3, 32, 32), dtype=torch.uint8, generator=draws)
 
 

@@ -1,27 +1,34 @@
-"""The registry of benchmarks, the program that runs them all, and the book of their records."""
+"""The registry of benchmarks, the program that runs them all, and the page of their records."""
 
+import dataclasses
 import importlib
 import json
 import re
 
 import pytest
 
-from benchmarks import bench, book
-from benchmarks.registry import BENCHMARKS, EXPERIMENTS, RESULTS, Benchmark
+from mim_torchrec.benchmarks.records import bench, benchmark_report
+from mim_torchrec.benchmarks.records.registry import BENCHMARKS, EXPERIMENTS, RESULTS, Benchmark
 from tests.unit.test_packaging import ROOT
 
-PROGRAMS = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text()}
+PROGRAMS = {
+    ".".join(path.relative_to(ROOT / "benchmarks").with_suffix("").parts)
+    for path in (ROOT / "benchmarks").rglob("*.py") if '__name__ == "__main__"' in path.read_text()
+}  # fmt: skip
 
 
 def test_every_program_that_measures_is_in_the_registry():
-    assert PROGRAMS - {"bench", "book"} == {one.name for one in (*BENCHMARKS, *EXPERIMENTS)}
+    measuring = {name for name in PROGRAMS if not name.startswith("records.")}
+    assert measuring == {one.module for one in (*BENCHMARKS, *EXPERIMENTS)}
 
 
 @pytest.mark.parametrize("one", [*BENCHMARKS, *EXPERIMENTS], ids=lambda one: one.name)
 def test_it_has_a_target_that_runs_it(one):
     makefile, rule = (ROOT / "Makefile").read_text(), rf"{one.target.split()[0]}: install"
-    found = re.search(rf"^{rule}.*\n(?:\t.*\n)*?\t.*-m benchmarks\.(\w+) ", makefile, re.MULTILINE)
-    assert found and found.group(1) == one.name
+    found = re.search(
+        rf"^{rule}.*\n(?:\t.*\n)*?\t.*-m mim_torchrec\.benchmarks\.([\w.]+) ", makefile, re.MULTILINE
+    )
+    assert found and found.group(1) == one.module
 
 
 @pytest.mark.parametrize("one", BENCHMARKS, ids=lambda one: one.name)
@@ -34,7 +41,7 @@ def test_its_record_has_figures_claims_and_where_they_are_from(one):
 @pytest.mark.parametrize("one", BENCHMARKS, ids=lambda one: one.name)
 def test_its_small_size_is_one_that_it_knows(one, capsys):
     with pytest.raises(SystemExit) as ended:
-        importlib.import_module(f"benchmarks.{one.name}").main([*one.small, "--help"])
+        importlib.import_module(f"mim_torchrec.benchmarks.{one.module}").main([*one.small, "--help"])
     assert ended.value.code == 0, capsys.readouterr().err
 
 
@@ -46,16 +53,20 @@ def test_the_small_record_has_the_figures_of_every_benchmark():
     assert sum(small["seconds"].values()) < 20 * 60
 
 
-def test_the_book_is_what_the_records_make_of_it():
-    page, pictures = book.render()
-    assert page == book.BOOK.read_text(encoding="utf-8"), "run `make book`"
-    assert all((RESULTS / name).exists() for name in pictures)
+def test_the_benchmark_report_is_what_the_records_make_of_it():
+    page, images = benchmark_report.render()
+    assert page == benchmark_report.PAGE.read_text(encoding="utf-8"), "run `make benchmark-report`"
+    assert all((RESULTS / name).exists() for name in images)
 
 
-def test_readme_says_what_the_records_say():
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    names = ("efficiency", "serving", "rim_latency", "chaos", "export_throughput")
-    table6, serving, latency, chaos, export = (
+def test_the_pages_say_what_the_records_say():
+    readme, page = (
+        " ".join((ROOT / name).read_text(encoding="utf-8").split())
+        for name in ("README.md", "docs/results.md")
+    )
+    names = ("efficiency", "serving", "rim_latency", "chaos", "export_throughput", "frozen_table",
+             "ctr_throughput")  # fmt: skip
+    table6, serving, latency, chaos, export, frozen, throughput = (
         json.loads((RESULTS / f"{name}.json").read_text()) for name in names
     )
     p50, p99 = ([1e-3 * one for by_way in latency[name].values() for one in by_way.values()]
@@ -77,11 +88,23 @@ def test_readme_says_what_the_records_say():
         f"{mim['gflops_delta']:.1%} more operations",
         *(f"| {phase['gflops']:.4f} (" for phase in phases),
     ]
-    assert [one for one in said if one not in readme] == []
+    assert [one for one in said if one not in page] == []
+    step = frozen["step"]["2"]
+    ratios = [own["ratio"] for models in ("models", "models_5_candidates")
+              for by_dim in throughput[models].values() for own in by_dim.values()]  # fmt: skip
+    short = [
+        f"step at dim 64 | {mim['gflops_delta']:.1%} |",
+        f"two ranks | {step['trainable']['seconds'] / step['frozen']['seconds']:.1f} times faster |",
+        f"{min(ratios):.1f} to {max(ratios):.1f} times |",
+        f"1,000 behaviors | {answers['1000']:.0f} ms |",
+        f"| {min(p50):.2f} to {max(p50):.2f} s |",
+        f"after {chaos['kills']} SIGKILLs | 0 of {chaos['rows']:,} |",
+    ]
+    assert [one for one in short if one not in readme] == []
 
 
 def test_a_figure_that_a_report_lacks_is_named():
-    one = Benchmark(name="one", target="one", title="", small=(), figures={"x": ("a|b", "a|c")})
+    one = Benchmark(name="one", module="one", target="one", title="", small=(), figures={"x": ("a|b", "a|c")})
     assert one.read({"a": {"b": 3, "c": 2}}) == {"x": 1.5}
     with pytest.raises(KeyError, match="one has no a|c"):
         one.read({"a": {"b": 3}})
@@ -100,7 +123,7 @@ def test_it_runs_what_is_asked_for_and_compares_it(tmp_path, monkeypatch, capsys
     words = ("--queries", "8", "--dim", "4", "--queue-batches", "3", "--steps", "1", "--naive-items", "64",
              "--rounds", "1", "--loop-queries", "4")  # fmt: skip
     own = next(one for one in BENCHMARKS if one.name == "csft_loss")
-    tiny = Benchmark(name=own.name, target=own.target, title=own.title, small=words, figures=own.figures)
+    tiny = dataclasses.replace(own, small=words)
     monkeypatch.setattr(bench, "BENCHMARKS", [tiny])
     bench.main(["--out", str(tmp_path / "out"), "--only", "csft_loss"])
     said = capsys.readouterr().out
@@ -110,7 +133,9 @@ def test_it_runs_what_is_asked_for_and_compares_it(tmp_path, monkeypatch, capsys
 
 
 def test_a_benchmark_that_fails_ends_it_and_is_named(tmp_path, monkeypatch):
-    broken = Benchmark(name="csft_loss", target="x", title="", small=("--no-such-flag", "1"))
+    broken = Benchmark(
+        name="csft_loss", module="speed.csft_loss", target="x", title="", small=("--no-such-flag", "1")
+    )
     monkeypatch.setattr(bench, "BENCHMARKS", [broken])
     with pytest.raises(SystemExit, match="csft_loss ended with 2"):
         bench.main(["--out", str(tmp_path), "--only", "csft_loss"])

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks.csft_loss import main
+from mim_torchrec.benchmarks.speed.csft_loss import main
 
 
 def test_the_report_holds_every_figure_and_target(tmp_path):

@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 
-from benchmarks import fuxictr_models
-from benchmarks.ctr_throughput import MODELS, ThroughputConfig, in_turns, main, make_batch
+from mim_torchrec.benchmarks.measures.training_steps import make_batch
+from mim_torchrec.benchmarks.measures.turns import in_turns
+from mim_torchrec.benchmarks.speed import fuxictr_models
+from mim_torchrec.benchmarks.speed.ctr_throughput import MODELS, ThroughputConfig, main
 
 SMALL = ["--dims", "4", "--candidates", "1", "2", "--batch-size", "8", "--users", "20", "--items", "50",
          "--categories", "5", "--mm-dim", "8", "--batches", "2", "--rounds", "2", "--warmup", "1",

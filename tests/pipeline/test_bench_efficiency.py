@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from benchmarks.efficiency import main
-from benchmarks.efficiency_config import parse
-from benchmarks.efficiency_pages import PAPER
+from mim_torchrec.benchmarks.paper.efficiency.config import parse
+from mim_torchrec.benchmarks.paper.efficiency.main import main
+from mim_torchrec.benchmarks.paper.efficiency.pages import PAPER
 
 SMALL = ["--vision", "test_vit", "--image-size", "32", "--text", "bert-tiny", "--samples", "4", "--dim", "8",
          "--mm-dim", "16", "--id-rows", "500", "--batch-size", "8", "--time-vision", "test_vit",

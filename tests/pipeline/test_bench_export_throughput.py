@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks.export_throughput import PARTS, main
+from mim_torchrec.benchmarks.speed.export_throughput import PARTS, main
 from mim_torchrec.embeddings.table.format import Table
 
 

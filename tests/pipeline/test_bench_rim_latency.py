@@ -2,7 +2,7 @@
 
 import json
 
-from benchmarks.rim_latency import main
+from mim_torchrec.benchmarks.speed.rim_latency import main
 
 
 def test_the_report_holds_every_figure_by_store_and_transport(tmp_path):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks.scaling import exponent, main
+from mim_torchrec.benchmarks.speed.scaling import exponent, main
 
 SMALL = ["--histories", "5", "10", "--batches", "8", "16", "--table-rows", "1000", "5000",
          "--batch-size", "8", "--max-behaviors", "5", "--dim", "8", "--mm-dim", "8", "--rounds", "2",

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks.serving import main
+from mim_torchrec.benchmarks.speed.serving import main
 
 SMALL = ["--behaviors", "3", "1000", "--candidates", "20", "--mm-dims", "8", "--id-dim", "4", "--models",
          "sim/paper", "--items", "200", "--users", "10", "--rounds", "2", "--requests", "4", "--clients", "2",

@@ -7,10 +7,11 @@ from random import Random
 import pytest
 import torch
 
-from benchmarks.chaos import main
-from benchmarks.chaos_corpus import Corpus, Fed
-from benchmarks.chaos_verify import Audit, verify_dead_letter, verify_log, verify_rows
-from benchmarks.chaos_victims import Place, Victim, context, embedded
+from mim_torchrec.benchmarks.chaos.inputs import Inputs
+from mim_torchrec.benchmarks.chaos.main import main
+from mim_torchrec.benchmarks.chaos.verify import Audit, verify_dead_letter, verify_log, verify_rows
+from mim_torchrec.benchmarks.chaos.workers import Place, Workers, context, embedded
+from mim_torchrec.benchmarks.measures.arrivals import Arrival
 from mim_torchrec.embeddings.table.writer import TableWriter
 from mim_torchrec.embeddings.windows.transport import open_log
 from mim_torchrec.embeddings.windows.window import Window
@@ -37,12 +38,12 @@ def test_an_embedded_store_whose_base_has_every_window_says_so(tmp_path):
     place = Place(root=tmp_path, source="", log=str(tmp_path / "log"), store="", shop=tmp_path,
                   encoder=tmp_path, base=tmp_path / "base", version="v1")  # fmt: skip
     ours, theirs = context().Pipe()
-    victim = Victim("embedded", place, embedded, [(place.base, theirs)])
+    group = Workers("embedded", place, embedded, [(place.base, theirs)])
     try:
-        assert ours.poll(120), victim.says()
+        assert ours.poll(120), group.says()
         assert ours.recv() == ("begun", 5)
     finally:
-        assert victim.kill(Random(0))
+        assert group.kill(Random(0))
 
 
 def test_chaos_that_does_not_end_says_who_is_still_at_work(tmp_path):
@@ -52,13 +53,13 @@ def test_chaos_that_does_not_end_says_who_is_still_at_work(tmp_path):
 
 
 VECTORS = torch.arange(12, dtype=torch.float32).view(6, 2)
-FED = [Fed(item_id=1), Fed(item_id=2), Fed(item_id=3), Fed(item_id=9, poison=True),
-       Fed(item_id=1, removed=True), Fed(item_id=2)]  # fmt: skip
+FED = [Arrival(item_id=1), Arrival(item_id=2), Arrival(item_id=3), Arrival(item_id=9, bad=True),
+       Arrival(item_id=1, removed=True), Arrival(item_id=2)]  # fmt: skip
 
 
 @pytest.fixture
-def corpus(tmp_path) -> Corpus:
-    return Corpus(shop=tmp_path, encoder=tmp_path, base=tmp_path, version="v1", arrivals=FED, vectors=VECTORS,
+def inputs(tmp_path) -> Inputs:
+    return Inputs(shop=tmp_path, encoder=tmp_path, base=tmp_path, version="v1", arrivals=FED, vectors=VECTORS,
                   base_ids=torch.tensor([7]), base_vectors=torch.ones(1, 2))  # fmt: skip
 
 
@@ -76,8 +77,8 @@ def counts(found) -> tuple[int, int, int]:
     return found.wrong, found.lost, found.doubled
 
 
-def test_a_log_that_is_right_passes(corpus):
-    assert counts(verify_log(RIGHT, corpus)) == (0, 0, 0)
+def test_a_log_that_is_right_passes(inputs):
+    assert counts(verify_log(RIGHT, inputs)) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -91,15 +92,15 @@ def test_a_log_that_is_right_passes(corpus):
         ([*RIGHT, window(4, {9: 3})], (1, 0, 0)),
         ([RIGHT[0], RIGHT[1], replace(RIGHT[2], window_id="w1")], (0, 0, 1)),
     ],
-    ids=["wrong vector", "not deleted but again", "lost", "twice", "twice before the next", "poison",
+    ids=["wrong vector", "not deleted but again", "lost", "twice", "twice before the next", "bad item",
          "a name twice"],
 )  # fmt: skip
-def test_a_log_that_is_not_right_is_noticed(corpus, windows, expected):
-    assert counts(verify_log(windows, corpus)) == expected
+def test_a_log_that_is_not_right_is_noticed(inputs, windows, expected):
+    assert counts(verify_log(windows, inputs)) == expected
 
 
-def test_rows_that_are_wrong_lost_or_too_many_are_noticed(corpus):
-    audit = Audit(corpus.base_ids, corpus.base_vectors)
+def test_rows_that_are_wrong_lost_or_too_many_are_noticed(inputs):
+    audit = Audit(inputs.base_ids, inputs.base_vectors)
     audit.windows = list(RIGHT)
     state = audit.state(3)
     right = {2: VECTORS[5], 3: VECTORS[2], 7: torch.ones(2)}
@@ -118,8 +119,8 @@ def test_rows_that_are_wrong_lost_or_too_many_are_noticed(corpus):
     assert check(right, held=4) == (0, 0, 1)
 
 
-def test_a_dead_letter_file_that_is_not_right_is_noticed(corpus):
-    assert counts(verify_dead_letter(["a"], corpus, [9])) == (0, 0, 0)
-    assert counts(verify_dead_letter([], corpus, [])) == (0, 1, 0)
-    assert counts(verify_dead_letter(["a", "b"], corpus, [9, 3])) == (1, 0, 0)
-    assert counts(verify_dead_letter(["a", "a"], corpus, [9, 9])) == (0, 0, 2)
+def test_a_dead_letter_file_that_is_not_right_is_noticed(inputs):
+    assert counts(verify_dead_letter(["a"], inputs, [9])) == (0, 0, 0)
+    assert counts(verify_dead_letter([], inputs, [])) == (0, 1, 0)
+    assert counts(verify_dead_letter(["a", "b"], inputs, [9, 3])) == (1, 0, 0)
+    assert counts(verify_dead_letter(["a", "a"], inputs, [9, 9])) == (0, 0, 2)

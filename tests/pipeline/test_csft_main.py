@@ -78,7 +78,7 @@ def test_features_of_frozen_towers_are_computed_once_for_many_runs(shop, tmp_pat
     run(shop, tmp_path / "one", freeze_towers="True", feature_cache=cache)
 
     def refuse(*_):
-        raise AssertionError("a picture was decoded again")
+        raise AssertionError("a image was decoded again")
 
     monkeypatch.setattr("mim_torchrec.csft.inputs.SearchContent.decode", refuse)
     run(shop, tmp_path / "two", freeze_towers="True", feature_cache=cache, lr="0.01")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import ablation_ciubm, abtest, coldstart, table2
+from mim_torchrec.benchmarks.paper import ablation_ciubm, abtest, coldstart, table2
 
 SHOP = ["--shop.items", "300", "--shop.users", "100", "--shop.requests", "600", "--shop.searches", "200",
         "--shop.csft-epochs", "1", "--shop.csft-batch-size", "64", "--shop.ctr-epochs", "1",

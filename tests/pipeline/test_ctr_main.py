@@ -29,7 +29,7 @@ from tests.ranks import run_ranks
 
 NUM_ITEMS, NUM_USERS, STYLES = 60, 20, 3
 EPOCH = dt.datetime(2024, 1, 1)
-SMALL = ["--epochs", "2", "--batch-size", "64", "--embedding-dim", "4", "--attention", "8", "--tower", "16"]
+SMALL = ["--epochs", "2", "--batch-size", "64", "--embedding-dim", "4", "--tower", "16"]
 
 
 def item_id(k: int) -> int:
@@ -247,13 +247,20 @@ def test_every_user_behavior_model_trains_with_and_without_content(folder, tmp_p
 
 
 @pytest.mark.parametrize(
-    "ubm, weight, reported", [("dien", "1", True), ("dien", "0", False), ("twin", "1", False)]
+    "ubm, weight, reported", [("dien", "1", True), ("dien", "0", False), ("din", "1", False)]
 )
 def test_an_auxiliary_loss_is_reported_where_there_is_one(folder, tmp_path, ubm, weight, reported):
     main(["--data", str(folder / "data"), "--mim", "off", "--out", str(tmp_path), *SMALL, "--epochs", "1",
-          "--ubm", ubm, "--heads", "2", "--aux-weight", weight])  # fmt: skip
+          "--ubm", ubm, "--aux-weight", weight])  # fmt: skip
     first = asdict(read_history(tmp_path / "history.jsonl"))["steps"][0]
     assert ("auxiliary_loss" in first) == reported
+
+
+def test_an_option_of_another_model_is_refused_by_name(folder, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--data", str(folder / "data"), "--mim", "off", "--out", str(tmp_path), *SMALL,
+              "--ubm", "dien", "--heads", "2"])  # fmt: skip
+    assert "--heads is an option of --ubm bst, sim, twin, not of dien" in capsys.readouterr().err
 
 
 def drop_columns(source: Path, target: Path, *columns: str) -> Path:
@@ -285,7 +292,7 @@ def test_a_hard_search_without_categories_is_refused(folder, tmp_path):
 def test_everything_beyond_the_paper_trains_through_main(folder):
     out = folder / "beyond"
     main(["--data", str(folder / "data"), "--table", str(folder / "table"), "--out", str(out), *SMALL,
-          "--similarity-interest", "True", "--similarity-tiers", "8", "--similarity-windows", "2", "0",
+          "--similarity-interest", "True", "--similarity-tiers", "8", "--similarity-spans", "2", "0",
           "--content-temperature", "0.5", "--content-dropout", "0.1", "--id-dropout", "0.3"])  # fmt: skip
     assert report(out)["auc"] > 0.6
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import demo
+from mim_torchrec.benchmarks.paper import demo
 
 TINY = (
     "--items 200 --users 100 --requests 300 --searches 60 --csft-epochs 1 --csft-batch-size 16 --ctr-epochs 1"

@@ -8,9 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.ctr_throughput import training_step
-from benchmarks.end_to_end import FEATURES, Encoded, RandomContent, build_encoded_model
-from benchmarks.figure5 import WORDS
+from mim_torchrec.benchmarks.measures.encoders import word_tokenizer
+from mim_torchrec.benchmarks.measures.training_steps import training_step
+from mim_torchrec.benchmarks.paper.efficiency.encoders_in_step import (
+    FEATURES,
+    Encoded,
+    RandomContent,
+    build_encoded_model,
+)
+from mim_torchrec.ciubm.ubm.sim import SIMOptions
 from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.sharding import build_model, shard
 from mim_torchrec.data.items import ItemStore
@@ -43,7 +49,7 @@ def new_encoder() -> ItemEncoder:
     vision = VisionEncoderConfig(name="test_vit", weights="random", image_size=32)
     text = TextEncoderConfig(name="bert-tiny", weights="random", max_length=12)
     head = HeadConfig(dim=DIM, fusion_dim=8, dropout=0.0)
-    return ItemEncoder.build(ItemEncoderConfig(vision=vision, text=text, head=head), WORDS)
+    return ItemEncoder.build(ItemEncoderConfig(vision=vision, text=text, head=head), word_tokenizer())
 
 
 class Shop:
@@ -67,7 +73,13 @@ class Shop:
         reader = RequestReader(self.dataset.requests("train"), batch_size=16)
         self.batches = [mapper(batch) for batch in islice(reader, 3)]
         self.settings = CTRConfig(
-            data=self.folder, out=root, ubm="sim", embedding_dim=4, tower=(8,), heads=1, lr=1e-3, top_k=3
+            data=self.folder,
+            out=root,
+            ubm="sim",
+            ubm_options=SIMOptions(heads=1, top_k=3),
+            embedding_dim=4,
+            tower=(8,),
+            lr=1e-3,
         )
 
 

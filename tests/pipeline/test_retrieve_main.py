@@ -49,7 +49,7 @@ def test_queries_are_told_apart_by_age_and_category(trained):
     assert set(found["by_age"]) <= {f"S{k}" for k in range(1, 11)}
 
 
-def test_the_picture_has_a_line_a_query(shop, trained, tmp_path):
+def test_the_image_has_a_line_a_query(shop, trained, tmp_path):
     run(shop, str(trained / "encoder"), tmp_path, "--grid-rows", "3")
     with Image.open(tmp_path / "retrieval.png") as three, Image.open(trained / "retrieval.png") as eight:
         assert three.size[0] == eight.size[0]

@@ -20,14 +20,15 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks.redis_server import RedisServer
+from mim_torchrec.benchmarks.harness.redis_server import RedisServer
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.embeddings.stores.embedded import EmbeddedStore
 from mim_torchrec.embeddings.stores.store import catch_up
 from mim_torchrec.embeddings.table.format import Table, TableWriter, VersionMismatch
 from mim_torchrec.embeddings.table.main import main as table_command
 from mim_torchrec.embeddings.windows.log import WindowLog
-from mim_torchrec.embeddings.windows.redis_connection import connect, locate
+from mim_torchrec.embeddings.windows.redis_address import locate
+from mim_torchrec.embeddings.windows.redis_connection import connect
 from mim_torchrec.embeddings.windows.transport import open_log
 from mim_torchrec.representation.export import TrainedEncoder
 from mim_torchrec.rim.config import RIMConfig
@@ -40,7 +41,7 @@ SCHEMA = pa.schema([("item_id", pa.int64()), ("title", pa.string()), ("image", p
 CPU = torch.device("cpu")
 
 
-def picture(item: int) -> bytes:
+def image(item: int) -> bytes:
     image = io.BytesIO()
     pixels = np.random.default_rng(item).integers(0, 255, (32, 32, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(image, "PNG")
@@ -48,7 +49,7 @@ def picture(item: int) -> bytes:
 
 
 def row(item: int, **words) -> dict:
-    return {"item_id": item, "title": f"red hat {item}", "image": picture(item), "removed": False} | words
+    return {"item_id": item, "title": f"red hat {item}", "image": image(item), "removed": False} | words
 
 
 def put(folder: Path, name: str, rows: list[dict]) -> None:
@@ -98,12 +99,12 @@ def test_items_of_files_become_windows_with_the_vectors_of_the_encoder(place, tm
     one = TrainedEncoder(place["--encoder"], CPU)
     for item in range(1000, 1025):
         with torch.inference_mode():
-            expected = one([Image.open(io.BytesIO(picture(item))).convert("RGB")], [f"red hat {item}"])
+            expected = one([Image.open(io.BytesIO(image(item))).convert("RGB")], [f"red hat {item}"])
         found, is_there = store.lookup(torch.tensor([item]))
         assert is_there.item()
         torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-5)
     counts = json.loads((tmp_path / "rim" / "rim.json").read_text())
-    assert (counts["windows"], counts["items"], counts["removed"], counts["quarantined"]) == (4, 25, 0, 0)
+    assert (counts["windows"], counts["items"], counts["removed"], counts["dead_lettered"]) == (4, 25, 0, 0)
 
 
 def test_again_publishes_nothing_twice_and_only_what_is_new(place, tmp_path):
@@ -116,22 +117,22 @@ def test_again_publishes_nothing_twice_and_only_what_is_new(place, tmp_path):
     assert [w.ids.tolist() for w in windows(place)] == [list(range(10)), [20]]
 
 
-def test_poisoned_items_go_to_the_dead_letter_file_with_their_reason_and_the_others_on(
+def test_bad_items_go_to_the_dead_letter_file_with_their_reason_and_the_others_on(
     place, tmp_path, monkeypatch
 ):
-    bad = {1: {"image": picture(1)[:60]}, 2: {"title": "  "}, 3: {"title": None}, 4: {"image": None},
+    bad = {1: {"image": image(1)[:60]}, 2: {"title": "  "}, 3: {"title": None}, 4: {"image": None},
            5: {"image": b"no image"}, 6: {"image": bytes(3000)}}  # fmt: skip
     put(tmp_path / "new", "a", [row(k, **bad.get(k, {})) for k in range(9)] + [row(0, item_id=None)])
     (tmp_path / "new" / "broken.parquet").write_bytes(b"PAR1 no")
     pq.write_table(pa.table({"title": ["x"]}), tmp_path / "new" / "columns.parquet")
     original = TrainedEncoder.__call__
 
-    def poison(self, images, titles):
+    def bad(self, images, titles):
         vectors = original(self, images, titles).clone()
         vectors[[title.endswith(" 7") for title in titles]] = float("nan")
         return vectors
 
-    monkeypatch.setattr(TrainedEncoder, "__call__", poison)
+    monkeypatch.setattr(TrainedEncoder, "__call__", bad)
     for _ in range(2):
         main(words(place, "--max-image-bytes", "5000", "--once"))
     assert [w.ids.tolist() for w in windows(place)] == [[0, 8]]
@@ -237,7 +238,7 @@ def test_whoever_is_killed_when_every_item_is_in_one_window(place, tmp_path, red
         add(place["--source"], *(row(k) for k in items))
     rng, kills = random.Random(3), 0
     while True:
-        rim = start(place, "--window-items", "5", "--once")
+        rim = start(place, "--window-items", "1", "--once")
         seen = 0
         for line in rim.stderr:
             seen += "window" in line

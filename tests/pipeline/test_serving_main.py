@@ -24,8 +24,8 @@ from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.memory import private_bytes
-from benchmarks.redis_server import RedisServer
+from mim_torchrec.benchmarks.harness.redis_server import RedisServer
+from mim_torchrec.benchmarks.measures.memory import private_bytes
 from mim_torchrec.ctr.evaluation import main as evaluate
 from mim_torchrec.embeddings.stores.redis_store import RedisStore
 from mim_torchrec.embeddings.table.format import Table, TableWriter, VersionMismatch
@@ -40,7 +40,7 @@ from mim_torchrec.serving.metrics import Metrics
 from mim_torchrec.serving.releases import ReleaseError, Releases
 from mim_torchrec.serving.releases import main as release
 from mim_torchrec.serving.scorer import Scorer, ScoreRequest
-from mim_torchrec.serving.service import ServedFiles, Service
+from mim_torchrec.serving.service import Deployment, Service
 from tests.pipeline.test_ctr_main import NUM_ITEMS, item_id, write_dataset
 from tests.pipeline.test_evaluate_main import write_table
 from tests.serving import messages, output, trained_bundle
@@ -60,14 +60,14 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
-def pair(folder: Path, **words) -> ServedFiles:
-    return ServedFiles(**({"bundle": folder / "run" / "bundle", "store": str(folder / "table")} | words))
+def deployment(folder: Path, **words) -> Deployment:
+    return Deployment(**({"bundle": folder / "run" / "bundle", "store": str(folder / "table")} | words))
 
 
 DEFAULTS = Limits()
 
 
-def application(what: ServedFiles, limits: Limits = DEFAULTS, **words):
+def application(what: Deployment, limits: Limits = DEFAULTS, **words):
     metrics = Metrics()
     service = Service(what, 100, metrics)
     return make_app(service, metrics, limits, **words), service
@@ -75,7 +75,7 @@ def application(what: ServedFiles, limits: Limits = DEFAULTS, **words):
 
 @pytest.fixture(scope="module")
 def client(folder):
-    app, _ = application(pair(folder))
+    app, _ = application(deployment(folder))
     with TestClient(app) as one:
         yield one
 
@@ -191,7 +191,7 @@ def test_unknown_users_and_items_are_scored_and_counted(client, sent):
 
 def test_sizes_are_limited(folder, sent):
     limits = Limits(max_body_bytes=10_000, max_candidates=3, max_behaviors=1)
-    app, _ = application(pair(folder), limits)
+    app, _ = application(deployment(folder), limits)
     with TestClient(app) as http:
         answer = http.post(INFER, json=sent[0])
         assert answer.status_code == 400 and "4 candidates are more than 3" in answer.json()["error"]
@@ -212,7 +212,7 @@ def test_beyond_loopback_tokens_are_needed(folder, sent, tmp_path):
     (tmp_path / "none").write_text("\n")
     with pytest.raises(ValueError, match="has no token"):
         main([*words, "--token-file", str(tmp_path / "none")])
-    app, _ = application(pair(folder), tokens=frozenset({"one", "two"}))
+    app, _ = application(deployment(folder), tokens=frozenset({"one", "two"}))
     with TestClient(app) as http:
         assert http.get("/v2/health/ready").status_code == 200
         for header in ({}, {"Authorization": "Bearer three"}, {"Authorization": "two"}):
@@ -276,8 +276,8 @@ def test_one_bad_request_of_a_batch_does_not_harm_the_others():
 
 
 def test_model_and_vectors_are_swapped_together_while_requests_come(folder, sent):
-    app, service = application(pair(folder))
-    other = pair(folder, bundle=folder / "second" / "bundle")
+    app, service = application(deployment(folder))
+    other = deployment(folder, bundle=folder / "second" / "bundle")
     with TestClient(app) as http:
         first = output(http.post(INFER, json=sent[0]).json())
         versions, done = set(), threading.Event()
@@ -290,21 +290,21 @@ def test_model_and_vectors_are_swapped_together_while_requests_come(folder, sent
 
         asker = threading.Thread(target=load)
         asker.start()
-        for swap in (other, pair(folder), other):
+        for swap in (other, deployment(folder), other):
             service.swap(swap)
         second = output(http.post(INFER, json=sent[0]).json())
         done.set()
         asker.join()
         assert len(versions) <= 2 and first != second
         with pytest.raises(ValueError, match="is no bundle"):
-            service.swap(pair(folder, bundle=folder))
+            service.swap(deployment(folder, bundle=folder))
         assert output(http.post(INFER, json=sent[0]).json()) == second
 
 
 def test_windows_are_followed_while_serving(folder, sent, tmp_path):
     log = open_log(tmp_path / "log", "styles", start=0)
     message = changed(sent[0], "candidate_item_id", data=[item_id(0), item_id(1), -7, item_id(2)])
-    app, service = application(pair(folder, windows=str(log.root)))
+    app, service = application(deployment(folder, windows=str(log.root)))
     with TestClient(app) as http:
         assert http.post(INFER, json=message).json()["parameters"]["unknown_vector"] == 1
         log.append("w1", torch.tensor([-7]), torch.ones(1, 8), removed=torch.tensor([item_id(1), item_id(2)]))
@@ -326,7 +326,7 @@ def test_a_store_that_is_gone_is_503_and_comes_back_without_a_restart(folder, se
     server = RedisServer(tmp_path / "redis")
     try:
         RedisStore.load(server.url, Table.open(folder / "table"))
-        app, _ = application(pair(folder, store=server.url))
+        app, _ = application(deployment(folder, store=server.url))
         with TestClient(app) as http:
             before = output(http.post(INFER, json=sent[0]).json())
             server.kill()
@@ -400,7 +400,7 @@ def test_what_to_serve_has_to_be_said_once(tmp_path, folder):
         main(["--release", str(tmp_path)])
     with pytest.raises(ValueError, match="Base"):
         base = trained_bundle(folder, "base", "--mim", "off")
-        Service(ServedFiles(bundle=base / "bundle", windows=str(tmp_path)), 0, Metrics())
+        Service(Deployment(bundle=base / "bundle", windows=str(tmp_path)), 0, Metrics())
 
 
 def test_a_new_table_of_the_same_version_continues_the_log(folder, tmp_path):
@@ -416,7 +416,7 @@ MEMORY = """
 import sys, torch
 from mim_torchrec.serving.bundle import Bundle
 from mim_torchrec.serving.scorer import Scorer, ScoreRequest
-from benchmarks.memory import private_bytes
+from mim_torchrec.benchmarks.measures.memory import private_bytes
 bundle, table = sys.argv[1:]
 scorer = Scorer(Bundle.open(bundle), table)
 items = torch.randint(0, 10**6, (500,), generator=torch.Generator().manual_seed(0))
@@ -474,7 +474,7 @@ def test_any_well_formed_request_is_scored(client, data):
 
 
 def test_no_request_that_the_schema_allows_breaks_the_server_or_makes_it_grow(folder):
-    app, _ = application(pair(folder), Limits(max_candidates=50, max_behaviors=50))
+    app, _ = application(deployment(folder), Limits(max_candidates=50, max_behaviors=50))
     schema = schemathesis.openapi.from_asgi("/openapi.json", app)
     operations = [found.ok() for found in schema.get_all_operations()]
     answered: Counter[int] = Counter()

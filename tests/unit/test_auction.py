@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.auction import Outcome, Traffic, lifts, outcome, rank
+from mim_torchrec.benchmarks.paper.auction import Outcome, Traffic, lifts, outcome, rank
 
 SLOTS, EXAMINATION = 2, 0.5
 

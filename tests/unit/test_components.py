@@ -13,6 +13,7 @@ from torchx.specs.builders import materialize_appdef
 from torchx.specs.file_linter import validate
 from torchx.specs.finder import get_component, get_components
 
+from mim_torchrec.ciubm.ubm.registry import built_in_models
 from mim_torchrec.launch import components
 
 STAGES = {
@@ -36,7 +37,7 @@ SERVICES = {
     "serve": ["--release", "releases"],
     "follow": ["--store", "redis://host", "--log", "log", "--table_version", "v1"],
 }
-BENCH = ["--name", "efficiency", "--out", "out"]
+BENCH = ["--name", "paper.efficiency.main", "--out", "out"]
 COMPONENTS = STAGES | SERVICES | {"bench": BENCH}
 
 
@@ -72,8 +73,10 @@ def test_components_are_registered_beside_the_builtin_ones():
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_torchrun_takes_no_flag_of_a_stage_for_an_ambiguous_one_of_its_own(stage, capsys):
-    with pytest.raises(SystemExit):
-        import_module(MODULES[stage]).main(["--help"])
+    models = [["--ubm", name] for name in built_in_models()] if stage == "ctr" else [[]]
+    for model in models:  # each has flags of its own
+        with pytest.raises(SystemExit):
+            import_module(MODULES[stage]).main([*model, "--help"])
     flags = set(re.findall(r"^[│|]? *(--[a-z][a-z0-9.-]*)", capsys.readouterr().out, re.MULTILINE))
     assert {"--data", "--out"} <= flags
     for flag in sorted(flags):
@@ -154,11 +157,13 @@ def test_a_service_is_one_process_that_schedulers_accept(runner, service, schedu
     "scheduler, config",
     [("local_cwd", {}), ("slurm", {}), ("kubernetes", {"queue": "default", "validate_spec": False})],
 )
-def test_a_benchmark_is_one_process_in_a_checkout_that_schedulers_accept(runner, scheduler, config):
+def test_a_benchmark_is_one_process_that_schedulers_accept(runner, scheduler, config):
     known = runner.scheduler_run_opts(scheduler)._opts
     config = {name: value for name, value in config.items() if name in known}
     app = build("bench", "--", "--samples", "8")
-    expected = 'exec "$${MIM_PYTHON:-python}" -m benchmarks.efficiency --out out --samples 8'
+    expected = (
+        'exec "$${MIM_PYTHON:-python}" -m mim_torchrec.benchmarks.paper.efficiency.main --out out --samples 8'
+    )
     assert line(app) == expected and app.roles[0].num_replicas == 1
     request = runner.dryrun_component("mim.bench", [*BENCH, "--image", "mim:1"], scheduler, config)
-    assert "benchmarks.efficiency" in str(request)
+    assert "mim_torchrec.benchmarks.paper.efficiency.main" in str(request)

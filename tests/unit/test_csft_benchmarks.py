@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import ablation_csft, figure5
-from benchmarks.ablation_csft import TABLES, TRAINED, exchange, line, other_orders
-from benchmarks.figure5 import Figure5Config, Tower, build_text, build_vision, pairs_of
+from mim_torchrec.benchmarks.paper import ablation_csft, figure5
+from mim_torchrec.benchmarks.paper.ablation_csft import TABLES, TRAINED, exchange, line, other_orders
+from mim_torchrec.benchmarks.paper.figure5 import Figure5Config, Tower, build_text, build_vision, pairs_of
 from mim_torchrec.csft.config import CSFTConfig
 from mim_torchrec.csft.loss_variant import check_objective
 from mim_torchrec.csft.main import main as csft

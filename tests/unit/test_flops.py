@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.flops import count_flops
+from mim_torchrec.benchmarks.measures.flops import count_flops
 from tests.histories import make_case
 
 DIM = 8

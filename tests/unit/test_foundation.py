@@ -12,11 +12,11 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, PreTrainedTokenizerFast
 
+from mim_torchrec.benchmarks.measures.flops import tower_cost
 from mim_torchrec.encoders import foundation
 from mim_torchrec.encoders import text as text_module
 from mim_torchrec.encoders.beit3 import Beit3TextConfig, Beit3TextModel
 from mim_torchrec.encoders.checkpoint import load_towers, save_towers
-from mim_torchrec.encoders.cost import tower_cost
 from mim_torchrec.encoders.text import TextEncoder, TextEncoderConfig, learns_tokenizer, train_tokenizer
 from mim_torchrec.encoders.vision import VisionEncoder, VisionEncoderConfig
 from mim_torchrec.pretraining.text import LanguageHead, objective_of

@@ -5,7 +5,7 @@ from torch import nn
 from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from benchmarks.lookups import embedding_bytes, table_bytes
+from mim_torchrec.benchmarks.measures.lookups import embedding_bytes, table_bytes
 
 TABLE = EmbeddingConfig(name="item", num_embeddings=9, embedding_dim=4, feature_names=["a", "b"])
 BATCH = KeyedJaggedTensor(

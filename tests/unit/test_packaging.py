@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from mim_torchrec import cli
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {
     "mim_torchrec": "mim_torchrec",
+    "benchmarks": "mim_torchrec.benchmarks",
     "embeddings": "mim_torchrec.embeddings",
     "launch": "mim_torchrec.launch",
 }
@@ -26,11 +28,16 @@ STAGES = {"pretraining", "csft", "representation", "ctr"}
 PARTS = {"encoders", "losses", "ciubm", "data", "training"}
 SERVICES = {"rim", "serving"}
 TOP = {"launch", "cli", "doctor"}
+BOTTOM = {"embeddings", "builds", "extensions", "extras", "lazy", "version"}
+STANDALONE = {f"mim_torchrec{name}" for name in ("", ".cli", ".doctor", ".builds", ".extras", ".lazy")}
+BENCHMARK_ROOMS = [{"harness", "measures"}, {"paper", "speed", "chaos"}, {"records"}]
+DRAWING = {"matplotlib", "jinja2"}
 
 START = """
 import json, runpy, sys
-import mim_torchrec, mim_torchrec.embeddings, mim_torchrec.launch
-print(json.dumps([m.__file__ for m in (mim_torchrec, mim_torchrec.embeddings, mim_torchrec.launch)]))
+import mim_torchrec, mim_torchrec.benchmarks, mim_torchrec.embeddings, mim_torchrec.launch
+packages = (mim_torchrec, mim_torchrec.benchmarks, mim_torchrec.embeddings, mim_torchrec.launch)
+print(json.dumps([m.__file__ for m in packages]))
 for module in sys.argv[1:]:
     sys.argv = [module, "--help"]
     try:
@@ -52,15 +59,26 @@ def sources() -> dict[str, Path]:
 
 SOURCES = sources()
 PROGRAMS = [name for name, path in SOURCES.items() if '__name__ == "__main__"' in path.read_text()]
+# of the benchmarks, tests/pipeline/test_bench.py starts every one from the checkout
+STARTED = [name for name in PROGRAMS if not name.startswith("mim_torchrec.benchmarks.")]
+STARTED += ["mim_torchrec.benchmarks.paper.demo", "mim_torchrec.benchmarks.records.bench"]
 
 
 def layer(module: str) -> int:
-    """0 for the bottom: a module may import from its own layer and those below."""
-    names = module.split(".")[1:2]
+    """0 for the bottom: a module may import from its own layer and those below; the package is the top."""
+    names = module.split(".")[1:]
     if not names:
-        return 0
-    layers = [{"embeddings"}, PARTS, STAGES, SERVICES, TOP]
+        return 4
+    if names[0] == "benchmarks":
+        return 5 + benchmark_layer(module)
+    layers = [BOTTOM, PARTS, STAGES, SERVICES, TOP]
     return next(number for number, members in enumerate(layers) if names[0] in members)
+
+
+def benchmark_layer(module: str) -> int:
+    """As `layer`, among the rooms of the benchmarks; rooms of one layer do not import each other."""
+    rooms = module.split(".")[2:3]
+    return next((n for n, members in enumerate(BENCHMARK_ROOMS) if rooms and rooms[0] in members), 0)
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
@@ -95,12 +113,63 @@ def test_imports_run_downwards_only(module):
         assert name.split(".")[0] not in ("embeddings", "launch", "benchmarks", "tests"), f"imports {name}"
         if name.startswith("mim_torchrec"):
             assert layer(name) <= layer(module), f"{module} must not import {name}"
+        rooms = [one.split(".")[2] for one in (name, module) if one.startswith("mim_torchrec.benchmarks.")]
+        if len(set(rooms)) == 2:
+            assert benchmark_layer(name) < benchmark_layer(module), f"{module} must not import {name}"
 
 
-@pytest.mark.parametrize("module", ["mim_torchrec", "mim_torchrec.cli", "mim_torchrec.doctor"])
+@pytest.mark.parametrize("module", [m for m in SOURCES if not m.startswith("mim_torchrec.benchmarks")])
+def test_only_benchmarks_draw(module):
+    assert {name.split(".")[0] for name, _ in imports(SOURCES[module])}.isdisjoint(DRAWING)
+
+
+def test_a_benchmark_without_what_it_draws_with_names_the_extra(tmp_path: Path):
+    code = (
+        "import importlib.util as u; known = u.find_spec; "
+        "u.find_spec = lambda name, *more: None if name == 'matplotlib' else known(name, *more); "
+        "import mim_torchrec.benchmarks"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert "no module 'matplotlib'" in done.stderr and "mim-torchrec[report]" in done.stderr
+
+
+def imported_modules(module: str) -> set[str]:
+    """Modules of the packages that a module imports, at once or within a function."""
+    found = set()
+    for node in ast.walk(ast.parse(SOURCES[module].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            members = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in SOURCES else node.module for name in members}
+    return found & SOURCES.keys()
+
+
+def circles(imported: dict[str, set[str]]) -> list[list[str]]:
+    """Paths of imports that end where they began; none where the graph has an order."""
+    try:
+        list(TopologicalSorter(imported).static_order())
+    except CycleError as error:
+        return [error.args[1]]
+    return []
+
+
+def test_a_circle_of_imports_is_found():
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}
+    (found,) = circles(graph)
+    assert found[0] == found[-1] and set(found) == {"a", "b", "c"}
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    assert circles({module: imported_modules(module) for module in SOURCES}) == []
+
+
+@pytest.mark.parametrize("module", sorted(STANDALONE))
 def test_the_doctor_loads_where_no_library_does(module):
-    names = {name.split(".")[0] for name, at_once in imports(SOURCES[module]) if at_once}
-    assert names <= set(sys.stdlib_module_names)
+    names = {name for name, at_once in imports(SOURCES[module]) if at_once}
+    ours = {name for name in names if name.startswith("mim_torchrec")}
+    assert {name.rpartition(".")[0] if name not in SOURCES else name for name in ours} <= STANDALONE
+    assert {name.split(".")[0] for name in names - ours} <= set(sys.stdlib_module_names)
 
 
 def test_every_command_has_a_program():
@@ -110,7 +179,7 @@ def test_every_command_has_a_program():
 def start_all(folder: Path, search: Path | None) -> list[Path]:
     """`--help` of every program, as `python -m` from a folder; returns where the packages were found."""
     result = subprocess.run(
-        [sys.executable, "-c", START, *PROGRAMS],
+        [sys.executable, "-c", START, *STARTED],
         env={**os.environ, "PYTHONPATH": "" if search is None else str(search)},
         cwd=folder, capture_output=True, text=True, check=False,
     )  # fmt: skip
@@ -124,7 +193,7 @@ def test_every_program_starts_from_the_checkout():
 
 def test_every_program_starts_from_a_wheel(tmp_path: Path):
     source = tmp_path / "source"
-    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.png")
     for folder in FOLDERS:
         shutil.copytree(ROOT / folder, source / folder, ignore=ignore)
     for file in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
@@ -139,7 +208,9 @@ def test_every_program_starts_from_a_wheel(tmp_path: Path):
     zipfile.ZipFile(wheel).extractall(unpacked)
     elsewhere.mkdir()
     package = unpacked / "mim_torchrec"
-    assert start_all(elsewhere, unpacked) == [package, package / "embeddings", package / "launch"]
+    folders = [package, *(package / name for name in ("benchmarks", "embeddings", "launch"))]
+    assert start_all(elsewhere, unpacked) == folders
+    assert (package / "benchmarks" / "results" / "small.json").exists()
     top = {path.name for path in unpacked.iterdir() if not path.name.endswith(".dist-info")}
     assert top == {"mim_torchrec"}
 
@@ -174,7 +245,14 @@ def test_no_tracked_file_holds(what, pattern):
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_lock_files_pin_every_package_to_one_version(kind):
     lines = (ROOT / "requirements" / f"{kind}.txt").read_text().splitlines()[1:]
-    assert [line for line in lines if not re.fullmatch(r"[a-z0-9-]+==[\w.]+", line)] == []
+    pin = r"[a-z0-9-]+==[\w.]+( ; python_full_version < \"[\d.]+\")?"
+    assert [line for line in lines if not re.fullmatch(pin, line)] == []
+
+
+def test_lock_files_are_for_every_supported_patch_version_of_python():
+    lines = (ROOT / "requirements" / "cpu.txt").read_text().splitlines()
+    needed = [line for line in lines if line.startswith("async-timeout==")]  # by redis on Debian 12's Python
+    assert [line.partition(" ; ")[2] for line in needed] == ['python_full_version < "3.11.3"']
 
 
 def test_lock_files_differ_in_the_build_of_fbgemm_only():

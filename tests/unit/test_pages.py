@@ -6,7 +6,7 @@ import json
 import pytest
 from PIL import Image
 
-from mim_torchrec.training.pages import Section, write_pages
+from mim_torchrec.benchmarks.harness.pages import Section, write_pages
 
 
 def picture() -> bytes:
@@ -17,7 +17,7 @@ def picture() -> bytes:
 
 SECTIONS = [
     Section("Sizes & shapes", text=["A word."], columns=["name", "auc"], rows=[["a<b", "0.5"], ["c", "0.6"]]),
-    Section("Seen", pictures=["seen.png"]),
+    Section("Seen", images=["seen.png"]),
 ]
 
 

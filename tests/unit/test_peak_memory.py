@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.peak_memory import PeakMemory, estimated, measured_on_cpu
+from mim_torchrec.benchmarks.measures.peak_memory import PeakMemory, estimated, measured_on_cpu
 
 KB = 1024
 FLOATS = 256  # of a kilobyte

@@ -26,7 +26,7 @@ ONE = DistributedContext(0, 1, torch.device("cpu"))
 
 
 class Catalog:
-    """Random pictures and the titles above."""
+    """Random images and the titles above."""
 
     num_images = len(TITLES)
 
@@ -36,8 +36,8 @@ class Catalog:
     def titles(self, rows: np.ndarray) -> list[str]:
         return [self._titles[row] for row in rows]
 
-    def decode(self, picture: int, vision: VisionEncoder) -> torch.Tensor:
-        draws = torch.Generator().manual_seed(picture)
+    def decode(self, image: int, vision: VisionEncoder) -> torch.Tensor:
+        draws = torch.Generator().manual_seed(image)
         shape = (3, vision.image_size, vision.image_size)
         return torch.randint(256, shape, dtype=torch.uint8, generator=draws)
 

@@ -7,9 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mim_torchrec.training import comparison
+from mim_torchrec.benchmarks.harness import comparison
+from mim_torchrec.benchmarks.harness.experiment_report import loss_curve, write_report
 from mim_torchrec.training.metrics import auc
-from mim_torchrec.training.report import loss_curve, write_report
 
 IMPRESSIONS = 2000
 

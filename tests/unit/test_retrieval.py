@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from mim_torchrec.training.retrieval import by_group, exchange_rate, search, summarize
+from mim_torchrec.benchmarks.harness.comparison import exchange_rate
+from mim_torchrec.training.retrieval import by_group, search, summarize
 
 NUM_ITEMS, NUM_QUERIES, DIM = 40, 300, 6
 
@@ -44,19 +45,19 @@ def test_places_and_the_best_are_those_of_a_naive_loop(vectors):
     doubles = vectors | {name: vectors[name].double() for name in ("query", "items")}
     found = search(**vectors, top=7)
     places, best = naive(**doubles, top=7)
-    assert found.place.tolist() == places
+    assert found.rank.tolist() == places
     assert found.top.tolist() == best
 
 
 def test_vectors_that_are_all_the_same_find_nothing(vectors):
     found = search(**vectors | {"items": torch.ones(NUM_ITEMS, DIM)})
     of_items = (vectors["own"] >= 0).long()
-    assert found.place.tolist() == (NUM_ITEMS - 2 - of_items * vectors["allowed"][vectors["own"]]).tolist()
+    assert found.rank.tolist() == (NUM_ITEMS - 2 - of_items * vectors["allowed"][vectors["own"]]).tolist()
 
 
 def test_no_queries_find_nothing(vectors):
     empty = {name: vectors[name][:0] for name in ("query", "bought", "own")}
-    assert search(**vectors | empty).place.shape == (0,)
+    assert search(**vectors | empty).rank.shape == (0,)
 
 
 def test_the_summary_is_that_of_the_definition():

@@ -126,7 +126,7 @@ def test_readers_accept_all_of_it(dataset, tmp_path):
                 items.rows_of(batch.sparse[f"{role}_item_id"].values().numpy())
 
 
-def test_pictures_have_the_size_asked_for(dataset):
+def test_images_have_the_size_asked_for(dataset):
     (item, *_), (pair, *_) = rows_of(dataset, "items"), rows_of(dataset, "pairs")
     for data in (item["image"], pair["query_image"]):
         assert decode_image(data).size == (SIZES["image_size"], SIZES["image_size"])

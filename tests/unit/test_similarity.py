@@ -12,7 +12,7 @@ from mim_torchrec.ciubm.similarity import similarity_dim, similarity_interest
 from mim_torchrec.ciubm.ubm.avg_pooling import AvgPooling
 from tests.histories import Case, make_case
 
-TIERS, WINDOWS = 4, (2, 0)
+TIERS, SPANS = 4, (2, 0)
 
 
 @pytest.fixture
@@ -34,9 +34,9 @@ def naive(case: Case, relevance: dict[tuple[int, int], float]) -> Tensor:
     for candidates, behaviors in case.requests():
         for t in candidates:
             row = []
-            for window in WINDOWS:
+            for span in SPANS:
                 counts, largest, total, weights = [0] * TIERS, None, 0.0, 0.0
-                recent = behaviors[-window:] if window else behaviors
+                recent = behaviors[-span:] if span else behaviors
                 for i in recent:
                     alpha = relevance[t, i]
                     if alpha == 0:
@@ -60,8 +60,8 @@ def by_pair(case: Case, relevance: Tensor) -> dict[tuple[int, int], float]:
 def test_the_similarity_interest_is_that_of_a_loop(case):
     relevance = content_relevance(*vectors(case), case.pairs).double()
     assert (relevance == 0).any()
-    value = similarity_interest(relevance, case.pairs, TIERS, WINDOWS)
-    assert value.shape == (len(case.candidates), similarity_dim(TIERS, WINDOWS))
+    value = similarity_interest(relevance, case.pairs, TIERS, SPANS)
+    assert value.shape == (len(case.candidates), similarity_dim(TIERS, SPANS))
     torch.testing.assert_close(value, naive(case, by_pair(case, relevance)))
 
 
@@ -74,16 +74,16 @@ def test_a_relevance_at_the_ends_falls_in_the_last_tier(alpha):
 
 def test_an_empty_history_and_one_without_vectors_give_zeros():
     case = make_case((2, 1), (0, 3))
-    value = similarity_interest(torch.zeros(3), case.pairs, TIERS, WINDOWS)
-    assert value.shape == (3, similarity_dim(TIERS, WINDOWS))
+    value = similarity_interest(torch.zeros(3), case.pairs, TIERS, SPANS)
+    assert value.shape == (3, similarity_dim(TIERS, SPANS))
     assert not value.any()
 
 
-@pytest.mark.parametrize(("tiers", "windows"), [(0, (1,)), (3, ()), (3, (5, -1))])
-def test_impossible_tiers_and_windows_are_errors(tiers, windows):
+@pytest.mark.parametrize(("tiers", "spans"), [(0, (1,)), (3, ()), (3, (5, -1))])
+def test_impossible_tiers_and_windows_are_errors(tiers, spans):
     case = make_case((1,), (1,))
     with pytest.raises(ValueError, match="at least one of each, none negative"):
-        similarity_interest(torch.ones(1), case.pairs, tiers, windows)
+        similarity_interest(torch.ones(1), case.pairs, tiers, spans)
 
 
 def test_the_sharpened_relevance_and_the_gradient_of_its_temperature_are_those_of_a_loop(case):
@@ -114,7 +114,7 @@ def interests(case: Case, model: CiUBM) -> Tensor:
 def test_the_similarity_interest_is_a_fourth_part(case):
     torch.manual_seed(0)
     plain = CiUBM(AvgPooling(8), content=True, fusion=True)
-    more = CiUBM(AvgPooling(8), content=True, fusion=True, tiers=TIERS, windows=WINDOWS)
+    more = CiUBM(AvgPooling(8), content=True, fusion=True, tiers=TIERS, spans=SPANS)
     three, four = interests(case, plain), interests(case, more)
     assert four.shape[1] == three.shape[1] + more.similarity_dim
     torch.testing.assert_close(four[:, : three.shape[1]], three)
@@ -129,7 +129,7 @@ def test_a_low_temperature_gives_the_interest_of_the_most_similar_behavior(case)
 
 
 def test_content_dropout_leaves_out_all_content_of_a_candidate_in_training_only(case):
-    model = CiUBM(None, content=True, fusion=True, tiers=TIERS, windows=(0,), content_dropout=0.5)
+    model = CiUBM(None, content=True, fusion=True, tiers=TIERS, spans=(0,), content_dropout=0.5)
     whole = interests(case, model.eval())
     torch.manual_seed(0)
     dropped = interests(case, model.train())

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import stages
-from benchmarks.stages import Run, Stage, StageError
+from mim_torchrec.benchmarks.harness import stages
+from mim_torchrec.benchmarks.harness.stages import Run, Stage, StageError
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from threading import Event
 import pytest
 import torch
 
-from benchmarks.redis_server import RedisServer
+from mim_torchrec.benchmarks.harness.redis_server import RedisServer
 from mim_torchrec.embeddings.stores.embedded import EmbeddedStore
 from mim_torchrec.embeddings.stores.main import main as command
 from mim_torchrec.embeddings.stores.redis_store import RedisStore
@@ -19,7 +19,8 @@ from mim_torchrec.embeddings.stores.store import catch_up, follow, open_store
 from mim_torchrec.embeddings.table.format import DTYPES, Table, TableError, TableWriter, VersionMismatch
 from mim_torchrec.embeddings.table.quantize import decode, encode
 from mim_torchrec.embeddings.windows.compact import compact
-from mim_torchrec.embeddings.windows.redis_connection import RedisFull, connect, locate
+from mim_torchrec.embeddings.windows.redis_address import RedisFull, locate
+from mim_torchrec.embeddings.windows.redis_connection import connect
 from mim_torchrec.embeddings.windows.transport import open_log
 from mim_torchrec.embeddings.windows.window import Window, WindowGap
 from tests.unit.test_windows import DIM, ROOT, tensor, vectors, window

@@ -11,10 +11,11 @@ from threading import Event, Thread
 import pytest
 import torch
 
-from benchmarks.redis_server import RedisServer
+from mim_torchrec.benchmarks.harness.redis_server import RedisServer
 from mim_torchrec.embeddings.stores.store import follow
 from mim_torchrec.embeddings.table.format import TableError, VersionMismatch
-from mim_torchrec.embeddings.windows.redis_connection import RedisFull, RedisUnavailable, connect, locate
+from mim_torchrec.embeddings.windows.redis_address import RedisFull, RedisUnavailable, locate
+from mim_torchrec.embeddings.windows.redis_connection import connect
 from mim_torchrec.embeddings.windows.transport import open_log
 from mim_torchrec.embeddings.windows.window import MalformedWindow, WindowGap
 from tests.unit.test_windows import DIM, ROOT, tensor, vectors, window

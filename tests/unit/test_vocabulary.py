@@ -13,7 +13,7 @@ from mim_torchrec.data.batch import RequestBatch
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.requests import RequestReader
 from mim_torchrec.data.schema import REQUESTS, category_ids
-from mim_torchrec.data.vocabulary import ALARM_WINDOW, IdMapper, Vocabulary, scan_ids
+from mim_torchrec.data.vocabulary import ALARM_IDS, IdMapper, Vocabulary, scan_ids
 from mim_torchrec.embeddings.sharded.live import ItemIndex
 from tests.datasets import CATEGORIES, request_rows, without, write_requests, write_rows
 
@@ -189,7 +189,7 @@ def test_a_vocabulary_without_a_feature_is_left_alone():
     assert "query_id" not in lists_of(mapper_of(query_id=(1,))(small_batch()))
 
 
-def test_unknown_shares_count_candidates_and_behaviors_of_all_batches():
+def test_unknown_fractions_count_candidates_and_behaviors_of_all_batches():
     mapper = mapper_of(ItemIndex(torch.tensor([20]), capacity=4))
     mapper(small_batch())
     assert mapper.unknown_fractions() == {"user_id": 1 / 2, "item_id": 1 / 4, "category": 0.0, "mm": 2 / 4}
@@ -197,7 +197,7 @@ def test_unknown_shares_count_candidates_and_behaviors_of_all_batches():
     assert mapper.unknown_fractions() == {"user_id": 1 / 3, "item_id": 4 / 8, "category": 0.0, "mm": 6 / 8}
 
 
-def test_unknown_shares_leave_out_what_was_never_seen():
+def test_unknown_fractions_leave_out_what_was_never_seen():
     assert mapper_of().unknown_fractions() == {}
 
 
@@ -206,19 +206,19 @@ def candidates(count: int, unknown: int) -> RequestBatch:
 
 
 def test_more_unknown_ids_than_the_limit_are_warned_of(caplog):
-    mapper_of(max_unknown=0.5)(candidates(ALARM_WINDOW, ALARM_WINDOW * 6 // 10))
+    mapper_of(max_unknown=0.5)(candidates(ALARM_IDS, ALARM_IDS * 6 // 10))
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert record.getMessage() == "60% of the last 100000 ids of item_id are unknown (limit 50%)"
 
 
 def test_as_many_unknown_ids_as_the_limit_are_not_warned_of(caplog):
-    mapper_of(max_unknown=0.5)(candidates(ALARM_WINDOW, ALARM_WINDOW // 2))
+    mapper_of(max_unknown=0.5)(candidates(ALARM_IDS, ALARM_IDS // 2))
     assert not caplog.records
 
 
 def test_fewer_ids_than_the_window_are_not_warned_of(caplog):
-    mapper_of(max_unknown=0.5)(candidates(ALARM_WINDOW - 1, ALARM_WINDOW - 1))
+    mapper_of(max_unknown=0.5)(candidates(ALARM_IDS - 1, ALARM_IDS - 1))
     assert not caplog.records
 
 
@@ -226,19 +226,19 @@ def test_the_window_spans_batches(caplog):
     mapper = mapper_of(max_unknown=0.5)
     for _ in range(4):
         assert not caplog.records
-        mapper(candidates(ALARM_WINDOW // 4, ALARM_WINDOW // 4))
+        mapper(candidates(ALARM_IDS // 4, ALARM_IDS // 4))
     assert len(caplog.records) == 1
 
 
 def test_a_window_does_not_count_what_was_unknown_before_it(caplog):
     mapper = mapper_of(max_unknown=0.5)
-    mapper(candidates(ALARM_WINDOW, ALARM_WINDOW))
+    mapper(candidates(ALARM_IDS, ALARM_IDS))
     caplog.clear()
-    mapper(candidates(ALARM_WINDOW, ALARM_WINDOW // 10))
+    mapper(candidates(ALARM_IDS, ALARM_IDS // 10))
     assert not caplog.records
 
 
 def test_unknown_rows_of_the_multi_modal_table_are_warned_of(caplog):
     mapper = mapper_of(ItemIndex(torch.tensor([20]), capacity=4), max_unknown=0.5)
-    mapper(candidates(ALARM_WINDOW, 0))
+    mapper(candidates(ALARM_IDS, 0))
     assert "100% of the last 100000 ids of mm are unknown" in caplog.text

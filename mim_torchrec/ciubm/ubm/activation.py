@@ -56,7 +56,8 @@ class Dice(nn.Module):
     def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """Activate (n, dim); with a weight (dim,) give the inner product of each row with it, (n,)."""
         norm = self.normalize
-        mean, variance, count = norm.running_mean, norm.running_var, None
+        mean, variance = norm.running_mean, norm.running_var
+        count: float | None = None
         if self.training:
             with torch.no_grad():
                 mean, variance, count = _statistics(x, norm)

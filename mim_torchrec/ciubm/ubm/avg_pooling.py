@@ -4,12 +4,14 @@ The interest is the mean ID embedding of the behaviors: it does not look at the 
 computed once a request and shared by all its candidates.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mim_torchrec.ciubm.jagged import RequestPairs
-from mim_torchrec.ciubm.ubm.interface import BehaviorContext, Interest, UserBehaviorModel
+from mim_torchrec.ciubm.ubm.interface import BehaviorContext, Interest, UBMOptions, UserBehaviorModel
 
 
 class AvgPooling(UserBehaviorModel):
@@ -39,3 +41,14 @@ class AvgPooling(UserBehaviorModel):
             everyone, behaviors, pairs.behavior_offsets, mode="mean", include_last_offset=True
         )
         return Interest(means.index_select(0, pairs.candidate_request))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AvgPoolingOptions(UBMOptions):
+    """Average pooling has no options."""
+
+    name = "avg_pooling"
+
+    def build(self, dim: int, *, dropout: float, auxiliary: bool) -> AvgPooling:
+        """See `UBMOptions`."""
+        return AvgPooling(dim)

@@ -18,6 +18,7 @@ attention is quadratic in the length once a history, and linear for each candida
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ from mim_torchrec.ciubm.ubm.interface import (
     NUM_RECENCY_BUCKETS,
     BehaviorContext,
     Interest,
+    Need,
+    UBMOptions,
     UserBehaviorModel,
     recency_buckets,
 )
@@ -209,3 +212,24 @@ def _pad(rows: Tensor, position: Tensor, exists: Tensor, parts: int) -> Tensor:
     padded = rows.new_zeros(*exists.shape, rows.shape[1])
     padded[exists] = rows.index_select(0, position)
     return padded.unflatten(2, (parts, -1)).transpose(1, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BSTOptions(UBMOptions):
+    """Options of BST."""
+
+    name = "bst"
+
+    heads: int = 4
+    """Attention heads; each takes its fraction of the embeddings of an item."""
+    max_positions: int = 50
+    """Most recent behaviors that are used."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """See `UBMOptions`."""
+        return frozenset({"recency"})
+
+    def build(self, dim: int, *, dropout: float, auxiliary: bool) -> BST:
+        """See `UBMOptions`."""
+        return BST(dim, self.heads, self.max_positions, dropout=dropout)

@@ -10,11 +10,19 @@ averages over histories; here it is the mean over all comparisons, so that its w
 lengths. Left out: AIGRU and AGRU, which the paper found worse, and the paper's own negative logs.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from mim_torchrec.ciubm.jagged import RequestPairs
-from mim_torchrec.ciubm.ubm.interface import Auxiliary, BehaviorContext, Interest, UserBehaviorModel
+from mim_torchrec.ciubm.ubm.interface import (
+    Auxiliary,
+    BehaviorContext,
+    Interest,
+    UBMOptions,
+    UserBehaviorModel,
+)
 from mim_torchrec.ciubm.ubm.recurrence import AttentionalGRU, TimeOrder
 
 
@@ -80,3 +88,14 @@ class DIEN(UserBehaviorModel):
         negative = (h * behaviors.index_select(0, drawn)).sum(-1)
         targets = torch.cat([torch.ones_like(positive), torch.zeros_like(negative)]).detach()
         return Auxiliary(torch.cat([positive, negative]), targets)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DIENOptions(UBMOptions):
+    """DIEN has no options."""
+
+    name = "dien"
+
+    def build(self, dim: int, *, dropout: float, auxiliary: bool) -> DIEN:
+        """See `UBMOptions`."""
+        return DIEN(dim, auxiliary=auxiliary)

@@ -9,6 +9,7 @@ $W[q, s, q-s, q \circ s] = (W_q + W_d)q + (W_s - W_d)s + W_p(q \circ s)$: the fi
 once a candidate and once a behavior, and only the last once a pair.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from mim_torchrec.ciubm.jagged import RequestPairs
 from mim_torchrec.ciubm.packed import sum_by_behavior, sum_by_candidate
 from mim_torchrec.ciubm.ubm.activation import Activation, blocks, build_activation
-from mim_torchrec.ciubm.ubm.interface import BehaviorContext, Interest, UserBehaviorModel
+from mim_torchrec.ciubm.ubm.interface import BehaviorContext, Interest, UBMOptions, UserBehaviorModel
 
 
 class DIN(UserBehaviorModel):
@@ -122,3 +123,21 @@ class _FirstLayer(torch.autograd.Function):
             grad_weight,
             None,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DINOptions(UBMOptions):
+    """Options of DIN."""
+
+    name = "din"
+
+    attention: tuple[int, ...] = (36,)
+    """Hidden layers of the attention unit."""
+    attention_activation: Activation = "prelu"
+    """Activation of the attention unit."""
+    attention_softmax: bool = False
+    """Normalize attention weights, which DIN does not."""
+
+    def build(self, dim: int, *, dropout: float, auxiliary: bool) -> DIN:
+        """See `UBMOptions`."""
+        return DIN(dim, self.attention, self.attention_activation, self.attention_softmax)

@@ -2,16 +2,18 @@
 
 Each is a module `forward(candidates, behaviors, pairs, context) -> Interest` with the size of its interest as
 `out_dim`. One history serves the candidates of a request; what depends on the history alone is computed once.
+A `UBMOptions` describes a model to all programs: name, flags, what it needs of the data, how it is built.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 
 from mim_torchrec.ciubm.jagged import RequestPairs
 
 NUM_RECENCY_BUCKETS = 64
+Need = Literal["recency", "categories"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Interest(NamedTuple):
 
 
 class UserBehaviorModel(nn.Module):
-    """Base class of the models; an `nn.Module` with this `forward` and `out_dim` does as well."""
+    """Base class of the models."""
 
     out_dim: int
 
@@ -76,6 +78,35 @@ class UserBehaviorModel(nn.Module):
 
         Raises:
             ValueError: the context lacks what the model needs.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class UBMOptions:
+    """A user behavior model as `mim ctr --ubm` knows it; subclasses are frozen, keyword-only dataclasses.
+
+    Fields are options: each is a flag of `mim ctr --ubm <name>`, its docstring the help, and is kept in
+    config.json. A model outside this folder has no `name`; it is chosen by `--ubm package.module:ClassName`.
+
+    Attributes:
+        name: of a model in this folder, unique.
+    """
+
+    name: ClassVar[str]
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What the model reads of its `BehaviorContext`; the data has to have it."""
+        return frozenset()
+
+    def build(self, dim: int, *, dropout: float, auxiliary: bool) -> UserBehaviorModel:
+        """Make the model.
+
+        Args:
+            dim: size of candidate and behavior embeddings.
+            dropout: probability of dropping a hidden unit, for models that have such a thing.
+            auxiliary: whether an auxiliary loss will be used if the model has one.
         """
         raise NotImplementedError
 

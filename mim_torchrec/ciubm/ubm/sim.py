@@ -14,6 +14,7 @@ Left out: the short-term model (DIEN) that the paper puts beside it, and an inne
 exact. A hard search keeps the last `top_k` where more than that have the category.
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -26,6 +27,8 @@ from mim_torchrec.ciubm.ubm.interface import (
     Auxiliary,
     BehaviorContext,
     Interest,
+    Need,
+    UBMOptions,
     UserBehaviorModel,
     recency_buckets,
 )
@@ -42,7 +45,7 @@ class SIM(UserBehaviorModel):
         top_k: behaviors that the general search unit keeps.
         heads: attention heads of the exact search unit.
         attention_dim: size of the compared vectors of all heads together; `dim` by default.
-        gap_dim: size of the embedding of a recency.
+        recency_dim: size of the embedding of a recency.
         auxiliary: train the soft search by an auxiliary click prediction.
         auxiliary_hidden: width of the hidden layer that predicts it.
     """
@@ -131,3 +134,26 @@ def _same_category(pairs: RequestPairs, context: BehaviorContext | None) -> Tens
         raise ValueError("SIM's hard search needs the categories of candidates and behaviors")
     wanted = context.candidate_categories[pairs.candidate_index]
     return (wanted == context.behavior_categories[pairs.behavior_index]) & (wanted != 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SIMOptions(UBMOptions):
+    """Options of SIM."""
+
+    name = "sim"
+
+    search: Search = "soft"
+    """General search: by relevance, or among the behaviors of the candidate's category."""
+    top_k: int = 50
+    """Behaviors that the general search keeps."""
+    heads: int = 4
+    """Attention heads; each takes its fraction of the embeddings of an item."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """See `UBMOptions`."""
+        return frozenset({"recency", "categories"} if self.search == "hard" else {"recency"})
+
+    def build(self, dim: int, *, dropout: float, auxiliary: bool) -> SIM:
+        """See `UBMOptions`."""
+        return SIM(dim, self.search, self.top_k, self.heads, auxiliary=auxiliary)

@@ -16,16 +16,19 @@ store of projected behaviors.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mim_torchrec.ciubm.jagged import RequestPairs
+from mim_torchrec.ciubm.jagged import Pairs, RequestPairs
 from mim_torchrec.ciubm.ubm.interface import (
     NUM_RECENCY_BUCKETS,
     BehaviorContext,
     Interest,
+    Need,
+    UBMOptions,
     UserBehaviorModel,
     recency_buckets,
 )
@@ -39,7 +42,7 @@ class TWIN(UserBehaviorModel):
         top_k: behaviors that a head attends to.
         heads: attention heads.
         attention_dim: size of the vectors of all heads together; `dim` by default.
-        gap_dim: size of the embedding of a recency.
+        recency_dim: size of the embedding of a recency.
     """
 
     def __init__(
@@ -85,9 +88,30 @@ class TWIN(UserBehaviorModel):
         heads = []
         for query, key, value, bias in of_heads:
             scores = pairs.inner_products(query, key) + bias.squeeze(1).index_select(0, pairs.behavior_index)
-            found = pairs
+            found: Pairs = pairs
             if pairs.longest > self.top_k:
                 kept = pairs.top_k(scores.detach(), self.top_k)
                 found, scores = pairs.select(kept), scores[kept]
             heads.append(found.weighted_sum(value, found.segment_softmax(scores)))
         return Interest(self.out(torch.cat(heads, dim=-1)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TWINOptions(UBMOptions):
+    """Options of TWIN."""
+
+    name = "twin"
+
+    top_k: int = 50
+    """Behaviors that a head attends to."""
+    heads: int = 4
+    """Attention heads; each takes its fraction of the embeddings of an item."""
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """See `UBMOptions`."""
+        return frozenset({"recency"})
+
+    def build(self, dim: int, *, dropout: float, auxiliary: bool) -> TWIN:
+        """See `UBMOptions`."""
+        return TWIN(dim, self.top_k, self.heads)

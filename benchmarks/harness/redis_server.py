@@ -1,0 +1,101 @@
+"""Real Redis servers on free loopback ports, for benchmarks and tests; every write is on the disk at once."""
+
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+
+from mim_torchrec.extras import needs
+
+with needs("redis"):
+    import redis
+
+MISSING = "this needs a Redis server: apt-get install redis-server"
+
+
+def free_port(highest: int = 65_535) -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    return port if port <= highest else free_port(highest)
+
+
+class RedisServer:
+    """A server that can be stopped and started again with what it had.
+
+    Args:
+        folder: gets its files.
+        options: further words of the command line.
+        tls: speak TLS on the port.
+        url: what clients connect to, `{port}` where the port goes.
+        highest: port.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *options: str,
+        tls: bool = False,
+        url: str = "redis://127.0.0.1:{port}",
+        highest: int = 65_535,
+    ) -> None:
+        assert shutil.which("redis-server"), MISSING
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.port = folder, free_port(highest)
+        self._options = [*options, "--tls-port" if tls else "--port", str(self.port)]
+        self.url = url.format(port=self.port)
+        self._process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def start(self) -> None:
+        """Start it and wait until it answers."""
+        words = ["--bind", "127.0.0.1", "--dir", str(self.folder), "--save", "",
+                 "--appendonly", "yes", "--appendfsync", "always", *self._options]  # fmt: skip
+        with (self.folder / "log.txt").open("ab") as log:
+            self._process = subprocess.Popen(["redis-server", *words], stdout=log, stderr=log)
+        while True:
+            try:
+                self.client().ping()
+                return
+            except (redis.ConnectionError, redis.TimeoutError):
+                assert self._process.poll() is None, (self.folder / "log.txt").read_text()
+
+    def client(self) -> redis.Redis:
+        """A client of it."""
+        return redis.Redis.from_url(self.url)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._process.kill()
+        self._process.wait()
+
+
+class RedisCluster:
+    """Servers that share the slots of a cluster.
+
+    Args:
+        folder: gets their files.
+        size: how many there are.
+    """
+
+    SLOTS = 16384
+
+    def __init__(self, folder: Path, size: int) -> None:
+        words = ["--cluster-enabled", "yes", "--cluster-node-timeout", "2000"]
+        # the bus of a cluster listens at port + 10000
+        self.servers = [RedisServer(folder / str(k), *words, highest=50_000) for k in range(size)]
+        for server, part in zip(self.servers, range(size), strict=True):
+            first, last = part * self.SLOTS // size, (part + 1) * self.SLOTS // size - 1
+            server.client().execute_command("CLUSTER ADDSLOTSRANGE", first, last)
+            server.client().execute_command("CLUSTER SET-CONFIG-EPOCH", part + 1)
+            server.client().execute_command("CLUSTER MEET", "127.0.0.1", self.servers[0].port)
+        self.url = f"redis+cluster://127.0.0.1:{self.servers[0].port}"
+        for server in self.servers:
+            while server.client().cluster("INFO")["cluster_state"] != "ok":
+                pass
+
+    def kill(self) -> None:
+        """End all of them at once."""
+        for server in self.servers:
+            server.kill()

@@ -1,0 +1,1 @@
+"""Measurement parts that several benchmarks share: memory, operations, time, arrivals of items."""

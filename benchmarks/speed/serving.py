@@ -1,0 +1,389 @@
+"""What a score costs at serving: `make bench-serving`.
+
+Content and fusion interest by a matrix of the history beside the direct sum, in turns and at one thread;
+scores beside the same model computed as training does; and a real server over HTTP with requests of 500
+candidates, one client and eight. Weights are random: what is timed does not depend on them.
+"""
+
+import dataclasses
+import json
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+from torchrec.modules.embedding_configs import EmbeddingConfig
+
+from mim_torchrec.benchmarks.harness.comparison import target
+from mim_torchrec.benchmarks.harness.pages import Section, targets_section, write_pages
+from mim_torchrec.benchmarks.measures.turns import seconds_by_name, threads_of_torch
+from mim_torchrec.ciubm.content import content_relevance, relevant_interest
+from mim_torchrec.ctr.config import PRESETS, CTRConfig
+from mim_torchrec.ctr.parameters import is_dense
+from mim_torchrec.ctr.sharding import build_model
+from mim_torchrec.embeddings.table.format import TableWriter
+from mim_torchrec.serving.bundle import Bundle, save_bundle
+from mim_torchrec.serving.grid import Grid
+from mim_torchrec.serving.matrix import interest_matrix
+from mim_torchrec.serving.scorer import Scorer, ScoreRequest
+
+RATIO_TARGETS = {64: 5.0, 128: 4.0}
+AT = 1000  # behaviors that the targets speak of
+P99_TARGET = 30.0
+MICROSECONDS = 1_000_000
+PATIENCE = 60.0  # seconds: eight long requests of a preset that is not linear take their time
+NOW = 365 * 86_400 * MICROSECONDS
+MODELS = {"sim/paper": ("sim", "paper"), "sim/recommended": ("sim", "recommended"),
+          "din/paper": ("din", "paper")}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServingConfig:
+    """Time the parts of a score, and a server; write a report."""
+
+    out: Path = Path("runs/serving")
+    """Directory of the report, and of the bundles."""
+    behaviors: tuple[int, ...] = (50, 1000, 10_000)
+    """Lengths of histories."""
+    candidates: int = 500
+    """Candidates of a request."""
+    mm_dims: tuple[int, ...] = (64, 128)
+    """Sizes of a multi-modal vector; the server has the first."""
+    id_dim: int = 16
+    """Size of an embedding; an item is two, of its id and of its category."""
+    models: tuple[str, ...] = tuple(MODELS)
+    """Models that are served; the first one's figures stand for the server."""
+    items: int = 100_000
+    """Items of the tables."""
+    users: int = 10_000
+    """Users of the tables."""
+    rounds: int = 31
+    """Timed rounds of every form."""
+    requests: int = 200
+    """Requests of a client over HTTP, for each length of history; a tenth of them at the longest."""
+    clients: int = 8
+    """Clients at once."""
+    threads: int = 2
+    """Threads of a server."""
+
+
+def compare_forms(config: ServingConfig, dim: int, length: int) -> dict[str, float]:
+    """Content and fusion interest of a request, directly and by a matrix: milliseconds and ratios."""
+    generator = torch.Generator().manual_seed(length)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    candidates_mm, behaviors_mm = draw(config.candidates, dim), draw(length, dim)
+    behaviors = draw(length, 2 * config.id_dim)
+    pairs = Grid(config.candidates, length)
+    kept = interest_matrix(behaviors_mm, behaviors)
+
+    def direct() -> tuple[Tensor, Tensor]:
+        relevance = content_relevance(candidates_mm, behaviors_mm, pairs)
+        return (relevant_interest(behaviors_mm, relevance, pairs),
+                relevant_interest(behaviors, relevance, pairs))  # fmt: skip
+
+    def by(matrix: Tensor) -> Tensor:
+        return F.normalize(candidates_mm, dim=-1) @ matrix
+
+    with torch.inference_mode():
+        found = by(kept)
+        for one, other in zip(direct(), found.split([dim, 2 * config.id_dim], dim=1), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(one.abs().max()))
+        times = seconds_by_name(
+            {"direct": direct, "matrix": lambda: by(interest_matrix(behaviors_mm, behaviors)),
+             "cached": lambda: by(kept)},
+            config.rounds, warmup=3,
+        )  # fmt: skip
+    ratios = [a / b for a, b in zip(times["direct"], times["matrix"], strict=True)]
+    return {"ratio": statistics.median(ratios)} | {
+        f"{name}_ms": 1000 * statistics.median(seconds) for name, seconds in times.items()
+    }
+
+
+def multiplications(config: ServingConfig, dim: int, length: int) -> float:
+    """Multiplications of the direct sum over those of a matrix that is built for the request."""
+    width = dim + 2 * config.id_dim
+    direct = config.candidates * length * (dim + width)
+    return direct / ((length + config.candidates) * dim * width)
+
+
+def make_bundle(config: ServingConfig, model: str) -> Path:
+    """A bundle with random weights."""
+    ubm, preset = MODELS[model]
+    out = config.out / "bundles" / model.replace("/", "-")
+    settings = CTRConfig(
+        data=config.out, out=config.out, ubm=ubm, preset=preset, table_version="random", recency="time",
+        embedding_dim=config.id_dim, max_behaviors=max(config.behaviors), **PRESETS[preset],
+    )  # fmt: skip
+    dim = config.mm_dims[0]
+    rows = {"user_id": config.users, "item_id": config.items, "category": 100}
+    mm = EmbeddingConfig(name="mm", num_embeddings=1, embedding_dim=dim,
+                         feature_names=["candidate_mm", "behavior_mm"])  # fmt: skip
+    built = build_model(settings, dict.fromkeys(rows, 1), mm, torch.device("meta"))
+    dense = {name: value for name, value in built.state_dict().items() if is_dense(name)}
+
+    def random_rows(name: str) -> Callable[[], Tensor]:
+        generator = torch.Generator().manual_seed(len(name))
+        made = 0.1 * torch.randn(rows[name] + 1, config.id_dim, generator=generator)
+        return lambda: made
+
+    tables = {name: (torch.arange(count), random_rows(name)) for name, count in rows.items()}
+    save_bundle(out, settings, dense, tables, dim)
+    return out
+
+
+def make_table(config: ServingConfig) -> Path:
+    """A table of random vectors."""
+    out = config.out / "table"
+    if not out.exists():
+        writer = TableWriter(out, table_version="random", dim=config.mm_dims[0], dtype="float16", encoder={})
+        generator = torch.Generator().manual_seed(0)
+        writer.write_shard(torch.arange(config.items),
+                           torch.randn(config.items, config.mm_dims[0], generator=generator))  # fmt: skip
+        writer.finish()
+    return out
+
+
+def columns(config: ServingConfig, length: int, seed: int) -> dict[str, list[int]]:
+    """A random request: ids and times by name."""
+    rng = np.random.default_rng((seed, length))
+    candidates, behaviors = (rng.integers(config.items, size=n) for n in (config.candidates, length))
+    return {
+        "user_id": [int(rng.integers(config.users))],
+        "candidate_item_id": candidates.tolist(),
+        "behavior_item_id": behaviors.tolist(),
+        "candidate_category": (candidates % 100).tolist(),
+        "behavior_category": (behaviors % 100).tolist(),
+        "request_ts": [NOW],
+        "behavior_ts": np.sort(NOW - rng.integers(1, NOW, length)).tolist(),
+    }
+
+
+def message(config: ServingConfig, length: int, seed: int) -> bytes:
+    """The request as the protocol has it."""
+    inputs = [
+        {"name": name, "shape": [len(data)], "datatype": "INT64", "data": data}
+        for name, data in columns(config, length, seed).items()
+    ]
+    return json.dumps({"inputs": inputs}).encode()
+
+
+def compare_scorers(config: ServingConfig, bundle: Path, table: Path, length: int) -> dict[str, float]:
+    """Milliseconds of a score without HTTP: ours, ours with known matrices, and what training computes."""
+    torch.set_num_threads(config.threads)
+    opened = Bundle.open(bundle)
+    given = columns(config, length, 0)
+    ids = {name: torch.tensor(data) for name, data in given.items() if not name.endswith("_ts")}
+    request = ScoreRequest(ids=ids, request_ts=NOW, behavior_ts=torch.tensor(given["behavior_ts"]))
+    scorers = {
+        "built": Scorer(opened, table),
+        "cached": Scorer(opened, table, cache=10),
+        "plain": Scorer(opened, table, plain=True),
+    }
+    forms = {name: lambda scorer=scorer: scorer.score([request]) for name, scorer in scorers.items()}
+    times = seconds_by_name(forms, max(5, config.rounds // 3), warmup=3)
+    torch.set_num_threads(1)
+    return {f"{name}_ms": 1000 * statistics.median(seconds) for name, seconds in times.items()}
+
+
+class Served:
+    """A server in a process of its own.
+
+    Args:
+        config: of the benchmark.
+        bundle: what it serves.
+        table: its vectors.
+    """
+
+    def __init__(self, config: ServingConfig, bundle: Path, table: Path) -> None:
+        words = ["--bundle", str(bundle), "--store", str(table), "--port", "0"]
+        words += ["--threads", str(config.threads), "--limits.deadline-ms", str(1000 * PATIENCE)]
+        self._process = subprocess.Popen([sys.executable, "-m", "mim_torchrec.serving.main", *words],
+                                         stdout=subprocess.PIPE, text=True)  # fmt: skip
+        line = self._process.stdout.readline()
+        if "serving" not in line:
+            raise RuntimeError("the server did not start; its messages are above")
+        self.address = f"{line.split()[-1]}/v2/models/mim/infer"
+
+    def __enter__(self) -> "Served":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.wait()
+
+
+def load(address: str, bodies: list[bytes], clients: int) -> tuple[list[float], float]:
+    """Seconds of every request, and requests per second of all clients together.
+
+    Clients are threads with a connection each, and do little themselves: they share the machine with the
+    server.
+    """
+    where = urlsplit(address)
+
+    def client(own: list[bytes]) -> list[float]:
+        seconds = []
+        with closing(HTTPConnection(where.hostname, where.port, timeout=PATIENCE)) as http:
+            http.connect()
+            http.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for body in own:
+                started = time.perf_counter()
+                http.request("POST", where.path, body, {"Content-Type": "application/json"})
+                answer = http.getresponse()
+                text = answer.read()
+                if answer.status != 200:
+                    raise RuntimeError(f"the server answers {answer.status}: {text.decode()}")
+                seconds.append(time.perf_counter() - started)
+        return seconds
+
+    client(bodies[:1])
+    with ThreadPoolExecutor(clients) as pool:
+        started = time.perf_counter()
+        found = list(pool.map(client, [bodies[k::clients] for k in range(clients)]))
+        spent = time.perf_counter() - started
+    return [second for own in found for second in own], len(bodies) / spent
+
+
+def serve(config: ServingConfig, bundle: Path, table: Path) -> dict[str, dict[str, float]]:
+    """Figures of a server over HTTP by the length of the history; every request is of another history."""
+    found = {}
+    with Served(config, bundle, table) as server:
+        for length in config.behaviors:
+            count = config.requests if length < 10_000 else max(config.requests // 10, 1)
+            bodies = [message(config, length, seed) for seed in range(count)]
+            seconds, alone = load(server.address, bodies, 1)
+            _, together = load(server.address, bodies, config.clients)
+            p50, p99 = np.percentile(seconds, [50, 99])
+            found[str(length)] = {"p50_ms": 1000 * float(p50), "p99_ms": 1000 * float(p99),
+                                  "requests_per_s": alone, "requests_per_s_clients": together}  # fmt: skip
+    return found
+
+
+def measure(config: ServingConfig) -> dict[str, Any]:
+    """All figures of the report."""
+    torch.set_num_threads(1)
+    forms = {
+        str(dim): {str(length): compare_forms(config, dim, length) for length in config.behaviors}
+        for dim in config.mm_dims
+    }
+    for dim, by_length in forms.items():
+        for length, figures in by_length.items():
+            print(f"d {dim:>3}, {length:>5} behaviors: direct {figures['direct_ms']:7.2f} ms, matrix "
+                  f"{figures['matrix_ms']:6.2f}, cached {figures['cached_ms']:5.2f}, ratio "
+                  f"{figures['ratio']:.1f}", flush=True)  # fmt: skip
+    table = make_table(config)
+    models: dict[str, Any] = {}
+    for model in config.models:
+        bundle = make_bundle(config, model)
+        parts = {str(length): compare_scorers(config, bundle, table, length) for length in config.behaviors}
+        http = serve(config, bundle, table)
+        models[model] = {length: parts[length] | http[length] for length in parts}
+        for length, figures in models[model].items():
+            print(f"{model}, {length} behaviors: score {figures['built_ms']:.1f} ms (as in training "
+                  f"{figures['plain_ms']:.1f}), HTTP p50 {figures['p50_ms']:.1f}, p99 "
+                  f"{figures['p99_ms']:.1f}, {figures['requests_per_s_clients']:.0f} requests/s",
+                  flush=True)  # fmt: skip
+    first = models[config.models[0]]
+    report: dict[str, Any] = {
+        "direct_over_matrix": {length: f["ratio"] for length, f in forms[str(config.mm_dims[0])].items()},
+        "forms": forms,
+        "models": models,
+        "p50_ms": {length: figures["p50_ms"] for length, figures in first.items()},
+        "p99_ms": {length: figures["p99_ms"] for length, figures in first.items()},
+        "requests_per_s": {
+            "1": {length: figures["requests_per_s"] for length, figures in first.items()},
+            str(config.clients): {length: f["requests_per_s_clients"] for length, f in first.items()},
+        },
+    }
+    report["targets"] = targets(config, report)
+    return report
+
+
+def targets(config: ServingConfig, report: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the figures are to show, as far as they were measured."""
+    found = []
+    for dim in config.mm_dims:
+        by_length = report["forms"][str(dim)]
+        if dim in RATIO_TARGETS and str(AT) in by_length:
+            ratio, least = by_length[str(AT)]["ratio"], RATIO_TARGETS[dim]
+            claim = f"d {dim}: the direct sum takes at least {least:.0f} times a matrix built, {AT} behaviors"
+            found.append(target(claim, ratio, ratio >= least))
+        cached = [figures["cached_ms"] for figures in by_length.values()]
+        spread = max(cached) / min(cached)
+        claim = f"d {dim}: with a known matrix the history's length costs nothing (at most 1.5 times)"
+        found.append(target(claim, spread, spread <= 1.5))
+    if str(AT) in report["p99_ms"]:
+        p99 = report["p99_ms"][str(AT)]
+        claim = f"{config.models[0]}, {AT} behaviors, one client: p99 at most {P99_TARGET:.0f} ms"
+        found.append(target(claim, p99, p99 <= P99_TARGET))
+    return found
+
+
+def sections(config: ServingConfig, report: dict[str, Any]) -> list[Section]:
+    """The tables of the report."""
+    pages = [
+        Section(
+            "Content and fusion interest of a request",
+            text=["The direct sum is two products of matrices over all pairs; the matrix is made from the "
+                  "history once a request, or known from an earlier one. One thread, in turns.",
+                  f"At {AT} behaviors the direct sum has " + ", ".join(
+                      f"{multiplications(config, dim, AT):.1f} (d {dim})" for dim in config.mm_dims
+                  ) + " times the multiplications of a matrix built."],
+            columns=["d", "behaviors", "direct, ms", "matrix, ms", "known matrix, ms", "direct / matrix"],
+            rows=[[dim, length, f"{f['direct_ms']:.2f}", f"{f['matrix_ms']:.2f}", f"{f['cached_ms']:.2f}",
+                   f"{f['ratio']:.1f}"]
+                  for dim, by_length in report["forms"].items() for length, f in by_length.items()],
+        ),
+        Section(
+            "A score, without HTTP",
+            text=["All of a request: rows from the mapped tables, ID interest, content and fusion interest, "
+                  "tower. As in training: packed pairs, the direct sum, no grid."],
+            columns=["model", "behaviors", "ours, ms", "known matrix, ms", "as in training, ms"],
+            rows=[[model, length, f"{f['built_ms']:.1f}", f"{f['cached_ms']:.1f}", f"{f['plain_ms']:.1f}"]
+                  for model, by_length in report["models"].items() for length, f in by_length.items()],
+        ),
+        Section(
+            "A server over HTTP",
+            text=[f"JSON by the Open Inference Protocol, {config.candidates} candidates, every request of "
+                  f"another history; client and server share the machine; {config.threads} threads score."],
+            columns=["model", "behaviors", "p50, ms", "p99, ms", "requests/s, 1 client",
+                     f"{config.clients} clients"],
+            rows=[[model, length, f"{f['p50_ms']:.1f}", f"{f['p99_ms']:.1f}", f"{f['requests_per_s']:.0f}",
+                   f"{f['requests_per_s_clients']:.0f}"]
+                  for model, by_length in report["models"].items() for length, f in by_length.items()],
+        ),
+        targets_section(report["targets"]),
+    ]  # fmt: skip
+    return pages
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of `python -m mim_torchrec.benchmarks.speed.serving`."""
+    words = {"description": __doc__, "config": (tyro.conf.FlagConversionOff,)}
+    config = tyro.cli(ServingConfig, args=argv, **words)
+    config.out.mkdir(parents=True, exist_ok=True)
+    with threads_of_torch(torch.get_num_threads()):
+        report = measure(config)
+    report["config"] = dataclasses.asdict(config)
+    summary = f"Requests of {config.candidates} candidates; item embeddings of {2 * config.id_dim}."
+    write_pages(report, "Serving", summary, sections(config, report), {}, config.out)
+
+
+if __name__ == "__main__":
+    main()

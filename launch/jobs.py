@@ -1,0 +1,157 @@
+"""Decorators that make TorchX components of functions: they add the arguments of a job and apply them.
+
+The function describes one process by the words of its command line. Its job has an image, resources and
+retries, and a stage has the ranks of torchrun. The arguments of a job are the keyword arguments of `_job` and
+`_torchrun`, which document them too: they stand behind those of the function, in its signature and docstring.
+TorchX takes types of arguments as `Optional`, `Dict` and `List` only.
+"""
+
+import inspect
+import shlex
+from functools import partial, wraps
+from typing import Any, Callable, Dict, List, Optional, Tuple  # noqa: UP035
+
+import torchx.specs as specs
+from torchx.components.dist import parse_nnodes
+from torchx.specs import macros
+
+PORT = 29500
+
+
+def process(stage: str, module: str, script_args: Tuple[str, ...], **flags: object) -> specs.AppDef:  # noqa: UP006
+    """A job of one process.
+
+    Args:
+        stage: name of the job.
+        module: what python runs, with the words of a command that it has.
+        script_args: behind the flags.
+        flags: of the module by name; those that are None are left out.
+    """
+    words = [
+        ["--" + name.replace("_", "-"), str(value)] for name, value in flags.items() if value is not None
+    ]
+    command = ["-m", *module.split(), *(word for pair in words for word in pair), *script_args]
+    role = specs.Role(name=stage, image="", args=command)
+    return specs.AppDef(name=f"mim-{stage}", roles=[role], metadata={"app": "mim", "stage": stage})
+
+
+def service(**defaults: Any) -> Callable:
+    """Make a component of one process, which most often runs until it is told to stop.
+
+    Args:
+        defaults: of arguments of the job, where they are others.
+    """
+    return partial(_component, [_python, _job], defaults)
+
+
+def distributed(**defaults: Any) -> Callable:
+    """Make a component of torchrun agents, a replica for each node.
+
+    Args:
+        defaults: of arguments of the job, where they are others.
+    """
+    return partial(_component, [_torchrun, _job], defaults)
+
+
+def _component(
+    steps: List[Callable],  # noqa: UP006
+    defaults: Dict[str, Any],  # noqa: UP006
+    function: Callable,
+) -> Callable:
+    """The function with the keyword arguments of the steps behind its own."""
+    own = inspect.signature(function)
+    of_step = [
+        [
+            parameter.replace(default=defaults.get(name, parameter.default))
+            for name, parameter in inspect.signature(step).parameters.items()
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        ]
+        for step in steps
+    ]
+    added = [parameter for parameters in of_step for parameter in parameters]
+
+    @wraps(function)
+    def component(*script_args: str, **arguments: Any) -> specs.AppDef:
+        given = {p.name: arguments.pop(p.name, p.default) for p in added}
+        app = function(*script_args, **arguments)
+        for step, parameters in zip(steps, of_step, strict=True):
+            step(app.roles[0], **{p.name: given[p.name] for p in parameters})
+        return app
+
+    lines = [line for step in steps for line in (inspect.getdoc(step) or "").splitlines()]
+    documented = [line for line in lines if line.strip().partition(":")[0] in {p.name for p in added}]
+    component.__doc__ = "\n".join([inspect.getdoc(function) or "", *documented])
+    signature = own.replace(parameters=[*own.parameters.values(), *added])
+    component.__signature__ = signature  # type: ignore[attr-defined]
+    return component
+
+
+def _python(role: specs.Role) -> None:
+    """Run the words of a role by python."""
+    _run(role, f'exec "$${{MIM_PYTHON:-python}}" {shlex.join(role.args)}')
+
+
+def _torchrun(role: specs.Role, *, j: str = "1x2", max_restarts: int = 0) -> None:
+    """Run the words of a role by torchrun agents.
+
+    Args:
+        role: of the stage.
+        j: [{min_nnodes}:]{nnodes}x{nproc_per_node}
+        max_restarts: times the workers are started again inside the job when one fails
+    """
+    min_nodes, max_nodes, processes, nodes = parse_nnodes(j)
+    # port 0 lets torchrun choose a free one; TorchX fills in ${rank0_env}, bash the variable it names
+    endpoint = "localhost:0" if max_nodes == 1 else f'"$${{{macros.rank0_env}:=localhost}}:{PORT}"'
+    options = {
+        "--rdzv_backend": "c10d",
+        "--rdzv_id": macros.app_id,
+        "--nnodes": nodes,
+        "--nproc_per_node": str(processes),
+        "--max_restarts": str(max_restarts),
+        "--tee": "3",
+        "--role": "",
+    }
+    words = [word for option in options.items() for word in option] + role.args
+    # not `torchrun`: the first one on PATH may belong to another environment
+    launcher = 'exec "$${MIM_PYTHON:-python}" -m torch.distributed.run --rdzv_endpoint'
+    _run(role, f"{launcher} {endpoint} {shlex.join(words)}")
+    role.num_replicas, role.min_replicas = max_nodes, min_nodes
+    role.port_map = {"c10d": PORT}
+    # workers that are restarted hang when they share the store of the rendezvous
+    role.env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+
+def _run(role: specs.Role, line: str) -> None:
+    role.entrypoint, role.args = "bash", ["-c", line]
+
+
+def _job(
+    role: specs.Role,
+    *,
+    image: str = "",
+    h: Optional[str] = None,  # noqa: UP045
+    cpu: int = 2,
+    gpu: int = 0,
+    memMB: int = 8192,
+    max_retries: int = 0,
+    env: Optional[Dict[str, str]] = None,  # noqa: UP006, UP045
+    mounts: Optional[List[str]] = None,  # noqa: UP006, UP045
+) -> None:
+    """What every job has.
+
+    Args:
+        role: of the job.
+        image: container image with mim-torchrec in it, for kubernetes and local_docker
+        h: a named resource, in place of cpu, gpu and memMB
+        cpu: cores of a node
+        gpu: accelerators of a node
+        memMB: memory of a node in MiB
+        max_retries: times the scheduler starts the job again; local_cwd never does
+        env: environment variables, A=1,B=2
+        mounts: type=bind,src=/host,dst=/job[,readonly]
+    """
+    role.image = image
+    role.resource = specs.resource(cpu=cpu, gpu=gpu, memMB=memMB, h=h)
+    role.max_retries, role.retry_policy = max_retries, specs.RetryPolicy.APPLICATION
+    role.env = {**role.env, **(env or {})}
+    role.mounts = specs.parse_mounts(mounts) if mounts else []

@@ -1,0 +1,28 @@
+"""Classes from outside the package by name, as on a command line and in config.json."""
+
+from importlib import import_module
+
+
+def load_class(name: str) -> type:
+    """The class that a name stands for.
+
+    Args:
+        name: `package.module:ClassName` of anything that this process can import.
+
+    Raises:
+        ValueError: the module cannot be imported, or has no such class.
+
+    >>> load_class("collections:OrderedDict")
+    <class 'collections.OrderedDict'>
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{name!r} cannot be loaded ({error}); it is package.module:ClassName of an installed package or "
+            "of a folder on PYTHONPATH"
+        ) from error
+    if not isinstance(found, type):
+        raise ValueError(f"{name!r} is no class but {found!r}")
+    return found

@@ -1,0 +1,92 @@
+"""Every command and program in the tutorials runs, in the order of the page."""
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+from mim_torchrec.csft.main import main as csft
+from mim_torchrec.ctr.main import main as train
+from mim_torchrec.embeddings.table.format import Table, TableWriter
+from mim_torchrec.representation.export import main as export
+from tests.doc_pages import run_page
+from tests.pipeline.test_ctr_main import SMALL
+from tests.programs import TINY_TOWERS, small_shop, words
+
+pytestmark = pytest.mark.slow
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """A folder with a tiny result in the layout of `make demo`."""
+    root = tmp_path_factory.mktemp("checkout")
+    demo = root / "runs" / "demo"
+    demo.mkdir(parents=True)
+    shop = small_shop(demo)
+    csft(words(shop, demo / "csft", TINY_TOWERS, epochs="1", batch_size="64"))
+    export(["--data", str(shop), "--encoder", str(demo / "csft" / "encoder"), "--out", str(demo / "table")])
+    ids = Table.open(demo / "table").row_index().ids
+    plain = TableWriter(demo / "table-plain", table_version="plain", dim=8, encoder={})
+    plain.write_shard(ids, torch.randn(len(ids), 8, generator=torch.Generator().manual_seed(0)))
+    plain.finish()
+    for run, table in (("mim", "table"), ("plain", "table-plain")):
+        train(["--data", str(shop), "--table", str(demo / table), "--out", str(demo / "ctr" / run), *SMALL])
+    return root
+
+
+def test_new_items_and_serving(checkout, redis_server):
+    port = free_port()
+    out = run_page("new_items_and_serving.md", checkout, {
+        "mim serve": f"mim serve --port {port}",
+        "localhost:8080": f"localhost:{port}",
+        "redis://127.0.0.1:6379": redis_server.url,
+    })  # fmt: skip
+    assert json.loads((checkout / "runs" / "rim" / "rim.json").read_text())["items"] == 200
+    # 150 items of the table, 200 new ones, and the two deleted ones, which this table does not have
+    assert '"rows": 352, "missing": 0, "surplus": 0, "wrong": 0' in out
+    answer, _ = json.JSONDecoder().raw_decode(out[out.index('{"model_name"') :])
+    scores = {tensor["name"]: tensor["data"] for tensor in answer["outputs"]}
+    assert all(0 < score < 1 for score in scores["score"]) and any(scores["content_contribution"])
+    assert answer["parameters"]["unknown_vector"] == 0
+    assert '"missing": 200' in out and "monday is current again" in out
+
+
+def test_readme_looks_vectors_up(checkout):
+    assert "torch.Size([2, 16])" in run_page("../README.md", checkout)
+
+
+def test_quickstart(tmp_path):
+    run_page("quickstart.md", tmp_path, {"--searches 200": "--searches 50"})
+    metrics = json.loads((tmp_path / "runs" / "mim" / "metrics.json").read_text())
+    assert metrics["table"] is not None
+    assert list((tmp_path / "runs" / "mim-validation").iterdir())
+
+
+def test_own_data(tmp_path):
+    run_page("tutorials/own_data.md", tmp_path)
+    auc = {run: json.loads((tmp_path / "runs" / run / "metrics.json").read_text())["auc"]
+           for run in ("my-base", "my-mim")}  # fmt: skip
+    assert auc["my-mim"] > auc["my-base"]
+
+
+def test_a_frozen_table_in_a_torchrec_model(tmp_path):
+    assert run_page("tutorials/frozen_table.md", tmp_path).count("loss 0.") == 2
+
+
+def test_a_new_behavior_model(tmp_path):
+    run_page("tutorials/behavior_model.md", tmp_path)
+
+
+def test_a_cluster(tmp_path):
+    # an environment that is shared has no `torchx` beside its interpreter
+    out = run_page("tutorials/cluster.md", tmp_path, {"torchx run": "python -m torchx.cli.main run"})
+    assert "--nproc_per_node 8" in out.replace("'\n", "").replace("                         '", "")
+    assert json.loads((tmp_path / "runs" / "two-ranks" / "metrics.json").read_text())["mim"] == "off"
