@@ -16,6 +16,7 @@ from mim_torchrec import cli
 
 ROOT = Path(__file__).parents[1]
 WIDTH = "100"  # columns of a help text
+HIDDEN_COLON = "\ue000"  # of the private use area: no docstring has it
 ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -127,6 +128,17 @@ def api_page(names: list[str]) -> str:
     return f"# API reference\n\nThese pages are generated from the docstrings.\n\n{toctree}\n"
 
 
+def keep_colons(
+    _app: object, what: str, _name: str, _object: object, _options: object, lines: list[str]
+) -> None:
+    """Hide colons that napoleon would read as the end of a type, until `as_rst` restores them; in place."""
+    hidden = [0] if what in ("attribute", "data", "property") else []
+    hidden += [number + 1 for number, line in enumerate(lines) if line.strip() in ("Returns:", "Yields:")]
+    for number in hidden:
+        if number < len(lines):
+            lines[number] = lines[number].replace(":", HIDDEN_COLON)
+
+
 def as_rst(_app: object, _what: str, _name: str, _object: object, _options: object, lines: list[str]) -> None:
     """Make indented blocks and tables of a docstring literal blocks, and bars in it plain text; in place."""
     made: list[str] = []
@@ -143,13 +155,6 @@ def as_rst(_app: object, _what: str, _name: str, _object: object, _options: obje
                 made += ["", "::", ""]
             last = last if is_literal else line
         text = line if is_literal else re.sub(r"(?<!`)\|", r"\\|", line)
+        text = text.replace(HIDDEN_COLON, ":")
         made.append(f"    {text}" if is_literal and line.startswith("|") else text)
     lines[:] = made
-
-
-def keep_colons(
-    _app: object, what: str, _name: str, _object: object, _options: object, lines: list[str]
-) -> None:
-    """Keep napoleon from reading the words before a colon as the type of an attribute; in place."""
-    if what in ("attribute", "data", "property"):
-        lines.insert(0, "")

@@ -1,7 +1,7 @@
 """Start a CTR model from one that was trained on an earlier day, with a vocabulary that has grown.
 
 Rows of ids that are known go to their new places, new ids begin as in any run, dense weights are taken over.
-Optimizers begin anew: what they have gathered is about another day's losses, and `best` does not hold it.
+Optimizers start from scratch: their state is of another day's losses, and `best` does not hold it.
 """
 
 import logging
@@ -20,14 +20,17 @@ from mim_torchrec.ctr.assembly import load_vocabularies, read_config
 from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.parameters import id_tables, trainable_state
 from mim_torchrec.data.vocabulary import Vocabulary
+from mim_torchrec.errors import ExpectedError, Status
 
 log = logging.getLogger(__name__)
 
 MAY_DIFFER = {"dropout", "content_dropout", "id_dropout", "aux_weight"}
 
 
-class WarmStartError(ValueError):
+class WarmStartError(ExpectedError, ValueError):
     """A run cannot be started from another one."""
+
+    status = Status.VERSION
 
 
 @torch.no_grad()
@@ -59,7 +62,7 @@ def warm_start(
     if earlier.table_version != table_version:
         raise WarmStartError(
             f"{run} was trained on vectors of version {earlier.table_version}, the table has "
-            f"{table_version}; another encoder's vectors mean other things, so the model must be trained from scratch"
+            f"{table_version}: vectors of two encoders cannot be compared; train the model from scratch"
         )
     path = str(run / "best")
     sizes: dict[str, Any] = FileSystemReader(path).read_metadata().state_dict_metadata

@@ -64,7 +64,7 @@ def test_readme_looks_vectors_up(checkout):
 
 
 def test_quickstart(tmp_path):
-    run_page("quickstart.md", tmp_path, {"--items 400 ": "--items 120 --image-size 32 "})
+    run_page("quickstart.md", tmp_path, {"--searches 200": "--searches 50"})
     metrics = json.loads((tmp_path / "runs" / "mim" / "metrics.json").read_text())
     assert metrics["table"] is not None
     assert list((tmp_path / "runs" / "mim-validation").iterdir())
