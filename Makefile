@@ -1,42 +1,28 @@
 # `make demo` and `make test` set up everything they need; `make help` lists the rest.
-PYTHON ?= python3.11
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13; do $$python -c "" 2>/dev/null && echo $$python && break; done)
 VENV ?= .venv
 DATA ?=
 # processes that run tests side by side; each takes up to 2 GiB
 TEST_PROCESSES ?= 2
 
-BIN := $(abspath $(VENV))/bin
+# paths may hold spaces: BIN and DATA are quoted for the shell
+ENVIRONMENT := $(shell case "$(VENV)" in (/*) echo "$(VENV)" ;; (*) echo "$(CURDIR)/$(VENV)" ;; esac)
+BIN := '$(ENVIRONMENT)/bin'
+override DATA := $(if $(DATA),'$(DATA)')
 KIND := $(shell nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
-LOCK := requirements/$(KIND).txt
-# the two builds of fbgemm install the same files: the other one has to go first
-OTHER_FBGEMM := $(if $(filter cuda,$(KIND)),fbgemm-gpu-cpu,fbgemm-gpu)
-# one stamp for the packages of the environment, one for the checkout it runs: checkouts may share an environment
-PACKAGES := $(VENV)/.packages-$(shell cat $(LOCK) | cksum | cut -d' ' -f1)
-CHECKOUT := $(VENV)/.checkout-$(shell (pwd; cat setup.cfg) | cksum | cut -d' ' -f1)
 
-export PATH := $(BIN):$(PATH)
-export MIM_PYTHON := $(BIN)/python
+export PATH := $(ENVIRONMENT)/bin:$(PATH)
+export MIM_PYTHON := $(ENVIRONMENT)/bin/python
 export PYTHONPATH :=
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install demo test movielens ablation-csft figure5 table2 ablation-ciubm coldstart abtest table6 bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving bench-rim-latency bench-scaling bench-export-throughput chaos bench benchmark-report docs doctor lint lock clean
+.PHONY: help install demo test test-fast movielens ablation-csft figure5 table2 ablation-ciubm coldstart abtest table6 bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving bench-rim-latency bench-scaling bench-export-throughput chaos bench benchmark-report docs doctor lint lock wheel release-check clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
 
-install: $(CHECKOUT)  ## install everything into $(VENV)
-
-$(PACKAGES):
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip uninstall --quiet --yes $(OTHER_FBGEMM) 2>/dev/null
-	$(BIN)/python -m pip install --quiet --no-deps -r $(LOCK)
-	rm -f $(VENV)/.packages-* $(VENV)/.checkout-*
-	touch $@
-
-$(CHECKOUT): $(PACKAGES)
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
-	rm -f $(VENV)/.checkout-*
-	touch $@
+install:  ## install everything into $(VENV)
+	@sh requirements/install.sh '$(VENV)' '$(PYTHON)' '$(KIND)'
 
 demo: install  ## every stage on a synthetic shop, two ranks; prints Base and MIM test AUC
 	$(BIN)/python -m mim_torchrec.benchmarks.paper.demo --out runs/demo
@@ -96,8 +82,11 @@ chaos: install  ## kill RIM, stores and training ranks 240 times: no row wrong, 
 bench-export-throughput: install  ## export's items per second beside its encoder's bare forward pass
 	$(BIN)/python -m mim_torchrec.benchmarks.speed.export_throughput --out runs/export_throughput
 
-test: install  ## unit, distributed and pipeline tests
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+test: install  ## all tests; `make test-fast` runs fewer
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
+
+test-fast: install  ## the tests that are not marked slow
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal -m "not slow"
 
 docs: install  ## build the documentation site into build/docs; a warning is an error
 	$(BIN)/python -m sphinx -b html -W --keep-going docs build/docs
@@ -110,6 +99,13 @@ lint: install  ## ruff
 
 lock: install  ## rewrite requirements/*.txt from the packages in $(VENV)
 	$(BIN)/python requirements/lock.py
+
+wheel: install  ## build the sdist and the wheel into dist/
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist .
+
+release-check: wheel  ## install the wheel and the sdist into a clean environment and use them
+	sh requirements/release_check.sh $(BIN)/python $(KIND)
 
 clean:  ## remove runs, built pages and caches, not the environment
 	rm -rf runs build docs/_generated .pytest_cache .ruff_cache

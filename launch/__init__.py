@@ -1,1 +1,5 @@
 """TorchX components, one a stage."""
+
+from mim_torchrec.extras import require
+
+require("launch")

@@ -18,6 +18,11 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import distributions
 from pathlib import Path
 
+from mim_torchrec.builds import FBGEMM, PACKAGES, conflict
+from mim_torchrec.errors import Status
+from mim_torchrec.extras import EXTRAS, is_installed
+from mim_torchrec.program import run
+
 PYTHONS = ((3, 11), (3, 14))
 GIB = 1024**3
 MIN_DISK, MIN_MEMORY = 5 * GIB, 3 * GIB
@@ -59,7 +64,7 @@ def installed() -> dict[str, str]:
 
 
 def check_versions(packages: Mapping[str, str], driver: bool) -> Finding:
-    """torch, torchrec and fbgemm come from one release: torchrec 1.n, fbgemm 1.n and torch 2.(n + 5).
+    """torch, torchrec and fbgemm are installed and come from one release, see `builds.py`.
 
     Args:
         packages: version by package.
@@ -68,28 +73,29 @@ def check_versions(packages: Mapping[str, str], driver: bool) -> Finding:
     name = "versions"
     mend = REPLACE.format(kind="cuda" if driver else "cpu")
     torch, torchrec = packages.get("torch", MISSING), packages.get("torchrec", MISSING)
-    builds = [build for build in ("fbgemm-gpu", "fbgemm-gpu-cpu") if build in packages]
+    builds = [build for build in FBGEMM if build in packages]
     fbgemm = " and ".join(f"{build} {packages[build]}" for build in builds) or f"fbgemm {MISSING}"
     text = f"torch {torch}, torchrec {torchrec}, {fbgemm}"
     if MISSING in (torch, torchrec) or not builds:
         return Finding(name, False, f"not all installed: {text}", mend)
+    problem = conflict({package: packages[package] for package in PACKAGES if package in packages})
     if len(builds) == 2:
         both = f"python -m pip uninstall -y {' '.join(builds)}, then {mend}"
-        return Finding(name, False, f"{text} overwrite each other's files", both)
+        return Finding(name, False, f"{text} {problem}", both)
     if builds == ["fbgemm-gpu"] and not driver:
         lone = f"python -m pip uninstall -y fbgemm-gpu, then {mend}"
         return Finding(name, False, f"{text}: the CUDA build cannot load without an NVIDIA driver", lone)
-    minor = _release(torchrec)[1]
-    wanted = {torchrec: (1, minor), packages[builds[0]]: (1, minor), torch: (2, minor + 5)}
-    if any(_release(version) != release for version, release in wanted.items()):
-        together = f"torchrec {torchrec} goes with fbgemm 1.{minor} and torch 2.{minor + 5}"
-        return Finding(name, False, f"{text} are of different releases: {together}", mend)
+    if problem is not None:
+        return Finding(name, False, f"{text} are {problem}", mend)
     return Finding(name, True, text)
 
 
-def _release(version: str) -> tuple[int, int]:
-    major, minor = version.split("+")[0].split(".")[:2]
-    return int(major), int(minor)
+def check_extras() -> Finding:
+    """Say which extras are installed; a missing one is no fault, but its programs do not start."""
+    present = [extra for extra in EXTRAS if is_installed(extra)]
+    missing = [extra for extra in EXTRAS if extra not in present]
+    text = f"installed: {', '.join(present) or 'none'}"
+    return Finding("extras", True, f"{text}; not installed: {', '.join(missing)}" if missing else text)
 
 
 LOOKUP = """
@@ -131,11 +137,15 @@ print(f"=torchvision {torchvision.__version__}, timm {timm.__version__}, "
 PACKAGE = """
 from pathlib import Path
 print("@loading mim_torchrec", flush=True)
-import mim_torchrec, mim_torchrec.embeddings, mim_torchrec.launch
+import mim_torchrec, mim_torchrec.embeddings
+from mim_torchrec.extras import is_installed
 package, table = (Path(m.__file__).parent for m in (mim_torchrec, mim_torchrec.embeddings))
 assert table in (package / "embeddings", package.parent / "embeddings"), (
     f"mim_torchrec is that of {package.parent}, but mim_torchrec.embeddings that of {table.parent}: "
     "two checkouts share this environment")
+if not is_installed("launch"):
+    print(f"=mim_torchrec at {package}")
+    raise SystemExit
 print("@loading torchx", flush=True)
 from torchx.specs.finder import get_components
 missing = {"mim.csft", "mim.export", "mim.ctr"} - set(get_components())
@@ -277,8 +287,10 @@ def examine() -> Iterable[Finding]:
     driver = has_driver()
     yield check_python()
     yield check_versions(installed(), driver)
+    yield check_extras()
     yield check_script("lookup", LOOKUP, REBUILD)
-    yield check_script("encoders", ENCODERS, REBUILD)
+    if is_installed("encoders"):
+        yield check_script("encoders", ENCODERS, REBUILD)
     yield check_script("package", PACKAGE, RELINK)
     devices, gpus = check_devices(driver)
     yield devices
@@ -291,7 +303,7 @@ def examine() -> Iterable[Finding]:
 
 
 def main(argv: list[str] | None = None, examine: Callable[[], Iterable[Finding]] = examine) -> None:
-    """Run `mim doctor`; exits with status 1 when a check fails.
+    """Run `mim doctor`; exits with status 6 when a check fails.
 
     Args:
         argv: the words after the command; by default those of the process.
@@ -308,8 +320,8 @@ def main(argv: list[str] | None = None, examine: Callable[[], Iterable[Finding]]
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
     if not all(finding.ok for finding in findings):
-        raise SystemExit(1)
+        raise SystemExit(Status.ENVIRONMENT)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -25,7 +25,7 @@ from mim_torchrec.embeddings.table.manifest import VersionMismatch
 from mim_torchrec.embeddings.table.quantize import decode
 from mim_torchrec.embeddings.windows.compact import compact
 from mim_torchrec.embeddings.windows.log import WindowLog
-from mim_torchrec.embeddings.windows.redis_connection import RedisUnavailable
+from mim_torchrec.embeddings.windows.redis_address import RedisUnavailable
 from mim_torchrec.embeddings.windows.transport import open_log
 from mim_torchrec.embeddings.windows.window import Window, WindowGap
 

@@ -24,7 +24,8 @@ from mim_torchrec.benchmarks.measures.arrivals import Feeder
 from mim_torchrec.embeddings.stores.redis_store import RedisStore
 from mim_torchrec.embeddings.table.format import Table
 from mim_torchrec.embeddings.windows.log import WindowLog
-from mim_torchrec.embeddings.windows.redis_connection import connect, locate
+from mim_torchrec.embeddings.windows.redis_address import locate
+from mim_torchrec.embeddings.windows.redis_connection import connect
 from mim_torchrec.embeddings.windows.transport import open_log
 
 SPANS = {"rim": 0.8, "store": 1.0, "embedded": 1.0, "rank": 4.0}

@@ -5,7 +5,10 @@ import socket
 import subprocess
 from pathlib import Path
 
-import redis
+from mim_torchrec.extras import needs
+
+with needs("redis"):
+    import redis
 
 MISSING = "this needs a Redis server: apt-get install redis-server"
 

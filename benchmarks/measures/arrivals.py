@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from redis.exceptions import ResponseError
 
-from mim_torchrec.embeddings.windows.redis_connection import connect, is_redis, locate, reachable
+from mim_torchrec.embeddings.windows.redis_address import is_redis, locate
+from mim_torchrec.embeddings.windows.redis_connection import connect, reachable
 
 SCHEMA = pa.schema([("item_id", pa.int64()), ("title", pa.string()), ("image", pa.binary()),
                     ("removed", pa.bool_())])  # fmt: skip

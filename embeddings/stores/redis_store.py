@@ -23,7 +23,8 @@ from mim_torchrec.embeddings.table.manifest import TableError
 from mim_torchrec.embeddings.table.quantize import DTYPES, decode, stored_width
 from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.table.shards import CHUNK
-from mim_torchrec.embeddings.windows.redis_connection import RedisAddress, connect, locate, reachable
+from mim_torchrec.embeddings.windows.redis_address import RedisAddress, locate
+from mim_torchrec.embeddings.windows.redis_connection import connect, reachable
 from mim_torchrec.embeddings.windows.window import Window, is_due
 
 ROWS = 200  # written by one command: others wait no longer than that
@@ -76,7 +77,7 @@ class RedisStore:
         """Open a store that has a table of this version.
 
         Args:
-            where: URL, see `redis_connection.locate`.
+            where: URL, see `redis_address.locate`.
             table_version: of the table.
 
         Raises:
@@ -92,7 +93,7 @@ class RedisStore:
         """Write a base table into a store, instead of an older one of its version.
 
         Args:
-            where: URL, see `redis_connection.locate`.
+            where: URL, see `redis_address.locate`.
             table: the base.
             progress: called with the number of rows written since its last call.
 

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from mim_torchrec.embeddings.stores.embedded import EmbeddedStore
-from mim_torchrec.embeddings.stores.redis_store import RedisStore
 from mim_torchrec.embeddings.windows.transport import Transport
 from mim_torchrec.embeddings.windows.window import Window
+from mim_torchrec.errors import OptionError
 from mim_torchrec.extensions import load_class
 
 log = logging.getLogger(__name__)
@@ -102,11 +102,15 @@ def open_store(where: str | Path, table_version: str | None = None) -> Parameter
         VersionMismatch: it is of another version.
         TableError: there is none.
         ValueError: a URL without a table_version, or of a class that there is not.
+        MissingExtra: a URL of Redis, and the extra `redis` is not installed.
     """
     if not is_remote(where):
         return EmbeddedStore.open(where, table_version)
     if table_version is None:
-        raise ValueError(f"{where} may hold several versions: say which table_version is meant")
+        raise OptionError(f"{where} may hold several versions: say which table_version is meant")
     scheme = str(where).partition("://")[0]
-    opener: Any = load_class(scheme) if ":" in scheme else RedisStore
+    if ":" in scheme:
+        opener: Any = load_class(scheme)
+    else:
+        from mim_torchrec.embeddings.stores.redis_store import RedisStore as opener  # needs the extra `redis`
     return opener.open(str(where), table_version)

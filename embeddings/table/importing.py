@@ -69,7 +69,8 @@ def import_vectors(
         The new table's manifest; ``encoder["imported"]`` says where it comes from.
 
     Raises:
-        TableError: a file, column, id or vector cannot be imported, or ``out`` exists.
+        TableError: a file, column, id or vector cannot be imported.
+        OutputExists: ``out`` exists.
         DuplicateId: an item has two vectors; both places are named.
         NonFiniteVector: a vector holds NaN or infinity, or overflows ``dtype``.
             Nothing is left at ``out`` after any of them.

@@ -24,6 +24,7 @@ from mim_torchrec.embeddings.table.manifest import (
 from mim_torchrec.embeddings.table.quantize import DTYPES, encode, stored_width
 from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.table.shards import check_ascending, check_finite, fsync, sha256, verify_shard
+from mim_torchrec.errors import OutputExists
 
 
 class TableWriter:
@@ -43,7 +44,8 @@ class TableWriter:
         seq: the last window of new items that the rows contain.
 
     Raises:
-        TableError: ``path`` exists, or vectors of ``dim`` cannot be stored as ``dtype``.
+        OutputExists: ``path`` exists.
+        TableError: vectors of ``dim`` cannot be stored as ``dtype``.
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class TableWriter:
     ) -> None:
         self.path = Path(path)
         if self.path.exists():
-            raise TableError(f"{self.path} exists; choose another directory or remove it")
+            raise OutputExists(f"{self.path} exists; choose another directory or remove it")
         check_dtype(dtype, dim, self.path)
         self.partial = partial_path(self.path)
         self.table_version, self.encoder = table_version, encoder
@@ -150,7 +152,7 @@ class TableWriter:
         fsync(self.partial / MANIFEST)
         fsync(self.partial)
         if self.path.exists():  # os.rename would replace an empty directory
-            raise TableError(f"{self.path} appeared during the writing; the rows are in {self.partial}")
+            raise OutputExists(f"{self.path} appeared during the writing; the rows are in {self.partial}")
         os.rename(self.partial, self.path)
         fsync(self.path.parent)
         return manifest

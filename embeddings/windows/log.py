@@ -23,6 +23,7 @@ from torch import Tensor
 from mim_torchrec.embeddings.table.manifest import TableError, VersionMismatch
 from mim_torchrec.embeddings.table.shards import fsync
 from mim_torchrec.embeddings.windows.window import MalformedWindow, Window, WindowGap
+from mim_torchrec.errors import Status
 
 FORMAT_VERSION = 1
 ABOUT = "log.json"
@@ -34,6 +35,8 @@ LOOK_EVERY = 0.02  # seconds between two looks for the next file
 
 class LogMoved(TableError):
     """Others have added windows since one looked."""
+
+    status = Status.STATE
 
 
 class WindowLog:

@@ -1,79 +1,21 @@
-"""Connections to Redis, Valkey and clusters, and the errors that callers get when these fail."""
+"""Connections to Redis, Valkey and clusters of them; needs the extra `redis`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
-import redis
-from redis.backoff import ExponentialBackoff
-from redis.cluster import RedisCluster
-from redis.exceptions import RedisError
-from redis.retry import Retry
+from mim_torchrec.embeddings.windows.redis_address import RedisAddress, RedisFull, RedisUnavailable
+from mim_torchrec.extras import needs
 
-SCHEMES = ("redis", "rediss", "unix", "redis+cluster", "rediss+cluster")
-CLUSTER = "+cluster"
+with needs("redis"):
+    import redis
+    from redis.backoff import ExponentialBackoff
+    from redis.cluster import RedisCluster
+    from redis.exceptions import RedisError
+    from redis.retry import Retry
+
 ATTEMPTS = 3
 TIMEOUT = 5.0  # seconds of one attempt
-
-
-class RedisUnavailable(ConnectionError):
-    """The server cannot be reached, or is still loading. The request can be repeated."""
-
-
-class RedisFull(OSError):
-    """The server has no memory left for the write. Existing data is intact."""
-
-
-@dataclass(frozen=True)
-class RedisAddress:
-    """Where something lies in Redis.
-
-    Args:
-        url: of the server, as redis-py reads it, with user, password and TLS options.
-        cluster: whether it is a cluster.
-        name: what all keys begin with.
-    """
-
-    url: str
-    cluster: bool
-    name: str
-
-    def __str__(self) -> str:
-        """The address without the password."""
-        parts = urlsplit(self.url)
-        host = parts.netloc.rpartition("@")[2]
-        return urlunsplit((parts.scheme, host, parts.path, "", self.name))
-
-
-def is_redis(where: str) -> bool:
-    """Whether a place is a URL of Redis and not a directory."""
-    return "://" in where
-
-
-def locate(where: str) -> RedisAddress:
-    """Read a URL.
-
-    Args:
-        where: `redis://`, `rediss://` (TLS) or `unix://`, with `+cluster` behind the scheme for a cluster,
-            and the name that all keys begin with behind a `#` (by default `mim`):
-            `rediss://user:password@host:6379/0#shop`.
-
-    Raises:
-        ValueError: it is no such URL.
-
-    >>> str(locate("rediss+cluster://u:secret@host:7000#shop")), locate("redis://host").name
-    ('rediss://host:7000#shop', 'mim')
-    """
-    parts = urlsplit(where)
-    if parts.scheme not in SCHEMES:
-        raise ValueError(f"{parts.scheme}:// is none of {', '.join(scheme + '://' for scheme in SCHEMES)}")
-    if set("{}") & set(parts.fragment):
-        raise ValueError(f"{parts.fragment!r}: a name of keys has no braces")
-    scheme = parts.scheme.removesuffix(CLUSTER)
-    url = urlunsplit((scheme, parts.netloc, parts.path, parts.query, ""))
-    return RedisAddress(url, parts.scheme.endswith(CLUSTER), parts.fragment or "mim")
 
 
 def connect(location: RedisAddress) -> Any:

@@ -22,7 +22,8 @@ from mim_torchrec.embeddings.windows.log import (
     check_not_moved,
     missing_window,
 )
-from mim_torchrec.embeddings.windows.redis_connection import TIMEOUT, connect, locate, reachable
+from mim_torchrec.embeddings.windows.redis_address import locate
+from mim_torchrec.embeddings.windows.redis_connection import TIMEOUT, connect, reachable
 from mim_torchrec.embeddings.windows.window import MalformedWindow, Window
 
 BATCH = 16  # windows fetched at once
@@ -52,7 +53,7 @@ class RedisWindowLog:
     """The windows of one table version in a Redis stream; see `WindowLog` for what methods do.
 
     Args:
-        where: URL, see `redis_connection.locate`.
+        where: URL, see `redis_address.locate`.
         table_version: that all of its windows have.
         start: as of `WindowLog`.
 

@@ -7,8 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from mim_torchrec.embeddings.windows.log import WindowLog
-from mim_torchrec.embeddings.windows.redis_connection import is_redis
-from mim_torchrec.embeddings.windows.redis_log import RedisWindowLog
+from mim_torchrec.embeddings.windows.redis_address import is_redis
 from mim_torchrec.embeddings.windows.window import Window
 
 
@@ -41,7 +40,7 @@ def open_log(where: str | Path, table_version: str, start: int | None = None) ->
     """Open a log, or begin one.
 
     Args:
-        where: a directory, or a URL of Redis (see `redis_connection.locate`).
+        where: a directory, or a URL of Redis (see `redis_address.locate`).
         table_version: that all of its windows have.
         start: where there is no log, begin one whose first window follows this seq of a base table; None
             makes a missing log an error.
@@ -50,7 +49,10 @@ def open_log(where: str | Path, table_version: str, start: int | None = None) ->
         VersionMismatch: the log is of another version.
         TableError: there is no log.
         RedisUnavailable: the server does not answer.
+        MissingExtra: a URL, and the extra `redis` is not installed.
     """
     if is_redis(str(where)):
+        from mim_torchrec.embeddings.windows.redis_log import RedisWindowLog  # needs the extra `redis`
+
         return RedisWindowLog(str(where), table_version, start)
     return WindowLog(where, table_version, start)

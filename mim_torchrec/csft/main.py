@@ -36,6 +36,8 @@ from mim_torchrec.data.schema import Dataset
 from mim_torchrec.encoders.checkpoint import encoder_version, load_encoder, towers_in_place_of
 from mim_torchrec.encoders.item_encoder import ItemEncoder
 from mim_torchrec.encoders.text import learns_tokenizer, train_tokenizer
+from mim_torchrec.errors import OptionError, check_sizes
+from mim_torchrec.program import run
 from mim_torchrec.training.checkpoint import write_json
 from mim_torchrec.training.checkpoints import Checkpoints
 from mim_torchrec.training.distributed import DistributedContext, distributed
@@ -46,16 +48,21 @@ log = logging.getLogger("mim_torchrec.csft")  # also where this file is __main__
 
 def fine_tune(config: CSFTConfig, context: DistributedContext) -> dict[str, Any]:
     """Run the stage on an initialized process group; returns what metrics.json holds."""
+    check_sizes(config, 1, "batch_size", "epochs", "encode_batch_size", "log_every", "patience")
+    check_sizes(config, 0, "seed", "drawn_queries", "queue_batches", "queue_start_step", "head.principal_dim")
+    check_sizes(
+        config, 1, "head.dim", "head.fusion_dim", "head.lmf_rank", "head.hidden_dim", "text.max_length"
+    )
     started = time.perf_counter()
     if config.batch_size % context.world_size:
-        raise ValueError(f"--batch-size {config.batch_size} is not a multiple of {context.world_size} ranks")
+        raise OptionError(f"--batch-size {config.batch_size} is not a multiple of {context.world_size} ranks")
     if config.init == "pca" and not config.freeze_towers:
-        raise ValueError("--init pca needs --freeze-towers True: features change while towers are trained")
+        raise OptionError("--init pca needs --freeze-towers True: features change while towers are trained")
     if config.head.principal_dim and (config.init == "random" or not config.freeze_towers):
-        raise ValueError("--head.principal-dim needs --freeze-towers True and --init pca or auto")
+        raise OptionError("--head.principal-dim needs --freeze-towers True and --init pca or auto")
     check_objective(config)
     if not 0 <= config.validation_fraction < 1:
-        raise ValueError(f"--validation-fraction is {config.validation_fraction}; it must be in [0, 1)")
+        raise OptionError(f"--validation-fraction is {config.validation_fraction}; it must be in [0, 1)")
     config.out.mkdir(parents=True, exist_ok=True)
     if context.is_main:
         write_json(config.out / "config.json", asdict(config))
@@ -182,4 +189,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -27,6 +27,7 @@ from mim_torchrec.embeddings.sharded.live import ItemIndex
 from mim_torchrec.embeddings.sharded.load import load_table, open_table, table_digest
 from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.windows.transport import open_log
+from mim_torchrec.errors import OptionError
 from mim_torchrec.training.checkpoint import write_json
 from mim_torchrec.training.distributed import DistributedContext
 
@@ -69,7 +70,7 @@ def assemble(
     table = None
     if config.mim == "on":
         if config.table is None:
-            raise ValueError("--mim on needs --table; train Base with --mim off")
+            raise OptionError("--mim on needs --table; train Base with --mim off")
         table = open_table(config.table, config.table_version)
     index = ItemIndex.of(table) if table is not None else None
     mapper = IdMapper(vocabularies, index, config.max_unknown)
@@ -104,13 +105,13 @@ def live_windows(
         begin: a log that is not there yet.
 
     Raises:
-        ValueError: there is a log and no table.
+        OptionError: there is a log and no table.
         VersionMismatch: the log is of another version than the table.
     """
     if config.windows is None:
         return None
     if assembled.table is None or assembled.index is None:
-        raise ValueError("--windows changes the multi-modal table, which --mim off has not")
+        raise OptionError("--windows changes the multi-modal table, which --mim off has not")
     manifest = assembled.table.manifest
     log = open_log(config.windows, manifest.table_version, start=manifest.seq if begin else None)
     return LiveWindows(assembled.model, assembled.index, log, config.windows_every, context)
@@ -122,11 +123,11 @@ def open_reader(
     """This rank's share of a split; to train on, it is shuffled and cut to equal shares.
 
     Raises:
-        ValueError: the batch size is not a multiple of the number of ranks.
+        OptionError: the batch size is not a multiple of the number of ranks.
         DataError: a file is malformed.
     """
     if config.batch_size % context.world_size:
-        raise ValueError(f"--batch-size {config.batch_size} is not a multiple of {context.world_size} ranks")
+        raise OptionError(f"--batch-size {config.batch_size} is not a multiple of {context.world_size} ranks")
     files = dataset.requests(split)
     reader = RequestReader(
         files,
@@ -196,21 +197,20 @@ def read_config(run: Path) -> CTRConfig:
     """The configuration that a run was trained with.
 
     Raises:
-        ValueError: there is none, or it is of another format.
+        DataError: there is none, or it is of another format.
     """
     path = run / CONFIG
     if not path.is_file():
-        raise ValueError(f"{run} is no run of mim ctr: it has no {CONFIG}")
+        raise DataError(f"is no run of mim ctr: it has no {CONFIG}", file=run)
     try:
         return from_values(json.loads(path.read_text()))
     except ValueError as error:
-        raise ValueError(f"{path} is not a configuration of this version of mim ctr: {error}") from None
+        raise DataError(f"is not a configuration of this version of mim ctr: {error}", file=path) from None
 
 
 def log_to_stderr() -> None:
     """Log what this package says, and nothing of what torch and torchrec say about themselves."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("mim_torchrec").setLevel(logging.INFO)
-    warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
     warnings.filterwarnings("ignore", message="Please use DTensor instead")
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import tyro
-from pydantic import TypeAdapter
 
 from mim_torchrec.ciubm.content import Pooling
 from mim_torchrec.ciubm.ubm.interface import UBMOptions
 from mim_torchrec.ciubm.ubm.registry import built_in_models, find_model
 from mim_torchrec.data.features import Features
+from mim_torchrec.extras import needs
 from mim_torchrec.training.checkpoints import CheckpointConfig
 
 Preset = Literal["paper", "recommended"]
@@ -193,6 +193,8 @@ def from_values(values: Mapping[str, Any]) -> CTRConfig:
     missing = {"ubm", "ubm_options"} - values.keys()
     if missing:
         raise ValueError(f"{', '.join(sorted(missing))} is missing")
+    with needs("train"):
+        from pydantic import TypeAdapter
     options = TypeAdapter(find_model(values["ubm"])).validate_python(values["ubm_options"])
     return TypeAdapter(CTRConfig).validate_python({**values, "ubm_options": options})
 
@@ -221,4 +223,14 @@ def parse(argv: Sequence[str] | None, **words: Any) -> CTRConfig:
         ]
         if flag.startswith("--") and models and option not in own:
             parser.error(f"{flag} is an option of --ubm {', '.join(models)}, not of {default.ubm}")
+    words["description"] = f"{words.get('description') or ''}\n{_options_by_model()}"
     return tyro.cli(CTRConfig, args=argv, default=default, **words)
+
+
+def _options_by_model() -> str:
+    """The flags that each user behavior model has, for `--help`, which describes those of one model only."""
+    lines = ["Options of the user behavior models, which `--ubm NAME --help` describes:"]
+    for name, model in built_in_models().items():
+        flags = ", ".join(f"--{option.name.replace('_', '-')}" for option in fields(model))
+        lines.append(f"    {name}: {flags or 'none'}")
+    return "\n".join(lines)

@@ -28,6 +28,8 @@ from mim_torchrec.ctr.predictions import predict, summarize
 from mim_torchrec.ctr.task import load_model
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.schema import Dataset
+from mim_torchrec.errors import OptionError, check_sizes
+from mim_torchrec.program import run
 from mim_torchrec.training.checkpoint import write_json
 from mim_torchrec.training.distributed import DistributedContext, distributed
 
@@ -70,24 +72,26 @@ def find_checkpoint(run: Path, name: str) -> Path:
     """The directory of a checkpoint of a run.
 
     Raises:
-        ValueError: there is no such checkpoint; it names those there are.
+        OptionError: there is no such checkpoint; it names those there are.
     """
     for path in (run / name, run / "checkpoints" / name, Path(name)):
         if (path / ".metadata").is_file() or (path / "state" / ".metadata").is_file():
             return path
     folder = run / "checkpoints"
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    raise ValueError(f"{run} has no checkpoint {name!r}; it has {', '.join(['best', *names])}")
+    raise OptionError(f"{run} has no checkpoint {name!r}; it has {', '.join(['best', *names])}")
 
 
 def evaluate(config: EvaluationConfig, context: DistributedContext) -> dict[str, Any]:
     """Run the stage on an initialized process group; returns what metrics.json holds.
 
     Raises:
-        ValueError: `model` is no run, or has no such checkpoint.
+        OptionError: `model` has no such checkpoint.
         VersionMismatch: the table is of another version than the model was trained on.
-        DataError: data is malformed.
+        DataError: `model` is no run, or data is malformed.
     """
+    check_sizes(config, 1, "batch_size")
+    check_sizes(config, 0, "draws")
     trained = read_config(config.model)
     checkpoint = find_checkpoint(config.model, config.checkpoint)
     settings = replace(
@@ -140,4 +144,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

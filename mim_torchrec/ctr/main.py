@@ -30,6 +30,8 @@ from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.schema import SPLITS, Dataset
 from mim_torchrec.embeddings.sharded.load import table_digest
 from mim_torchrec.embeddings.windows.window import WindowGap
+from mim_torchrec.errors import OptionError, check_sizes
+from mim_torchrec.program import run
 from mim_torchrec.training.checkpoint import write_json
 from mim_torchrec.training.checkpoints import Checkpoints
 from mim_torchrec.training.distributed import DistributedContext, distributed
@@ -40,9 +42,12 @@ log = logging.getLogger("mim_torchrec.ctr.main")  # also where it runs as __main
 
 def train_and_evaluate(config: CTRConfig, context: DistributedContext) -> dict[str, Any]:
     """Run the stage on an initialized process group; returns what metrics.json holds."""
+    check_sizes(config, 1, "batch_size", "epochs", "max_behaviors", "log_every", "patience", "embedding_dim")
+    check_sizes(config, 1, "content_dim", "windows_every")
+    check_sizes(config, 0, "seed", "warmup_steps", "spare_rows")
     started = time.time()
     if config.mim == "on" and config.table is None:
-        raise ValueError("--mim on needs --table; train Base with --mim off")
+        raise OptionError("--mim on needs --table; train Base with --mim off")
     config.out.mkdir(parents=True, exist_ok=True)
     dataset = Dataset(config.data)
     items = ItemStore.open(dataset, config.item_cache or config.out / "items")
@@ -148,4 +153,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

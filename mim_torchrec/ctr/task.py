@@ -23,6 +23,7 @@ from mim_torchrec.ctr.windows import LiveWindows
 from mim_torchrec.data.batch import RequestBatch
 from mim_torchrec.data.requests import RequestReader
 from mim_torchrec.data.vocabulary import IdMapper
+from mim_torchrec.errors import OptionError
 from mim_torchrec.training import metrics
 from mim_torchrec.training.checkpoint import atomic_directory_on_all_ranks
 from mim_torchrec.training.distributed import DistributedContext
@@ -124,7 +125,7 @@ class CTRTask:
         windows: of new items, None for none.
 
     Raises:
-        ValueError: `id_dropout` is no probability below 1.
+        OptionError: `id_dropout` is no probability below 1.
     """
 
     def __init__(
@@ -142,7 +143,7 @@ class CTRTask:
         windows: LiveWindows | None = None,
     ) -> None:
         if not 0 <= id_dropout < 1:
-            raise ValueError(f"id dropout is {id_dropout}; it has to be at least 0 and below 1")
+            raise OptionError(f"id dropout is {id_dropout}; it has to be at least 0 and below 1")
         self.model = model
         self.optimizer = optimizer
         self._train = train

@@ -20,14 +20,17 @@ from mim_torchrec.ctr.assembly import load_vocabularies, read_config
 from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.parameters import id_tables, trainable_state
 from mim_torchrec.data.vocabulary import Vocabulary
+from mim_torchrec.errors import ExpectedError, Status
 
 log = logging.getLogger(__name__)
 
 MAY_DIFFER = {"dropout", "content_dropout", "id_dropout", "aux_weight"}
 
 
-class WarmStartError(ValueError):
+class WarmStartError(ExpectedError, ValueError):
     """A run cannot be started from another one."""
+
+    status = Status.VERSION
 
 
 @torch.no_grad()

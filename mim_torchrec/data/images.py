@@ -4,9 +4,11 @@ import io
 import struct
 import zlib
 
-from PIL import Image, UnidentifiedImageError
-
 from mim_torchrec.data.errors import DataError, Location
+from mim_torchrec.extras import needs
+
+with needs("train"):
+    from PIL import Image, UnidentifiedImageError
 
 _UNREADABLE = (
     OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError,
@@ -32,7 +34,7 @@ def decode_image(data: bytes, where: Location | str = "image") -> Image.Image:
     except _UNREADABLE as error:
         # Pillow's message would name an object of this process
         reason = "no known format" if isinstance(error, UnidentifiedImageError) else error
-        problem = f"the image of {len(data)} bytes cannot be decoded ({reason})"
+        problem = f"the image of {len(data)} bytes cannot be decoded ({reason}); replace it"
         if isinstance(where, Location):
             raise DataError(problem, where.file, where.row_group, where.row, where.column) from None
         raise DataError(f"{where}: {problem}") from None

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
 from mim_torchrec.data.errors import DataError, Location
 from mim_torchrec.data.images import decode_image
@@ -26,6 +25,10 @@ from mim_torchrec.data.schema import (
     present_columns,
     read_row_group,
 )
+from mim_torchrec.extras import needs
+
+with needs("train"):
+    from PIL import Image
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +57,7 @@ class ItemStore:
         if len(twice):
             first, second = self.location(int(twice[0])), self.location(int(twice[0]) + 1, "item_id")
             raise DataError(
-                f"item id {self.item_ids[twice[0]]} is there twice, first in {first}",
+                f"item id {self.item_ids[twice[0]]} is there twice, first in {first}; remove one of them",
                 second.file, second.row_group, second.row, second.column,
             )  # fmt: skip
 
@@ -86,7 +89,10 @@ class ItemStore:
         unknown = np.unique(ids[self.item_ids[rows] != ids])
         if len(unknown):
             shown = ", ".join(str(i) for i in unknown[:10]) + (", …" if len(unknown) > 10 else "")
-            raise DataError(f"{len(unknown)} item ids are not in the item table: {shown}", column="item_id")
+            raise DataError(
+                f"{len(unknown)} item ids are not in the item table: {shown}; add them to items/",
+                column="item_id",
+            )
         return rows
 
     def titles(self, rows: np.ndarray) -> list[str]:
@@ -143,7 +149,9 @@ class ItemStore:
     def _index(self, column: str) -> int:
         index = self._reader.schema.get_field_index(column)
         if index < 0:
-            raise DataError("the item table has no such column", file=self._units[0][0], column=column)
+            raise DataError(
+                "the item table has no such column; add it", file=self._units[0][0], column=column
+            )
         return index
 
     def _column(self, name: str, rows: np.ndarray) -> list:
@@ -154,7 +162,11 @@ class ItemStore:
     def _refuse(self, row: int, column: str, problem: str) -> None:
         where = self.location(row, column)
         raise DataError(
-            f"{problem} (item {self.item_ids[row]})", where.file, where.row_group, where.row, column
+            f"{problem} (item {self.item_ids[row]}); fill it in, or leave the item out",
+            where.file,
+            where.row_group,
+            where.row,
+            column,
         )
 
 
@@ -165,7 +177,8 @@ def _describe(files: list[Path]) -> dict:
         parquet = open_parquet(file, ITEMS, ITEMS_REQUIRED)
         found = present_columns(parquet, ITEMS)
         if columns is not None and columns != found:
-            raise DataError(f"has columns {', '.join(found)}, {files[0]} has {', '.join(columns)}", file=file)
+            problem = f"has columns {', '.join(found)}, {files[0]} has {', '.join(columns)}"
+            raise DataError(f"{problem}; write all files with the same columns", file=file)
         columns = found
         stat = file.stat()
         units += [
@@ -194,7 +207,9 @@ def _build(source: dict, index: Path) -> None:
                 table = read_row_group(opened[1], group, source["columns"], file)
                 if table["item_id"].null_count:
                     row = int(np.flatnonzero(table["item_id"].is_null().to_numpy())[0])
-                    raise DataError("is null", file, group, row, "item_id")
+                    raise DataError(
+                        "is null; give the item an id, or leave the row out", file, group, row, "item_id"
+                    )
                 # unsafe only in that times finer than a microsecond lose what is finer
                 arrays = [table[name].cast(_STORED[name], safe=name != "listed_at").combine_chunks()
                           for name in source["columns"]]  # fmt: skip

@@ -8,9 +8,12 @@ most striking ones, in words. A category has a style of its own on average, a nu
 from collections.abc import Iterator
 
 import numpy as np
-from PIL import Image
 
 from mim_torchrec.data.images import encode_jpeg
+from mim_torchrec.extras import needs
+
+with needs("train"):
+    from PIL import Image
 
 STYLE_DIM = 8
 NOUNS = ("bag", "lamp", "chair", "shirt", "vase", "watch", "rug", "mug", "scarf", "clock", "shoe", "mirror",

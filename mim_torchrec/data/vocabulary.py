@@ -156,7 +156,7 @@ class IdMapper:
             shared = key.removeprefix("candidate_").removeprefix("behavior_")
             name = key if key in self.vocabularies else shared
             if name not in self.vocabularies:
-                problem = "the requests have it, the vocabularies of the training part do not"
+                problem = "the requests have it, those of training did not; leave it out, or train with it"
                 raise DataError(problem, column=key)
             values.append(self._rows(name, self.vocabularies[name], feature.values()))
             lengths.append(feature.lengths())

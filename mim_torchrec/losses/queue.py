@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mim_torchrec.errors import OptionError
+
 DTYPE = torch.bfloat16
 
 
@@ -29,13 +31,13 @@ class ItemQueue(nn.Module):
         pushed: batches that were ever pushed.
 
     Raises:
-        ValueError: there is no level, or no batch is to be kept.
+        OptionError: there is no level, or no batch is to be kept.
     """
 
     def __init__(self, levels: Sequence[str], batches: int) -> None:
         super().__init__()
         if not levels or batches < 1:
-            raise ValueError(f"a queue of {batches} batches of {len(levels)} levels holds nothing")
+            raise OptionError(f"a queue of {batches} batches of {len(levels)} levels holds nothing")
         self.levels, self.batches, self.pushed = tuple(levels), batches, 0
         self._vectors: Tensor | None = None  # (levels, batches * rows, dim), made for the first batch
         self._ids: Tensor | None = None

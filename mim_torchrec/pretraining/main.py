@@ -32,12 +32,14 @@ from mim_torchrec.encoders.checkpoint import (
 from mim_torchrec.encoders.pixels import PixelInputs
 from mim_torchrec.encoders.text import TextEncoder, learns_tokenizer, train_tokenizer
 from mim_torchrec.encoders.vision import VisionEncoder
+from mim_torchrec.errors import OptionError, check_sizes
 from mim_torchrec.pretraining.alignment import ImageTextModel
 from mim_torchrec.pretraining.config import PhaseConfig, PretrainConfig
 from mim_torchrec.pretraining.objective import PretrainingObjective
 from mim_torchrec.pretraining.task import PretrainTask
 from mim_torchrec.pretraining.text import LanguageModel
 from mim_torchrec.pretraining.vision import MaskedImageModel
+from mim_torchrec.program import run
 from mim_torchrec.training.checkpoint import write_json
 from mim_torchrec.training.checkpoints import Checkpoints
 from mim_torchrec.training.distributed import DistributedContext, distributed
@@ -64,10 +66,14 @@ class ItemCatalog:
 
 def pretrain(config: PretrainConfig, context: DistributedContext) -> dict[str, Any]:
     """Run the stage on an initialized process group; returns what metrics.json holds."""
+    check_sizes(config, 1, "log_every", "patience", "text.max_length", "dda_vision.mask_size", "dma.dim")
+    for phase in ("dda_vision", "dda_text", "dma"):
+        check_sizes(config, 1, f"{phase}.epochs", f"{phase}.batch_size")
+    check_sizes(config, 0, "seed")
     if not config.phases or len(set(config.phases)) < len(config.phases):
-        raise ValueError(f"--phases {' '.join(config.phases)}: name at least one, and each once")
+        raise OptionError(f"--phases {' '.join(config.phases)}: name at least one, and each once")
     if not 0 <= config.validation_fraction < 1:
-        raise ValueError(f"--validation-fraction is {config.validation_fraction}; it must be in [0, 1)")
+        raise OptionError(f"--validation-fraction is {config.validation_fraction}; it must be in [0, 1)")
     config.out.mkdir(parents=True, exist_ok=True)
     if context.is_main:
         write_json(config.out / "config.json", asdict(config))
@@ -185,4 +191,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -28,11 +28,13 @@ from tqdm import tqdm
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.schema import Dataset
-from mim_torchrec.embeddings.table.format import Manifest, TableError, TableWriter
+from mim_torchrec.embeddings.table.format import Manifest, TableWriter
 from mim_torchrec.encoders.checkpoint import encoder_version, load_encoder
 from mim_torchrec.encoders.features import item_features_file
 from mim_torchrec.encoders.pixels import HasTowers, rows_of_rank
 from mim_torchrec.encoders.vision import VisionEncoder
+from mim_torchrec.errors import OutputExists, check_sizes
+from mim_torchrec.program import run
 from mim_torchrec.representation.ahead import ahead
 from mim_torchrec.representation.config import ExportConfig
 from mim_torchrec.representation.plain import PLAIN, PlainTowers, fit_projection
@@ -102,10 +104,12 @@ def export(config: ExportConfig, context: DistributedContext) -> Manifest:
 
     Raises:
         DataError: an item cannot be encoded and ``on_bad_row`` is "fail"; it names the item.
-        TableError: ``out`` exists.
+        OutputExists: ``out`` exists.
     """
+    check_sizes(config, 1, "batch_size", "shard_rows", "dim", "pca_items", "image_size")
+    check_sizes(config, 0, "decode_threads")
     if config.out.exists():
-        raise TableError(f"{config.out} exists; choose another directory or remove it")
+        raise OutputExists(f"{config.out} exists; choose another directory or remove it")
     items = ItemStore.open(Dataset(config.data), config.item_cache or Path(f"{config.out}.items"))
     rows = rows_of_rank(len(items), context)
     skipped: list[int] = []
@@ -265,4 +269,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.schema import ITEMS, ITEMS_REQUIRED, open_parquet, present_columns
-from mim_torchrec.embeddings.windows.redis_connection import connect, locate, reachable
+from mim_torchrec.embeddings.windows.redis_address import locate
 
 LOOK_EVERY = 0.05  # seconds between two looks into the directory
 BATCH = 64  # rows in memory
@@ -77,7 +77,7 @@ class DirectorySource:
 
     def __init__(self, root: Path, name: str = "") -> None:
         if not root.is_dir():
-            raise DataError("no such directory", file=root)
+            raise DataError("no such directory; make it, or check --source", file=root)
         self._root, self._name = root, name
         self.seek({})
 
@@ -118,7 +118,7 @@ class DirectorySource:
             columns = [c for c in present_columns(parquet, ITEMS) if c in ("item_id", "title", "image")]
             removed = parquet.schema_arrow.get_field_index(REMOVED)
             if removed >= 0 and not pa.types.is_boolean(parquet.schema_arrow.field(removed).type):
-                raise DataError("expected bool", file=path, column=REMOVED)
+                raise DataError("expected bool; convert the column", file=path, column=REMOVED)
             wanted = [*columns, *([REMOVED] if removed >= 0 else [])]
             start = 0
             for group in range(parquet.num_row_groups):
@@ -143,7 +143,7 @@ def _items(parquet: pq.ParquetFile, group: int, columns: list[str], path: Path) 
         for batch in parquet.iter_batches(BATCH, row_groups=[group], columns=columns, use_threads=False):
             yield from batch.to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot be read ({error})", file=path, row_group=group) from None
+        raise DataError(f"cannot be read ({error}); write it again", file=path, row_group=group) from None
 
 
 class StreamSource:
@@ -155,10 +155,13 @@ class StreamSource:
 
     Raises:
         RedisUnavailable: the server does not answer.
+        MissingExtra: the extra `redis` is not installed.
     """
 
     def __init__(self, where: str, name: str = "") -> None:
-        self._at = locate(where)
+        from mim_torchrec.embeddings.windows.redis_connection import connect, reachable
+
+        self._at, self._reachable = locate(where), reachable
         self._client = connect(self._at)
         self._unit = f"{name}/{self._at.name}" if name else self._at.name
         self.seek({})
@@ -170,7 +173,7 @@ class StreamSource:
     def read(self, limit: int, timeout: float) -> list[Arrival]:
         """See `ItemSource`."""
         block = max(1, int(1000 * timeout)) if timeout > 0 else None
-        with reachable(self._at):
+        with self._reachable(self._at):
             found = self._client.xread({self._at.name: self._after}, count=limit, block=block)
         if not found:
             return []

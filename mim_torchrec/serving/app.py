@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mim_torchrec.embeddings.windows.redis_connection import RedisUnavailable
+from mim_torchrec.embeddings.windows.redis_address import RedisUnavailable
 from mim_torchrec.serving.batcher import Batcher, DeadlinePassed, QueueFull
 from mim_torchrec.serving.config import Limits
 from mim_torchrec.serving.metrics import Metrics

@@ -30,6 +30,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
+from mim_torchrec.errors import ExpectedError, OptionError, Status
 from mim_torchrec.training.checkpoint import (
     begin_directory,
     on_all_ranks,
@@ -60,8 +61,10 @@ class CheckpointConfig:
     `never` removes what is there and starts anew, though not when torchrun starts its workers again."""
 
 
-class ResumeError(ValueError):
+class ResumeError(ExpectedError, ValueError):
     """A run cannot be taken up from the checkpoints that are there."""
+
+    status = Status.STATE
 
 
 class State(Protocol):
@@ -109,7 +112,7 @@ class Checkpoints:
         self, folder: Path, config: CheckpointConfig, run: dict[str, Any], context: DistributedContext
     ) -> None:
         if config.every < 0 or config.keep < 1:
-            raise ValueError(f"checkpoints every {config.every} steps, {config.keep} kept: at least 0 and 1")
+            raise OptionError(f"checkpoints every {config.every} steps, {config.keep} kept: at least 0 and 1")
         self._folder, self._config, self._context = folder, config, context
         self._run = json.loads(json.dumps(run, default=str))
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")

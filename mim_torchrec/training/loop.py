@@ -21,13 +21,17 @@ from typing import Any, NoReturn, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from mim_torchrec.errors import Diverged, OptionError
+from mim_torchrec.extras import needs
 from mim_torchrec.training.checkpoint import write_json
 from mim_torchrec.training.checkpoints import Checkpoints, State
 from mim_torchrec.training.distributed import DistributedContext
 from mim_torchrec.training.parallel import gradient_norm
+
+with needs("train"):
+    from torch.utils.tensorboard import SummaryWriter
 
 log = logging.getLogger(__name__)
 
@@ -132,10 +136,10 @@ def fit(
         Interrupted: SIGTERM or SIGINT came, to whichever rank; all stop after the same step. A second
             SIGINT ends the process at once.
         ResumeError: the checkpoints are of another run.
-        ValueError: no epochs, no batches, or an epoch without a finite value of the metric `select`.
+        OptionError: no epochs, no batches, or an epoch without a finite value of the metric `select`.
     """
     if epochs < 1:
-        raise ValueError(f"epochs is {epochs}: nothing to train")
+        raise OptionError(f"epochs is {epochs}: nothing to train")
     out.mkdir(parents=True, exist_ok=True)
     history, epoch, first = History(), 0, 0
     found = checkpoints.restore(task.state) if checkpoints is not None else None
@@ -199,7 +203,7 @@ def _train_epoch(
 ) -> None:
     total = task.num_batches(epoch)
     if total < 1:
-        raise ValueError(f"epoch {epoch} has no batches: the data is smaller than one batch on every rank")
+        raise OptionError(f"epoch {epoch} has no batches: the data is smaller than one batch on every rank")
     samples, waited, since = 0, 0.0, time.perf_counter()
     bar = tqdm(total=total, initial=first, desc=f"epoch {epoch}", unit="step", mininterval=1,
                disable=not context.is_main)  # fmt: skip
@@ -218,7 +222,7 @@ def _train_epoch(
                 write_json(
                     file, {"epoch": epoch, "step": step, "loss": float(loss.detach())} | task.batch_ids(batch)
                 )
-                raise FloatingPointError(
+                raise Diverged(
                     f"the loss is {value} in epoch {epoch} at step {step}; the ids of the batch are in "
                     f"{file.parent}. Try a lower learning rate, and check the input for values that are not "
                     "finite"

@@ -8,7 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
+
+from mim_torchrec.extras import needs
+
+with needs("train"):
+    from sklearn.metrics import roc_auc_score
 
 
 def auc(labels: np.ndarray, scores: np.ndarray) -> float | None:

@@ -14,6 +14,8 @@ from mim_torchrec.pretraining.main import main as pretrain
 from tests.programs import small_shop
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory) -> Path:

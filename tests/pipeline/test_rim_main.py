@@ -27,7 +27,8 @@ from mim_torchrec.embeddings.stores.store import catch_up
 from mim_torchrec.embeddings.table.format import Table, TableWriter, VersionMismatch
 from mim_torchrec.embeddings.table.main import main as table_command
 from mim_torchrec.embeddings.windows.log import WindowLog
-from mim_torchrec.embeddings.windows.redis_connection import connect, locate
+from mim_torchrec.embeddings.windows.redis_address import locate
+from mim_torchrec.embeddings.windows.redis_connection import connect
 from mim_torchrec.embeddings.windows.transport import open_log
 from mim_torchrec.representation.export import TrainedEncoder
 from mim_torchrec.rim.config import RIMConfig

@@ -19,7 +19,8 @@ from mim_torchrec.embeddings.stores.store import catch_up, follow, open_store
 from mim_torchrec.embeddings.table.format import DTYPES, Table, TableError, TableWriter, VersionMismatch
 from mim_torchrec.embeddings.table.quantize import decode, encode
 from mim_torchrec.embeddings.windows.compact import compact
-from mim_torchrec.embeddings.windows.redis_connection import RedisFull, connect, locate
+from mim_torchrec.embeddings.windows.redis_address import RedisFull, locate
+from mim_torchrec.embeddings.windows.redis_connection import connect
 from mim_torchrec.embeddings.windows.transport import open_log
 from mim_torchrec.embeddings.windows.window import Window, WindowGap
 from tests.unit.test_windows import DIM, ROOT, tensor, vectors, window
@@ -240,7 +241,7 @@ def test_the_commands_load_follow_and_check(redis_url, tmp_path, capsys):
     log.append("w1", tensor(1, 2), vectors(2), removed=tensor(3))
     with pytest.raises(SystemExit) as behind:
         command(["check", table, "--store", redis_url, "--log", str(log.root)])
-    assert behind.value.code == 1
+    assert behind.value.code == 3
     report = json.loads(capsys.readouterr().out)
     assert report == {"rows": 501, "missing": 1, "surplus": 1, "wrong": 1, "seq": 0, "log_seq": 1}
     command(["follow", "--store", redis_url, "--log", str(log.root), "--table-version", "v1", "--once"])
@@ -249,6 +250,7 @@ def test_the_commands_load_follow_and_check(redis_url, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["seq"] == 1
 
 
+@pytest.mark.slow
 def test_the_follower_ends_at_sigterm_and_survives_sigkill(redis_url, tmp_path):
     write_table(tmp_path / "table")
     RedisStore.load(redis_url, Table.open(tmp_path / "table"))

@@ -14,7 +14,8 @@ import torch
 from mim_torchrec.benchmarks.harness.redis_server import RedisServer
 from mim_torchrec.embeddings.stores.store import follow
 from mim_torchrec.embeddings.table.format import TableError, VersionMismatch
-from mim_torchrec.embeddings.windows.redis_connection import RedisFull, RedisUnavailable, connect, locate
+from mim_torchrec.embeddings.windows.redis_address import RedisFull, RedisUnavailable, locate
+from mim_torchrec.embeddings.windows.redis_connection import connect
 from mim_torchrec.embeddings.windows.transport import open_log
 from mim_torchrec.embeddings.windows.window import MalformedWindow, WindowGap
 from tests.unit.test_windows import DIM, ROOT, tensor, vectors, window
@@ -103,6 +104,7 @@ for k in range(30):
 """
 
 
+@pytest.mark.slow
 def test_a_writer_that_is_killed_again_and_again_adds_every_window_once(where):
     rng, kills = random.Random(0), 0
     while True:

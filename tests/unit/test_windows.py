@@ -175,6 +175,7 @@ def check(root: Path, count: int) -> None:
         assert w.ids.tolist() == [k, 1000 + k] and (decode(w.vectors, w.dtype) == k).all()
 
 
+@pytest.mark.slow
 def test_two_who_append_the_same_windows_at_once_make_one_log(tmp_path):
     writers = [start(tmp_path / "log", 200) for _ in range(2)]
     for writer in writers:
@@ -183,6 +184,7 @@ def test_two_who_append_the_same_windows_at_once_make_one_log(tmp_path):
     check(tmp_path / "log", 200)
 
 
+@pytest.mark.slow
 def test_a_writer_that_is_killed_at_any_moment_loses_and_doubles_nothing(tmp_path):
     rng, kills, count = random.Random(1), 0, 600
     for _ in range(6):
