@@ -9,13 +9,14 @@ import io
 import os
 import pkgutil
 import re
+import textwrap
 from importlib import import_module
 from pathlib import Path
 
 from mim_torchrec import cli
 
 ROOT = Path(__file__).parents[1]
-WIDTH = "100"  # columns of a help text
+WIDTH = 88  # columns of a help text, as many as a page shows
 HIDDEN_COLON = "\ue000"  # of the private use area: no docstring has it
 ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -63,7 +64,7 @@ def help_text(words: list[str]) -> str:
         RuntimeError: the command does not print a help text.
     """
     before, printed = dict(os.environ), io.StringIO()
-    os.environ.update(COLUMNS=WIDTH, NO_COLOR="1")
+    os.environ.update(COLUMNS=str(WIDTH), NO_COLOR="1")
     try:
         with contextlib.redirect_stdout(printed):
             cli.main([*words, "--help"])
@@ -76,7 +77,8 @@ def help_text(words: list[str]) -> str:
     text = ESCAPES.sub("", printed.getvalue())
     if not text.strip():
         raise RuntimeError(f"mim {' '.join(words)} --help printed nothing")
-    return "\n".join(line.rstrip() for line in text.strip().splitlines())
+    lines = [part for line in text.strip().splitlines() for part in textwrap.wrap(line, WIDTH) or [""]]
+    return "\n".join(lines)
 
 
 def subcommands(text: str) -> list[str]:

@@ -35,6 +35,7 @@ def test_readme_is_short():
 
 OTHER_PROGRAMS = {
     "--no-deps", "--nproc_per_node", "--standalone", "--dryrun", "--max_restarts",
+    "--scale",  # of the model that a tutorial writes
     "--silent", "--retry", "--retry-connrefused", "--retry-delay", "--help", "--debug",
 }  # fmt: skip
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w.-]*\w")
