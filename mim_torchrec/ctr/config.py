@@ -223,4 +223,14 @@ def parse(argv: Sequence[str] | None, **words: Any) -> CTRConfig:
         ]
         if flag.startswith("--") and models and option not in own:
             parser.error(f"{flag} is an option of --ubm {', '.join(models)}, not of {default.ubm}")
+    words["description"] = f"{words.get('description') or ''}\n{_options_by_model()}"
     return tyro.cli(CTRConfig, args=argv, default=default, **words)
+
+
+def _options_by_model() -> str:
+    """The flags that each user behavior model has, for `--help`, which describes those of one model only."""
+    lines = ["Options of the user behavior models, which `--ubm NAME --help` describes:"]
+    for name, model in built_in_models().items():
+        flags = ", ".join(f"--{option.name.replace('_', '-')}" for option in fields(model))
+        lines.append(f"    {name}: {flags or 'none'}")
+    return "\n".join(lines)

@@ -1,20 +1,23 @@
 """Every room imports with its extras alone, and names the extra that is missing."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 from importlib.metadata import distribution, packages_distributions
+from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from mim_torchrec.builds import conflict
+from mim_torchrec.builds import FBGEMM, conflict
 from mim_torchrec.extras import EXTRAS, MissingExtra, needs, require
 from tests.unit.test_packaging import SOURCES
 
 NEEDS_REDIS = ("windows.redis_connection", "windows.redis_log", "stores.redis_store", "stores.main")
+NEEDS_FUXICTR = ("ctr_throughput", "fuxictr_models", "scaling")
 PROMISES = {
     (): ["embeddings", "ciubm", "losses", "ctr.model", "ctr.config", "data.batch", "data.requests"],
     ("redis",): ["embeddings"],
@@ -96,7 +99,9 @@ def import_with(extras: tuple[str, ...], modules: list[str]) -> dict[str, str]:
 def promised(extras: tuple[str, ...]) -> list[str]:
     """Modules of the rooms that import with core and these extras."""
     rooms = tuple(f"mim_torchrec.{room}" for room in PROMISES[extras])
-    left_out = set() if "redis" in extras else {f"mim_torchrec.embeddings.{name}" for name in NEEDS_REDIS}
+    left_out = {f"mim_torchrec.benchmarks.speed.{name}" for name in NEEDS_FUXICTR}
+    if not {"redis", "all"} & set(extras):
+        left_out |= {f"mim_torchrec.embeddings.{name}" for name in NEEDS_REDIS}
     return [name for name in SOURCES if f"{name}.".startswith(tuple(f"{room}." for room in rooms))
             and name not in left_out]  # fmt: skip
 
@@ -157,3 +162,16 @@ def test_a_missing_package_is_an_error_that_names_its_extra(monkeypatch):
 def test_builds_of_one_release_go_together(packages, problem):
     found = conflict(packages)
     assert found == problem if problem is None else problem in found
+
+
+def test_the_embeddings_refuse_both_builds_of_fbgemm(tmp_path: Path):
+    for build in FBGEMM:
+        about = tmp_path / f"{build.replace('-', '_')}-1.9.0.dist-info" / "METADATA"
+        about.parent.mkdir()
+        about.write_text(f"Metadata-Version: 2.1\nName: {build}\nVersion: 1.9.0\n")
+    done = subprocess.run(
+        [sys.executable, "-c", "import mim_torchrec.embeddings"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "IncompatibleBuilds: " in done.stderr
+    assert "fbgemm-gpu 1.9.0, fbgemm-gpu-cpu 1.9.0: overwrite each other's files; `mim doctor`" in done.stderr
