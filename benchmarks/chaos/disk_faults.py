@@ -27,6 +27,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
+from mim_torchrec import program
 from mim_torchrec.benchmarks.harness.fault_injection import ABSENT, KINDS, Outcome, Writer, try_all
 from mim_torchrec.csft.image_search import write as write_retrieval
 from mim_torchrec.ctr.config import CTRConfig
@@ -375,4 +376,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)
