@@ -203,13 +203,20 @@ def encoder_writers() -> Iterator[Writer]:
     def towers(which: ItemEncoder) -> Callable[[Path], str]:
         return lambda root: save_towers(which.vision, which.text, root / "towers")
 
+    loaded: list[object] = []
+
+    def read(path: Path, load: Callable[[Path], object]) -> object:
+        found = tree(path)
+        if found not in loaded:
+            load(path)  # compares the content with its version
+            loaded.append(found)
+        return found
+
     def read_encoder(root: Path) -> object:
-        load_encoder(root / "encoder")  # compares the content with its version
-        return tree(root / "encoder")
+        return read(root / "encoder", load_encoder)
 
     def read_towers(root: Path) -> object:
-        load_towers(root / "towers")
-        return tree(root / "towers")
+        return read(root / "towers", load_towers)
 
     yield Writer("encoder", encoder(one), encoder(two), read_encoder)
     yield Writer("towers", towers(one), towers(two), read_towers)
