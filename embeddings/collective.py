@@ -1,7 +1,7 @@
 """Work that every rank of a group does, and that fails on all ranks where it fails on one."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch.distributed as dist
 
@@ -29,7 +29,8 @@ def on_all_ranks(work: Callable[[], T], group: dist.ProcessGroup | None = None) 
     Raises:
         OSError, ValueError: those of the first rank that failed, with its number, on all ranks.
     """
-    result, failed = None, None
+    result: T | None = None
+    failed: OSError | ValueError | None = None
     try:
         result = work()
     except (OSError, ValueError) as error:
@@ -37,8 +38,8 @@ def on_all_ranks(work: Callable[[], T], group: dist.ProcessGroup | None = None) 
     every = gather(failed, group)
     for rank, found in enumerate(every):
         if found is not None:
-            raise (_of_rank(rank, found) if len(every) > 1 else failed) from failed
-    return result
+            raise (_of_rank(rank, found) if len(every) > 1 else found) from failed
+    return cast(T, result)
 
 
 def _of_rank(rank: int, error: OSError | ValueError) -> OSError | ValueError:
@@ -47,6 +48,6 @@ def _of_rank(rank: int, error: OSError | ValueError) -> OSError | ValueError:
         named = type(error)(text)
     except TypeError:  # its parts are not known here
         named = OSError(text) if isinstance(error, OSError) else ValueError(text)
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and isinstance(named, OSError):
         named.errno = error.errno
     return named

@@ -148,7 +148,7 @@ def write_tensors(
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-            file.write(flat.view(torch.uint8).numpy())
+            file.write(flat.view(torch.uint8).numpy().data)
 
 
 def replace_files(contents: dict[Path, bytes]) -> None:

@@ -103,7 +103,7 @@ def _fine_tune(config: CSFTConfig, run: RunDirectory, context: DistributedContex
     )
     kept = run.promote_best("encoder", context)
     found = _search(config, inputs, held_out, catalog, items, context)
-    best = history.epochs[history.best_epoch]
+    best = history.best()
     metrics = {name: value for name, value in best.items() if name not in ("epoch", "seconds")} | {
         "chance": RECALL_AT / len(items),
         "retrieval": found,

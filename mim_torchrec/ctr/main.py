@@ -61,9 +61,9 @@ def resume_fingerprint(config: CTRConfig) -> tuple[dict[str, Any], str | None]:
     A table is the same by what it holds, wherever it lies. With a log of windows it is by its version, as the
     base of a run that is resumed may be a later one.
     """
-    manifest = read_manifest(config.table, config.table_version) if config.mim == "on" else None
     table = version = None
-    if manifest is not None:
+    if config.mim == "on" and config.table is not None:
+        manifest = read_manifest(config.table, config.table_version)
         version = manifest.table_version
         table = manifest.content if config.windows is None else version
     return config.resume_fingerprint() | {"table": table}, version
@@ -167,12 +167,14 @@ def check_table(
     Raises:
         RuntimeError: something else has changed it.
     """
-    before, after = assembled.facts["digest_before"], table_digest(assembled.frozen)
-    seq = assembled.facts["seq"] if windows is None else windows.seq
+    facts, frozen, table = assembled.facts, assembled.frozen, assembled.table
+    assert facts is not None and frozen is not None and table is not None
+    before, after = facts["digest_before"], table_digest(frozen)
+    seq = facts["seq"] if windows is None else windows.seq
     expected: str | None = before
-    if seq != assembled.facts["seq"]:
+    if windows is not None and seq != facts["seq"]:
         try:
-            expected = windows.expected_digest(assembled.table)
+            expected = windows.expected_digest(table)
         except WindowGap as error:
             log.warning("whether only windows have changed the table is not known: %s", error)
             expected = None

@@ -146,7 +146,7 @@ def _run_phase(
     metrics = {
         "before": before,
         "first": _figures(history.epochs[0]),
-        "best": _figures(history.epochs[history.best_epoch]),
+        "best": _figures(history.best()),
         "best_epoch": history.best_epoch,
         "steps": history.num_steps,
         "towers_version": towers_version(*best),

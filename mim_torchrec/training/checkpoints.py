@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -162,10 +162,10 @@ class Checkpoints:
         writer = Writer(partial / "state", size_of(shared))
         if self._config.asynchronous:
             staged = BlockingAsyncStager(cache_staged_state_dict=False)  # the default knows no ShardedTensor
-            saved = dcp.async_save(
-                shared, storage_writer=writer, process_group=self._own_group(), async_stager=staged
-            )
-            self._pending = path, self._writer.submit(self._finish, path, saved.result)
+            group = self._own_group()
+            saved = dcp.async_save(shared, storage_writer=writer, process_group=group, async_stager=staged)
+            wait = cast("Future[object]", saved).result  # this stager gives a future
+            self._pending = path, self._writer.submit(self._finish, path, wait)
         else:
             self._pending = (
                 path,

@@ -44,6 +44,11 @@ class History:
         return {"num_steps": self.num_steps, "epochs": list(self.epochs), "best_epoch": self.best_epoch,
                 "loss_sum": self.loss_sum, "loss_count": self.loss_count}  # fmt: skip
 
+    def best(self) -> dict[str, float]:
+        """The entry of the epoch whose weights were kept."""
+        assert self.best_epoch is not None  # the first epoch is the best until a better one comes
+        return self.epochs[self.best_epoch]
+
 
 def read_history(file: Path) -> History:
     """The history of a run, steps included; an unfinished last line of a run that goes on is left out."""

@@ -42,15 +42,18 @@ class Optimizer(Protocol):
     """What torch's and torchrec's optimizers have in common."""
 
     def zero_grad(self) -> None: ...
-    def step(self) -> Any: ...
+    def step(self, closure: None = None) -> Any: ...
 
 
 class Task(Protocol):
     """What a stage trains. Every rank calls every method, with the same arguments."""
 
-    model: nn.Module
-    optimizer: Optimizer
-    state: State
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def optimizer(self) -> Optimizer: ...
+    @property
+    def state(self) -> State: ...
 
     def batches(self, epoch: int, first: int = 0) -> Iterable[Any]:
         """This rank's batches of an epoch, as many as `num_batches` says, without those before `first`."""
@@ -71,7 +74,7 @@ class Task(Protocol):
         """Validation metrics, {} if there are none."""
 
     def save(self, path: Path) -> None:
-        """Write what the stage needs of the model to a directory, in the place of what is there."""
+        """Write what the stage needs of the model to a directory, replacing what is there."""
 
 
 class Interrupted(SystemExit):

@@ -7,10 +7,11 @@ reported as such: the library says `unexpected pos 704 vs 598`.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -37,18 +38,18 @@ class DigestingFileSystem(FileSystem):
         self.error: OSError | None = None
 
     @contextmanager
-    def create_stream(self, path: str | Path, mode: str) -> Iterator[IO[bytes]]:
+    def create_stream(self, path: str | os.PathLike[Any], mode: str) -> Iterator[Any]:
         """Open a file; one that is written gets a file with its digest beside it when it is closed."""
         if mode != "wb":
             with super().create_stream(path, mode) as stream:
                 yield stream
             return
         try:
-            with Path(path).open(mode) as file:
-                stream = _Digesting(file, self)
-                yield stream
+            with Path(path).open("wb") as file:
+                digesting = _Digesting(file, self)
+                yield digesting
             digest_file = Path(f"{str(path).removesuffix('.tmp')}{DIGEST}")
-            digest_file.write_text(stream.digest.hexdigest())
+            digest_file.write_text(digesting.digest.hexdigest())
         except OSError as error:
             self.error = self.error or error
             raise
@@ -79,7 +80,7 @@ class Writer(dcp.FileSystemWriter):
 
     def __init__(self, path: Path, needed: int) -> None:
         super().__init__(str(path))
-        self.fs = DigestingFileSystem()
+        self.fs: DigestingFileSystem = DigestingFileSystem()
         self._needed = needed
 
     def write_data(self, plan: Any, planner: Any) -> Any:
@@ -167,7 +168,7 @@ def damage(folder: Path, rank: int = 0, world_size: int = 1) -> str | None:
 
 def own_group() -> dist.ProcessGroup | None:
     """A group for a writer's thread, whose exchanges must not mix with those of training."""
-    return dist.new_group(backend="gloo") if dist.is_initialized() else None
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if dist.is_initialized() else None
 
 
 def _canonical(digests: dict[str, str]) -> bytes:
