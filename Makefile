@@ -80,7 +80,7 @@ chaos: install  ## kill RIM, stores and training ranks 240 times: no row wrong, 
 	$(BIN)/python -m mim_torchrec.benchmarks.chaos.main --out runs/chaos
 
 faults: install  ## fail every file-system call of every writer: nothing is lost or mixed
-	$(BIN)/python -m mim_torchrec.benchmarks.faults --out runs/faults
+	$(BIN)/python -m mim_torchrec.benchmarks.chaos.disk_faults --out runs/faults
 
 bench-export-throughput: install  ## export's items per second beside its encoder's bare forward pass
 	$(BIN)/python -m mim_torchrec.benchmarks.speed.export_throughput --out runs/export_throughput

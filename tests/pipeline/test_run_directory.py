@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mim_torchrec.benchmarks.fault_injection import Faults, Killed
+from mim_torchrec.benchmarks.harness.fault_injection import Faults, Killed
 from mim_torchrec.ctr.evaluation import main as evaluate
 from mim_torchrec.ctr.main import main as train
 from mim_torchrec.data.errors import DataError

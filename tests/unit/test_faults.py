@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mim_torchrec.benchmarks.fault_injection import Writer, try_all
-from mim_torchrec.benchmarks.faults import (
+from mim_torchrec.benchmarks.chaos.disk_faults import (
     file_writers,
     main,
     report_of,
@@ -14,6 +13,7 @@ from mim_torchrec.benchmarks.faults import (
     table_writers,
     try_writers,
 )
+from mim_torchrec.benchmarks.harness.fault_injection import Writer, try_all
 
 QUICK = {"file", "directory", "window log append", "window log forget", "table grow --link", "config.json",
          "history", "metrics and predictions", "lease"}  # fmt: skip
@@ -64,7 +64,7 @@ def test_our_writers_leave_the_old_or_the_new():
 
 
 def test_the_program_fails_where_something_is_lost(tmp_path, monkeypatch):
-    monkeypatch.setattr("mim_torchrec.benchmarks.faults.writers", lambda: iter([BAD["mixed"]]))
+    monkeypatch.setattr("mim_torchrec.benchmarks.chaos.disk_faults.writers", lambda: iter([BAD["mixed"]]))
     with pytest.raises(SystemExit) as ended:
         main(["--out", str(tmp_path / "out")])
     assert ended.value.code == 1

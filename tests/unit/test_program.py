@@ -12,6 +12,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from mim_torchrec.ctr.warm_start import WarmStartError
 from mim_torchrec.data.errors import DataError
+from mim_torchrec.embeddings.files import DiskFull
 from mim_torchrec.embeddings.sharded.live import SpareRowsExhausted
 from mim_torchrec.embeddings.table.manifest import (
     ChecksumMismatch,
@@ -37,16 +38,18 @@ from mim_torchrec.extras import MissingExtra
 from mim_torchrec.program import run
 from mim_torchrec.serving.releases import ReleaseError
 from mim_torchrec.training.checkpoints import ResumeError
+from mim_torchrec.training.lease import LeaseError
 from mim_torchrec.training.loop import Interrupted
+from mim_torchrec.training.model_record import ModelMismatch
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = {
     OptionError: 2,
     DataError: 3, CheckpointError: 3, Diverged: 3, TableError: 3, ChecksumMismatch: 3, IncompleteTable: 3,
     DuplicateId: 3, NonFiniteVector: 3, SpareRowsExhausted: 3, MalformedWindow: 3,
-    VersionMismatch: 4, WarmStartError: 4, WindowGap: 4,
-    OutputExists: 5, ResumeError: 5, ReleaseError: 5, LogMoved: 5,
-    SetupError: 6, MissingExtra: 6, RedisUnavailable: 6, RedisFull: 6,
+    VersionMismatch: 4, ModelMismatch: 4, WarmStartError: 4, WindowGap: 4,
+    OutputExists: 5, LeaseError: 5, ResumeError: 5, ReleaseError: 5, LogMoved: 5,
+    SetupError: 6, DiskFull: 6, MissingExtra: 6, RedisUnavailable: 6, RedisFull: 6,
 }  # fmt: skip
 GLOO = "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234"
 THEIRS = {

@@ -1,6 +1,6 @@
 """Fail every file-system call of every writer: what is left is the old version or the new one.
 
-    python -m mim_torchrec.benchmarks.faults --out runs/faults
+    python -m mim_torchrec.benchmarks.chaos.disk_faults --out runs/faults
 
 Each call fails in three ways: the disk is full after half of a write, the disk is broken, the process is
 killed. `report.json` says how many writers and calls there were, and how many faults lost something or mixed
@@ -27,7 +27,8 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from mim_torchrec.benchmarks.fault_injection import ABSENT, KINDS, Outcome, Writer, try_all
+from mim_torchrec import program
+from mim_torchrec.benchmarks.harness.fault_injection import ABSENT, KINDS, Outcome, Writer, try_all
 from mim_torchrec.csft.image_search import write as write_retrieval
 from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.data.items import ItemStore
@@ -60,7 +61,7 @@ from mim_torchrec.training.sharded_state import damage, save_state, seal
 from mim_torchrec.training.shared_directory import shared_atomic_directory
 from mim_torchrec.training.state import TrainingState
 
-log = logging.getLogger("mim_torchrec.benchmarks.faults")
+log = logging.getLogger("mim_torchrec.benchmarks.chaos.disk_faults")
 
 ONE = DistributedContext(0, 1, torch.device("cpu"))
 
@@ -358,7 +359,7 @@ def report_of(outcomes: dict[str, Outcome]) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point of ``python -m mim_torchrec.benchmarks.faults``."""
+    """Entry point of ``python -m mim_torchrec.benchmarks.chaos.disk_faults``."""
     config = tyro.cli(FaultsConfig, args=argv, description=__doc__)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
@@ -375,4 +376,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)
