@@ -19,8 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mim_torchrec.embeddings.files import write_json
 from mim_torchrec.errors import ExpectedError, OptionError
-from mim_torchrec.training.checkpoint import write_json
 
 COMMON = ("data", "training")
 SOURCES = {

@@ -105,7 +105,7 @@ def build_report(config: DemoConfig, run: Run, ctr: dict[str, Path]) -> dict[str
         "targets": targets,
         "stages": run.seconds,
         "curves": {
-            name: loss_curve(path / "history.json")
+            name: loss_curve(path / "history.jsonl")
             for name, path in {"csft": run.root / "csft", **{f"ctr-{k}": v for k, v in ctr.items()}}.items()
         },
         "config": {**dataclasses.asdict(config), "encoder": ENCODER, "ctr": CTR},

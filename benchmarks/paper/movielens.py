@@ -204,8 +204,8 @@ def build_report(job: Job, tuning: dict[str, Any]) -> dict[str, Any]:
             for name, control in controls.items()
         ),
     ]  # fmt: skip
-    curves = {"csft": loss_curve(job.root / "csft-movielens-user" / "history.json")}
-    curves |= {f"ctr-{path.name}": loss_curve(path / "history.json") for path in (*base, *mim)}
+    curves = {"csft": loss_curve(job.root / "csft-movielens-user" / "history.jsonl")}
+    curves |= {f"ctr-{path.name}": loss_curve(path / "history.jsonl") for path in (*base, *mim)}
     return {
         "title": "MIM on MovieLens and posters",
         "summary": "MovieLens ml-latest-small: a rating of 4 or more is a positive, those of a user are "

@@ -25,8 +25,8 @@ from mim_torchrec import program
 from mim_torchrec.benchmarks.harness.environment import environment
 from mim_torchrec.benchmarks.harness.pages import Section, number, write_pages
 from mim_torchrec.benchmarks.records.registry import BENCHMARKS, RESULTS, Benchmark
+from mim_torchrec.embeddings.files import write_json
 from mim_torchrec.errors import ExpectedError, OptionError
-from mim_torchrec.training.checkpoint import write_json
 
 SMALL = RESULTS / "small.json"
 SHOWN = 20  # last lines of a log

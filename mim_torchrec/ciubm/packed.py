@@ -216,9 +216,8 @@ def _add_up(values: Tensor, pairs: PairIndices) -> Tensor:
 def _announce_csr() -> None:
     """Make the first CSR tensor of the process, at which torch warns once that they are in beta."""
     with quiet("Sparse CSR tensor support is in beta"):
-        torch.sparse_csr_tensor(
-            torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), torch.tensor([]), (1, 1)
-        )
+        none = torch.tensor([], dtype=torch.int64)
+        torch.sparse_csr_tensor(torch.tensor([0, 0]), none, none, (1, 1), check_invariants=False)
 
 
 def _sample(candidates: Tensor, behaviors: Tensor, pairs: PairIndices) -> Tensor:

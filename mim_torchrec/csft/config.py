@@ -16,7 +16,7 @@ class CSFTConfig:
     """Fine-tune the item encoder on pairs of a query image and the item that was bought after it (§3.3).
 
     One process, or several under torchrun. Writes `encoder/` (a self-contained checkpoint), config.json,
-    history.json, metrics.json, retrieval.json and retrieval.png (image search of the held-out pairs) and
+    history.jsonl, metrics.json, retrieval.json and retrieval.png (image search of the held-out pairs) and
     TensorBoard's files into `out`.
     """
 

@@ -104,7 +104,7 @@ class ModelConfig:
 class CTRConfig(ModelConfig):
     """Train a CTR model on request logs and evaluate it on the test requests.
 
-    One process, or several under torchrun. Writes config.json, history.json, metrics.json and
+    One process, or several under torchrun. Writes config.json, history.jsonl, metrics.json and
     predictions.parquet into `out`.
     """
 
@@ -130,7 +130,8 @@ class CTRConfig(ModelConfig):
     seed: int = 0
     """Seed of the initial weights, of the order of the requests and of dropout."""
     epochs: int = 4
-    """Passes over the training requests; the best by validation AUC is kept."""
+    """Passes over the training requests; the best by validation AUC is kept. A finished run that is
+    started again with more epochs trains those that it lacks."""
     patience: int | None = None
     """Stop after this many epochs without a better validation AUC."""
     batch_size: int = 1024
@@ -174,8 +175,8 @@ class CTRConfig(ModelConfig):
     """Steps between two lines of the log."""
 
     def resume_fingerprint(self) -> dict[str, Any]:
-        """The fields that must be equal for a run to resume."""
-        free = {"out", "preset", "pipeline", "index_dedup", "checkpoint", "log_every", "item_cache"}
+        """The fields that must be equal for a run to resume; it may get more epochs."""
+        free = {"out", "preset", "pipeline", "index_dedup", "checkpoint", "log_every", "item_cache", "epochs"}
         free.add("windows")  # their log may move
         return {name: value for name, value in asdict(self).items() if name not in free}
 

@@ -16,7 +16,7 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint import FileSystemReader
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from mim_torchrec.ctr.assembly import load_vocabularies, read_config
+from mim_torchrec.ctr.assembly import TrainedRun
 from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.parameters import id_tables, trainable_state
 from mim_torchrec.data.vocabulary import Vocabulary
@@ -51,9 +51,11 @@ def warm_start(
         table_version: of the multi-modal table of the run that starts, None for Base.
 
     Raises:
+        ModelMismatch: the earlier run's config.json or vocabulary/ are not those of its weights.
         WarmStartError: the earlier model is another one, or was trained on vectors of another encoder.
     """
-    earlier = read_config(run)
+    trained = TrainedRun.open(run)
+    earlier = trained.config
     old, new = (asdict(c.model()) for c in (earlier, config))
     other = sorted(name for name in new if old[name] != new[name] and name not in MAY_DIFFER)
     if other:
@@ -64,7 +66,7 @@ def warm_start(
             f"{run} was trained on vectors of version {earlier.table_version}, the table has "
             f"{table_version}: vectors of two encoders cannot be compared; train the model from scratch"
         )
-    path = str(run / "best")
+    path = str(trained.weights)
     sizes: dict[str, Any] = FileSystemReader(path).read_metadata().state_dict_metadata
     state = trainable_state(model)
     if state.keys() != sizes.keys():
@@ -73,7 +75,7 @@ def warm_start(
     dense = {name: value for name, value in state.items() if name not in tables.values()}
     dcp.load(dense, checkpoint_id=path)
     model.load_state_dict(OrderedDict(state), strict=False)  # torchrec renames what it is given
-    before = load_vocabularies(run)
+    before = trained.vocabularies
     for column, name in tables.items():
         weights = torch.empty(sizes[name].size)
         dcp.load({name: weights}, checkpoint_id=path)

@@ -7,8 +7,6 @@ group; ids are sorted when it is opened. Ranks of one machine share its pages.
 import hashlib
 import json
 import logging
-import os
-import uuid
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +23,7 @@ from mim_torchrec.data.schema import (
     present_columns,
     read_row_group,
 )
+from mim_torchrec.embeddings.files import atomic_file
 from mim_torchrec.extras import needs
 
 with needs("train"):
@@ -196,9 +195,8 @@ def _build(source: dict, index: Path) -> None:
     schema = pa.schema([(name, _STORED[name]) for name in source["columns"]])
     schema = schema.with_metadata({_SOURCE: json.dumps(source).encode()})
     index.parent.mkdir(parents=True, exist_ok=True)
-    partial = index.with_name(f"{index.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with pa.ipc.new_file(str(partial), schema) as writer:
+    with atomic_file(index) as file:
+        with pa.ipc.new_file(file, schema) as writer:
             opened: tuple[str, object] | None = None
             for unit in source["units"]:
                 file, group = unit["file"], unit["row_group"]
@@ -214,7 +212,4 @@ def _build(source: dict, index: Path) -> None:
                 arrays = [table[name].cast(_STORED[name], safe=name != "listed_at").combine_chunks()
                           for name in source["columns"]]  # fmt: skip
                 writer.write_batch(pa.record_batch(arrays, schema=schema))
-        os.replace(partial, index)
-    finally:
-        partial.unlink(missing_ok=True)
     log.info("item index %s: %d row groups", index, len(source["units"]))

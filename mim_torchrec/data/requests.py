@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
@@ -324,3 +325,20 @@ def _to_batch(requests: RequestColumns, wanted: Features) -> RequestBatch:
 
 def _dense(values: Mapping[str, np.ndarray], features: Sequence[Feature]) -> torch.Tensor | None:
     return tower_numbers(features, {f.name: torch.from_numpy(values[f.name]) for f in features})
+
+
+def label_classes(files: Sequence[str | Path]) -> set[int]:
+    """Labels that request files have; reading ends when there are two.
+
+    Raises:
+        DataError: a file is malformed.
+    """
+    found: set[int] = set()
+    for file in files:
+        parquet = open_parquet(file, REQUESTS, REQUESTS_REQUIRED)
+        for group in range(parquet.num_row_groups):
+            labels = pc.list_flatten(read_row_group(parquet, group, ["labels"], file)["labels"])
+            found |= {int(label) for label in pc.unique(labels).to_pylist() if label is not None}
+            if len(found) > 1:
+                return found
+    return found

@@ -25,6 +25,7 @@ from mim_torchrec.data.schema import (
     open_parquet,
     read_row_group,
 )
+from mim_torchrec.embeddings.files import atomic_file
 from mim_torchrec.embeddings.sharded.live import ItemIndex
 from mim_torchrec.embeddings.table.format import RowIndex
 
@@ -79,7 +80,7 @@ class Vocabulary:
 
     def save(self, path: str | Path) -> None:
         """Write an .npz file."""
-        with Path(path).open("wb") as file:
+        with atomic_file(path) as file:
             np.savez(file, ids=self.ids.numpy(), num_embeddings=np.int64(self.num_embeddings))
 
     @classmethod

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
+from mim_torchrec.embeddings.files import atomic_directory, write_json, write_tensors
 from mim_torchrec.encoders.item_encoder import HeadConfig, ItemEncoder, ItemEncoderConfig
 from mim_torchrec.encoders.text import TextEncoder, TextEncoderConfig
 from mim_torchrec.encoders.vision import VisionEncoder, VisionEncoderConfig
 from mim_torchrec.errors import ExpectedError, OptionError
-from mim_torchrec.training.checkpoint import atomic_directory, write_json
 
 FORMAT_VERSION = 1
 
@@ -182,7 +182,7 @@ def _build_towers(
 def _save_weights(module: nn.Module, file: Path) -> None:
     state = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
     # shared tensors are saved twice rather than refused
-    save_file({name: value.clone() for name, value in state.items()}, file)
+    write_tensors(file, {name: value.clone() for name, value in state.items()})
 
 
 def _load_weights(module: nn.Module, file: Path) -> None:

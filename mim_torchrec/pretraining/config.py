@@ -63,7 +63,7 @@ class PretrainConfig:
     """Adapt the towers to the shop's items (DDA) and align them with each other (DMA) (§3.2).
 
     One process, or several under torchrun. Every phase writes `<phase>/towers/`, which C-SFT, the export and
-    this stage take by `--towers`, with its history.json, metrics.json and TensorBoard's files; `towers/` is
+    this stage take by `--towers`, with its history.jsonl, metrics.json and TensorBoard's files; `towers/` is
     that of the last phase.
     """
 

@@ -39,6 +39,7 @@ from mim_torchrec.representation.ahead import ahead
 from mim_torchrec.representation.config import ExportConfig
 from mim_torchrec.representation.plain import PLAIN, PlainTowers, fit_projection
 from mim_torchrec.training.distributed import DistributedContext, distributed
+from mim_torchrec.training.lease import leased_by_rank_0
 
 log = logging.getLogger(__name__)
 
@@ -105,11 +106,17 @@ def export(config: ExportConfig, context: DistributedContext) -> Manifest:
     Raises:
         DataError: an item cannot be encoded and ``on_bad_row`` is "fail"; it names the item.
         OutputExists: ``out`` exists.
+        LeaseError: another process writes it.
     """
     check_sizes(config, 1, "batch_size", "shard_rows", "dim", "pca_items", "image_size")
     check_sizes(config, 0, "decode_threads")
     if config.out.exists():
         raise OutputExists(f"{config.out} exists; choose another directory or remove it")
+    with leased_by_rank_0(Path(f"{config.out}.lease.json"), context):
+        return _export(config, context)
+
+
+def _export(config: ExportConfig, context: DistributedContext) -> Manifest:
     items = ItemStore.open(Dataset(config.data), config.item_cache or Path(f"{config.out}.items"))
     rows = rows_of_rank(len(items), context)
     skipped: list[int] = []

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.images import decode_image
+from mim_torchrec.embeddings.files import write_json
 from mim_torchrec.embeddings.table.manifest import VersionMismatch
 from mim_torchrec.embeddings.table.quantize import encode, finite_rows
 from mim_torchrec.embeddings.table.reader import Table
@@ -39,7 +40,7 @@ from mim_torchrec.rim.config import RIMConfig
 from mim_torchrec.rim.dead_letter import DeadLetterFile
 from mim_torchrec.rim.progress import order, positions_of, window_name
 from mim_torchrec.rim.sources import Arrival, DirectorySource, ItemSource, StreamSource
-from mim_torchrec.training.checkpoint import write_json
+from mim_torchrec.training.lease import leased
 
 log = logging.getLogger("mim_torchrec.rim.main")  # also where it runs as __main__
 
@@ -305,7 +306,8 @@ def main(argv: list[str] | None = None) -> None:
     check_sizes(config, 1, "window_items", "batch_size", "threads", "max_image_bytes")
     check_sizes(config, 0, "window_seconds")
     torch.set_num_threads(config.threads)
-    counts = RIM(config, device).run(stop)
+    with leased(config.out / "lease.json"):
+        counts = RIM(config, device).run(stop)
     log.info("%d items in %d windows, %d deleted, %d in the dead-letter file", counts.items, counts.windows,
              counts.removed, counts.dead_lettered)  # fmt: skip
 

@@ -17,6 +17,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from mim_torchrec.embeddings.files import write_json
 from mim_torchrec.embeddings.stores.store import is_remote
 from mim_torchrec.embeddings.table.manifest import VersionMismatch
 from mim_torchrec.embeddings.table.reader import Table
@@ -26,7 +27,6 @@ from mim_torchrec.errors import ExpectedError, Status
 from mim_torchrec.program import run
 from mim_torchrec.serving.bundle import Bundle
 from mim_torchrec.serving.service import Deployment
-from mim_torchrec.training.checkpoint import write_json
 
 CURRENT = "current"
 NAMED = 10

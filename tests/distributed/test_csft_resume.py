@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from mim_torchrec.csft.main import main
 from mim_torchrec.csft.task import CSFTTask
 from mim_torchrec.training.checkpoints import ResumeError
+from mim_torchrec.training.history import read_history
 from tests.programs import TINY_TOWERS, small_shop, words
 
 pytestmark = pytest.mark.slow
@@ -78,7 +80,7 @@ def finish(process: Job, out: Path) -> None:
 
 def result(out: Path) -> tuple[list[float], str]:
     """All losses, and the version of the encoder, which is a hash of its weights."""
-    history = json.loads((out / "history.json").read_text())
+    history = asdict(read_history(out / "history.jsonl"))
     metrics = json.loads((out / "metrics.json").read_text())
     return [entry["loss"] for entry in history["steps"]], metrics["encoder_version"]
 
@@ -165,7 +167,7 @@ def test_another_configuration_in_the_same_place_is_refused(shop, tmp_path):
     with pytest.raises(ResumeError, match=r"epochs 1 \(now 2\).*--checkpoint.resume never"):
         main(command(shop, tmp_path / "csft", epochs="2"))
     main(command(shop, tmp_path / "csft", epochs="2", checkpoint__resume="never"))
-    assert len(json.loads((tmp_path / "csft" / "history.json").read_text())["epochs"]) == 2
+    assert len(asdict(read_history(tmp_path / "csft" / "history.jsonl"))["epochs"]) == 2
 
 
 def test_another_number_of_ranks_is_refused(shop, tmp_path):
