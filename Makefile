@@ -16,7 +16,7 @@ export MIM_PYTHON := $(ENVIRONMENT)/bin/python
 export PYTHONPATH :=
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install demo test movielens ablation-csft figure5 table2 ablation-ciubm coldstart abtest table6 bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving bench-rim-latency bench-scaling bench-export-throughput chaos bench benchmark-report docs doctor lint lock wheel release-check clean
+.PHONY: help install demo test test-fast coverage faults movielens ablation-csft figure5 table2 ablation-ciubm coldstart abtest table6 bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving bench-rim-latency bench-scaling bench-export-throughput chaos bench benchmark-report docs doctor lint types lock wheel release-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
@@ -79,11 +79,24 @@ bench-rim-latency: install  ## from the arrival of an item to a lookup that has 
 chaos: install  ## kill RIM, stores and training ranks 240 times: no row wrong, lost or doubled
 	$(BIN)/python -m mim_torchrec.benchmarks.chaos.main --out runs/chaos
 
+faults: install  ## fail every file-system call of every writer: nothing is lost or mixed
+	$(BIN)/python -m mim_torchrec.benchmarks.faults --out runs/faults
+
 bench-export-throughput: install  ## export's items per second beside its encoder's bare forward pass
 	$(BIN)/python -m mim_torchrec.benchmarks.speed.export_throughput --out runs/export_throughput
 
-test: install  ## unit, distributed and pipeline tests
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+test: install  ## all tests; `make test-fast` runs fewer
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
+
+coverage: install  ## all tests, and which lines of which rooms they run
+	rm -rf build/coverage && mkdir -p build/coverage
+	$(BIN)/python -m coverage run -m pytest -n $(TEST_PROCESSES) --dist worksteal
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage json --quiet -o build/coverage/coverage.json
+	$(BIN)/python -m tests.coverage_by_room build/coverage/coverage.json
+
+test-fast: install  ## the tests that are not marked slow
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal -m "not slow"
 
 docs: install  ## build the documentation site into build/docs; a warning is an error
 	$(BIN)/python -m sphinx -b html -W --keep-going docs build/docs
@@ -91,8 +104,14 @@ docs: install  ## build the documentation site into build/docs; a warning is an 
 doctor: install  ## check the installation
 	$(BIN)/mim doctor
 
-lint: install  ## ruff
-	$(BIN)/ruff check .
+lint: install  ## style and formatting by ruff
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+types: install  ## types by mypy, of the package as it is installed
+	rm -rf build/types && mkdir -p build/types/mim_torchrec
+	ln -s '$(CURDIR)'/mim_torchrec/* '$(CURDIR)'/embeddings '$(CURDIR)'/launch build/types/mim_torchrec/
+	cd build/types && $(BIN)/python -m mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p mim_torchrec
 
 lock: install  ## rewrite requirements/*.txt from the packages in $(VENV)
 	$(BIN)/python requirements/lock.py

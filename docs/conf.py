@@ -22,6 +22,7 @@ extensions = [
 source_suffix = {".md": "markdown"}
 exclude_patterns = ["_build"]
 html_theme = "furo"
+smartquotes = False  # two dashes begin a flag
 html_static_path = ["_static"]
 html_title = f"{project} {release}"
 templates_path = []

@@ -9,13 +9,15 @@ import io
 import os
 import pkgutil
 import re
+import textwrap
 from importlib import import_module
 from pathlib import Path
 
 from mim_torchrec import cli
 
 ROOT = Path(__file__).parents[1]
-WIDTH = "100"  # columns of a help text
+WIDTH = 88  # columns of a help text, as many as a page shows
+HIDDEN_COLON = "\ue000"  # of the private use area: no docstring has it
 ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -62,7 +64,7 @@ def help_text(words: list[str]) -> str:
         RuntimeError: the command does not print a help text.
     """
     before, printed = dict(os.environ), io.StringIO()
-    os.environ.update(COLUMNS=WIDTH, NO_COLOR="1")
+    os.environ.update(COLUMNS=str(WIDTH), NO_COLOR="1")
     try:
         with contextlib.redirect_stdout(printed):
             cli.main([*words, "--help"])
@@ -75,7 +77,8 @@ def help_text(words: list[str]) -> str:
     text = ESCAPES.sub("", printed.getvalue())
     if not text.strip():
         raise RuntimeError(f"mim {' '.join(words)} --help printed nothing")
-    return "\n".join(line.rstrip() for line in text.strip().splitlines())
+    lines = [part for line in text.strip().splitlines() for part in textwrap.wrap(line, WIDTH) or [""]]
+    return "\n".join(lines)
 
 
 def subcommands(text: str) -> list[str]:
@@ -127,6 +130,17 @@ def api_page(names: list[str]) -> str:
     return f"# API reference\n\nThese pages are generated from the docstrings.\n\n{toctree}\n"
 
 
+def keep_colons(
+    _app: object, what: str, _name: str, _object: object, _options: object, lines: list[str]
+) -> None:
+    """Hide colons that napoleon would read as the end of a type, until `as_rst` restores them; in place."""
+    hidden = [0] if what in ("attribute", "data", "property") else []
+    hidden += [number + 1 for number, line in enumerate(lines) if line.strip() in ("Returns:", "Yields:")]
+    for number in hidden:
+        if number < len(lines):
+            lines[number] = lines[number].replace(":", HIDDEN_COLON)
+
+
 def as_rst(_app: object, _what: str, _name: str, _object: object, _options: object, lines: list[str]) -> None:
     """Make indented blocks and tables of a docstring literal blocks, and bars in it plain text; in place."""
     made: list[str] = []
@@ -143,13 +157,6 @@ def as_rst(_app: object, _what: str, _name: str, _object: object, _options: obje
                 made += ["", "::", ""]
             last = last if is_literal else line
         text = line if is_literal else re.sub(r"(?<!`)\|", r"\\|", line)
+        text = text.replace(HIDDEN_COLON, ":")
         made.append(f"    {text}" if is_literal and line.startswith("|") else text)
     lines[:] = made
-
-
-def keep_colons(
-    _app: object, what: str, _name: str, _object: object, _options: object, lines: list[str]
-) -> None:
-    """Keep napoleon from reading the words before a colon as the type of an attribute; in place."""
-    if what in ("attribute", "data", "property"):
-        lines.insert(0, "")

@@ -1,13 +1,16 @@
 """The command `mim`: hands its arguments to the `main` of a stage or tool, and loads nothing else."""
 
 import sys
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 
+from mim_torchrec.errors import OptionError, SetupError
 from mim_torchrec.extras import MissingExtra
+from mim_torchrec.program import DEBUG, run
 
 COMMANDS = {
-    "doctor": ("mim_torchrec.doctor", "check the installation and say how to mend it"),
+    "doctor": ("mim_torchrec.doctor", "check the installation and say how to fix it"),
     "shop": ("mim_torchrec.data.shop", "write a synthetic shop"),
     "import movielens": ("mim_torchrec.data.movielens", "convert MovieLens and posters"),
     "import taobao-mm": ("mim_torchrec.data.taobao_mm", "convert TAOBAO-MM, vectors and all"),
@@ -26,13 +29,24 @@ COMMANDS = {
     "store": ("mim_torchrec.embeddings.stores.main", "put a table into Redis, keep it up, check it"),
 }
 
+TAIL = """mim <command> --help has its options. With --debug an error shows its traceback.
+
+exit status:
+  0  done
+  1  a bug, with a traceback
+  2  a refused option
+  3  bad input: missing, malformed or damaged
+  4  vectors, a model or a log of another version
+  5  an output that exists, a run that cannot be resumed, a release that cannot be promoted
+  6  the environment: disk, permissions, memory, network, Redis, a missing package
+  130, 143  interrupted by Ctrl-C, by SIGTERM"""
+
 
 def usage() -> str:
     """What `mim --help` prints."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
-    head, tail = "usage: mim <command> [options]", "mim <command> --help has its options."
-    return "\n".join([head, "", *lines, "", tail])
+    return "\n".join(["usage: mim <command> [options]", "", *lines, "", TAIL])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -42,30 +56,35 @@ def main(argv: list[str] | None = None) -> None:
         argv: the words after `mim`; by default those of the process.
 
     Raises:
-        SystemExit: with status 2 when there is no such command.
+        SystemExit: always; `docs/errors.md` lists the statuses.
     """
-    words = sys.argv[1:] if argv is None else argv
+    words = list(sys.argv[1:] if argv is None else argv)
+    named = [word for word in words if word != DEBUG]
+    command = next((name for name in COMMANDS if named[: len(name.split())] == name.split()), None)
+    if command is None:
+        run(_without_command, words, "mim")
+    sys.argv[0] = f"mim {command}"  # what the command's own --help calls it
+    rest = named[len(command.split()) :] + [DEBUG] * (DEBUG in words)
+    run(partial(_load_and_run, COMMANDS[command][0]), rest, f"mim {command}")
+
+
+def _without_command(words: list[str]) -> None:
     if words in (["--help"], ["-h"]):
         print(usage())
-        return
-    if words == ["--version"]:
+    elif words == ["--version"]:
         print(version("mim-torchrec"))
-        return
-    command = next((name for name in COMMANDS if words[: len(name.split())] == name.split()), None)
-    if command is None:
-        problem = f"there is no command {words[0]!r}" if words else "which command?"
-        print(f"mim: {problem}\n\n{usage()}", file=sys.stderr)
-        raise SystemExit(2)
-    sys.argv[0] = f"mim {command}"  # what the command's own --help calls it
+    else:
+        raise OptionError(f"{f'no command {words[0]!r}' if words else 'no command given'}; see mim --help")
+
+
+def _load_and_run(module: str, words: list[str]) -> None:
     try:
-        module = import_module(COMMANDS[command][0])
-    except MissingExtra as error:
-        print(f"mim {command}: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except ImportError:
-        print(f"mim {command} cannot be loaded; `mim doctor` says what is wrong", file=sys.stderr)
+        main = import_module(module).main
+    except MissingExtra:
         raise
-    module.main(words[len(command.split()) :])
+    except ImportError as error:
+        raise SetupError(f"cannot be loaded: {error}; `mim doctor` says what is wrong") from error
+    main(words)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 from mim_torchrec.builds import FBGEMM, PACKAGES, conflict
+from mim_torchrec.errors import Status
 from mim_torchrec.extras import EXTRAS, is_installed
+from mim_torchrec.program import run
 
 PYTHONS = ((3, 11), (3, 14))
 GIB = 1024**3
@@ -301,7 +303,7 @@ def examine() -> Iterable[Finding]:
 
 
 def main(argv: list[str] | None = None, examine: Callable[[], Iterable[Finding]] = examine) -> None:
-    """Run `mim doctor`; exits with status 1 when a check fails.
+    """Run `mim doctor`; exits with status 6 when a check fails.
 
     Args:
         argv: the words after the command; by default those of the process.
@@ -318,8 +320,8 @@ def main(argv: list[str] | None = None, examine: Callable[[], Iterable[Finding]]
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
     if not all(finding.ok for finding in findings):
-        raise SystemExit(1)
+        raise SystemExit(Status.ENVIRONMENT)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

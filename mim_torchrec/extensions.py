@@ -2,6 +2,8 @@
 
 from importlib import import_module
 
+from mim_torchrec.errors import OptionError
+
 
 def load_class(name: str) -> type:
     """The class that a name stands for.
@@ -10,7 +12,7 @@ def load_class(name: str) -> type:
         name: `package.module:ClassName` of anything that this process can import.
 
     Raises:
-        ValueError: the module cannot be imported, or has no such class.
+        OptionError: the module cannot be imported, or has no such class.
 
     >>> load_class("collections:OrderedDict")
     <class 'collections.OrderedDict'>
@@ -19,10 +21,10 @@ def load_class(name: str) -> type:
     try:
         found = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
+        raise OptionError(
             f"{name!r} cannot be loaded ({error}); it is package.module:ClassName of an installed package or "
             "of a folder on PYTHONPATH"
         ) from error
     if not isinstance(found, type):
-        raise ValueError(f"{name!r} is no class but {found!r}")
+        raise OptionError(f"{name!r} is no class but {found!r}")
     return found

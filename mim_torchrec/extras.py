@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 
+from mim_torchrec.errors import ExpectedError, Status
+
 EXTRAS = {
     "train": ("PIL", "psutil", "pydantic", "sklearn", "tensorboard"),
     "encoders": ("PIL", "sklearn", "timm", "torchvision", "transformers"),
@@ -20,8 +22,10 @@ EXTRAS = {
 """Modules that our code imports of each extra."""
 
 
-class MissingExtra(ImportError):
+class MissingExtra(ExpectedError, ImportError):
     """A package is not installed; the message names the extra that brings it."""
+
+    status = Status.ENVIRONMENT
 
 
 def is_installed(extra: str) -> bool:

@@ -10,18 +10,26 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FILE = re.compile(r"# ([\w/]+\.py)\n")
 
 
 def script(page: Path) -> str:
-    """The `bash` and `python` blocks of a page as a shell script; adjacent Python blocks are one program."""
+    """The `bash` and `python` blocks of a page as one shell script.
+
+    A Python block that begins with a comment such as `# my_models.py` is that file. Other adjacent Python
+    blocks are one program.
+    """
     parts: list[tuple[str, str]] = []
     for language, code in BLOCK.findall(page.read_text(encoding="utf-8")):
-        if language == "python" and parts and parts[-1][0] == "python":
+        file = FILE.match(code) if language == "python" else None
+        if file:
+            parts.append(("file", f"cat > {file.group(1)} <<'END_OF_BLOCK'\n{code}END_OF_BLOCK\n"))
+        elif language == "python" and parts and parts[-1][0] == "python":
             parts[-1] = ("python", parts[-1][1] + "\n" + code)
         else:
             parts.append((language, code))
-    wrapped = {"bash": "{}", "python": "python - <<'END_OF_BLOCK'\n{}END_OF_BLOCK\n"}
-    return "\n".join(wrapped[language].format(code) for language, code in parts)
+    program = "python - <<'END_OF_BLOCK'\n{}END_OF_BLOCK\n"
+    return "\n".join(program.format(code) if kind == "python" else code for kind, code in parts)
 
 
 def run_page(page: str, folder: Path, replace: Mapping[str, str] | None = None) -> str:

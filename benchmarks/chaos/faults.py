@@ -136,7 +136,7 @@ class Faults:
     def _open_stale(self) -> None:
         """A reader that begins at the first base, when the log has forgotten what follows that."""
         log = self._log()
-        if insist(log.first) > 1:
+        if insist(log.first_seq) > 1:
             reader = EmbeddedStore.open(self._place.base)
             self._refuses("readers of a base too old", WindowGap, lambda: catch_up(reader, log))
             reader = EmbeddedStore.open(self.bases[-1])

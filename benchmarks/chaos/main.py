@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import tyro
 
+from mim_torchrec import program
 from mim_torchrec.benchmarks.chaos.inputs import TOLERANCE, Inputs, make_inputs
 from mim_torchrec.benchmarks.chaos.run import Chaos, Outcome
 from mim_torchrec.benchmarks.chaos.verify import Findings
@@ -196,4 +197,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

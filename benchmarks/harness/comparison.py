@@ -13,7 +13,9 @@ import numpy as np
 import pyarrow.parquet as pq
 from scipy import stats
 
+from mim_torchrec.training.history import read_history
 from mim_torchrec.training.metrics import auc, paired_bootstrap
+from mim_torchrec.training.run_directory import RunDirectory
 
 BOOTSTRAP_SEED = 0
 IMPRESSION = ("request_id", "user_id", "item_id", "label")
@@ -209,8 +211,8 @@ def csft_variants(
 
 def validation_auc(run: Path) -> float:
     """Validation AUC of the best epoch of a CTR run."""
-    history = json.loads((run / "history.json").read_text())
-    return history["epochs"][history["best_epoch"]]["auc"]
+    history = read_history(RunDirectory(run).history)
+    return history.epochs[history.best_epoch]["auc"]
 
 
 def target(claim: str, value: float | None, met: bool) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The report of an experiment that compares Base and MIM: figures, controls, cold start and loss curves."""
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from matplotlib.figure import Figure
 
 from mim_torchrec.benchmarks.harness.drawing import BASE_COLOR, MIM_COLOR, subplots, tidy, to_png
 from mim_torchrec.benchmarks.harness.pages import Section, formatted, interval, targets_section, write_pages
+from mim_torchrec.training.history import read_history
 
 MAX_CURVE_POINTS = 200
 
@@ -19,20 +19,20 @@ def loss_curve(history: Path) -> dict[str, Any]:
     """Loss by step, averaged over equal spans to at most 200 points, and metrics by epoch.
 
     Args:
-        history: history.json of a stage.
+        history: history.jsonl of a stage.
 
     Returns:
         `step` and `loss` lists of equal length, `epochs` as in the history, `best_epoch`.
     """
-    content = json.loads(history.read_text())
-    steps = np.array([entry["step"] for entry in content["steps"]], float)
-    losses = np.array([entry["loss"] for entry in content["steps"]], float)
+    content = read_history(history)
+    steps = np.array([entry["step"] for entry in content.steps], float)
+    losses = np.array([entry["loss"] for entry in content.steps], float)
     parts = min(MAX_CURVE_POINTS, max(len(steps), 1))
     return {
         "step": [float(part.mean()) for part in np.array_split(steps, parts) if len(part)],
         "loss": [float(part.mean()) for part in np.array_split(losses, parts) if len(part)],
-        "epochs": content["epochs"],
-        "best_epoch": content["best_epoch"],
+        "epochs": content.epochs,
+        "best_epoch": content.best_epoch,
     }
 
 

@@ -2,7 +2,6 @@
 
 import base64
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import jinja2
 
 from mim_torchrec.benchmarks.harness.environment import environment
+from mim_torchrec.embeddings.files import write_bytes
 
 MARKDOWN = """\
 # {{ title }}
@@ -197,9 +197,7 @@ def write_pages(
     for name, template, escape in (("report.md", MARKDOWN, False), ("report.html", HTML, True)):
         files[name] = jinja(escape).from_string(template).render(values).rstrip().encode()
     for name, content in files.items():
-        partial = out / f"{name}.partial"
-        partial.write_bytes(content if name in images else content + b"\n")
-        os.replace(partial, out / name)
+        write_bytes(out / name, content if name in images else content + b"\n")
     print_targets(report.get("targets", ()))
     print(f"report: {out / 'report.html'}")
     return report

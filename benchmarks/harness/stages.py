@@ -19,7 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mim_torchrec.training.checkpoint import write_json
+from mim_torchrec.embeddings.files import write_json
+from mim_torchrec.errors import ExpectedError, OptionError
 
 COMMON = ("data", "training")
 SOURCES = {
@@ -39,8 +40,8 @@ OF_A_RANK = re.compile(r"\S+/\d+ \[\d+\]:.*\S")
 Value = str | int | float | bool | Path
 
 
-class StageError(RuntimeError):
-    """A stage ended with an error; the message holds the end of its log."""
+class StageError(ExpectedError, RuntimeError):
+    """A stage ended with an error; the end of its log is on standard error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +144,7 @@ class Run:
 
     def _run_one(self, stage: Stage, threads: int | None) -> None:
         if not stage.out.resolve().is_relative_to(self.root):
-            raise ValueError(f"stage {stage.name} writes to {stage.out}, which is outside {self.root}")
+            raise OptionError(f"stage {stage.name} writes to {stage.out}, which is outside {self.root}")
         folder = self.root / "stages"
         folder.mkdir(parents=True, exist_ok=True)
         record, log = folder / f"{stage.name}.json", folder / f"{stage.name}.log"
@@ -185,7 +186,8 @@ class Run:
             ).returncode
         if code:
             tail = _tail(log.read_text(errors="replace").splitlines())
-            raise StageError(f"stage {stage.name} failed with exit code {code}; end of {log}:\n{tail}")
+            print(f"end of {log}:\n{tail}", file=sys.stderr, flush=True)
+            raise StageError(f"stage {stage.name} failed with exit code {code}; see {log}")
         return time.monotonic() - started
 
     def _say(self, line: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import tyro
 
+from mim_torchrec import program
 from mim_torchrec.benchmarks.harness.comparison import deviation
 from mim_torchrec.benchmarks.harness.drawing import BASE_COLOR, MIM_COLOR, subplots, tidy, to_png
 from mim_torchrec.benchmarks.harness.pages import Section, formatted, interval
@@ -153,4 +154,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

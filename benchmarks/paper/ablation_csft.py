@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import tyro
 
+from mim_torchrec import program
 from mim_torchrec.benchmarks.harness.comparison import deviation, exchange_rate, read_metrics
 from mim_torchrec.benchmarks.harness.drawing import beside_the_paper, subplots, tidy, to_png
 from mim_torchrec.benchmarks.harness.pages import Section, formatted, write_pages
@@ -348,4 +349,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

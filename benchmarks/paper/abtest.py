@@ -15,6 +15,7 @@ import numpy as np
 import tyro
 from scipy.stats import pearsonr
 
+from mim_torchrec import program
 from mim_torchrec.benchmarks.harness.comparison import deviation
 from mim_torchrec.benchmarks.harness.drawing import MIM_COLOR, subplots, tidy, to_png
 from mim_torchrec.benchmarks.harness.pages import Section, write_pages
@@ -224,4 +225,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

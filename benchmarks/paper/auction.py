@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from mim_torchrec.data.errors import DataError
 from mim_torchrec.training.metrics import draw_groups, interval
 
 MICRO = 1e-6
@@ -45,7 +46,7 @@ class Traffic:
         requests = pq.read_table(data / "requests" / split)
         truth = pq.read_table(data / "truth" / split)
         if not requests["request_id"].equals(truth["request_id"]):
-            raise ValueError(f"{data}: requests and truth of {split} are not of the same requests")
+            raise DataError(f"{data}: requests and truth of {split} are not of the same requests")
         counts = pc.list_value_length(requests["candidate_item_ids"]).to_numpy()
         items = pq.read_table(data / "items", columns=["item_id", "bid", "category"])
         item_id = _flat(requests["candidate_item_ids"])
@@ -73,7 +74,7 @@ class Traffic:
         order = np.lexsort((item_id, request_id))
         if not (np.array_equal(request_id[order], self.request_id)
                 and np.array_equal(item_id[order], self.item_id)):  # fmt: skip
-            raise ValueError(f"{run} has not scored the candidates of this shop")
+            raise DataError(f"{run} has not scored the candidates of this shop")
         return score[order].astype(np.float64)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import tyro
 from scipy.stats import spearmanr
 
+from mim_torchrec import program
 from mim_torchrec.benchmarks.harness import comparison
 from mim_torchrec.benchmarks.harness.comparison import target
 from mim_torchrec.benchmarks.harness.drawing import BASE_COLOR, MIM_COLOR, subplots, tidy, to_png
@@ -140,4 +141,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

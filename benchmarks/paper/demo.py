@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import tyro
 
+from mim_torchrec import program
 from mim_torchrec.benchmarks.harness import comparison
 from mim_torchrec.benchmarks.harness.experiment_report import loss_curve, write_report
 from mim_torchrec.benchmarks.harness.stages import Run, Stage, ctr_stage, export_stage, permute_stage
@@ -24,6 +25,7 @@ from mim_torchrec.benchmarks.paper.shop import (
     csft_stage,
     shop_stage,
 )
+from mim_torchrec.data.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +47,7 @@ def run_stages(config: DemoConfig, run: Run) -> dict[str, Path]:
     permuted = permute_stage(export, out=root / "table-permuted", seed=config.seed + 1)
     run.run([shop, no_style, csft, export, plain, permuted])
     if not _items(shop).equals(_items(no_style)):
-        raise RuntimeError("the two shops differ in their items: one table cannot serve both")
+        raise DataError("the two shops differ in their items: one table cannot serve both")
     runs = {
         name: ctr_stage(name, root=root, data=data, table=table, seed=config.seed,
                         options=CTR | {"epochs": config.ctr_epochs}, ranks=ranks)
@@ -103,7 +105,7 @@ def build_report(config: DemoConfig, run: Run, ctr: dict[str, Path]) -> dict[str
         "targets": targets,
         "stages": run.seconds,
         "curves": {
-            name: loss_curve(path / "history.json")
+            name: loss_curve(path / "history.jsonl")
             for name, path in {"csft": run.root / "csft", **{f"ctr-{k}": v for k, v in ctr.items()}}.items()
         },
         "config": {**dataclasses.asdict(config), "encoder": ENCODER, "ctr": CTR},
@@ -131,4 +133,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

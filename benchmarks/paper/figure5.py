@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import tyro
 
+from mim_torchrec import program
 from mim_torchrec.benchmarks.harness.comparison import read_metrics
 from mim_torchrec.benchmarks.harness.drawing import subplots, tidy, to_png
 from mim_torchrec.benchmarks.harness.pages import Section, write_pages
@@ -25,6 +26,7 @@ from mim_torchrec.benchmarks.paper import shop
 from mim_torchrec.encoders.foundation import TEXT, VISION
 from mim_torchrec.encoders.text import TextEncoder, TextEncoderConfig, learns_tokenizer
 from mim_torchrec.encoders.vision import VisionEncoder, VisionEncoderConfig
+from mim_torchrec.errors import OptionError
 
 CSFT: dict[str, Value] = {"freeze-towers": True, "epochs": 10, "batch-size": 256, "head.dim": 128}
 CTR: dict[str, Value] = shop.CTR | {"epochs": 3}
@@ -241,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
             only_forward(tower, build_text(tower, config.max_length), why)
     runnable = [pair for pair in pairs if all(built[tower].problem is None for tower in pair)]
     if not runnable:
-        raise SystemExit("no pair of models has its weights here: name files, --vision <name>=<file>")
+        raise OptionError("no pair of models has its weights here: name files, --vision <name>=<file>")
     job = Job(config, runnable, built)
     points = []
     for (vision, text), auc in zip(runnable, job.auc, strict=True):
@@ -289,4 +291,4 @@ def write(
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

@@ -12,6 +12,7 @@ from mim_torchrec.benchmarks.harness.pages import Section, print_targets, write_
 from mim_torchrec.benchmarks.harness.stages import Run, Stage, ctr_stage
 from mim_torchrec.benchmarks.paper.data_sets import DataSet, Options, make_all
 from mim_torchrec.benchmarks.paper.shop import ShopSizes
+from mim_torchrec.errors import OptionError
 
 TUNING_SEED = 1000
 """Of the runs that choose a setting from the grid of a data set; it is not reported."""
@@ -63,7 +64,7 @@ class ModelRuns:
 
     def __init__(self, run: Run, data_set: DataSet, seeds: Sequence[int], jobs: int) -> None:
         if TUNING_SEED in seeds:
-            raise ValueError(f"seed {TUNING_SEED} is for tuning and cannot be reported")
+            raise OptionError(f"seed {TUNING_SEED} is for tuning and cannot be reported")
         self.data_set, self.seeds = data_set, tuple(seeds)
         self.runs: dict[str, list[Path]] = {}
         self.tuning: dict[str, dict[str, Any]] = {}

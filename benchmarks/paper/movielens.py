@@ -13,6 +13,7 @@ from typing import Any
 
 import tyro
 
+from mim_torchrec import program
 from mim_torchrec.benchmarks.harness import comparison
 from mim_torchrec.benchmarks.harness.experiment_report import loss_curve, write_report
 from mim_torchrec.benchmarks.harness.stages import Run, Stage, Value, ctr_stage, export_stage, permute_stage
@@ -20,6 +21,7 @@ from mim_torchrec.benchmarks.paper import shop
 from mim_torchrec.benchmarks.paper.films import CSFT, ENCODER, GRID, TRAINING, csft_stage, import_stage
 from mim_torchrec.benchmarks.paper.model_runs import TUNING_SEED
 from mim_torchrec.benchmarks.paper.shop import ShopSizes
+from mim_torchrec.errors import OptionError
 
 # --- settings, all in one place -----------------------------------------------------------------------------
 PLAIN_OPTIONS: dict[str, Value] = {"image-size": 128}
@@ -51,7 +53,7 @@ class Job:
 
     def __init__(self, config: MovieLensConfig) -> None:
         if TUNING_SEED in config.seeds:
-            raise ValueError(f"seed {TUNING_SEED} is for tuning and cannot be reported")
+            raise OptionError(f"seed {TUNING_SEED} is for tuning and cannot be reported")
         self.config = config
         self.run = Run(config.out)
         self.root = self.run.root
@@ -202,8 +204,8 @@ def build_report(job: Job, tuning: dict[str, Any]) -> dict[str, Any]:
             for name, control in controls.items()
         ),
     ]  # fmt: skip
-    curves = {"csft": loss_curve(job.root / "csft-movielens-user" / "history.json")}
-    curves |= {f"ctr-{path.name}": loss_curve(path / "history.json") for path in (*base, *mim)}
+    curves = {"csft": loss_curve(job.root / "csft-movielens-user" / "history.jsonl")}
+    curves |= {f"ctr-{path.name}": loss_curve(path / "history.jsonl") for path in (*base, *mim)}
     return {
         "title": "MIM on MovieLens and posters",
         "summary": "MovieLens ml-latest-small: a rating of 4 or more is a positive, those of a user are "
@@ -247,4 +249,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import tyro
 
+from mim_torchrec import program
 from mim_torchrec.benchmarks.harness.comparison import deviation, target
 from mim_torchrec.benchmarks.harness.drawing import beside_the_paper, subplots, to_png
 from mim_torchrec.benchmarks.harness.pages import Section, interval
@@ -142,4 +143,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

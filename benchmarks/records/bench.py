@@ -21,10 +21,12 @@ from typing import Any
 
 import tyro
 
+from mim_torchrec import program
 from mim_torchrec.benchmarks.harness.environment import environment
 from mim_torchrec.benchmarks.harness.pages import Section, number, write_pages
 from mim_torchrec.benchmarks.records.registry import BENCHMARKS, RESULTS, Benchmark
-from mim_torchrec.training.checkpoint import write_json
+from mim_torchrec.embeddings.files import write_json
+from mim_torchrec.errors import ExpectedError, OptionError
 
 SMALL = RESULTS / "small.json"
 SHOWN = 20  # last lines of a log
@@ -44,7 +46,7 @@ class BenchConfig:
     """Write the figures to results/small.json instead of comparing them; all benchmarks have to run."""
 
 
-class BenchmarkFailed(RuntimeError):
+class BenchmarkFailed(ExpectedError, RuntimeError):
     """A benchmark ended with an error."""
 
 
@@ -52,7 +54,7 @@ def run(benchmark: Benchmark, out: Path) -> tuple[dict[str, float], float]:
     """Run one benchmark in a process of its own; returns its figures and the seconds that it took.
 
     Raises:
-        BenchmarkFailed: it ended with an error, whose end is in the message.
+        BenchmarkFailed: it ended with an error; the end of its log is on standard error.
         KeyError: its report lacks a figure.
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -69,7 +71,8 @@ def run(benchmark: Benchmark, out: Path) -> tuple[dict[str, float], float]:
         ended = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
     if ended.returncode:
         lines = (out / "log.txt").read_text().splitlines()[-SHOWN:]
-        raise BenchmarkFailed(f"{benchmark.name} ended with {ended.returncode}:\n" + "\n".join(lines))
+        print(*lines, sep="\n", file=sys.stderr, flush=True)
+        raise BenchmarkFailed(f"{benchmark.name} ended with {ended.returncode}; see {out / 'log.txt'}")
     report = json.loads((out / "report.json").read_text())
     return benchmark.read(report), time.perf_counter() - started
 
@@ -105,14 +108,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `python -m mim_torchrec.benchmarks.records.bench`.
 
     Raises:
-        SystemExit: a benchmark is not known, not all run where results are recorded, or one fails.
+        OptionError: a benchmark is not known, or not all run where results are recorded.
+        BenchmarkFailed: one fails.
     """
     config = tyro.cli(BenchConfig, args=argv, description=__doc__)
     names = [one.name for one in BENCHMARKS]
     if unknown := sorted(set(config.only) - set(names)):
-        raise SystemExit(f"there is no benchmark {unknown[0]}; there are {', '.join(names)}")
+        raise OptionError(f"there is no benchmark {unknown[0]}; there are {', '.join(names)}")
     if config.record and set(config.only) != set(names):
-        raise SystemExit("--record needs all benchmarks: leave --only out")
+        raise OptionError("--record needs all benchmarks: leave --only out")
     before = json.loads(SMALL.read_text())["figures"] if SMALL.exists() and not config.record else {}
     figures, seconds, rows, pages = {}, {}, {}, []
     for benchmark in BENCHMARKS:
@@ -120,10 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if name not in config.only:
             continue
         print(f"{name} …", flush=True)
-        try:
-            figures[name], seconds[name] = run(benchmark, config.out / name)
-        except (BenchmarkFailed, KeyError) as error:
-            raise SystemExit(str(error)) from None
+        figures[name], seconds[name] = run(benchmark, config.out / name)
         rows[name] = compare(figures[name], before.get(name, {}), config.tolerance)
         pages.append(section(name, benchmark.title, rows[name], seconds[name]))
         for row in rows[name]:
@@ -144,4 +145,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

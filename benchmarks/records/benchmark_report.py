@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mim_torchrec import program
 from mim_torchrec.benchmarks.harness.pages import hardware, jinja, number, versions
 from mim_torchrec.benchmarks.records.bench import SMALL
 from mim_torchrec.benchmarks.records.figures import draw
@@ -62,7 +63,7 @@ def render(records: Path = RESULTS) -> tuple[str, dict[str, bytes]]:
     return f"{page.rstrip()}\n", images
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Entry point of `python -m mim_torchrec.benchmarks.records.benchmark_report`."""
     page, images = render()
     PAGE.write_text(page, encoding="utf-8")
@@ -72,4 +73,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

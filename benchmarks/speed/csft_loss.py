@@ -20,6 +20,7 @@ import tyro
 from torch import Tensor
 from torch.nn import functional as F
 
+from mim_torchrec import program
 from mim_torchrec.benchmarks.harness.comparison import target
 from mim_torchrec.benchmarks.harness.pages import Section, targets_section, write_pages
 from mim_torchrec.benchmarks.measures.memory import peak_private_bytes, private_bytes
@@ -271,4 +272,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

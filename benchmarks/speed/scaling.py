@@ -21,6 +21,7 @@ import torch
 import tyro
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from mim_torchrec import program
 from mim_torchrec.benchmarks.harness.comparison import target
 from mim_torchrec.benchmarks.harness.drawing import to_png
 from mim_torchrec.benchmarks.harness.pages import write_pages
@@ -273,4 +274,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

@@ -28,6 +28,7 @@ import tyro
 from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingConfig
 
+from mim_torchrec import program
 from mim_torchrec.benchmarks.harness.comparison import target
 from mim_torchrec.benchmarks.harness.pages import Section, targets_section, write_pages
 from mim_torchrec.benchmarks.measures.turns import seconds_by_name, threads_of_torch
@@ -386,4 +387,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

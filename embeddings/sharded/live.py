@@ -268,7 +268,7 @@ def expected_digest(
 
     Args:
         model: as in :func:`update_items`.
-        table: the base, opened anew: a live table may be mapped, and what is written there is in its mapping.
+        table: the base, opened again, because updates of a live table that is mapped are in its mapping.
         index: as in :func:`update_items`, after the changes.
         changed: by item, the vector as stored, None for one that was deleted.
         name: of the table.

@@ -6,16 +6,16 @@ waiting.
 
 import hashlib
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
+from mim_torchrec.embeddings.collective import gather, on_all_ranks
 from mim_torchrec.embeddings.sharded.frozen import (
     DATA_TYPES,
     FrozenModule,
@@ -27,8 +27,6 @@ from mim_torchrec.embeddings.sharded.frozen import (
 from mim_torchrec.embeddings.sharded.rows import CachedRows, DenseRows, MappedRows, RowStore
 from mim_torchrec.embeddings.sharded.sharded import ShardedFrozenModule
 from mim_torchrec.embeddings.table.format import Table, TableError, verify_shard
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,29 +163,6 @@ def find_frozen(model: nn.Module, name: str) -> tuple[FrozenModule, FrozenTable]
 def group_of(module: FrozenModule) -> dist.ProcessGroup | None:
     """Return the ranks that share a collection's rows."""
     return module.env.process_group if isinstance(module, ShardedFrozenModule) else None
-
-
-def gather(value: T, group: dist.ProcessGroup | None) -> list[T]:
-    """Return the values of all ranks."""
-    if not dist.is_initialized():
-        return [value]
-    every: list = [None] * dist.get_world_size(group)
-    dist.all_gather_object(every, value, group=group)
-    return every
-
-
-def on_all_ranks(work: Callable[[], T], group: dist.ProcessGroup | None) -> T:
-    """Do ``work`` on every rank; if it fails on one, raise that rank's error on all."""
-    result: T | None = None
-    error: TableError | None = None
-    try:
-        result = work()
-    except TableError as caught:
-        error = caught
-    for rank, failed in enumerate(gather(error, group)):
-        if failed is not None:
-            raise type(failed)(f"rank {rank}: {failed}") if error is None else error
-    return cast(T, result)
 
 
 def _is_on_cpu(store: RowStore) -> bool:

@@ -41,6 +41,8 @@ from mim_torchrec.embeddings.sharded.sharder import (
     frozen_constraint,
 )
 from mim_torchrec.embeddings.table.quantize import row_bytes
+from mim_torchrec.errors import OptionError
+from mim_torchrec.program import run
 
 GIB = 2**30
 FROZEN = "frozen"
@@ -96,13 +98,13 @@ def simulate(config: PlanConfig) -> list[Placement]:
         One placement a table, the frozen one first; ``hbm`` and ``ddr`` are (world_size,) bytes.
 
     Raises:
-        ValueError: a size is impossible, or the tables do not fit.
+        OptionError: a size is impossible, or the tables do not fit.
     """
     shapes = {f"trainable_{k}": _shape(text) for k, text in enumerate(config.trainable)}
     if min(config.rows, config.dim, config.world_size, config.local_world_size) < 1:
-        raise ValueError("--rows, --dim, --world-size and --local-world-size are at least 1")
+        raise OptionError("--rows, --dim, --world-size and --local-world-size are at least 1")
     if config.world_size > config.local_world_size and config.world_size % config.local_world_size:
-        raise ValueError(f"{config.world_size} GPUs do not make machines of {config.local_world_size}")
+        raise OptionError(f"{config.world_size} GPUs do not make machines of {config.local_world_size}")
     model, constraints = nn.Module(), {}
     model.frozen = FrozenEmbeddingCollection([
         EmbeddingConfig(name=FROZEN, num_embeddings=config.rows, embedding_dim=config.dim,
@@ -137,7 +139,7 @@ def simulate(config: PlanConfig) -> list[Placement]:
         plan = planner.plan(model, [EmbeddingCollectionSharder(), FrozenEmbeddingCollectionSharder()])
     except PlannerError as error:
         need = config.rows * row_bytes(config.dtype, config.dim) / GIB
-        raise ValueError(
+        raise OptionError(
             f"the tables do not fit: the frozen one alone has {need:,.0f} GiB, for {config.world_size} x "
             f"{config.hbm_gb:g} GiB of HBM; take more GPUs, a smaller --dtype, or --memory uvm ({error})"
         ) from None
@@ -188,7 +190,7 @@ def _rows_of_ranks(how: ParameterSharding, world_size: int) -> list[int]:
 def _shape(text: str) -> tuple[int, int]:
     rows, _, dim = text.partition("x")
     if not (rows.isdigit() and dim.isdigit() and int(rows) and int(dim)):
-        raise ValueError(f"--trainable {text!r} is not ROWSxDIM, such as 100000000x64")
+        raise OptionError(f"--trainable {text!r} is not ROWSxDIM, such as 100000000x64")
     return int(rows), int(dim)
 
 
@@ -217,10 +219,7 @@ def render(placements: Sequence[Placement], config: PlanConfig) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``mim plan``."""
     config = tyro.cli(PlanConfig, args=argv, prog="mim plan", config=(tyro.conf.FlagConversionOff,))
-    try:
-        placements = simulate(config)
-    except ValueError as error:
-        raise SystemExit(f"mim plan: {error}") from None
+    placements = simulate(config)
     if config.json:
         print(json.dumps([dataclasses.asdict(placement) for placement in placements]))
     else:
@@ -228,4 +227,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -19,6 +19,8 @@ from mim_torchrec.embeddings.table.quantize import decode
 from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.windows.compact import changes
 from mim_torchrec.embeddings.windows.transport import open_log
+from mim_torchrec.errors import Status
+from mim_torchrec.program import run
 
 CHUNK = 10_000
 
@@ -72,7 +74,7 @@ class Follow:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """Compare every row of a store with a table and the windows of a log; exit status 1 if any differs."""
+    """Compare every row of a store with a table and the windows of a log; exit status 3 if any differs."""
 
     table: tyro.conf.Positional[Path]
     """The base table's directory."""
@@ -107,7 +109,7 @@ class Check:
                   "seq": store.seq, "log_seq": seq}  # fmt: skip
         print(json.dumps(report))
         if missing or surplus or wrong or store.seq != seq:
-            raise SystemExit(1)
+            raise SystemExit(Status.DATA)
 
 
 Command = (
@@ -124,4 +126,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -90,7 +90,7 @@ class RedisStore:
     def load(
         cls, where: str, table: Table, progress: Callable[[int], object] = lambda rows: None
     ) -> "RedisStore":
-        """Write a base table into a store, in the place of an older one of its version.
+        """Write a base table into a store, instead of an older one of its version.
 
         Args:
             where: URL, see `redis_address.locate`.

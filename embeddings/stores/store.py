@@ -10,6 +10,7 @@ from torch import Tensor
 from mim_torchrec.embeddings.stores.embedded import EmbeddedStore
 from mim_torchrec.embeddings.windows.transport import Transport
 from mim_torchrec.embeddings.windows.window import Window
+from mim_torchrec.errors import OptionError
 from mim_torchrec.extensions import load_class
 
 log = logging.getLogger(__name__)
@@ -106,7 +107,7 @@ def open_store(where: str | Path, table_version: str | None = None) -> Parameter
     if not is_remote(where):
         return EmbeddedStore.open(where, table_version)
     if table_version is None:
-        raise ValueError(f"{where} may hold several versions: say which table_version is meant")
+        raise OptionError(f"{where} may hold several versions: say which table_version is meant")
     scheme = str(where).partition("://")[0]
     if ":" in scheme:
         opener: Any = load_class(scheme)

@@ -52,7 +52,8 @@ def convert(
         progress: called with the number of rows written since its last call.
 
     Raises:
-        TableError: ``dst`` exists, or vectors of this dim cannot be stored as ``dtype``.
+        OutputExists: ``dst`` exists.
+        TableError: vectors of this dim cannot be stored as ``dtype``.
         NonFiniteVector: a vector overflows ``dtype``; nothing is left at ``dst``.
     """
     source = Table.open(src)

@@ -103,6 +103,6 @@ def as_delivered(source: ExternalVectors, ids: Tensor, vectors: Tensor, start: i
         problem = "is too large for float32" if finite else "holds NaN or infinity"
         raise NonFiniteVector(
             f"{source.place(start + row)}, item id {int(ids[row])}, column {source.columns[1]!r}: the vector "
-            f"{problem}; leave the row out or mend it"
+            f"{problem}; leave the row out or fix it"
         )
     return made

@@ -73,7 +73,7 @@ class ParquetSource:
         return f"{self.path}: row group {group} row {row - int(self._starts[group])}"
 
     def _batches(self, rows: int, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-        try:  # opened anew: a directory may have more files than a process may hold open
+        try:  # opened again: a directory may have more files than a process may hold open
             with pq.ParquetFile(self.path, buffer_size=1 << 20, pre_buffer=False) as file:
                 yield from file.iter_batches(rows, columns=list(columns), use_threads=False)
         except (pa.ArrowInvalid, OSError) as error:
@@ -115,7 +115,7 @@ class ParquetSource:
     def _error(self, row: int, item: int | None, problem: str) -> TableError:
         item_id = "" if item is None else f", item id {item}"
         return TableError(
-            f"{self.place(row)}{item_id}, column {self.columns[1]!r}: {problem}; leave the row out or mend it"
+            f"{self.place(row)}{item_id}, column {self.columns[1]!r}: {problem}; leave the row out or fix it"
         )
 
 

@@ -26,7 +26,8 @@ def grow(src: str | Path, dst: str | Path, spare_rows: int, *, link: bool = Fals
         The new table's manifest.
 
     Raises:
-        TableError: ``dst`` exists, ``spare_rows`` is not more than that of ``src``, or the file system cannot
+        OutputExists: ``dst`` exists.
+        TableError: ``spare_rows`` is not more than that of ``src``, or the file system cannot
             link from ``src`` to ``dst``. Nothing is left at ``dst``.
         ChecksumMismatch: a copied shard is not as it was written.
     """

@@ -3,7 +3,7 @@
 Sources whose ids ascend stream straight through; the rows of others are first brought into the order of ids
 on the disk (``arranging.py``). Either way memory holds a batch of rows, the shard being written with its
 copies, and at first 8 bytes a row of ids. Without a version given, the vectors are read once more to hash
-them. ``foreign.py`` and its two readers say what the files may hold.
+them. ``external.py`` and its two readers say what the files may hold.
 """
 
 import hashlib
@@ -69,7 +69,8 @@ def import_vectors(
         The new table's manifest; ``encoder["imported"]`` says where it comes from.
 
     Raises:
-        TableError: a file, column, id or vector cannot be imported, or ``out`` exists.
+        TableError: a file, column, id or vector cannot be imported.
+        OutputExists: ``out`` exists.
         DuplicateId: an item has two vectors; both places are named.
         NonFiniteVector: a vector holds NaN or infinity, or overflows ``dtype``.
             Nothing is left at ``out`` after any of them.

@@ -19,6 +19,7 @@ from mim_torchrec.embeddings.table.permute import permute
 from mim_torchrec.embeddings.table.shards import CHUNK
 from mim_torchrec.embeddings.windows.compact import compact
 from mim_torchrec.embeddings.windows.transport import open_log
+from mim_torchrec.program import run
 
 Dtype = Literal["float32", "float16", "bfloat16", "int8"]
 
@@ -287,4 +288,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

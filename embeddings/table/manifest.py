@@ -9,18 +9,21 @@ from typing import Any
 import torch
 
 from mim_torchrec.embeddings.table.quantize import DTYPES, row_bytes, stored_width
+from mim_torchrec.errors import ExpectedError, Status
 
 FORMAT_VERSION = 2
 READABLE = (1, 2)  # 1: float32 and float16 only, no capacity
 MANIFEST = "manifest.json"
 
 
-class TableError(ValueError):
+class TableError(ExpectedError, ValueError):
     """Something is wrong with a table; the message names the file, and the row and id where there is one."""
 
 
 class VersionMismatch(TableError):
     """The table was written by another encoder than the one its reader expects."""
+
+    status = Status.VERSION
 
 
 class ChecksumMismatch(TableError):

@@ -11,6 +11,8 @@ import fbgemm_gpu  # noqa: F401  registers torch.ops.fbgemm
 import torch
 from torch import Tensor
 
+from mim_torchrec.errors import OptionError
+
 DTYPES = {
     "float32": torch.float32,
     "float16": torch.float16,
@@ -24,7 +26,7 @@ def stored_width(dtype: str, dim: int) -> int:
     """Return the number of columns of a stored row: ``dim``, and 8 bytes more for int8.
 
     Raises:
-        ValueError: int8 vectors whose dim is not a multiple of 4, which fbgemm lays out differently on a GPU.
+        OptionError: int8 vectors whose dim is not a multiple of 4; fbgemm lays them out differently on a GPU.
 
     >>> stored_width("float16", 128), stored_width("int8", 128)
     (128, 136)
@@ -32,7 +34,7 @@ def stored_width(dtype: str, dim: int) -> int:
     if dtype != "int8":
         return dim
     if dim % 4:
-        raise ValueError(f"int8 rows need a dim that is a multiple of 4, found {dim}; pad it or use float16")
+        raise OptionError(f"int8 rows need a dim that is a multiple of 4, found {dim}; pad it or use float16")
     return dim + SCALE_AND_BIAS
 
 

@@ -94,19 +94,7 @@ class Table:
             ChecksumMismatch: a shard was changed or truncated.
         """
         path = Path(path)
-        if not (path / MANIFEST).is_file():
-            if partial_path(path).exists():
-                raise IncompleteTable(
-                    f"{path}: half-written, its writer stopped before the end (see {partial_path(path)}); "
-                    f"export again"
-                )
-            raise IncompleteTable(f"{path / MANIFEST}: not found, so this is no finished table")
-        manifest = Manifest.load(path / MANIFEST)
-        if expected_version is not None and manifest.table_version != expected_version:
-            raise VersionMismatch(
-                f"{path / MANIFEST}: table_version is {manifest.table_version}, expected {expected_version}; "
-                f"export the table with the encoder that this reader is for"
-            )
+        manifest = read_manifest(path, expected_version)
         if verify:
             for info in manifest.shards:
                 verify_shard(path, info)
@@ -242,3 +230,27 @@ class Table:
                 if (ids == item).any()
             ]
             raise DuplicateId(f"item id {item} has more than one vector: {', '.join(sorted(found))}")
+
+
+def read_manifest(path: str | Path, expected_version: str | None = None) -> Manifest:
+    """What a finished table says of itself; none of its shards is opened.
+
+    Raises:
+        IncompleteTable: there is no finished table at ``path``.
+        VersionMismatch: it is of another version than ``expected_version``.
+    """
+    path = Path(path)
+    if not (path / MANIFEST).is_file():
+        if partial_path(path).exists():
+            raise IncompleteTable(
+                f"{path}: half-written, its writer stopped before the end (see {partial_path(path)}); "
+                f"export again"
+            )
+        raise IncompleteTable(f"{path / MANIFEST}: not found, so this is no finished table")
+    manifest = Manifest.load(path / MANIFEST)
+    if expected_version is not None and manifest.table_version != expected_version:
+        raise VersionMismatch(
+            f"{path / MANIFEST}: table_version is {manifest.table_version}, expected {expected_version}; "
+            f"export the table with the encoder that this reader is for"
+        )
+    return manifest

@@ -1,13 +1,12 @@
 """One shard file of a table: mapping it into memory, and checking its bytes, ids and vectors."""
 
-import hashlib
-import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mim_torchrec.embeddings.files import sha256
 from mim_torchrec.embeddings.table.manifest import (
     ChecksumMismatch,
     DuplicateId,
@@ -107,18 +106,3 @@ def check_finite(stored: Tensor, dtype: str, ids: Tensor, file: Path, rows: int 
         raise NonFiniteVector(
             f"{file}: row {row}, item id {int(ids[at])}: the vector holds NaN or infinity as {dtype}"
         )
-
-
-def sha256(file: Path) -> str:
-    """Return the SHA-256 of a file's bytes, in hexadecimal digits."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def fsync(path: Path) -> None:
-    """Bring a file or directory to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

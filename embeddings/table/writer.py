@@ -1,7 +1,6 @@
 """Writing a table: shards first, under another name; its own name is given when all of it is checked."""
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -9,9 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from mim_torchrec.embeddings.files import (
+    discard_directory,
+    fsync,
+    full_disk_reported,
+    publish_directory,
+    sha256,
+    write_tensors,
+    write_text,
+)
 from mim_torchrec.embeddings.table.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -23,7 +30,8 @@ from mim_torchrec.embeddings.table.manifest import (
 )
 from mim_torchrec.embeddings.table.quantize import DTYPES, encode, stored_width
 from mim_torchrec.embeddings.table.reader import Table
-from mim_torchrec.embeddings.table.shards import check_ascending, check_finite, fsync, sha256, verify_shard
+from mim_torchrec.embeddings.table.shards import check_ascending, check_finite, verify_shard
+from mim_torchrec.errors import OutputExists
 
 
 class TableWriter:
@@ -43,7 +51,8 @@ class TableWriter:
         seq: the last window of new items that the rows contain.
 
     Raises:
-        TableError: ``path`` exists, or vectors of ``dim`` cannot be stored as ``dtype``.
+        OutputExists: ``path`` exists.
+        TableError: vectors of ``dim`` cannot be stored as ``dtype``.
     """
 
     def __init__(
@@ -60,7 +69,7 @@ class TableWriter:
     ) -> None:
         self.path = Path(path)
         if self.path.exists():
-            raise TableError(f"{self.path} exists; choose another directory or remove it")
+            raise OutputExists(f"{self.path} exists; choose another directory or remove it")
         check_dtype(dtype, dim, self.path)
         self.partial = partial_path(self.path)
         self.table_version, self.encoder = table_version, encoder
@@ -71,7 +80,8 @@ class TableWriter:
         if rank == 0:
             if self.partial.exists():
                 shutil.rmtree(self.partial)
-            self.partial.mkdir(parents=True)
+            with full_disk_reported(self.path):
+                self.partial.mkdir(parents=True)
 
     def write_shard(self, ids: Tensor, vectors: Tensor) -> ShardInfo:
         """Write one shard, in ascending order of the ids.
@@ -105,8 +115,7 @@ class TableWriter:
             vectors = encode(vectors.float(), self.dtype)
         check_finite(vectors, self.dtype, ids, file)
         tensors = {"ids": ids, "vectors": vectors.contiguous()}
-        save_file(tensors, file, metadata={"table_version": self.table_version})
-        fsync(file)
+        write_tensors(file, tensors, {"table_version": self.table_version})
         self.shards.append(ShardInfo(file=file.name, rows=ids.numel(), sha256=sha256(file)))
         return self.shards[-1]
 
@@ -116,9 +125,11 @@ class TableWriter:
         Raises:
             ChecksumMismatch: the bytes are not those that were written.
         """
-        shutil.copyfile(source / info.file, self.partial / info.file)
+        file = self.partial / info.file
+        with full_disk_reported(file, (source / info.file).stat().st_size):
+            shutil.copyfile(source / info.file, file)
         verify_shard(self.partial, info)
-        fsync(self.partial / info.file)
+        fsync(file)
         self.shards.append(info)
         return info
 
@@ -146,15 +157,14 @@ class TableWriter:
             shards=shards,
         )
         Table(self.partial, manifest)
-        (self.partial / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
-        fsync(self.partial / MANIFEST)
-        fsync(self.partial)
-        if self.path.exists():  # os.rename would replace an empty directory
-            raise TableError(f"{self.path} appeared during the writing; the rows are in {self.partial}")
-        os.rename(self.partial, self.path)
-        fsync(self.path.parent)
+        write_text(self.partial / MANIFEST, json.dumps(asdict(manifest), indent=2) + "\n")
+        try:
+            publish_directory(self.partial, self.path, replace=False)
+        except FileExistsError:
+            text = f"{self.path} appeared during the writing; the rows are in {self.partial}"
+            raise OutputExists(text) from None
         return manifest
 
     def discard(self) -> None:
         """Remove what was written, where there is one writer and it cannot finish."""
-        shutil.rmtree(self.partial, ignore_errors=True)
+        discard_directory(self.partial)

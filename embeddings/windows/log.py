@@ -11,29 +11,30 @@ their files. Their names are kept, so that a window that is delivered again is r
 """
 
 import json
-import os
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mim_torchrec.embeddings.files import PARTIAL, append_lines, create_file
 from mim_torchrec.embeddings.table.manifest import TableError, VersionMismatch
-from mim_torchrec.embeddings.table.shards import fsync
 from mim_torchrec.embeddings.windows.window import MalformedWindow, Window, WindowGap
+from mim_torchrec.errors import Status
 
 FORMAT_VERSION = 1
 ABOUT = "log.json"
 FORGOTTEN = "forgotten.jsonl"
-SUFFIX, WRITING = ".safetensors", ".writing"
+SUFFIX = ".safetensors"
 BROKEN_OFF = 3600.0  # seconds after which nobody is still writing a file
 LOOK_EVERY = 0.02  # seconds between two looks for the next file
 
 
 class LogMoved(TableError):
     """Others have added windows since one looked."""
+
+    status = Status.STATE
 
 
 class WindowLog:
@@ -59,7 +60,7 @@ class WindowLog:
                 raise TableError(f"{self.root} is no window log: it has no {ABOUT}")
             self.root.mkdir(parents=True, exist_ok=True)
             facts = {"format_version": FORMAT_VERSION, "table_version": table_version, "start": start}
-            self._publish(about, (json.dumps(facts) + "\n").encode())
+            create_file(about, (json.dumps(facts) + "\n").encode())
         try:
             found = json.loads(about.read_text(encoding="utf-8"))
             version, log_of, self._start = (found[k] for k in ("format_version", "table_version", "start"))
@@ -124,7 +125,7 @@ class WindowLog:
             check_not_moved(str(self), number, seq)
             window = Window.of(ids, vectors, table_version=self.table_version, seq=number,
                                window_id=window_id, dtype=dtype, removed=removed)  # fmt: skip
-            if self._publish(self._path(number), window.to_bytes()):
+            if create_file(self._path(number), window.to_bytes()):
                 if number > self._forgotten_through():
                     return number
                 # others have taken this number and forgotten it since we looked
@@ -200,21 +201,16 @@ class WindowLog:
                 continue
             gone.append(seq)
         if gone:
-            # the line break ahead ends a line that a killed writer broke off
-            lines = "\n" + "".join(json.dumps({"seq": seq, "window_id": name_of[seq]}) + "\n" for seq in gone)
-            with (self.root / FORGOTTEN).open("a", encoding="utf-8") as file:
-                file.write(lines)
-                file.flush()
-                os.fsync(file.fileno())
-            fsync(self.root)
+            lines = [json.dumps({"seq": seq, "window_id": name_of[seq]}) for seq in gone]
+            append_lines(self.root / FORGOTTEN, lines)
         for seq in gone:
             self._path(seq).unlink(missing_ok=True)
         self._remove_broken_off()
         return len(gone)
 
     def _remove_broken_off(self) -> None:
-        """Remove the hidden files that killed writers left."""
-        for path in self.root.glob(f".*{WRITING}"):
+        """Remove the files that killed writers left."""
+        for path in self.root.glob(f"*{PARTIAL}"):
             try:
                 if path.stat().st_mtime < time.time() - BROKEN_OFF:
                     path.unlink()
@@ -278,20 +274,6 @@ class WindowLog:
                 f"{path} is of table_version {version}, its log of {self.table_version}: take the file away"
             )
         return name
-
-    def _publish(self, path: Path, data: bytes) -> bool:
-        """Link a file to its name when all of it is on disk; False if the name is taken."""
-        waiting = self.root / f".{uuid.uuid4().hex}{WRITING}"
-        try:
-            waiting.write_bytes(data)
-            fsync(waiting)
-            os.link(waiting, path)
-        except FileExistsError:
-            return False
-        finally:
-            waiting.unlink(missing_ok=True)
-        fsync(self.root)
-        return True
 
     def _path(self, seq: int) -> Path:
         return self.root / f"{seq:016d}{SUFFIX}"

@@ -6,16 +6,22 @@
 from dataclasses import dataclass
 from urllib.parse import urlsplit, urlunsplit
 
+from mim_torchrec.errors import ExpectedError, OptionError, Status
+
 SCHEMES = ("redis", "rediss", "unix", "redis+cluster", "rediss+cluster")
 CLUSTER = "+cluster"
 
 
-class RedisUnavailable(ConnectionError):
+class RedisUnavailable(ExpectedError, ConnectionError):
     """The server cannot be reached, or is still loading. The request can be repeated."""
 
+    status = Status.ENVIRONMENT
 
-class RedisFull(OSError):
+
+class RedisFull(ExpectedError, OSError):
     """The server has no memory left for the write. Existing data is intact."""
+
+    status = Status.ENVIRONMENT
 
 
 @dataclass(frozen=True)
@@ -53,16 +59,16 @@ def locate(where: str) -> RedisAddress:
             `rediss://user:password@host:6379/0#shop`.
 
     Raises:
-        ValueError: it is no such URL.
+        OptionError: it is no such URL.
 
     >>> str(locate("rediss+cluster://u:secret@host:7000#shop")), locate("redis://host").name
     ('rediss://host:7000#shop', 'mim')
     """
     parts = urlsplit(where)
     if parts.scheme not in SCHEMES:
-        raise ValueError(f"{parts.scheme}:// is none of {', '.join(scheme + '://' for scheme in SCHEMES)}")
+        raise OptionError(f"{parts.scheme}:// is none of {', '.join(scheme + '://' for scheme in SCHEMES)}")
     if set("{}") & set(parts.fragment):
-        raise ValueError(f"{parts.fragment!r}: a name of keys has no braces")
+        raise OptionError(f"{parts.fragment!r}: a name of keys has no braces")
     scheme = parts.scheme.removesuffix(CLUSTER)
     url = urlunsplit((scheme, parts.netloc, parts.path, parts.query, ""))
     return RedisAddress(url, parts.scheme.endswith(CLUSTER), parts.fragment or "mim")

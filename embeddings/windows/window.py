@@ -20,6 +20,7 @@ from mim_torchrec.embeddings.table.manifest import (
     VersionMismatch,
 )
 from mim_torchrec.embeddings.table.quantize import DTYPES, decode, encode, finite_rows, stored_width
+from mim_torchrec.errors import Status
 
 FORMAT_VERSION = "1"
 TENSORS = ("ids", "vectors", "removed")
@@ -31,6 +32,8 @@ class MalformedWindow(TableError):
 
 class WindowGap(TableError):
     """A window does not follow the last one that was applied."""
+
+    status = Status.VERSION
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

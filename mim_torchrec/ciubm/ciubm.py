@@ -24,6 +24,7 @@ from mim_torchrec.ciubm.content import Pooling, content_relevance, relevant_inte
 from mim_torchrec.ciubm.jagged import RequestPairs
 from mim_torchrec.ciubm.similarity import similarity_dim, similarity_interest
 from mim_torchrec.ciubm.ubm.interface import Auxiliary, BehaviorContext
+from mim_torchrec.errors import OptionError
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class CiUBM(nn.Module):
         content_dropout: in training, the probability that a candidate is scored as if it had no vector.
 
     Raises:
-        ValueError: all interests are off, or a number is impossible.
+        OptionError: all interests are off, or a number is impossible.
     """
 
     def __init__(
@@ -82,11 +83,11 @@ class CiUBM(nn.Module):
     ) -> None:
         super().__init__()
         if ubm is None and not content and not fusion and not tiers:
-            raise ValueError("CiUBM needs at least one of the ID, content, fusion and similarity interests")
+            raise OptionError("CiUBM needs at least one of the ID, content, fusion and similarity interests")
         if temperature is not None and temperature <= 0:
-            raise ValueError(f"the temperature starts at {temperature}; it has to be above 0")
+            raise OptionError(f"the temperature starts at {temperature}; it has to be above 0")
         if not 0 <= content_dropout < 1:
-            raise ValueError(f"content dropout is {content_dropout}; it has to be at least 0 and below 1")
+            raise OptionError(f"content dropout is {content_dropout}; it has to be at least 0 and below 1")
         self.ubm = ubm
         self.content = content
         self.fusion = fusion

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mim_torchrec.ciubm.jagged import RequestPairs
+from mim_torchrec.errors import OptionError
 
 Pooling = Literal["sum", "mean"]
 
@@ -54,7 +55,7 @@ def relevant_interest(
         lengths = pairs.history_lengths().to(relevance.dtype)
         relevance = relevance / lengths[pairs.candidate_index]
     elif pooling != "sum":
-        raise ValueError(f"pooling is 'sum' or 'mean', not {pooling!r}")
+        raise OptionError(f"pooling is 'sum' or 'mean', not {pooling!r}")
     return pairs.weighted_sum(behaviors, relevance)
 
 

@@ -12,12 +12,15 @@ CPU at 26,000 pairs of dim 64 scores take 0.1 ms against 1.6 ms by gathered rows
 weighted sum a tenth of that of `F.embedding_bag`.
 """
 
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from mim_torchrec.quiet import quiet
 
 
 class ByBehavior(NamedTuple):
@@ -209,10 +212,19 @@ def _add_up(values: Tensor, pairs: PairIndices) -> Tensor:
     return values.new_zeros(pairs.num_candidates).index_add_(0, pairs.candidate_index, values)
 
 
+@cache
+def _announce_csr() -> None:
+    """Make the first CSR tensor of the process, at which torch warns once that they are in beta."""
+    with quiet("Sparse CSR tensor support is in beta"):
+        none = torch.tensor([], dtype=torch.int64)
+        torch.sparse_csr_tensor(torch.tensor([0, 0]), none, none, (1, 1), check_invariants=False)
+
+
 def _sample(candidates: Tensor, behaviors: Tensor, pairs: PairIndices) -> Tensor:
     if pairs.num_pairs == 0:
         return candidates.new_zeros(0)
     if candidates.is_cuda or torch.backends.mkl.is_available():
+        _announce_csr()
         structure = torch.sparse_csr_tensor(
             pairs.pair_offsets,
             pairs.behavior_index,

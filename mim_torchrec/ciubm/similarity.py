@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mim_torchrec.ciubm.jagged import RequestPairs
+from mim_torchrec.errors import OptionError
 
 STATISTICS = 2
 WHOLE = 0
@@ -41,10 +42,10 @@ def similarity_interest(relevance: Tensor, pairs: RequestPairs, tiers: int, span
         where a span holds no item with a vector.
 
     Raises:
-        ValueError: fewer than one tier, no span, or a negative one.
+        OptionError: fewer than one tier, no span, or a negative one.
     """
     if tiers < 1 or not spans or min(spans) < 0:
-        raise ValueError(f"{tiers} tiers over spans {tuple(spans)}: at least one of each, none negative")
+        raise OptionError(f"{tiers} tiers over spans {tuple(spans)}: at least one of each, none negative")
     order = pairs.order[pairs.behavior_index]
     parts = []
     for span in spans:

@@ -16,7 +16,7 @@ class CSFTConfig:
     """Fine-tune the item encoder on pairs of a query image and the item that was bought after it (§3.3).
 
     One process, or several under torchrun. Writes `encoder/` (a self-contained checkpoint), config.json,
-    history.json, metrics.json, retrieval.json and retrieval.png (image search of the held-out pairs) and
+    history.jsonl, metrics.json, retrieval.json and retrieval.png (image search of the held-out pairs) and
     TensorBoard's files into `out`.
     """
 
@@ -26,7 +26,7 @@ class CSFTConfig:
     """Directory of the results; made if missing."""
 
     towers: Path | None = None
-    """Directory of towers that `mim pretrain` wrote, in the place of those that --vision and --text name."""
+    """Directory of towers that `mim pretrain` wrote, instead of those that --vision and --text name."""
     vision: VisionEncoderConfig = field(default_factory=VisionEncoderConfig)
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
@@ -85,7 +85,7 @@ class CSFTConfig:
     """Held-out queries of which `retrieval.png` shows what they find."""
     on_bad_row: Literal["fail", "skip"] = "fail"
     """`skip` leaves out, and counts, pairs without an item, with an item that is not in the item table or
-    with an image that cannot be decoded; such items are nobody's hard negative. It decodes all images."""
+    with an image that cannot be decoded; such items are not used as hard negatives. It decodes all images."""
     seed: int = 0
     """Seed of the initial weights, of the order of the pairs, of hard negatives and of dropout."""
 
@@ -99,7 +99,7 @@ class CSFTConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     image_memory_gib: float = 2.0
-    """Decoded images are kept in the memory of every rank if they fit into this; else they are decoded anew
+    """Decoded images are kept in the memory of every rank if they fit into this; else they are decoded again
     in every epoch. Only for towers that are not frozen."""
     encode_batch_size: int = 64
     """Images or titles that a tower takes at a time where no gradient is needed."""
@@ -109,7 +109,7 @@ class CSFTConfig:
     """Steps between two entries of the log."""
 
     def resume_fingerprint(self) -> dict[str, Any]:
-        """What a run that is taken up must have been started with."""
+        """The fields that must be equal for a run to resume."""
         free = {"out", "checkpoint", "log_every", "drawn_queries", "image_memory_gib", "encode_batch_size",
                 "feature_cache", "item_cache"}  # fmt: skip
         return {name: value for name, value in asdict(self).items() if name not in free}

@@ -16,10 +16,10 @@ from mim_torchrec.csft.inputs import Inputs, SearchContent
 from mim_torchrec.data.ages import NUM_AGE_SETS, age_sets
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.items import ItemStore
+from mim_torchrec.embeddings.files import atomic_file, write_json
 from mim_torchrec.encoders.item_encoder import ItemEncoder, ItemHead
 from mim_torchrec.encoders.pixels import rows_of_rank
 from mim_torchrec.training import retrieval
-from mim_torchrec.training.checkpoint import write_json
 from mim_torchrec.training.distributed import DistributedContext
 
 log = logging.getLogger(__name__)
@@ -142,4 +142,5 @@ def write(report: dict[str, Any], image: Image.Image, out: Path) -> None:
     """Write retrieval.json and retrieval.png."""
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "retrieval.json", report)
-    image.save(out / "retrieval.png", optimize=True)
+    with atomic_file(out / "retrieval.png") as file:
+        image.save(file, format="png", optimize=True)

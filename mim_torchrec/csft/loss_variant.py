@@ -13,6 +13,7 @@ Of Table 5, "w/o multi-level" is `--alpha 0 --beta 0`, and "w/o ST-NSG" is `--qu
 """
 
 from mim_torchrec.csft.config import CSFTConfig
+from mim_torchrec.errors import OptionError
 from mim_torchrec.losses.cross_entropy import CategoryCrossEntropy, PairCrossEntropy
 from mim_torchrec.losses.info_nce import MultiLevelInfoNCE
 
@@ -20,18 +21,18 @@ VariantLoss = MultiLevelInfoNCE | PairCrossEntropy | CategoryCrossEntropy
 
 
 def check_objective(config: CSFTConfig) -> None:
-    """ValueError, with a way out, where the loss, the signal and their options do not go together."""
+    """OptionError, with a way out, where the loss, the signal and their options do not go together."""
     if config.loss == "contrastive":
         if config.interest_signal == "category":
-            raise ValueError(
+            raise OptionError(
                 "--loss contrastive needs pairs of a query and an item, which --interest-signal category "
                 "does not use; take --loss cross_entropy, or another signal"
             )
         return
     if config.gamma or config.queue_batches:
-        raise ValueError("--gamma and --queue-batches are options of --loss contrastive; leave them at 0")
+        raise OptionError("--gamma and --queue-batches are options of --loss contrastive; leave them at 0")
     if config.interest_signal != "category" and not config.hard_negatives:
-        raise ValueError(
+        raise OptionError(
             "--loss cross_entropy tells positives from hard negatives: it needs --hard-negatives True"
         )
 

@@ -6,8 +6,6 @@ python -m torch.distributed.run --nproc_per_node 2 -m mim_torchrec.csft.main --d
 
 import hashlib
 import logging
-import os
-import shutil
 import sys
 import time
 from dataclasses import asdict, replace
@@ -17,6 +15,7 @@ import numpy as np
 import torch
 import tyro
 
+from mim_torchrec import program
 from mim_torchrec.csft.config import CSFTConfig
 from mim_torchrec.csft.image_search import draw, encode, evaluate, find, write
 from mim_torchrec.csft.inputs import (
@@ -36,30 +35,39 @@ from mim_torchrec.data.schema import Dataset
 from mim_torchrec.encoders.checkpoint import encoder_version, load_encoder, towers_in_place_of
 from mim_torchrec.encoders.item_encoder import ItemEncoder
 from mim_torchrec.encoders.text import learns_tokenizer, train_tokenizer
-from mim_torchrec.training.checkpoint import write_json
+from mim_torchrec.errors import OptionError, check_sizes
 from mim_torchrec.training.checkpoints import Checkpoints
 from mim_torchrec.training.distributed import DistributedContext, distributed
 from mim_torchrec.training.loop import fit
+from mim_torchrec.training.run_directory import RunDirectory
 
 log = logging.getLogger("mim_torchrec.csft")  # also where this file is __main__
 
 
 def fine_tune(config: CSFTConfig, context: DistributedContext) -> dict[str, Any]:
     """Run the stage on an initialized process group; returns what metrics.json holds."""
-    started = time.perf_counter()
+    check_sizes(config, 1, "batch_size", "epochs", "encode_batch_size", "log_every", "patience")
+    check_sizes(config, 0, "seed", "drawn_queries", "queue_batches", "queue_start_step", "head.principal_dim")
+    check_sizes(
+        config, 1, "head.dim", "head.fusion_dim", "head.lmf_rank", "head.hidden_dim", "text.max_length"
+    )
     if config.batch_size % context.world_size:
-        raise ValueError(f"--batch-size {config.batch_size} is not a multiple of {context.world_size} ranks")
+        raise OptionError(f"--batch-size {config.batch_size} is not a multiple of {context.world_size} ranks")
     if config.init == "pca" and not config.freeze_towers:
-        raise ValueError("--init pca needs --freeze-towers True: features change while towers are trained")
+        raise OptionError("--init pca needs --freeze-towers True: features change while towers are trained")
     if config.head.principal_dim and (config.init == "random" or not config.freeze_towers):
-        raise ValueError("--head.principal-dim needs --freeze-towers True and --init pca or auto")
+        raise OptionError("--head.principal-dim needs --freeze-towers True and --init pca or auto")
     check_objective(config)
     if not 0 <= config.validation_fraction < 1:
-        raise ValueError(f"--validation-fraction is {config.validation_fraction}; it must be in [0, 1)")
-    config.out.mkdir(parents=True, exist_ok=True)
-    if context.is_main:
-        write_json(config.out / "config.json", asdict(config))
+        raise OptionError(f"--validation-fraction is {config.validation_fraction}; it must be in [0, 1)")
+    run = RunDirectory(config.out)
+    with run.writing(context):
+        return _fine_tune(config, run, context)
 
+
+def _fine_tune(config: CSFTConfig, run: RunDirectory, context: DistributedContext) -> dict[str, Any]:
+    started = time.perf_counter()
+    run.refuse_other(config.checkpoint, config.resume_fingerprint(), whole=False)  # before anything is read
     dataset = Dataset(config.data)
     items = ItemStore.open(dataset, config.item_cache or config.out / "items")
     signal = None if config.interest_signal in ("all", "category") else config.interest_signal
@@ -67,6 +75,11 @@ def fine_tune(config: CSFTConfig, context: DistributedContext) -> dict[str, Any]
     readable = leave_out_unreadable(items, pairs) if config.on_bad_row == "skip" else None
     times = pairs.times() if config.validation_fraction else np.arange(len(pairs))
     train, held_out = split_by_time(times, config.validation_fraction)
+    resume_fingerprint = config.resume_fingerprint() | {
+        "pairs_digest": _digest(items.item_ids, pairs.query_ids, pairs.item_ids)
+    }
+    run.refuse_other(config.checkpoint, resume_fingerprint)
+    run.begin(asdict(config), config.checkpoint, context)
     catalog = SearchContent(items, pairs, readable)
     untitled = sum(not title.strip() for title in items.titles(np.arange(len(items))))
     if untitled:
@@ -78,30 +91,24 @@ def fine_tune(config: CSFTConfig, context: DistributedContext) -> dict[str, Any]
     inputs = _inputs(config, encoder, catalog, context)
     torch.manual_seed(config.seed + 1 + context.rank)  # dropout differs from rank to rank
     task = CSFTTask(config, encoder, inputs, items, pairs, catalog, train, held_out, context)
-    resume_fingerprint = config.resume_fingerprint() | {
-        "pairs_digest": _digest(items.item_ids, pairs.query_ids, pairs.item_ids)
-    }
     history = fit(
         task,
         epochs=config.epochs,
-        out=config.out,
+        run=run,
         context=context,
         select=f"recall_at_{RECALL_AT}" if len(held_out) else None,
         patience=config.patience if len(held_out) else None,
         log_every=config.log_every,
-        checkpoints=Checkpoints(config.out / "checkpoints", config.checkpoint, resume_fingerprint, context),
+        checkpoints=Checkpoints(run.checkpoints, config.checkpoint, resume_fingerprint, context),
     )
-    if context.is_main and (config.out / "best").exists():  # not so where a finished run is started again
-        shutil.rmtree(config.out / "encoder", ignore_errors=True)
-        os.replace(config.out / "best", config.out / "encoder")
-    context.barrier()
+    kept = run.promote_best("encoder", context)
     found = _search(config, inputs, held_out, catalog, items, context)
-    best = history.epochs[history.best_epoch]
+    best = history.best()
     metrics = {name: value for name, value in best.items() if name not in ("epoch", "seconds")} | {
         "chance": RECALL_AT / len(items),
         "retrieval": found,
         "best_epoch": history.best_epoch,
-        "encoder_version": encoder_version(config.out / "encoder"),
+        "encoder_version": encoder_version(kept),
         "items": len(items),
         "pairs": len(train),
         "held_out_pairs": len(held_out),
@@ -112,10 +119,9 @@ def fine_tune(config: CSFTConfig, context: DistributedContext) -> dict[str, Any]
         "seed": config.seed,
         "seconds": time.perf_counter() - started,
     }
+    run.write_results(metrics, context)
     if context.is_main:
-        write_json(config.out / "metrics.json", metrics)
-        log.info("encoder %s, version %s, of epoch %d", config.out / "encoder", metrics["encoder_version"],
-                 history.best_epoch)  # fmt: skip
+        log.info("encoder %s, version %s, of epoch %d", kept, metrics["encoder_version"], history.best_epoch)
     return metrics
 
 
@@ -182,4 +188,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

@@ -22,6 +22,8 @@ from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.pairs import PairDataset
 from mim_torchrec.data.schema import Dataset
 from mim_torchrec.encoders.checkpoint import load_encoder
+from mim_torchrec.errors import OptionError, check_sizes
+from mim_torchrec.program import run
 from mim_torchrec.representation.plain import PLAIN, PlainTowers
 from mim_torchrec.training.distributed import DistributedContext, distributed
 
@@ -61,12 +63,14 @@ def retrieve(config: RetrieveConfig, context: DistributedContext) -> dict[str, A
     """Run the search on an initialized process group; returns what retrieval.json holds.
 
     Raises:
-        ValueError: no pairs are asked for.
+        OptionError: no pairs are asked for.
         DataError: data is damaged.
         CheckpointError: the encoder is.
     """
+    check_sizes(config, 1, "encode_batch_size", "image_size")
+    check_sizes(config, 0, "drawn_queries")
     if not 0 < config.held_out_fraction <= 1:
-        raise ValueError(f"--held-out-fraction is {config.held_out_fraction}; it must be in (0, 1]")
+        raise OptionError(f"--held-out-fraction is {config.held_out_fraction}; it must be in (0, 1]")
     dataset = Dataset(config.data)
     items = ItemStore.open(dataset, config.item_cache or config.out / "items")
     signal = None if config.interest_signal == "all" else config.interest_signal
@@ -75,7 +79,7 @@ def retrieve(config: RetrieveConfig, context: DistributedContext) -> dict[str, A
     catalog = SearchContent(items, pairs, readable)
     _, held_out = split_by_time(pairs.times(), config.held_out_fraction)
     if not len(held_out):
-        raise ValueError(f"--held-out-fraction {config.held_out_fraction} of {len(pairs)} pairs is none")
+        raise OptionError(f"--held-out-fraction {config.held_out_fraction} of {len(pairs)} pairs is none")
     cache = config.feature_cache or config.out / "features"
     if config.encoder.startswith(PLAIN):
         towers = PlainTowers(config.encoder, config.image_size, context.device)
@@ -106,4 +110,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

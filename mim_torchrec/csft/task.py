@@ -22,6 +22,7 @@ from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.pairs import PairDataset
 from mim_torchrec.encoders.checkpoint import save_encoder
 from mim_torchrec.encoders.item_encoder import ItemEncoder, ItemHead
+from mim_torchrec.errors import OptionError
 from mim_torchrec.losses.cross_entropy import CategoryCrossEntropy, PairCrossEntropy
 from mim_torchrec.training.distributed import DistributedContext
 from mim_torchrec.training.parallel import parallelize, synchronize_buffers, whole_state
@@ -140,7 +141,7 @@ class CSFTTask:
         context: the process group.
 
     Raises:
-        ValueError: the sizes do not fit: no whole batch, or gamma with queries that are no items.
+        OptionError: the sizes do not fit: no whole batch, or gamma with queries that are no items.
     """
 
     def __init__(
@@ -156,9 +157,9 @@ class CSFTTask:
         context: DistributedContext,
     ) -> None:
         if len(train) < config.batch_size:
-            raise ValueError(f"{len(train)} pairs are fewer than --batch-size {config.batch_size}; lower it")
+            raise OptionError(f"{len(train)} pairs are fewer than --batch-size {config.batch_size}; lower it")
         if config.gamma and (catalog.query_row < 0).any():
-            raise ValueError(
+            raise OptionError(
                 f"--gamma {config.gamma} needs queries that are items; "
                 f"{int((catalog.query_row < 0).sum())} of {len(pairs)} are images of their own"
             )
@@ -265,15 +266,15 @@ class CSFTTask:
 
 
 def check_chunks(config: CSFTConfig, towers: Sequence[nn.Module]) -> None:
-    """Raise ValueError where a batch in chunks is not the batch in one, or there is nothing to cut."""
+    """Raise OptionError where a batch in chunks is not the batch in one, or there is nothing to cut."""
     if not towers:
-        raise ValueError("--chunk-size is for towers that are trained; the features of frozen ones are small")
+        raise OptionError("--chunk-size is for towers that are trained; leave it out with frozen ones")
     if config.chunk_size is not None and config.chunk_size < 1:
-        raise ValueError(f"--chunk-size is {config.chunk_size}; it must be positive")
+        raise OptionError(f"--chunk-size is {config.chunk_size}; it must be positive")
     if config.parallel == "fsdp":
-        raise ValueError("--chunk-size needs --parallel ddp; with fsdp take activation checkpointing")
+        raise OptionError("--chunk-size needs --parallel ddp; with fsdp take activation checkpointing")
     if any(isinstance(module, _BatchNorm) for tower in towers for module in tower.modules()):
-        raise ValueError(
+        raise OptionError(
             f"--chunk-size: {config.vision.name} has batch normalization, whose statistics would be those of "
             "chunks; choose a tower without, or a smaller batch"
         )

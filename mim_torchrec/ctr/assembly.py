@@ -1,16 +1,17 @@
 """What training and evaluation of a CTR model have in common: readers, vocabularies, the sharded model."""
 
-import json
+import hashlib
 import logging
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
@@ -22,16 +23,18 @@ from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.requests import RequestReader
 from mim_torchrec.data.schema import Dataset
 from mim_torchrec.data.vocabulary import IdMapper, Vocabulary, scan_ids
+from mim_torchrec.embeddings.collective import on_all_ranks
+from mim_torchrec.embeddings.files import atomic_directory
 from mim_torchrec.embeddings.sharded.frozen import frozen_config
 from mim_torchrec.embeddings.sharded.live import ItemIndex
 from mim_torchrec.embeddings.sharded.load import load_table, open_table, table_digest
 from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.windows.transport import open_log
-from mim_torchrec.training.checkpoint import write_json
+from mim_torchrec.errors import OptionError
 from mim_torchrec.training.distributed import DistributedContext
-
-CONFIG = "config.json"
-VOCABULARY = "vocabulary"
+from mim_torchrec.training.model_record import check_model_record
+from mim_torchrec.training.run_directory import RunDirectory
+from mim_torchrec.training.sharded_state import damage
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def assemble(
     table = None
     if config.mim == "on":
         if config.table is None:
-            raise ValueError("--mim on needs --table; train Base with --mim off")
+            raise OptionError("--mim on needs --table; train Base with --mim off")
         table = open_table(config.table, config.table_version)
     index = ItemIndex.of(table) if table is not None else None
     mapper = IdMapper(vocabularies, index, config.max_unknown)
@@ -104,13 +107,13 @@ def live_windows(
         begin: a log that is not there yet.
 
     Raises:
-        ValueError: there is a log and no table.
+        OptionError: there is a log and no table.
         VersionMismatch: the log is of another version than the table.
     """
     if config.windows is None:
         return None
     if assembled.table is None or assembled.index is None:
-        raise ValueError("--windows changes the multi-modal table, which --mim off has not")
+        raise OptionError("--windows changes the multi-modal table, which --mim off has not")
     manifest = assembled.table.manifest
     log = open_log(config.windows, manifest.table_version, start=manifest.seq if begin else None)
     return LiveWindows(assembled.model, assembled.index, log, config.windows_every, context)
@@ -122,11 +125,11 @@ def open_reader(
     """This rank's share of a split; to train on, it is shuffled and cut to equal shares.
 
     Raises:
-        ValueError: the batch size is not a multiple of the number of ranks.
+        OptionError: the batch size is not a multiple of the number of ranks.
         DataError: a file is malformed.
     """
     if config.batch_size % context.world_size:
-        raise ValueError(f"--batch-size {config.batch_size} is not a multiple of {context.world_size} ranks")
+        raise OptionError(f"--batch-size {config.batch_size} is not a multiple of {context.world_size} ranks")
     files = dataset.requests(split)
     reader = RequestReader(
         files,
@@ -164,53 +167,123 @@ def _check_needs(config: CTRConfig, columns: Sequence[str], file: Path) -> None:
 
 
 def scan_vocabularies(
-    dataset: Dataset, config: CTRConfig, context: DistributedContext
+    dataset: Dataset, config: CTRConfig, context: DistributedContext, resumes: bool
 ) -> dict[str, Vocabulary]:
     """Vocabularies of the training requests, and of the run that a warm start begins from.
 
-    Scanned by one rank, kept in the run, read by all.
+    Scanned by one rank, kept in the run, read by all. A run that resumes keeps those that it has.
     """
-    folder = config.out / VOCABULARY
-    if context.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
+    folder = RunDirectory(config.out).vocabulary
+
+    def scan() -> None:
+        if not context.is_main or (resumes and folder.is_dir()):
+            return
         earlier = load_vocabularies(config.warm_start) if config.warm_start is not None else {}
-        for name, new in scan_ids(dataset.requests("train"), config.features()).items():
-            ids = np.union1d(new, earlier[name].ids.numpy()) if name in earlier else new
-            Vocabulary.build(ids, spare_rows=config.spare_rows).save(folder / f"{name}.npz")
-    context.barrier()
+        with atomic_directory(folder) as partial:
+            for name, new in scan_ids(dataset.requests("train"), config.features()).items():
+                ids = np.union1d(new, earlier[name].ids.numpy()) if name in earlier else new
+                Vocabulary.build(ids, spare_rows=config.spare_rows).save(partial / f"{name}.npz")
+
+    on_all_ranks(scan)
     return load_vocabularies(config.out)
 
 
 def load_vocabularies(run: Path) -> dict[str, Vocabulary]:
     """Vocabularies of a run, by name."""
-    return {path.stem: Vocabulary.load(path) for path in sorted((run / VOCABULARY).glob("*.npz"))}
-
-
-def write_config(config: CTRConfig, facts: dict[str, Any] | None) -> None:
-    """Write config.json into the run, with the version that its table has."""
-    version = None if facts is None else facts["table_version"]
-    write_json(config.out / CONFIG, asdict(replace(config, table_version=version)))
+    folder = RunDirectory(run).vocabulary
+    return {path.stem: Vocabulary.load(path) for path in sorted(folder.glob("*.npz"))}
 
 
 def read_config(run: Path) -> CTRConfig:
     """The configuration that a run was trained with.
 
     Raises:
-        ValueError: there is none, or it is of another format.
+        DataError: there is none, or it is of another format.
     """
-    path = run / CONFIG
-    if not path.is_file():
-        raise ValueError(f"{run} is no run of mim ctr: it has no {CONFIG}")
+    found = RunDirectory(run)
     try:
-        return from_values(json.loads(path.read_text()))
+        return from_values(found.read_config())
     except ValueError as error:
-        raise ValueError(f"{path} is not a configuration of this version of mim ctr: {error}") from None
+        problem = f"is not a configuration of this version of mim ctr: {error}"
+        raise DataError(problem, file=found.config) from None
+
+
+def describe_model(config: CTRConfig, vocabularies: dict[str, Vocabulary]) -> dict[str, Any]:
+    """What makes the weights of a model readable: `model.json` beside them, see `training/model_record.py`.
+
+    Args:
+        config: of the run, with the version of its table.
+        vocabularies: of the run.
+    """
+    digests = {
+        f"vocabulary of {name}": hashlib.sha256(found.ids.numpy().tobytes()).hexdigest()
+        for name, found in vocabularies.items()
+    }
+    rows = {f"rows of {name}": found.num_embeddings for name, found in vocabularies.items()}
+    return {
+        **asdict(config.model()), "table_version": config.table_version,
+        "max_behaviors": config.max_behaviors, **digests, **rows,
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run of `mim ctr` whose weights are about to be read.
+
+    Attributes:
+        config: it was trained with.
+        vocabularies: of its ids.
+        weights: directory of a checkpoint.
+    """
+
+    config: CTRConfig
+    vocabularies: dict[str, Vocabulary]
+    weights: Path
+
+    @classmethod
+    def open(cls, run: Path, checkpoint: str = "best") -> "TrainedRun":
+        """Open a run; its ranks compare the digests of the weights together.
+
+        Args:
+            run: directory that `mim ctr` has written.
+            checkpoint: `best`, or one of the names in the run's `checkpoints`, or the directory of one.
+
+        Raises:
+            DataError: it is no run, or the checkpoint is damaged.
+            OptionError: it has no such checkpoint.
+            ModelMismatch: the weights are of another configuration or vocabulary than the run has.
+        """
+        config, vocabularies = read_config(run), load_vocabularies(run)
+        weights = find_checkpoint(run, checkpoint)
+        check_model_record(weights, describe_model(config, vocabularies))
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+        def verify() -> None:
+            problem = damage(weights, rank, world_size)
+            if problem is not None:
+                raise DataError(f"{problem}; take another --checkpoint, or train again", file=weights)
+
+        on_all_ranks(verify)
+        return cls(config, vocabularies, weights)
+
+
+def find_checkpoint(run: Path, name: str) -> Path:
+    """The directory of a checkpoint of a run.
+
+    Raises:
+        OptionError: there is no such checkpoint; it names those there are.
+    """
+    folder = RunDirectory(run).checkpoints
+    for path in (run / name, folder / name, Path(name)):
+        if (path / ".metadata").is_file() or (path / "state" / ".metadata").is_file():
+            return path
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    raise OptionError(f"{run} has no checkpoint {name!r}; it has {', '.join(['best', *names])}")
 
 
 def log_to_stderr() -> None:
     """Log what this package says, and nothing of what torch and torchrec say about themselves."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("mim_torchrec").setLevel(logging.INFO)
-    warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
     warnings.filterwarnings("ignore", message="Please use DTensor instead")
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")

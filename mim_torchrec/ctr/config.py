@@ -104,7 +104,7 @@ class ModelConfig:
 class CTRConfig(ModelConfig):
     """Train a CTR model on request logs and evaluate it on the test requests.
 
-    One process, or several under torchrun. Writes config.json, history.json, metrics.json and
+    One process, or several under torchrun. Writes config.json, history.jsonl, metrics.json and
     predictions.parquet into `out`.
     """
 
@@ -126,11 +126,12 @@ class CTRConfig(ModelConfig):
     has raised the AUC on every data set that it was measured on."""
     warm_start: Path | None = None
     """Directory of an earlier run of `mim ctr` whose best weights this one starts from, as with a new day's
-    data: ids that it knows keep their embeddings, new ones begin as usual, optimizers begin anew."""
+    data: ids that it knows keep their embeddings, new ones begin as usual, optimizers start from scratch."""
     seed: int = 0
     """Seed of the initial weights, of the order of the requests and of dropout."""
     epochs: int = 4
-    """Passes over the training requests; the best by validation AUC is kept."""
+    """Passes over the training requests; the best by validation AUC is kept. A finished run that is
+    started again with more epochs trains those that it lacks."""
     patience: int | None = None
     """Stop after this many epochs without a better validation AUC."""
     batch_size: int = 1024
@@ -174,8 +175,8 @@ class CTRConfig(ModelConfig):
     """Steps between two lines of the log."""
 
     def resume_fingerprint(self) -> dict[str, Any]:
-        """What a run that is taken up must have been started with."""
-        free = {"out", "preset", "pipeline", "index_dedup", "checkpoint", "log_every", "item_cache"}
+        """The fields that must be equal for a run to resume; it may get more epochs."""
+        free = {"out", "preset", "pipeline", "index_dedup", "checkpoint", "log_every", "item_cache", "epochs"}
         free.add("windows")  # their log may move
         return {name: value for name, value in asdict(self).items() if name not in free}
 
@@ -223,4 +224,14 @@ def parse(argv: Sequence[str] | None, **words: Any) -> CTRConfig:
         ]
         if flag.startswith("--") and models and option not in own:
             parser.error(f"{flag} is an option of --ubm {', '.join(models)}, not of {default.ubm}")
+    words["description"] = f"{words.get('description') or ''}\n{_options_by_model()}"
     return tyro.cli(CTRConfig, args=argv, default=default, **words)
+
+
+def _options_by_model() -> str:
+    """The flags that each user behavior model has, for `--help`, which describes those of one model only."""
+    lines = ["Options of the user behavior models, which `--ubm NAME --help` describes:"]
+    for name, model in built_in_models().items():
+        flags = ", ".join(f"--{option.name.replace('_', '-')}" for option in fields(model))
+        lines.append(f"    {name}: {flags or 'none'}")
+    return "\n".join(lines)

@@ -12,24 +12,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import tyro
 
-from mim_torchrec.ctr.assembly import (
-    assemble,
-    live_windows,
-    load_vocabularies,
-    log_to_stderr,
-    open_reader,
-    read_config,
-)
+from mim_torchrec import program
+from mim_torchrec.ctr.assembly import TrainedRun, assemble, live_windows, log_to_stderr, open_reader
+from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.predictions import predict, summarize
 from mim_torchrec.ctr.task import load_model
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.schema import Dataset
-from mim_torchrec.training.checkpoint import write_json
+from mim_torchrec.errors import check_sizes
 from mim_torchrec.training.distributed import DistributedContext, distributed
+from mim_torchrec.training.run_directory import RunDirectory
 
 log = logging.getLogger("mim_torchrec.ctr.evaluation")  # also where it runs as __main__
 
@@ -66,30 +60,20 @@ class EvaluationConfig:
     """Folder of the item index; by default one inside `out`."""
 
 
-def find_checkpoint(run: Path, name: str) -> Path:
-    """The directory of a checkpoint of a run.
-
-    Raises:
-        ValueError: there is no such checkpoint; it names those there are.
-    """
-    for path in (run / name, run / "checkpoints" / name, Path(name)):
-        if (path / ".metadata").is_file() or (path / "state" / ".metadata").is_file():
-            return path
-    folder = run / "checkpoints"
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    raise ValueError(f"{run} has no checkpoint {name!r}; it has {', '.join(['best', *names])}")
-
-
 def evaluate(config: EvaluationConfig, context: DistributedContext) -> dict[str, Any]:
     """Run the stage on an initialized process group; returns what metrics.json holds.
 
     Raises:
-        ValueError: `model` is no run, or has no such checkpoint.
+        OptionError: `model` has no such checkpoint.
+        ModelMismatch: config.json or vocabulary/ of `model` are not those of its weights.
+        LeaseError: another process writes into `out`.
         VersionMismatch: the table is of another version than the model was trained on.
-        DataError: data is malformed.
+        DataError: `model` is no run, or data is malformed.
     """
-    trained = read_config(config.model)
-    checkpoint = find_checkpoint(config.model, config.checkpoint)
+    check_sizes(config, 1, "batch_size")
+    check_sizes(config, 0, "draws")
+    run = TrainedRun.open(config.model, config.checkpoint)
+    trained = run.config
     settings = replace(
         trained,
         data=config.data or trained.data,
@@ -98,12 +82,23 @@ def evaluate(config: EvaluationConfig, context: DistributedContext) -> dict[str,
         batch_size=config.batch_size,
         on_bad_row=config.on_bad_row,
     )
-    config.out.mkdir(parents=True, exist_ok=True)
+    out = RunDirectory(config.out)
+    with out.writing(context):
+        return _evaluate(config, settings, run, out, context)
+
+
+def _evaluate(
+    config: EvaluationConfig,
+    settings: CTRConfig,
+    run: TrainedRun,
+    out: RunDirectory,
+    context: DistributedContext,
+) -> dict[str, Any]:
     dataset = Dataset(settings.data)
     items = ItemStore.open(dataset, config.item_cache or config.out / "items")
     reader = open_reader(settings, dataset, config.split, context)
-    assembled = assemble(settings, load_vocabularies(config.model), context)
-    load_model(assembled.model, checkpoint)
+    assembled = assemble(settings, run.vocabularies, context)
+    load_model(assembled.model, run.weights)
     windows = live_windows(settings, assembled, context)
     if windows is not None:
         windows.catch_up()
@@ -112,7 +107,7 @@ def evaluate(config: EvaluationConfig, context: DistributedContext) -> dict[str,
     predictions = predict(assembled.model, reader, assembled.mapper, context)
     report = summarize(predictions, items, config.draws) | {
         "model": str(config.model),
-        "checkpoint": str(checkpoint),
+        "checkpoint": str(run.weights),
         "data": str(settings.data),
         "split": config.split,
         "mim": settings.mim,
@@ -122,12 +117,10 @@ def evaluate(config: EvaluationConfig, context: DistributedContext) -> dict[str,
         "world_size": context.world_size,
         "skipped_rows": reader.skipped,
     }
+    out.write_results(report, context, predictions)
     if context.is_main:
-        write_json(config.out / "metrics.json", report)
-        pq.write_table(pa.table(predictions), config.out / "predictions.parquet")
         log.info("%s: auc %s %s, gauc %s, ne %s, %d impressions", config.split, report["auc"],
                  report.get("ci", {}).get("auc", ""), report["gauc"], report["ne"], report["n"])  # fmt: skip
-    context.barrier()
     return report
 
 
@@ -140,4 +133,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

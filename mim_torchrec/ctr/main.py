@@ -6,77 +6,123 @@ python -m torch.distributed.run --nproc_per_node 2 -m mim_torchrec.ctr.main --da
 
 import logging
 import time
+from dataclasses import asdict, replace
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import tyro
 
+from mim_torchrec import program
 from mim_torchrec.ctr.assembly import (
     Assembled,
     assemble,
+    describe_model,
     live_windows,
     log_to_stderr,
     open_reader,
     scan_vocabularies,
-    write_config,
 )
 from mim_torchrec.ctr.config import CTRConfig, parse
 from mim_torchrec.ctr.predictions import predict, summarize
 from mim_torchrec.ctr.task import CTRTask, load_model
 from mim_torchrec.ctr.warm_start import warm_start
 from mim_torchrec.ctr.windows import LiveWindows
+from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.items import ItemStore
+from mim_torchrec.data.requests import label_classes
 from mim_torchrec.data.schema import SPLITS, Dataset
+from mim_torchrec.embeddings.collective import on_all_ranks
 from mim_torchrec.embeddings.sharded.load import table_digest
+from mim_torchrec.embeddings.table.reader import read_manifest
 from mim_torchrec.embeddings.windows.window import WindowGap
-from mim_torchrec.training.checkpoint import write_json
+from mim_torchrec.errors import OptionError, check_sizes
 from mim_torchrec.training.checkpoints import Checkpoints
 from mim_torchrec.training.distributed import DistributedContext, distributed
 from mim_torchrec.training.loop import fit
+from mim_torchrec.training.run_directory import RunDirectory
 
 log = logging.getLogger("mim_torchrec.ctr.main")  # also where it runs as __main__
 
 
 def train_and_evaluate(config: CTRConfig, context: DistributedContext) -> dict[str, Any]:
     """Run the stage on an initialized process group; returns what metrics.json holds."""
-    started = time.time()
+    check_sizes(config, 1, "batch_size", "epochs", "max_behaviors", "log_every", "patience", "embedding_dim")
+    check_sizes(config, 1, "content_dim", "windows_every")
+    check_sizes(config, 0, "seed", "warmup_steps", "spare_rows")
     if config.mim == "on" and config.table is None:
-        raise ValueError("--mim on needs --table; train Base with --mim off")
-    config.out.mkdir(parents=True, exist_ok=True)
+        raise OptionError("--mim on needs --table; train Base with --mim off")
+    run = RunDirectory(config.out)
+    with run.writing(context):
+        return _train_and_evaluate(config, run, context)
+
+
+def resume_fingerprint(config: CTRConfig) -> tuple[dict[str, Any], str | None]:
+    """What a run that is resumed must have in common with this one, and the version of the table.
+
+    A table is the same by what it holds, wherever it lies. With a log of windows it is by its version, as the
+    base of a run that is resumed may be a later one.
+    """
+    table = version = None
+    if config.mim == "on" and config.table is not None:
+        manifest = read_manifest(config.table, config.table_version)
+        version = manifest.table_version
+        table = manifest.content if config.windows is None else version
+    return config.resume_fingerprint() | {"table": table}, version
+
+
+def refuse_one_class(dataset: Dataset, context: DistributedContext) -> None:
+    """See that validation can choose the best epoch, before the first step.
+
+    Raises:
+        DataError: the validation requests have labels of one class only; on all ranks.
+    """
+
+    def look() -> None:
+        if context.is_main:
+            classes = label_classes(dataset.requests("validation"))
+            if len(classes) < 2:
+                found = ", ".join(map(str, sorted(classes))) or "none"
+                raise DataError(
+                    f"all labels are {found}: no AUC to choose the best epoch by. Put requests with clicked "
+                    "and with other candidates into the validation part",
+                    file=dataset.root / "requests" / "validation",
+                )
+
+    on_all_ranks(look)
+
+
+def _train_and_evaluate(config: CTRConfig, run: RunDirectory, context: DistributedContext) -> dict[str, Any]:
+    started = time.time()
+    fingerprint, version = resume_fingerprint(config)
+    run.refuse_other(config.checkpoint, fingerprint)
     dataset = Dataset(config.data)
     items = ItemStore.open(dataset, config.item_cache or config.out / "items")
     readers = {
         split: open_reader(config, dataset, split, context, training=split == "train") for split in SPLITS
     }
-    vocabularies = scan_vocabularies(dataset, config, context)
+    refuse_one_class(dataset, context)
+    resumes = context.all_gather_objects(run.resumes(config.checkpoint))[0]
+    run.begin(asdict(replace(config, table_version=version)), config.checkpoint, context)
+    vocabularies = scan_vocabularies(dataset, config, context, resumes)
+    record = describe_model(replace(config, table_version=version), vocabularies)
     assembled = assemble(config, vocabularies, context)
     model, mapper, facts = assembled.model, assembled.mapper, assembled.facts
     if config.warm_start is not None:
-        version = None if facts is None else facts["table_version"]
         warm_start(model, config, config.warm_start, vocabularies, version)
-    if context.is_main:
-        write_config(config, facts)
-
-    # a table is the same by what it holds, wherever it lies
-    resume_fingerprint = config.resume_fingerprint() | {"table": None if facts is None else facts["content"]}
     windows = live_windows(config, assembled, context, begin=True)
-    if windows is not None:  # the base of a run that is taken up may be a later one
-        resume_fingerprint["table"] = facts["table_version"]
     pipeline = config.pipeline == "on" or (config.pipeline == "auto" and context.device.type == "cuda")
     task = CTRTask(model, assembled.optimizer, readers["train"], readers["validation"], mapper, context,
-                   config.aux_weight, config.id_dropout, config.seed, pipeline, windows)  # fmt: skip
+                   config.aux_weight, config.id_dropout, config.seed, pipeline, windows, record)  # fmt: skip
     history = fit(
         task,
         epochs=config.epochs,
-        out=config.out,
+        run=run,
         context=context,
         select="auc",
         patience=config.patience,
         log_every=config.log_every,
-        checkpoints=Checkpoints(config.out / "checkpoints", config.checkpoint, resume_fingerprint, context),
+        checkpoints=Checkpoints(run.checkpoints, config.checkpoint, fingerprint, context, record),
     )
-    load_model(model, config.out / "best")
+    load_model(model, run.best)
     predictions = predict(model, readers["test"], mapper, context)
     report = summarize(predictions, items)
     if facts is not None:
@@ -97,9 +143,8 @@ def train_and_evaluate(config: CTRConfig, context: DistributedContext) -> dict[s
         "skipped_rows": {split: reader.skipped for split, reader in readers.items()},
         "seconds": time.time() - started,
     }
+    run.write_results(report, context, predictions)
     if context.is_main:
-        write_json(config.out / "metrics.json", report)
-        pq.write_table(pa.table(predictions), config.out / "predictions.parquet")
         log.info(
             "test: auc %.4f, gauc %s, ne %s, %d impressions",
             report["auc"] or float("nan"),
@@ -122,12 +167,14 @@ def check_table(
     Raises:
         RuntimeError: something else has changed it.
     """
-    before, after = assembled.facts["digest_before"], table_digest(assembled.frozen)
-    seq = assembled.facts["seq"] if windows is None else windows.seq
+    facts, frozen, table = assembled.facts, assembled.frozen, assembled.table
+    assert facts is not None and frozen is not None and table is not None
+    before, after = facts["digest_before"], table_digest(frozen)
+    seq = facts["seq"] if windows is None else windows.seq
     expected: str | None = before
-    if seq != assembled.facts["seq"]:
+    if windows is not None and seq != facts["seq"]:
         try:
-            expected = windows.expected_digest(assembled.table)
+            expected = windows.expected_digest(table)
         except WindowGap as error:
             log.warning("whether only windows have changed the table is not known: %s", error)
             expected = None
@@ -148,4 +195,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

@@ -65,7 +65,7 @@ def predict(
     mine = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]} if parts else None
     everyone = [share for share in context.all_gather_objects(mine) if share is not None]
     if not everyone:
-        raise ValueError("there is nothing to predict: no rank has read a request")
+        raise DataError("there is nothing to predict: no rank has read a request; give a split with requests")
     return {name: np.concatenate([share[name] for share in everyone]) for name in everyone[0]}
 
 

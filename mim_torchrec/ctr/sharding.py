@@ -44,6 +44,7 @@ from mim_torchrec.ctr.model import CTRModel
 from mim_torchrec.ctr.parameters import id_tables, trainable_state
 from mim_torchrec.embeddings.sharded.frozen import FrozenEmbeddingCollection
 from mim_torchrec.embeddings.sharded.sharder import FrozenEmbeddingCollectionSharder
+from mim_torchrec.errors import OptionError
 from mim_torchrec.extras import needs
 from mim_torchrec.training.distributed import DistributedContext
 
@@ -175,7 +176,7 @@ def shard(
 def _index_dedup(config: CTRConfig, context: DistributedContext) -> bool:
     on_gpu = context.device.type == "cuda"
     if config.index_dedup == "on" and not on_gpu:
-        raise ValueError("--index-dedup on needs a GPU: fbgemm's jagged_unique_indices has no CPU kernel")
+        raise OptionError("--index-dedup on needs a GPU: fbgemm's jagged_unique_indices has no CPU kernel")
     return on_gpu and config.index_dedup != "off"
 
 
@@ -194,15 +195,15 @@ def _constraints(
 ) -> dict[str, ParameterConstraints]:
     """What the planner may choose from, by table."""
     if not config.sharding:
-        raise ValueError("--sharding names no way to divide a table over the ranks")
+        raise OptionError("--sharding names no way to divide a table over the ranks")
     if "column_wise" in config.sharding and config.sparse_optimizer == "rowwise_adagrad":
-        raise ValueError(
+        raise OptionError(
             "row-wise Adagrad keeps a number for each row, which dividing columns changes: leave column_wise "
             "out of --sharding, or take --sparse-optimizer adagrad"
         )
     on_gpu = context.device.type == "cuda"
     if config.sparse_optimizer == "adam" and not on_gpu:
-        raise ValueError("--sparse-optimizer adam is fused on GPUs only; on a CPU take rowwise_adagrad")
+        raise OptionError("--sparse-optimizer adam is fused on GPUs only; on a CPU take rowwise_adagrad")
     # on one rank rows would be put into buckets for nothing
     allowed: list[str] = list(config.sharding) if context.world_size > 1 else [ShardingType.TABLE_WISE.value]
     pooled = [kind for kind in allowed if on_gpu or kind != ShardingType.ROW_WISE.value]

@@ -23,9 +23,13 @@ from mim_torchrec.ctr.windows import LiveWindows
 from mim_torchrec.data.batch import RequestBatch
 from mim_torchrec.data.requests import RequestReader
 from mim_torchrec.data.vocabulary import IdMapper
+from mim_torchrec.embeddings.collective import on_all_ranks
+from mim_torchrec.errors import OptionError
 from mim_torchrec.training import metrics
-from mim_torchrec.training.checkpoint import atomic_directory_on_all_ranks
 from mim_torchrec.training.distributed import DistributedContext
+from mim_torchrec.training.model_record import write_model_record
+from mim_torchrec.training.sharded_state import save_state, seal
+from mim_torchrec.training.shared_directory import shared_atomic_directory
 
 
 def global_mean_loss(logits: Tensor, labels: Tensor, world_size: int) -> Tensor:
@@ -122,9 +126,10 @@ class CTRTask:
         seed: of what is hidden.
         pipeline: exchange the ids of the next batch while this one is computed.
         windows: of new items, None for none.
+        record: what `model.json` beside the weights says, see `describe_model`.
 
     Raises:
-        ValueError: `id_dropout` is no probability below 1.
+        OptionError: `id_dropout` is no probability below 1.
     """
 
     def __init__(
@@ -140,9 +145,10 @@ class CTRTask:
         seed: int = 0,
         pipeline: bool = False,
         windows: LiveWindows | None = None,
+        record: dict[str, Any] | None = None,
     ) -> None:
         if not 0 <= id_dropout < 1:
-            raise ValueError(f"id dropout is {id_dropout}; it has to be at least 0 and below 1")
+            raise OptionError(f"id dropout is {id_dropout}; it has to be at least 0 and below 1")
         self.model = model
         self.optimizer = optimizer
         self._train = train
@@ -152,7 +158,7 @@ class CTRTask:
         self._aux_weight = aux_weight
         self._id_dropout, self._seed = id_dropout, seed
         self._exchange = SparseExchange(model, optimizer, context.device) if pipeline else None
-        self._windows = windows
+        self._windows, self._record = windows, record
         self.state = CTRState(model, optimizer, windows)
 
     def num_batches(self, epoch: int) -> int:
@@ -215,8 +221,13 @@ class CTRTask:
 
     def save(self, path: Path) -> None:
         """Write the trainable state, see `save_model`."""
-        with atomic_directory_on_all_ranks(path, self._context) as folder:
+        with shared_atomic_directory(path, self._context) as folder:
             save_model(self.model, folder)
+            on_all_ranks(lambda: self._seal(folder) if self._context.is_main else None)
+
+    def _seal(self, folder: Path) -> None:
+        write_model_record(folder, self._record or {})
+        seal(folder)
 
 
 def save_model(model: DistributedModelParallel, path: Path) -> None:
@@ -224,7 +235,7 @@ def save_model(model: DistributedModelParallel, path: Path) -> None:
 
     The frozen table is left out: it has files of its own.
     """
-    dcp.save(trainable_state(model), checkpoint_id=str(path))
+    save_state(trainable_state(model), path)
 
 
 def load_model(model: DistributedModelParallel, path: Path) -> None:

@@ -1,7 +1,7 @@
 """Start a CTR model from one that was trained on an earlier day, with a vocabulary that has grown.
 
 Rows of ids that are known go to their new places, new ids begin as in any run, dense weights are taken over.
-Optimizers begin anew: what they have gathered is about another day's losses, and `best` does not hold it.
+Optimizers start from scratch: their state is of another day's losses, and `best` does not hold it.
 """
 
 import logging
@@ -16,18 +16,21 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint import FileSystemReader
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
-from mim_torchrec.ctr.assembly import load_vocabularies, read_config
+from mim_torchrec.ctr.assembly import TrainedRun
 from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.parameters import id_tables, trainable_state
 from mim_torchrec.data.vocabulary import Vocabulary
+from mim_torchrec.errors import ExpectedError, Status
 
 log = logging.getLogger(__name__)
 
 MAY_DIFFER = {"dropout", "content_dropout", "id_dropout", "aux_weight"}
 
 
-class WarmStartError(ValueError):
+class WarmStartError(ExpectedError, ValueError):
     """A run cannot be started from another one."""
+
+    status = Status.VERSION
 
 
 @torch.no_grad()
@@ -48,9 +51,11 @@ def warm_start(
         table_version: of the multi-modal table of the run that starts, None for Base.
 
     Raises:
+        ModelMismatch: the earlier run's config.json or vocabulary/ are not those of its weights.
         WarmStartError: the earlier model is another one, or was trained on vectors of another encoder.
     """
-    earlier = read_config(run)
+    trained = TrainedRun.open(run)
+    earlier = trained.config
     old, new = (asdict(c.model()) for c in (earlier, config))
     other = sorted(name for name in new if old[name] != new[name] and name not in MAY_DIFFER)
     if other:
@@ -59,9 +64,9 @@ def warm_start(
     if earlier.table_version != table_version:
         raise WarmStartError(
             f"{run} was trained on vectors of version {earlier.table_version}, the table has "
-            f"{table_version}; another encoder's vectors mean other things, so the model must be trained from scratch"
+            f"{table_version}: vectors of two encoders cannot be compared; train the model from scratch"
         )
-    path = str(run / "best")
+    path = str(trained.weights)
     sizes: dict[str, Any] = FileSystemReader(path).read_metadata().state_dict_metadata
     state = trainable_state(model)
     if state.keys() != sizes.keys():
@@ -70,7 +75,7 @@ def warm_start(
     dense = {name: value for name, value in state.items() if name not in tables.values()}
     dcp.load(dense, checkpoint_id=path)
     model.load_state_dict(OrderedDict(state), strict=False)  # torchrec renames what it is given
-    before = load_vocabularies(run)
+    before = trained.vocabularies
     for column, name in tables.items():
         weights = torch.empty(sizes[name].size)
         dcp.load({name: weights}, checkpoint_id=path)

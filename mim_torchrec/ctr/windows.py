@@ -2,7 +2,7 @@
 
 Every few steps all ranks agree on the windows that each of them can read, and apply those at that step. An
 item that was unknown when training started has its content interest from then on. The watermark goes into
-checkpoints: a run that is taken up applies what it had applied, and goes on.
+checkpoints: a resumed run applies the windows that it had applied, and continues.
 """
 
 import logging
@@ -14,6 +14,7 @@ from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.windows.compact import changes
 from mim_torchrec.embeddings.windows.transport import Transport
 from mim_torchrec.embeddings.windows.window import Window
+from mim_torchrec.errors import OptionError
 from mim_torchrec.training.distributed import DistributedContext
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class LiveWindows:
         self, model: nn.Module, index: ItemIndex, windows: Transport, every: int, context: DistributedContext
     ) -> None:
         if every < 1:
-            raise ValueError(f"windows are looked for every {every} steps; it has to be at least 1")
+            raise OptionError(f"windows are looked for every {every} steps; it has to be at least 1")
         self._model, self._index, self._windows = model, index, windows
         self._every, self._context = every, context
         self.applied = 0

@@ -58,7 +58,7 @@ class RequestBatch(Pipelineable):
             tensor.record_stream(stream)
 
     def with_hidden_candidates(self, hidden: Tensor) -> "RequestBatch":
-        """The same batch of rows with row 0, that of an unknown id, in the place of some candidates' items.
+        """The same batch of rows with row 0, that of an unknown id, instead of some candidates' items.
 
         Args:
             hidden: (sum_candidates,) bool. Their categories and vectors stay.

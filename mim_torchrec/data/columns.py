@@ -129,7 +129,8 @@ def decode(
     if on_bad_row == "fail" and is_bad.any():
         row = int(np.argmax(is_bad))
         _, column, problem = next(check for check in bad if check[0][row])
-        raise DataError(problem, file, row_group, row, column)
+        remedy = "fix the row, or leave such rows out with --on-bad-row skip"
+        raise DataError(f"{problem}; {remedy}", file, row_group, row, column)
     requests = RequestColumns(scalars, jagged["behavior"], jagged["candidate"], ids)
     return requests.take(np.flatnonzero(~is_bad), max_behaviors), int(is_bad.sum())
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from mim_torchrec.errors import ExpectedError
+
 
 @dataclass(frozen=True)
 class Location:
@@ -27,7 +29,7 @@ class Location:
         return ", ".join(part for part in parts if part is not None)
 
 
-class DataError(ValueError):
+class DataError(ExpectedError, ValueError):
     """Something is wrong with input data.
 
     Args:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.schema import REQUESTS, category_ids, is_list
+from mim_torchrec.errors import OptionError
 from mim_torchrec.extensions import load_class
 
 OF_CANDIDATES = "candidate_"
@@ -107,7 +108,7 @@ class Features:
         other: names of columns of any other kind, with `package.module:ClassName` of the kind.
 
     Raises:
-        ValueError: a name is there twice, a column of every request has it, or there is no such kind.
+        OptionError: a name is there twice, a column of every request has it, or there is no such kind.
 
     >>> features = Features(sparse=("city", "candidate_brand"), dense=("candidate_price",))
     >>> [feature.name for feature in features.ids(of_candidates=False)]
@@ -121,12 +122,12 @@ class Features:
     def __post_init__(self) -> None:
         names = (*self.sparse, *self.dense, *self.other)
         if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"features named more than once: {', '.join(repeated)}")
+            raise OptionError(f"features named more than once: {', '.join(repeated)}")
         if reserved := sorted(RESERVED.intersection(names)):
-            raise ValueError(f"{', '.join(reserved)}: requests have it anyway, it is no further feature")
+            raise OptionError(f"{', '.join(reserved)}: requests have it anyway, it is no further feature")
         for name, kind in self.other.items():
             if not issubclass(load_class(kind), Ids | Numbers):
-                raise ValueError(
+                raise OptionError(
                     f"{kind!r} of the feature {name} is neither Ids nor Numbers of data.features"
                 )
 
@@ -170,7 +171,8 @@ class Features:
         schema = parquet.schema_arrow
         for name, feature in self.by_name.items():
             if schema.get_field_index(name) < 0:
-                problem = f"the column is missing; the file has {', '.join(schema.names)}"
+                there = ", ".join(schema.names)
+                problem = f"the column is missing; add it, or name columns that are there: {there}"
                 raise DataError(problem, file=file, column=name)
             found = schema.field(name).type
             one_a_request = isinstance(feature.kind, Numbers) and not feature.of_candidates
@@ -179,7 +181,8 @@ class Features:
             if not form_fits or not feature.kind.accepts(found.value_type if is_list(found) else found):
                 form = "one a request" if one_a_request else "or lists of them"
                 form = "one a candidate" if feature.of_candidates else form
-                problem = f"expected {feature.kind.expected}, {form}; found {found}"
+                remedy = "convert the column, or use the other of --sparse-features and --dense-features"
+                problem = f"expected {feature.kind.expected}, {form}; found {found}; {remedy}"
                 raise DataError(problem, file=file, column=name)
 
 

@@ -34,7 +34,7 @@ def decode_image(data: bytes, where: Location | str = "image") -> Image.Image:
     except _UNREADABLE as error:
         # Pillow's message would name an object of this process
         reason = "no known format" if isinstance(error, UnidentifiedImageError) else error
-        problem = f"the image of {len(data)} bytes cannot be decoded ({reason})"
+        problem = f"the image of {len(data)} bytes cannot be decoded ({reason}); replace it"
         if isinstance(where, Location):
             raise DataError(problem, where.file, where.row_group, where.row, where.column) from None
         raise DataError(f"{where}: {problem}") from None

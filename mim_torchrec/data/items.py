@@ -7,8 +7,6 @@ group; ids are sorted when it is opened. Ranks of one machine share its pages.
 import hashlib
 import json
 import logging
-import os
-import uuid
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +23,7 @@ from mim_torchrec.data.schema import (
     present_columns,
     read_row_group,
 )
+from mim_torchrec.embeddings.files import atomic_file
 from mim_torchrec.extras import needs
 
 with needs("train"):
@@ -57,7 +56,7 @@ class ItemStore:
         if len(twice):
             first, second = self.location(int(twice[0])), self.location(int(twice[0]) + 1, "item_id")
             raise DataError(
-                f"item id {self.item_ids[twice[0]]} is there twice, first in {first}",
+                f"item id {self.item_ids[twice[0]]} is there twice, first in {first}; remove one of them",
                 second.file, second.row_group, second.row, second.column,
             )  # fmt: skip
 
@@ -89,7 +88,10 @@ class ItemStore:
         unknown = np.unique(ids[self.item_ids[rows] != ids])
         if len(unknown):
             shown = ", ".join(str(i) for i in unknown[:10]) + (", …" if len(unknown) > 10 else "")
-            raise DataError(f"{len(unknown)} item ids are not in the item table: {shown}", column="item_id")
+            raise DataError(
+                f"{len(unknown)} item ids are not in the item table: {shown}; add them to items/",
+                column="item_id",
+            )
         return rows
 
     def titles(self, rows: np.ndarray) -> list[str]:
@@ -146,7 +148,9 @@ class ItemStore:
     def _index(self, column: str) -> int:
         index = self._reader.schema.get_field_index(column)
         if index < 0:
-            raise DataError("the item table has no such column", file=self._units[0][0], column=column)
+            raise DataError(
+                "the item table has no such column; add it", file=self._units[0][0], column=column
+            )
         return index
 
     def _column(self, name: str, rows: np.ndarray) -> list:
@@ -157,7 +161,11 @@ class ItemStore:
     def _refuse(self, row: int, column: str, problem: str) -> None:
         where = self.location(row, column)
         raise DataError(
-            f"{problem} (item {self.item_ids[row]})", where.file, where.row_group, where.row, column
+            f"{problem} (item {self.item_ids[row]}); fill it in, or leave the item out",
+            where.file,
+            where.row_group,
+            where.row,
+            column,
         )
 
 
@@ -168,7 +176,8 @@ def _describe(files: list[Path]) -> dict:
         parquet = open_parquet(file, ITEMS, ITEMS_REQUIRED)
         found = present_columns(parquet, ITEMS)
         if columns is not None and columns != found:
-            raise DataError(f"has columns {', '.join(found)}, {files[0]} has {', '.join(columns)}", file=file)
+            problem = f"has columns {', '.join(found)}, {files[0]} has {', '.join(columns)}"
+            raise DataError(f"{problem}; write all files with the same columns", file=file)
         columns = found
         stat = file.stat()
         units += [
@@ -186,9 +195,8 @@ def _build(source: dict, index: Path) -> None:
     schema = pa.schema([(name, _STORED[name]) for name in source["columns"]])
     schema = schema.with_metadata({_SOURCE: json.dumps(source).encode()})
     index.parent.mkdir(parents=True, exist_ok=True)
-    partial = index.with_name(f"{index.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with pa.ipc.new_file(str(partial), schema) as writer:
+    with atomic_file(index) as file:
+        with pa.ipc.new_file(file, schema) as writer:
             opened: tuple[str, object] | None = None
             for unit in source["units"]:
                 file, group = unit["file"], unit["row_group"]
@@ -197,12 +205,11 @@ def _build(source: dict, index: Path) -> None:
                 table = read_row_group(opened[1], group, source["columns"], file)
                 if table["item_id"].null_count:
                     row = int(np.flatnonzero(table["item_id"].is_null().to_numpy())[0])
-                    raise DataError("is null", file, group, row, "item_id")
+                    raise DataError(
+                        "is null; give the item an id, or leave the row out", file, group, row, "item_id"
+                    )
                 # unsafe only in that times finer than a microsecond lose what is finer
                 arrays = [table[name].cast(_STORED[name], safe=name != "listed_at").combine_chunks()
                           for name in source["columns"]]  # fmt: skip
                 writer.write_batch(pa.record_batch(arrays, schema=schema))
-        os.replace(partial, index)
-    finally:
-        partial.unlink(missing_ok=True)
     log.info("item index %s: %d row groups", index, len(source["units"]))

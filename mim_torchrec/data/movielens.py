@@ -2,8 +2,8 @@
 
 A rating of 4 or more is a positive. Each becomes a request: the positive among films that the user has never
 rated, drawn by their popularity in the training part, with the user's earlier positives as history. A request
-of the training part and the positive before it make a pair for C-SFT: the poster of a liked film in the place
-of the image that was searched with, the next liked film in the place of what was bought.
+of the training part and the positive before it make a pair for C-SFT: the poster of a liked film stands
+for the image that was searched with, the next liked film for what was bought.
 
 Only films with a title, a poster and a rating take part. A film is listed at its first rating, and its
 category is its first genre. Ratings below 4 only keep a film out of the negatives.
@@ -33,6 +33,8 @@ from mim_torchrec.data.schema import (
     read_row_group,
 )
 from mim_torchrec.data.writing import DatasetWriter, lists
+from mim_torchrec.errors import OptionError, check_sizes
+from mim_torchrec.program import run
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +87,7 @@ def read_csv(file: Path, expected: pa.Schema) -> pa.Table:
         DataError: the file is missing, empty or without a column, or a value is missing or of a wrong type.
     """
     if not file.is_file():
-        raise DataError("no such file", file=file)
+        raise DataError("no such file; --ratings is the folder of ratings.csv and movies.csv", file=file)
     try:
         table = pyarrow.csv.read_csv(
             file,
@@ -99,13 +101,18 @@ def read_csv(file: Path, expected: pa.Schema) -> pa.Table:
             ),
         )
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"not a readable CSV file with columns {', '.join(expected.names)} ({error})",
-                        file=file) from None  # fmt: skip
+        problem = f"not a readable CSV file with columns {', '.join(expected.names)} ({error})"
+        raise DataError(f"{problem}; unpack it from the archive again", file=file) from None
     if not len(table):
-        raise DataError("the file has no rows", file=file)
+        raise DataError("the file has no rows; unpack it from the archive again", file=file)
     for name in expected.names:
         if table[name].null_count:
-            raise DataError("is empty", file=file, row=_first(table[name].is_null()), column=name)
+            raise DataError(
+                "is empty; fill it in, or leave the row out",
+                file=file,
+                row=_first(table[name].is_null()),
+                column=name,
+            )
     return table
 
 
@@ -121,11 +128,19 @@ def read_posters(file: Path) -> dict[int, bytes]:
         table = read_row_group(parquet, group, POSTERS.names, file)
         for name in POSTERS.names:
             if table[name].null_count:
-                raise DataError("is null", file, group, _first(table[name].is_null()), name)
+                raise DataError(
+                    "is null; fill it in, or leave the row out",
+                    file,
+                    group,
+                    _first(table[name].is_null()),
+                    name,
+                )
         films, images = table["movieId"].to_pylist(), table["image"].to_pylist()
         for row, (film, image) in enumerate(zip(films, images, strict=True)):
             if film in posters:
-                raise DataError(f"film {film} is there twice", file, group, row, "movieId")
+                raise DataError(
+                    f"film {film} is there twice; remove one of the rows", file, group, row, "movieId"
+                )
             decode_image(image, Location(file, group, row, "image"))
             posters[film] = image
     return posters
@@ -149,8 +164,8 @@ def find_likes(ratings: pa.Table, users: np.ndarray, films: np.ndarray, config: 
     part = (place >= of * 8 // 10).astype(np.int64) + (place >= of * 9 // 10)
     missing = sorted(set(range(len(SPLITS))) - set(part.tolist()))
     if missing:
-        raise DataError(f"too few positives ({len(part)}): none for {SPLITS[missing[0]]}",
-                        file=config.ratings / "ratings.csv")  # fmt: skip
+        problem = f"too few positives ({len(part)}): none for {SPLITS[missing[0]]}; lower --min-rating"
+        raise DataError(problem, file=config.ratings / "ratings.csv")
     return Likes(user, np.searchsorted(films, film_ids[liked]), ts, part)
 
 
@@ -176,7 +191,7 @@ def draw_negatives(
         (n, count).
 
     Raises:
-        ValueError: a user has rated too many films to leave that many.
+        OptionError: a user has rated too many films to leave that many.
     """
     popularity = np.bincount(likes.film[likes.part == 0], minlength=num_films)
     cumulative = np.cumsum(popularity)
@@ -194,7 +209,9 @@ def draw_negatives(
         if not todo.any():
             return drawn
     user = users[likes.user[np.flatnonzero(todo.any(axis=1))[0]]]
-    raise ValueError(f"user {user} has rated nearly all films that are liked: not {count} negatives are left")
+    raise OptionError(
+        f"user {user} has rated nearly all liked films: {count} negatives are not left; lower --negatives"
+    )
 
 
 def requests_table(
@@ -254,11 +271,12 @@ def convert(config: MovieLensConfig) -> dict[str, int]:
     """Write the data set; returns the counts of its folders.
 
     Raises:
-        DataError: `out` exists, or a file is malformed.
-        ValueError: an option is impossible.
+        DataError: a file is malformed.
+        OutputExists: `out` exists.
+        OptionError: an option is impossible.
     """
-    if min(config.negatives, config.max_behaviors) < 1:
-        raise ValueError("negatives and max_behaviors must be at least 1")
+    check_sizes(config, 1, "negatives", "max_behaviors")
+    check_sizes(config, 0, "seed")
     options = {name: value for name, value in asdict(config).items() if name not in INPUTS}
     source = {"command": "mim import movielens", **options}
     with DatasetWriter(config.out, name="movielens", source=source) as writer:
@@ -271,7 +289,10 @@ def convert(config: MovieLensConfig) -> dict[str, int]:
         rated, first = _first_rating(ratings)
         takes_part = np.array([film in posters and film in title for film in rated.tolist()], bool)
         if not takes_part.any():
-            raise DataError("no film in it has a title and a poster", file=config.ratings / "ratings.csv")
+            raise DataError(
+                "no film in it has a title and a poster; give posters of the same movieIds",
+                file=config.ratings / "ratings.csv",
+            )
         films, first = rated[takes_part], first[takes_part]
         users = np.unique(ratings["userId"].to_numpy())
         likes = find_likes(ratings, users, films, config)
@@ -320,4 +341,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,4 +1,4 @@
-"""Pairs for C-SFT (§3.3): the image somebody searched with, and the item that was then bought or clicked.
+"""Pairs for C-SFT (§3.3): the image that a user searched with, and the item that was then bought or clicked.
 
 Every pair comes with a hard negative: the one logged, or else the item of another pair of the same category.
 It is drawn from what is bought, not from what is listed: otherwise the vectors learn to tell what sells from
@@ -26,6 +26,7 @@ from mim_torchrec.data.schema import (
     present_columns,
     read_row_group,
 )
+from mim_torchrec.errors import OptionError
 
 log = logging.getLogger(__name__)
 
@@ -63,14 +64,18 @@ class PairDataset(TorchDataset):
         on_bad_row: Literal["fail", "skip"] = "fail",
     ) -> None:
         if signal is not None and signal not in SIGNALS:
-            raise ValueError(f"signal {signal!r} is not one of {', '.join(SIGNALS)}")
+            raise OptionError(f"signal {signal!r} is not one of {', '.join(SIGNALS)}")
         self._items, self._seed, self._epoch = items, seed, 0
         read = [part for file in files for part in _read(Path(file), items, signal, on_bad_row == "skip")]
         parts = [part for part in read if len(part["item_id"])]
         self.skipped: int = sum(part["skipped"] for part in read)
         if not parts:
             left = f" ({self.skipped} pairs are left out)" if self.skipped else ""
-            raise DataError(f"no pair with signal {signal!r}{left}", file=files[0] if files else None)
+            what = "no pair" if signal is None else f"no pair with signal {signal!r}"
+            remedy = (
+                "fix the pairs" if signal is None else "--interest-signal all takes pairs of every signal"
+            )
+            raise DataError(f"{what}{left}; {remedy}", file=files[0] if files else None)
         if self.skipped:
             log.warning("%d of %d pairs are left out: they name no item, or one that is not there",
                         self.skipped, self.skipped + sum(len(part["item_id"]) for part in parts))  # fmt: skip
@@ -84,7 +89,9 @@ class PairDataset(TorchDataset):
         self.query_is_item: np.ndarray = self._images.is_null().to_numpy()
         self._times: np.ndarray = np.concatenate([part["ts"] for part in parts])
         if len(items) < 3:
-            raise DataError(f"{len(items)} items are too few to draw hard negatives from")
+            raise DataError(
+                f"{len(items)} items are too few to draw hard negatives from; at least 3 are needed"
+            )
         self._members = self._members_by_category()
 
     def __len__(self) -> int:
@@ -105,7 +112,8 @@ class PairDataset(TorchDataset):
             DataError: no pair stays, or fewer than three items.
         """
         if not keep.any() or len(usable_items) < 3:
-            raise DataError(f"{int(keep.sum())} pairs and {len(usable_items)} items are left: too few")
+            found = f"{int(keep.sum())} pairs and {len(usable_items)} items are left"
+            raise DataError(f"{found}; at least 1 and 3 with readable images are needed")
         index = np.flatnonzero(keep)
         self._images = self._images.take(pa.array(index))
         self._origin = [self._origin[i] for i in index]
@@ -195,7 +203,7 @@ def _read(file: Path, items: ItemStore, signal: str | None, skip: bool) -> list[
     columns = present_columns(parquet, PAIRS)
     if signal is not None and "signal" not in columns:
         problem = f"the column is missing, so pairs of signal {signal!r} cannot be told"
-        raise DataError(problem, file, column="signal")
+        raise DataError(f"{problem}; --interest-signal all takes all pairs", file, column="signal")
     return [
         _read_group(parquet, file, group, columns, items, signal, skip)
         for group in range(parquet.num_row_groups)
@@ -217,7 +225,8 @@ def _read_group(
         signals = table["signal"].to_pylist()
         for row, found in enumerate(signals):
             if found not in SIGNALS:
-                raise DataError(f"{found!r} is not one of {', '.join(SIGNALS)}", file, group, row, "signal")
+                problem = f"{found!r} is not one of {', '.join(SIGNALS)}; fix the value, or leave the row out"
+                raise DataError(problem, file, group, row, "signal")
         if signal is not None:
             rows = np.flatnonzero(np.array([found == signal for found in signals], bool))
     table = table.take(pa.array(rows))
@@ -238,7 +247,7 @@ def _read_group(
     def refuse(found: np.ndarray, name: str, problem: str) -> None:
         if found.any() and not skip:
             first = int(np.argmax(found))
-            shown = problem.format(ids[name][first])
+            shown = f"{problem.format(ids[name][first])}; --on-bad-row skip leaves such pairs out"
             raise DataError(shown, file, group, int(rows[first]), name)
         bad[found] = True
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
@@ -31,6 +32,7 @@ from mim_torchrec.data.schema import (
     present_columns,
     read_row_group,
 )
+from mim_torchrec.errors import OptionError
 
 log = logging.getLogger(__name__)
 
@@ -81,11 +83,11 @@ class RequestReader(IterableDataset):
         features: Features = NO_FEATURES,
     ) -> None:
         if batch_size < 1 or max_behaviors < 1 or not 0 <= rank < world_size:
-            raise ValueError(
+            raise OptionError(
                 f"impossible: batch_size {batch_size}, max_behaviors {max_behaviors}, {rank}/{world_size}"
             )
         if on_bad_row not in ("fail", "skip"):
-            raise ValueError(f'on_bad_row is {on_bad_row!r}, not "fail" or "skip"')
+            raise OptionError(f'on_bad_row is {on_bad_row!r}, not "fail" or "skip"')
         self._rank, self._world_size = rank, world_size
         self._seed, self._shuffle, self._epoch = seed, shuffle, 0
         self._max_behaviors, self._on_bad_row = max_behaviors, on_bad_row
@@ -104,8 +106,8 @@ class RequestReader(IterableDataset):
         self.num_candidates = sum(unit.candidates for unit in self._units)
         """Candidates of these requests."""
         if self.num_requests < world_size:
-            raise DataError(f"{self.num_requests} good requests cannot be divided over {world_size} ranks",
-                            file=files[0] if files else None)  # fmt: skip
+            problem = f"{self.num_requests} good requests cannot be divided over {world_size} ranks"
+            raise DataError(f"{problem}; start fewer ranks", file=files[0] if files else None)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -156,9 +158,12 @@ class RequestReader(IterableDataset):
             columns = present_columns(parquet, REQUESTS) + self._features.names
             if self._columns and columns != self._columns:
                 problem = f"has columns {', '.join(columns)}, but {files[0]} has {', '.join(self._columns)}"
-                raise DataError(problem, file=file)
+                raise DataError(f"{problem}; write all files with the same columns", file=file)
             if ("behavior_categories" in columns) != ("candidate_categories" in columns):
-                raise DataError("categories of behaviors and of candidates go together", file=file)
+                raise DataError(
+                    "categories of behaviors and of candidates go together; give both columns or none",
+                    file=file,
+                )
             self._columns = columns
             for group in range(parquet.num_row_groups):
                 if self._on_bad_row == "skip":
@@ -278,7 +283,7 @@ def _counts(parquet: pq.ParquetFile, row_group: int, file: Path) -> tuple[int, i
             if group.column(k).path_in_schema.split(".")[0] == "labels"
         )  # fmt: skip
     except (UnicodeDecodeError, StopIteration) as error:
-        problem = f"the footer is damaged ({type(error).__name__}: {error})"
+        problem = f"the footer is damaged ({type(error).__name__}: {error}); copy or write the file again"
         raise DataError(problem, file=file, row_group=row_group) from None
     return group.num_rows, column.num_values
 
@@ -320,3 +325,20 @@ def _to_batch(requests: RequestColumns, wanted: Features) -> RequestBatch:
 
 def _dense(values: Mapping[str, np.ndarray], features: Sequence[Feature]) -> torch.Tensor | None:
     return tower_numbers(features, {f.name: torch.from_numpy(values[f.name]) for f in features})
+
+
+def label_classes(files: Sequence[str | Path]) -> set[int]:
+    """Labels that request files have; reading ends when there are two.
+
+    Raises:
+        DataError: a file is malformed.
+    """
+    found: set[int] = set()
+    for file in files:
+        parquet = open_parquet(file, REQUESTS, REQUESTS_REQUIRED)
+        for group in range(parquet.num_row_groups):
+            labels = pc.list_flatten(read_row_group(parquet, group, ["labels"], file)["labels"])
+            found |= {int(label) for label in pc.unique(labels).to_pylist() if label is not None}
+            if len(found) > 1:
+                return found
+    return found

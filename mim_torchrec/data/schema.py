@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mim_torchrec.data.errors import DataError
+from mim_torchrec.errors import OptionError
 
 SPLITS = ("train", "validation", "test")
 TIME = pa.timestamp("us")
@@ -80,7 +81,7 @@ class Dataset:
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
         if not self.root.is_dir():
-            raise DataError("no such directory", file=self.root)
+            raise DataError("no such directory; check the path", file=self.root)
 
     def items(self) -> list[Path]:
         """Files of the item table, sorted. Raises DataError if there are none."""
@@ -93,13 +94,15 @@ class Dataset:
     def requests(self, split: str) -> list[Path]:
         """Files of the requests of "train", "validation" or "test", sorted. Raises DataError if none."""
         if split not in SPLITS:
-            raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}")
+            raise OptionError(f"split {split!r} is not one of {', '.join(SPLITS)}")
         return self._files(f"requests/{split}")
 
     def _files(self, folder: str) -> list[Path]:
         files = sorted((self.root / folder).glob("*.parquet"))
         if not files:
-            raise DataError("no *.parquet file there", file=self.root / folder)
+            raise DataError(
+                "no *.parquet file there; check the path of the data set", file=self.root / folder
+            )
         return files
 
 
@@ -115,24 +118,23 @@ def open_parquet(file: str | Path, expected: pa.Schema, required: Sequence[str])
         DataError: no Parquet file, without rows, without a required column, or with a wrong type.
     """
     if not Path(file).is_file():
-        raise DataError("no such file", file=file)
+        raise DataError("no such file; check the path", file=file)
     try:
         parquet = pq.ParquetFile(file)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         empty = "the file is empty" if Path(file).stat().st_size == 0 else "not a readable Parquet file"
-        raise DataError(f"{empty} ({error})", file=file) from None
+        raise DataError(f"{empty} ({error}); copy or write it again", file=file) from None
     found = parquet.schema_arrow
     for field in expected:
         if found.get_field_index(field.name) < 0:
             if field.name in required:
-                problem = f"the column is missing; the file has {', '.join(found.names)}"
+                problem = f"the column is missing; add it to the file, which has {', '.join(found.names)}"
                 raise DataError(problem, file=file, column=field.name)
         elif not _compatible(found.field(field.name).type, field):
-            raise DataError(
-                f"expected {field.type}, found {found.field(field.name).type}", file=file, column=field.name
-            )
+            problem = f"expected {field.type}, found {found.field(field.name).type}; convert the column"
+            raise DataError(problem, file=file, column=field.name)
     if parquet.metadata.num_rows == 0:
-        raise DataError("the file has no rows", file=file)
+        raise DataError("the file has no rows; remove it or write it again", file=file)
     return parquet
 
 
@@ -143,13 +145,16 @@ def read_row_group(
     try:
         table = parquet.read_row_group(row_group, columns=list(columns), use_threads=False)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot be read ({error})", file=file, row_group=row_group) from None
+        raise DataError(
+            f"cannot be read ({error}); copy or write it again", file=file, row_group=row_group
+        ) from None
     for name in table.column_names:
         if _holds_text(table.schema.field(name).type):
             try:
                 table[name].validate(full=True)
             except pa.ArrowException as error:
-                raise DataError(f"cannot be read ({error})", file, row_group, column=name) from None
+                problem = f"cannot be read ({error}); write the text as UTF-8"
+                raise DataError(problem, file, row_group, column=name) from None
     return table
 
 

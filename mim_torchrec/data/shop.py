@@ -25,8 +25,10 @@ from mim_torchrec.data.shop_items import (
     draw_styles,
     draw_titles,
 )
-from mim_torchrec.data.shop_log import Crowd, ShopItems, search, simulate
+from mim_torchrec.data.shop_log import BROWSED, Crowd, ShopItems, search, simulate
 from mim_torchrec.data.writing import DatasetWriter, lists
+from mim_torchrec.errors import OptionError, check_sizes
+from mim_torchrec.program import run
 
 log = logging.getLogger(__name__)
 
@@ -180,11 +182,18 @@ def make_shop(config: ShopConfig) -> None:
     """Write the data set.
 
     Raises:
-        DataError: `out` exists.
-        ValueError: the sizes do not make a shop.
+        OutputExists: `out` exists.
+        OptionError: the sizes do not make a shop.
     """
-    if min(config.users, config.requests // 10, config.searches, config.categories, config.days) < 1:
-        raise ValueError("a shop needs users, searches, categories, days and at least 10 requests")
+    check_sizes(config, 0, "browsing", "seed")
+    check_sizes(config, 1, "users", "candidates", "searches", "max_behaviors", "categories", "days")
+    check_sizes(config, 10, "requests", "image_size")
+    stock = 2 * max(config.candidates, BROWSED)
+    if config.items // 3 < stock:
+        raise OptionError(
+            f"--items {config.items} is too few for --candidates {config.candidates}: a third of them are in "
+            f"stock at the start, and {stock} are needed"
+        )
     source = {"command": "mim shop", **asdict(config)}
     source.pop("out")
     with DatasetWriter(config.out, name="shop", source=source) as writer:
@@ -210,4 +219,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

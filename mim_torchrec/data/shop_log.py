@@ -7,8 +7,8 @@ Clicks follow
 where match is the larger cosine of the item's style with the user's two tastes, less 0.2 for the second,
 crowd the standardized logarithm of the item's recent clicks, quality the item's own, appeal its category's
 and mood the user's. A user's preference for categories decides what is asked for, not what is clicked:
-otherwise content, which shows the category, would help by that even where nobody cares for style. Users who
-browse choose one of 20 items, by twice the logit.
+otherwise content, which shows the category, would help by that even where users do not care for style. Users
+who browse choose one of 20 items, by twice the logit.
 """
 
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mim_torchrec.data.shop_items import STYLE_DIM, normalized
+from mim_torchrec.errors import OptionError
 
 BIAS = -1.3
 SECOND_TASTE = 0.2
@@ -129,10 +130,10 @@ def simulate(
     """Run the shop from `start` to `stop` (microseconds) in blocks of time; the crowd moves between blocks.
 
     Raises:
-        ValueError: fewer than twice `candidates` items are listed before the first request.
+        OptionError: fewer than twice `candidates` items are listed before the first request.
     """
     if (stock := int((catalog.listed_at < start).sum())) < 2 * max(candidates, BROWSED):
-        raise ValueError(f"{stock} items in stock at the start are too few for {candidates} candidates")
+        raise OptionError(f"{stock} items in stock at the start are too few for {candidates} candidates")
     edges = np.linspace(start, stop, BLOCKS + 1).astype(np.int64)
     recent = np.zeros(len(catalog.ids))
     shown, clicks = [], []

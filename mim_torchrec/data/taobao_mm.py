@@ -31,6 +31,8 @@ from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.schema import open_parquet
 from mim_torchrec.data.writing import DatasetWriter, lists
 from mim_torchrec.embeddings.table.importing import import_vectors
+from mim_torchrec.errors import OptionError, check_sizes
+from mim_torchrec.program import run
 
 log = logging.getLogger("mim_torchrec.data.taobao_mm")  # also where it runs as __main__
 
@@ -73,7 +75,10 @@ def find(source: Path, name: str) -> list[Path]:
     """Files of a table, `<name>*.parquet` or all in `<name>/`. Raises DataError if there are none."""
     files = sorted((source / name).glob("*.parquet")) or sorted(source.glob(f"{name}*.parquet"))
     if not files:
-        raise DataError(f"neither {name}*.parquet nor {name}/*.parquet is there", file=source)
+        raise DataError(
+            f"neither {name}*.parquet nor {name}/*.parquet is there; put all files of the data set there",
+            file=source,
+        )
     return files
 
 
@@ -98,10 +103,10 @@ def batches(
             for batch in parquet.iter_batches(rows, columns=[*required.names, *others]):
                 for name in required.names:
                     if batch[name].null_count:
-                        raise DataError("is null", file=file, column=name)
+                        raise DataError("is null; leave the row out", file=file, column=name)
                 yield pa.Table.from_batches([batch])
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"cannot be read ({error})", file=file) from None
+            raise DataError(f"cannot be read ({error}); copy it again", file=file) from None
 
 
 class Items:
@@ -132,7 +137,9 @@ def write_items(config: TaobaoMMConfig, writer: DatasetWriter) -> Items:
     found = Items(np.concatenate(ids), np.concatenate(categories))
     twice = len(found) - len(np.unique(np.concatenate(ids)))
     if twice:
-        raise DataError(f"{twice} items are there twice", file=config.source, column="205")
+        raise DataError(
+            f"{twice} items are there twice; remove the repeated rows", file=config.source, column="205"
+        )
     return found
 
 
@@ -235,7 +242,7 @@ class RequestsWriter:
         column = samples["label_0"].combine_chunks()
         pair = column.flatten().to_numpy()
         if (np.diff(column.offsets.to_numpy()) != 2).any() or (pair.reshape(-1, 2).sum(1) != 1).any():
-            problem = "a label is not one of [1, 0] and [0, 1]"
+            problem = "a label is not one of [1, 0] and [0, 1]; fix or leave out such samples"
             raise DataError(problem, file=self._config.source, column="label_0")
         place = 1 if self._config.label_order == "not_clicked_first" else 0
         return pair.reshape(-1, 2)[:, place].astype(np.int64)
@@ -257,14 +264,15 @@ def convert(config: TaobaoMMConfig) -> dict[str, Any]:
         were kept.
 
     Raises:
-        DataError: a file is missing or malformed, `out` exists, a split has no sample left, or most samples
+        OutputExists: `out` exists.
+        DataError: a file is missing or malformed, a split has no sample left, or most samples
             are clicks, which no advertising has.
         TableError: the vectors cannot be imported.
     """
     if not 0 < config.validation_fraction < 1:
-        raise ValueError(f"--validation-fraction is {config.validation_fraction}; it must be between 0 and 1")
-    if min(config.partitions, config.max_behaviors, config.max_candidates) < 1:
-        raise ValueError("partitions, behaviors and candidates are at least 1 each")
+        raise OptionError(f"--validation-fraction is {config.validation_fraction}; it must be in (0, 1)")
+    check_sizes(config, 1, "partitions", "max_behaviors", "max_candidates")
+    check_sizes(config, 0, "seed")
     source = {"command": "mim import taobao-mm", "of": "arXiv 2512.07216", "newest": config.newest}
     with DatasetWriter(config.out, name="taobao-mm", source=source) as writer:
         items = write_items(config, writer)
@@ -285,8 +293,8 @@ def convert(config: TaobaoMMConfig) -> dict[str, Any]:
         counts = {name: writer.description["counts"].get(f"requests/{name}", 0)
                   for name in ("train", "validation", "test")}  # fmt: skip
         if not all(counts.values()):
-            raise DataError(f"no sample is left of a split: requests {counts}, left out {requests.skipped}",
-                            file=config.source)  # fmt: skip
+            problem = f"no sample is left of a split: requests {counts}, left out {requests.skipped}"
+            raise DataError(f"{problem}; give more samples, with their users and items", file=config.source)
         if requests.clicks > requests.samples / 2:
             raise DataError(
                 f"{requests.clicks} of {requests.samples} samples are clicks, which no advertising has; is "
@@ -321,4 +329,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -25,6 +25,7 @@ from mim_torchrec.data.schema import (
     open_parquet,
     read_row_group,
 )
+from mim_torchrec.embeddings.files import atomic_file
 from mim_torchrec.embeddings.sharded.live import ItemIndex
 from mim_torchrec.embeddings.table.format import RowIndex
 
@@ -79,7 +80,7 @@ class Vocabulary:
 
     def save(self, path: str | Path) -> None:
         """Write an .npz file."""
-        with Path(path).open("wb") as file:
+        with atomic_file(path) as file:
             np.savez(file, ids=self.ids.numpy(), num_embeddings=np.int64(self.num_embeddings))
 
     @classmethod
@@ -122,7 +123,7 @@ def scan_ids(files: Sequence[str | Path], features: Features = NO_FEATURES) -> d
 
 
 class IdMapper:
-    """Puts embedding rows in the place of a batch's ids.
+    """Replaces a batch's ids by embedding rows.
 
     `candidate_x` and `behavior_x` share the vocabulary `x`, unless they have one of their own. Where there is
     a multi-modal table, the batch gets the features `candidate_mm` and `behavior_mm`: rows of that table,
@@ -156,7 +157,7 @@ class IdMapper:
             shared = key.removeprefix("candidate_").removeprefix("behavior_")
             name = key if key in self.vocabularies else shared
             if name not in self.vocabularies:
-                problem = "the requests have it, the vocabularies of the training part do not"
+                problem = "the requests have it, those of training did not; leave it out, or train with it"
                 raise DataError(problem, column=key)
             values.append(self._rows(name, self.vocabularies[name], feature.values()))
             lengths.append(feature.lengths())

@@ -1,9 +1,6 @@
 """Writes a data set directory that appears under its name only when all of it is there."""
 
 import importlib.metadata
-import json
-import os
-import shutil
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,7 +8,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mim_torchrec.data.errors import DataError
+from mim_torchrec.embeddings.files import (
+    discard_directory,
+    full_disk_reported,
+    publish_directory,
+    write_json,
+)
+from mim_torchrec.errors import OutputExists
 
 
 class DatasetWriter:
@@ -23,7 +26,7 @@ class DatasetWriter:
         source: where the data comes from, for dataset.json.
 
     Raises:
-        DataError: `out` exists.
+        OutputExists: `out` exists.
     """
 
     def __init__(self, out: str | Path, *, name: str, source: dict[str, Any]) -> None:
@@ -36,21 +39,24 @@ class DatasetWriter:
         }  # fmt: skip
 
     def __enter__(self) -> "DatasetWriter":
-        if self.partial.exists():
-            shutil.rmtree(self.partial)
-        self.partial.mkdir(parents=True)
+        discard_directory(self.partial)
+        with full_disk_reported(self.out):
+            self.partial.mkdir(parents=True)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            shutil.rmtree(self.partial)
+            discard_directory(self.partial)
             return
-        text = json.dumps(self.description, indent=2, default=str) + "\n"
-        (self.partial / "dataset.json").write_text(text, encoding="utf-8")
-        self._refuse_existing()
-        os.rename(self.partial, self.out)
+        with full_disk_reported(self.out):
+            write_json(self.partial / "dataset.json", self.description)
+            try:
+                publish_directory(self.partial, self.out, replace=False)
+            except FileExistsError:
+                self._refuse_existing()
+                raise
 
     def write(
         self, folder: str, table: pa.Table, *, row_group_size: int = 1000, file_rows: int = 8000
@@ -59,12 +65,7 @@ class DatasetWriter:
         directory = self.partial / folder
         directory.mkdir(parents=True)
         for part, start in enumerate(range(0, len(table), file_rows)):
-            pq.write_table(
-                table.slice(start, file_rows),
-                directory / f"part-{part:05d}.parquet",
-                row_group_size=row_group_size,
-                compression="zstd",
-            )
+            self._write(directory / f"part-{part:05d}.parquet", table.slice(start, file_rows), row_group_size)
         self.description["counts"][folder] = len(table)
 
     def append(self, folder: str, table: pa.Table, *, row_group_size: int = 1000) -> None:
@@ -72,13 +73,17 @@ class DatasetWriter:
         directory = self.partial / folder
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / f"part-{len(list(directory.iterdir())):05d}.parquet"
-        pq.write_table(table, path, row_group_size=row_group_size, compression="zstd")
+        self._write(path, table, row_group_size)
         counts = self.description["counts"]
         counts[folder] = counts.get(folder, 0) + len(table)
 
+    def _write(self, path: Path, table: pa.Table, row_group_size: int) -> None:
+        with full_disk_reported(path, table.nbytes), path.open("wb") as file:
+            pq.write_table(table, file, row_group_size=row_group_size, compression="zstd")
+
     def _refuse_existing(self) -> None:
         if self.out.exists():
-            raise DataError("exists; choose another directory or remove it", file=self.out)
+            raise OutputExists(f"{self.out} exists; choose another directory or remove it")
 
 
 def lists(values: Any, lengths: Any, kind: pa.DataType) -> pa.ListArray:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
+from mim_torchrec.errors import OptionError
+
 FIRST_POSITION = 2  # rows before it stand for special positions, as in fairseq
 
 
@@ -96,12 +98,12 @@ class Beit3TextModel(PreTrainedModel):
             `last_hidden_state` (n, num_tokens, hidden_size).
 
         Raises:
-            ValueError: titles longer than the tower has positions.
+            OptionError: titles longer than the tower has positions.
         """
         length = input_ids.shape[1]
         longest = self.config.max_position_embeddings - FIRST_POSITION
         if length > longest:
-            raise ValueError(f"titles of {length} tokens: the tower has positions for {longest}")
+            raise OptionError(f"titles of {length} tokens: the tower has positions for {longest}")
         positions = torch.arange(FIRST_POSITION, length + FIRST_POSITION, device=input_ids.device)
         kept = attention_mask[..., None].to(self.norm.weight.dtype)
         hidden = (self.token_embed(input_ids) + self.position_embed(positions)) * kept
@@ -117,10 +119,10 @@ class Beit3TextModel(PreTrainedModel):
         """Take the language half of an original BEiT-3 checkpoint.
 
         Raises:
-            ValueError: there is no such file, or it lacks what the tower has.
+            OptionError: there is no such file, or it lacks what the tower has.
         """
         if not file.is_file():
-            raise ValueError(f"weights {file}: no such file")
+            raise OptionError(f"weights {file}: no such file")
         if file.suffix == ".safetensors":
             saved: dict[str, Any] = load_file(file)
         else:
@@ -128,7 +130,7 @@ class Beit3TextModel(PreTrainedModel):
         try:
             self.load_state_dict(from_original(saved.get("model", saved)))
         except RuntimeError as error:
-            raise ValueError(f"weights {file} are not those of this BEiT-3 text tower: {error}") from error
+            raise OptionError(f"weights {file} are not those of this BEiT-3 text tower: {error}") from error
 
 
 class Beit3TextForMaskedLM(PreTrainedModel):

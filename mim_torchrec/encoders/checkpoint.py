@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
+from mim_torchrec.embeddings.files import atomic_directory, write_json, write_tensors
 from mim_torchrec.encoders.item_encoder import HeadConfig, ItemEncoder, ItemEncoderConfig
 from mim_torchrec.encoders.text import TextEncoder, TextEncoderConfig
 from mim_torchrec.encoders.vision import VisionEncoder, VisionEncoderConfig
-from mim_torchrec.training.checkpoint import atomic_directory, write_json
+from mim_torchrec.errors import ExpectedError, OptionError
 
 FORMAT_VERSION = 1
 
 
-class CheckpointError(ValueError):
+class CheckpointError(ExpectedError, ValueError):
     """A directory is no checkpoint of what was asked for, or a damaged one."""
 
 
@@ -35,7 +36,7 @@ class Towers(NamedTuple):
 
 
 def save_encoder(encoder: ItemEncoder, path: Path) -> str:
-    """Write a checkpoint, in the place of what is at `path`; returns its version."""
+    """Write a checkpoint, replacing what is at `path`; returns its version."""
     with atomic_directory(path) as folder:
         _save_weights(encoder, folder / "model.safetensors")
         encoder.text.save(folder / "text")
@@ -78,7 +79,7 @@ def encoder_version(path: Path | str) -> str:
 
 
 def save_towers(vision: VisionEncoder, text: TextEncoder, path: Path) -> str:
-    """Write two towers, in the place of what is at `path`; returns their version."""
+    """Write two towers, replacing what is at `path`; returns their version."""
     version = towers_version(vision, text)
     with atomic_directory(path) as folder:
         _save_weights(vision, folder / "vision.safetensors")
@@ -119,7 +120,7 @@ def towers_in_place_of(path: Path, vision: VisionEncoderConfig, text: TextEncode
 
     Raises:
         CheckpointError: as `load_towers`.
-        ValueError: a flag names a tower, its weights or its sizes, all of which are those in `path`.
+        OptionError: a flag names a tower, its weights or its sizes, all of which are those in `path`.
     """
     of_text = ("name", "weights", "tokenizer", "max_length", "pooling")
     defaults: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
@@ -130,7 +131,7 @@ def towers_in_place_of(path: Path, vision: VisionEncoderConfig, text: TextEncode
         for name in fields:
             if getattr(given, name) != getattr(default, name):
                 flag = f"--{tower}.{name.replace('_', '-')}"
-                raise ValueError(f"{flag} is settled by --towers {path}; leave one of them out")
+                raise OptionError(f"{flag} is settled by --towers {path}; leave one of them out")
     return load_towers(path, vision, text)
 
 
@@ -181,7 +182,7 @@ def _build_towers(
 def _save_weights(module: nn.Module, file: Path) -> None:
     state = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
     # shared tensors are saved twice rather than refused
-    save_file({name: value.clone() for name, value in state.items()}, file)
+    write_tensors(file, {name: value.clone() for name, value in state.items()})
 
 
 def _load_weights(module: nn.Module, file: Path) -> None:

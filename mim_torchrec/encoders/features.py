@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
+from mim_torchrec.embeddings.collective import on_all_ranks
+from mim_torchrec.embeddings.files import write_tensors
 from mim_torchrec.encoders.checkpoint import module_version
 from mim_torchrec.encoders.pixels import HasTowers, rows_of_rank
-from mim_torchrec.training.checkpoint import atomic_directory
 from mim_torchrec.training.distributed import DistributedContext
 
 log = logging.getLogger(__name__)
@@ -53,10 +54,13 @@ def read_or_compute(
         log.info("features of frozen towers read from %s", path)
         return load_file(path)
     found = compute()
-    if context.is_main:
-        with atomic_directory(path.parent) as folder:
-            save_file(found, folder / path.name)
-    context.barrier()
+
+    def write() -> None:
+        if context.is_main:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_tensors(path, found)
+
+    on_all_ranks(write)
     return found
 
 

@@ -1,6 +1,6 @@
 """Fusion of an image and a title: by tensors (Eq. 3–4, after TFN, Zadeh et al. 2017), and two others.
 
-`LowRankFusion` (LMF, Liu et al. 2018) is the tensor product with factors in the place of its first matrix,
+`LowRankFusion` (LMF, Liu et al. 2018) is the tensor product with factors instead of its first matrix,
 `ConcatFusion` has no products; the paper's Table 5 calls that "w/o TFN".
 
 The two sides are normalized by a LayerNorm, not by their length: entries of a unit vector are about

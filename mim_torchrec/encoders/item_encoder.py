@@ -116,7 +116,7 @@ class ItemHead(nn.Module):
             text: (n, text_dim) of the same items.
 
         Raises:
-            ValueError: fewer items or features than components.
+            OptionError: fewer items or features than components.
         """
         sources = [(self.image, image), (self.text, text)]
         if self.principal is not None:

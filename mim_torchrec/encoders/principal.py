@@ -6,6 +6,8 @@ import torch
 from sklearn.decomposition import PCA
 from torch import Tensor
 
+from mim_torchrec.errors import OptionError
+
 
 class Principal(NamedTuple):
     """x -> (x - mean) components."""
@@ -22,10 +24,10 @@ def principal_components(features: Tensor, dim: int) -> Principal:
     """The `dim` leading principal components of features (n, feature_dim).
 
     Raises:
-        ValueError: fewer items or features than `dim`.
+        OptionError: fewer items or features than `dim`.
     """
     if min(features.shape) < dim:
-        raise ValueError(f"{features.shape[0]} items of {features.shape[1]} features have no {dim} "
+        raise OptionError(f"{features.shape[0]} items of {features.shape[1]} features have no {dim} "
                          "principal components; lower the dimension")  # fmt: skip
     pca = PCA(dim, svd_solver="covariance_eigh").fit(features.double().numpy())
     return Principal(

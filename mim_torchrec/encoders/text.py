@@ -29,6 +29,7 @@ from transformers import (
 
 from mim_torchrec.encoders.beit3 import Beit3TextConfig, Beit3TextModel
 from mim_torchrec.encoders.foundation import TEXT
+from mim_torchrec.errors import OptionError
 from mim_torchrec.extras import needs
 
 TINY = "bert-tiny"
@@ -73,7 +74,7 @@ class TextEncoder(nn.Module):
     `feature_dim` is the size of the features.
 
     Raises:
-        ValueError: the model or its weights cannot be had.
+        OptionError: the model or its weights cannot be had.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class TextEncoder(nn.Module):
         else:
             self.tokenizer, self.model = _build(config, tokenizer)
         if not self.tokenizer.is_fast:
-            raise ValueError(f"the tokenizer of {config.name} has no tokenizer.json")
+            raise OptionError(f"the tokenizer of {config.name} has no tokenizer.json")
         if self.tokenizer.pad_token is None:  # padding is masked, so any token will do
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.tokenizer.padding_side = "right"
@@ -98,7 +99,7 @@ class TextEncoder(nn.Module):
         self.pooling = _pooling(config, self.model)
         if config.activation_checkpointing:
             if not self.model.supports_gradient_checkpointing:
-                raise ValueError(f"{config.name} has no activation checkpointing")
+                raise OptionError(f"{config.name} has no activation checkpointing")
             self.model.activation_checkpointing_enable({"use_reentrant": False})
         self.feature_dim: int = self.model.config.hidden_size
 
@@ -211,7 +212,7 @@ def _build(config: TextEncoderConfig, tokenizer: str | None) -> Tower:
             _check_sizes(AutoConfig.from_pretrained(source), known.config())
         return _tokenizer(config, tokenizer), AutoModel.from_pretrained(source, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise OptionError(
             f"text tower {config.name!r} cannot be loaded ({error}); give a local directory with "
             f"--text.weights, or take `minilm`, `{TINY}` or --text.weights random"
         ) from error
@@ -229,7 +230,7 @@ def _source(config: TextEncoderConfig) -> str:
     """Where weights and tokenizer are: a directory or a name on the hub."""
     if config.weights not in ("pretrained", "random"):
         if not Path(config.weights).is_dir():
-            raise ValueError(f"{config.weights} is no directory, nor `pretrained` or `random`")
+            raise OptionError(f"{config.weights} is no directory, nor `pretrained` or `random`")
         return config.weights
     if config.name == "minilm":
         return _packaged()
@@ -239,9 +240,9 @@ def _source(config: TextEncoderConfig) -> str:
 
 def _beit3_file(config: TextEncoderConfig) -> Path:
     if config.weights == "pretrained":
-        raise ValueError("its weights are on no hub; give the file of the original ones with --text.weights")
+        raise OptionError("its weights are on no hub; give the file of the original ones with --text.weights")
     if config.tokenizer is None:
-        raise ValueError("its weights are a file without a tokenizer; give --text.tokenizer")
+        raise OptionError("its weights are a file without a tokenizer; give --text.tokenizer")
     return Path(config.weights)
 
 
@@ -251,7 +252,7 @@ def _tokenizer(config: TextEncoderConfig, learned: str | None) -> PreTrainedToke
             PreTrainedTokenizerFast, AutoTokenizer.from_pretrained(config.tokenizer or _source(config))
         )
     if learned is None:
-        raise ValueError(f"{config.name} needs a tokenizer, see train_tokenizer")
+        raise OptionError(f"{config.name} needs a tokenizer, see train_tokenizer")
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(learned), **_SPECIAL)
 
 
@@ -267,7 +268,7 @@ def _pooling(config: TextEncoderConfig, model: PreTrainedModel) -> str:
 
 def _tiny(config: TextEncoderConfig, tokenizer: str | None) -> Tower:
     if config.weights != "random":
-        raise ValueError(f"{TINY} has no pretrained weights: take --text.weights random and train it")
+        raise OptionError(f"{TINY} has no pretrained weights: take --text.weights random and train it")
     fast = _tokenizer(config, tokenizer)
     settings = BertConfig(
         vocab_size=len(fast), hidden_size=128, num_hidden_layers=2, num_attention_heads=2,

@@ -1,6 +1,6 @@
 """F_V of Eq. 2: any image model of timm as a feature extractor, with its preprocessing inside.
 
-Pictures are resized to a square as they are, without a crop: the edge of a product matters. Pixels stay uint8
+Images are resized to a square as they are, without a crop: the edge of a product matters. Pixels stay uint8
 until they are on the device, where the module scales them as the weights expect. Not here: pre-training.
 """
 
@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mim_torchrec.encoders.foundation import SHORT
+from mim_torchrec.errors import OptionError
 from mim_torchrec.extras import needs
 
 PACKAGED = {"efficientnet_lite0": "tf_efficientnet_lite0"}
@@ -51,7 +52,7 @@ class VisionEncoder(nn.Module):
     `feature_dim` is the size of the features, `image_size` the side of the images in pixels.
 
     Raises:
-        ValueError: timm does not know the name, or the weights cannot be had.
+        OptionError: timm does not know the name, or the weights cannot be had.
     """
 
     model: Any  # timm's classes share no base class that names their methods
@@ -64,7 +65,7 @@ class VisionEncoder(nn.Module):
         name = (PACKAGED | SHORT).get(config.name, config.name)
         if not timm.is_model(name.split(".")[0]):
             close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8])
-            raise ValueError(f"vision tower {config.name!r} is no model of timm; near it: {close or '-'}")
+            raise OptionError(f"vision tower {config.name!r} is no model of timm; near it: {close or '-'}")
         source = config.weights if load_weights else "random"
         defaults = timm.get_pretrained_cfg(name)
         options: dict[str, Any] = {}
@@ -76,7 +77,7 @@ class VisionEncoder(nn.Module):
         except (RuntimeError, OSError) as error:
             if not from_timm:
                 raise
-            raise ValueError(
+            raise OptionError(
                 f"timm has no weights for {config.name} here ({error}); give a file with --vision.weights "
                 "FILE, or take --vision.weights random"
             ) from error
@@ -88,7 +89,7 @@ class VisionEncoder(nn.Module):
             try:
                 self.model.set_grad_checkpointing(True)
             except (AssertionError, AttributeError) as error:
-                raise ValueError(f"{config.name} has no activation checkpointing") from error
+                raise OptionError(f"{config.name} has no activation checkpointing") from error
         data = timm.data.resolve_model_data_config(self.model)
         self.image_size = config.image_size or data["input_size"][1]
         self.interpolation = data["interpolation"]
@@ -112,7 +113,7 @@ class VisionEncoder(nn.Module):
         return self.model((images.float() / 255 - self.mean) / self.std)
 
     def transform(self, image: Image.Image) -> Tensor:
-        """Picture to (3, image_size, image_size) uint8."""
+        """Image to (3, image_size, image_size) uint8."""
         modes = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
         size = (self.image_size, self.image_size)
         resized = image.convert("RGB").resize(size, modes[self.interpolation])
@@ -141,7 +142,7 @@ def _load_packaged(model: nn.Module, name: str) -> None:
     # another implementation of the same network: other names, same order; its last two are the classifier
     paired = dict(zip(ours, list(theirs.values())[: len(ours)], strict=True))
     if len(theirs) != len(ours) + 2 or any(ours[key].shape != value.shape for key, value in paired.items()):
-        raise ValueError(f"{file} does not hold the weights of {name}")
+        raise OptionError(f"{file} does not hold the weights of {name}")
     model.load_state_dict(paired)
 
 
@@ -157,9 +158,9 @@ def _load_file(model: nn.Module, file: Path) -> None:
     try:
         missing = model.load_state_dict(state, strict=False).missing_keys  # a classifier more is no harm
     except RuntimeError as error:
-        raise ValueError(f"vision weights {file}: {error}") from error
+        raise OptionError(f"vision weights {file}: {error}") from error
     if missing:
-        raise ValueError(f"vision weights {file} lack {len(missing)} tensors, the first is {missing[0]}")
+        raise OptionError(f"vision weights {file} lack {len(missing)} tensors, the first is {missing[0]}")
 
 
 def _weights_file(path: Path) -> Path:
@@ -168,5 +169,5 @@ def _weights_file(path: Path) -> Path:
     found = found or sorted(file for pattern in ("*.bin", "*.pth", "*.pt") for file in path.glob(pattern))
     if len(found) != 1:
         problem = f"{len(found)} files of weights in it" if path.is_dir() else "no such file"
-        raise ValueError(f"vision weights {path}: {problem}; or take `pretrained` or `random`")
+        raise OptionError(f"vision weights {path}: {problem}; or take `pretrained` or `random`")
     return found[0]

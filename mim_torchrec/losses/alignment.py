@@ -23,7 +23,7 @@ class ImageTextContrastive(ScaledLoss):
         mask_same_item: leave out pairs of the same item, which match as well as the pair itself.
 
     Raises:
-        ValueError: the temperature is not positive.
+        OptionError: the temperature is not positive.
     """
 
     def __init__(self, temperature: float | None = None, mask_same_item: bool = True) -> None:

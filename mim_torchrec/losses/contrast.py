@@ -16,6 +16,7 @@ import torch.distributed._functional_collectives as fc
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mim_torchrec.errors import OptionError
 from mim_torchrec.losses.tiled import LeftOut, tiled_logsumexp
 
 MAX_SCALE = 100.0
@@ -51,13 +52,13 @@ class ScaledLoss(nn.Module):
         temperature: 1 / s, fixed; 1 is Eq. 5 as printed. None learns s from 1 / 0.07, at most 100.
 
     Raises:
-        ValueError: the temperature is not positive.
+        OptionError: the temperature is not positive.
     """
 
     def __init__(self, temperature: float | None) -> None:
         super().__init__()
         if temperature is not None and temperature <= 0:
-            raise ValueError(f"temperature is {temperature}; it must be positive")
+            raise OptionError(f"temperature is {temperature}; it must be positive")
         log_scale = torch.tensor(-math.log(START_TEMPERATURE if temperature is None else temperature))
         if temperature is None:
             self.log_scale = nn.Parameter(log_scale)

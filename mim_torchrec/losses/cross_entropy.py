@@ -1,4 +1,4 @@
-"""Cross-entropy in the place of contrast, for the variants v1 to v3 of Table 4.
+"""Cross-entropy instead of contrast, for the variants v1 to v3 of Table 4.
 
 The paper names the loss and the signal of each variant and nothing more. What we take it to be:
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mim_torchrec.errors import OptionError
 from mim_torchrec.losses.contrast import ScaledLoss, unit
 
 
@@ -29,13 +30,13 @@ class CategoryCrossEntropy(nn.Module):
         beta: weight of the images.
 
     Raises:
-        ValueError: there is nothing to tell apart.
+        OptionError: there is nothing to tell apart.
     """
 
     def __init__(self, dim: int, num_categories: int, alpha: float = 0.5, beta: float = 0.5) -> None:
         super().__init__()
         if num_categories < 2:
-            raise ValueError(f"{num_categories} categories: there is nothing to classify")
+            raise OptionError(f"{num_categories} categories: there is nothing to classify")
         self.alpha, self.beta = alpha, beta
         weights = {"mm": 1.0, "text": alpha, "image": beta}
         self.classifiers = nn.ModuleDict({
@@ -82,7 +83,7 @@ class PairCrossEntropy(ScaledLoss):
         temperature: 1 / s, fixed; None learns s from 1 / 0.07, at most 100.
 
     Raises:
-        ValueError: the temperature is not positive.
+        OptionError: the temperature is not positive.
     """
 
     def __init__(self, alpha: float = 0.5, beta: float = 0.5, temperature: float | None = None) -> None:

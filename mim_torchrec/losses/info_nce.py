@@ -7,6 +7,7 @@ how hard negatives are drawn, which is a matter of the data.
 import torch
 from torch import Tensor
 
+from mim_torchrec.errors import OptionError
 from mim_torchrec.losses.contrast import InfoNCE, Level, ScaledLoss, contrast, unit
 from mim_torchrec.losses.queue import ItemQueue
 
@@ -40,7 +41,7 @@ class MultiLevelInfoNCE(ScaledLoss):
             drawn towards the queries' mean.
 
     Raises:
-        ValueError: the temperature is not positive, or a number of batches or steps is negative.
+        OptionError: the temperature is not positive, or a number of batches or steps is negative.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class MultiLevelInfoNCE(ScaledLoss):
     ) -> None:
         super().__init__(temperature)
         if queue_batches < 0 or queue_start_step < 0:
-            raise ValueError(f"queue_batches is {queue_batches} and queue_start_step {queue_start_step}; "
+            raise OptionError(f"queue_batches is {queue_batches} and queue_start_step {queue_start_step}; "
                              "neither can be negative")  # fmt: skip
         self.alpha, self.beta, self.gamma = alpha, beta, gamma
         self.mask_same_item = mask_same_item

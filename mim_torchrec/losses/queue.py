@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mim_torchrec.errors import OptionError
+
 DTYPE = torch.bfloat16
 
 
 class ItemQueue(nn.Module):
     """A ring of batches of item vectors.
 
-    What it holds is in `state_dict()`, so that a run that is taken up again has the negatives of one that was
-    never broken off. It is no buffer: `DistributedDataParallel` would overwrite it by that of rank 0, and
+    What it holds is in `state_dict()`, so that a resumed run has the negatives of an
+    uninterrupted one. It is no buffer: `DistributedDataParallel` would overwrite it by that of rank 0, and
     `.to(dtype)` would convert it. Checkpoints have to keep that of every rank.
 
     Args:
@@ -29,13 +31,13 @@ class ItemQueue(nn.Module):
         pushed: batches that were ever pushed.
 
     Raises:
-        ValueError: there is no level, or no batch is to be kept.
+        OptionError: there is no level, or no batch is to be kept.
     """
 
     def __init__(self, levels: Sequence[str], batches: int) -> None:
         super().__init__()
         if not levels or batches < 1:
-            raise ValueError(f"a queue of {batches} batches of {len(levels)} levels holds nothing")
+            raise OptionError(f"a queue of {batches} batches of {len(levels)} levels holds nothing")
         self.levels, self.batches, self.pushed = tuple(levels), batches, 0
         self._vectors: Tensor | None = None  # (levels, batches * rows, dim), made for the first batch
         self._ids: Tensor | None = None
@@ -56,7 +58,7 @@ class ItemQueue(nn.Module):
 
     @torch.no_grad()
     def push(self, vectors: Sequence[Tensor], ids: Tensor) -> None:
-        """Take in a batch, in the place of the oldest if the queue is full.
+        """Take in a batch, replacing the oldest if the queue is full.
 
         Args:
             vectors: of every level (rows, dim); as many rows as in all batches before.

@@ -4,7 +4,7 @@ With the negatives of k batches and P ranks the matrix of logits would be by far
 training: 3.5 GiB for 1,024 queries against 901,120 items. Here it exists one tile at a time, as scores do in
 flash attention. The mean of the items under the softmax is all that the gradient of a query needs, so it is
 summed up in the forward pass beside the log-sum-exp: the backward pass reads only items that are to have a
-gradient themselves, and computes their logits anew. Items of a queue are read once a step and never saved.
+gradient themselves, and computes their logits again. Items of a queue are read once a step and never saved.
 
 Not here: second derivatives, and collectives.
 """

@@ -63,7 +63,7 @@ class PretrainConfig:
     """Adapt the towers to the shop's items (DDA) and align them with each other (DMA) (§3.2).
 
     One process, or several under torchrun. Every phase writes `<phase>/towers/`, which C-SFT, the export and
-    this stage take by `--towers`, with its history.json, metrics.json and TensorBoard's files; `towers/` is
+    this stage take by `--towers`, with its history.jsonl, metrics.json and TensorBoard's files; `towers/` is
     that of the last phase.
     """
 
@@ -75,7 +75,7 @@ class PretrainConfig:
     """What to do, in this order: adapt the vision tower, adapt the text tower, align both."""
 
     towers: Path | None = None
-    """Directory of towers that this stage wrote, to go on from, in the place of those that --vision and
+    """Directory of towers that this stage wrote, to go on from, instead of those that --vision and
     --text name."""
     vision: VisionEncoderConfig = field(default_factory=VisionEncoderConfig)
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
@@ -101,7 +101,7 @@ class PretrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     image_memory_gib: float = 2.0
-    """Decoded images are kept in the memory of every rank if they fit into this; else they are decoded anew
+    """Decoded images are kept in the memory of every rank if they fit into this; else they are decoded again
     in every epoch."""
     item_cache: Path | None = None
     """Folder of the item index; by default one inside `out`."""
@@ -109,6 +109,6 @@ class PretrainConfig:
     """Steps between two entries of the log."""
 
     def resume_fingerprint(self) -> dict[str, Any]:
-        """What a run that is taken up must have been started with."""
+        """The fields that must be equal for a run to resume."""
         free = {"out", "checkpoint", "log_every", "image_memory_gib", "item_cache"}
         return {name: value for name, value in asdict(self).items() if name not in free}

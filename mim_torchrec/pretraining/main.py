@@ -8,8 +8,6 @@ Every phase can be left out (`--phases dda-text dma`), and one may follow anothe
 """
 
 import logging
-import os
-import shutil
 import sys
 import time
 from dataclasses import asdict
@@ -20,8 +18,10 @@ import torch
 import tyro
 from torch import Tensor
 
+from mim_torchrec import program
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.schema import Dataset
+from mim_torchrec.embeddings.collective import on_all_ranks
 from mim_torchrec.encoders.checkpoint import (
     Towers,
     load_towers,
@@ -32,16 +32,17 @@ from mim_torchrec.encoders.checkpoint import (
 from mim_torchrec.encoders.pixels import PixelInputs
 from mim_torchrec.encoders.text import TextEncoder, learns_tokenizer, train_tokenizer
 from mim_torchrec.encoders.vision import VisionEncoder
+from mim_torchrec.errors import OptionError, check_sizes
 from mim_torchrec.pretraining.alignment import ImageTextModel
 from mim_torchrec.pretraining.config import PhaseConfig, PretrainConfig
 from mim_torchrec.pretraining.objective import PretrainingObjective
 from mim_torchrec.pretraining.task import PretrainTask
 from mim_torchrec.pretraining.text import LanguageModel
 from mim_torchrec.pretraining.vision import MaskedImageModel
-from mim_torchrec.training.checkpoint import write_json
 from mim_torchrec.training.checkpoints import Checkpoints
 from mim_torchrec.training.distributed import DistributedContext, distributed
 from mim_torchrec.training.loop import fit
+from mim_torchrec.training.run_directory import RunDirectory
 
 log = logging.getLogger("mim_torchrec.pretraining")  # also where this file is __main__
 
@@ -64,17 +65,27 @@ class ItemCatalog:
 
 def pretrain(config: PretrainConfig, context: DistributedContext) -> dict[str, Any]:
     """Run the stage on an initialized process group; returns what metrics.json holds."""
+    check_sizes(config, 1, "log_every", "patience", "text.max_length", "dda_vision.mask_size", "dma.dim")
+    for phase in ("dda_vision", "dda_text", "dma"):
+        check_sizes(config, 1, f"{phase}.epochs", f"{phase}.batch_size")
+    check_sizes(config, 0, "seed")
     if not config.phases or len(set(config.phases)) < len(config.phases):
-        raise ValueError(f"--phases {' '.join(config.phases)}: name at least one, and each once")
+        raise OptionError(f"--phases {' '.join(config.phases)}: name at least one, and each once")
     if not 0 <= config.validation_fraction < 1:
-        raise ValueError(f"--validation-fraction is {config.validation_fraction}; it must be in [0, 1)")
-    config.out.mkdir(parents=True, exist_ok=True)
-    if context.is_main:
-        write_json(config.out / "config.json", asdict(config))
+        raise OptionError(f"--validation-fraction is {config.validation_fraction}; it must be in [0, 1)")
+    run = RunDirectory(config.out)
+    with run.writing(context):
+        return _pretrain(config, run, context)
+
+
+def _pretrain(config: PretrainConfig, run: RunDirectory, context: DistributedContext) -> dict[str, Any]:
+    for name in config.phases:
+        run.part(name).refuse_other(config.checkpoint, config.resume_fingerprint())
     items = ItemStore.open(Dataset(config.data), config.item_cache or config.out / "items")
     order = np.random.default_rng(config.seed).permutation(len(items))
     cut = round(len(items) * config.validation_fraction)
     held_out, train = np.sort(order[:cut]), np.sort(order[cut:])
+    run.begin(asdict(config), config.checkpoint, context)
     towers = _towers(config, items)
     log.info("%d items to train on, %d held out, towers %s and %s", len(train), len(held_out),
              towers.vision.config.name, towers.text.config.name)  # fmt: skip
@@ -86,18 +97,20 @@ def pretrain(config: PretrainConfig, context: DistributedContext) -> dict[str, A
                                "world_size": context.world_size, "phases": {}}  # fmt: skip
     for name in config.phases:
         metrics["phases"][name] = _run_phase(
-            config, name, towers, inputs, train, held_out, items.item_ids, context
+            config, run.part(name), name, towers, inputs, train, held_out, items.item_ids, context
         )
-    if context.is_main:
-        metrics["towers_version"] = save_towers(*towers, config.out / "towers")
-        write_json(config.out / "metrics.json", metrics)
-        log.info("towers %s, version %s", config.out / "towers", metrics["towers_version"])
-    context.barrier()
+    path = config.out / "towers"
+    metrics["towers_version"] = towers_version(*towers)
+    run.check_lease()
+    on_all_ranks(lambda: save_towers(*towers, path) if context.is_main else None)
+    run.write_results(metrics, context)
+    log.info("towers %s, version %s", path, metrics["towers_version"])
     return metrics
 
 
 def _run_phase(
     config: PretrainConfig,
+    run: RunDirectory,
     name: str,
     towers: Towers,
     inputs: PixelInputs,
@@ -108,7 +121,6 @@ def _run_phase(
 ) -> dict[str, Any]:
     """Train a phase and leave its best epoch in the towers; returns what its metrics.json holds."""
     started = time.perf_counter()
-    out = config.out / name
     settings = {"dda-vision": config.dda_vision, "dda-text": config.dda_text, "dma": config.dma}
     phase: PhaseConfig = settings[name]
     torch.manual_seed(config.seed)  # a phase starts alike whether or not others ran before it
@@ -121,31 +133,26 @@ def _run_phase(
     history = fit(
         task,
         epochs=phase.epochs,
-        out=out,
+        run=run,
         context=context,
         select="score" if before else None,
         patience=config.patience if before else None,
         log_every=config.log_every,
-        checkpoints=Checkpoints(out / "checkpoints", config.checkpoint, config.resume_fingerprint(), context),
+        checkpoints=Checkpoints(run.checkpoints, config.checkpoint, config.resume_fingerprint(), context),
     )
-    if context.is_main and (out / "best").exists():  # not so where a finished phase is started again
-        shutil.rmtree(out / "towers", ignore_errors=True)
-        os.replace(out / "best", out / "towers")
-    context.barrier()
-    best = load_towers(out / "towers")
+    best = load_towers(run.promote_best("towers", context))
     for ours, kept in zip(towers, best, strict=True):
         ours.load_state_dict(kept.state_dict())
     metrics = {
         "before": before,
         "first": _figures(history.epochs[0]),
-        "best": _figures(history.epochs[history.best_epoch]),
+        "best": _figures(history.best()),
         "best_epoch": history.best_epoch,
-        "steps": len(history.steps),
+        "steps": history.num_steps,
         "towers_version": towers_version(*best),
         "seconds": time.perf_counter() - started,
     }
-    if context.is_main:
-        write_json(out / "metrics.json", metrics)
+    run.write_results(metrics, context)
     return metrics
 
 
@@ -185,4 +192,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
 from mim_torchrec.encoders.checkpoint import Towers, save_towers
+from mim_torchrec.errors import OptionError
 from mim_torchrec.pretraining.config import PhaseConfig, PretrainConfig
 from mim_torchrec.pretraining.objective import PretrainingObjective
 from mim_torchrec.training.distributed import DistributedContext
@@ -35,7 +36,7 @@ class PretrainTask:
         context: the process group.
 
     Raises:
-        ValueError: the batch does not divide by the ranks, or there are fewer items than a batch has.
+        OptionError: the batch does not divide by the ranks, or there are fewer items than a batch has.
     """
 
     def __init__(
@@ -52,10 +53,10 @@ class PretrainTask:
     ) -> None:
         size = phase.batch_size
         if size % context.world_size:
-            raise ValueError(f"--{name}.batch-size {size} is not a multiple of {context.world_size} ranks")
+            raise OptionError(f"--{name}.batch-size {size} is not a multiple of {context.world_size} ranks")
         if len(train) < size:
             few = f"{len(train)} items to train on are fewer than --{name}.batch-size {size}"
-            raise ValueError(f"{few}; lower it")
+            raise OptionError(f"{few}; lower it")
         self._config, self._batch_size, self._objective = config, size, objective
         self._towers, self._context = towers, context
         self._train, self._item_ids = train, item_ids
@@ -112,7 +113,7 @@ class PretrainTask:
             `validation_loss` and what the objective knows besides; {} if nothing is held out.
 
         Raises:
-            ValueError: held-out titles have no words, so that there is no loss.
+            OptionError: held-out titles have no words, so that there is no loss.
         """
         if not len(self._held_out):
             return {}
@@ -127,7 +128,7 @@ class PretrainTask:
             sums += self._objective.sums(batch).double().cpu()
         sums = torch.stack(self._context.all_gather_objects(sums)).sum(0)
         if not sums[2]:
-            raise ValueError("there is nothing to predict in the held-out items: have their titles words?")
+            raise OptionError("there is nothing to predict in the held-out items: have their titles words?")
         found = self._objective.metrics(sums)
         return {f"validation_{name}": float(value) for name, value in found.items()}
 

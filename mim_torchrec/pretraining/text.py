@@ -24,6 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 
 from mim_torchrec.encoders.pixels import PixelInputs, Tokens
 from mim_torchrec.encoders.text import TextEncoder
+from mim_torchrec.errors import OptionError
 from mim_torchrec.pretraining.config import TextAdaptionConfig
 from mim_torchrec.pretraining.objective import PretrainingObjective, generator
 
@@ -48,14 +49,14 @@ class LanguageModel(PretrainingObjective):
         config: what is predicted.
 
     Raises:
-        ValueError: the tower was not made for the objective, or has no head in transformers.
+        OptionError: the tower was not made for the objective, or has no head in transformers.
     """
 
     def __init__(self, text: TextEncoder, inputs: PixelInputs, config: TextAdaptionConfig) -> None:
         super().__init__(fix_batch_norm=False)
         self.objective = objective_of(text, config.objective)
         if not 0 < config.mask_ratio < 1:
-            raise ValueError(f"--dda-text.mask-ratio is {config.mask_ratio}; it must be in (0, 1)")
+            raise OptionError(f"--dda-text.mask-ratio is {config.mask_ratio}; it must be in (0, 1)")
         self.text = text
         self.head = LanguageHead(text.model, self.objective)
         self._collate = DataCollatorForLanguageModeling(
@@ -64,7 +65,7 @@ class LanguageModel(PretrainingObjective):
         self._inputs = inputs
 
     def batch(self, rows: np.ndarray, key: Sequence[int]) -> TokenBatch:
-        """Titles of items, with tokens masked anew for every key."""
+        """Titles of items, with tokens masked again for every key."""
         tokens = self._inputs.texts(rows)
         device = tokens["input_ids"].device
         if not tokens["input_ids"].shape[1]:  # no title has a token, not even a special one
@@ -113,7 +114,7 @@ class LanguageHead(nn.Module):
         decoder: Any = model.get_output_embeddings()
         embeddings: Any = tower.get_input_embeddings()
         if decoder.weight.shape != embeddings.weight.shape:
-            raise ValueError(
+            raise OptionError(
                 f"the head of {type(model).__name__} predicts {decoder.weight.shape[0]} tokens from "
                 f"{decoder.weight.shape[1]} numbers, the tower embeds {tuple(embeddings.weight.shape)}"
             )
@@ -139,17 +140,17 @@ def objective_of(text: TextEncoder, wanted: Literal["auto", "mlm", "causal"]) ->
     """What a tower was made for: masked language modelling wherever transformers has it.
 
     Raises:
-        ValueError: the tower was made for the other, or for neither.
+        OptionError: the tower was made for the other, or for neither.
     """
     kind = type(text.model.config)
     masked, causal = kind in MODEL_FOR_MASKED_LM_MAPPING, kind in MODEL_FOR_CAUSAL_LM_MAPPING
     if not masked and not causal:
-        raise ValueError(f"transformers has no language model of {kind.__name__}: leave out dda-text")
+        raise OptionError(f"transformers has no language model of {kind.__name__}: leave out dda-text")
     if wanted == "mlm" and (not masked or text.tokenizer.mask_token is None):
-        raise ValueError(
+        raise OptionError(
             f"--dda-text.objective mlm: {kind.__name__} has no masked language model or its tokenizer no "
             "mask token; take causal"
         )
     if wanted == "causal" and masked:
-        raise ValueError(f"--dda-text.objective causal: {kind.__name__} sees the tokens to come; take mlm")
+        raise OptionError(f"--dda-text.objective causal: {kind.__name__} sees the tokens to come; take mlm")
     return "mlm" if masked else "causal"

@@ -1,7 +1,7 @@
 """Downstream data adaptation of the vision tower (§3.2): masked image modelling as SimMIM (arXiv 2111.09886).
 
 Random patches of the normalized image are masked and their pixels reconstructed, by an L1 loss and a head of
-one layer on the last feature map. SimMIM puts a learned token in the place of a masked patch; here masked
+one layer on the last feature map. SimMIM replaces a masked patch by a learned token; here masked
 pixels are set to the mean color, which is 0 after normalization, whatever the tower. A convolutional network
 has no tokens, and in a vision transformer whose patches are aligned with the mask every masked patch embeds
 to the bias of the patch embedding: a learned mask token already.
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mim_torchrec.encoders.pixels import PixelInputs
 from mim_torchrec.encoders.vision import VisionEncoder
+from mim_torchrec.errors import OptionError
 from mim_torchrec.pretraining.config import ImageAdaptionConfig
 from mim_torchrec.pretraining.objective import PretrainingObjective, generator
 
@@ -40,7 +41,7 @@ class MaskedImageModel(PretrainingObjective):
         fix_batch_norm: as in `PretrainingObjective`.
 
     Raises:
-        ValueError: the tower has no feature map, or sizes do not divide one another.
+        OptionError: the tower has no feature map, or sizes do not divide one another.
     """
 
     def __init__(
@@ -53,21 +54,21 @@ class MaskedImageModel(PretrainingObjective):
         super().__init__(fix_batch_norm)
         size = vision.image_size
         if size % config.mask_size or size == config.mask_size:
-            raise ValueError(
+            raise OptionError(
                 f"--dda-vision.mask-size {config.mask_size}: images of {size} pixels are not several patches "
                 "of that side"
             )
         self.side = size // config.mask_size
         self.masked_patches = number_masked(self.side**2, config.mask_ratio)
         if not hasattr(vision.model, "forward_intermediates"):
-            raise ValueError(
+            raise OptionError(
                 f"vision tower {vision.config.name} has no feature maps in timm: leave dda-vision out"
             )
         self.vision = vision
         self._inputs = inputs
         shape = self._probe()
         if size % shape[-1] or shape[-1] != shape[-2]:
-            raise ValueError(
+            raise OptionError(
                 f"images of {size} pixels have feature maps of {shape[-2]} x {shape[-1]}; choose another "
                 "--vision.image-size, a multiple of the tower's stride"
             )
@@ -122,7 +123,7 @@ def number_masked(patches: int, ratio: float) -> int:
     (10, 1, 3)
     """
     if not 0 < ratio < 1:
-        raise ValueError(f"--dda-vision.mask-ratio is {ratio}; it must be in (0, 1)")
+        raise OptionError(f"--dda-vision.mask-ratio is {ratio}; it must be in (0, 1)")
     return min(patches - 1, math.ceil(patches * ratio))
 
 

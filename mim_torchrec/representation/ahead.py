@@ -1,4 +1,4 @@
-"""Results in order, computed by threads ahead of whoever takes them.
+"""Results in order, computed by threads ahead of their consumer.
 
 Pillow and NumPy leave the interpreter free while they decode and resize, so that threads are enough: a
 process of its own would load torch once more and send every image through a pipe.
@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
+
+from mim_torchrec.errors import OptionError
 
 Input = TypeVar("Input")
 Output = TypeVar("Output")
@@ -26,10 +28,10 @@ def ahead(
         depth: results that are waiting or being computed, at most.
 
     Raises:
-        ValueError: ``threads`` is negative or ``depth`` is not positive.
+        OptionError: ``threads`` is negative or ``depth`` is not positive.
     """
     if threads < 0 or depth < 1:
-        raise ValueError(f"{threads} threads that are {depth} results ahead: at least 0, and at least 1")
+        raise OptionError(f"{threads} threads that are {depth} results ahead: at least 0, and at least 1")
     return _ahead(function, iter(inputs), threads, depth) if threads else map(function, inputs)
 
 

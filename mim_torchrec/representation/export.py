@@ -4,8 +4,8 @@
     python -m torch.distributed.run --nproc_per_node 2 -m mim_torchrec.representation.export ...
 
 Items are divided over the ranks in ascending order of their ids. Threads read, decode and resize the images
-of the next batches while the encoder works on this one. The table's version is the encoder's, so whoever
-reads the table can state which encoder it is for. Not here: encoding of items that arrive later.
+of the next batches while the encoder works on this one. The table's version is the encoder's, so a
+reader can state which encoder it expects. Not here: encoding of items that arrive later.
 """
 
 import logging
@@ -28,15 +28,18 @@ from tqdm import tqdm
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.schema import Dataset
-from mim_torchrec.embeddings.table.format import Manifest, TableError, TableWriter
+from mim_torchrec.embeddings.table.format import Manifest, TableWriter
 from mim_torchrec.encoders.checkpoint import encoder_version, load_encoder
 from mim_torchrec.encoders.features import item_features_file
 from mim_torchrec.encoders.pixels import HasTowers, rows_of_rank
 from mim_torchrec.encoders.vision import VisionEncoder
+from mim_torchrec.errors import OutputExists, check_sizes
+from mim_torchrec.program import run
 from mim_torchrec.representation.ahead import ahead
 from mim_torchrec.representation.config import ExportConfig
 from mim_torchrec.representation.plain import PLAIN, PlainTowers, fit_projection
 from mim_torchrec.training.distributed import DistributedContext, distributed
+from mim_torchrec.training.lease import leased_by_rank_0
 
 log = logging.getLogger(__name__)
 
@@ -102,10 +105,18 @@ def export(config: ExportConfig, context: DistributedContext) -> Manifest:
 
     Raises:
         DataError: an item cannot be encoded and ``on_bad_row`` is "fail"; it names the item.
-        TableError: ``out`` exists.
+        OutputExists: ``out`` exists.
+        LeaseError: another process writes it.
     """
+    check_sizes(config, 1, "batch_size", "shard_rows", "dim", "pca_items", "image_size")
+    check_sizes(config, 0, "decode_threads")
     if config.out.exists():
-        raise TableError(f"{config.out} exists; choose another directory or remove it")
+        raise OutputExists(f"{config.out} exists; choose another directory or remove it")
+    with leased_by_rank_0(Path(f"{config.out}.lease.json"), context):
+        return _export(config, context)
+
+
+def _export(config: ExportConfig, context: DistributedContext) -> Manifest:
     items = ItemStore.open(Dataset(config.data), config.item_cache or Path(f"{config.out}.items"))
     rows = rows_of_rank(len(items), context)
     skipped: list[int] = []
@@ -265,4 +276,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -17,6 +17,7 @@ from mim_torchrec.encoders.checkpoint import load_towers, module_version
 from mim_torchrec.encoders.principal import principal_components
 from mim_torchrec.encoders.text import TextEncoder, TextEncoderConfig
 from mim_torchrec.encoders.vision import VisionEncoder, VisionEncoderConfig
+from mim_torchrec.errors import OptionError
 from mim_torchrec.training.distributed import DistributedContext
 
 PLAIN = "plain:"
@@ -32,7 +33,7 @@ class PlainTowers:
 
     Raises:
         CheckpointError: the directory holds no towers.
-        ValueError: ``spec`` is neither, or there is an image size beside a directory.
+        OptionError: ``spec`` is neither, or there is an image size beside a directory.
     """
 
     def __init__(self, spec: str, image_size: int | None, device: torch.device) -> None:
@@ -40,14 +41,14 @@ class PlainTowers:
         names = place.split("+")
         if Path(place).is_dir():
             if image_size is not None:
-                raise ValueError(f"--image-size: the towers in {place} have theirs, leave it out")
+                raise OptionError(f"--image-size: the towers in {place} have theirs, leave it out")
             vision, text = load_towers(place)
         elif len(names) == 2 and all(names):
             named = VisionEncoderConfig(name=names[0], weights="pretrained", image_size=image_size)
             vision, text = VisionEncoder(named), TextEncoder(TextEncoderConfig(name=names[1]))
         else:
             expected = f"{PLAIN}<vision>+<text> or {PLAIN}<directory of towers>"
-            raise ValueError(f"--encoder {spec}: expected {expected}")
+            raise OptionError(f"--encoder {spec}: expected {expected}")
         self.vision, self.text = vision.to(device).eval(), text.to(device).eval()
         self.device = device
         self.feature_dim = vision.feature_dim + text.feature_dim
@@ -99,7 +100,7 @@ def fit_projection(features: Tensor, dim: int, most: int, context: DistributedCo
         context: the ranks, all of which call this.
 
     Raises:
-        ValueError: fewer items or features than ``dim``.
+        OptionError: fewer items or features than ``dim``.
     """
     total = sum(context.all_gather_objects(len(features)))
     step = -(-total // most) if total else 1

@@ -2,10 +2,10 @@
 
 import json
 import logging
-import os
 from datetime import UTC, datetime
 from pathlib import Path
 
+from mim_torchrec.embeddings.files import append_lines
 from mim_torchrec.rim.sources import Arrival
 
 log = logging.getLogger(__name__)
@@ -44,10 +44,7 @@ class DeadLetterFile:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         facts = [{"place": a.place, "item_id": a.item_id, "reason": reason, "at": now} for a, reason in new]
         lines = [json.dumps(entry, ensure_ascii=False) for entry in facts]
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write("\n" + "\n".join(lines) + "\n")  # the first newline ends an unfinished line
-            file.flush()
-            os.fsync(file.fileno())
+        append_lines(self._path, lines)
         for arrival, reason in new:
             log.warning("in the dead-letter file: %s: %s", arrival.place, reason)
             self._known.add((arrival.place, reason))

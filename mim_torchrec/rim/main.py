@@ -26,18 +26,21 @@ from torch import Tensor
 
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.images import decode_image
+from mim_torchrec.embeddings.files import write_json
 from mim_torchrec.embeddings.table.manifest import VersionMismatch
 from mim_torchrec.embeddings.table.quantize import encode, finite_rows
 from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.windows.log import LogMoved
 from mim_torchrec.embeddings.windows.redis_address import is_redis
 from mim_torchrec.embeddings.windows.transport import Transport, open_log
+from mim_torchrec.errors import check_sizes
+from mim_torchrec.program import run
 from mim_torchrec.representation.export import TrainedEncoder
 from mim_torchrec.rim.config import RIMConfig
 from mim_torchrec.rim.dead_letter import DeadLetterFile
 from mim_torchrec.rim.progress import order, positions_of, window_name
 from mim_torchrec.rim.sources import Arrival, DirectorySource, ItemSource, StreamSource
-from mim_torchrec.training.checkpoint import write_json
+from mim_torchrec.training.lease import leased
 
 log = logging.getLogger("mim_torchrec.rim.main")  # also where it runs as __main__
 
@@ -300,11 +303,14 @@ def main(argv: list[str] | None = None) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    check_sizes(config, 1, "window_items", "batch_size", "threads", "max_image_bytes")
+    check_sizes(config, 0, "window_seconds")
     torch.set_num_threads(config.threads)
-    counts = RIM(config, device).run(stop)
+    with leased(config.out / "lease.json"):
+        counts = RIM(config, device).run(stop)
     log.info("%d items in %d windows, %d deleted, %d in the dead-letter file", counts.items, counts.windows,
              counts.removed, counts.dead_lettered)  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -77,7 +77,7 @@ class DirectorySource:
 
     def __init__(self, root: Path, name: str = "") -> None:
         if not root.is_dir():
-            raise DataError("no such directory", file=root)
+            raise DataError("no such directory; make it, or check --source", file=root)
         self._root, self._name = root, name
         self.seek({})
 
@@ -118,7 +118,7 @@ class DirectorySource:
             columns = [c for c in present_columns(parquet, ITEMS) if c in ("item_id", "title", "image")]
             removed = parquet.schema_arrow.get_field_index(REMOVED)
             if removed >= 0 and not pa.types.is_boolean(parquet.schema_arrow.field(removed).type):
-                raise DataError("expected bool", file=path, column=REMOVED)
+                raise DataError("expected bool; convert the column", file=path, column=REMOVED)
             wanted = [*columns, *([REMOVED] if removed >= 0 else [])]
             start = 0
             for group in range(parquet.num_row_groups):
@@ -143,7 +143,7 @@ def _items(parquet: pq.ParquetFile, group: int, columns: list[str], path: Path) 
         for batch in parquet.iter_batches(BATCH, row_groups=[group], columns=columns, use_threads=False):
             yield from batch.to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot be read ({error})", file=path, row_group=group) from None
+        raise DataError(f"cannot be read ({error}); write it again", file=path, row_group=group) from None
 
 
 class StreamSource:

@@ -20,23 +20,25 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 import tyro
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torchrec.modules.embedding_configs import EmbeddingConfig
 
-from mim_torchrec.ctr.assembly import load_vocabularies, read_config
+from mim_torchrec import program
+from mim_torchrec.ctr.assembly import TrainedRun
 from mim_torchrec.ctr.config import CTRConfig, from_values
-from mim_torchrec.ctr.evaluation import find_checkpoint
 from mim_torchrec.ctr.model import CTRModel
 from mim_torchrec.ctr.parameters import id_tables, is_dense
 from mim_torchrec.ctr.sharding import build_model
+from mim_torchrec.data.errors import DataError
+from mim_torchrec.embeddings.files import atomic_directory, write_json, write_tensors
 from mim_torchrec.embeddings.table.manifest import VersionMismatch
 from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.table.shards import CHUNK
 from mim_torchrec.embeddings.table.writer import TableWriter
-from mim_torchrec.training.checkpoint import atomic_directory, write_json
+from mim_torchrec.quiet import quiet
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +72,7 @@ class Bundle:
         """Open a bundle.
 
         Raises:
-            ValueError: there is none, or it is of another format.
+            DataError: there is none, or it is of another format.
         """
         path = Path(path)
         try:
@@ -81,9 +83,10 @@ class Bundle:
             return cls(path, config, found["model_version"], found["table_version"], found["mm_dim"],
                        tuple(found["tables"]))  # fmt: skip
         except FileNotFoundError:
-            raise ValueError(f"{path} is no bundle: it has no {ABOUT}; mim bundle writes one") from None
+            raise DataError(f"is no bundle: it has no {ABOUT}; mim bundle writes one", file=path) from None
         except (KeyError, ValueError) as error:
-            raise ValueError(f"{path / ABOUT} cannot be read: {error}") from None
+            problem = f"cannot be read: {error}; write the bundle again with mim bundle"
+            raise DataError(problem, file=path / ABOUT) from None
 
     def table(self, name: str) -> Table:
         """An ID table, memory-mapped."""
@@ -124,10 +127,12 @@ def write_bundle(run: Path, out: Path, checkpoint: str = "best") -> Bundle:
         checkpoint: as of `mim evaluate`.
 
     Raises:
-        ValueError: `run` is no run, or has no such checkpoint.
+        DataError: `run` is no run.
+        OptionError: it has no such checkpoint.
+        ModelMismatch: its config.json or vocabulary/ are not those of the weights.
     """
-    config = read_config(run)
-    path = find_checkpoint(run, checkpoint)
+    trained = TrainedRun.open(run, checkpoint)
+    config, path, vocabularies = trained.config, trained.weights, trained.vocabularies
     state, prefix = (path / "state", "model.") if (path / "state").is_dir() else (path, "")
     sizes = {
         name.removeprefix(prefix): (name, found.size, found.properties.dtype)
@@ -135,11 +140,11 @@ def write_bundle(run: Path, out: Path, checkpoint: str = "best") -> Bundle:
         if name.startswith(prefix) and isinstance(found, TensorStorageMetadata)
     }
     where = id_tables(sizes)
-    vocabularies = load_vocabularies(run)
 
     def read(names: list[str]) -> dict[str, Tensor]:
         tensors = {sizes[n][0]: torch.empty(sizes[n][1], dtype=sizes[n][2]) for n in names}
-        dcp.load(tensors, checkpoint_id=str(state), no_dist=True)
+        with quiet("torch.distributed is disabled"):  # which is what no_dist means
+            dcp.load(tensors, checkpoint_id=str(state), no_dist=True)
         return {name: tensors[sizes[name][0]] for name in names}
 
     def rows_of(name: str) -> Tensor:
@@ -186,7 +191,7 @@ def save_bundle(
         "config": asdict(config),
     }
     with atomic_directory(out) as folder:
-        save_file(dense, folder / DENSE)
+        write_tensors(folder / DENSE, dense)
         for name, (ids, get_rows) in tables.items():
             rows = get_rows()
             writer = TableWriter(
@@ -229,4 +234,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

@@ -17,12 +17,15 @@ import socket
 import sys
 import tempfile
 import threading
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 import tyro
 import uvicorn
 
+from mim_torchrec.errors import OptionError, check_sizes
+from mim_torchrec.program import run
 from mim_torchrec.serving.app import make_app
 from mim_torchrec.serving.config import ServeConfig
 from mim_torchrec.serving.metrics import Metrics
@@ -41,10 +44,10 @@ def first_deployment(config: ServeConfig) -> tuple[Deployment, str | None]:
     """What to serve first, and the name of its release if it is one.
 
     Raises:
-        ValueError: it is said in two ways or in none, or there is no current release.
+        OptionError: it is said in two ways or in none, or there is no current release.
     """
     if (config.release is None) == (config.bundle is None):
-        raise ValueError("say what to serve: --release DIR, or --bundle DIR with --store")
+        raise OptionError("say what to serve: --release DIR, or --bundle DIR with --store")
     if config.release is None:
         assert config.bundle is not None
         return Deployment(bundle=config.bundle, store=config.store, id_store=config.id_store,
@@ -77,16 +80,16 @@ def read_tokens(config: ServeConfig) -> frozenset[str]:
     """Tokens that requests must carry one of.
 
     Raises:
-        ValueError: the address is beyond loopback and there are none.
+        OptionError: the address is beyond loopback and there are none.
     """
     tokens: frozenset[str] = frozenset()
     if config.token_file is not None:
         lines = config.token_file.read_text(encoding="utf-8").split("\n")
         tokens = frozenset(line.strip() for line in lines if line.strip())
         if not tokens:
-            raise ValueError(f"{config.token_file} has no token")
+            raise OptionError(f"{config.token_file} has no token")
     if not tokens and not is_loopback(config.host):
-        raise ValueError(f"--host {config.host} can be reached by others: give --token-file")
+        raise OptionError(f"--host {config.host} can be reached by others: give --token-file")
     return tokens
 
 
@@ -115,6 +118,10 @@ def keep_freed_memory() -> None:
 
 def serve(config: ServeConfig) -> None:
     """Run the server until SIGTERM."""
+    check_sizes(config, 0, "port", "cache", "threads")
+    check_sizes(config, 1, *(f"limits.{field.name}" for field in fields(config.limits)))
+    if config.port > 65535:
+        raise OptionError(f"--port is {config.port}; it must be at most 65535")
     keep_freed_memory()
     torch.set_num_threads(config.threads or os.cpu_count() or 1)
     tokens = read_tokens(config)
@@ -165,4 +172,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

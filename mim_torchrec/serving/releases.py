@@ -17,21 +17,25 @@ import torch
 import tyro
 from torch import Tensor
 
+from mim_torchrec.embeddings.files import write_json
 from mim_torchrec.embeddings.stores.store import is_remote
 from mim_torchrec.embeddings.table.manifest import VersionMismatch
 from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.windows.compact import changes
 from mim_torchrec.embeddings.windows.transport import open_log
+from mim_torchrec.errors import ExpectedError, Status
+from mim_torchrec.program import run
 from mim_torchrec.serving.bundle import Bundle
 from mim_torchrec.serving.service import Deployment
-from mim_torchrec.training.checkpoint import write_json
 
 CURRENT = "current"
 NAMED = 10
 
 
-class ReleaseError(ValueError):
+class ReleaseError(ExpectedError, ValueError):
     """A release cannot be staged or made current."""
+
+    status = Status.STATE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,4 +261,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

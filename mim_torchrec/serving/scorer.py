@@ -20,6 +20,7 @@ from mim_torchrec.data.features import Feature, tower_numbers
 from mim_torchrec.embeddings.stores.store import ParameterStore, open_store
 from mim_torchrec.embeddings.table.manifest import VersionMismatch
 from mim_torchrec.embeddings.windows.window import Window
+from mim_torchrec.errors import OptionError
 from mim_torchrec.serving.bundle import Bundle
 from mim_torchrec.serving.grid import pairs_of
 from mim_torchrec.serving.matrix import MatrixCache, MatrixCiUBM, is_linear
@@ -88,7 +89,7 @@ class Scorer:
 
     Raises:
         VersionMismatch: the vectors are not those that the model was trained on.
-        ValueError: there is no store and the model needs one.
+        OptionError: there is no store and the model needs one.
     """
 
     def __init__(
@@ -108,7 +109,9 @@ class Scorer:
         self.mm: ParameterStore | None = None
         if bundle.table_version is not None:
             if store is None:
-                raise ValueError(f"{bundle.path} is a model with content interest: say where the vectors are")
+                raise OptionError(
+                    f"{bundle.path} has content interest: say where its vectors are with --store"
+                )
             self.mm = open_store(store, bundle.table_version)
             if (dim := self.mm.dim) != bundle.mm_dim:
                 raise VersionMismatch(f"{store} has vectors of {dim}, the model needs {bundle.mm_dim}")

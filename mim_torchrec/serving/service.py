@@ -14,6 +14,7 @@ from torch import Tensor
 from mim_torchrec.embeddings.stores.store import ParameterStore, catch_up, follow
 from mim_torchrec.embeddings.windows.transport import Transport, open_log
 from mim_torchrec.embeddings.windows.window import Window
+from mim_torchrec.errors import OptionError
 from mim_torchrec.serving.bundle import Bundle
 from mim_torchrec.serving.metrics import Metrics
 from mim_torchrec.serving.scorer import Scorer
@@ -77,7 +78,7 @@ class Served:
         self._thread: threading.Thread | None = None
         if deployment.windows is not None:
             if self.scorer.mm is None:
-                raise ValueError(f"{deployment.bundle} is Base, which has no vectors for windows to change")
+                raise OptionError(f"{deployment.bundle} is Base, which has no vectors for windows to change")
             follower = _Follower(self.scorer, self.scorer.mm, metrics)
             windows = open_log(deployment.windows, follower.table_version, start=follower.seq)
             catch_up(follower, windows)
@@ -110,7 +111,7 @@ class Service:
         metrics: are told of swaps and windows.
 
     Raises:
-        ValueError: the deployment cannot be served.
+        OptionError: the deployment cannot be served.
     """
 
     def __init__(self, deployment: Deployment, cache: int, metrics: Metrics) -> None:

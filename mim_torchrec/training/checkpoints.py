@@ -1,47 +1,55 @@
-"""States of a run that it can be taken up from: whole ones only, the newest few.
+"""States that a run can be resumed from: whole ones only, the newest few.
 
     <out>/checkpoints/epoch-0002-step-00000040/
         state/          what ranks share or divide, by torch.distributed.checkpoint
         rank-<r>.pt     what a rank has of its own: generators, queues, the schedule
-        run.json        position, history, number of ranks, configuration
+        run.json        position, summary of the history, number of ranks, configuration
+        model.json      which model it is, for stages whose configuration is read again
+        sha256.json     digests of all of these
 
 All ranks write into a directory that gets its name only when everything in it is on the disk, so that a kill
 at any moment, or a full disk, leaves the last whole one. The directory is one that all ranks see. Training
-goes on while a copy of the state is written; at most one copy is.
+goes on while a copy of the state is written; at most one copy is. Digests are compared before a checkpoint is
+loaded; one that is damaged is set aside, and the one before it is taken.
 """
 
-import io
+import hashlib
 import json
 import logging
 import os
-import random
 import re
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
-from mim_torchrec.training.checkpoint import (
-    begin_directory,
-    on_all_ranks,
-    partial_of,
-    publish_directory,
-    remove,
+from mim_torchrec.embeddings.collective import on_all_ranks
+from mim_torchrec.embeddings.files import (
+    clear_leftovers,
+    discard_directory,
+    remove_directory,
+    to_bytes,
+    write_bytes,
+    write_json,
 )
+from mim_torchrec.errors import ExpectedError, OptionError, Status
 from mim_torchrec.training.distributed import DistributedContext, is_restarted
+from mim_torchrec.training.generators import get_generators, set_generators
+from mim_torchrec.training.model_record import write_model_record
+from mim_torchrec.training.sharded_state import DIGEST, Writer, cause_of, damage, own_group, seal, size_of
+from mim_torchrec.training.shared_directory import begin_directory, partial_of, publish_shared
 
 log = logging.getLogger(__name__)
 
-WAY_OUT = "choose another --out, or --checkpoint.resume never to start anew"
+WAY_OUT = "choose another --out, or --checkpoint.resume never to start from scratch"
+DAMAGED = ".damaged"
 NAME = re.compile(r"epoch-\d{4,}-step-\d{8,}")
 
 
@@ -56,12 +64,14 @@ class CheckpointConfig:
     asynchronous: bool = True
     """Go on with training while a copy of the state is written; it takes the memory of that copy."""
     resume: Literal["auto", "never"] = "auto"
-    """`auto` goes on from the newest checkpoint in `out`, exactly as if the run had not been broken off;
-    `never` removes what is there and starts anew, though not when torchrun starts its workers again."""
+    """`auto` resumes from the newest whole checkpoint in `out`; the result is that of an uninterrupted run.
+    `never` removes what is there and starts from scratch, except when torchrun restarts its workers."""
 
 
-class ResumeError(ValueError):
-    """A run cannot be taken up from the checkpoints that are there."""
+class ResumeError(ExpectedError, ValueError):
+    """A run cannot be resumed from the checkpoints that are there."""
+
+    status = Status.STATE
 
 
 class State(Protocol):
@@ -101,17 +111,23 @@ class Checkpoints:
     Args:
         folder: `<out>/checkpoints`.
         config: how often, how many.
-        run: what a run must have in common with one that it takes up, such as its configuration; JSON.
+        run: what a run must have in common with one that it resumes, such as its configuration; JSON.
         context: the process group.
+        model: what `model.json` says of the model; None for none.
     """
 
     def __init__(
-        self, folder: Path, config: CheckpointConfig, run: dict[str, Any], context: DistributedContext
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        run: dict[str, Any],
+        context: DistributedContext,
+        model: dict[str, Any] | None = None,
     ) -> None:
         if config.every < 0 or config.keep < 1:
-            raise ValueError(f"checkpoints every {config.every} steps, {config.keep} kept: at least 0 and 1")
+            raise OptionError(f"checkpoints every {config.every} steps, {config.keep} kept: at least 0 and 1")
         self._folder, self._config, self._context = folder, config, context
-        self._run = json.loads(json.dumps(run, default=str))
+        self._run, self._model = run, model
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._group: dist.ProcessGroup | None = None
         self._pending: tuple[Path, Future[None]] | None = None
@@ -138,21 +154,22 @@ class Checkpoints:
         partial, local = partial_of(path), state.local()
         try:
             begin_directory(path, self._context)
-            on_all_ranks(lambda: self._write(partial, local, epoch, step, progress), self._context)
+            on_all_ranks(lambda: self._write(partial, local, epoch, step, progress))
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            discard_directory(partial)
             raise
-        target, shared = str(partial / "state"), state.shared()
+        shared = state.shared()
+        writer = Writer(partial / "state", size_of(shared))
         if self._config.asynchronous:
             staged = BlockingAsyncStager(cache_staged_state_dict=False)  # the default knows no ShardedTensor
-            saved = dcp.async_save(
-                shared, checkpoint_id=target, process_group=self._own_group(), async_stager=staged
-            )
-            self._pending = path, self._writer.submit(self._finish, path, saved.result)
+            group = self._own_group()
+            saved = dcp.async_save(shared, storage_writer=writer, process_group=group, async_stager=staged)
+            wait = cast("Future[object]", saved).result  # this stager gives a future
+            self._pending = path, self._writer.submit(self._finish, path, wait)
         else:
             self._pending = (
                 path,
-                self._writer.submit(self._finish, path, lambda: dcp.save(shared, checkpoint_id=target)),
+                self._writer.submit(self._finish, path, lambda: dcp.save(shared, storage_writer=writer)),
             )
             self.wait()
 
@@ -170,59 +187,53 @@ class Checkpoints:
             try:
                 written.result()
             except CheckpointException as error:
-                raise OSError(_cause(error)) from error
+                raise OSError(cause_of(error)) from error
 
         try:
-            on_all_ranks(finish, self._context)
+            on_all_ranks(finish)
         except OSError as error:
-            shutil.rmtree(partial_of(path), ignore_errors=True)
+            discard_directory(partial_of(path))
             raise OSError(f"{path} could not be written: {error}") from error
         log.info("checkpoint %s", path)
 
     def _finish(self, path: Path, save: Callable[[], object]) -> None:
         save()  # returns when all ranks have written
         if self._context.is_main:
-            publish_directory(path)
+            seal(partial_of(path))
+            publish_shared(path)
             self._leave_newest()
 
     def _own_group(self) -> dist.ProcessGroup | None:
-        """A group for the writer's thread, whose exchanges must not mix with those of training."""
-        if self._group is None and dist.is_initialized():
-            self._group = dist.new_group(backend="gloo")
+        if self._group is None:
+            self._group = own_group()
         return self._group
 
     def restore(self, state: State) -> tuple[int, int, dict[str, Any]] | None:
-        """Put a task into the state of the newest checkpoint, and the generators of this rank too.
+        """Put a task into the state of the newest whole checkpoint, and the generators of this rank too.
 
         Returns:
             Epoch, step and progress as they were saved; None if there is no checkpoint, or none is asked for.
 
         Raises:
             ResumeError: the checkpoint is of another configuration, or of another number of ranks and the
-                task cannot go on with this one, or damaged.
+                task cannot go on with this one, or all are damaged.
         """
         self.wait()
-        if self._context.is_main:
-            for leftover in (*self._folder.glob("*.partial"), *self._folder.glob("*.old")):
-                shutil.rmtree(leftover)
-            if self._config.resume == "never" and not is_restarted() and self._folder.exists():
-                remove(self._folder)
-        newest = self._all()[-1:] if self._context.is_main else []
-        found = self._context.all_gather_objects(newest)[0]
-        if not found:
+        on_all_ranks(self._tidy)
+        path = self._newest_whole()
+        if path is None:
             return None
-        path = found[0]
         try:
             run = json.loads((path / "run.json").read_text())
-            self._check(run, path)
+            refuse_other_run(path, run["run"], self._run)
             shared = state.shared()
             dcp.load(shared, checkpoint_id=str(path / "state"))
             own = path / f"rank-{self._context.rank % run['world_size']}.pt"
             local = torch.load(own, map_location="cpu", weights_only=True)
         except (CheckpointException, OSError, EOFError, RuntimeError, json.JSONDecodeError) as error:
-            cause = _cause(error) if isinstance(error, CheckpointException) else error
+            cause = cause_of(error) if isinstance(error, CheckpointException) else error
             raise ResumeError(
-                f"{path} cannot be read: {cause}; remove it to go on from the one before it, if there is one"
+                f"{path} cannot be read: {cause}; remove it to resume from the one before it, if there is one"
             ) from error
         state.load_shared(shared)
         state.load_local(local["state"])
@@ -238,64 +249,108 @@ class Checkpoints:
                 ) from None
             log.info("the rest of epoch %d is divided over %d ranks, not %d", epoch, self._context.world_size,
                      world_size)  # fmt: skip
-        log.info("taken up from %s", path)
+        log.info("resumed from %s", path)
         return epoch, step, run["progress"]
 
-    def _all(self) -> list[Path]:
-        found = self._folder.iterdir() if self._folder.is_dir() else ()
-        return sorted(path for path in found if NAME.fullmatch(path.name))
+    def _tidy(self) -> None:
+        if self._context.is_main:
+            clear_leftovers(self._folder)
+            if self._config.resume == "never" and not is_restarted() and self._folder.exists():
+                remove_directory(self._folder)
+
+    def _newest_whole(self) -> Path | None:
+        """The newest checkpoint whose bytes are those that were written; newer ones are set aside.
+
+        Raises:
+            ResumeError: there are checkpoints, and all are damaged.
+        """
+        context = self._context
+        paths = context.all_gather_objects(checkpoints_in(self._folder) if context.is_main else [])[0]
+        damaged: list[tuple[Path, str]] = []
+        whole = None
+        for path in reversed(paths):
+            problems = context.all_gather_objects(damage(path, context.rank, context.world_size))
+            problem = next((found for found in problems if found is not None), None)
+            if problem is None:
+                whole = path
+                break
+            damaged.append((path, problem))
+        if damaged and whole is None:
+            reasons = "; ".join(f"{path}: {problem}" for path, problem in damaged)
+            raise ResumeError(f"no checkpoint is whole: {reasons}; {WAY_OUT}")
+        for path, problem in damaged:
+            log.warning("%s is damaged and set aside: %s; resuming from %s", path, problem, whole)
+            if context.is_main:
+                aside = path.with_name(path.name + DAMAGED)
+                if aside.exists():
+                    remove_directory(aside)
+                os.rename(path, aside)
+        return whole
 
     def _write(
         self, folder: Path, local: dict[str, Any], epoch: int, step: int, progress: dict[str, Any]
     ) -> None:
-        content = io.BytesIO()  # torch.save hides the error of a file that cannot be written
-        torch.save({"state": local, "generators": get_generators()}, content)
-        with (folder / f"rank-{self._context.rank}.pt").open("wb") as stream:
-            stream.write(content.getbuffer())
-            stream.flush()
-            os.fsync(stream.fileno())
+        content = {"state": local, "generators": get_generators()}
+        data = to_bytes(lambda stream: torch.save(content, stream))  # it hides the error of a failed write
+        own = folder / f"rank-{self._context.rank}.pt"
+        write_bytes(own, data)
+        write_bytes(own.with_name(own.name + DIGEST), hashlib.sha256(data).hexdigest().encode())
         if self._context.is_main:
             facts = {"epoch": epoch, "step": step, "world_size": self._context.world_size, "run": self._run}
-            with (folder / "run.json").open("w") as stream:
-                json.dump(facts | {"progress": progress}, stream)
-                stream.flush()
-                os.fsync(stream.fileno())
+            write_json(folder / "run.json", facts | {"progress": progress})
+            if self._model is not None:
+                write_model_record(folder, self._model)
 
     def _leave_newest(self) -> None:
-        for path in self._all()[: -self._config.keep]:
-            remove(path)
-
-    def _check(self, run: dict[str, Any], path: Path) -> None:
-        names = sorted(run["run"].keys() | self._run.keys())
-        other = [n for n in names if run["run"].get(n) != self._run.get(n)]
-        if other:
-            changes = ", ".join(f"{n} {run['run'].get(n)!r} (now {self._run.get(n)!r})" for n in other)
-            raise ResumeError(f"{path} is of a run with {changes}; {WAY_OUT}")
+        for path in checkpoints_in(self._folder)[: -self._config.keep]:
+            remove_directory(path)
 
 
-def get_generators() -> dict[str, Any]:
-    """States of the generators of Python, numpy and torch in this process, on the CPU and its own GPU."""
-    version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
-    return {
-        "python": [version, list(internal), gauss],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints in a directory, the newest last; whether they are whole is not looked at."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in found if NAME.fullmatch(path.name))
 
 
-def set_generators(states: dict[str, Any]) -> None:
-    """Put the generators into the states that `get_generators` gave."""
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, position, has_gauss, cached = states["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] is not None:
-        torch.cuda.set_rng_state(states["cuda"])
+def resume_fingerprint_in(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint in a directory that says what run it is of, and what it says."""
+    for path in reversed(checkpoints_in(folder)):
+        try:
+            return path, json.loads((path / "run.json").read_text())["run"]
+        except (OSError, ValueError, KeyError, TypeError):  # `restore` reports the damage
+            continue
+    return None
 
 
-def _cause(error: CheckpointException) -> str:
-    rank, (cause, _) = next(iter(error.failures.items()))
-    return f"rank {rank}: {cause}"
+def refuse_other_run(
+    path: Path, earlier: dict[str, Any], now: dict[str, Any], only: Iterable[str] | None = None
+) -> None:
+    """Compare the fingerprints of two runs.
+
+    Args:
+        path: the checkpoint of the earlier one.
+        earlier: its fingerprint.
+        now: of the run that starts.
+        only: names to compare; None compares all.
+
+    Raises:
+        ResumeError: they differ; it names what does.
+    """
+    before, after = _flat(earlier), _flat(json.loads(json.dumps(now, default=str)))
+    names = sorted(before.keys() | after.keys())
+    if only is not None:
+        names = [name for name in names if name.partition(".")[0] in set(only)]
+    other = [name for name in names if before.get(name) != after.get(name)]
+    if other:
+        changes = ", ".join(f"{n} {before.get(n)!r} (now {after.get(n)!r})" for n in other)
+        why = ""
+        if any(name.endswith("epochs") for name in other):
+            why = " (the learning rate follows a curve over all epochs, so that none can be added)"
+        raise ResumeError(f"{path} is of a run with {changes}{why}; {WAY_OUT}")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat

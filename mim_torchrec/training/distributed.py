@@ -11,6 +11,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from mim_torchrec.errors import SetupError
+
 T = TypeVar("T")
 
 
@@ -60,16 +62,18 @@ def distributed(seed: int) -> Iterator[DistributedContext]:
         The rank, the number of ranks and this rank's device.
 
     Raises:
-        RuntimeError: a machine has GPUs, but fewer than ranks.
+        SetupError: a machine has GPUs, but fewer than ranks.
     """
     device = _device()
-    mine = not dist.is_initialized()
+    mine, alone = not dist.is_initialized(), False
     if mine:
         backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            alone = "LOCAL_WORLD_SIZE" not in os.environ
+            os.environ.setdefault("LOCAL_WORLD_SIZE", "1")  # torchrec warns where it has to guess
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -78,6 +82,8 @@ def distributed(seed: int) -> Iterator[DistributedContext]:
     finally:
         if mine:
             dist.destroy_process_group()
+        if alone:
+            del os.environ["LOCAL_WORLD_SIZE"]
 
 
 def is_restarted() -> bool:
@@ -90,7 +96,7 @@ def _device() -> torch.device:
         return torch.device("cpu")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if local_rank >= torch.cuda.device_count():
-        raise RuntimeError(
+        raise SetupError(
             f"local rank {local_rank} has no GPU, the machine has {torch.cuda.device_count()}; start fewer "
             "processes, or set CUDA_VISIBLE_DEVICES= to use the CPU"
         )

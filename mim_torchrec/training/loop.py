@@ -1,8 +1,8 @@
 """The one training loop: a stage gives it a task, it gives back the history and the best epoch's weights.
 
 It logs (TensorBoard, tqdm), stops at a loss that is not finite, chooses the best epoch, stops early, leaves
-checkpoints and goes on from them. It leaves to the task what a batch is, how the loss is computed, what
-validation means and what is saved.
+checkpoints and resumes from them. It leaves to the task what a batch is, how the loss is computed, what
+validation means and what is saved; where things lie is known to the run directory alone.
 """
 
 import logging
@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, Protocol
@@ -23,11 +22,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from mim_torchrec.embeddings.collective import on_all_ranks
+from mim_torchrec.embeddings.files import write_json
+from mim_torchrec.errors import Diverged, OptionError
 from mim_torchrec.extras import needs
-from mim_torchrec.training.checkpoint import write_json
-from mim_torchrec.training.checkpoints import Checkpoints, State
+from mim_torchrec.training.checkpoints import Checkpoints, ResumeError, State
 from mim_torchrec.training.distributed import DistributedContext
+from mim_torchrec.training.history import History, HistoryFile
 from mim_torchrec.training.parallel import gradient_norm
+from mim_torchrec.training.run_directory import RunDirectory
 
 with needs("train"):
     from torch.utils.tensorboard import SummaryWriter
@@ -39,15 +42,18 @@ class Optimizer(Protocol):
     """What torch's and torchrec's optimizers have in common."""
 
     def zero_grad(self) -> None: ...
-    def step(self) -> Any: ...
+    def step(self, closure: None = None) -> Any: ...
 
 
 class Task(Protocol):
     """What a stage trains. Every rank calls every method, with the same arguments."""
 
-    model: nn.Module
-    optimizer: Optimizer
-    state: State
+    @property
+    def model(self) -> nn.Module: ...
+    @property
+    def optimizer(self) -> Optimizer: ...
+    @property
+    def state(self) -> State: ...
 
     def batches(self, epoch: int, first: int = 0) -> Iterable[Any]:
         """This rank's batches of an epoch, as many as `num_batches` says, without those before `first`."""
@@ -68,7 +74,7 @@ class Task(Protocol):
         """Validation metrics, {} if there are none."""
 
     def save(self, path: Path) -> None:
-        """Write what the stage needs of the model to a directory, in the place of what is there."""
+        """Write what the stage needs of the model to a directory, replacing what is there."""
 
 
 class Interrupted(SystemExit):
@@ -81,31 +87,14 @@ class Interrupted(SystemExit):
         self.where = where
 
     def __str__(self) -> str:
-        return f"interrupted by a signal; the same command goes on from {self.where}"
-
-
-@dataclass
-class History:
-    """What happened in training; `history.json` holds the same.
-
-    Args:
-        steps: of every step `step` (from 1), `epoch` (from 0) and `loss` (mean over ranks); every few steps
-            also `samples_per_s` (of all ranks), `data_wait` (share of time spent waiting for batches),
-            `grad_norm` (before the step), `peak_memory_gib` (of rank 0, so far) and what the task reports.
-        epochs: of every epoch `epoch`, `loss` (mean over steps), `seconds` and the validation metrics.
-        best_epoch: whose weights are in `best`.
-    """
-
-    steps: list[dict[str, float]] = field(default_factory=list)
-    epochs: list[dict[str, float]] = field(default_factory=list)
-    best_epoch: int | None = None
+        return f"interrupted by a signal; the same command resumes from {self.where}"
 
 
 def fit(
     task: Task,
     *,
     epochs: int,
-    out: Path,
+    run: RunDirectory,
     context: DistributedContext,
     select: str | None,
     patience: int | None,
@@ -117,65 +106,136 @@ def fit(
     Args:
         task: what to train.
         epochs: passes over the training data, at least 1.
-        out: gets history.json, TensorBoard's event files in `tensorboard/` and the best weights in `best/`.
+        run: gets history.jsonl, TensorBoard's event files and the best weights in `best/`.
         context: the process group; every rank calls `fit`.
         select: validation metric to maximize; the first epoch with the highest is the best. None: the last
             epoch is the best.
         patience: stop after this many epochs that were no better than the best before them.
         log_every: steps between two entries of the log.
-        checkpoints: where the run is taken up from, and leaves checkpoints: at the end of every epoch, as
-            often as they say, and when SIGTERM or SIGINT comes. None leaves none.
+        checkpoints: what the run is resumed from, and leaves: at the end of every epoch, as often as they
+            say, and when SIGTERM or SIGINT comes. None leaves none.
 
     Returns:
-        The history, the same on every rank.
+        The history without its steps, the same on every rank.
 
     Raises:
         FloatingPointError: a loss is not finite; it names epoch and step. No step is taken on it, and
             `bad_batch/rank<r>.json` has the ids of the batch.
         Interrupted: SIGTERM or SIGINT came, to whichever rank; all stop after the same step. A second
             SIGINT ends the process at once.
-        ResumeError: the checkpoints are of another run.
-        ValueError: no epochs, no batches, or an epoch without a finite value of the metric `select`.
+        LeaseError: another process has taken the directory over.
+        ResumeError: the checkpoints are of another run, or of more epochs.
+        OptionError: no epochs, no batches, or an epoch without a finite value of the metric `select`. A
+            checkpoint behind the steps of that epoch is left.
     """
     if epochs < 1:
-        raise ValueError(f"epochs is {epochs}: nothing to train")
-    out.mkdir(parents=True, exist_ok=True)
+        raise OptionError(f"epochs is {epochs}: nothing to train")
+    run.root.mkdir(parents=True, exist_ok=True)
     history, epoch, first = History(), 0, 0
     found = checkpoints.restore(task.state) if checkpoints is not None else None
     if found is not None:
         epoch, first, progress = found
         history = History(**progress)
-    steps = len(history.steps)
-    writer = SummaryWriter(str(out / "tensorboard"), purge_step=steps + 1) if context.is_main else None
+        if epoch > epochs or (epoch == epochs and first):
+            raise ResumeError(f"{run.root} has trained {len(history.epochs)} epochs, {epochs} are fewer")
+    log_file = _Log(run, history) if context.is_main else None
+    save = _Saving(task, run, history, log_file, checkpoints)
     try:
         with _signals(checkpoints is not None) as stop:
             while epoch < epochs and not _is_over(history, select, patience):
                 started = time.perf_counter()
                 task.model.train()
-                _train_epoch(task, epoch, first, history, out, context, writer, log_every, checkpoints, stop)
-                losses = [entry["loss"] for entry in history.steps if entry["epoch"] == epoch]
-                entry = {"epoch": epoch, "loss": sum(losses) / len(losses)}
+                _train_epoch(task, epoch, first, history, run, context, log_file, log_every, save, stop)
+                entry = {"epoch": epoch, "loss": history.loss_sum / history.loss_count}
                 entry |= context.all_gather_objects(task.after_epoch(epoch))[0]  # all ranks decide alike
                 entry["seconds"] = time.perf_counter() - started
-                if _is_better(entry, history, select):
+                if not _can_be_judged(entry, select):
+                    save.checkpoint(epoch, task.num_batches(epoch))
+                    save.wait()
+                    known = ", ".join(f"{name} {value}" for name, value in entry.items())
+                    raise OptionError(f"epoch {epoch} has no finite {select} to select by; it has {known}")
+                is_best = _is_better(entry, history, select)
+                if is_best:
                     history.best_epoch = epoch
-                    task.save(out / "best")
+                    run.check_lease()
+                    task.save(run.best)
                 history.epochs.append(entry)
-                if writer is not None:
-                    _log_epoch(entry, writer, len(history.steps))
-                    write_json(out / "history.json", asdict(history))
+                history.loss_sum, history.loss_count = 0.0, 0
+                if log_file is not None:
+                    log_file.add_epoch(entry, is_best, history.num_steps)
                 context.barrier()
                 epoch, first = epoch + 1, 0
-                if checkpoints is not None:
-                    checkpoints.save(task.state, epoch, first, asdict(history))
-                    if any(context.all_gather_objects(stop.is_set)):  # in the evaluation
-                        _interrupt(out, checkpoints)
-            if checkpoints is not None:
-                checkpoints.wait()
+                save.checkpoint(epoch, first)
+                if checkpoints is not None and any(context.all_gather_objects(stop.is_set)):
+                    save.interrupt()  # the signal came in the evaluation
+            save.wait()
     finally:
-        if writer is not None:
-            writer.close()
+        if log_file is not None:
+            log_file.close()
     return history
+
+
+class _Log:
+    """Where rank 0 writes down what happens: the history and TensorBoard."""
+
+    def __init__(self, run: RunDirectory, history: History) -> None:
+        self._file = HistoryFile(run.history, history)
+        self._board = SummaryWriter(str(run.tensorboard), purge_step=history.num_steps + 1)
+
+    def add_step(self, entry: dict[str, float], is_logged: bool) -> None:
+        self._file.add_step(entry, flush=is_logged)
+        if is_logged:
+            for name in entry.keys() - {"step"}:
+                self._board.add_scalar(f"train/{name}", entry[name], entry["step"])
+
+    def add_epoch(self, entry: dict[str, float], is_best: bool, step: int) -> None:
+        self._file.add_epoch(entry, is_best)
+        for name in entry.keys() - {"epoch"}:
+            self._board.add_scalar(f"epoch/{name}", entry[name], step)
+        facts = ", ".join(f"{name} {value:.4f}" for name, value in entry.items() if name != "epoch")
+        log.info("epoch %d: %s", entry["epoch"], facts)
+
+    def sync(self) -> None:
+        self._file.sync()
+
+    def close(self) -> None:
+        self._board.close()
+        self._file.close()
+
+
+class _Saving:
+    """Checkpoints of the run, behind the history that they rely on; every rank calls every method."""
+
+    def __init__(
+        self,
+        task: Task,
+        run: RunDirectory,
+        history: History,
+        log_file: _Log | None,
+        checkpoints: Checkpoints | None,
+    ) -> None:
+        self._task, self._run, self._history = task, run, history
+        self._log, self._checkpoints = log_file, checkpoints
+
+    def is_due(self, step: int) -> bool:
+        return self._checkpoints is not None and self._checkpoints.is_due(step)
+
+    def checkpoint(self, epoch: int, step: int) -> None:
+        if self._checkpoints is None:
+            return
+        on_all_ranks(self._log.sync if self._log is not None else lambda: None)
+        self._run.check_lease()
+        self._checkpoints.save(self._task.state, epoch, step, self._history.progress())
+
+    def wait(self) -> None:
+        if self._checkpoints is not None:
+            self._checkpoints.wait()
+
+    def interrupt(self) -> NoReturn:
+        self.wait()
+        interrupted = Interrupted(self._run.checkpoints)
+        log.warning("%s", interrupted)
+        raise interrupted
 
 
 def _is_over(history: History, select: str | None, patience: int | None) -> bool:
@@ -193,35 +253,34 @@ def _train_epoch(
     epoch: int,
     first: int,
     history: History,
-    out: Path,
+    run: RunDirectory,
     context: DistributedContext,
-    writer: SummaryWriter | None,
+    log_file: _Log | None,
     log_every: int,
-    checkpoints: Checkpoints | None,
+    save: _Saving,
     stop: "_Flag",
 ) -> None:
     total = task.num_batches(epoch)
     if total < 1:
-        raise ValueError(f"epoch {epoch} has no batches: the data is smaller than one batch on every rank")
+        raise OptionError(f"epoch {epoch} has no batches: the data is smaller than one batch on every rank")
     samples, waited, since = 0, 0.0, time.perf_counter()
     bar = tqdm(total=total, initial=first, desc=f"epoch {epoch}", unit="step", mininterval=1,
                disable=not context.is_main)  # fmt: skip
     with bar as progress:
         for place, (batch, seconds) in enumerate(_timed(task.batches(epoch, first)), first + 1):
             waited += seconds
-            step = len(history.steps) + 1
+            step = history.num_steps + 1
             task.optimizer.zero_grad()  # before the forward pass, in which fused kernels take their rate
             loss, report = task.training_forward(batch)
             value, stopping = _over_ranks(loss, stop.is_set, context)
             if not math.isfinite(value):
-                if checkpoints is not None:
-                    checkpoints.wait()
-                file = out / "bad_batch" / f"rank{context.rank}.json"
+                save.wait()
+                file = run.root / "bad_batch" / f"rank{context.rank}.json"
                 file.parent.mkdir(exist_ok=True)
                 write_json(
                     file, {"epoch": epoch, "step": step, "loss": float(loss.detach())} | task.batch_ids(batch)
                 )
-                raise FloatingPointError(
+                raise Diverged(
                     f"the loss is {value} in epoch {epoch} at step {step}; the ids of the batch are in "
                     f"{file.parent}. Try a lower learning rate, and check the input for values that are not "
                     "finite"
@@ -240,23 +299,16 @@ def _train_epoch(
                 entry["peak_memory_gib"] = peak_memory(context.device) / 2**30
                 entry |= {name: float(scalar.detach()) for name, scalar in report.items()}
                 samples, waited, since = 0, 0.0, time.perf_counter()
-                if writer is not None:
-                    for name in entry.keys() - {"step"}:
-                        writer.add_scalar(f"train/{name}", entry[name], step)
                 progress.set_postfix(loss=f"{value:.4f}", refresh=False)
-            history.steps.append(entry)
+            if log_file is not None:
+                log_file.add_step(entry, is_logged)
+            history.num_steps = step
+            history.loss_sum, history.loss_count = history.loss_sum + value, history.loss_count + 1
             progress.update()
-            if checkpoints is not None and (stopping or checkpoints.is_due(step)):
-                checkpoints.save(task.state, epoch, place, asdict(history))
+            if stopping or save.is_due(step):
+                save.checkpoint(epoch, place)
             if stopping:
-                _interrupt(out, checkpoints)
-
-
-def _interrupt(out: Path, checkpoints: Checkpoints) -> NoReturn:
-    checkpoints.wait()
-    interrupted = Interrupted(out / "checkpoints")
-    log.warning("%s", interrupted)
-    raise interrupted
+                save.interrupt()
 
 
 def peak_memory(device: torch.device) -> int:
@@ -314,19 +366,11 @@ def _over_ranks(loss: Tensor, stop: bool, context: DistributedContext) -> tuple[
     return value / context.world_size, stopping > 0
 
 
+def _can_be_judged(entry: dict[str, float], select: str | None) -> bool:
+    return select is None or math.isfinite(entry.get(select, math.nan))
+
+
 def _is_better(entry: dict[str, float], history: History, select: str | None) -> bool:
-    if select is None:
-        return True
-    if not math.isfinite(entry.get(select, math.nan)):
-        known = ", ".join(f"{name} {value}" for name, value in entry.items())
-        raise ValueError(f"epoch {entry['epoch']} has no finite {select} to select by; it has {known}")
-    if history.best_epoch is None:
+    if select is None or history.best_epoch is None:
         return True
     return entry[select] > history.epochs[history.best_epoch][select]
-
-
-def _log_epoch(entry: dict[str, float], writer: SummaryWriter, step: int) -> None:
-    for name in entry.keys() - {"epoch"}:
-        writer.add_scalar(f"epoch/{name}", entry[name], step)
-    facts = ", ".join(f"{name} {value:.4f}" for name, value in entry.items() if name != "epoch")
-    log.info("epoch %d: %s", entry["epoch"], facts)

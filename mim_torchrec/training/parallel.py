@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
+from mim_torchrec.errors import OptionError
 from mim_torchrec.training.distributed import DistributedContext
 
 Parallel = Literal["ddp", "fsdp"]
@@ -39,14 +40,14 @@ def parallelize(
         What to call in training; the model itself for FSDP2 and on one rank.
 
     Raises:
-        ValueError: FSDP2 is asked for and there is nothing to divide.
+        OptionError: FSDP2 is asked for and there is nothing to divide.
     """
     if kind == "ddp":
         if context.world_size == 1:
             return model
         return nn.parallel.DistributedDataParallel(model, **options)
     if not parts:
-        raise ValueError("fsdp divides towers that are trained, and none is; take ddp")
+        raise OptionError("fsdp divides towers that are trained, and none is; take ddp")
     mesh = init_device_mesh(context.device.type, (context.world_size,))
     for part in parts:
         for block in blocks(part):

@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mim_torchrec.training.checkpoint import atomic_directory_on_all_ranks, on_all_ranks
+from mim_torchrec.embeddings.collective import on_all_ranks
 from mim_torchrec.training.checkpoints import CheckpointConfig, Checkpoints
 from mim_torchrec.training.distributed import DistributedContext, distributed
 from mim_torchrec.training.parallel import Parallel, gradient_norm, parallelize
+from mim_torchrec.training.shared_directory import shared_atomic_directory
 from mim_torchrec.training.state import TrainingState
 from tests.ranks import RankError, run_ranks
 
@@ -132,14 +133,14 @@ def test_a_full_disk_of_one_rank_is_an_error_of_all_and_leaves_what_was_there(tm
 
 
 def write_a_directory(path: Path, fails: bool) -> None:
-    with distributed(0) as context, atomic_directory_on_all_ranks(path, context) as folder:
+    with distributed(0) as context, shared_atomic_directory(path, context) as folder:
 
         def write() -> None:
             (folder / f"{dist.get_rank()}").write_text("")
             if fails and context.rank == 1:
                 raise OSError(28, "No space left on device")
 
-        on_all_ranks(write, context)
+        on_all_ranks(write)
 
 
 def test_a_directory_of_ranks_has_the_files_of_all_or_stays_as_it_was(tmp_path):

@@ -1,6 +1,7 @@
 """Trained towers divided by FSDP2, in chunks and in bfloat16, beside DDP, whole batches and float32."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from mim_torchrec.encoders.item_encoder import HeadConfig, ItemEncoder, ItemEnco
 from mim_torchrec.encoders.text import TextEncoderConfig, train_tokenizer
 from mim_torchrec.encoders.vision import VisionEncoderConfig
 from mim_torchrec.losses.info_nce import MultiLevelInfoNCE
+from mim_torchrec.training.history import read_history
 from mim_torchrec.training.parallel import blocks
 from tests.programs import TINY_TOWERS, small_shop, words
 from tests.ranks import RankError, run_ranks
@@ -36,7 +38,7 @@ def command(data: Path, out: Path, **changes: str) -> list[str]:
 
 
 def result(out: Path) -> tuple[list[float], dict]:
-    history = json.loads((out / "history.json").read_text())
+    history = asdict(read_history(out / "history.jsonl"))
     return [entry["loss"] for entry in history["steps"]], json.loads((out / "metrics.json").read_text())
 
 

@@ -1,7 +1,7 @@
 """Two gloo ranks contrast as one process that sees every pair, and end a run together."""
 
-import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from mim_torchrec.data.shop import main as make_shop
 from mim_torchrec.encoders.checkpoint import load_encoder
 from mim_torchrec.encoders.item_encoder import HeadConfig, ItemHead
 from mim_torchrec.losses.info_nce import MultiLevelInfoNCE
+from mim_torchrec.training.history import read_history
 from tests.ranks import run_ranks
 
 N, RANKS, IMAGE, TEXT = 6, 2, 9, 7
@@ -108,7 +109,7 @@ def test_two_ranks_train_the_same_encoder_as_one(shop, tmp_path, options):
     for world_size in (1, 2):
         out = tmp_path / str(world_size)
         run_ranks(stage, world_size, shop, str(out), *options)
-        histories.append(json.loads((out / "history.json").read_text()))
+        histories.append(asdict(read_history(out / "history.jsonl")))
     losses = [[entry["loss"] for entry in history["steps"]] for history in histories]
     pairs = 2 * 131 if "category" in options else 131  # of clicks and purchases, or of purchases
     assert len(losses[0]) == 2 * (math.floor(pairs * 0.95) // 32)

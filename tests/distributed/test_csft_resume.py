@@ -2,18 +2,26 @@
 
 import json
 import os
+import queue
+import re
 import signal
 import subprocess
 import sys
-import time
+import threading
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mim_torchrec.csft.main import main
 from mim_torchrec.csft.task import CSFTTask
 from mim_torchrec.training.checkpoints import ResumeError
+from mim_torchrec.training.history import read_history
 from tests.programs import TINY_TOWERS, small_shop, words
+
+pytestmark = pytest.mark.slow
+
 
 FLAGS = TINY_TOWERS | {
     "freeze-towers": "False",
@@ -30,7 +38,31 @@ def command(data: Path, out: Path, **changes: str) -> list[str]:
     return words(data, out, FLAGS, **changes)
 
 
-def launch(data: Path, out: Path, ranks: int = 2, restarts: int = 0) -> subprocess.Popen:
+class Job(subprocess.Popen):
+    """A program whose output goes into a file, and line by line into a queue, at whose end is None."""
+
+    def __init__(self, line: list[str], log: Path, **options: Any) -> None:
+        super().__init__(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+        self.log, self.lines = log, queue.SimpleQueue()
+        self._copies = threading.Thread(target=self._copy, daemon=True)
+        self._copies.start()
+
+    def _copy(self) -> None:
+        with self.log.open("w") as file:
+            for line in self.stdout:
+                file.write(line)
+                file.flush()
+                self.lines.put(line)
+        self.lines.put(None)
+
+    def end(self, timeout: float) -> int:
+        """Wait for the exit status, and for the last line of the output."""
+        status = self.wait(timeout)
+        self._copies.join(timeout)
+        return status
+
+
+def launch(data: Path, out: Path, ranks: int = 2, restarts: int = 0) -> Job:
     """The stage under torchrun, in a process group of its own."""
     line = [
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks),
@@ -38,33 +70,30 @@ def launch(data: Path, out: Path, ranks: int = 2, restarts: int = 0) -> subproce
         "--monitor_interval", "0.1", "-m", "mim_torchrec.csft.main", *command(data, out),
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    log = out.with_suffix(".log").open("w")
-    return subprocess.Popen(line, env=environment, stdout=log, stderr=subprocess.STDOUT,
-                            start_new_session=True)  # fmt: skip
+    return Job(line, out.with_suffix(".log"), env=environment, start_new_session=True)
 
 
-def finish(process: subprocess.Popen, out: Path) -> None:
-    status = process.wait(timeout=300)
+def finish(process: Job, out: Path) -> None:
+    status = process.end(timeout=300)
     assert status == 0, out.with_suffix(".log").read_text()[-4000:]
 
 
 def result(out: Path) -> tuple[list[float], str]:
     """All losses, and the version of the encoder, which is a hash of its weights."""
-    history = json.loads((out / "history.json").read_text())
+    history = asdict(read_history(out / "history.jsonl"))
     metrics = json.loads((out / "metrics.json").read_text())
     return [entry["loss"] for entry in history["steps"]], metrics["encoder_version"]
 
 
-def wait_for_checkpoint(process: subprocess.Popen, out: Path, name: str) -> None:
-    """Until there is this checkpoint or a later one."""
-    limit = time.monotonic() + 200
-    while not any(path.name >= name for path in (out / "checkpoints").glob("epoch-*[0-9]")):
-        log = out.with_suffix(".log").read_text()
-        assert process.poll() is None and time.monotonic() < limit, log[-4000:]
-        time.sleep(0.01)
+def wait_for_checkpoint(process: Job, name: str) -> None:
+    """Until the log tells of this checkpoint or a later one."""
+    while (line := process.lines.get(timeout=200)) is not None:
+        if (found := re.search(r"checkpoint \S*/(epoch-\S*\d)", line)) and found[1] >= name:
+            return
+    raise AssertionError(process.log.read_text()[-4000:])
 
 
-def ranks_of(process: subprocess.Popen) -> list[int]:
+def ranks_of(process: Job) -> list[int]:
     """Processes of the ranks, children of the agent."""
     found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
     pids = [int(pid) for pid in found.stdout.split()]
@@ -81,7 +110,7 @@ def unbroken(shop, tmp_path_factory) -> tuple[list[float], str]:
 def test_a_rank_that_is_killed_costs_nothing(shop, unbroken, tmp_path):
     out = tmp_path / "csft"
     process = launch(shop, out, restarts=1)
-    wait_for_checkpoint(process, out, "epoch-0001-step-00000001")
+    wait_for_checkpoint(process, "epoch-0001-step-00000001")
     os.kill(ranks_of(process)[-1], signal.SIGKILL)
     finish(process, out)
     assert "taken up from" in out.with_suffix(".log").read_text()
@@ -91,9 +120,9 @@ def test_a_rank_that_is_killed_costs_nothing(shop, unbroken, tmp_path):
 def test_sigterm_saves_and_the_same_command_goes_on(shop, unbroken, tmp_path):
     out = tmp_path / "csft"
     process = launch(shop, out)
-    wait_for_checkpoint(process, out, "epoch-0000-step-00000004")
+    wait_for_checkpoint(process, "epoch-0000-step-00000004")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=200) != 0
+    assert process.end(timeout=200) != 0
     log = out.with_suffix(".log").read_text()
     assert "interrupted by a signal" in log, log[-4000:]
     assert not (out / "metrics.json").exists()
@@ -138,11 +167,11 @@ def test_another_configuration_in_the_same_place_is_refused(shop, tmp_path):
     with pytest.raises(ResumeError, match=r"epochs 1 \(now 2\).*--checkpoint.resume never"):
         main(command(shop, tmp_path / "csft", epochs="2"))
     main(command(shop, tmp_path / "csft", epochs="2", checkpoint__resume="never"))
-    assert len(json.loads((tmp_path / "csft" / "history.json").read_text())["epochs"]) == 2
+    assert len(asdict(read_history(tmp_path / "csft" / "history.jsonl"))["epochs"]) == 2
 
 
 def test_another_number_of_ranks_is_refused(shop, tmp_path):
     main(command(shop, tmp_path / "csft"))
     process = launch(shop, tmp_path / "csft")
-    assert process.wait(timeout=200) != 0
+    assert process.end(timeout=200) != 0
     assert "is of 1 ranks, this run has 2" in (tmp_path / "csft.log").read_text()

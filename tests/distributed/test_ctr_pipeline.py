@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from mim_torchrec.ctr.main import main
 from mim_torchrec.ctr.pipeline import SparseExchange
+from mim_torchrec.training.history import read_history
 from tests.pipeline.test_ctr_main import SMALL, write_dataset
 from tests.pipeline.test_evaluate_main import write_table
 from tests.ranks import run_ranks
@@ -28,7 +30,7 @@ def train(root: Path, out: str, *words: str) -> None:
 
 
 def found(run: Path) -> dict:
-    losses = [step["loss"] for step in json.loads((run / "history.json").read_text())["steps"]]
+    losses = [step["loss"] for step in asdict(read_history(run / "history.jsonl"))["steps"]]
     return {"losses": losses, "auc": json.loads((run / "metrics.json").read_text())["auc"]}
 
 

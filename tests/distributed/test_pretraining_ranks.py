@@ -1,6 +1,7 @@
 """Two gloo ranks pre-train as one process that sees every item, and end a run together."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from mim_torchrec.pretraining.objective import PretrainingObjective
 from mim_torchrec.pretraining.text import LanguageModel, TokenBatch
 from mim_torchrec.pretraining.vision import MaskedImageModel, MaskedImages
 from mim_torchrec.training.distributed import DistributedContext
+from mim_torchrec.training.history import read_history
 from tests.ranks import run_ranks
 
 N, RANKS = 4, 2
@@ -118,7 +120,7 @@ def test_two_ranks_align_the_towers_as_one_does(shop, tmp_path):
     for world_size in (1, 2):
         out = tmp_path / str(world_size)
         run_ranks(stage, world_size, shop, str(out), "--phases", "dma")
-        histories.append(json.loads((out / "dma" / "history.json").read_text()))
+        histories.append(asdict(read_history(out / "dma" / "history.jsonl")))
     losses = [[entry["loss"] for entry in history["steps"]] for history in histories]
     assert len(losses[0]) == 2 * (162 // 32)
     assert losses[0] == pytest.approx(losses[1], abs=2e-3)

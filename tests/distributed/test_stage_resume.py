@@ -1,6 +1,7 @@
 """CTR and pre-training that are broken off and taken up again end bit for bit as those that are not."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,11 @@ import torch
 from mim_torchrec.ctr.main import main as train_ctr
 from mim_torchrec.embeddings.table.format import TableWriter
 from mim_torchrec.pretraining.main import main as pretrain
+from mim_torchrec.training.history import read_history
 from tests.programs import small_shop
 from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +33,7 @@ def forget_after(out: Path, name: str) -> None:
 
 
 def losses(out: Path) -> list[float]:
-    return [entry["loss"] for entry in json.loads((out / "history.json").read_text())["steps"]]
+    return [entry["loss"] for entry in asdict(read_history(out / "history.jsonl"))["steps"]]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -9,7 +9,10 @@ import pytest
 
 from mim_torchrec.benchmarks.records import bench, benchmark_report
 from mim_torchrec.benchmarks.records.registry import BENCHMARKS, EXPERIMENTS, RESULTS, Benchmark
+from mim_torchrec.errors import OptionError
 from tests.unit.test_packaging import ROOT
+
+pytestmark = pytest.mark.slow
 
 PROGRAMS = {
     ".".join(path.relative_to(ROOT / "benchmarks").with_suffix("").parts)
@@ -137,7 +140,7 @@ def test_a_benchmark_that_fails_ends_it_and_is_named(tmp_path, monkeypatch):
         name="csft_loss", module="speed.csft_loss", target="x", title="", small=("--no-such-flag", "1")
     )
     monkeypatch.setattr(bench, "BENCHMARKS", [broken])
-    with pytest.raises(SystemExit, match="csft_loss ended with 2"):
+    with pytest.raises(bench.BenchmarkFailed, match="csft_loss ended with 2"):
         bench.main(["--out", str(tmp_path), "--only", "csft_loss"])
-    with pytest.raises(SystemExit, match="there is no benchmark nothing"):
+    with pytest.raises(OptionError, match="there is no benchmark nothing"):
         bench.main(["--out", str(tmp_path), "--only", "nothing"])

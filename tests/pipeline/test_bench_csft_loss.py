@@ -6,6 +6,8 @@ import pytest
 
 from mim_torchrec.benchmarks.speed.csft_loss import main
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_report_holds_every_figure_and_target(tmp_path):
     main(["--out", str(tmp_path), "--queries", "8", "--dim", "4", "--queue-batches", "3", "--steps", "1",

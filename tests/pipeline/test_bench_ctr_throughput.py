@@ -10,6 +10,9 @@ from mim_torchrec.benchmarks.measures.turns import in_turns
 from mim_torchrec.benchmarks.speed import fuxictr_models
 from mim_torchrec.benchmarks.speed.ctr_throughput import MODELS, ThroughputConfig, main
 
+pytestmark = pytest.mark.slow
+
+
 SMALL = ["--dims", "4", "--candidates", "1", "2", "--batch-size", "8", "--users", "20", "--items", "50",
          "--categories", "5", "--mm-dim", "8", "--batches", "2", "--rounds", "2", "--warmup", "1",
          "--attention", "4", "--tower", "8", "4", "--top-k", "3"]  # fmt: skip

@@ -8,6 +8,9 @@ from mim_torchrec.benchmarks.paper.efficiency.config import parse
 from mim_torchrec.benchmarks.paper.efficiency.main import main
 from mim_torchrec.benchmarks.paper.efficiency.pages import PAPER
 
+pytestmark = pytest.mark.slow
+
+
 SMALL = ["--vision", "test_vit", "--image-size", "32", "--text", "bert-tiny", "--samples", "4", "--dim", "8",
          "--mm-dim", "16", "--id-rows", "500", "--batch-size", "8", "--time-vision", "test_vit",
          "--time-image-size", "32", "--time-samples", "4", "--rounds", "1"]  # fmt: skip

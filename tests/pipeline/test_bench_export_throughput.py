@@ -8,6 +8,8 @@ import torch
 from mim_torchrec.benchmarks.speed.export_throughput import PARTS, main
 from mim_torchrec.embeddings.table.format import Table
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -6,6 +6,9 @@ import pytest
 
 from mim_torchrec.benchmarks.speed.scaling import exponent, main
 
+pytestmark = pytest.mark.slow
+
+
 SMALL = ["--histories", "5", "10", "--batches", "8", "16", "--table-rows", "1000", "5000",
          "--batch-size", "8", "--max-behaviors", "5", "--dim", "8", "--mm-dim", "8", "--rounds", "2",
          "--simulated-items", "1000000", "1420000000", "--simulated-gpus", "4", "100"]  # fmt: skip

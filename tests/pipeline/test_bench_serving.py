@@ -7,6 +7,9 @@ import torch
 
 from mim_torchrec.benchmarks.speed.serving import main
 
+pytestmark = pytest.mark.slow
+
+
 SMALL = ["--behaviors", "3", "1000", "--candidates", "20", "--mm-dims", "8", "--id-dim", "4", "--models",
          "sim/paper", "--items", "200", "--users", "10", "--rounds", "2", "--requests", "4", "--clients", "2",
          "--threads", "1"]  # fmt: skip

@@ -16,6 +16,8 @@ from mim_torchrec.embeddings.table.writer import TableWriter
 from mim_torchrec.embeddings.windows.transport import open_log
 from mim_torchrec.embeddings.windows.window import Window
 
+pytestmark = pytest.mark.slow
+
 
 def test_killed_processes_leave_every_row_right_over_both_transports(tmp_path):
     out = tmp_path / "run"

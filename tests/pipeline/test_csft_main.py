@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,6 +14,7 @@ from mim_torchrec.csft.main import main
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.shop import main as make_shop
 from mim_torchrec.encoders.checkpoint import encoder_version, load_encoder
+from mim_torchrec.training.history import read_history
 
 SMALL = {
     "vision.name": "test_convnext", "vision.weights": "random", "vision.image-size": "32",
@@ -58,7 +60,7 @@ def test_the_encoder_directory_is_all_it_takes(finished, tmp_path):
 
 
 def test_it_writes_history_config_and_tensorboard(finished):
-    history = json.loads((finished / "history.json").read_text())
+    history = asdict(read_history(finished / "history.jsonl"))
     assert len(history["epochs"]) == 6
     assert {"loss", "accuracy", "negatives", "scale"} <= history["steps"][0].keys()
     assert json.loads((finished / "config.json").read_text())["vision"]["name"] == "test_convnext"
@@ -66,7 +68,7 @@ def test_it_writes_history_config_and_tensorboard(finished):
 
 
 def test_the_kept_epoch_is_the_best_by_recall(finished):
-    history = json.loads((finished / "history.json").read_text())
+    history = asdict(read_history(finished / "history.jsonl"))
     recalls = [epoch["recall_at_10"] for epoch in history["epochs"]]
     assert history["best_epoch"] == recalls.index(max(recalls))
 
@@ -95,7 +97,7 @@ def test_frozen_towers_are_not_trained(shop, tmp_path):
 
 def test_images_that_do_not_fit_in_memory_are_decoded_as_needed(shop, tmp_path):
     losses = [
-        json.loads((run(shop, tmp_path / gib, epochs="1", image_memory_gib=gib) / "history.json").read_text())
+        asdict(read_history(run(shop, tmp_path / gib, epochs="1", image_memory_gib=gib) / "history.jsonl"))
         for gib in ("0", "1")
     ]
     assert [step["loss"] for step in losses[0]["steps"]] == [step["loss"] for step in losses[1]["steps"]]

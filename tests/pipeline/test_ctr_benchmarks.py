@@ -7,6 +7,9 @@ import pytest
 
 from mim_torchrec.benchmarks.paper import ablation_ciubm, abtest, coldstart, table2
 
+pytestmark = pytest.mark.slow
+
+
 SHOP = ["--shop.items", "300", "--shop.users", "100", "--shop.requests", "600", "--shop.searches", "200",
         "--shop.csft-epochs", "1", "--shop.csft-batch-size", "64", "--shop.ctr-epochs", "1",
         "--shop.nproc", "1"]  # fmt: skip

@@ -3,6 +3,7 @@
 import datetime as dt
 import io
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from mim_torchrec.data.vocabulary import IdMapper, Vocabulary, scan_ids
 from mim_torchrec.embeddings.table.format import TableWriter, VersionMismatch
 from mim_torchrec.training import metrics
 from mim_torchrec.training.distributed import distributed
+from mim_torchrec.training.history import read_history
 from tests.ranks import run_ranks
 
 NUM_ITEMS, NUM_USERS, STYLES = 60, 20, 3
@@ -158,7 +160,7 @@ def test_categories_cover_all_impressions(base):
 
 def test_the_resolved_config_and_history_are_written(base):
     assert json.loads((base / "config.json").read_text())["embedding_dim"] == 4
-    history = json.loads((base / "history.json").read_text())
+    history = asdict(read_history(base / "history.jsonl"))
     assert len(history["epochs"]) == 2
     assert {"auc", "gauc", "ne"} <= set(history["epochs"][0])
 
@@ -250,7 +252,7 @@ def test_every_user_behavior_model_trains_with_and_without_content(folder, tmp_p
 def test_an_auxiliary_loss_is_reported_where_there_is_one(folder, tmp_path, ubm, weight, reported):
     main(["--data", str(folder / "data"), "--mim", "off", "--out", str(tmp_path), *SMALL, "--epochs", "1",
           "--ubm", ubm, "--aux-weight", weight])  # fmt: skip
-    first = json.loads((tmp_path / "history.json").read_text())["steps"][0]
+    first = asdict(read_history(tmp_path / "history.jsonl"))["steps"][0]
     assert ("auxiliary_loss" in first) == reported
 
 
@@ -377,7 +379,7 @@ def test_the_table_learns_by_the_rate_of_the_step(folder, tmp_path):
         out = tmp_path / f"{rate}-{steps}"
         main(["--data", str(folder / "data"), "--mim", "off", "--out", str(out), *SMALL, "--lr", "1e-9",
               "--sparse-lr", rate, "--warmup-steps", steps])  # fmt: skip
-        history = json.loads((out / "history.json").read_text())
+        history = asdict(read_history(out / "history.jsonl"))
         losses[rate, steps] = [entry["loss"] for entry in history["steps"]]
     assert losses["1", "100000000"] == pytest.approx(losses["1e-8", "0"], abs=1e-4)
     assert losses["1", "0"][1:] != pytest.approx(losses["1e-8", "0"][1:], abs=1e-2)

@@ -6,6 +6,9 @@ import pytest
 
 from mim_torchrec.benchmarks.paper import demo
 
+pytestmark = pytest.mark.slow
+
+
 TINY = (
     "--items 200 --users 100 --requests 300 --searches 60 --csft-epochs 1 --csft-batch-size 16 --ctr-epochs 1"
 )

@@ -64,7 +64,7 @@ def test_readme_looks_vectors_up(checkout):
 
 
 def test_quickstart(tmp_path):
-    run_page("quickstart.md", tmp_path, {"--items 400 ": "--items 120 --image-size 32 "})
+    run_page("quickstart.md", tmp_path)
     metrics = json.loads((tmp_path / "runs" / "mim" / "metrics.json").read_text())
     assert metrics["table"] is not None
     assert list((tmp_path / "runs" / "mim-validation").iterdir())
@@ -83,6 +83,8 @@ def test_a_frozen_table_in_a_torchrec_model(tmp_path):
 
 def test_a_new_behavior_model(tmp_path):
     run_page("tutorials/behavior_model.md", tmp_path)
+    config = json.loads((tmp_path / "runs" / "dot-attention" / "config.json").read_text())
+    assert config["ubm"] == "my_models:DotAttentionOptions" and config["ubm_options"] == {"scale": 1.0}
 
 
 def test_a_cluster(tmp_path):

@@ -33,6 +33,9 @@ from mim_torchrec.encoders.vision import VisionEncoderConfig
 from mim_torchrec.training.distributed import distributed
 from tests.programs import small_shop
 
+pytestmark = pytest.mark.slow
+
+
 DIM = 16
 STAGE = """
 import sys

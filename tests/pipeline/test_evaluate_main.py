@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from sklearn.metrics import roc_auc_score
 from mim_torchrec.ctr.evaluation import main
 from mim_torchrec.ctr.main import main as train
 from mim_torchrec.embeddings.table.format import TableWriter, VersionMismatch
+from mim_torchrec.training.history import read_history
 from tests.pipeline.test_ctr_main import NUM_ITEMS, SMALL, STYLES, item_id, write_dataset
 from tests.ranks import run_ranks
 
@@ -105,7 +107,7 @@ def test_every_split_is_scored_whole(folder, tmp_path, split, n):
 
 def test_a_checkpoint_of_the_loop_is_evaluated_by_its_name(folder, tmp_path, found):
     names = sorted(path.name for path in (folder / "run" / "checkpoints").iterdir())
-    best = json.loads((folder / "run" / "history.json").read_text())["best_epoch"]
+    best = asdict(read_history(folder / "run" / "history.jsonl"))["best_epoch"]
     last = evaluate(folder, tmp_path, "--checkpoint", names[-1])
     first = evaluate(folder, tmp_path, "--checkpoint", names[0])
     of_epoch = [first, last]
@@ -144,7 +146,7 @@ def test_an_unknown_checkpoint_is_an_error_that_names_those_there_are(folder, tm
 
 
 def test_a_folder_that_is_no_run_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="is no run of mim ctr"):
+    with pytest.raises(ValueError, match="is no run: it has no config.json"):
         main(["--model", str(tmp_path), "--out", str(tmp_path / "out")])
 
 

@@ -13,6 +13,9 @@ import torch
 
 from mim_torchrec.embeddings.table.format import TableWriter
 
+pytestmark = pytest.mark.slow
+
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PAIRS = [("dlrm.py", "dlrm_frozen.py"), ("two_tower.py", "two_tower_frozen.py")]
 ITEMS, DIM = 1000, 16  # as in the examples

@@ -16,11 +16,12 @@ from PIL import Image
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.schema import ITEMS, Dataset
-from mim_torchrec.embeddings.table.format import Table, TableError
+from mim_torchrec.embeddings.table.format import Table
 from mim_torchrec.encoders.checkpoint import load_encoder, save_encoder
 from mim_torchrec.encoders.item_encoder import HeadConfig, ItemEncoder, ItemEncoderConfig
 from mim_torchrec.encoders.text import TextEncoderConfig, train_tokenizer
 from mim_torchrec.encoders.vision import VisionEncoderConfig
+from mim_torchrec.errors import OutputExists
 from mim_torchrec.representation.export import main
 from mim_torchrec.representation.plain import fit_projection
 from mim_torchrec.training.distributed import DistributedContext
@@ -156,7 +157,7 @@ def test_the_first_bad_item_is_named_however_many_threads_decode(encoder, tmp_pa
 
 
 def test_an_existing_table_is_refused_before_anything_is_encoded(exported):
-    with pytest.raises(TableError, match="exists"):
+    with pytest.raises(OutputExists, match="exists"):
         main(["--data", "nowhere", "--encoder", "nowhere", "--out", str(exported[1])])
 
 

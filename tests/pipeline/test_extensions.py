@@ -275,6 +275,8 @@ def test_only_its_own_file_names_a_behavior_model(name):
     default = {"mim_torchrec.ctr.config"} if name == CTRConfig.__dataclass_fields__["ubm"].default else set()
     naming = set()
     for module, path in SOURCES.items():
+        if module.startswith("mim_torchrec.benchmarks"):  # which compare models by name
+            continue
         for node in ast.walk(ast.parse(path.read_text())):
             names = isinstance(node, ast.Constant) and node.value == name
             if names or (isinstance(node, ast.ImportFrom) and node.module == own):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,6 +17,7 @@ from mim_torchrec.embeddings.table.format import Table
 from mim_torchrec.encoders.checkpoint import CheckpointError, load_encoder, load_towers
 from mim_torchrec.pretraining.main import main
 from mim_torchrec.representation.export import main as export
+from mim_torchrec.training.history import read_history
 
 PHASES = ("dda-vision", "dda-text", "dma")
 TOWERS = {
@@ -93,7 +95,7 @@ def test_it_writes_config_histories_and_metrics_of_every_phase(finished):
     assert json.loads((finished / "config.json").read_text())["phases"] == list(PHASES)
     assert list(metrics_of(finished)["phases"]) == list(PHASES)
     for phase in PHASES:
-        assert len(json.loads((finished / phase / "history.json").read_text())["epochs"]) == 3
+        assert len(asdict(read_history(finished / phase / "history.jsonl"))["epochs"]) == 3
         assert list((finished / phase / "tensorboard").iterdir())
         assert metrics_of(finished / phase) == metrics_of(finished)["phases"][phase]
 

@@ -225,10 +225,11 @@ class Slow:
     """A scorer that waits until it is let go."""
 
     def __init__(self) -> None:
-        self.go, self.batches = threading.Event(), []
+        self.begun, self.go, self.batches = threading.Event(), threading.Event(), []
 
     def score(self, requests):
         self.batches.append(len(requests))
+        self.begun.set()
         self.go.wait()
         return [request.request_ts for request in requests]
 
@@ -242,11 +243,11 @@ def test_what_waits_is_scored_together_and_what_is_too_much_or_too_late_refused(
     async def run() -> None:
         batcher, scorer = Batcher(Limits(max_queue=5, batch_pairs=300), Metrics()), Slow()
         first = asyncio.create_task(batcher.score(scorer, ask(0), None))
-        while not scorer.batches:
-            await asyncio.sleep(0)
+        await asyncio.to_thread(scorer.begun.wait)
         late = asyncio.create_task(batcher.score(scorer, ask(9), 0.001))
         waiting = [asyncio.create_task(batcher.score(scorer, ask(k), 60_000)) for k in (1, 2, 3, 4)]
-        await asyncio.sleep(0.01)
+        # tasks run in the order in which they were made, so that this one comes after those that wait
+        await asyncio.create_task(asyncio.to_thread(threading.Event().is_set))
         with pytest.raises(QueueFull, match="5 requests wait"):
             await batcher.score(scorer, ask(5), None)
         scorer.go.set()

@@ -12,6 +12,9 @@ from tests.pipeline.test_evaluate_main import write_table
 from tests.pipeline.test_serving_main import start
 from tests.serving import trained_bundle
 
+pytestmark = pytest.mark.slow
+
+
 MISSING = "the tests need a browser: apt-get install chromium"
 
 

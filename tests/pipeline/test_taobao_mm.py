@@ -148,7 +148,8 @@ def test_the_printed_command_trains_on_it(source, tmp_path, capsys, monkeypatch)
     main(["--source", str(source), "--out", "data"])
     words = shlex.split(capsys.readouterr().out.strip().splitlines()[-1])
     assert words[:2] == ["mim", "ctr"]
-    mim([*words[1:], "--epochs", "1", "--batch-size", "64", "--embedding-dim", "8"])
+    with pytest.raises(SystemExit, match="^0$"):
+        mim([*words[1:], "--epochs", "1", "--batch-size", "64", "--embedding-dim", "8"])
     report = json.loads((tmp_path / "runs" / "taobao-mm" / "metrics.json").read_text())
     assert report["n"] == SAMPLES // 4
     assert report["unknown_ids"]["mm"] == 0

@@ -1,6 +1,6 @@
 """`mim ctr --warm-start` through its `main`: known ids keep their embeddings, new ones begin."""
 
-import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from mim_torchrec.ctr.main import main
 from mim_torchrec.ctr.warm_start import WarmStartError
 from mim_torchrec.data.schema import REQUESTS
 from mim_torchrec.data.vocabulary import Vocabulary
+from mim_torchrec.training.history import read_history
 from tests.pipeline.test_ctr_main import SMALL, write_dataset
 from tests.pipeline.test_evaluate_main import write_table
 from tests.ranks import run_ranks
@@ -93,7 +94,7 @@ def test_training_goes_on_from_there(folder, tmp_path):
     losses = {}
     for name, more in (("warm", ["--warm-start", str(folder / "first")]), ("cold", [])):
         main([*words(folder, "tuesday"), "--out", str(tmp_path / name), "--epochs", "1", *more])
-        history = json.loads((tmp_path / name / "history.json").read_text())
+        history = asdict(read_history(tmp_path / name / "history.jsonl"))
         losses[name] = np.mean([entry["loss"] for entry in history["steps"]])
     assert losses["warm"] < losses["cold"]
 
@@ -112,5 +113,5 @@ def test_vectors_of_another_encoder_are_refused(folder, tmp_path):
 
 
 def test_a_folder_that_is_no_run_is_refused(folder, tmp_path):
-    with pytest.raises(ValueError, match="is no run of mim ctr"):
+    with pytest.raises(ValueError, match="is no run: it has no config.json"):
         main([*words(folder, "tuesday"), "--out", str(tmp_path / "out"), "--warm-start", str(tmp_path)])

@@ -3,22 +3,23 @@
 import copy
 import random
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from mim_torchrec.embeddings.files import remove_directory
 from mim_torchrec.training import checkpoints as module
-from mim_torchrec.training.checkpoint import remove
 from mim_torchrec.training.checkpoints import (
     CheckpointConfig,
     Checkpoints,
     ResumeError,
-    get_generators,
-    set_generators,
 )
 from mim_torchrec.training.distributed import distributed
+from mim_torchrec.training.generators import get_generators, set_generators
+from mim_torchrec.training.sharded_state import damage
 from mim_torchrec.training.state import TrainingState
 
 
@@ -82,7 +83,7 @@ def test_one_that_is_not_whole_does_not_count(tmp_path, ranks):
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
-@pytest.mark.parametrize("breaks", ["torch.save", "os.replace", "os.fsync"])
+@pytest.mark.parametrize("breaks", ["torch.save", "os.rename", "os.fsync"])
 def test_a_full_disk_leaves_those_before(tmp_path, ranks, monkeypatch, breaks, asynchronous):
     state = make_state(0)[2]
     store = Checkpoints(tmp_path, CheckpointConfig(asynchronous=asynchronous), {}, ranks)
@@ -130,20 +131,97 @@ def test_one_that_is_being_removed_does_not_count(tmp_path, ranks, monkeypatch):
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr("shutil.rmtree", killed)
-        remove(tmp_path / "epoch-0000-step-00000005")
+        remove_directory(tmp_path / "epoch-0000-step-00000005")
     assert store.restore(state) is None
     assert names(tmp_path) == []
 
 
+def test_any_bit_that_flips_in_any_file_is_found(tmp_path, ranks):
+    state = make_state(0)[2]
+    store = Checkpoints(tmp_path, CheckpointConfig(), {"lr": 1}, ranks, {"ubm": "din"})
+    written(store, state, 0, 5, {})
+    folder = tmp_path / "epoch-0000-step-00000005"
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    known = {"run.json", "rank-0.pt", ".metadata", "__0_0.distcp", "model.json", "sha256.json"}
+    assert {file.name for file in files} == known
+    rng = np.random.default_rng(0)
+    assert damage(folder) is None
+    for file in files:
+        whole = file.read_bytes()
+        for bit in rng.choice(8 * len(whole), size=min(40, 8 * len(whole)), replace=False):
+            flipped = bytearray(whole)
+            flipped[bit // 8] ^= 1 << (bit % 8)
+            file.write_bytes(flipped)
+            assert damage(folder) is not None, (file, bit)
+        file.write_bytes(whole)
+        file.unlink()
+        assert damage(folder) is not None, file
+        file.write_bytes(whole)
+    assert damage(folder) is None
+
+
 @pytest.mark.parametrize("file", ["run.json", "rank-0.pt", "state/.metadata", "state/__0_0.distcp"])
-def test_a_damaged_one_is_an_error_that_says_what_to_do(tmp_path, ranks, file):
+def test_the_newest_whole_one_is_taken_and_the_damaged_one_is_named_and_set_aside(
+    tmp_path, ranks, caplog, file
+):
+    state = make_state(0)[2]
+    store = Checkpoints(tmp_path, CheckpointConfig(keep=2), {}, ranks)
+    written(store, state, 0, 5, {})
+    written(store, state, 0, 9, {})
+    damaged = tmp_path / "epoch-0000-step-00000009" / file
+    damaged.write_bytes(damaged.read_bytes()[:20])
+    assert store.restore(state)[:2] == (0, 5)
+    assert f"step-00000009 is damaged and set aside: {file} has changed" in caplog.text
+    written(store, state, 0, 6, {})
+    written(store, state, 0, 7, {})
+    assert store.restore(state)[:2] == (0, 7)
+
+
+def test_without_a_whole_one_nothing_is_trained_again_silently(tmp_path, ranks):
     state = make_state(0)[2]
     store = Checkpoints(tmp_path, CheckpointConfig(), {}, ranks)
     written(store, state, 0, 5, {})
-    damaged = tmp_path / "epoch-0000-step-00000005" / file
-    damaged.write_bytes(damaged.read_bytes()[:20])
-    with pytest.raises(ResumeError, match="step-00000005 cannot be read: .*; remove it to go on"):
+    (tmp_path / "epoch-0000-step-00000005" / "run.json").unlink()
+    with pytest.raises(
+        ResumeError, match=r"no checkpoint is whole: .*run.json is missing; choose another --out"
+    ):
         store.restore(state)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+@pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata.tmp", "rank-0.pt"])
+def test_a_full_disk_is_called_so_with_path_and_bytes(tmp_path, ranks, monkeypatch, file, asynchronous):
+    state = make_state(0)[2]
+    store = Checkpoints(tmp_path, CheckpointConfig(asynchronous=asynchronous), {}, ranks)
+    written(store, state, 0, 5, {})
+    plain = Path.open
+
+    def on_a_full_disk(path, mode="r", *arguments, **words):
+        stream = plain(path, mode, *arguments, **words)
+        return Full(stream) if file in path.name and "r" not in mode else stream
+
+    class Full:
+        def __init__(self, stream):
+            self.stream = stream
+
+        def write(self, data):
+            raise OSError(28, "No space left on device")
+
+        def __getattr__(self, name):
+            return getattr(self.stream, name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.stream.close()
+
+    expected = r"step-00000006.*No space left on device; \d+ bytes are needed, \d+ bytes are free"
+    with monkeypatch.context() as patched, pytest.raises(OSError, match=expected):
+        patched.setattr(Path, "open", on_a_full_disk)
+        written(store, state, 0, 6, {})
+    assert names(tmp_path) == ["epoch-0000-step-00000005"]
+    assert store.restore(state)[:2] == (0, 5)
 
 
 def test_a_parameter_without_a_gradient_has_the_state_that_adamw_begins_with(tmp_path, ranks):
@@ -215,7 +293,7 @@ def test_what_goes_wrong_in_the_background_is_raised_by_the_next_save(tmp_path, 
     store = Checkpoints(tmp_path, CheckpointConfig(), {}, ranks)
     written(store, state, 0, 5, {})
     with monkeypatch.context() as patched:
-        patched.setattr(module, "publish_directory", lambda path: (_ for _ in ()).throw(OSError(28, "full")))
+        patched.setattr(module, "publish_shared", lambda path: (_ for _ in ()).throw(OSError(28, "full")))
         store.save(state, 0, 6, {})
         with pytest.raises(OSError, match="step-00000006 could not be written: .*full"):
             store.save(state, 0, 7, {})

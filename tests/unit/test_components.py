@@ -13,6 +13,7 @@ from torchx.specs.builders import materialize_appdef
 from torchx.specs.file_linter import validate
 from torchx.specs.finder import get_component, get_components
 
+from mim_torchrec.ciubm.ubm.registry import built_in_models
 from mim_torchrec.launch import components
 
 STAGES = {
@@ -72,8 +73,10 @@ def test_components_are_registered_beside_the_builtin_ones():
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_torchrun_takes_no_flag_of_a_stage_for_an_ambiguous_one_of_its_own(stage, capsys):
-    with pytest.raises(SystemExit):
-        import_module(MODULES[stage]).main(["--help"])
+    models = [["--ubm", name] for name in built_in_models()] if stage == "ctr" else [[]]
+    for model in models:  # each has flags of its own
+        with pytest.raises(SystemExit):
+            import_module(MODULES[stage]).main([*model, "--help"])
     flags = set(re.findall(r"^[│|]? *(--[a-z][a-z0-9.-]*)", capsys.readouterr().out, re.MULTILINE))
     assert {"--data", "--out"} <= flags
     for flag in sorted(flags):

@@ -14,6 +14,7 @@ from mim_torchrec.data.requests import RequestReader
 from mim_torchrec.data.schema import ITEMS, REQUESTS, REQUESTS_REQUIRED, Dataset
 from mim_torchrec.data.vocabulary import scan_ids
 from mim_torchrec.data.writing import DatasetWriter
+from mim_torchrec.errors import OutputExists
 from tests.datasets import (
     Rows,
     item_rows,
@@ -318,12 +319,12 @@ def test_an_image_that_cannot_be_decoded_names_its_place(tmp_path, data):
 
 def test_a_directory_that_is_there_is_not_overwritten(tmp_path):
     (tmp_path / "out").mkdir()
-    with pytest.raises(DataError, match=rf"{tmp_path}/out: exists"):
+    with pytest.raises(OutputExists, match=rf"{tmp_path}/out exists"):
         DatasetWriter(tmp_path / "out", name="x", source={})
 
 
 def test_a_directory_made_meanwhile_is_not_overwritten(tmp_path):
-    with pytest.raises(DataError, match="exists"):
+    with pytest.raises(OutputExists, match="exists"):
         with DatasetWriter(tmp_path / "out", name="x", source={}):
             (tmp_path / "out").mkdir()
     assert not list((tmp_path / "out").iterdir())

@@ -31,3 +31,52 @@ def test_the_page_names_the_defaults_that_were_once_forgotten():
 
 def test_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) < 150
+
+
+OTHER_PROGRAMS = {
+    "--no-deps", "--nproc_per_node", "--standalone", "--dryrun", "--max_restarts",
+    "--scale",  # of the model that a tutorial writes
+    "--silent", "--retry", "--retry-connrefused", "--retry-delay", "--help", "--debug",
+}  # fmt: skip
+FLAG = re.compile(r"(?<![\w-])--[a-z][\w.-]*\w")
+
+
+def pages() -> list[Path]:
+    """All pages that people write; a change log also names what is no longer there."""
+    own = [path for path in (ROOT / "docs").rglob("*.md") if "_generated" not in path.parts]
+    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *own]
+
+
+@pytest.mark.slow
+def test_every_flag_that_a_page_names_is_one_of_a_program(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    import reference
+
+    known = set(FLAG.findall(reference.commands_page())) | OTHER_PROGRAMS
+    unknown = {
+        (path.name, flag) for path in pages() for flag in FLAG.findall(path.read_text(encoding="utf-8"))
+    }
+    assert sorted(one for one in unknown if one[1] not in known) == []
+
+
+def test_every_target_that_a_page_names_is_in_the_makefile():
+    targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = {
+        (path.name, target)
+        for path in pages()
+        for target in re.findall(
+            r"(?:`|^    )make ([a-z][\w-]*)", path.read_text(encoding="utf-8"), re.MULTILINE
+        )
+    }
+    assert sorted(one for one in named if one[1] not in targets) == []
+
+
+def test_every_folder_and_file_that_a_page_names_exists():
+    begins = ("docs", "embeddings", "examples", "launch", "mim_torchrec", "requirements", "tests")
+    named = {
+        (path.name, name)
+        for path in pages()
+        for name in re.findall(r"`([\w./-]+/[\w./-]*)`", path.read_text(encoding="utf-8"))
+        if name.split("/")[0] in begins
+    }
+    assert sorted(one for one in named if not (ROOT / one[1]).exists()) == []

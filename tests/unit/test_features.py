@@ -147,7 +147,7 @@ def test_a_wrong_type_is_an_error_that_names_both(tmp_path, column, kind, value,
 
 def test_a_missing_column_is_an_error_that_lists_what_is_there(tmp_path):
     file = write(tmp_path / "a.parquet", rows())
-    with pytest.raises(DataError, match=r"missing; the file has .*city") as error:
+    with pytest.raises(DataError, match=r"missing; add it, .*city") as error:
         read(file, Features(dense=("height",)))
     assert "column height" in str(error.value)
 

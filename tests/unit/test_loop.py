@@ -1,6 +1,5 @@
 """The loop on a task of one weight."""
 
-import json
 import os
 import signal
 from pathlib import Path
@@ -9,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from mim_torchrec.training.checkpoint import atomic_directory
-from mim_torchrec.training.checkpoints import CheckpointConfig, Checkpoints
+from mim_torchrec.training.checkpoints import CheckpointConfig, Checkpoints, ResumeError
 from mim_torchrec.training.distributed import DistributedContext, distributed
+from mim_torchrec.training.history import read_history
 from mim_torchrec.training.loop import Interrupted, fit
+from mim_torchrec.training.run_directory import RunDirectory
 from mim_torchrec.training.state import TrainingState
 
 ONE = DistributedContext(0, 1, torch.device("cpu"))
@@ -56,13 +56,13 @@ class Line:
 
 
 def run(task, out, **changes):
-    return fit(
-        task, **({"epochs": 3, "out": out, "context": ONE, "select": None, "patience": None} | changes)
-    )
+    plain = {"epochs": 3, "run": RunDirectory(out), "context": ONE, "select": None, "patience": None}
+    return fit(task, **(plain | changes))
 
 
 def test_the_loss_falls_and_every_step_is_in_the_history(tmp_path):
-    history = run(Line([]), tmp_path, log_every=2)
+    run(Line([]), tmp_path, log_every=2)
+    history = read_history(tmp_path / "history.jsonl")
     losses = [entry["loss"] for entry in history.steps]
     assert [entry["step"] for entry in history.steps] == list(range(1, 10))
     assert losses[-1] < 0.05 * losses[0]
@@ -118,7 +118,8 @@ def signaled(task: Line, at: int, number: signal.Signals, method: str = "trainin
 ])  # fmt: skip
 def test_a_run_that_a_signal_stops_goes_on_as_if_it_had_not(tmp_path, number, method, at, steps):
     scores = [0.1, 0.3, 0.2]
-    whole = run(Line(scores), tmp_path / "whole", select="score")
+    run(Line(scores), tmp_path / "whole", select="score")
+    whole = read_history(tmp_path / "whole" / "history.jsonl")
 
     def resumable(task):
         checkpoints = Checkpoints(tmp_path / "broken" / "checkpoints", CheckpointConfig(), {}, ONE)
@@ -127,8 +128,8 @@ def test_a_run_that_a_signal_stops_goes_on_as_if_it_had_not(tmp_path, number, me
     with pytest.raises(Interrupted) as stopped:
         resumable(signaled(Line(scores), at, number, method))
     assert stopped.value.code == 143
-    again = Line(scores)
-    history = resumable(again)
+    resumable(Line(scores))
+    history = read_history(tmp_path / "broken" / "history.jsonl")
     assert [entry["loss"] for entry in history.steps] == [entry["loss"] for entry in whole.steps]
     assert [entry["loss"] for entry in history.epochs] == [entry["loss"] for entry in whole.epochs]
     assert history.best_epoch == whole.best_epoch
@@ -175,16 +176,77 @@ def test_a_run_leaves_the_handlers_of_signals_as_it_found_them(tmp_path, number)
 def test_the_norm_of_the_gradient_is_that_before_the_step(tmp_path):
     task = Line([], batch_values=(2.0,))
     weight = float(task.model.weight.detach())
-    history = run(task, tmp_path, epochs=1)
+    run(task, tmp_path, epochs=1)
+    history = read_history(tmp_path / "history.jsonl")
     assert history.steps[0]["grad_norm"] == pytest.approx(abs(2 * (2 * weight - 6) * 2), rel=1e-5)
 
 
 def test_the_history_file_holds_the_history(tmp_path):
     history = run(Line([0.1, 0.2, 0.3]), tmp_path, select="score")
-    stored = json.loads((tmp_path / "history.json").read_text())
-    assert stored["epochs"] == history.epochs
-    assert stored["steps"] == history.steps
-    assert stored["best_epoch"] == 2
+    stored = read_history(tmp_path / "history.jsonl")
+    assert stored.epochs == history.epochs
+    assert [entry["epoch"] for entry in stored.steps] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert stored.best_epoch == 2
+
+
+def resumed(task, out, **changes):
+    checkpoints = Checkpoints(out / "checkpoints", CheckpointConfig(**changes.pop("checkpoint", {})), {}, ONE)
+    return run(task, out, checkpoints=checkpoints, **changes)
+
+
+def test_a_checkpoint_does_not_grow_with_the_steps_before_it(tmp_path):
+    sizes = {}
+    for count in (3, 300):
+        resumed(Line([], batch_values=(0.1,) * count), tmp_path / f"{count}", epochs=1)
+        (checkpoint,) = (tmp_path / f"{count}" / "checkpoints").iterdir()
+        sizes[count] = sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
+    assert abs(sizes[300] - sizes[3]) < 100
+
+
+def test_lines_of_steps_after_the_checkpoint_are_cut_off(tmp_path):
+    with pytest.raises(RuntimeError):
+        task = Line([], batch_values=(1.0,) * 5)
+        plain, calls = task.training_forward, []
+
+        def forward(batch):
+            calls.append(batch)
+            if len(calls) == 5:
+                raise RuntimeError
+            return plain(batch)
+
+        task.training_forward = forward
+        resumed(task, tmp_path, epochs=1, log_every=1, checkpoint={"every": 2, "asynchronous": False})
+    with (tmp_path / "history.jsonl").open("a") as file:
+        file.write('{"step": 5, "epo')  # as of a kill
+    resumed(Line([], batch_values=(1.0,) * 5), tmp_path, epochs=1)
+    assert [entry["step"] for entry in read_history(tmp_path / "history.jsonl").steps] == [1, 2, 3, 4, 5]
+
+
+def test_a_finished_run_trains_further_epochs_as_if_it_had_been_told_at_first(tmp_path):
+    scores = [0.3, 0.1, 0.4]
+    run(Line(scores), tmp_path / "whole", select="score")
+    resumed(Line(scores), tmp_path / "more", select="score", epochs=2)
+    task = Line(scores)
+    history = resumed(task, tmp_path / "more", select="score", epochs=3)
+    whole, more = (read_history(tmp_path / name / "history.jsonl") for name in ("whole", "more"))
+    assert [entry["loss"] for entry in more.steps] == [entry["loss"] for entry in whole.steps]
+    assert history.best_epoch == whole.best_epoch == more.best_epoch == 2
+
+
+def test_fewer_epochs_than_were_trained_are_refused(tmp_path):
+    resumed(Line([]), tmp_path, epochs=2)
+    with pytest.raises(ResumeError, match="has trained 2 epochs, 1 are fewer"):
+        resumed(Line([]), tmp_path, epochs=1)
+
+
+def test_an_epoch_that_cannot_be_judged_is_not_trained_again(tmp_path):
+    with pytest.raises(ValueError, match="no finite score"):
+        resumed(Line([0.1, float("nan")]), tmp_path, epochs=2, select="score")
+    task, trained = Line([0.1, 0.2]), []
+    plain = task.training_forward
+    task.training_forward = lambda batch: (trained.append(batch), plain(batch))[1]
+    assert resumed(task, tmp_path, epochs=2, select="score").best_epoch == 1
+    assert not trained
 
 
 def test_tensorboard_gets_event_files(tmp_path):
@@ -205,14 +267,3 @@ def test_a_process_without_torchrun_is_a_world_of_one_with_a_fixed_seed():
             assert context.all_gather_objects("me") == ["me"]
             drawn.append(torch.rand(3))
     assert torch.equal(*drawn)
-
-
-def test_a_directory_that_fails_halfway_leaves_the_old_one(tmp_path):
-    target = tmp_path / "encoder"
-    with atomic_directory(target) as folder:
-        (folder / "a").write_text("first")
-    with pytest.raises(RuntimeError), atomic_directory(target) as folder:
-        (folder / "a").write_text("second")
-        raise RuntimeError
-    assert (target / "a").read_text() == "first"
-    assert [path.name for path in tmp_path.iterdir()] == ["encoder"]

@@ -14,6 +14,7 @@ from PIL import Image
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.movielens import main
 from mim_torchrec.data.schema import SPLITS, Dataset
+from mim_torchrec.errors import OutputExists
 
 NUM_USERS, NUM_FILMS = 12, 40
 WITHOUT_POSTER, WITHOUT_TITLE, NEVER_RATED = 3, 5, 8
@@ -234,5 +235,5 @@ def test_a_user_who_leaves_no_negatives_is_refused(tmp_path):
 
 def test_what_is_there_is_not_overwritten(tmp_path):
     (tmp_path / "out").mkdir()
-    with pytest.raises(DataError, match="exists"):
+    with pytest.raises(OutputExists, match="exists"):
         imported(tmp_path)

@@ -11,6 +11,7 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -25,26 +26,25 @@ FOLDERS = {
     "launch": "mim_torchrec.launch",
 }
 STAGES = {"pretraining", "csft", "representation", "ctr"}
+BASE = {"errors", "program", "quiet"}
 PARTS = {"encoders", "losses", "ciubm", "data", "training"}
 SERVICES = {"rim", "serving"}
 TOP = {"launch", "cli", "doctor"}
 BOTTOM = {"embeddings", "builds", "extensions", "extras", "lazy", "version"}
-STANDALONE = {f"mim_torchrec{name}" for name in ("", ".cli", ".doctor", ".builds", ".extras", ".lazy")}
+STANDALONE = {
+    f"mim_torchrec{name}"
+    for name in ("", ".cli", ".doctor", ".builds", ".errors", ".extras", ".lazy", ".program")
+}
 BENCHMARK_ROOMS = [{"harness", "measures"}, {"paper", "speed", "chaos"}, {"records"}]
 DRAWING = {"matplotlib", "jinja2"}
 
-START = """
-import json, runpy, sys
+WHERE = """
+import json
 import mim_torchrec, mim_torchrec.benchmarks, mim_torchrec.embeddings, mim_torchrec.launch
 packages = (mim_torchrec, mim_torchrec.benchmarks, mim_torchrec.embeddings, mim_torchrec.launch)
 print(json.dumps([m.__file__ for m in packages]))
-for module in sys.argv[1:]:
-    sys.argv = [module, "--help"]
-    try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
-    except SystemExit as exit:
-        assert not exit.code, f"{module} --help exits with {exit.code}"
 """
+LIGHT = ["mim_torchrec.cli", "mim_torchrec.doctor", "mim_torchrec.data.shop"]  # that load in a second
 
 
 def sources() -> dict[str, Path]:
@@ -68,10 +68,10 @@ def layer(module: str) -> int:
     """0 for the bottom: a module may import from its own layer and those below; the package is the top."""
     names = module.split(".")[1:]
     if not names:
-        return 4
+        return 5
     if names[0] == "benchmarks":
-        return 5 + benchmark_layer(module)
-    layers = [BOTTOM, PARTS, STAGES, SERVICES, TOP]
+        return 6 + benchmark_layer(module)
+    layers = [BASE, BOTTOM, PARTS, STAGES, SERVICES, TOP]
     return next(number for number, members in enumerate(layers) if names[0] in members)
 
 
@@ -176,22 +176,52 @@ def test_every_command_has_a_program():
     assert {module for module, _ in cli.COMMANDS.values()} <= set(PROGRAMS)
 
 
-def start_all(folder: Path, search: Path | None) -> list[Path]:
-    """`--help` of every program, as `python -m` from a folder; returns where the packages were found."""
+@pytest.mark.parametrize("module", STARTED)
+def test_every_program_has_help(module, capsys):
+    with pytest.raises(SystemExit) as ended:
+        import_module(module).main(["--help"])
+    assert not ended.value.code
+    assert "usage" in capsys.readouterr().out.lower()
+
+
+@pytest.mark.parametrize("module", PROGRAMS)
+def test_every_program_ends_errors_as_all_do(module):
+    (ending,) = re.findall(r'^if __name__ == "__main__":\n((?:    .*\n)+)', SOURCES[module].read_text(), re.M)
+    if module == "mim_torchrec.cli":
+        assert ending == "    main()\n"
+    else:
+        assert ending in ("    run(main)\n", "    program.run(main)\n")
+
+
+def python(folder: Path, search: Path | None, *words: str) -> str:
+    """What Python prints in a folder, with another one before those of the packages."""
     result = subprocess.run(
-        [sys.executable, "-c", START, *STARTED],
+        [sys.executable, *words],
         env={**os.environ, "PYTHONPATH": "" if search is None else str(search)},
         cwd=folder, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
-    return [Path(file).parent for file in json.loads(result.stdout.splitlines()[0])]
+    return result.stdout
 
 
-def test_every_program_starts_from_the_checkout():
-    assert start_all(ROOT, None) == [ROOT / folder for folder in FOLDERS]
+def start(folder: Path, search: Path | None) -> list[Path]:
+    """`--help` of some programs, as `python -m` from a folder; returns where the packages were found."""
+    for module in LIGHT:
+        assert "usage" in python(folder, search, "-m", module, "--help")
+    return [Path(file).parent for file in json.loads(python(folder, search, "-c", WHERE))]
 
 
-def test_every_program_starts_from_a_wheel(tmp_path: Path):
+def test_programs_start_from_the_checkout():
+    assert start(ROOT, None) == [ROOT / folder for folder in FOLDERS]
+
+
+def installed(module: str, path: Path) -> str:
+    """The file of a module in a wheel."""
+    return module.replace(".", "/") + ("/__init__.py" if path.name == "__init__.py" else ".py")
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_every_module_and_starts(tmp_path: Path):
     source = tmp_path / "source"
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.png")
     for folder in FOLDERS:
@@ -205,11 +235,14 @@ def test_every_program_starts_from_a_wheel(tmp_path: Path):
     assert built.returncode == 0, built.stderr
     (wheel,) = tmp_path.glob("*.whl")
     unpacked, elsewhere = tmp_path / "unpacked", tmp_path / "elsewhere"
-    zipfile.ZipFile(wheel).extractall(unpacked)
+    with zipfile.ZipFile(wheel) as archive:
+        modules = {name for name in archive.namelist() if name.endswith(".py")}
+        archive.extractall(unpacked)
+    assert modules == {installed(name, path) for name, path in SOURCES.items()}
     elsewhere.mkdir()
     package = unpacked / "mim_torchrec"
     folders = [package, *(package / name for name in ("benchmarks", "embeddings", "launch"))]
-    assert start_all(elsewhere, unpacked) == folders
+    assert start(elsewhere, unpacked) == folders
     assert (package / "benchmarks" / "results" / "small.json").exists()
     top = {path.name for path in unpacked.iterdir() if not path.name.endswith(".dist-info")}
     assert top == {"mim_torchrec"}

@@ -132,9 +132,9 @@ def test_an_undefined_figure_stays_undefined_in_the_mean(runs):
 
 def test_a_long_loss_curve_is_averaged_to_few_points(tmp_path):
     steps = [{"step": k, "epoch": 0, "loss": float(k)} for k in range(1, 1001)]
-    history = {"steps": steps, "epochs": [{"epoch": 0, "loss": 500.5}], "best_epoch": 0}
-    (tmp_path / "history.json").write_text(json.dumps(history))
-    curve = loss_curve(tmp_path / "history.json")
+    lines = [*steps, {"epoch": 0, "loss": 500.5, "is_best": True}]
+    (tmp_path / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    curve = loss_curve(tmp_path / "history.jsonl")
     assert len(curve["step"]) == len(curve["loss"]) == 200
     assert np.mean(curve["loss"]) == pytest.approx(500.5)
 

@@ -203,7 +203,7 @@ def test_vectors_of_another_version_are_refused(din, folder, tmp_path):
     write_table(tmp_path / "other", "v9")
     with pytest.raises(VersionMismatch, match="v9"):
         Scorer(Bundle.open(din / "bundle"), tmp_path / "other")
-    with pytest.raises(ValueError, match="where the vectors are"):
+    with pytest.raises(ValueError, match="say where its vectors are"):
         Scorer(Bundle.open(din / "bundle"), None)
     dense = din / "bundle" / "dense.safetensors"
     data = dense.read_bytes()

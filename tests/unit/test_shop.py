@@ -9,7 +9,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.images import decode_image
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.pairs import PairDataset
@@ -17,6 +16,7 @@ from mim_torchrec.data.requests import RequestReader
 from mim_torchrec.data.schema import SPLITS, Dataset
 from mim_torchrec.data.shop import DAY, START, ShopConfig, main, make_catalog, make_crowd, make_shop
 from mim_torchrec.data.shop_log import SECOND_TASTE
+from mim_torchrec.errors import OptionError, OutputExists
 from tests.datasets import Rows
 
 SIZES = {"items": 300, "users": 60, "requests": 400, "searches": 50, "browsing": 600, "categories": 4,
@@ -287,11 +287,24 @@ def test_without_style_weight_there_are_the_very_same_items_and_pairs(dataset, c
 
 @pytest.mark.parametrize(
     "changes",
-    [{"users": 0}, {"requests": 9}, {"searches": 0}, {"categories": 0}, {"days": 0}, {"items": 100}],
+    [
+        {"users": 0},
+        {"requests": 9},
+        {"searches": 0},
+        {"categories": 0},
+        {"days": 0},
+        {"items": 100},
+        {"candidates": 0},
+        {"candidates": 10_000},
+        {"max_behaviors": 0},
+        {"image_size": 0},
+        {"browsing": -1},
+        {"seed": -1},
+    ],
     ids=str,
 )
 def test_too_small_a_shop_is_refused_and_leaves_nothing_behind(tmp_path, changes):
-    with pytest.raises(ValueError, match="a shop needs|too few"):
+    with pytest.raises(OptionError, match="it must be at least|too few"):
         make_shop(config(tmp_path / "out", **changes))
     assert not list(tmp_path.iterdir())
 
@@ -303,7 +316,7 @@ def test_ten_requests_make_a_shop(tmp_path):
 
 def test_what_is_there_is_not_overwritten(tmp_path):
     (tmp_path / "out").mkdir()
-    with pytest.raises(DataError, match="out: exists"):
+    with pytest.raises(OutputExists, match="out exists"):
         make_shop(config(tmp_path / "out"))
 
 

@@ -21,6 +21,7 @@ from mim_torchrec.embeddings.table.format import (
 )
 from mim_torchrec.embeddings.table.main import main
 from mim_torchrec.embeddings.table.permute import permute
+from mim_torchrec.errors import OutputExists
 
 IDS = torch.tensor([30, -5, 10, 7_000_000_000, 20, 50, 40])
 VECTORS = torch.arange(28, dtype=torch.float32).reshape(7, 4) / 8
@@ -187,7 +188,7 @@ def test_a_missing_shard_and_a_missing_table_are_refused(tmp_path):
 
 def test_an_existing_table_is_never_overwritten(tmp_path):
     write(tmp_path / "t")
-    with pytest.raises(TableError, match="exists"):
+    with pytest.raises(OutputExists, match="exists"):
         TableWriter(tmp_path / "t", table_version="v2", dim=4, encoder={})
 
 

@@ -11,6 +11,7 @@ from mim_torchrec.embeddings.table.format import ChecksumMismatch, Table, TableE
 from mim_torchrec.embeddings.table.grow import grow
 from mim_torchrec.embeddings.table.main import main
 from mim_torchrec.embeddings.table.permute import permute
+from mim_torchrec.errors import OutputExists
 
 IDS = torch.tensor([30, -5, 10, 7_000_000_000, 20, 50, 40])
 VECTORS = torch.arange(28, dtype=torch.float32).reshape(7, 4) / 8
@@ -64,7 +65,7 @@ def test_shrinking_and_staying_are_refused_naming_what_is_there(tmp_path, spare_
 
 def test_a_table_that_exists_is_kept(tmp_path):
     write(tmp_path / "t")
-    with pytest.raises(TableError, match="exists"):
+    with pytest.raises(OutputExists, match="exists"):
         grow(tmp_path / "t", tmp_path / "t", 5)
     assert Table.open(tmp_path / "t").manifest.spare_rows == 2
 

@@ -14,6 +14,7 @@ from mim_torchrec.embeddings.table.format import DuplicateId, NonFiniteVector, T
 from mim_torchrec.embeddings.table.importing import content_version, import_vectors
 from mim_torchrec.embeddings.table.main import main
 from mim_torchrec.embeddings.table.quantize import decode, encode, fuse_codes
+from mim_torchrec.errors import OutputExists
 
 IDS = torch.tensor([50, -7, 3, 1 << 40, 20, 4, 1000, 12, 77, 8, 9])
 VECTORS = torch.randn(11, 8, generator=torch.Generator().manual_seed(0))
@@ -475,7 +476,7 @@ def test_sources_that_are_absent_unknown_or_empty_are_refused(tmp_path):
 def test_an_existing_table_is_kept(tmp_path):
     file = parquet(tmp_path / "a.parquet")
     import_vectors(file, tmp_path / "t", table_version="first")
-    with pytest.raises(TableError, match="exists; choose another"):
+    with pytest.raises(OutputExists, match="exists; choose another"):
         import_vectors(file, tmp_path / "t", table_version="second")
     Table.open(tmp_path / "t", expected_version="first")
 

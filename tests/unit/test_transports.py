@@ -104,6 +104,7 @@ for k in range(30):
 """
 
 
+@pytest.mark.slow
 def test_a_writer_that_is_killed_again_and_again_adds_every_window_once(where):
     rng, kills = random.Random(0), 0
     while True:

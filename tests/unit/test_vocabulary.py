@@ -181,7 +181,7 @@ def test_a_multi_modal_table_adds_its_rows_as_features():
 
 def test_a_feature_without_a_vocabulary_is_refused():
     mapper = IdMapper({"user_id": vocabulary(1), "item_id": vocabulary(10)}, None, 0.5)
-    with pytest.raises(DataError, match="column candidate_category: .* vocabularies .* do not"):
+    with pytest.raises(DataError, match="column candidate_category: .* those of training did not"):
         mapper(small_batch())
 
 

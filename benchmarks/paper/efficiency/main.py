@@ -17,11 +17,13 @@ from typing import Any
 
 import tyro
 
+from mim_torchrec import program
 from mim_torchrec.benchmarks.harness.comparison import target
 from mim_torchrec.benchmarks.harness.pages import write_pages
 from mim_torchrec.benchmarks.paper.efficiency.config import parse
 from mim_torchrec.benchmarks.paper.efficiency.measures import measure_table, measure_time, validate
 from mim_torchrec.benchmarks.paper.efficiency.pages import sections, summary
+from mim_torchrec.errors import OptionError
 from mim_torchrec.training.distributed import distributed
 
 FLOPS_TARGET, MEMORY_TARGET, ESTIMATE_TARGET, E2E_TARGET = 0.20, 0.01, 0.03, 0.02
@@ -58,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
     with distributed(0) as ranks:
         if ranks.world_size > 1:
-            raise SystemExit("this benchmark is of one rank: start it without torchrun, or with one process")
+            raise OptionError("this benchmark is of one rank: start it without torchrun, or with one process")
         report = measure_table(config, ranks)
         on_cpu = ranks.device.type == "cpu"
         report["validation"] = validate(config, ranks) if on_cpu else None
@@ -71,4 +73,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

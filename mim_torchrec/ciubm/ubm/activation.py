@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from mim_torchrec.errors import OptionError
 from mim_torchrec.training.batch_norm import GlobalBatchNorm1d
 
 Activation = Literal["prelu", "dice"]
@@ -70,7 +71,7 @@ def build_activation(name: Activation, dim: int) -> nn.Module:
         return PReLU()
     if name == "dice":
         return Dice(dim)
-    raise ValueError(f"activation is 'prelu' or 'dice', not {name!r}")
+    raise OptionError(f"activation is 'prelu' or 'dice', not {name!r}")
 
 
 def _all_reduce(x: Tensor) -> Tensor:

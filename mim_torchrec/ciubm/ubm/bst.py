@@ -37,6 +37,7 @@ from mim_torchrec.ciubm.ubm.interface import (
     UserBehaviorModel,
     recency_buckets,
 )
+from mim_torchrec.errors import OptionError
 
 GROUP_STEP = 8
 
@@ -62,7 +63,7 @@ class BST(UserBehaviorModel):
     ) -> None:
         super().__init__()
         if dim % heads or max_positions < 1:
-            raise ValueError(f"impossible: {dim} dimensions, {heads} heads, max_positions {max_positions}")
+            raise OptionError(f"impossible: {dim} dimensions, {heads} heads, max_positions {max_positions}")
         self.out_dim = 2 * dim
         self.heads = heads
         self.max_positions = max_positions

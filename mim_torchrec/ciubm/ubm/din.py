@@ -21,6 +21,7 @@ from mim_torchrec.ciubm.jagged import RequestPairs
 from mim_torchrec.ciubm.packed import sum_by_behavior, sum_by_candidate
 from mim_torchrec.ciubm.ubm.activation import Activation, blocks, build_activation
 from mim_torchrec.ciubm.ubm.interface import BehaviorContext, Interest, UBMOptions, UserBehaviorModel
+from mim_torchrec.errors import OptionError
 
 
 class DIN(UserBehaviorModel):
@@ -42,7 +43,7 @@ class DIN(UserBehaviorModel):
     ) -> None:
         super().__init__()
         if not hidden:
-            raise ValueError("the attention unit needs a hidden layer")
+            raise OptionError("the attention unit needs a hidden layer")
         self.out_dim = dim
         self.softmax = softmax
         self.first = nn.Linear(4 * dim, hidden[0])

@@ -11,6 +11,7 @@ from typing import ClassVar, Literal, NamedTuple
 from torch import Tensor, nn
 
 from mim_torchrec.ciubm.jagged import RequestPairs
+from mim_torchrec.errors import OptionError
 
 NUM_RECENCY_BUCKETS = 64
 Need = Literal["recency", "categories"]
@@ -118,14 +119,14 @@ def recency_buckets(context: BehaviorContext | None, model: str) -> Tensor:
         (sum_behaviors,) int64.
 
     Raises:
-        ValueError: the recency is missing.
+        OptionError: the recency is missing.
 
     >>> import torch
     >>> recency_buckets(BehaviorContext(recency=torch.tensor([0.0, 1.0, 60.0, 86400.0])), "SIM").tolist()
     [0, 2, 11, 32]
     """
     if context is None or context.recency is None:
-        raise ValueError(
+        raise OptionError(
             f"{model} needs to know how far behaviors lie back: the times of requests and behaviors, or "
             "their order (--recency order)"
         )

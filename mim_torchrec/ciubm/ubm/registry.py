@@ -6,6 +6,7 @@ from importlib import import_module
 
 from mim_torchrec.ciubm import ubm
 from mim_torchrec.ciubm.ubm.interface import UBMOptions
+from mim_torchrec.errors import OptionError
 from mim_torchrec.extensions import load_class
 
 
@@ -35,11 +36,11 @@ def find_model(name: str) -> type[UBMOptions]:
     if name in models:
         return models[name]
     if ":" not in name:
-        raise ValueError(
+        raise OptionError(
             f"there is no user behavior model {name!r}; take one of {', '.join(models)}, or "
             "package.module:ClassName of your own"
         )
     found = load_class(name)
     if not issubclass(found, UBMOptions):
-        raise ValueError(f"{name!r} is no UBMOptions, see mim_torchrec.ciubm.ubm.interface")
+        raise OptionError(f"{name!r} is no UBMOptions, see mim_torchrec.ciubm.ubm.interface")
     return found

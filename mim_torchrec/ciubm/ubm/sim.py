@@ -32,6 +32,7 @@ from mim_torchrec.ciubm.ubm.interface import (
     UserBehaviorModel,
     recency_buckets,
 )
+from mim_torchrec.errors import OptionError
 
 Search = Literal["soft", "hard"]
 
@@ -45,7 +46,7 @@ class SIM(UserBehaviorModel):
         top_k: behaviors that the general search unit keeps.
         heads: attention heads of the exact search unit.
         attention_dim: size of the compared vectors of all heads together; `dim` by default.
-        gap_dim: size of the embedding of a recency.
+        recency_dim: size of the embedding of a recency.
         auxiliary: train the soft search by an auxiliary click prediction.
         auxiliary_hidden: width of the hidden layer that predicts it.
     """
@@ -64,9 +65,9 @@ class SIM(UserBehaviorModel):
         super().__init__()
         attention_dim = attention_dim or dim
         if search not in ("soft", "hard"):
-            raise ValueError(f"search is 'soft' or 'hard', not {search!r}")
+            raise OptionError(f"search is 'soft' or 'hard', not {search!r}")
         if top_k < 1 or attention_dim % heads:
-            raise ValueError(f"impossible: top_k {top_k}, {heads} heads over {attention_dim} dimensions")
+            raise OptionError(f"impossible: top_k {top_k}, {heads} heads over {attention_dim} dimensions")
         self.out_dim = heads * (dim + recency_dim)
         self.search: Search = search
         self.top_k = top_k
@@ -131,7 +132,7 @@ class SIM(UserBehaviorModel):
 
 def _same_category(pairs: RequestPairs, context: BehaviorContext | None) -> Tensor:
     if context is None or context.candidate_categories is None or context.behavior_categories is None:
-        raise ValueError("SIM's hard search needs the categories of candidates and behaviors")
+        raise OptionError("hard search needs the categories of candidates and behaviors; take --search soft")
     wanted = context.candidate_categories[pairs.candidate_index]
     return (wanted == context.behavior_categories[pairs.behavior_index]) & (wanted != 0)
 

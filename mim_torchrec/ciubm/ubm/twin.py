@@ -32,6 +32,7 @@ from mim_torchrec.ciubm.ubm.interface import (
     UserBehaviorModel,
     recency_buckets,
 )
+from mim_torchrec.errors import OptionError
 
 
 class TWIN(UserBehaviorModel):
@@ -42,7 +43,7 @@ class TWIN(UserBehaviorModel):
         top_k: behaviors that a head attends to.
         heads: attention heads.
         attention_dim: size of the vectors of all heads together; `dim` by default.
-        gap_dim: size of the embedding of a recency.
+        recency_dim: size of the embedding of a recency.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class TWIN(UserBehaviorModel):
         super().__init__()
         attention_dim = attention_dim or dim
         if top_k < 1 or attention_dim % heads:
-            raise ValueError(f"impossible: top_k {top_k}, {heads} heads over {attention_dim} dimensions")
+            raise OptionError(f"impossible: top_k {top_k}, {heads} heads over {attention_dim} dimensions")
         self.out_dim = dim
         self.top_k = top_k
         self.heads = heads

@@ -1,0 +1,213 @@
+"""Who writes into a directory of results: one process at a time, known by name.
+
+The holder writes down who it is and gives a sign of life every few seconds. A lease is taken over when its
+process is dead, which is seen on its own machine, or when the signs have stopped, which is seen anywhere.
+Times are compared by the clock of the file system, so machines need not agree on theirs.
+"""
+
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from threading import Event, Thread
+
+from mim_torchrec.embeddings.collective import on_all_ranks
+from mim_torchrec.embeddings.files import beside, create_file
+from mim_torchrec.errors import ExpectedError, Status
+from mim_torchrec.training.distributed import DistributedContext
+
+HEARTBEAT = 10.0  # seconds between two signs of life
+EXPIRY = 120.0  # seconds without one after which a lease may be taken over
+JOBS = ("TORCHX_JOB_ID", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
+
+
+class LeaseError(ExpectedError, ValueError):
+    """Another process writes into the directory."""
+
+    status = Status.STATE
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A process that writes into a directory.
+
+    Attributes:
+        host: name of the machine.
+        machine: its boot, and the process namespace; process ids of two of them are not comparable.
+        pid: of the process.
+        began: when the process began, in the machine's own count: process ids are used again.
+        job: of a launcher, "" without one.
+        since: when the lease was taken, for people.
+        token: one for each lease.
+    """
+
+    host: str
+    machine: str
+    pid: int
+    began: str
+    job: str
+    since: str
+    token: str
+
+    @classmethod
+    def this(cls) -> "Holder":
+        """This process."""
+        job = next((name for name in map(os.environ.get, JOBS) if name not in (None, "", "none")), "")
+        return cls(socket.gethostname(), _machine(), os.getpid(), _began(os.getpid()) or "", job,
+                   time.strftime("%Y-%m-%d %H:%M:%S %z"), uuid.uuid4().hex)  # fmt: skip
+
+    def __str__(self) -> str:
+        job = f" of job {self.job}" if self.job else ""
+        return f"process {self.pid} on {self.host}{job}, since {self.since}"
+
+    def is_dead(self) -> bool:
+        """Whether the process is known to have ended; of another machine nothing is known."""
+        return self.machine == _machine() and _began(self.pid) != self.began
+
+
+class Lease:
+    """The right to write into a directory.
+
+    Args:
+        file: of the lease.
+        heartbeat: seconds between two signs of life.
+        expiry: seconds without one after which it may be taken over.
+    """
+
+    def __init__(self, file: Path, heartbeat: float = HEARTBEAT, expiry: float = EXPIRY) -> None:
+        self._file, self._heartbeat, self._expiry = file, heartbeat, expiry
+        self._me = Holder.this()
+        self._over = Event()
+        self._thread: Thread | None = None
+
+    def take(self) -> None:
+        """Take the lease, from a process that is dead too.
+
+        A job that was started again on another machine waits for the last sign of life of its own earlier
+        process to expire; others do not wait.
+
+        Raises:
+            LeaseError: another process has it; the message names it.
+        """
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        content = (json.dumps(asdict(self._me)) + "\n").encode()
+        while not create_file(self._file, content):
+            holder, silence = self._found()
+            if holder is None:
+                continue  # it was given back meanwhile
+            if not holder.is_dead() and silence < self._expiry:
+                is_own_job = self._me.job and holder.job == self._me.job
+                if not is_own_job or holder.machine == self._me.machine:
+                    raise LeaseError(
+                        f"{self._file.parent} is written by {holder}; its last sign of life was "
+                        f"{silence:.0f} s ago. Wait for it, stop it, or choose another --out"
+                    )
+                self._over.wait(min(self._heartbeat, self._expiry - silence))
+                continue
+            self._remove(holder)
+        self._thread = Thread(target=self._give_signs, name="lease", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """See that the lease is still this process's, before a write that counts.
+
+        Raises:
+            LeaseError: another process has taken it over, because this one gave no sign of life for too long.
+        """
+        holder, _ = self._found()
+        if holder is None or holder.token != self._me.token:
+            who = "nobody" if holder is None else str(holder)
+            raise LeaseError(
+                f"{self._file} is no longer that of this process: it gave no sign of life for "
+                f"{self._expiry:.0f} s and was replaced by {who}. Nothing more is written"
+            )
+
+    def give_back(self) -> None:
+        """End the lease."""
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+        holder, _ = self._found()
+        if holder is not None and holder.token == self._me.token:
+            self._file.unlink(missing_ok=True)
+
+    def _found(self) -> tuple[Holder | None, float]:
+        """Who has the lease, and the seconds since its last sign of life; None where nobody has."""
+        probe = beside(self._file)
+        try:
+            holder = Holder(**json.loads(self._file.read_text()))
+            probe.touch()
+            return holder, probe.stat().st_mtime - self._file.stat().st_mtime
+        except FileNotFoundError:
+            return None, 0.0
+        except (ValueError, TypeError) as error:
+            text = f"{self._file} does not say whose it is ({error}); remove it if nobody writes"
+            raise LeaseError(text) from None
+        finally:
+            probe.unlink(missing_ok=True)
+
+    def _remove(self, holder: Holder) -> None:
+        """Take the lease of a dead process away, unless somebody else just has."""
+        aside = beside(self._file)
+        with suppress(FileNotFoundError):
+            os.rename(self._file, aside)
+            taken = Holder(**json.loads(aside.read_text()))
+            if taken.token != holder.token:  # it was a new one already
+                with suppress(FileExistsError):
+                    os.link(aside, self._file)
+            aside.unlink()
+
+    def _give_signs(self) -> None:
+        while not self._over.wait(self._heartbeat):
+            with suppress(OSError):  # `check` finds a lease that is lost
+                os.utime(self._file)
+
+
+@contextmanager
+def leased(file: Path) -> Iterator[Lease]:
+    """Hold a lease for a block.
+
+    Raises:
+        LeaseError: another process has it.
+    """
+    lease = Lease(file)
+    lease.take()
+    try:
+        yield lease
+    finally:
+        lease.give_back()
+
+
+@contextmanager
+def leased_by_rank_0(file: Path, context: DistributedContext) -> Iterator[Lease | None]:
+    """Hold a lease for a block that all ranks enter; rank 0 has it, for all.
+
+    Raises:
+        LeaseError: another process has it; on all ranks.
+    """
+    lease = Lease(file) if context.is_main else None
+    try:
+        on_all_ranks(lease.take if lease is not None else lambda: None)
+        yield lease
+    finally:
+        if lease is not None:
+            lease.give_back()
+
+
+def _machine() -> str:
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+
+
+def _began(pid: int) -> str | None:
+    """When a process began, in clock ticks since the machine did; None where there is none, or a dead one."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] in "ZX" else fields[19]
