@@ -6,8 +6,8 @@ constraints and sharders apply to them apart from trainable tables. Their rows a
 buffers: no optimizer, no gradient, no data-parallel wrapper and no broadcast ever sees them.
 
 This module holds what both have in one process, sharded or not: tables, their state, and what a checkpoint
-holds. ``lookup.py`` checks rows and forms outputs, ``sharded.py`` divides the rows over ranks, ``load.py`` fills
-them, and ``live.py`` changes them.
+holds. ``lookup.py`` checks rows and forms outputs, ``sharded.py`` divides the rows over ranks, ``load.py``
+fills them, and ``live.py`` changes them.
 """
 
 import json
