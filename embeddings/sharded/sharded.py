@@ -47,13 +47,10 @@ from mim_torchrec.embeddings.sharded.frozen import (
     FrozenEmbeddingCollection,
     FrozenModule,
     FrozenTable,
-    check_rows,
-    jagged,
-    keyed,
-    pool,
     storage_dtype,
     whole_rows,
 )
+from mim_torchrec.embeddings.sharded.lookup import check_rows, jagged, keyed, pool
 from mim_torchrec.embeddings.sharded.rows import DenseRows, make_rows
 from mim_torchrec.embeddings.table.quantize import DTYPES, decode
 

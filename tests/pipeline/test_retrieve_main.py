@@ -50,7 +50,7 @@ def test_queries_are_told_apart_by_age_and_category(trained):
 
 
 def test_the_image_has_a_line_a_query(shop, trained, tmp_path):
-    run(shop, str(trained / "encoder"), tmp_path, "--grid-rows", "3")
+    run(shop, str(trained / "encoder"), tmp_path, "--drawn-queries", "3")
     with Image.open(tmp_path / "retrieval.png") as three, Image.open(trained / "retrieval.png") as eight:
         assert three.size[0] == eight.size[0]
         assert 8 * three.size[1] == 3 * eight.size[1]

@@ -36,7 +36,7 @@ def test_readme_is_short():
 OTHER_PROGRAMS = {
     "--no-deps", "--nproc_per_node", "--standalone", "--dryrun", "--max_restarts",
     "--scale",  # of the model that a tutorial writes
-    "--silent", "--retry", "--retry-connrefused", "--retry-delay", "--help", "--debug",
+    "--silent", "--retry", "--retry-connrefused", "--retry-delay", "--help", "--debug", "--overrides",
 }  # fmt: skip
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w.-]*\w")
 
@@ -80,3 +80,15 @@ def test_every_folder_and_file_that_a_page_names_exists():
         if name.split("/")[0] in begins
     }
     assert sorted(one for one in named if not (ROOT / one[1]).exists()) == []
+
+
+def test_the_frozen_table_takes_fifteen_lines():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", readme, re.DOTALL).group(1)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 15
+
+
+def test_every_image_of_a_page_is_there_and_small():
+    for page in pages():
+        for name in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / name).stat().st_size < 200_000, (page, name)
