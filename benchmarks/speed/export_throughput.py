@@ -89,9 +89,9 @@ def write_items(config: ExportThroughputConfig) -> Path:
         "category": [str(category) for category in categories],
     }
     schema = pa.schema([ITEMS.field(name) for name in columns])
-    with DatasetWriter(
-        out, name="export_throughput", source="mim_torchrec.benchmarks.speed.export_throughput"
-    ) as writer:
+    source = {"command": "python -m mim_torchrec.benchmarks.speed.export_throughput", "items": config.items,
+              "image_px": config.image_px}  # fmt: skip
+    with DatasetWriter(out, name="export_throughput", source=source) as writer:
         writer.write("items", pa.table(columns, schema=schema), row_group_size=100)
     return out
 
