@@ -277,8 +277,9 @@ def sections(report: dict[str, Any]) -> Sequence[Section]:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `python -m mim_torchrec.benchmarks.speed.export_throughput`."""
-    words = {"description": __doc__, "config": (tyro.conf.FlagConversionOff,)}
-    config = tyro.cli(ExportThroughputConfig, args=argv, **words)
+    config = tyro.cli(
+        ExportThroughputConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,)
+    )
     config.out.mkdir(parents=True, exist_ok=True)
     logging.getLogger("mim_torchrec").setLevel(logging.WARNING)
     with threads_of_torch(torch.get_num_threads()), distributed(0) as context:
