@@ -110,7 +110,7 @@ lint: install  ## style and formatting by ruff
 
 types: install  ## types by mypy, of the package as it is installed
 	rm -rf build/types && mkdir -p build/types/mim_torchrec
-	ln -s '$(CURDIR)'/mim_torchrec/* '$(CURDIR)'/embeddings '$(CURDIR)'/launch build/types/mim_torchrec/
+	ln -s '$(CURDIR)'/mim_torchrec/* '$(CURDIR)'/benchmarks '$(CURDIR)'/embeddings '$(CURDIR)'/launch build/types/mim_torchrec/
 	cd build/types && $(BIN)/python -m mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p mim_torchrec
 
 lock: install  ## rewrite requirements/*.txt from the packages in $(VENV)

@@ -275,7 +275,7 @@ def run_writers() -> Iterator[Writer]:
     def restored(root: Path) -> object:
         into = state(-1.0)
         found = checkpoints(root).restore(into)
-        return found, float(into._model.weight.detach().sum())
+        return found, float(into._model.get_parameter("weight").detach().sum())
 
     def best(value: float) -> Callable[[Path], None]:
         def write(root: Path) -> None:

@@ -70,7 +70,7 @@ def make_inputs(out: Path, items: int, requests: int, seed: int) -> Inputs:
     encoder = TrainedEncoder(str(path), torch.device("cpu"))
     nothing = torch.zeros(DIM)
     vectors = torch.stack([
-        nothing if a.removed or a.bad else encode_alone(encoder, a.title, a.image) for a in arrivals
+        nothing if a.removed or a.bad else encode_alone(encoder, *a.content()) for a in arrivals
     ])  # fmt: skip
     stock.sort(key=lambda row: row["item_id"])
     base_ids = torch.tensor([row["item_id"] for row in stock])

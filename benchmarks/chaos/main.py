@@ -98,7 +98,7 @@ def measure(config: ChaosConfig) -> dict[str, Any]:
         kills += outcome.kills
         print(describe(transport, outcome), flush=True)
     problems = [f"{name}: {problem}" for name, outcome in outcomes.items() for problem in outcome.problems]
-    report = {
+    report: dict[str, Any] = {
         "kills": kills.total(),
         "kills_at_work": sum(outcome.at_work.total() for outcome in outcomes.values()),
         "rows": total.rows,

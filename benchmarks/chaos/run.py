@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -107,7 +108,7 @@ class Chaos:
             share = sum(self.outcome.kills.values()) / max(total, 1) * len(self._inputs.arrivals)
             drip = DRIP * (time.monotonic() - started)
             through = int(max(share, drip))
-            insist(lambda through=through: feeder.feed(through))
+            insist(partial(feeder.feed, through))
             if time.monotonic() >= due:
                 self._guarded("fault", self._faults.step)
                 due = time.monotonic() + rng.uniform(0, self._pause)
@@ -193,7 +194,7 @@ class Chaos:
         rng = Random(f"{self._seed} rim")
         while not self._fed.is_set():
             group = Workers("rim", self._place, workers.rim)
-            self._life("rim", group, rng, lambda v=group: "window " in v.says())
+            self._life("rim", group, rng, partial(group.has_said, "window "))
         code = None
         while code != 0:
             group = Workers("rim", self._place, workers.rim, [("--once",)])
@@ -205,12 +206,15 @@ class Chaos:
         while code != 0:
             before = self._seq_of_store()
             group = Workers("store", self._place, workers.follower)
-            code = self._life("store", group, rng, lambda s=before: self._seq_of_store() > s)
+            code = self._life("store", group, rng, partial(self._has_applied_more, before))
             if code == GAP:
                 insist(lambda: RedisStore.load(self._place.store, Table.open(self._faults.bases[-1])))
 
     def _seq_of_store(self) -> int:
         return insist(lambda: RedisStore.open(self._place.store, self._place.version).seq)
+
+    def _has_applied_more(self, seq: int) -> bool:
+        return self._seq_of_store() > seq
 
     def _embedded(self) -> None:
         rng = Random(f"{self._seed} embedded")
@@ -226,7 +230,7 @@ class Chaos:
             group = Workers("embedded", self._place, workers.embedded, [(base, theirs)])
             theirs.close()
             listener.start()
-            code = self._life("embedded", group, rng, lambda t=told: bool(t))
+            code = self._life("embedded", group, rng, partial(bool, told))
             listener.join()
 
     def _listen(self, pipe: Any, told: list[int]) -> None:
@@ -257,10 +261,10 @@ class Chaos:
             out = self._place.root / "jobs" / str(len(self._ended))
             out.mkdir(parents=True, exist_ok=True)
             starts += 1
-            group = self._place.root / f"group-{starts}"
-            words = [(self._faults.bases[-1], out, group, number, self._epochs) for number in range(RANKS)]
+            meeting = self._place.root / f"group-{starts}"
+            words = [(self._faults.bases[-1], out, meeting, number, self._epochs) for number in range(RANKS)]
             group = Workers("rank", self._place, workers.rank, words)
-            if self._life("rank", group, rng, lambda v=group: "step/s" in v.says(), True) == 0:
+            if self._life("rank", group, rng, partial(group.has_said, "step/s"), True) == 0:
                 seq = json.loads((out / "metrics.json").read_text())["table"]["seq_after"]
                 self._ended.append((out, seq))
 

@@ -173,8 +173,8 @@ def verify_dead_letter(places: list[str], inputs: Inputs, items: list[int | None
             found.note(
                 "lost" if count == 0 else "doubled", f"item {item} is {count} times in the dead-letter file"
             )
-    for item in set(items) - set(bad):
-        found.note("wrong", f"item {item} is in the dead-letter file")
+    for other in set(items) - set(bad):
+        found.note("wrong", f"item {other} is in the dead-letter file")
     if len(set(places)) != len(places):
         found.note("doubled", "a place is twice in the dead-letter file")
     return found

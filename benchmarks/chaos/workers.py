@@ -138,6 +138,10 @@ class Workers:
         """What the first process has written."""
         return self._says[0].read_text(errors="replace")
 
+    def has_said(self, words: str) -> bool:
+        """Whether the first process has written these words."""
+        return words in self.says()
+
     def _end(self) -> None:
         for process in self._processes:
             process.kill()
@@ -217,7 +221,10 @@ def rank(place: Place, table: Path, out: Path, group: Path, number: int, epochs:
     os.environ |= {name: str(value) for name, value in sizes.items()}
     check = ctr.check_table
 
-    def leave_rows(config: CTRConfig, assembled: Assembled, windows: LiveWindows) -> dict[str, Any]:
+    def leave_rows(
+        config: CTRConfig, assembled: Assembled, windows: LiveWindows | None
+    ) -> dict[str, str | int | None]:
+        assert assembled.frozen is not None and windows is not None  # MIM with --windows
         _, frozen = find_frozen(assembled.frozen, "mm")
         rows = torch.cat([block.clone() for block in frozen.store.blocks()])
         facts = {"first": frozen.first_row, "rows": rows, "seq": windows.seq, "index": assembled.index}

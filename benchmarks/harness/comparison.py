@@ -28,12 +28,13 @@ def read_metrics(runs: Sequence[Path]) -> list[dict[str, Any]]:
 
 def mean(values: Sequence[float | None]) -> float | None:
     """Mean; None when one of the values is undefined, or there is none."""
-    if not values or any(value is None for value in values):
+    defined = [value for value in values if value is not None]
+    if not values or len(defined) < len(values):
         return None
-    return float(np.mean(values))
+    return float(np.mean(defined))
 
 
-def deviation(values: Sequence[float]) -> float | None:
+def deviation(values: Sequence[float] | np.ndarray) -> float | None:
     """Standard deviation of a sample, as of seeds; None of a single value."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
@@ -85,7 +86,10 @@ def gain(
         seed=BOOTSTRAP_SEED,
         n=n,
     )
-    per_seed = [auc(labels, b) - auc(labels, a) for a, b in zip(base_scores, other_scores, strict=True)]
+    per_seed = [
+        _defined_auc(labels, b) - _defined_auc(labels, a)
+        for a, b in zip(base_scores, other_scores, strict=True)
+    ]
     return {"gain": difference * count, "ci": [low * count, high * count], "per_seed": per_seed}
 
 
@@ -102,6 +106,12 @@ def _scores_of(run: Path, reference: dict[str, np.ndarray], reference_run: Path)
         if not np.array_equal(predictions[name], reference[name]):
             raise ValueError(f"{run} and {reference_run} differ in {name}: not the same test impressions")
     return predictions["score"]
+
+
+def _defined_auc(labels: np.ndarray, scores: np.ndarray) -> float:
+    value = auc(labels, scores)
+    assert value is not None  # there are labels of both classes
+    return value
 
 
 def _ranks(scores: np.ndarray) -> np.ndarray:
@@ -211,8 +221,7 @@ def csft_variants(
 
 def validation_auc(run: Path) -> float:
     """Validation AUC of the best epoch of a CTR run."""
-    history = read_history(RunDirectory(run).history)
-    return history.epochs[history.best_epoch]["auc"]
+    return read_history(RunDirectory(run).history).best()["auc"]
 
 
 def target(claim: str, value: float | None, met: bool) -> dict[str, Any]:

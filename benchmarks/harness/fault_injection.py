@@ -67,8 +67,8 @@ class Faults:
     @contextmanager
     def injected(self) -> Iterator[None]:
         """Put this in the place of the file system's functions."""
-        with mock.patch.multiple(os, open=self._os_open(), close=self._os_close(),
-                                 **{name: self._direct(name) for name in DIRECT}):  # fmt: skip
+        replaced: dict[str, Any] = {name: self._direct(name) for name in DIRECT}
+        with mock.patch.multiple(os, open=self._os_open(), close=self._os_close(), **replaced):
             opened = self._io_open()
             with mock.patch.object(io, "open", opened), mock.patch.object(builtins, "open", opened):
                 with mock.patch.object(files, "_renameat2", self._exchange()):

@@ -67,6 +67,7 @@ class RedisServer:
 
     def kill(self) -> None:
         """End it at once."""
+        assert self._process is not None  # it was started when it was made
         self._process.kill()
         self._process.wait()
 

@@ -102,7 +102,9 @@ def _flags(options: Mapping[str, Value]) -> list[str]:
 def _source_digest(packages: Sequence[str]) -> str:
     digest = hashlib.sha256()
     for package in packages:
-        (folder,) = importlib.util.find_spec(f"mim_torchrec.{package}").submodule_search_locations
+        spec = importlib.util.find_spec(f"mim_torchrec.{package}")
+        assert spec is not None and spec.submodule_search_locations is not None  # SOURCES names packages
+        (folder,) = spec.submodule_search_locations
         for path in sorted(Path(folder).rglob("*.py")):
             name = f"{package}/{path.relative_to(folder)}"
             digest.update(name.encode() + b"\0" + path.read_bytes())
@@ -246,16 +248,15 @@ def export_stage(
     options: Mapping[str, Value] | None = None,
 ) -> Stage:
     """The table of all items, by the encoder of a C-SFT stage or a `plain:<vision>+<text>`."""
-    trained = isinstance(encoder, Stage)
     flags: dict[str, Value] = {"data": data.out, "out": root / name}
-    flags["encoder"] = encoder.out / "encoder" if trained else encoder
+    flags["encoder"] = encoder.out / "encoder" if isinstance(encoder, Stage) else encoder
     return Stage(
         name=f"export-{name}",
         command=("export",),
         options=flags | dict(options or {}),
         out=root / name,
         ranks=ranks,
-        after=(data, encoder) if trained else (data,),
+        after=(data, encoder) if isinstance(encoder, Stage) else (data,),
     )
 
 

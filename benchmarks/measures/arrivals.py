@@ -33,6 +33,11 @@ class Arrival:
     removed: bool = False
     bad: bool = False
 
+    def content(self) -> tuple[str, bytes]:
+        """Title and image of an item that is not deleted."""
+        assert self.title is not None and self.image is not None, f"item {self.item_id} is deleted"
+        return self.title, self.image
+
     def row(self) -> dict[str, object]:
         """As a source has it."""
         return {"item_id": self.item_id, "title": self.title, "image": self.image, "removed": self.removed}

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from mim_torchrec.data.images import decode_image
 from mim_torchrec.encoders.checkpoint import save_encoder
@@ -16,8 +15,8 @@ from mim_torchrec.representation.export import TrainedEncoder
 
 
 @cache
-def word_tokenizer() -> PreTrainedTokenizerBase:
-    """A tokenizer of 64 invented words, for text towers that learn their own."""
+def word_tokenizer() -> str:
+    """A tokenizer of 64 invented words, as JSON, for text towers that learn their own."""
     return train_tokenizer([" ".join(f"word{k}" for k in range(64))], 256)
 
 

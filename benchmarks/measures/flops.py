@@ -36,6 +36,7 @@ def _weighted_bags(
     return 0 if per_sample_weights is None else 2 * indices.numel() * weight.shape[1]
 
 
+_formula: Any  # a type checker knows no attributes of functions
 for _formula in (_sampled, _weighted_bags):
     _formula._get_raw = True  # tensors, not their shapes: the number of pairs is not a size of an argument
 

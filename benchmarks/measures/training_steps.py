@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -118,7 +118,8 @@ def training_step(
     context: DistributedContext,
 ) -> Step:
     """A training step of a sharded model, as the loop takes it."""
-    task = CTRTask(model, optimizer, None, None, None, context, settings.aux_weight)
+    unread = cast(Any, None)  # readers and mapper are of the loop, which is not run here
+    task = CTRTask(model, optimizer, unread, unread, unread, context, settings.aux_weight)
     model.train()
 
     def step(batch: RequestBatch) -> None:

@@ -124,7 +124,7 @@ class Job:
         sizes = shop.ShopSizes(items=c.items, users=c.users, requests=c.requests, searches=c.searches)
         self.shop = shop.shop_stage(sizes, self.root, "shop", 1.0)
         out = self.root / "pretrain"
-        options = {"data": self.shop.out, "out": out, "seed": 0} | PRETRAIN
+        options: dict[str, Value] = {"data": self.shop.out, "out": out, "seed": 0, **PRETRAIN}
         self.pretrain = Stage(name="pretrain", command=("pretrain",), options=options, out=out,
                               ranks=f"1x{c.jobs}", after=(self.shop,))  # fmt: skip
         self.run.run([self.shop, self.pretrain], threads=1)
@@ -278,7 +278,7 @@ def build(job: Job) -> tuple[dict[str, Any], list[Section], dict[str, bytes]]:
     tables = {name: [line(job, version, base) for version in rows] for name, rows in TABLES.items()}
     orders = {name: other_orders(lines) for name, lines in tables.items()}
     rate = exchange(job, base)
-    report = {
+    report: dict[str, Any] = {
         **tables, "orders": orders, "exchange_rate": rate,
         "base": {"auc_mean": float(base.mean()), "auc_std": deviation(base), "paper_auc": BASE_AUC},
         "stages": job.run.seconds,

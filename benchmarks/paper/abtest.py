@@ -147,14 +147,14 @@ def draw(points: Sequence[dict[str, Any]]) -> bytes:
 
 def sections(report: dict[str, Any], config: ABTestConfig) -> list[Section]:
     """The tables of the report."""
-    paper = [["paper, Table 7: one release, Taobao", PAPER_RELEASE], ["paper: three releases", PAPER_TOTAL]]
+    paper = {"paper, Table 7: one release, Taobao": PAPER_RELEASE, "paper: three releases": PAPER_TOTAL}
     rows = [
         ["here, in expectation", f"{report['auc_gain']:+.4f}", *_lifts(report)],
         [f"here, clicks drawn {config.repeats} times", f"{report['auc_gain']:+.4f}",
          *_lifts(report["drawn"])],
         *(
             [name, f"{f['auc_gain']:+.4f}", f"{f['ctr_lift']:+.2%}", f"{f['rpm_lift']:+.2%}"]
-            for name, f in paper
+            for name, f in paper.items()
         ),
     ]  # fmt: skip
     ranked = "predicted click rate times bid" if config.rank_by == "ecpm" else "predicted click rate"

@@ -62,7 +62,7 @@ def summarize(data_set: DataSet, sets: list[dict[str, Any]]) -> dict[str, Any]:
     half = NUM_AGE_SETS // 2
     newer, older = (comparison.mean(part) for part in (gains[:half], gains[half:]))
     largest = max(defined, key=lambda entry: entry[1])[0] if defined else None
-    has_all = newer is not None and older is not None
+    difference = newer - older if newer is not None and older is not None else None
     return {
         "spearman_of_age_and_gain": None if trend is None or np.isnan(trend) else float(trend),
         "targets": [
@@ -71,7 +71,7 @@ def summarize(data_set: DataSet, sets: list[dict[str, Any]]) -> dict[str, Any]:
             target(f"{data_set.name}: the set that gains most is one of the three newest; 0 is the newest",
                    largest, largest is not None and largest < 3),
             target(f"{data_set.name}: the newer half gains more than the older half, difference",
-                   newer - older if has_all else None, has_all and newer > older),
+                   difference, difference is not None and difference > 0),
         ],
     }  # fmt: skip
 

@@ -28,7 +28,8 @@ from mim_torchrec.encoders.text import TextEncoder, TextEncoderConfig, learns_to
 from mim_torchrec.encoders.vision import VisionEncoder, VisionEncoderConfig
 from mim_torchrec.errors import OptionError
 
-CSFT: dict[str, Value] = {"freeze-towers": True, "epochs": 10, "batch-size": 256, "head.dim": 128}
+HEAD_DIM = 128
+CSFT: dict[str, Value] = {"freeze-towers": True, "epochs": 10, "batch-size": 256, "head.dim": HEAD_DIM}
 CTR: dict[str, Value] = shop.CTR | {"epochs": 3}
 
 
@@ -187,7 +188,7 @@ class Job:
         if vision.size is not None:
             options["vision.image-size"] = vision.size
         smallest = min(self._built[tower].feature_dim for tower in (vision, text))
-        options["init"] = "pca" if smallest >= CSFT["head.dim"] else "random"  # no more components than that
+        options["init"] = "pca" if smallest >= HEAD_DIM else "random"  # no more components than that
         return Stage(name=out.name, command=("csft",), options=options | CSFT, out=out, ranks="1x1",
                      after=(self._data,))  # fmt: skip
 

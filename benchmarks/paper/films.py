@@ -41,5 +41,5 @@ def import_stage(source: Path, root: Path, split: str) -> Stage:
 def csft_stage(root: Path, data: Stage) -> Stage:
     """C-SFT on films that a user liked one after the other, above frozen pretrained towers."""
     out = root / f"csft-{data.out.name}"
-    options = {"data": data.out, "out": out, "seed": 0} | ENCODER | CSFT
+    options: dict[str, Value] = {"data": data.out, "out": out, "seed": 0, **ENCODER, **CSFT}
     return Stage(name=out.name, command=("csft",), options=options, out=out, ranks="1x1", after=(data,))

@@ -44,7 +44,7 @@ class ShopSizes:
 
 def shop_stage(sizes: ShopSizes, root: Path, name: str, style_weight: float) -> Stage:
     """The shop, or with `style_weight` 0 the same items and users who do not care for style."""
-    options = {
+    options: dict[str, Value] = {
         "out": root / name,
         "items": sizes.items,
         "users": sizes.users,
@@ -60,7 +60,7 @@ def shop_stage(sizes: ShopSizes, root: Path, name: str, style_weight: float) -> 
 
 def csft_stage(sizes: ShopSizes, root: Path, name: str, shop: Stage) -> Stage:
     """C-SFT on the shop's image searches, above frozen pretrained towers."""
-    options = {
+    options: dict[str, Value] = {
         "data": shop.out,
         "out": root / name,
         "epochs": sizes.csft_epochs,

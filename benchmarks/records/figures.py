@@ -35,7 +35,7 @@ def bars(
 ) -> None:  # fmt: skip
     """Groups of bars with their values above them."""
     drawn = axes.grouped_bar(dict(series), tick_labels=list(groups), colors=list(colors)[: len(series)])
-    for container in drawn.bar_containers:
+    for container in drawn.bar_containers:  # type: ignore[attr-defined]  # matplotlib's stubs say it is a list
         axes.bar_label(container, [show(v) for v in container.datavalues], fontsize=7, padding=1)
     axes.set_title(title, fontsize=9)
     if log:

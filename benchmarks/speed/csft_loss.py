@@ -71,8 +71,10 @@ def measure_paper_scale(config: CSFTLossConfig) -> dict[str, Any]:
     torch.set_num_threads(1)
     count = config.queries
     loss = MultiLevelInfoNCE(alpha=0.0, beta=0.0, queue_batches=config.queue_batches)
+    queue = loss.queue
+    assert queue is not None  # what is measured is a full queue
     for step in range(config.queue_batches):
-        loss.queue.push([draw(2 * count, config.dim, step)], draw_ids(2 * count, step))
+        queue.push([draw(2 * count, config.dim, step)], draw_ids(2 * count, step))
     query = draw(count, config.dim, -1).requires_grad_()
     items = draw(2 * count, config.dim, -2).requires_grad_()
     ids, own = draw_ids(2 * count, -1), draw_ids(count, -2)
@@ -86,13 +88,15 @@ def measure_paper_scale(config: CSFTLossConfig) -> dict[str, Any]:
             seconds.append(time.perf_counter() - started)
         extra = peak() - before
     num_items = 2 * count * (config.queue_batches + 1)
+    queued = queue.vectors("mm")
+    assert queued is not None  # it is full
     return {
         "extra_mib": extra / MIB,
         "seconds": min(seconds),
         "queries": count,
         "items": num_items,
         "negatives": float(report["negatives"]),
-        "queue_mib": loss.queue.vectors("mm").nbytes / MIB,
+        "queue_mib": queued.nbytes / MIB,
         "logits_mib": count * num_items * 4 / MIB,
     }
 

@@ -8,6 +8,7 @@ Batches lie ready: neither side loads data. Beside it what MIM adds to our own S
 import dataclasses
 import statistics
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def our_step(
     mm = frozen_config(table, ["candidate_mm", "behavior_mm"], name="mm") if table is not None else None
     model, optimizer = shard(build_model(settings, config.rows, mm, torch.device("meta")), settings, context)
     if table is not None:
-        load_table(model.module.mm_embeddings, table, "mm")
+        load_table(model, table, "mm")
     return training_step(model, optimizer, settings, context)
 
 
@@ -103,7 +104,7 @@ def mim_overhead(
          lambda k: steps[True](batches[True][k % config.batches])],
         config.rounds, config.warmup,
     )  # fmt: skip
-    flops = {mim: count_flops(lambda mim=mim: steps[mim](batches[mim][0])) for mim in (False, True)}
+    flops = {mim: count_flops(partial(steps[mim], batches[mim][0])) for mim in (False, True)}
     samples = batches[False][0].num_candidates
     return {
         "flops": flops[True] / flops[False] - 1,
@@ -115,7 +116,7 @@ def mim_overhead(
 
 def measure(config: ThroughputConfig, context: DistributedContext) -> dict[str, Any]:
     """All comparisons, the like-for-like one in `models`."""
-    found = {}
+    found: dict[int, dict[str, dict[str, dict[str, float]]]] = {}
     for candidates in config.candidates:
         found[candidates] = {}
         for name in config.models:
@@ -130,8 +131,8 @@ def measure(config: ThroughputConfig, context: DistributedContext) -> dict[str, 
     report: dict[str, Any] = {"candidates": first, "models": found[first]}
     report |= {f"models_{candidates}_candidates": found[candidates] for candidates in others}
     by_dim = {str(dim): mim_overhead(config, dim, first, context) for dim in config.dims}
-    for dim, overhead in by_dim.items():
-        print(f"MIM over Base, SIM, dim {dim}: operations {overhead['flops']:+.1%}, "
+    for size, overhead in by_dim.items():
+        print(f"MIM over Base, SIM, dim {size}: operations {overhead['flops']:+.1%}, "
               f"step {overhead['step_time']:+.1%}")  # fmt: skip
     report["mim_overhead"] = by_dim[str(config.dims[-1])] | {"dim": config.dims[-1], "by_dim": by_dim}
     report["targets"] = targets(report)
@@ -194,8 +195,7 @@ def sections(config: ThroughputConfig, report: dict[str, Any]) -> list[Section]:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `python -m mim_torchrec.benchmarks.speed.ctr_throughput`."""
-    words = {"description": __doc__, "config": (tyro.conf.FlagConversionOff,)}
-    config = tyro.cli(ThroughputConfig, args=argv, **words)
+    config = tyro.cli(ThroughputConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
     with threads_of_torch(1), distributed(0) as context:
         report = measure(config, context)
     report["config"] = dataclasses.asdict(config)

@@ -89,9 +89,9 @@ def write_items(config: ExportThroughputConfig) -> Path:
         "category": [str(category) for category in categories],
     }
     schema = pa.schema([ITEMS.field(name) for name in columns])
-    with DatasetWriter(
-        out, name="export_throughput", source="mim_torchrec.benchmarks.speed.export_throughput"
-    ) as writer:
+    source = {"command": "python -m mim_torchrec.benchmarks.speed.export_throughput", "items": config.items,
+              "image_px": config.image_px}  # fmt: skip
+    with DatasetWriter(out, name="export_throughput", source=source) as writer:
         writer.write("items", pa.table(columns, schema=schema), row_group_size=100)
     return out
 
@@ -277,8 +277,9 @@ def sections(report: dict[str, Any]) -> Sequence[Section]:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `python -m mim_torchrec.benchmarks.speed.export_throughput`."""
-    words = {"description": __doc__, "config": (tyro.conf.FlagConversionOff,)}
-    config = tyro.cli(ExportThroughputConfig, args=argv, **words)
+    config = tyro.cli(
+        ExportThroughputConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,)
+    )
     config.out.mkdir(parents=True, exist_ok=True)
     logging.getLogger("mim_torchrec").setLevel(logging.WARNING)
     with threads_of_torch(torch.get_num_threads()), distributed(0) as context:

@@ -7,7 +7,8 @@ and `unsharded` is an `nn.Embedding` with `requires_grad=False` on every rank.
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,7 @@ from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise
-from torchrec.distributed.types import ShardingPlan
+from torchrec.distributed.types import ModuleSharder, ModuleShardingPlan, ShardingPlan
 from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
@@ -131,18 +132,22 @@ def content_config(sizes: Sizes, dtype: str = "float32") -> EmbeddingConfig:
 def wrap(model: nn.Module) -> DistributedModelParallel:
     """Shard the content of a model row-wise over all ranks."""
     sharders = [EmbeddingCollectionSharder(), FrozenEmbeddingCollectionSharder()]
-    plan = {}
+    content = model.get_submodule("content")
+    plan: dict[str, ModuleShardingPlan] = {}
     for sharder in sharders:
-        if type(model.content) is sharder.module_type:
+        if type(content) is sharder.module_type:
             plan["content"] = construct_module_sharding_plan(
-                model.content,
+                content,
                 {TABLE: row_wise(compute_kernel=EmbeddingComputeKernel.FUSED.value)},
                 sharder=sharder,
                 local_size=dist.get_world_size(),
                 device_type="cpu",
             )
     return DistributedModelParallel(
-        model, device=torch.device("cpu"), plan=ShardingPlan(plan), sharders=sharders
+        model,
+        device=torch.device("cpu"),
+        plan=ShardingPlan(plan),
+        sharders=cast(list[ModuleSharder[nn.Module]], sharders),  # list is invariant
     )
 
 
@@ -215,7 +220,7 @@ def measure_steps(sizes: Sizes) -> dict[str, dict[str, float]]:
         runs: dict[str, Callable[[], Any]] = {}
         for variant in VARIANTS:
             model, optimizer = build(variant, sizes)
-            runs[variant] = lambda m=model, o=optimizer: train_step(m, o, batch, labels)
+            runs[variant] = partial(train_step, model, optimizer, batch, labels)
         if ranks.world_size > 1:
             runs["exchange"] = bare_exchange(batch.values(), sizes, ranks.world_size)
         return {name: {"seconds": seconds} for name, seconds in take_turns(runs, sizes.rounds).items()}

@@ -12,12 +12,14 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import tyro
+from torch import Tensor
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from tqdm import tqdm
 
@@ -39,6 +41,7 @@ from mim_torchrec.benchmarks.speed.frozen_model import (
 )
 from mim_torchrec.embeddings.sharded.frozen import FrozenEmbeddingCollection, frozen_config
 from mim_torchrec.embeddings.sharded.load import find_frozen, load_table, open_table
+from mim_torchrec.embeddings.sharded.rows import DenseRows, RowStore
 from mim_torchrec.embeddings.table.format import TableWriter, decode, encode, row_bytes
 from mim_torchrec.embeddings.table.quantize import cosine_errors
 from mim_torchrec.training.distributed import distributed
@@ -110,18 +113,18 @@ def measure_lookups(sizes: Sizes) -> dict[str, dict[str, float]]:
                 "float": FrozenEmbeddingCollection([content_config(sizes, dtype)]),
             }
             runs: dict[str, Callable[[], Any]] = {}
-            store = None
+            store: RowStore | None = None
             for kind, module in models.items():
                 model = wrap(Lookup(module))
                 if store is None:
                     fill(model)
                     store = find_frozen(model, "content")[1].store
                 find_frozen(model, "content")[1].store = store  # all read the same rows, as warm or cold
-                runs[kind] = lambda m=model: m(batch)
+                runs[kind] = partial(model, batch)
             if ranks.world_size == 1:
-                rows = store.tensor
-                runs["index_select"] = lambda r=rows: r.index_select(0, values)
-                runs["index_select_float"] = lambda r=rows, d=dtype: decode(r.index_select(0, values), d)
+                assert isinstance(store, DenseRows)  # no table on the disk is mapped here
+                runs["index_select"] = partial(store.tensor.index_select, 0, values)
+                runs["index_select_float"] = partial(decoded, store.tensor, values, dtype)
             seconds = take_turns(runs, sizes.rounds, before=lambda: others.add_(1))
             figures = {"rows_per_s": len(values) / seconds["stored"]}
             figures["float32_rows_per_s"] = len(values) / seconds["float"]
@@ -133,6 +136,11 @@ def measure_lookups(sizes: Sizes) -> dict[str, dict[str, float]]:
                 figures["copy_limit_rows_per_s"] = copy_bandwidth() / moved
             found[name] = figures
         return found
+
+
+def decoded(rows: Tensor, wanted: Tensor, dtype: str) -> Tensor:
+    """Rows by plain `index_select`, as float32."""
+    return decode(rows.index_select(0, wanted), dtype)
 
 
 def copy_bandwidth() -> float:
@@ -221,7 +229,9 @@ def measure(config: FrozenTableConfig) -> dict[str, Any]:
     """Run everything and put the report together."""
     sizes = Sizes(rows=config.rows, dim=config.dim, requests=config.requests, behaviors=config.behaviors,
                   rounds=config.rounds)  # fmt: skip
-    step, memory, lookup = {}, {}, {}
+    step: dict[str, dict[str, dict[str, float]]] = {}
+    memory: dict[str, dict[str, dict[str, float]]] = {}
+    lookup: dict[str, dict[str, float]] = {}
     for ranks in (1, 2):
         print(f"{ranks} rank(s): steps", flush=True)
         # the slowest rank is what a step takes
@@ -241,7 +251,7 @@ def measure(config: FrozenTableConfig) -> dict[str, Any]:
             )
     vectors = torch.randn(100_000, config.dim, generator=torch.Generator().manual_seed(0))
     error = float(cosine_errors(vectors, decode(encode(vectors, "int8"), "int8")).mean())
-    report = {
+    report: dict[str, Any] = {
         "frozen": {
             key: max(memory[ranks]["frozen"][key] for ranks in memory)
             for key in ("optimizer_bytes", "gradient_bytes")
@@ -329,8 +339,9 @@ def sections(report: dict[str, Any]) -> list[Section]:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `python -m mim_torchrec.benchmarks.speed.frozen_table`."""
-    words = {"description": __doc__, "config": (tyro.conf.FlagConversionOff,)}
-    config = tyro.cli(FrozenTableConfig, args=argv, **words)
+    config = tyro.cli(
+        FrozenTableConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,)
+    )
     report = measure(config)
     summary = (
         f"{config.rows:,} rows of {config.dim}, {config.requests:,} requests a rank with {config.behaviors} "

@@ -5,7 +5,7 @@ Adam over all parameters, embedding tables included). One row a candidate, histo
 of the batch, as its loader for long histories makes them.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from model_zoo.LongCTR.DIEN.DIEN import DIEN
 from model_zoo.LongCTR.DIN.DIN import DIN
 from model_zoo.LongCTR.SIM.SIM import SIM
 from model_zoo.LongCTR.TWIN.TWIN import TWIN
-from torch import Tensor, nn
+from torch import Tensor
 
 from mim_torchrec.data.batch import RequestBatch
 
@@ -22,6 +22,14 @@ FuxiBatch = tuple[dict[str, Tensor], dict[str, Tensor], Tensor]
 PRE, POST = "pre", "post"
 PADDING = {"din": PRE, "dien": POST, "sim": PRE, "twin": PRE}
 """On which side histories are padded: DIEN's recurrence starts at the first position."""
+
+
+class Trainable(Protocol):
+    """What is called of a model of FuxiCTR, which has no types."""
+
+    def train_step(self, batch: FuxiBatch) -> Tensor:
+        """Take a step on a batch; returns its loss."""
+        ...
 
 
 def build(
@@ -33,7 +41,7 @@ def build(
     top_k: int,
     heads: int,
     tower: tuple[int, ...],
-) -> nn.Module:
+) -> Trainable:
     """A model, ready to train.
 
     Args:

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,7 +102,7 @@ def make_items(config: RIMLatencyConfig) -> Made:
     seconds = []
     for item in fed[: min(30, count)]:
         started = time.perf_counter()
-        encode_alone(trained, item.title, item.image)
+        encode_alone(trained, *item.content())
         seconds.append(time.perf_counter() - started)
     table = config.out / "base"
     writer = TableWriter(table, table_version=version, dim=DIM, dtype="float16", encoder={}, spare_rows=count)
@@ -203,7 +204,7 @@ def measure_one(config: RIMLatencyConfig, made: Made, store: Store, transport: T
 
 
 def arrive(
-    config: RIMLatencyConfig, feeder: Feeder, pipe: Connection, looker: multiprocessing.Process
+    config: RIMLatencyConfig, feeder: Feeder, pipe: Connection, looker: BaseProcess
 ) -> tuple[list[float], dict[int, float]]:
     """Let items arrive; returns when each did, in order, and when each was found, by id.
 

@@ -85,8 +85,8 @@ class ScalingConfig:
 
     def sizes(self, **changed: int) -> StepSizes:
         """Sizes of the model and of its batches."""
-        known = {"batch_size": self.batch_size, "max_behaviors": self.max_behaviors} | changed
-        return StepSizes(out=self.out, mm_dim=self.mm_dim, batches=2, **known)
+        known: dict[str, Any] = {"batch_size": self.batch_size, "max_behaviors": self.max_behaviors}
+        return StepSizes(out=self.out, mm_dim=self.mm_dim, batches=2, **known | changed)
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def make_step(
     model, optimizer = shard(built, settings, context)
     before, num_rows = private_bytes(), 0
     if table is not None:
-        num_rows = load_table(model.module.mm_embeddings, table, mapped=True).total_rows - 1
+        num_rows = load_table(model, table, mapped=True).total_rows - 1
     loaded = private_bytes() - before
     step = training_step(model, optimizer, settings, context)
     seeds = [context.rank + context.world_size * k for k in range(point.sizes.batches)]
@@ -262,8 +262,7 @@ def targets(config: ScalingConfig, report: dict[str, Any]) -> list[dict[str, Any
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `python -m mim_torchrec.benchmarks.speed.scaling`."""
-    words = {"description": __doc__, "config": (tyro.conf.FlagConversionOff,)}
-    config = tyro.cli(ScalingConfig, args=argv, **words)
+    config = tyro.cli(ScalingConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
     config.out.mkdir(parents=True, exist_ok=True)
     report = measure(config)
     report["config"] = dataclasses.asdict(config)

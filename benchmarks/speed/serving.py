@@ -33,7 +33,7 @@ from mim_torchrec.benchmarks.harness.comparison import target
 from mim_torchrec.benchmarks.harness.pages import Section, targets_section, write_pages
 from mim_torchrec.benchmarks.measures.turns import seconds_by_name, threads_of_torch
 from mim_torchrec.ciubm.content import content_relevance, relevant_interest
-from mim_torchrec.ctr.config import PRESETS, CTRConfig
+from mim_torchrec.ctr.config import PRESETS, CTRConfig, Preset
 from mim_torchrec.ctr.parameters import is_dense
 from mim_torchrec.ctr.sharding import build_model
 from mim_torchrec.embeddings.table.format import TableWriter
@@ -48,8 +48,11 @@ P99_TARGET = 30.0
 MICROSECONDS = 1_000_000
 PATIENCE = 60.0  # seconds: eight long requests of a preset that is not linear take their time
 NOW = 365 * 86_400 * MICROSECONDS
-MODELS = {"sim/paper": ("sim", "paper"), "sim/recommended": ("sim", "recommended"),
-          "din/paper": ("din", "paper")}  # fmt: skip
+MODELS: dict[str, tuple[str, Preset]] = {
+    "sim/paper": ("sim", "paper"),
+    "sim/recommended": ("sim", "recommended"),
+    "din/paper": ("din", "paper"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +220,7 @@ class Served:
         words += ["--threads", str(config.threads), "--limits.deadline-ms", str(1000 * PATIENCE)]
         self._process = subprocess.Popen([sys.executable, "-m", "mim_torchrec.serving.main", *words],
                                          stdout=subprocess.PIPE, text=True)  # fmt: skip
+        assert self._process.stdout is not None  # it is a pipe
         line = self._process.stdout.readline()
         if "serving" not in line:
             raise RuntimeError("the server did not start; its messages are above")
@@ -237,10 +241,12 @@ def load(address: str, bodies: list[bytes], clients: int) -> tuple[list[float], 
     server.
     """
     where = urlsplit(address)
+    host = where.hostname
+    assert host is not None, f"no host in {address}"
 
     def client(own: list[bytes]) -> list[float]:
         seconds = []
-        with closing(HTTPConnection(where.hostname, where.port, timeout=PATIENCE)) as http:
+        with closing(HTTPConnection(host, where.port, timeout=PATIENCE)) as http:
             http.connect()
             http.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             for body in own:
@@ -376,8 +382,7 @@ def sections(config: ServingConfig, report: dict[str, Any]) -> list[Section]:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `python -m mim_torchrec.benchmarks.speed.serving`."""
-    words = {"description": __doc__, "config": (tyro.conf.FlagConversionOff,)}
-    config = tyro.cli(ServingConfig, args=argv, **words)
+    config = tyro.cli(ServingConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
     config.out.mkdir(parents=True, exist_ok=True)
     with threads_of_torch(torch.get_num_threads()):
         report = measure(config)

@@ -7,11 +7,13 @@ are what the paper argues against, and so in `benchmarks/`: the stages keep enco
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import DataType, EmbeddingConfig
+from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
 
 from mim_torchrec.ctr.config import CTRConfig
@@ -142,5 +144,6 @@ def build_encoded_model(
         feature_names=list(FEATURES), data_type=DataType.FP32,
     )  # fmt: skip
     model = build_model(settings, num_embeddings, mm, torch.device("meta"))
-    model.mm_embeddings = EncodedItems(mm, source)
+    # it is called as a collection is, and gives what a collection gives
+    model.mm_embeddings = cast(EmbeddingCollection, EncodedItems(mm, source))
     return model

@@ -24,7 +24,8 @@ def empty_out(module: nn.Module, fake: FakeTensorMode) -> None:
     """Replace parameters and buffers of a module by fake ones, so that their memory is given back."""
     made: dict[int, Tensor] = {}
     for part in module.modules():
-        for tensors in (part._parameters, part._buffers):
+        held: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+        for tensors in held:
             for name, tensor in tensors.items():
                 if tensor is None:
                     continue
@@ -97,7 +98,7 @@ class FakeEncoder(nn.Module):
 
     def training_state(self) -> Iterator[Tensor]:
         """Gradients and state of the optimizer, which have memory between two steps."""
-        yield from (parameter.grad for parameter in self._trained)
+        yield from (parameter.grad for parameter in self._trained if parameter.grad is not None)
         if self._optimizer is not None:
             yield from (x for x in tree_leaves(dict(self._optimizer.state)) if isinstance(x, Tensor))
 

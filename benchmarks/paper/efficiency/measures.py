@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def figures(row: Row, batch: RequestBatch, before: int) -> dict[str, dict[str, f
         training = phase == "train"
         run = row.train if training else row.infer
         found[phase] = {
-            "gflops": count_flops(lambda run=run: run(batch)) / batch.num_candidates / 1e9,
+            "gflops": count_flops(partial(run, batch)) / batch.num_candidates / 1e9,
             "memory_gb": peak_bytes(row, batch, training, before) / GB,
             "embedding_kb": row.lookup_bytes(batch, training) / batch.num_candidates / 1e3,
         }
@@ -133,7 +134,7 @@ def measure_table(config: EfficiencyConfig, context: DistributedContext) -> dict
 @torch.no_grad()
 def encoder_gflops(row: Row, batch: RequestBatch) -> float:
     """GFLOPs a sample of a forward pass of the foundation models and their fusion."""
-    encode = row.model.module.mm_embeddings
+    encode = row.model.module.get_submodule("mm_embeddings")
     return count_flops(lambda: encode(batch.sparse)) / batch.num_candidates / 1e9
 
 

@@ -33,7 +33,7 @@ from mim_torchrec.benchmarks.paper.efficiency.fake_encoder import FakeEncoder
 from mim_torchrec.ctr.sharding import build_model, shard
 from mim_torchrec.data.batch import RequestBatch
 from mim_torchrec.embeddings.sharded.frozen import frozen_config
-from mim_torchrec.embeddings.sharded.load import load_table, open_table
+from mim_torchrec.embeddings.sharded.load import find_frozen, load_table, open_table
 from mim_torchrec.embeddings.sharded.rows import DenseRows
 from mim_torchrec.encoders.item_encoder import HeadConfig, ItemEncoder, ItemEncoderConfig
 from mim_torchrec.encoders.text import TextEncoderConfig, learns_tokenizer
@@ -131,6 +131,7 @@ class Row:
         self.name, self.sizes, self.device = name, sizes, context.device
         self._settings = our_config(sizes.ctr, UBM, sizes.dim, mim=name != "base")
         self.fake_encoder: FakeEncoder | None = None
+        self._catalog: RandomContent | None = None
         self.model, self.optimizer = self._build(context, fake)
         self._step: Step = training_step(self.model, self.optimizer, self._settings, context)
 
@@ -146,7 +147,7 @@ class Row:
                 source = self.fake_encoder = FakeEncoder(encoder, sizes.tokens, trained, settings)
             else:
                 catalog = RandomContent.random(sizes.ctr.items - 1, encoder, sizes.tokens)
-                source = Encoded(encoder, catalog, trained)
+                source, self._catalog = Encoded(encoder, catalog, trained), catalog
             model = build_encoded_model(settings, sizes.num_embeddings, source, source.dim)
         else:
             if self.name == "mim":
@@ -156,10 +157,11 @@ class Row:
         self._id_tables: list[BaseEmbeddingConfig] = [
             *model.request_embeddings.embedding_bag_configs(), *model.item_embeddings.embedding_configs()
         ]  # fmt: skip
-        self._frozen_tables = model.mm_embeddings.embedding_configs() if table is not None else []
+        frozen = model.mm_embeddings if table is not None else None
+        self._frozen_tables = frozen.embedding_configs() if frozen is not None else []
         sharded, optimizer = shard(model, settings, context)
         if table is not None:
-            load_table(sharded.module.mm_embeddings, table)
+            load_table(sharded, table)
         return sharded, optimizer
 
     def train(self, batch: RequestBatch) -> None:
@@ -178,12 +180,10 @@ class Row:
     def data_bytes(self) -> int:
         """Bytes on the model's device that Table 6 does not count: frozen table, images and titles."""
         if self.name == "mim":
-            stores = [table.store for table in self.model.module.mm_embeddings.frozen_tables().values()]
-            return sum(s.nbytes for s in stores if isinstance(s, DenseRows) and s.device == self.device)
-        if self.name in ("wo_rc", "e2e") and self.fake_encoder is None:
-            catalog = self.model.module.mm_embeddings.source.catalog
-            return catalog.nbytes if catalog.images.device == self.device else 0
-        return 0
+            store = find_frozen(self.model, "mm")[1].store
+            return store.nbytes if isinstance(store, DenseRows) and store.device == self.device else 0
+        catalog = self._catalog
+        return catalog.nbytes if catalog is not None and catalog.images.device == self.device else 0
 
     def weights(self) -> Iterator[Tensor]:
         """What inference needs in memory besides activations: dense weights and the tables of ids."""

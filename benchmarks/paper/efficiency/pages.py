@@ -6,7 +6,7 @@ from mim_torchrec.benchmarks.harness.pages import Section, targets_section
 from mim_torchrec.benchmarks.paper.efficiency.models import NAMES, TITLES
 
 PHASES = {"train": "Training", "inference": "Inference"}
-PAPER = {
+PAPER: dict[str, dict[str, tuple[float | None, ...]]] = {
     "base": {"train": (0.114, None, 1.1, None), "inference": (0.31, None, 0.68, None)},
     "wo_rc": {"train": (240.24, 2106.37, 10.15, 8.23), "inference": (240.11, 773.55, 9.85, 13.49)},
     "e2e": {"train": (720.38, 6318.12, 30.15, 26.41), "inference": (240.11, 773.55, 9.85, 13.49)},
