@@ -4,6 +4,8 @@ VENV ?= .venv
 DATA ?=
 # processes that run tests side by side; each takes up to 2 GiB
 TEST_PROCESSES ?= 2
+# files stay whole, because their tests share fixtures; tests/conftest.py puts the longest first
+PARALLEL := -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 # paths may hold spaces: BIN and DATA are quoted for the shell
 ENVIRONMENT := $(shell case "$(VENV)" in (/*) echo "$(VENV)" ;; (*) echo "$(CURDIR)/$(VENV)" ;; esac)
@@ -86,17 +88,17 @@ bench-export-throughput: install  ## export's items per second beside its encode
 	$(BIN)/python -m mim_torchrec.benchmarks.speed.export_throughput --out runs/export_throughput
 
 test: install  ## all tests; `make test-fast` runs fewer
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
+	$(BIN)/python -m pytest $(PARALLEL)
 
 coverage: install  ## all tests, and which lines of which rooms they run
 	rm -rf build/coverage && mkdir -p build/coverage
-	$(BIN)/python -m coverage run -m pytest -n $(TEST_PROCESSES) --dist worksteal
+	$(BIN)/python -m coverage run -m pytest $(PARALLEL)
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage json --quiet -o build/coverage/coverage.json
 	$(BIN)/python -m tests.coverage_by_room build/coverage/coverage.json
 
 test-fast: install  ## the tests that are not marked slow
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 docs: install  ## build the documentation site into build/docs; a warning is an error
 	$(BIN)/python -m sphinx -b html -W --keep-going docs build/docs

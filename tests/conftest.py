@@ -13,6 +13,26 @@ from mim_torchrec.benchmarks.harness.redis_server import RedisCluster, RedisServ
 
 torch.set_num_threads(1)
 
+LONG = (
+    "test_demo",
+    "test_doc_pages",
+    "test_ctr_benchmarks",
+    "test_csft_resume",
+    "test_chaos",
+    "test_rim_main",
+)
+FOLDERS = ("pipeline", "distributed", "unit")
+
+
+def pytest_collection_modifyitems(items):
+    """Long files come first, so that no process is left alone with one of them at the end."""
+
+    def rank(item):
+        name, folder = item.path.stem, item.path.parent.name
+        return name not in LONG, FOLDERS.index(folder) if folder in FOLDERS else len(FOLDERS)
+
+    items.sort(key=rank)
+
 
 @pytest.fixture(scope="session")
 def redis_server(tmp_path_factory):

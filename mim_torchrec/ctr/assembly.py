@@ -201,8 +201,9 @@ def read_config(run: Path) -> CTRConfig:
         DataError: there is none, or it is of another format.
     """
     found = RunDirectory(run)
+    values = found.read_config()
     try:
-        return from_values(found.read_config())
+        return from_values(values)
     except ValueError as error:
         problem = f"is not a configuration of this version of mim ctr: {error}"
         raise DataError(problem, file=found.config) from None

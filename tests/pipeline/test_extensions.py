@@ -275,7 +275,8 @@ def test_only_its_own_file_names_a_behavior_model(name):
     default = {"mim_torchrec.ctr.config"} if name == CTRConfig.__dataclass_fields__["ubm"].default else set()
     naming = set()
     for module, path in SOURCES.items():
-        if module.startswith("mim_torchrec.benchmarks"):  # which compare models by name
+        # benchmarks compare models by name, and the public face of the room lists the paper's
+        if module.startswith("mim_torchrec.benchmarks") or module == "mim_torchrec.ciubm":
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             names = isinstance(node, ast.Constant) and node.value == name

@@ -119,6 +119,6 @@ def test_display_advertising_has_no_query(folder):
 
 
 def test_a_column_that_is_not_there_stops_before_training(folder):
-    with pytest.raises(DataError, match="missing; the file has"):
+    with pytest.raises(DataError, match="candidate_prize: the column is missing; add it"):
         train(folder, "bad", "--dense-features", "candidate_prize")
     assert not (folder / "bad" / "vocabulary").exists()

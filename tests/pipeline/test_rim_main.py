@@ -139,7 +139,7 @@ def test_bad_items_go_to_the_dead_letter_file_with_their_reason_and_the_others_o
     lines = (tmp_path / "rim" / "dead-letter.jsonl").read_text()
     found = reasons(place)
     assert "cannot be decoded" in found[1]
-    assert found[5] == "image: the image of 8 bytes cannot be decoded (no known format)"
+    assert found[5] == "image: the image of 8 bytes cannot be decoded (no known format); replace it"
     assert found[2] == found[3] == "the title is empty" and found[4] == "there is no image"
     assert "NaN or infinity" in found[7]
     assert "broken.parquet" in lines and "column item_id" in lines and "there is no item_id" in lines
