@@ -1,4 +1,4 @@
-"""`mim doctor`: is everything there that the stages need, and if not, what is wrong and how is it mended?
+"""`mim doctor`: is everything there that the stages need, and if not, what is wrong and how is it fixed?
 
 One line a check. What is checked is loaded in processes of its own, so that a library that cannot load, or
 that crashes while it does, is a line of the report and not the end of it. This module itself needs only
@@ -36,16 +36,16 @@ RELINK = "python -m pip install --no-deps --no-build-isolation -e ., in the chec
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found; `mend` is empty when all is well."""
+    """What one check found; `fix` is empty when all is well."""
 
     check: str
     ok: bool
     detail: str
-    mend: str = ""
+    fix: str = ""
 
     def __str__(self) -> str:
-        mend = f"; mend it: {self.mend}" if self.mend else ""
-        return f"{'ok' if self.ok else 'FAIL':<5} {self.check:<14} {self.detail}{mend}"
+        fix = f"; fix it: {self.fix}" if self.fix else ""
+        return f"{'ok' if self.ok else 'FAIL':<5} {self.check:<14} {self.detail}{fix}"
 
 
 def check_python(version: tuple[int, ...] = sys.version_info[:3]) -> Finding:
@@ -54,8 +54,8 @@ def check_python(version: tuple[int, ...] = sys.version_info[:3]) -> Finding:
     low, high = ("{}.{}".format(*v) for v in PYTHONS)
     if PYTHONS[0] <= version[:2] < PYTHONS[1]:
         return Finding("python", True, text)
-    mend = f"remove the environment, then make PYTHON=python{low}"
-    return Finding("python", False, f"{text}, not {low} or later and before {high}", mend)
+    fix = f"remove the environment, then make PYTHON=python{low}"
+    return Finding("python", False, f"{text}, not {low} or later and before {high}", fix)
 
 
 def installed() -> dict[str, str]:
@@ -71,22 +71,22 @@ def check_versions(packages: Mapping[str, str], driver: bool) -> Finding:
         driver: whether there is an NVIDIA driver; without one the CUDA build of fbgemm cannot load.
     """
     name = "versions"
-    mend = REPLACE.format(kind="cuda" if driver else "cpu")
+    fix = REPLACE.format(kind="cuda" if driver else "cpu")
     torch, torchrec = packages.get("torch", MISSING), packages.get("torchrec", MISSING)
     builds = [build for build in FBGEMM if build in packages]
     fbgemm = " and ".join(f"{build} {packages[build]}" for build in builds) or f"fbgemm {MISSING}"
     text = f"torch {torch}, torchrec {torchrec}, {fbgemm}"
     if MISSING in (torch, torchrec) or not builds:
-        return Finding(name, False, f"not all installed: {text}", mend)
+        return Finding(name, False, f"not all installed: {text}", fix)
     problem = conflict({package: packages[package] for package in PACKAGES if package in packages})
     if len(builds) == 2:
-        both = f"python -m pip uninstall -y {' '.join(builds)}, then {mend}"
+        both = f"python -m pip uninstall -y {' '.join(builds)}, then {fix}"
         return Finding(name, False, f"{text} {problem}", both)
     if builds == ["fbgemm-gpu"] and not driver:
-        lone = f"python -m pip uninstall -y fbgemm-gpu, then {mend}"
+        lone = f"python -m pip uninstall -y fbgemm-gpu, then {fix}"
         return Finding(name, False, f"{text}: the CUDA build cannot load without an NVIDIA driver", lone)
     if problem is not None:
-        return Finding(name, False, f"{text} are {problem}", mend)
+        return Finding(name, False, f"{text} are {problem}", fix)
     return Finding(name, True, text)
 
 
@@ -210,10 +210,10 @@ def _last_step(output: str) -> str:
     return steps[-1] if steps else "starting Python"
 
 
-def check_script(check: str, script: str, mend: str, python: str = sys.executable) -> Finding:
+def check_script(check: str, script: str, fix: str, python: str = sys.executable) -> Finding:
     """The script runs to its end."""
     ok, detail = outcome(start(script, python=python))
-    return Finding(check, ok, detail, "" if ok else mend)
+    return Finding(check, ok, detail, "" if ok else fix)
 
 
 def check_devices(driver: bool) -> tuple[Finding, int]:
@@ -225,8 +225,8 @@ def check_devices(driver: bool) -> tuple[Finding, int]:
         return Finding("devices", False, detail, REBUILD), 0
     if driver and not gpus:
         problem = "nvidia-smi works but torch sees no GPU"
-        mend = "a driver for the CUDA of requirements/cuda.txt, and CUDA_VISIBLE_DEVICES unset"
-        return Finding("devices", False, f"{problem}, {cores}", mend), 0
+        fix = "a driver for the CUDA of requirements/cuda.txt, and CUDA_VISIBLE_DEVICES unset"
+        return Finding("devices", False, f"{problem}, {cores}", fix), 0
     return Finding("devices", True, f"{detail}, {cores}"), gpus
 
 
@@ -239,11 +239,11 @@ def check_group(backend: str, size: int, script: str = GROUP) -> Finding:
     problems = [f"rank {rank}: {text}" for rank, (ok, text) in enumerate(outcomes) if not ok]
     if not problems:
         return Finding(backend, True, f"{size} process{'es' * (size > 1)} summed a tensor")
-    mend = {
+    fix = {
         "gloo": "let this host's name resolve to an address of its own, or set GLOO_SOCKET_IFNAME=lo",
         "nccl": "run again with NCCL_DEBUG=WARN, which names the cause; often /dev/shm is too small",
     }[backend]
-    return Finding(backend, False, "; ".join(problems), mend)
+    return Finding(backend, False, "; ".join(problems), fix)
 
 
 def check_disk(free: int, folder: Path) -> Finding:
@@ -251,8 +251,8 @@ def check_disk(free: int, folder: Path) -> Finding:
     text = f"{free / GIB:.1f} GiB free in {folder}"
     if free >= MIN_DISK:
         return Finding("disk", True, text)
-    mend = "free some, or run in another folder"
-    return Finding("disk", False, f"{text}, a run wants {MIN_DISK // GIB}", mend)
+    fix = "free some, or run in another folder"
+    return Finding("disk", False, f"{text}, a run wants {MIN_DISK // GIB}", fix)
 
 
 def check_memory(available: int) -> Finding:
@@ -260,8 +260,8 @@ def check_memory(available: int) -> Finding:
     text = f"{available / GIB:.1f} GiB available"
     if available >= MIN_MEMORY:
         return Finding("memory", True, text)
-    mend = "end other programs, or run one rank (-j 1x1)"
-    return Finding("memory", False, f"{text}, two ranks want {MIN_MEMORY // GIB}", mend)
+    fix = "end other programs, or run one rank (-j 1x1)"
+    return Finding("memory", False, f"{text}, two ranks want {MIN_MEMORY // GIB}", fix)
 
 
 def available_memory() -> int:

@@ -306,5 +306,5 @@ def check_not_behind(log: str, head: int, seq: int) -> None:
     if seq > head:
         raise WindowGap(
             f"{log} ends at window {head}, but {seq} windows were applied: it is another log than theirs, or "
-            "was lost and begun anew. Begin a log at the seq of the newest base table"
+            "was lost and begun again. Begin a log at the seq of the newest base table"
         )

@@ -57,11 +57,11 @@ def test_divided_towers_train_as_whole_ones(shop, ddp, tmp_path):
     assert metrics["retrieval"]["mean_rank"] == pytest.approx(ddp[1]["retrieval"]["mean_rank"], rel=0.05)
 
 
-def test_divided_towers_are_taken_up_where_they_were(shop, tmp_path):
+def test_divided_towers_resume_where_they_were(shop, tmp_path):
     out = tmp_path / "csft"
     run_ranks(main, 2, command(shop, out, parallel="fsdp"))
     whole = result(out)
-    # as if it had been broken off after the first epoch
+    # as if it had been interrupted after the first epoch
     for path in (out / "checkpoints").glob("epoch-0002-*"):
         path.rename(path.with_name(f"{path.name}.partial"))
     (out / "metrics.json").unlink()

@@ -1,4 +1,4 @@
-"""C-SFT that is broken off and taken up again ends bit for bit as one that is not."""
+"""An interrupted and resumed C-SFT run is bit-identical to an uninterrupted one."""
 
 import json
 import os
@@ -101,23 +101,23 @@ def ranks_of(process: Job) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def unbroken(shop, tmp_path_factory) -> tuple[list[float], str]:
-    out = tmp_path_factory.mktemp("unbroken") / "csft"
+def uninterrupted(shop, tmp_path_factory) -> tuple[list[float], str]:
+    out = tmp_path_factory.mktemp("uninterrupted") / "csft"
     finish(launch(shop, out), out)
     return result(out)
 
 
-def test_a_rank_that_is_killed_costs_nothing(shop, unbroken, tmp_path):
+def test_a_rank_that_is_killed_costs_nothing(shop, uninterrupted, tmp_path):
     out = tmp_path / "csft"
     process = launch(shop, out, restarts=1)
     wait_for_checkpoint(process, "epoch-0001-step-00000001")
     os.kill(ranks_of(process)[-1], signal.SIGKILL)
     finish(process, out)
-    assert "taken up from" in out.with_suffix(".log").read_text()
-    assert result(out) == unbroken
+    assert "resumed from" in out.with_suffix(".log").read_text()
+    assert result(out) == uninterrupted
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(shop, unbroken, tmp_path):
+def test_sigterm_saves_and_the_same_command_resumes(shop, uninterrupted, tmp_path):
     out = tmp_path / "csft"
     process = launch(shop, out)
     wait_for_checkpoint(process, "epoch-0000-step-00000004")
@@ -127,10 +127,10 @@ def test_sigterm_saves_and_the_same_command_goes_on(shop, unbroken, tmp_path):
     assert "interrupted by a signal" in log, log[-4000:]
     assert not (out / "metrics.json").exists()
     finish(launch(shop, out), out)
-    assert result(out) == unbroken
+    assert result(out) == uninterrupted
 
 
-def break_off(monkeypatch, at: int) -> None:
+def interrupt(monkeypatch, at: int) -> None:
     """Let the process be told to stop in a step, as by SIGTERM."""
     forward, steps = CSFTTask.training_forward, []
 
@@ -144,10 +144,10 @@ def break_off(monkeypatch, at: int) -> None:
 
 
 @pytest.mark.parametrize("at", [1, 5, 7])
-def test_one_process_is_taken_up_in_the_middle_of_an_epoch(shop, tmp_path, monkeypatch, at):
+def test_one_process_resumes_in_the_middle_of_an_epoch(shop, tmp_path, monkeypatch, at):
     main(command(shop, tmp_path / "whole"))
     with monkeypatch.context() as patched, pytest.raises(SystemExit) as stopped:
-        break_off(patched, at)
+        interrupt(patched, at)
         main(command(shop, tmp_path / "broken"))
     assert stopped.value.code == 143
     main(command(shop, tmp_path / "broken"))

@@ -1,4 +1,4 @@
-"""The train pipeline changes no number: not on one rank, not on two, not where a run is taken up again."""
+"""The train pipeline changes no number: not on one rank, not on two, not in a resumed run."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""CTR and pre-training that are broken off and taken up again end bit for bit as those that are not."""
+"""Interrupted and resumed CTR and pre-training runs are bit-identical to uninterrupted ones."""
 
 import json
 from dataclasses import asdict

@@ -98,7 +98,7 @@ class Break(Exception):
     """A run breaks off."""
 
 
-def test_a_run_that_is_taken_up_has_the_windows_it_had_and_goes_on(folder, tmp_path, monkeypatch):
+def test_a_resumed_run_has_the_windows_it_had_and_continues(folder, tmp_path, monkeypatch):
     forward = CTRTask.training_forward
     more = ["--windows-every", "4", "--checkpoint.every", "3", "--checkpoint.asynchronous", "False"]
 

@@ -35,14 +35,14 @@ def test_a_failed_check_is_the_exit_status(capsys):
         doctor.main([], examine=lambda: findings)
     assert exit.value.code == 6
     lines = capsys.readouterr().out.splitlines()
-    assert lines == ["ok    disk           much", "FAIL  gloo           no address; mend it: give it one"]
+    assert lines == ["ok    disk           much", "FAIL  gloo           no address; fix it: give it one"]
 
 
 @pytest.mark.parametrize("version", [(3, 10, 2), (3, 14, 0), (2, 7, 18)])
 def test_another_python_is_refused(version):
     finding = doctor.check_python(version)
     assert not finding.ok
-    assert "python3.11" in finding.mend
+    assert "python3.11" in finding.fix
 
 
 def test_the_pinned_versions_go_together():
@@ -66,7 +66,7 @@ def test_versions_that_do_not_go_together_are_named(change, driver, problem):
     finding = doctor.check_versions(packages, driver)
     assert not finding.ok
     assert problem in finding.detail
-    assert f"requirements/{'cuda' if driver else 'cpu'}.txt" in finding.mend
+    assert f"requirements/{'cuda' if driver else 'cpu'}.txt" in finding.fix
 
 
 def test_the_cuda_build_is_right_where_there_is_a_driver():
@@ -82,12 +82,12 @@ def test_a_library_that_cannot_load_is_named(tmp_path: Path, monkeypatch):
     assert not finding.ok
     problem = "OSError: libcuda.so.1: cannot open shared object file"
     assert finding.detail == f"loading fbgemm_gpu failed: {problem}"
-    assert finding.mend == "install it again"
+    assert finding.fix == "install it again"
 
 
 def test_a_library_that_crashes_is_named():
     script = "import os; print('@loading it', flush=True); os.abort()"
-    finding = doctor.check_script("lookup", script, "mend")
+    finding = doctor.check_script("lookup", script, "fix")
     assert (finding.ok, finding.detail) == (False, "loading it crashed with signal 6")
 
 
@@ -110,7 +110,7 @@ def test_a_failing_rank_is_named():
     script = "import sys; print('@starting'); assert sys.argv[2] == '0', 'no address'; print('=')"
     finding = doctor.check_group("gloo", 2, script)
     assert finding.detail == "rank 1: starting failed: AssertionError: no address"
-    assert "GLOO_SOCKET_IFNAME" in finding.mend
+    assert "GLOO_SOCKET_IFNAME" in finding.fix
 
 
 def test_too_little_disk_is_said():
@@ -122,7 +122,7 @@ def test_too_little_disk_is_said():
 def test_too_little_memory_is_said():
     finding = doctor.check_memory(doctor.GIB)
     assert not finding.ok
-    assert "1x1" in finding.mend
+    assert "1x1" in finding.fix
 
 
 def test_mim_names_a_command_it_does_not_have(capsys):

@@ -141,7 +141,7 @@ def _validation(report: dict[str, Any]) -> Section:
             f"have the batch above and small tables, the others {config['time_vision']} at "
             f"{config['time_image_size']} pixels, {config['time_text']}, {config['time_samples']} samples. "
             "What kernels take and give back within an operation is not seen: scoring by convolutional "
-            "networks on a CPU, which lays out images anew for each convolution, takes up to a quarter more "
+            "networks on a CPU, which lays out images again for each convolution, takes up to a quarter more "
             "than estimated.",
         ],
         columns=["model", "", "estimated (MB)", "allocator (MB)", "difference"],
