@@ -18,7 +18,7 @@ export MIM_PYTHON := $(ENVIRONMENT)/bin/python
 export PYTHONPATH :=
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install demo test test-fast coverage faults movielens ablation-csft figure5 table2 ablation-ciubm coldstart abtest table6 bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving bench-rim-latency bench-scaling bench-export-throughput chaos bench benchmark-report docs doctor lint types lock wheel release-check clean
+.PHONY: help install demo test test-fast faults movielens ablation-csft figure5 table2 ablation-ciubm coldstart abtest table6 bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving bench-rim-latency bench-scaling bench-export-throughput chaos bench benchmark-report docs doctor lint types lock wheel release-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
@@ -87,15 +87,16 @@ faults: install  ## fail every file-system call of every writer: nothing is lost
 bench-export-throughput: install  ## export's items per second beside its encoder's bare forward pass
 	$(BIN)/python -m mim_torchrec.benchmarks.speed.export_throughput --out runs/export_throughput
 
-test: install  ## all tests; `make test-fast` runs fewer
-	$(BIN)/python -m pytest $(PARALLEL)
-
-coverage: install  ## all tests, and which lines of which rooms they run
+test: install  ## all tests; COVERAGE=1 says which rooms they cover; `make test-fast` runs fewer
+ifdef COVERAGE
 	rm -rf build/coverage && mkdir -p build/coverage
 	$(BIN)/python -m coverage run -m pytest $(PARALLEL)
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage json --quiet -o build/coverage/coverage.json
 	$(BIN)/python -m tests.coverage_by_room build/coverage/coverage.json
+else
+	$(BIN)/python -m pytest $(PARALLEL)
+endif
 
 test-fast: install  ## the tests that are not marked slow
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
