@@ -119,6 +119,8 @@ def _torchrun(role: specs.Role, *, j: str = "1x2", max_restarts: int = 0) -> Non
     role.port_map = {"c10d": PORT}
     # workers that are restarted hang when they share the store of the rendezvous
     role.env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    if processes > 1:  # torchrun's own default, which it announces with a warning
+        role.env["OMP_NUM_THREADS"] = "1"
 
 
 def _run(role: specs.Role, line: str) -> None:

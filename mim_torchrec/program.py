@@ -6,10 +6,12 @@ rank, from which torchrun and `torchx status` show it.
 """
 
 import json
+import logging
 import os
 import select
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -54,6 +56,18 @@ def run(
             raise SystemExit(Status.BUG) from None
         _end(f"{name}: {_rank()}{found[0]}", found[1], debug)
     raise SystemExit(Status.OK)
+
+
+def log_to_stderr() -> None:
+    """Log what this package says, and nothing of what torch and torchrec say about themselves."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("mim_torchrec").setLevel(logging.INFO)
+    for message in ("Please use DTensor instead", "`broadcast_buffers` is deprecated"):
+        warnings.filterwarnings("ignore", message=message)
+    # torchrec asks, in every process, what torch.fx warns of
+    logging.getLogger("torch.fx._symbolic_trace").addFilter(
+        lambda record: "is_fx_tracing will return true" not in record.getMessage()
+    )
 
 
 def program_name() -> str:

@@ -10,7 +10,6 @@ old and new; the program ends with status 1 unless both are 0.
 import hashlib
 import json
 import logging
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -368,7 +367,7 @@ def report_of(outcomes: dict[str, Outcome]) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``python -m mim_torchrec.benchmarks.chaos.disk_faults``."""
     config = tyro.cli(FaultsConfig, args=argv, description=__doc__)
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    program.log_to_stderr()
     log.setLevel(logging.INFO)
     report = report_of(try_writers(list(writers())))
     config.out.mkdir(parents=True, exist_ok=True)

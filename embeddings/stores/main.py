@@ -1,9 +1,7 @@
 """``mim store``: load a table into a parameter store, apply a window log to it, compare the two."""
 
 import json
-import logging
 import signal
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -13,6 +11,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from mim_torchrec import program
 from mim_torchrec.embeddings.stores.redis_store import RedisStore
 from mim_torchrec.embeddings.stores.store import catch_up, follow, open_store
 from mim_torchrec.embeddings.table.quantize import decode
@@ -20,7 +19,6 @@ from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.windows.compact import changes
 from mim_torchrec.embeddings.windows.transport import open_log
 from mim_torchrec.errors import Status
-from mim_torchrec.program import run
 
 CHUNK = 10_000
 
@@ -121,9 +119,9 @@ Command = (
 
 def main(argv: list[str] | None = None) -> None:
     """Run ``mim store`` with the arguments ``argv`` (``None``: those of the process)."""
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    program.log_to_stderr()
     tyro.cli(Command, args=argv, prog="mim store").run()
 
 
 if __name__ == "__main__":
-    run(main)
+    program.run(main)

@@ -6,7 +6,6 @@ python -m torch.distributed.run --nproc_per_node 2 -m mim_torchrec.csft.main --d
 
 import hashlib
 import logging
-import sys
 import time
 from dataclasses import asdict, replace
 from typing import Any
@@ -181,7 +180,7 @@ def _inputs(
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `mim csft`."""
     config = tyro.cli(CSFTConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    program.log_to_stderr()
     with distributed(config.seed) as context:
         logging.getLogger("mim_torchrec").setLevel(logging.INFO if context.is_main else logging.WARNING)
         fine_tune(config, context)

@@ -8,7 +8,6 @@ does at its end.
 """
 
 import logging
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +15,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
+from mim_torchrec import program
 from mim_torchrec.csft.image_search import draw, encode, evaluate, find, write
 from mim_torchrec.csft.inputs import SearchContent, frozen_features, leave_out_unreadable, split_by_time
 from mim_torchrec.data.items import ItemStore
@@ -23,7 +23,6 @@ from mim_torchrec.data.pairs import PairDataset
 from mim_torchrec.data.schema import Dataset
 from mim_torchrec.encoders.checkpoint import load_encoder
 from mim_torchrec.errors import OptionError, check_sizes
-from mim_torchrec.program import run
 from mim_torchrec.representation.plain import PLAIN, PlainTowers
 from mim_torchrec.training.distributed import DistributedContext, distributed
 
@@ -103,11 +102,11 @@ def retrieve(config: RetrieveConfig, context: DistributedContext) -> dict[str, A
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `mim retrieve`."""
     config = tyro.cli(RetrieveConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    program.log_to_stderr()
     with distributed(seed=0) as context:  # nothing here is drawn
         logging.getLogger("mim_torchrec").setLevel(logging.INFO if context.is_main else logging.WARNING)
         retrieve(config, context)
 
 
 if __name__ == "__main__":
-    run(main)
+    program.run(main)

@@ -1,9 +1,6 @@
 """What training and evaluation of a CTR model have in common: readers, vocabularies, the sharded model."""
 
 import hashlib
-import logging
-import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -280,11 +277,3 @@ def find_checkpoint(run: Path, name: str) -> Path:
             return path
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     raise OptionError(f"{run} has no checkpoint {name!r}; it has {', '.join(['best', *names])}")
-
-
-def log_to_stderr() -> None:
-    """Log what this package says, and nothing of what torch and torchrec say about themselves."""
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("mim_torchrec").setLevel(logging.INFO)
-    warnings.filterwarnings("ignore", message="Please use DTensor instead")
-    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import tyro
 
 from mim_torchrec import program
-from mim_torchrec.ctr.assembly import TrainedRun, assemble, live_windows, log_to_stderr, open_reader
+from mim_torchrec.ctr.assembly import TrainedRun, assemble, live_windows, open_reader
 from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.predictions import predict, summarize
 from mim_torchrec.ctr.task import load_model
@@ -127,7 +127,7 @@ def _evaluate(
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `mim evaluate`."""
     config = tyro.cli(EvaluationConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
-    log_to_stderr()
+    program.log_to_stderr()
     with distributed(seed=0) as context:  # nothing here is drawn but the intervals, which have their own
         evaluate(config, context)
 

@@ -17,7 +17,6 @@ from mim_torchrec.ctr.assembly import (
     assemble,
     describe_model,
     live_windows,
-    log_to_stderr,
     open_reader,
     scan_vocabularies,
 )
@@ -189,7 +188,7 @@ def check_table(
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `mim ctr`."""
     config = parse(argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
-    log_to_stderr()
+    program.log_to_stderr()
     with distributed(config.seed) as context:
         train_and_evaluate(config, context)
 

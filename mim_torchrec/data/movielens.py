@@ -10,7 +10,6 @@ category is its first genre. Ratings below 4 only keep a film out of the negativ
 """
 
 import logging
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +19,7 @@ import pyarrow as pa
 import pyarrow.csv
 import tyro
 
+from mim_torchrec import program
 from mim_torchrec.data.errors import DataError, Location
 from mim_torchrec.data.histories import histories
 from mim_torchrec.data.images import decode_image
@@ -34,7 +34,6 @@ from mim_torchrec.data.schema import (
 )
 from mim_torchrec.data.writing import DatasetWriter, lists
 from mim_torchrec.errors import OptionError, check_sizes
-from mim_torchrec.program import run
 
 log = logging.getLogger(__name__)
 
@@ -335,10 +334,10 @@ def _first(flags: pa.ChunkedArray) -> int:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `mim import movielens`."""
     config = tyro.cli(MovieLensConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    program.log_to_stderr()
     counts = convert(config)
     log.info("%s: %s", config.out, ", ".join(f"{count} in {folder}" for folder, count in counts.items()))
 
 
 if __name__ == "__main__":
-    run(main)
+    program.run(main)

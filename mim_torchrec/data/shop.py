@@ -7,7 +7,6 @@ add there is an artifact.
 """
 
 import logging
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import tyro
 
+from mim_torchrec import program
 from mim_torchrec.data.histories import histories
 from mim_torchrec.data.schema import ITEMS, PAIRS, REQUESTS, SIGNALS, SPLITS, TIME, TRUTH
 from mim_torchrec.data.shop_items import (
@@ -28,7 +28,6 @@ from mim_torchrec.data.shop_items import (
 from mim_torchrec.data.shop_log import BROWSED, Crowd, ShopItems, search, simulate
 from mim_torchrec.data.writing import DatasetWriter, lists
 from mim_torchrec.errors import OptionError, check_sizes
-from mim_torchrec.program import run
 
 log = logging.getLogger(__name__)
 
@@ -211,7 +210,7 @@ def make_shop(config: ShopConfig) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `mim shop`."""
     config = tyro.cli(ShopConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    program.log_to_stderr()
     started = time.time()
     make_shop(config)
     log.info("%s: %d items, %d requests, %d image searches in %.1f s", config.out, config.items,
@@ -219,4 +218,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    program.run(main)

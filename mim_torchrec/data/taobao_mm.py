@@ -27,12 +27,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import tyro
 
+from mim_torchrec import program
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.schema import open_parquet
 from mim_torchrec.data.writing import DatasetWriter, lists
 from mim_torchrec.embeddings.table.importing import import_vectors
 from mim_torchrec.errors import OptionError, check_sizes
-from mim_torchrec.program import run
 
 log = logging.getLogger("mim_torchrec.data.taobao_mm")  # also where it runs as __main__
 
@@ -314,7 +314,7 @@ def _nobody() -> pa.Table:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `mim import taobao-mm`."""
     config = tyro.cli(TaobaoMMConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    program.log_to_stderr()
     found = convert(config)
     if any(found["skipped"].values()):
         log.warning("left out: %d samples without their user, %d without their item",
@@ -329,4 +329,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    program.run(main)

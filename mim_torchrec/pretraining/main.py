@@ -8,7 +8,6 @@ Every phase can be left out (`--phases dda-text dma`), and one may follow anothe
 """
 
 import logging
-import sys
 import time
 from dataclasses import asdict
 from typing import Any
@@ -185,7 +184,7 @@ def _objective(
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `mim pretrain`."""
     config = tyro.cli(PretrainConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    program.log_to_stderr()
     with distributed(config.seed) as context:
         logging.getLogger("mim_torchrec").setLevel(logging.INFO if context.is_main else logging.WARNING)
         pretrain(config, context)

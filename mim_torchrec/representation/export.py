@@ -9,7 +9,6 @@ reader can state which encoder it expects. Not here: encoding of items that arri
 """
 
 import logging
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
+from mim_torchrec import program
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.schema import Dataset
@@ -34,7 +34,6 @@ from mim_torchrec.encoders.features import item_features_file
 from mim_torchrec.encoders.pixels import HasTowers, rows_of_rank
 from mim_torchrec.encoders.vision import VisionEncoder
 from mim_torchrec.errors import OutputExists, check_sizes
-from mim_torchrec.program import run
 from mim_torchrec.representation.ahead import ahead
 from mim_torchrec.representation.config import ExportConfig
 from mim_torchrec.representation.plain import PLAIN, PlainTowers, fit_projection
@@ -268,7 +267,7 @@ def _write(
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``mim export``."""
     config = tyro.cli(ExportConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    program.log_to_stderr()
     with distributed(seed=0) as context:  # nothing here is drawn
         # not by basicConfig, which does nothing where fbgemm has given the root a handler
         logging.getLogger().setLevel(logging.INFO if context.is_main else logging.WARNING)
@@ -276,4 +275,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    program.run(main)

@@ -9,7 +9,6 @@ publishes nothing twice. On SIGTERM the process publishes what it has read and e
 
 import logging
 import signal
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ import tyro
 from PIL import Image
 from torch import Tensor
 
+from mim_torchrec import program
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.images import decode_image
 from mim_torchrec.embeddings.files import write_json
@@ -34,7 +34,6 @@ from mim_torchrec.embeddings.windows.log import LogMoved
 from mim_torchrec.embeddings.windows.redis_address import is_redis
 from mim_torchrec.embeddings.windows.transport import Transport, open_log
 from mim_torchrec.errors import check_sizes
-from mim_torchrec.program import run
 from mim_torchrec.representation.export import TrainedEncoder
 from mim_torchrec.rim.config import RIMConfig
 from mim_torchrec.rim.dead_letter import DeadLetterFile
@@ -297,8 +296,7 @@ def window_positions(arrivals: list[Arrival], reached: dict[str, str]) -> dict[s
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``mim rim``."""
     config = tyro.cli(RIMConfig, args=argv, description=__doc__)
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("mim_torchrec").setLevel(logging.INFO)
+    program.log_to_stderr()
     stop = Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -313,4 +311,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    program.run(main)

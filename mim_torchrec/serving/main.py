@@ -14,7 +14,6 @@ import os
 import platform
 import signal
 import socket
-import sys
 import tempfile
 import threading
 from dataclasses import fields
@@ -24,8 +23,8 @@ import torch
 import tyro
 import uvicorn
 
+from mim_torchrec import program
 from mim_torchrec.errors import OptionError, check_sizes
-from mim_torchrec.program import run
 from mim_torchrec.serving.app import make_app
 from mim_torchrec.serving.config import ServeConfig
 from mim_torchrec.serving.metrics import Metrics
@@ -166,10 +165,9 @@ def serve(config: ServeConfig) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``mim serve``."""
     config = tyro.cli(ServeConfig, args=argv, description=__doc__)
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("mim_torchrec").setLevel(logging.INFO)
+    program.log_to_stderr()
     serve(config)
 
 
 if __name__ == "__main__":
-    run(main)
+    program.run(main)

@@ -121,8 +121,16 @@ def test_nodes_are_replicas_that_meet_at_the_first():
 
 def test_restarted_workers_do_not_share_the_rendezvous_store():
     environment = build("ctr", "--env", "A=1", "--max_restarts", "3").roles[0].env
-    assert environment == {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "A": "1"}
+    assert environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == environment["A"] == "1"
     assert "--max_restarts 3" in line(build("ctr", "--max_restarts", "3"))
+
+
+def test_several_ranks_of_a_node_compute_on_one_thread_each_unless_told():
+    def threads(*words: str) -> str | None:
+        return build("ctr", *words).roles[0].env.get("OMP_NUM_THREADS")
+
+    assert (threads("-j", "1x1"), threads("-j", "1x2")) == (None, "1")
+    assert threads("-j", "1x2", "--env", "OMP_NUM_THREADS=4") == "4"
 
 
 @pytest.mark.parametrize("stage", STAGES)
