@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mim_torchrec.embeddings.table.arranging import Buckets
 from mim_torchrec.embeddings.table.convert import SHARD_BYTES, shard_rows
@@ -25,6 +24,7 @@ from mim_torchrec.embeddings.table.external_tensors import open_npy, open_safete
 from mim_torchrec.embeddings.table.manifest import DuplicateId, Manifest, NonFiniteVector, TableError
 from mim_torchrec.embeddings.table.quantize import DTYPES, encode, finite_rows, fuse_codes, stored_width
 from mim_torchrec.embeddings.table.writer import TableWriter
+from mim_torchrec.progress import Progress
 
 Parts = Iterator[
     tuple[Tensor, Tensor]
@@ -63,7 +63,7 @@ def import_vectors(
             :func:`content_version`.
         spare_rows: rows that a live table made from this one keeps free for new items.
         rows_per_shard: rows of a shard; ``None`` makes shards of 256 MiB.
-        show_progress: show a bar for every pass.
+        show_progress: show the progress of every pass.
 
     Returns:
         The new table's manifest; ``encoder["imported"]`` says where it comes from.
@@ -189,9 +189,8 @@ def _stored(ids: Tensor, vectors: Tensor, dtype: str, sources: Sequence[External
     return stored
 
 
-def _bar(sources: Sequence[ExternalVectors], name: str, show: bool) -> tqdm:
-    total = sum(source.rows for source in sources)
-    return tqdm(total=total, unit="row", unit_scale=True, desc=name, disable=not show)
+def _bar(sources: Sequence[ExternalVectors], name: str, show: bool) -> Progress:
+    return Progress(sum(source.rows for source in sources), name, "row", scale=True, show=show)
 
 
 def _with_bar(parts: Parts, sources: Sequence[ExternalVectors], name: str, show: bool) -> Parts:
