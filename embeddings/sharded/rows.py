@@ -46,6 +46,9 @@ class RowStore(abc.ABC):
     def blocks(self) -> Iterator[Tensor]:
         """Yield all rows in order, some at a time, as they are stored."""
 
+    def prefetch(self, rows: Tensor) -> None:  # noqa: B027  most stores have nothing to do
+        """Bring rows (n,) int64 of a later lookup near; nothing is done for rows that are near already."""
+
     def vectors(self, rows: Tensor) -> Tensor:
         """Return the vectors (n, dim) of rows (n,): float32 of int8 rows, else in the type stored."""
         stored = self.gather(rows)
