@@ -52,6 +52,7 @@ from mim_torchrec.embeddings.sharded.frozen import (
 )
 from mim_torchrec.embeddings.sharded.lookup import check_rows, jagged, keyed, pool
 from mim_torchrec.embeddings.sharded.rows import DenseRows, make_rows
+from mim_torchrec.embeddings.sharded.semisync import accept_gradients
 from mim_torchrec.embeddings.table.quantize import DTYPES, decode
 
 CACHE_LOAD_FACTOR = 0.2
@@ -143,7 +144,9 @@ class FrozenAwaitable(LazyAwaitable[Out], Generic[Out]):
         self._module, self._ctx, self._vectors = module, ctx, vectors
 
     def _wait_impl(self) -> Out:
-        return self._module.assemble(self._ctx, [vectors.wait() for vectors in self._vectors])
+        found = self._module.assemble(self._ctx, [vectors.wait() for vectors in self._vectors])
+        accept_gradients(self._module.forward, found)
+        return found
 
 
 class ShardedFrozenModule(
