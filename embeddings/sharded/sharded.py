@@ -55,6 +55,7 @@ from mim_torchrec.embeddings.sharded.frozen import (
 from mim_torchrec.embeddings.sharded.lookup import check_rows, jagged, keyed, pool
 from mim_torchrec.embeddings.sharded.placement import place
 from mim_torchrec.embeddings.sharded.rows import DenseRows, make_rows
+from mim_torchrec.embeddings.sharded.semisync import accept_gradients
 
 CACHE_LOAD_FACTOR = 0.2
 Out = TypeVar("Out")
@@ -104,9 +105,11 @@ class FrozenAwaitable(LazyAwaitable[Out], Generic[Out]):
     def _wait_impl(self) -> Out:
         for tables, awaitable in self._exchanged:
             self._vectors.update(zip(tables, awaitable.wait(), strict=True))
-        return self._module.assemble(
+        found = self._module.assemble(
             self._ctx, [self._vectors[name] for name in self._module.frozen_tables()]
         )
+        accept_gradients(self._module.forward, found)
+        return found
 
 
 class ShardedFrozenModule(
