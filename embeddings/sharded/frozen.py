@@ -268,9 +268,10 @@ class FrozenEmbeddingBagCollection(FrozenModule, EmbeddingBagCollection):
         is_weighted: whether the features' weights weight their vectors; the weights get gradients.
         device: "meta" for a model that will be sharded, or where an unsharded one lives.
         store_rows: whether checkpoints hold the rows, or only which rows they were.
+        output_dtype: of the pooled vectors that come out; they are summed in float32.
 
-    Its forward maps a ``KeyedJaggedTensor`` of rows to a float32 ``KeyedTensor`` (batch_size, sum of dims).
-    An empty bag is the zero vector.
+    Its forward maps a ``KeyedJaggedTensor`` of rows to a ``KeyedTensor`` (batch_size, sum of dims). An empty
+    bag is the zero vector.
 
     Raises:
         ValueError: a weighted mean, which TorchRec does not have either.
@@ -284,6 +285,7 @@ class FrozenEmbeddingBagCollection(FrozenModule, EmbeddingBagCollection):
         is_weighted: bool = False,
         device: torch.device | str = "meta",
         store_rows: bool = False,
+        output_dtype: torch.dtype = torch.float32,
     ) -> None:
         shapes = [replace(config, data_type=DataType.FP32) for config in tables]
         super().__init__(tables=shapes, is_weighted=is_weighted, device=torch.device("meta"))
@@ -291,6 +293,7 @@ class FrozenEmbeddingBagCollection(FrozenModule, EmbeddingBagCollection):
         self.embedding_bags = nn.ModuleDict()
         self._embedding_bag_configs = tables
         self._device = torch.device(device)
+        self.output_dtype = output_dtype
         self.init_frozen([_whole_table(config, self._device) for config in tables], store_rows)
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
@@ -303,7 +306,7 @@ class FrozenEmbeddingBagCollection(FrozenModule, EmbeddingBagCollection):
                 check_rows(rows, table.config)
                 vectors, index = table.store.vectors(rows), torch.arange(rows.numel(), device=rows.device)
                 pooled.append(pool(vectors, index, bags, table.bag_config, self.is_weighted()))
-        return keyed(pooled, self._embedding_bag_configs)
+        return keyed(pooled, self._embedding_bag_configs, self.output_dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FrozenEmbeddingBagCollection":
         _move(self, fn)

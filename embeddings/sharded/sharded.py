@@ -327,7 +327,7 @@ class ShardedFrozenEmbeddingBagCollection(ShardedFrozenModule[KeyedTensor]):
         device: torch.device | None = None,
     ) -> None:
         super().__init__(module, module.embedding_bag_configs(), params, env, device)
-        self._is_weighted = module.is_weighted()
+        self._is_weighted, self._output_dtype = module.is_weighted(), module.output_dtype
 
     def compute(self, ctx: FrozenContext, dist_input: KJTList) -> list[Tensor]:
         if self._is_divided:
@@ -352,7 +352,8 @@ class ShardedFrozenEmbeddingBagCollection(ShardedFrozenModule[KeyedTensor]):
                 pool(own, part, bags, table.bag_config, self._is_weighted)
                 for part, bags in zip(parts, features, strict=True)
             ]
-        return keyed(pooled, [table.bag_config for table in self._frozen.values()])
+        configs = [table.bag_config for table in self._frozen.values()]
+        return keyed(pooled, configs, self._output_dtype)
 
     def _needs_distinct(self, table: FrozenTable) -> bool:
         return self._is_divided or not (isinstance(table.store, DenseRows) and table.dtype == "float32")
