@@ -80,13 +80,14 @@ def frozen_config(table: Table, feature_names: Sequence[str], name: str = "mm") 
     """Return the embedding config of a table on disk, for a :class:`FrozenEmbeddingCollection`.
 
     Args:
-        table: the table; row 0, for unknown items, and its spare rows are added to its rows.
+        table: the table; row 0, for unknown items, and its spare rows are added to its rows. A table whose
+            rows are kept by number has no such row 0.
         feature_names: keys of the features that are looked up in it.
         name: the embedding table's name in the model.
     """
     return EmbeddingConfig(
         name=name,
-        num_embeddings=1 + table.manifest.capacity,
+        num_embeddings=table.manifest.num_embeddings,
         embedding_dim=table.manifest.dim,
         feature_names=list(feature_names),
         data_type=DATA_TYPES[table.manifest.dtype],
@@ -102,7 +103,7 @@ def frozen_bag_config(
     """Return the embedding config of a table on disk, for a :class:`FrozenEmbeddingBagCollection`."""
     return EmbeddingBagConfig(
         name=name,
-        num_embeddings=1 + table.manifest.capacity,
+        num_embeddings=table.manifest.num_embeddings,
         embedding_dim=table.manifest.dim,
         feature_names=list(feature_names),
         data_type=DATA_TYPES[table.manifest.dtype],
