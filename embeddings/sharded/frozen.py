@@ -80,13 +80,14 @@ def frozen_config(table: Table, feature_names: Sequence[str], name: str = "mm") 
     """Return the embedding config of a table on disk, for a :class:`FrozenEmbeddingCollection`.
 
     Args:
-        table: the table; row 0, for unknown items, and its spare rows are added to its rows.
+        table: the table; row 0, for unknown items, and its spare rows are added to its rows. A table whose
+            rows are kept by number has no such row 0.
         feature_names: keys of the features that are looked up in it.
         name: the embedding table's name in the model.
     """
     return EmbeddingConfig(
         name=name,
-        num_embeddings=1 + table.manifest.capacity,
+        num_embeddings=table.manifest.num_embeddings,
         embedding_dim=table.manifest.dim,
         feature_names=list(feature_names),
         data_type=DATA_TYPES[table.manifest.dtype],
@@ -102,7 +103,7 @@ def frozen_bag_config(
     """Return the embedding config of a table on disk, for a :class:`FrozenEmbeddingBagCollection`."""
     return EmbeddingBagConfig(
         name=name,
-        num_embeddings=1 + table.manifest.capacity,
+        num_embeddings=table.manifest.num_embeddings,
         embedding_dim=table.manifest.dim,
         feature_names=list(feature_names),
         data_type=DATA_TYPES[table.manifest.dtype],
@@ -268,9 +269,10 @@ class FrozenEmbeddingBagCollection(FrozenModule, EmbeddingBagCollection):
         is_weighted: whether the features' weights weight their vectors; the weights get gradients.
         device: "meta" for a model that will be sharded, or where an unsharded one lives.
         store_rows: whether checkpoints hold the rows, or only which rows they were.
+        output_dtype: of the pooled vectors that come out; they are summed in float32.
 
-    Its forward maps a ``KeyedJaggedTensor`` of rows to a float32 ``KeyedTensor`` (batch_size, sum of dims).
-    An empty bag is the zero vector.
+    Its forward maps a ``KeyedJaggedTensor`` of rows to a ``KeyedTensor`` (batch_size, sum of dims). An empty
+    bag is the zero vector.
 
     Raises:
         ValueError: a weighted mean, which TorchRec does not have either.
@@ -284,6 +286,7 @@ class FrozenEmbeddingBagCollection(FrozenModule, EmbeddingBagCollection):
         is_weighted: bool = False,
         device: torch.device | str = "meta",
         store_rows: bool = False,
+        output_dtype: torch.dtype = torch.float32,
     ) -> None:
         shapes = [replace(config, data_type=DataType.FP32) for config in tables]
         super().__init__(tables=shapes, is_weighted=is_weighted, device=torch.device("meta"))
@@ -291,6 +294,7 @@ class FrozenEmbeddingBagCollection(FrozenModule, EmbeddingBagCollection):
         self.embedding_bags = nn.ModuleDict()
         self._embedding_bag_configs = tables
         self._device = torch.device(device)
+        self.output_dtype = output_dtype
         self.init_frozen([_whole_table(config, self._device) for config in tables], store_rows)
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
@@ -303,7 +307,7 @@ class FrozenEmbeddingBagCollection(FrozenModule, EmbeddingBagCollection):
                 check_rows(rows, table.config)
                 vectors, index = table.store.vectors(rows), torch.arange(rows.numel(), device=rows.device)
                 pooled.append(pool(vectors, index, bags, table.bag_config, self.is_weighted()))
-        return keyed(pooled, self._embedding_bag_configs)
+        return keyed(pooled, self._embedding_bag_configs, self.output_dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FrozenEmbeddingBagCollection":
         _move(self, fn)

@@ -96,12 +96,10 @@ def load_table(
 
     def load() -> LoadReport:
         config, manifest = frozen.config, table.manifest
-        found = (1 + manifest.capacity, manifest.dim, DATA_TYPES[manifest.dtype])
+        found = (manifest.num_embeddings, manifest.dim, DATA_TYPES[manifest.dtype])
         expected = (config.num_embeddings, config.embedding_dim, config.data_type)
         if found != expected:
-            raise TableError(
-                f"{table.path}: has capacity + 1, dim, type {found}; the model's {name} has {expected}"
-            )
+            raise TableError(f"{table.path}: has rows, dim, type {found}; the model's {name} has {expected}")
         state = TableState(manifest.table_version, manifest.seq)
         if frozen.expected is not None:
             check_state(name, state, frozen.expected)

@@ -325,7 +325,7 @@ class ShardedFrozenEmbeddingBagCollection(ShardedFrozenModule[KeyedTensor]):
         device: torch.device | None = None,
     ) -> None:
         super().__init__(module, module.embedding_bag_configs(), params, env, device)
-        self._is_weighted = module.is_weighted()
+        self._is_weighted, self._output_dtype = module.is_weighted(), module.output_dtype
 
     def _read(self, ctx: FrozenContext, k: int, table: FrozenTable, rows: Tensor) -> Tensor:
         if self._needs_distinct(table):
@@ -344,7 +344,8 @@ class ShardedFrozenEmbeddingBagCollection(ShardedFrozenModule[KeyedTensor]):
                 pool(own, part, bags, table.bag_config, self._is_weighted)
                 for part, bags in zip(parts, features, strict=True)
             ]
-        return keyed(pooled, [table.bag_config for table in self._frozen.values()])
+        configs = [table.bag_config for table in self._frozen.values()]
+        return keyed(pooled, configs, self._output_dtype)
 
     def _needs_distinct(self, table: FrozenTable) -> bool:
         in_place = isinstance(table.store, DenseRows) and table.dtype == "float32"
