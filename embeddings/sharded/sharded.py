@@ -52,7 +52,7 @@ from mim_torchrec.embeddings.sharded.frozen import (
 )
 from mim_torchrec.embeddings.sharded.lookup import check_rows, jagged, keyed, pool
 from mim_torchrec.embeddings.sharded.rows import DenseRows, make_rows
-from mim_torchrec.embeddings.table.quantize import DTYPES, decode
+from mim_torchrec.embeddings.table.quantize import DTYPES, decode, is_quantized
 
 CACHE_LOAD_FACTOR = 0.2
 Out = TypeVar("Out")
@@ -130,7 +130,7 @@ class VectorsBack(Awaitable[Tensor]):
             self._work.wait()
         stored = self._received.view(DTYPES[self._dtype])
         del self._received, self._sent  # who waits may hold this object for longer than the bytes are needed
-        return decode(stored, self._dtype) if self._dtype == "int8" else stored
+        return decode(stored, self._dtype) if is_quantized(self._dtype) else stored
 
 
 class FrozenAwaitable(LazyAwaitable[Out], Generic[Out]):
