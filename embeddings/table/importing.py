@@ -54,7 +54,8 @@ def import_vectors(
     Args:
         paths: ``.parquet``, ``.npy`` or ``.safetensors`` files, or directories of Parquet files.
         out: directory of the new table; must not exist.
-        dtype: "float32", "float16", "bfloat16" or "int8"; ``None`` is int8 for int8 vectors, else float16.
+        dtype: "float32", "float16", "bfloat16", "int8" or "int4"; ``None`` is int8 for int8
+            vectors, else float16.
         id_column: column (Parquet) or tensor (safetensors) of the ids. ``None``: the only column of integers,
             or the tensor ``ids``.
         vector_column: likewise of the vectors. ``None``: the only column of lists of numbers, or the tensor

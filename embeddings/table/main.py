@@ -21,7 +21,7 @@ from mim_torchrec.embeddings.windows.compact import compact
 from mim_torchrec.embeddings.windows.transport import open_log
 from mim_torchrec.progress import Progress
 
-Dtype = Literal["float32", "float16", "bfloat16", "int8"]
+Dtype = Literal["float32", "float16", "bfloat16", "int8", "int4"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +129,8 @@ class Verify:
 class Convert:
     """Write a copy in another storage type, with the same table_version, its shards in the order of ids.
 
-    int8 is row-wise: at dim 128 a row takes 136 bytes against 256 of float16. The mean cosine error against
-    the table converted is printed and kept in the manifest.
+    int8 and int4 are row-wise: at dim 128 a row takes 136 and 68 bytes against 256 of float16. The mean
+    cosine error against the table converted is printed and kept in the manifest.
     """
 
     table: tyro.conf.Positional[Path]
