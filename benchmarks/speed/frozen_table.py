@@ -43,6 +43,7 @@ from mim_torchrec.embeddings.sharded.load import find_frozen, load_table, open_t
 from mim_torchrec.embeddings.sharded.rows import DenseRows, RowStore
 from mim_torchrec.embeddings.table.format import TableWriter, decode, encode, row_bytes
 from mim_torchrec.embeddings.table.quantize import cosine_errors
+from mim_torchrec.errors import check_sizes
 from mim_torchrec.progress import Progress
 from mim_torchrec.training.distributed import distributed
 
@@ -344,6 +345,8 @@ def main(argv: list[str] | None = None) -> None:
     config = tyro.cli(
         FrozenTableConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,)
     )
+    check_sizes(config, 1, "rows", "dim", "requests", "behaviors", "rounds", "scale_behaviors", "scale_steps")
+    check_sizes(config, 0, "scale_rows")
     report = measure(config)
     summary = (
         f"{config.rows:,} rows of {config.dim}, {config.requests:,} requests a rank with {config.behaviors} "
