@@ -16,6 +16,8 @@ from mim_torchrec.embeddings.sharded.live import (
     update_items,
 )
 from mim_torchrec.embeddings.sharded.load import load_table, open_table, table_digest
+from mim_torchrec.embeddings.sharded.placement import node_replicated
+from mim_torchrec.embeddings.sharded.pricing import FrozenEnumerator
 from mim_torchrec.embeddings.sharded.sharder import (
     FrozenEmbeddingBagCollectionSharder,
     FrozenEmbeddingCollectionSharder,
@@ -28,6 +30,7 @@ __all__ = [
     "FrozenEmbeddingBagCollectionSharder",
     "FrozenEmbeddingCollection",
     "FrozenEmbeddingCollectionSharder",
+    "FrozenEnumerator",
     "SpareRowsExhausted",
     "ItemIndex",
     "JoinedEmbeddingBags",
@@ -37,6 +40,7 @@ __all__ = [
     "frozen_constraint",
     "frozen_sharders",
     "load_table",
+    "node_replicated",
     "open_table",
     "table_digest",
     "table_state",
