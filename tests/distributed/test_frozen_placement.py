@@ -304,6 +304,31 @@ def _frozen_rows_are_not_synchronized(path: Path) -> None:
     assert {tuple(tensor.shape) for tensor in SYNCHRONIZED} == {(15, 4), (15,)}  # weights and Adagrad's
 
 
+def _a_trained_table_is_divided_by_the_world_beside_a_copy_a_node(path: Path) -> None:
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    table = open_table(path)
+    model, sharders = Beside(table), [EmbeddingCollectionSharder(), *frozen_sharders()]
+    plan = {
+        name: construct_module_sharding_plan(
+            model.get_submodule(name), {table_name: how}, sharder=sharder, device_type="cpu"
+        )
+        for name, table_name, how, sharder in (
+            ("id", "id", row_wise(), sharders[0]),
+            ("mm", "mm", node_replicated(), sharders[1]),
+        )
+    }
+    model = DistributedModelParallel(model, device=CPU, plan=ShardingPlan(plan), sharders=sharders)
+    load_table(model, table)
+    digest = table_digest(model)
+    for step in range(3):
+        found = model(batch(step, 1 + ITEMS))
+        (found["trained"] * found["behavior"][:, :4]).sum().backward()
+    assert table_digest(model) == digest
+    (trained,) = (value for key, value in model.state_dict().items() if key.startswith("id."))
+    assert [*trained.local_shards()[0].tensor.shape] == [8 if dist.get_rank() < 3 else 6, 4]  # of 30
+    assert find_frozen(model, "mm")[1].store.num_rows == (13 if dist.get_rank() % 2 else 14)  # of 27
+
+
 def _a_node_of_unknown_size_is_refused(path: Path) -> None:
     for size in (None, "3"):
         os.environ.pop("LOCAL_WORLD_SIZE", None)
@@ -348,6 +373,7 @@ def test_copies_on_nodes_and_in_sharding_groups_are_right(table, tmp_path):
         (_rows_of_a_node_copy_do_not_leave_the_node, table),
         (_tables_of_one_collection_may_have_other_copies, table),
         (_frozen_rows_are_not_synchronized, table),
+        (_a_trained_table_is_divided_by_the_world_beside_a_copy_a_node, table),
         (_a_node_of_unknown_size_is_refused, table),
     ]
     run_ranks(_all, 4, claims)
