@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchrec.distributed.types import Awaitable
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from mim_torchrec.embeddings.table.quantize import DTYPES, decode
+from mim_torchrec.embeddings.table.quantize import DTYPES, decode, is_quantized
 
 AFTER_ALL = torch.iinfo(torch.int64).max
 
@@ -162,7 +162,7 @@ class VectorsBack(Awaitable[list[Tensor]]):
         found = []
         for own, width, dtype in zip(received, self._widths, self._dtypes, strict=True):
             stored = own.view(-1, width).view(DTYPES[dtype])
-            found.append(decode(stored, dtype) if dtype == "int8" else stored)
+            found.append(decode(stored, dtype) if is_quantized(dtype) else stored)
         return found
 
 

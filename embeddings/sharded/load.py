@@ -13,7 +13,6 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from torch import nn
-from tqdm import tqdm
 
 from mim_torchrec.embeddings.collective import gather, on_all_ranks
 from mim_torchrec.embeddings.sharded.frozen import (
@@ -27,6 +26,7 @@ from mim_torchrec.embeddings.sharded.frozen import (
 from mim_torchrec.embeddings.sharded.rows import CachedRows, DenseRows, MappedRows, RowStore
 from mim_torchrec.embeddings.sharded.sharded import ShardedFrozenModule
 from mim_torchrec.embeddings.table.format import Table, TableError, verify_shard
+from mim_torchrec.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +60,11 @@ def open_table(
 
     def open_and_verify() -> Table:
         table = Table.open(path, expected_version=expected_version, verify=False)
-        for info in tqdm(table.manifest.shards[rank::world_size], desc="verify", unit="shard",
-                         disable=True if rank else None):  # fmt: skip
-            verify_shard(table.path, info)
+        mine = table.manifest.shards[rank::world_size]
+        with Progress(len(mine), "verify", "shard", show=not rank) as bar:
+            for info in mine:
+                verify_shard(table.path, info)
+                bar.update()
         return table
 
     return on_all_ranks(open_and_verify, group)
@@ -94,12 +96,10 @@ def load_table(
 
     def load() -> LoadReport:
         config, manifest = frozen.config, table.manifest
-        found = (1 + manifest.capacity, manifest.dim, DATA_TYPES[manifest.dtype])
+        found = (manifest.num_embeddings, manifest.dim, DATA_TYPES[manifest.dtype])
         expected = (config.num_embeddings, config.embedding_dim, config.data_type)
         if found != expected:
-            raise TableError(
-                f"{table.path}: has capacity + 1, dim, type {found}; the model's {name} has {expected}"
-            )
+            raise TableError(f"{table.path}: has rows, dim, type {found}; the model's {name} has {expected}")
         state = TableState(manifest.table_version, manifest.seq)
         if frozen.expected is not None:
             check_state(name, state, frozen.expected)
@@ -116,8 +116,7 @@ def load_table(
                 raise TableError(f"frozen table {name}: its rows are mapped; load it with mapped=True")
             dense = store.backing if isinstance(store, CachedRows) else store
             rank = dist.get_rank(group_of(module)) if dist.is_initialized() else 0
-            with tqdm(total=store.num_rows, desc=f"load {name}", unit="row", unit_scale=True,
-                      disable=True if rank else None) as bar:  # fmt: skip
+            with Progress(store.num_rows, f"load {name}", "row", scale=True, show=not rank) as bar:
                 table.rows_for(first, stop, out=cast(DenseRows, dense).tensor, progress=bar.update)
         frozen.state, frozen.expected = state, None
         return LoadReport(

@@ -55,6 +55,7 @@ from mim_torchrec.embeddings.sharded.frozen import (
 from mim_torchrec.embeddings.sharded.lookup import check_rows, jagged, keyed, pool
 from mim_torchrec.embeddings.sharded.placement import place
 from mim_torchrec.embeddings.sharded.rows import DenseRows, make_rows
+from mim_torchrec.embeddings.sharded.semisync import accept_gradients
 
 CACHE_LOAD_FACTOR = 0.2
 Out = TypeVar("Out")
@@ -104,9 +105,11 @@ class FrozenAwaitable(LazyAwaitable[Out], Generic[Out]):
     def _wait_impl(self) -> Out:
         for tables, awaitable in self._exchanged:
             self._vectors.update(zip(tables, awaitable.wait(), strict=True))
-        return self._module.assemble(
+        found = self._module.assemble(
             self._ctx, [self._vectors[name] for name in self._module.frozen_tables()]
         )
+        accept_gradients(self._module.forward, found)
+        return found
 
 
 class ShardedFrozenModule(
@@ -214,6 +217,8 @@ class ShardedFrozenModule(
     ) -> None:
         """Have the rows of a later step brought near; ``PrefetchTrainPipelineSparseDist`` calls this."""
         assert ctx is not None
+        if forward_stream is not None:  # a lookup of the step before may read the places that are filled
+            torch.get_device_module(self._device).current_stream().wait_stream(forward_stream)
         for name, rows in self._owned(ctx, dist_input).items():
             self._frozen[name].store.prefetch(rows)
 
@@ -322,7 +327,7 @@ class ShardedFrozenEmbeddingBagCollection(ShardedFrozenModule[KeyedTensor]):
         device: torch.device | None = None,
     ) -> None:
         super().__init__(module, module.embedding_bag_configs(), params, env, device)
-        self._is_weighted = module.is_weighted()
+        self._is_weighted, self._output_dtype = module.is_weighted(), module.output_dtype
 
     def _read(self, ctx: FrozenContext, k: int, table: FrozenTable, rows: Tensor) -> Tensor:
         if self._needs_distinct(table):
@@ -341,7 +346,8 @@ class ShardedFrozenEmbeddingBagCollection(ShardedFrozenModule[KeyedTensor]):
                 pool(own, part, bags, table.bag_config, self._is_weighted)
                 for part, bags in zip(parts, features, strict=True)
             ]
-        return keyed(pooled, [table.bag_config for table in self._frozen.values()])
+        configs = [table.bag_config for table in self._frozen.values()]
+        return keyed(pooled, configs, self._output_dtype)
 
     def _needs_distinct(self, table: FrozenTable) -> bool:
         in_place = isinstance(table.store, DenseRows) and table.dtype == "float32"
