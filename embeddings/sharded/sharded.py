@@ -15,7 +15,7 @@ it (the same sum for every number of ranks, bags of any length, ranks with batch
 for weights), and nothing is exchanged in the backward. One rank exchanges nothing and does not look for
 repetitions.
 
-Not here: other shardings than by rows, int4.
+Not here: other shardings than by rows.
 """
 
 import abc
@@ -108,7 +108,7 @@ class FrozenAwaitable(LazyAwaitable[Out], Generic[Out]):
         found = self._module.assemble(
             self._ctx, [self._vectors[name] for name in self._module.frozen_tables()]
         )
-        accept_gradients(self._module.forward, found)
+        accept_gradients(self._module.forward, cast(KeyedTensor | dict[str, JaggedTensor], found))
         return found
 
 

@@ -30,6 +30,7 @@ from mim_torchrec.embeddings.sharded.frozen import (
 from mim_torchrec.embeddings.sharded.live import ItemIndex, update_items
 from mim_torchrec.embeddings.sharded.load import find_frozen, load_table, open_table, table_digest
 from mim_torchrec.embeddings.sharded.placement import node_replicated
+from mim_torchrec.embeddings.sharded.rows import CachedRows, DenseRows
 from mim_torchrec.embeddings.sharded.sharder import (
     FrozenEmbeddingBagCollectionSharder,
     FrozenEmbeddingCollectionSharder,
@@ -169,6 +170,27 @@ def _a_table_that_no_sharder_took_is_not_loaded_whole_on_each_rank(path: Path) -
             load_table(model, table)
     load_table(model, table, whole_on_each_rank=True)
     assert table_digest(model)
+
+
+def _rows_that_are_prefetched_are_in_the_cache_at_the_lookup(path: Path) -> None:
+    table = open_table(path)
+    model = sharded(Unpooled(table), row_wise())
+    module, frozen = find_frozen(model, "mm")
+    rows = frozen.store.num_rows
+    frozen.store = cache = CachedRows(DenseRows("float16", rows, DIM, CPU), rows, CPU)
+    load_table(model, table)
+    for step, is_prefetched in enumerate((True, False)):
+        features, context = batch(step, 1 + ITEMS), module.create_context()
+        received = module.input_dist(context, features).wait().wait()
+        if is_prefetched:
+            module.prefetch(received, ctx=context)
+        cache.hits = cache.misses = 0
+        found = module.compute_and_output_dist(context, received)
+        for key in FEATURES:
+            assert torch.equal(found[key].values(), whole(table)[features[key].values()])
+        assert cache.hits if is_prefetched else cache.misses
+        assert not (cache.hits and cache.misses)
+        cache.write(torch.arange(rows), cache.backing.tensor.clone())  # what is written leaves the cache
 
 
 def _a_copy_a_rank_exchanges_nothing(path: Path) -> None:
@@ -360,6 +382,7 @@ def test_frozen_tables_go_where_torchrecs_plans_put_them(table, world_size):
         (_exchanges_are_three_whatever_the_number_of_tables,),
         (_a_table_that_no_sharder_took_is_not_loaded_whole_on_each_rank, table),
         (_a_copy_a_rank_exchanges_nothing, table),
+        (_rows_that_are_prefetched_are_in_the_cache_at_the_lookup, table),
     ]
     run_ranks(_all, world_size, claims)
 
