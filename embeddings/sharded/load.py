@@ -91,8 +91,8 @@ def load_table(
     """
     started = time.perf_counter()
     module, frozen = find_frozen(model, name)
-    if not isinstance(module, ShardedFrozenModule) and not whole_on_each_rank:
-        _refuse_whole(name)
+    if not isinstance(module, ShardedFrozenModule):
+        _check_unsharded(frozen, whole_on_each_rank)
 
     def load() -> LoadReport:
         config, manifest = frozen.config, table.manifest
@@ -189,13 +189,19 @@ def group_of(module: FrozenModule) -> dist.ProcessGroup | None:
     return module.env.process_group if isinstance(module, ShardedFrozenModule) else None
 
 
-def _refuse_whole(name: str) -> None:
+def _check_unsharded(frozen: FrozenTable, whole_on_each_rank: bool) -> None:
+    name, store = frozen.config.name, frozen.store
     world_size = dist.get_world_size() if dist.is_initialized() else 1
-    if world_size > 1:
+    if world_size > 1 and not whole_on_each_rank:
         raise TableError(
             f"frozen table {name} is not sharded, and each of {world_size} ranks would load all of it: pass "
             f"frozen_sharders() among the sharders of DistributedModelParallel and of the planner (a frozen "
             f"collection within a managed-collision module is not sharded), or whole_on_each_rank=True"
+        )
+    if isinstance(store, DenseRows) and store.device.type == "meta":
+        raise TableError(
+            f"frozen table {name} is on the meta device and not sharded: shard it with frozen_sharders(), or "
+            f"make the collection with device='cpu'"
         )
 
 
