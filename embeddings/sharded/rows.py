@@ -142,10 +142,13 @@ class MappedRows(RowStore):
         num_rows: likewise.
         dim: likewise.
         spans: (first_row, rows) in ascending order, rows (n, stored_width); rows between them are zero.
+
+    ``in_files`` are the rows that lie in files, in pieces (n, stored_width).
     """
 
     def __init__(self, dtype: str, num_rows: int, dim: int, spans: list[tuple[int, Tensor]]) -> None:
         super().__init__(dtype, num_rows, dim)
+        self.in_files = [rows for _, rows in spans]
         self._spans: list[Tensor] = []
         starts, at = [], 0
         for first, rows in [*spans, (num_rows, torch.empty(0, 0))]:

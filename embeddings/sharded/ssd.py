@@ -50,10 +50,11 @@ class SsdRows(RowStore):
         sets = min(cache_bytes // (WAYS * slot_bytes), -(-backing.num_rows // WAYS))
         if sets < 1 and backing.num_rows:
             raise ValueError(f"a cache needs {WAYS * slot_bytes} bytes or more, found {cache_bytes}")
-        self.cache_bytes = sets * WAYS * slot_bytes
+        self.cache_rows = sets * WAYS
+        self.cache_bytes = self.cache_rows * slot_bytes
         self._holds = torch.full((sets, WAYS), -1, dtype=number)
         self._used = torch.zeros(sets, WAYS, dtype=torch.int32)  # when: the clock ticks once a batch
-        self._cache = torch.empty(sets * WAYS, self.stored_width, dtype=DTYPES[self.dtype])
+        self._cache = torch.empty(self.cache_rows, self.stored_width, dtype=DTYPES[self.dtype])
         self._clock = 0
         self._lock = threading.Lock()
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="ssd-reader")
