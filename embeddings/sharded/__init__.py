@@ -1,5 +1,6 @@
 """The frozen, sharded embedding of TorchRec models: what a user's own model needs of it."""
 
+from mim_torchrec.embeddings.sharded.exported import RowsAsInputs, rows_of
 from mim_torchrec.embeddings.sharded.frozen import (
     FrozenEmbeddingBagCollection,
     FrozenEmbeddingCollection,
@@ -31,6 +32,7 @@ __all__ = [
     "SpareRowsExhausted",
     "ItemIndex",
     "JoinedEmbeddingBags",
+    "RowsAsInputs",
     "apply_window",
     "frozen_bag_config",
     "frozen_config",
@@ -38,6 +40,7 @@ __all__ = [
     "frozen_sharders",
     "load_table",
     "open_table",
+    "rows_of",
     "table_digest",
     "table_state",
     "delete_items",
