@@ -162,6 +162,9 @@ def test_a_graph_refuses_batches_of_variable_size_per_feature(tables):
         graph(batch)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit:FutureWarning", "ignore:The TorchScript type system:UserWarning"
+)
 def test_jit_scripts_what_fx_traces_and_refuses_the_rest_by_name(tables):
     for kind in ("unpooled", "sum", "mean"):
         model = make(tables["int8"], kind)
@@ -183,7 +186,9 @@ class Annotated(nn.Module):
         return self.model(features)
 
 
-@pytest.mark.parametrize("strict", [False, True])
+# the rows are set on the table for the time of the call
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects:UserWarning")
+@pytest.mark.parametrize(("kind", "strict"), [*((kind, False) for kind in KINDS), ("weighted", True)])
 def test_an_exported_program_is_the_model_and_holds_no_rows(tables, kind, strict):
     model = make(tables["float16"], kind)
     inputs = tensors(features(0, 4, kind))
@@ -206,15 +211,14 @@ def test_an_exported_program_is_the_model_and_holds_no_rows(tables, kind, strict
 
 
 def test_a_program_exported_with_a_keyed_jagged_tensor_is_the_model(tables, kind):
-    for dtype in ("float32", "int8"):
-        model = make(tables[dtype], kind)
-        batch = features(0, 4, kind)
-        leaves = [DYNAMIC, DYNAMIC if kind == "weighted" else None, DYNAMIC, None, None, None]
-        program = torch.export.export(
-            RowsAsInputs(model), (rows_of(model), batch), dynamic_shapes=({"mm": [None]}, (leaves,))
-        )
-        graph = program.module()
-        agrees(model, lambda batch: graph(rows_of(model), batch))  # noqa: B023  called at once
+    model = make(tables["int8"], kind)
+    leaves = [DYNAMIC, DYNAMIC if kind == "weighted" else None, DYNAMIC, None, None, None]
+    program = torch.export.export(
+        RowsAsInputs(model),
+        (rows_of(model), features(0, 4, kind)),
+        dynamic_shapes=({"mm": [None]}, (leaves,)),
+    ).module()
+    agrees(model, lambda batch: program(rows_of(model), batch))
 
 
 def test_a_program_takes_mapped_rows_in_their_pieces(tables):
@@ -256,7 +260,11 @@ def test_rows_behind_a_cache_are_refused_in_graphs(tables):
         torch.fx.symbolic_trace(model)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [*((kind, "aot_eager") for kind in KINDS), ("unpooled", "inductor"), ("mean", "inductor")],
+)
 def test_a_compiled_model_is_one_graph_and_the_model(tables, kind, backend, dynamo):
     model = make(tables["int8"], kind)
     agrees(model, torch.compile(model, fullgraph=True, dynamic=True, backend=backend))
