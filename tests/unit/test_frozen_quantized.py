@@ -17,7 +17,7 @@ from torchrec.quant.embedding_modules import EmbeddingBagCollection as QuantBags
 from torchrec.quant.embedding_modules import EmbeddingCollection as QuantRows
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from mim_torchrec.embeddings.sharded import (
+from mim_torchrec.embeddings import (
     FrozenEmbeddingBagCollection,
     FrozenEmbeddingCollection,
     JoinedEmbeddingBags,

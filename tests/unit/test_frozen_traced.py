@@ -13,7 +13,7 @@ from torch.export import Dim
 from torchrec.modules.embedding_configs import PoolingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from mim_torchrec.embeddings.sharded import (
+from mim_torchrec.embeddings import (
     FrozenEmbeddingBagCollection,
     FrozenEmbeddingCollection,
     JoinedEmbeddingBags,
