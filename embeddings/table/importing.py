@@ -23,6 +23,7 @@ from mim_torchrec.embeddings.table.external_parquet import ParquetSource
 from mim_torchrec.embeddings.table.external_tensors import open_npy, open_safetensors
 from mim_torchrec.embeddings.table.manifest import DuplicateId, Manifest, NonFiniteVector, TableError
 from mim_torchrec.embeddings.table.quantize import DTYPES, encode, finite_rows, fuse_codes, stored_width
+from mim_torchrec.embeddings.table.shards import check_loss
 from mim_torchrec.embeddings.table.writer import TableWriter
 from mim_torchrec.progress import Progress
 
@@ -53,7 +54,8 @@ def import_vectors(
     Args:
         paths: ``.parquet``, ``.npy`` or ``.safetensors`` files, or directories of Parquet files.
         out: directory of the new table; must not exist.
-        dtype: "float32", "float16", "bfloat16" or "int8"; ``None`` is int8 for int8 vectors, else float16.
+        dtype: "float32", "float16", "bfloat16", "int8" or "int4"; ``None`` is int8 for int8
+            vectors, else float16.
         id_column: column (Parquet) or tensor (safetensors) of the ids. ``None``: the only column of integers,
             or the tensor ``ids``.
         vector_column: likewise of the vectors. ``None``: the only column of lists of numbers, or the tensor
@@ -73,6 +75,7 @@ def import_vectors(
         OutputExists: ``out`` exists.
         DuplicateId: an item has two vectors; both places are named.
         NonFiniteVector: a vector holds NaN or infinity, or overflows ``dtype``.
+        LossyVector: a vector is too small for ``dtype``, see :func:`shards.check_loss`.
             Nothing is left at ``out`` after any of them.
     """
     if spare_rows < 0:
@@ -186,6 +189,11 @@ def _stored(ids: Tensor, vectors: Tensor, dtype: str, sources: Sequence[External
             f"{places(sources, item)[0]}, item id {item}, column {sources[0].columns[1]!r}: the vector is "
             f"too large for {dtype}; import as --dtype float32 or bfloat16, or scale the vectors"
         )
+    column = sources[0].columns[1]
+    check_loss(
+        vectors, stored, dtype, ids, lambda row: f"{places(sources, int(ids[row]))[0]}, column {column!r}",
+        "import as --dtype float32, or scale the vectors",
+    )  # fmt: skip
     return stored
 
 
