@@ -31,7 +31,11 @@ class RowStore(abc.ABC):
         dtype: how vectors are stored, a key of ``quantize.DTYPES``.
         num_rows: rows of this rank.
         dim: length of a vector.
+
+    ``filled`` says whether rows were loaded, restored or written; before, all are zero.
     """
+
+    filled = False
 
     def __init__(self, dtype: str, num_rows: int, dim: int) -> None:
         self.dtype, self.num_rows, self.dim = dtype, num_rows, dim
@@ -127,6 +131,7 @@ class DenseRows(RowStore):
 
     def write(self, rows: Tensor, stored: Tensor) -> None:
         self.tensor.index_copy_(0, rows.to(self.device), stored.to(self.device))
+        self.filled = True
 
     def blocks(self) -> Iterator[Tensor]:
         yield from self.tensor.split(CHUNK)
@@ -161,6 +166,7 @@ class MappedRows(RowStore):
                 self._spans.append(rows)
             at = first + rows.shape[0]
         self._starts = torch.tensor(starts, dtype=torch.int64)
+        self.filled = True
 
     @property
     def spans(self) -> list[Tensor]:
@@ -244,6 +250,7 @@ class CachedRows(RowStore):
         slot = rows % self._holds.numel()
         slot = slot[self._holds[slot] == rows]
         self._holds[slot] = -1
+        self.filled = True
 
     def blocks(self) -> Iterator[Tensor]:
         yield from self.backing.blocks()
