@@ -311,7 +311,7 @@ class FrozenEmbeddingBagCollection(FrozenModule, EmbeddingBagCollection):
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         if traced.is_traced(features):
-            return traced.pooled(list(self._frozen.values()), features, self._is_weighted)
+            return traced.pooled(list(self._frozen.values()), features, self._is_weighted, self.output_dtype)
         by_feature = features.to_dict()
         pooled = []
         for table in self._frozen.values():
