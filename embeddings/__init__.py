@@ -39,6 +39,11 @@ if TYPE_CHECKING:
     from mim_torchrec.embeddings.sharded.load import load_table, open_table, table_digest
     from mim_torchrec.embeddings.sharded.placement import node_replicated
     from mim_torchrec.embeddings.sharded.pricing import FrozenEnumerator
+    from mim_torchrec.embeddings.sharded.quantized import (
+        copy_quantized_rows,
+        frozen_quantization_mapping,
+        quantized_sharders,
+    )
     from mim_torchrec.embeddings.sharded.sharder import (
         FrozenEmbeddingBagCollectionSharder,
         FrozenEmbeddingCollectionSharder,
@@ -73,10 +78,12 @@ _NAMES = {
     "WindowGap": "mim_torchrec.embeddings.windows.window",
     "WindowLog": "mim_torchrec.embeddings.windows.log",
     "apply_window": "mim_torchrec.embeddings.sharded.live",
+    "copy_quantized_rows": "mim_torchrec.embeddings.sharded.quantized",
     "delete_items": "mim_torchrec.embeddings.sharded.live",
     "frozen_bag_config": "mim_torchrec.embeddings.sharded.frozen",
     "frozen_config": "mim_torchrec.embeddings.sharded.frozen",
     "frozen_constraint": "mim_torchrec.embeddings.sharded.sharder",
+    "frozen_quantization_mapping": "mim_torchrec.embeddings.sharded.quantized",
     "frozen_sharders": "mim_torchrec.embeddings.sharded.sharder",
     "import_vectors": "mim_torchrec.embeddings.table.importing",
     "load_table": "mim_torchrec.embeddings.sharded.load",
@@ -84,6 +91,7 @@ _NAMES = {
     "open_log": "mim_torchrec.embeddings.windows.transport",
     "open_store": "mim_torchrec.embeddings.stores.store",
     "open_table": "mim_torchrec.embeddings.sharded.load",
+    "quantized_sharders": "mim_torchrec.embeddings.sharded.quantized",
     "rows_of": "mim_torchrec.embeddings.sharded.exported",
     "table_digest": "mim_torchrec.embeddings.sharded.load",
     "table_state": "mim_torchrec.embeddings.sharded.live",
@@ -109,10 +117,12 @@ __all__ = [
     "WindowGap",
     "WindowLog",
     "apply_window",
+    "copy_quantized_rows",
     "delete_items",
     "frozen_bag_config",
     "frozen_config",
     "frozen_constraint",
+    "frozen_quantization_mapping",
     "frozen_sharders",
     "import_vectors",
     "load_table",
@@ -120,6 +130,7 @@ __all__ = [
     "open_log",
     "open_store",
     "open_table",
+    "quantized_sharders",
     "rows_of",
     "table_digest",
     "table_state",

@@ -350,7 +350,7 @@ class FrozenEmbeddingBagCollection(FrozenModule, EmbeddingBagCollection):
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         self.check_filled()
         if traced.is_traced(features):
-            return traced.pooled(list(self._frozen.values()), features, self._is_weighted)
+            return traced.pooled(list(self._frozen.values()), features, self._is_weighted, self.output_dtype)
         features = maybe_td_to_kjt(features, None)
         check_features(features, self._keys, self._is_weighted)
         inverse = None

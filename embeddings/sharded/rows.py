@@ -76,14 +76,21 @@ class DenseRows(RowStore):
         dim: likewise.
         device: where the tensor is.
         managed: whether it is in managed (UVM) memory: host memory that a GPU reads as its own.
+        tensor: the rows (num_rows, stored_width), where they exist already.
     """
 
     def __init__(
-        self, dtype: str, num_rows: int, dim: int, device: torch.device, managed: bool = False
+        self,
+        dtype: str,
+        num_rows: int,
+        dim: int,
+        device: torch.device,
+        managed: bool = False,
+        tensor: Tensor | None = None,
     ) -> None:
         super().__init__(dtype, num_rows, dim)
         self.device, self._managed = device, managed
-        self._tensor: Tensor | None = None
+        self._tensor = tensor
         self._bags = torch.empty(0, dtype=torch.int64)
 
     @property
@@ -174,19 +181,12 @@ class MappedRows(RowStore):
         return self._spans
 
     def gather(self, rows: Tensor) -> Tensor:
-        if len(self._spans) == 1:
-            return self._spans[0].index_select(0, rows)
-        if rows.numel() > 1 and not bool((rows[1:] >= rows[:-1]).all()):
-            rows, order = rows.sort()
-            out = torch.empty(rows.numel(), self.stored_width, dtype=DTYPES[self.dtype])
-            return out.index_copy_(0, order, self.gather(rows))
-        parts = [span.index_select(0, rows[part] - first) for span, first, part in self._parts(rows)]
-        return torch.cat(parts) if parts else self._none()
+        return gather_spans(self._spans, self._starts, rows) if self._spans else self._none()
 
     def write(self, rows: Tensor, stored: Tensor) -> None:
         rows, order = rows.sort()
         stored = stored[order]
-        for span, first, part in self._parts(rows):
+        for span, first, part in _parts(self._spans, self._starts, rows):
             span.index_copy_(0, rows[part] - first, stored[part])
 
     def blocks(self) -> Iterator[Tensor]:
@@ -195,15 +195,34 @@ class MappedRows(RowStore):
                 advise(block, READ_SOON)
                 yield block
 
-    def _parts(self, rows: Tensor) -> Iterator[tuple[Tensor, int, slice]]:
-        """The spans that ascending rows (n,) fall into: span, its first row, which of the rows."""
-        bounds = [*torch.searchsorted(rows, self._starts).tolist(), rows.numel()]
-        for k, span in enumerate(self._spans):
-            if bounds[k] < bounds[k + 1]:
-                yield span, int(self._starts[k]), slice(bounds[k], bounds[k + 1])
-
     def _none(self) -> Tensor:
         return torch.empty(0, self.stored_width, dtype=DTYPES[self.dtype])
+
+
+def gather_spans(spans: list[Tensor], starts: Tensor, rows: Tensor) -> Tensor:
+    """Return rows (n,) int64 of a table that lies in several tensors, as they are stored.
+
+    Args:
+        spans: all rows in order, each (n, stored_width), one or more.
+        starts: the first row of each.
+        rows: the rows asked for; they exist.
+    """
+    if len(spans) == 1:
+        return spans[0].index_select(0, rows)
+    if rows.numel() > 1 and not bool((rows[1:] >= rows[:-1]).all()):
+        rows, order = rows.sort()
+        out = spans[0].new_empty(rows.numel(), spans[0].shape[1])
+        return out.index_copy_(0, order, gather_spans(spans, starts, rows))
+    parts = [span.index_select(0, rows[part] - first) for span, first, part in _parts(spans, starts, rows)]
+    return torch.cat(parts) if parts else spans[0].index_select(0, rows)
+
+
+def _parts(spans: list[Tensor], starts: Tensor, rows: Tensor) -> Iterator[tuple[Tensor, int, slice]]:
+    """The spans that ascending rows (n,) fall into: span, its first row, which of the rows."""
+    bounds = [*torch.searchsorted(rows, starts).tolist(), rows.numel()]
+    for k, span in enumerate(spans):
+        if bounds[k] < bounds[k + 1]:
+            yield span, int(starts[k]), slice(bounds[k], bounds[k + 1])
 
 
 class CachedRows(RowStore):
