@@ -36,6 +36,8 @@ if TYPE_CHECKING:
         update_items,
     )
     from mim_torchrec.embeddings.sharded.load import load_table, open_table, table_digest
+    from mim_torchrec.embeddings.sharded.placement import node_replicated
+    from mim_torchrec.embeddings.sharded.pricing import FrozenEnumerator
     from mim_torchrec.embeddings.sharded.sharder import (
         FrozenEmbeddingBagCollectionSharder,
         FrozenEmbeddingCollectionSharder,
@@ -56,6 +58,7 @@ _NAMES = {
     "FrozenEmbeddingBagCollectionSharder": "mim_torchrec.embeddings.sharded.sharder",
     "FrozenEmbeddingCollection": "mim_torchrec.embeddings.sharded.frozen",
     "FrozenEmbeddingCollectionSharder": "mim_torchrec.embeddings.sharded.sharder",
+    "FrozenEnumerator": "mim_torchrec.embeddings.sharded.pricing",
     "ItemIndex": "mim_torchrec.embeddings.sharded.live",
     "JoinedEmbeddingBags": "mim_torchrec.embeddings.sharded.joined",
     "Manifest": "mim_torchrec.embeddings.table.manifest",
@@ -75,6 +78,7 @@ _NAMES = {
     "frozen_sharders": "mim_torchrec.embeddings.sharded.sharder",
     "import_vectors": "mim_torchrec.embeddings.table.importing",
     "load_table": "mim_torchrec.embeddings.sharded.load",
+    "node_replicated": "mim_torchrec.embeddings.sharded.placement",
     "open_log": "mim_torchrec.embeddings.windows.transport",
     "open_store": "mim_torchrec.embeddings.stores.store",
     "open_table": "mim_torchrec.embeddings.sharded.load",
@@ -88,6 +92,7 @@ __all__ = [
     "FrozenEmbeddingBagCollectionSharder",
     "FrozenEmbeddingCollection",
     "FrozenEmbeddingCollectionSharder",
+    "FrozenEnumerator",
     "ItemIndex",
     "JoinedEmbeddingBags",
     "Manifest",
@@ -107,6 +112,7 @@ __all__ = [
     "frozen_sharders",
     "import_vectors",
     "load_table",
+    "node_replicated",
     "open_log",
     "open_store",
     "open_table",
