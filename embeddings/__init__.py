@@ -20,6 +20,7 @@ from mim_torchrec.builds import check_builds
 from mim_torchrec.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from mim_torchrec.embeddings.sharded.exported import RowsAsInputs, rows_of
     from mim_torchrec.embeddings.sharded.frozen import (
         FrozenEmbeddingBagCollection,
         FrozenEmbeddingCollection,
@@ -62,6 +63,7 @@ _NAMES = {
     "ItemIndex": "mim_torchrec.embeddings.sharded.live",
     "JoinedEmbeddingBags": "mim_torchrec.embeddings.sharded.joined",
     "Manifest": "mim_torchrec.embeddings.table.manifest",
+    "RowsAsInputs": "mim_torchrec.embeddings.sharded.exported",
     "SpareRowsExhausted": "mim_torchrec.embeddings.sharded.live",
     "Table": "mim_torchrec.embeddings.table.reader",
     "TableError": "mim_torchrec.embeddings.table.manifest",
@@ -82,6 +84,7 @@ _NAMES = {
     "open_log": "mim_torchrec.embeddings.windows.transport",
     "open_store": "mim_torchrec.embeddings.stores.store",
     "open_table": "mim_torchrec.embeddings.sharded.load",
+    "rows_of": "mim_torchrec.embeddings.sharded.exported",
     "table_digest": "mim_torchrec.embeddings.sharded.load",
     "table_state": "mim_torchrec.embeddings.sharded.live",
     "update_items": "mim_torchrec.embeddings.sharded.live",
@@ -96,6 +99,7 @@ __all__ = [
     "ItemIndex",
     "JoinedEmbeddingBags",
     "Manifest",
+    "RowsAsInputs",
     "SpareRowsExhausted",
     "Table",
     "TableError",
@@ -116,6 +120,7 @@ __all__ = [
     "open_log",
     "open_store",
     "open_table",
+    "rows_of",
     "table_digest",
     "table_state",
     "update_items",
