@@ -169,13 +169,13 @@ class MappedRows(RowStore):
             rows, order = rows.sort()
             out = torch.empty(rows.numel(), self.stored_width, dtype=DTYPES[self.dtype])
             return out.index_copy_(0, order, self.gather(rows))
-        parts = [span.index_select(0, rows[part] - first) for span, first, part in self._parts(rows)]
+        parts = [span.index_select(0, rows[part] - first) for span, first, part in self.parts(rows)]
         return torch.cat(parts) if parts else self._none()
 
     def write(self, rows: Tensor, stored: Tensor) -> None:
         rows, order = rows.sort()
         stored = stored[order]
-        for span, first, part in self._parts(rows):
+        for span, first, part in self.parts(rows):
             span.index_copy_(0, rows[part] - first, stored[part])
 
     def blocks(self) -> Iterator[Tensor]:
@@ -184,8 +184,8 @@ class MappedRows(RowStore):
                 advise(block, READ_SOON)
                 yield block
 
-    def _parts(self, rows: Tensor) -> Iterator[tuple[Tensor, int, slice]]:
-        """The spans that ascending rows (n,) fall into: span, its first row, which of the rows."""
+    def parts(self, rows: Tensor) -> Iterator[tuple[Tensor, int, slice]]:
+        """Yield the spans that ascending rows (n,) fall into: span, its first row, which of the rows."""
         bounds = [*torch.searchsorted(rows, self._starts).tolist(), rows.numel()]
         for k, span in enumerate(self._spans):
             if bounds[k] < bounds[k + 1]:
