@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 import tyro
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-from tqdm import tqdm
 
 from mim_torchrec import program
 from mim_torchrec.benchmarks.harness.comparison import target
@@ -39,6 +38,8 @@ from mim_torchrec.embeddings.sharded.frozen import FrozenEmbeddingCollection, fr
 from mim_torchrec.embeddings.sharded.load import load_table, open_table
 from mim_torchrec.embeddings.table.format import TableWriter, decode, encode, row_bytes
 from mim_torchrec.embeddings.table.quantize import cosine_errors
+from mim_torchrec.errors import check_sizes
+from mim_torchrec.progress import Progress
 from mim_torchrec.training.distributed import distributed
 
 KEEP_FREED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
@@ -103,10 +104,12 @@ def write_scale_table(path: Path, rows: int, dim: int) -> None:
     generator = torch.Generator().manual_seed(0)
     some = encode(torch.randn(1 << 16, dim, generator=generator), "int8")
     step = 1 << 21
-    for start in tqdm(range(0, rows, step), desc="write", unit="shard"):
-        count = min(step, rows - start)
-        which = torch.randint(len(some), (count,), generator=generator)
-        writer.write_shard(1_000_000_000 + torch.arange(start, start + count), some[which])
+    with Progress(rows, "write", "row", scale=True) as progress:
+        for start in range(0, rows, step):
+            count = min(step, rows - start)
+            which = torch.randint(len(some), (count,), generator=generator)
+            writer.write_shard(1_000_000_000 + torch.arange(start, start + count), some[which])
+            progress.update(count)
     writer.finish()
 
 
@@ -319,6 +322,8 @@ def main(argv: list[str] | None = None) -> None:
     config = tyro.cli(
         FrozenTableConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,)
     )
+    check_sizes(config, 1, "rows", "dim", "requests", "behaviors", "rounds", "scale_behaviors", "scale_steps")
+    check_sizes(config, 0, "scale_rows")
     report = measure(config)
     summary = (
         f"{config.rows:,} rows of {config.dim}, {config.requests:,} requests a rank with {config.behaviors} "

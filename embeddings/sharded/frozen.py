@@ -33,6 +33,7 @@ from torchrec.modules.embedding_modules import (
 )
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
+from mim_torchrec.embeddings.sharded import traced
 from mim_torchrec.embeddings.sharded.lookup import check_pooling, check_rows, jagged, keyed, pool
 from mim_torchrec.embeddings.sharded.rows import DenseRows, RowStore, make_rows
 from mim_torchrec.embeddings.table.format import Table, TableError, VersionMismatch
@@ -65,6 +66,7 @@ class FrozenTable:
     store: RowStore
     state: TableState
     expected: TableState | None = None  # of a checkpoint that was loaded before the rows
+    lifted: list[Tensor] | None = None  # the rows, while they are an argument of a graph (``traced.py``)
 
     @property
     def dtype(self) -> str:
@@ -81,13 +83,14 @@ def frozen_config(table: Table, feature_names: Sequence[str], name: str = "mm") 
     """Return the embedding config of a table on disk, for a :class:`FrozenEmbeddingCollection`.
 
     Args:
-        table: the table; row 0, for unknown items, and its spare rows are added to its rows.
+        table: the table; row 0, for unknown items, and its spare rows are added to its rows. A table whose
+            rows are kept by number has no such row 0.
         feature_names: keys of the features that are looked up in it.
         name: the embedding table's name in the model.
     """
     return EmbeddingConfig(
         name=name,
-        num_embeddings=1 + table.manifest.capacity,
+        num_embeddings=table.manifest.num_embeddings,
         embedding_dim=table.manifest.dim,
         feature_names=list(feature_names),
         data_type=DATA_TYPES[table.manifest.dtype],
@@ -103,7 +106,7 @@ def frozen_bag_config(
     """Return the embedding config of a table on disk, for a :class:`FrozenEmbeddingBagCollection`."""
     return EmbeddingBagConfig(
         name=name,
-        num_embeddings=1 + table.manifest.capacity,
+        num_embeddings=table.manifest.num_embeddings,
         embedding_dim=table.manifest.dim,
         feature_names=list(feature_names),
         data_type=DATA_TYPES[table.manifest.dtype],
@@ -140,6 +143,12 @@ class FrozenModule(nn.Module):
     def frozen_tables(self) -> dict[str, FrozenTable]:
         """Return what this process has of each table, by name."""
         return self._frozen
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise TypeError(
+            "torch.jit.script cannot compile a frozen collection; use torch.export, or script the module "
+            "that torch.fx.symbolic_trace returns"
+        )
 
     def reset_parameters(self) -> None:
         """Do nothing: the rows come from a table on disk."""
@@ -242,6 +251,9 @@ class FrozenEmbeddingCollection(FrozenModule, EmbeddingCollection):
         self.init_frozen([_whole_table(config, self._device) for config in tables], store_rows)
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
+        if traced.is_traced(features):
+            tables, names = list(self._frozen.values()), self.embedding_names_by_table()
+            return traced.unpooled(tables, names, features, self._need_indices, self.output_dtype)
         by_feature = features.to_dict()
         found = {}
         for (table, names), keys in zip(
@@ -269,9 +281,10 @@ class FrozenEmbeddingBagCollection(FrozenModule, EmbeddingBagCollection):
         is_weighted: whether the features' weights weight their vectors; the weights get gradients.
         device: "meta" for a model that will be sharded, or where an unsharded one lives.
         store_rows: whether checkpoints hold the rows, or only which rows they were.
+        output_dtype: of the pooled vectors that come out; they are summed in float32.
 
-    Its forward maps a ``KeyedJaggedTensor`` of rows to a float32 ``KeyedTensor`` (batch_size, sum of dims).
-    An empty bag is the zero vector.
+    Its forward maps a ``KeyedJaggedTensor`` of rows to a ``KeyedTensor`` (batch_size, sum of dims). An empty
+    bag is the zero vector.
 
     Raises:
         ValueError: a weighted mean, which TorchRec does not have either.
@@ -285,6 +298,7 @@ class FrozenEmbeddingBagCollection(FrozenModule, EmbeddingBagCollection):
         is_weighted: bool = False,
         device: torch.device | str = "meta",
         store_rows: bool = False,
+        output_dtype: torch.dtype = torch.float32,
     ) -> None:
         shapes = [replace(config, data_type=DataType.FP32) for config in tables]
         super().__init__(tables=shapes, is_weighted=is_weighted, device=torch.device("meta"))
@@ -292,9 +306,12 @@ class FrozenEmbeddingBagCollection(FrozenModule, EmbeddingBagCollection):
         self.embedding_bags = nn.ModuleDict()
         self._embedding_bag_configs = tables
         self._device = torch.device(device)
+        self.output_dtype = output_dtype
         self.init_frozen([_whole_table(config, self._device) for config in tables], store_rows)
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        if traced.is_traced(features):
+            return traced.pooled(list(self._frozen.values()), features, self._is_weighted)
         by_feature = features.to_dict()
         pooled = []
         for table in self._frozen.values():
@@ -304,7 +321,7 @@ class FrozenEmbeddingBagCollection(FrozenModule, EmbeddingBagCollection):
                 check_rows(rows, table.config)
                 vectors, index = table.store.vectors(rows), torch.arange(rows.numel(), device=rows.device)
                 pooled.append(pool(vectors, index, bags, table.bag_config, self.is_weighted()))
-        return keyed(pooled, self._embedding_bag_configs)
+        return keyed(pooled, self._embedding_bag_configs, self.output_dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FrozenEmbeddingBagCollection":
         _move(self, fn)

@@ -162,6 +162,11 @@ class MappedRows(RowStore):
             at = first + rows.shape[0]
         self._starts = torch.tensor(starts, dtype=torch.int64)
 
+    @property
+    def spans(self) -> list[Tensor]:
+        """All rows in order, in the pieces that they are mapped in, each (n, stored_width)."""
+        return self._spans
+
     def gather(self, rows: Tensor) -> Tensor:
         if len(self._spans) == 1:
             return self._spans[0].index_select(0, rows)
