@@ -186,7 +186,7 @@ class MappedRows(RowStore):
     def write(self, rows: Tensor, stored: Tensor) -> None:
         rows, order = rows.sort()
         stored = stored[order]
-        for span, first, part in _parts(self._spans, self._starts, rows):
+        for span, first, part in self.parts(rows):
             span.index_copy_(0, rows[part] - first, stored[part])
 
     def blocks(self) -> Iterator[Tensor]:
@@ -194,6 +194,10 @@ class MappedRows(RowStore):
             for block in span.split(CHUNK):
                 advise(block, READ_SOON)
                 yield block
+
+    def parts(self, rows: Tensor) -> Iterator[tuple[Tensor, int, slice]]:
+        """Yield the spans that ascending rows (n,) fall into: span, its first row, which of the rows."""
+        yield from _parts(self._spans, self._starts, rows)
 
     def _none(self) -> Tensor:
         return torch.empty(0, self.stored_width, dtype=DTYPES[self.dtype])
