@@ -19,7 +19,7 @@ from mim_torchrec.embeddings.sharded.frozen import (
 )
 from mim_torchrec.embeddings.sharded.load import find_frozen, load_table, open_table, table_digest
 from mim_torchrec.embeddings.table.format import DTYPES, Table
-from tests.frozen import DIM, FEATURES, ITEMS, Unpooled, batch, shard, whole, write_tables
+from tests.frozen import DIM, FEATURES, ITEMS, Unpooled, batch, naive_pool, shard, whole, write_tables
 from tests.ranks import run_ranks
 
 
@@ -37,22 +37,6 @@ def weighted(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
     return KeyedJaggedTensor(
         features.keys(), features.values(), weights.requires_grad_(), lengths=features.lengths()
     )
-
-
-def naive_pool(vectors: Tensor, features: KeyedJaggedTensor, mode: str) -> Tensor:
-    """(num_requests, 2 * DIM), a loop over bags."""
-    out = []
-    weights = features.weights_or_none()
-    start = 0
-    for length in features.lengths().tolist():
-        rows = range(start, start + length)
-        total = torch.zeros(DIM)
-        for at in rows:
-            scale = 1.0 if weights is None else weights[at]
-            total = total + scale * vectors[features.values()[at]]
-        out.append(total / length if mode == "mean" and length else total)
-        start += length
-    return torch.cat(torch.stack(out).chunk(2), dim=1)
 
 
 def _lookups_are_the_vectors(path: Path, dtype: str) -> None:

@@ -16,7 +16,7 @@ from mim_torchrec.embeddings.sharded.frozen import (
 from mim_torchrec.embeddings.sharded.load import load_table
 from mim_torchrec.embeddings.sharded.sharded import VectorsBack
 from mim_torchrec.embeddings.table.format import DTYPES, Table
-from tests.distributed.test_frozen_exchange import FEATURES, batch, shard, whole, write_table
+from tests.frozen import FEATURES, batch, shard, whole, write_table
 from tests.ranks import run_ranks
 
 DTYPE_NAMES = ("float16", "bfloat16", "float32")
