@@ -20,6 +20,7 @@ from mim_torchrec.builds import check_builds
 from mim_torchrec.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from mim_torchrec.embeddings.sharded.freezing import FreezeReport, freeze_table, use_frozen_table
     from mim_torchrec.embeddings.sharded.frozen import (
         FrozenEmbeddingBagCollection,
         FrozenEmbeddingCollection,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
         frozen_constraint,
         frozen_sharders,
     )
+    from mim_torchrec.embeddings.sharded.thawing import thaw_table
     from mim_torchrec.embeddings.stores.store import open_store
     from mim_torchrec.embeddings.table.importing import import_vectors
     from mim_torchrec.embeddings.table.manifest import Manifest, TableError, VersionMismatch
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from mim_torchrec.embeddings.windows.window import Window, WindowGap
 
 _NAMES = {
+    "FreezeReport": "mim_torchrec.embeddings.sharded.freezing",
     "FrozenEmbeddingBagCollection": "mim_torchrec.embeddings.sharded.frozen",
     "FrozenEmbeddingBagCollectionSharder": "mim_torchrec.embeddings.sharded.sharder",
     "FrozenEmbeddingCollection": "mim_torchrec.embeddings.sharded.frozen",
@@ -69,6 +72,7 @@ _NAMES = {
     "WindowLog": "mim_torchrec.embeddings.windows.log",
     "apply_window": "mim_torchrec.embeddings.sharded.live",
     "delete_items": "mim_torchrec.embeddings.sharded.live",
+    "freeze_table": "mim_torchrec.embeddings.sharded.freezing",
     "frozen_bag_config": "mim_torchrec.embeddings.sharded.frozen",
     "frozen_config": "mim_torchrec.embeddings.sharded.frozen",
     "frozen_constraint": "mim_torchrec.embeddings.sharded.sharder",
@@ -80,10 +84,13 @@ _NAMES = {
     "open_table": "mim_torchrec.embeddings.sharded.load",
     "table_digest": "mim_torchrec.embeddings.sharded.load",
     "table_state": "mim_torchrec.embeddings.sharded.live",
+    "thaw_table": "mim_torchrec.embeddings.sharded.thawing",
     "update_items": "mim_torchrec.embeddings.sharded.live",
+    "use_frozen_table": "mim_torchrec.embeddings.sharded.freezing",
 }
 
 __all__ = [
+    "FreezeReport",
     "FrozenEmbeddingBagCollection",
     "FrozenEmbeddingBagCollectionSharder",
     "FrozenEmbeddingCollection",
@@ -101,6 +108,7 @@ __all__ = [
     "WindowLog",
     "apply_window",
     "delete_items",
+    "freeze_table",
     "frozen_bag_config",
     "frozen_config",
     "frozen_constraint",
@@ -112,7 +120,9 @@ __all__ = [
     "open_table",
     "table_digest",
     "table_state",
+    "thaw_table",
     "update_items",
+    "use_frozen_table",
 ]
 
 __getattr__, __dir__ = lazy_names(__name__, _NAMES)

@@ -1,5 +1,6 @@
 """The frozen, sharded embedding of TorchRec models: what a user's own model needs of it."""
 
+from mim_torchrec.embeddings.sharded.freezing import FreezeReport, freeze_table, use_frozen_table
 from mim_torchrec.embeddings.sharded.frozen import (
     FrozenEmbeddingBagCollection,
     FrozenEmbeddingCollection,
@@ -22,8 +23,10 @@ from mim_torchrec.embeddings.sharded.sharder import (
     frozen_constraint,
     frozen_sharders,
 )
+from mim_torchrec.embeddings.sharded.thawing import thaw_table
 
 __all__ = [
+    "FreezeReport",
     "FrozenEmbeddingBagCollection",
     "FrozenEmbeddingBagCollectionSharder",
     "FrozenEmbeddingCollection",
@@ -32,6 +35,7 @@ __all__ = [
     "ItemIndex",
     "JoinedEmbeddingBags",
     "apply_window",
+    "freeze_table",
     "frozen_bag_config",
     "frozen_config",
     "frozen_constraint",
@@ -41,5 +45,7 @@ __all__ = [
     "table_digest",
     "table_state",
     "delete_items",
+    "thaw_table",
     "update_items",
+    "use_frozen_table",
 ]
