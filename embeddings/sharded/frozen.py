@@ -44,6 +44,7 @@ DATA_TYPES = {
     "float16": DataType.FP16,
     "bfloat16": DataType.BF16,
     "int8": DataType.INT8,
+    "int4": DataType.INT4,
 }
 
 
@@ -115,7 +116,7 @@ def storage_dtype(config: BaseEmbeddingConfig) -> str:
     """Return how rows of a table with this config are stored, a key of ``quantize.DTYPES``.
 
     Raises:
-        ValueError: its data type is none of FP32, FP16, BF16 and INT8.
+        ValueError: its data type is none of FP32, FP16, BF16, INT8 and INT4.
     """
     found = {data_type: name for name, data_type in DATA_TYPES.items()}.get(config.data_type)
     if found is None:
@@ -205,7 +206,7 @@ class FrozenEmbeddingCollection(FrozenModule, EmbeddingCollection):
     """Unpooled embeddings that are never trained; zeros until ``load_table`` has filled them.
 
     Args:
-        tables: one config a table, FP32, FP16, BF16 or INT8 (row-wise), of one ``embedding_dim``; see
+        tables: one config a table, FP32, FP16, BF16, INT8 or INT4 (row-wise), of one ``embedding_dim``; see
             :func:`frozen_config`.
         device: "meta" for a model that will be sharded (no memory is used), or where an unsharded one lives.
         need_indices: as in ``EmbeddingCollection``.
@@ -265,7 +266,7 @@ class FrozenEmbeddingBagCollection(FrozenModule, EmbeddingBagCollection):
     """Pooled embeddings that are never trained; zeros until ``load_table`` has filled them.
 
     Args:
-        tables: one config a table, FP32, FP16, BF16 or INT8 (row-wise); see :func:`frozen_bag_config`.
+        tables: one config a table, FP32, FP16, BF16, INT8 or INT4 (row-wise); see :func:`frozen_bag_config`.
         is_weighted: whether the features' weights weight their vectors; the weights get gradients.
         device: "meta" for a model that will be sharded, or where an unsharded one lives.
         store_rows: whether checkpoints hold the rows, or only which rows they were.

@@ -300,7 +300,7 @@ def expected_digest(
             vector = row_of[row]
             part[row - start] = zero if vector is None else vector
         digest.update(part.view(torch.uint8).numpy().data)
-    return digest_of_ranks(digest.hexdigest(), module)
+    return digest_of_ranks(digest.hexdigest(), module, name)
 
 
 def _write(frozen: FrozenTable, rows: Tensor, stored: Tensor) -> int:

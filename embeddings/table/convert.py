@@ -48,7 +48,7 @@ def convert(
     Args:
         src: a finished table; its checksums are verified.
         dst: directory of the new table; must not exist.
-        dtype: "float32", "float16", "bfloat16" or "int8".
+        dtype: "float32", "float16", "bfloat16", "int8" or "int4".
         rows_per_shard: rows of a shard of ``dst``; ``None`` makes shards of 256 MiB.
         progress: called with the number of rows written since its last call.
 

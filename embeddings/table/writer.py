@@ -29,7 +29,7 @@ from mim_torchrec.embeddings.table.manifest import (
     check_dtype,
     partial_path,
 )
-from mim_torchrec.embeddings.table.quantize import DTYPES, encode, stored_width
+from mim_torchrec.embeddings.table.quantize import DTYPES, encode, is_quantized, stored_width
 from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.table.shards import check_ascending, check_finite, check_loss, verify_shard
 from mim_torchrec.errors import OutputExists
@@ -45,7 +45,7 @@ class TableWriter:
         path: the table's directory; must not exist yet.
         table_version: hash of the encoder's weights, preprocessing and dim, or of imported content.
         dim: length of a vector.
-        dtype: "float32", "float16", "bfloat16" or "int8", the type stored.
+        dtype: "float32", "float16", "bfloat16", "int8" or "int4", the type stored.
         encoder: JSON description of the encoder, kept in the manifest.
         rank: this writer's rank; rank 0 clears what an earlier crash has left in ``<path>.partial``.
         spare_rows: rows for new items that a live table made from this one keeps free.
@@ -102,7 +102,7 @@ class TableWriter:
         """
         file = self.partial / f"shard-{self.rank:05d}-{len(self.shards):05d}.safetensors"
         vectors = vectors.detach().cpu()
-        is_stored = self.dtype == "int8" and vectors.dtype == torch.uint8
+        is_stored = is_quantized(self.dtype) and vectors.dtype == torch.uint8
         width = self.stored_width if is_stored else self.dim
         if (
             ids.dtype != torch.int64
