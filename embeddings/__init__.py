@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         update_items,
     )
     from mim_torchrec.embeddings.sharded.load import load_table, open_table, table_digest
+    from mim_torchrec.embeddings.sharded.projected import ProjectedEmbeddingBags
     from mim_torchrec.embeddings.sharded.sharder import (
         FrozenEmbeddingBagCollectionSharder,
         FrozenEmbeddingCollectionSharder,
@@ -62,6 +63,7 @@ _NAMES = {
     "ItemIndex": "mim_torchrec.embeddings.sharded.live",
     "JoinedEmbeddingBags": "mim_torchrec.embeddings.sharded.joined",
     "Manifest": "mim_torchrec.embeddings.table.manifest",
+    "ProjectedEmbeddingBags": "mim_torchrec.embeddings.sharded.projected",
     "SpareRowsExhausted": "mim_torchrec.embeddings.sharded.live",
     "Table": "mim_torchrec.embeddings.table.reader",
     "TableError": "mim_torchrec.embeddings.table.manifest",
@@ -98,6 +100,7 @@ __all__ = [
     "ItemIndex",
     "JoinedEmbeddingBags",
     "Manifest",
+    "ProjectedEmbeddingBags",
     "SpareRowsExhausted",
     "Table",
     "TableError",

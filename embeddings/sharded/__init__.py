@@ -17,6 +17,7 @@ from mim_torchrec.embeddings.sharded.live import (
     update_items,
 )
 from mim_torchrec.embeddings.sharded.load import load_table, open_table, table_digest
+from mim_torchrec.embeddings.sharded.projected import ProjectedEmbeddingBags
 from mim_torchrec.embeddings.sharded.sharder import (
     FrozenEmbeddingBagCollectionSharder,
     FrozenEmbeddingCollectionSharder,
@@ -31,6 +32,7 @@ __all__ = [
     "FrozenEmbeddingBagCollectionSharder",
     "FrozenEmbeddingCollection",
     "FrozenEmbeddingCollectionSharder",
+    "ProjectedEmbeddingBags",
     "SpareRowsExhausted",
     "ItemIndex",
     "JoinedEmbeddingBags",

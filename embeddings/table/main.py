@@ -31,8 +31,8 @@ class Import:
     Sources are Parquet files with a column of integer ids and one of lists of numbers, directories of such
     files, .npy files (num_rows, dim) with --ids, .safetensors files with a tensor of each, and one table of a
     directory of torch.distributed.checkpoint (--key), whose rows are kept by number. Rows may come in any
-    order; arranging them takes as much disk again as the vectors while it lasts. Memory does not grow with the
-    vectors, only by 8 bytes a row with the ids.
+    order; arranging them takes as much disk again as the vectors while it lasts. Memory does not grow with
+    the vectors, only by 8 bytes a row with the ids.
     """
 
     sources: tyro.conf.Positional[tuple[Path, ...]]
