@@ -20,7 +20,11 @@ from mim_torchrec.builds import check_builds
 from mim_torchrec.lazy import lazy_names
 
 if TYPE_CHECKING:
+<<<<<<< HEAD
     from mim_torchrec.embeddings.sharded.freezing import FreezeReport, freeze_table, use_frozen_table
+=======
+    from mim_torchrec.embeddings.sharded.exported import RowsAsInputs, rows_of
+>>>>>>> origin/main
     from mim_torchrec.embeddings.sharded.frozen import (
         FrozenEmbeddingBagCollection,
         FrozenEmbeddingCollection,
@@ -37,7 +41,12 @@ if TYPE_CHECKING:
         update_items,
     )
     from mim_torchrec.embeddings.sharded.load import load_table, open_table, table_digest
+<<<<<<< HEAD
     from mim_torchrec.embeddings.sharded.projected import ProjectedEmbeddingBags
+=======
+    from mim_torchrec.embeddings.sharded.placement import node_replicated
+    from mim_torchrec.embeddings.sharded.pricing import FrozenEnumerator
+>>>>>>> origin/main
     from mim_torchrec.embeddings.sharded.sharder import (
         FrozenEmbeddingBagCollectionSharder,
         FrozenEmbeddingCollectionSharder,
@@ -60,10 +69,15 @@ _NAMES = {
     "FrozenEmbeddingBagCollectionSharder": "mim_torchrec.embeddings.sharded.sharder",
     "FrozenEmbeddingCollection": "mim_torchrec.embeddings.sharded.frozen",
     "FrozenEmbeddingCollectionSharder": "mim_torchrec.embeddings.sharded.sharder",
+    "FrozenEnumerator": "mim_torchrec.embeddings.sharded.pricing",
     "ItemIndex": "mim_torchrec.embeddings.sharded.live",
     "JoinedEmbeddingBags": "mim_torchrec.embeddings.sharded.joined",
     "Manifest": "mim_torchrec.embeddings.table.manifest",
+<<<<<<< HEAD
     "ProjectedEmbeddingBags": "mim_torchrec.embeddings.sharded.projected",
+=======
+    "RowsAsInputs": "mim_torchrec.embeddings.sharded.exported",
+>>>>>>> origin/main
     "SpareRowsExhausted": "mim_torchrec.embeddings.sharded.live",
     "Table": "mim_torchrec.embeddings.table.reader",
     "TableError": "mim_torchrec.embeddings.table.manifest",
@@ -81,9 +95,11 @@ _NAMES = {
     "frozen_sharders": "mim_torchrec.embeddings.sharded.sharder",
     "import_vectors": "mim_torchrec.embeddings.table.importing",
     "load_table": "mim_torchrec.embeddings.sharded.load",
+    "node_replicated": "mim_torchrec.embeddings.sharded.placement",
     "open_log": "mim_torchrec.embeddings.windows.transport",
     "open_store": "mim_torchrec.embeddings.stores.store",
     "open_table": "mim_torchrec.embeddings.sharded.load",
+    "rows_of": "mim_torchrec.embeddings.sharded.exported",
     "table_digest": "mim_torchrec.embeddings.sharded.load",
     "table_state": "mim_torchrec.embeddings.sharded.live",
     "thaw_table": "mim_torchrec.embeddings.sharded.thawing",
@@ -97,10 +113,15 @@ __all__ = [
     "FrozenEmbeddingBagCollectionSharder",
     "FrozenEmbeddingCollection",
     "FrozenEmbeddingCollectionSharder",
+    "FrozenEnumerator",
     "ItemIndex",
     "JoinedEmbeddingBags",
     "Manifest",
+<<<<<<< HEAD
     "ProjectedEmbeddingBags",
+=======
+    "RowsAsInputs",
+>>>>>>> origin/main
     "SpareRowsExhausted",
     "Table",
     "TableError",
@@ -118,9 +139,11 @@ __all__ = [
     "frozen_sharders",
     "import_vectors",
     "load_table",
+    "node_replicated",
     "open_log",
     "open_store",
     "open_table",
+    "rows_of",
     "table_digest",
     "table_state",
     "thaw_table",

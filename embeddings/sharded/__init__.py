@@ -1,3 +1,4 @@
+<<<<<<< HEAD
 """The frozen, sharded embedding of TorchRec models: what a user's own model needs of it."""
 
 from mim_torchrec.embeddings.sharded.freezing import FreezeReport, freeze_table, use_frozen_table
@@ -51,3 +52,6 @@ __all__ = [
     "update_items",
     "use_frozen_table",
 ]
+=======
+"""The frozen, sharded embedding of TorchRec models; users import from `mim_torchrec.embeddings`."""
+>>>>>>> origin/main
