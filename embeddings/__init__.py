@@ -20,11 +20,8 @@ from mim_torchrec.builds import check_builds
 from mim_torchrec.lazy import lazy_names
 
 if TYPE_CHECKING:
-<<<<<<< HEAD
-    from mim_torchrec.embeddings.sharded.freezing import FreezeReport, freeze_table, use_frozen_table
-=======
     from mim_torchrec.embeddings.sharded.exported import RowsAsInputs, rows_of
->>>>>>> origin/main
+    from mim_torchrec.embeddings.sharded.freezing import FreezeReport, freeze_table, use_frozen_table
     from mim_torchrec.embeddings.sharded.frozen import (
         FrozenEmbeddingBagCollection,
         FrozenEmbeddingCollection,
@@ -41,12 +38,9 @@ if TYPE_CHECKING:
         update_items,
     )
     from mim_torchrec.embeddings.sharded.load import load_table, open_table, table_digest
-<<<<<<< HEAD
-    from mim_torchrec.embeddings.sharded.projected import ProjectedEmbeddingBags
-=======
     from mim_torchrec.embeddings.sharded.placement import node_replicated
     from mim_torchrec.embeddings.sharded.pricing import FrozenEnumerator
->>>>>>> origin/main
+    from mim_torchrec.embeddings.sharded.projected import ProjectedEmbeddingBags
     from mim_torchrec.embeddings.sharded.sharder import (
         FrozenEmbeddingBagCollectionSharder,
         FrozenEmbeddingCollectionSharder,
@@ -73,11 +67,8 @@ _NAMES = {
     "ItemIndex": "mim_torchrec.embeddings.sharded.live",
     "JoinedEmbeddingBags": "mim_torchrec.embeddings.sharded.joined",
     "Manifest": "mim_torchrec.embeddings.table.manifest",
-<<<<<<< HEAD
     "ProjectedEmbeddingBags": "mim_torchrec.embeddings.sharded.projected",
-=======
     "RowsAsInputs": "mim_torchrec.embeddings.sharded.exported",
->>>>>>> origin/main
     "SpareRowsExhausted": "mim_torchrec.embeddings.sharded.live",
     "Table": "mim_torchrec.embeddings.table.reader",
     "TableError": "mim_torchrec.embeddings.table.manifest",
@@ -117,11 +108,8 @@ __all__ = [
     "ItemIndex",
     "JoinedEmbeddingBags",
     "Manifest",
-<<<<<<< HEAD
     "ProjectedEmbeddingBags",
-=======
     "RowsAsInputs",
->>>>>>> origin/main
     "SpareRowsExhausted",
     "Table",
     "TableError",
