@@ -17,7 +17,7 @@ from mim_torchrec.embeddings.sharded.frozen import (
     frozen_bag_config,
     frozen_config,
 )
-from mim_torchrec.embeddings.sharded.load import load_table, open_table, table_digest
+from mim_torchrec.embeddings.sharded.load import find_frozen, load_table, open_table, table_digest
 from mim_torchrec.embeddings.table.format import DTYPES, Table
 from tests.frozen import DIM, FEATURES, ITEMS, Unpooled, batch, naive_pool, shard, whole, write_tables
 from tests.ranks import run_ranks
@@ -81,13 +81,16 @@ def _tables_of_other_types_and_dims_stand_beside_each_other(folder: Path) -> Non
     model = shard(Pooled(configs))
     for name, table in tables.items():
         load_table(model, table, name)
+    narrow = find_frozen(model, "narrow")[1].store
+    narrow.write(torch.arange(narrow.num_rows), torch.ones(narrow.num_rows, 4))
     features = batch(0, ITEMS)
     found = model(features).to_dict()
     assert list(found) == ["candidate@mm", "candidate@other", "behavior@other", "behavior@narrow"]
     for name, table in tables.items():
         expected = naive_pool(whole(table), features, "sum")[:, :DIM]
         torch.testing.assert_close(found[f"candidate@{name}"], expected, rtol=1e-5, atol=1e-6)
-    assert found["behavior@narrow"].shape == (features.stride(), 4)
+    lengths = features["behavior"].lengths().float()
+    assert torch.equal(found["behavior@narrow"], lengths[:, None].expand(-1, 4))
 
 
 def _only_distinct_rows_cross_in_their_own_type(path: Path) -> None:

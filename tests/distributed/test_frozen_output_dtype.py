@@ -56,8 +56,8 @@ def look_up(path: Path, name: str) -> list[torch.dtype]:
     sent: list[torch.dtype] = []
     make = VectorsBack.__init__
 
-    def recorded(self: VectorsBack, stored: Tensor, *rest: object) -> None:
-        sent.append(stored.dtype)
+    def recorded(self: VectorsBack, stored: list[Tensor], *rest: object) -> None:
+        sent.extend(each.dtype for each in stored)
         make(self, stored, *rest)
 
     VectorsBack.__init__ = recorded
