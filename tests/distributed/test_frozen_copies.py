@@ -33,16 +33,6 @@ from mim_torchrec.embeddings.sharded.sharder import (
     frozen_sharders,
 )
 from mim_torchrec.embeddings.table.format import Table, TableError, VersionMismatch
-from tests.distributed.test_frozen_exchange import (
-    DIM,
-    FEATURES,
-    IDS,
-    ITEMS,
-    Unpooled,
-    batch,
-    whole,
-    write_table,
-)
 from tests.distributed.test_frozen_placement import (
     CPU,
     MANY,
@@ -52,6 +42,7 @@ from tests.distributed.test_frozen_placement import (
     lookups_are_the_vectors,
     sharded,
 )
+from tests.frozen import DIM, FEATURES, IDS, ITEMS, Unpooled, batch, whole, write_table
 from tests.ranks import run_ranks
 
 
