@@ -6,12 +6,14 @@ from mim_torchrec.embeddings.sharded.frozen import (
     frozen_bag_config,
     frozen_config,
 )
+from mim_torchrec.embeddings.sharded.item_index import ItemIndex, SpareRowsExhausted
 from mim_torchrec.embeddings.sharded.joined import JoinedEmbeddingBags
 from mim_torchrec.embeddings.sharded.live import (
-    ItemIndex,
-    SpareRowsExhausted,
     apply_window,
+    check_index,
+    check_ranks,
     delete_items,
+    restore_index,
     table_state,
     update_items,
 )
@@ -22,6 +24,7 @@ from mim_torchrec.embeddings.sharded.sharder import (
     frozen_constraint,
     frozen_sharders,
 )
+from mim_torchrec.embeddings.sharded.state_keys import frozen_keys
 
 __all__ = [
     "FrozenEmbeddingBagCollection",
@@ -32,12 +35,16 @@ __all__ = [
     "ItemIndex",
     "JoinedEmbeddingBags",
     "apply_window",
+    "check_index",
+    "check_ranks",
     "frozen_bag_config",
     "frozen_config",
     "frozen_constraint",
+    "frozen_keys",
     "frozen_sharders",
     "load_table",
     "open_table",
+    "restore_index",
     "table_digest",
     "table_state",
     "delete_items",

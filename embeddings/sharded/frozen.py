@@ -13,7 +13,7 @@ fills them, and ``live.py`` changes them.
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, Keyed
 
 from mim_torchrec.embeddings.sharded.lookup import check_pooling, check_rows, jagged, keyed, pool
 from mim_torchrec.embeddings.sharded.rows import DenseRows, RowStore, make_rows
+from mim_torchrec.embeddings.sharded.table_items import TableItems
 from mim_torchrec.embeddings.table.format import Table, TableError, VersionMismatch
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class FrozenTable:
     store: RowStore
     state: TableState
     expected: TableState | None = None  # of a checkpoint that was loaded before the rows
+    items: TableItems = field(default_factory=TableItems)
 
     @property
     def dtype(self) -> str:
@@ -135,16 +137,25 @@ class FrozenModule(nn.Module):
     def init_frozen(self, tables: Sequence[FrozenTable], store_rows: bool) -> None:
         self._frozen = {table.config.name: table for table in tables}
         self.store_rows = store_rows
+        self._restored: set[str] = set()  # tables whose rows the checkpoint that is being loaded holds
 
     def frozen_tables(self) -> dict[str, FrozenTable]:
         """Return what this process has of each table, by name."""
         return self._frozen
 
+    def check_filled(self) -> None:
+        """Refuse a lookup in a table whose rows or items are not known."""
+        for name, table in self._frozen.items():
+            table.items.check(name)
+
     def reset_parameters(self) -> None:
         """Do nothing: the rows come from a table on disk."""
 
     def get_extra_state(self) -> str:
-        states = {name: [t.state.table_version, t.state.seq] for name, t in self._frozen.items()}
+        states: dict[str, list[Any]] = {}
+        for name, table in self._frozen.items():
+            items = table.items.to_json() if self.store_rows else []
+            states[name] = [table.state.table_version, table.state.seq, *items]
         return json.dumps(states)
 
     def set_extra_state(self, state: str) -> None:
@@ -154,16 +165,23 @@ class FrozenModule(nn.Module):
             TableError: it has other tables.
             VersionMismatch: the rows are of another version than the checkpoint.
         """
-        states = {name: TableState(*pair) for name, pair in json.loads(state).items()}
+        found = json.loads(state)
+        states = {name: TableState(*parts[:2]) for name, parts in found.items()}
         if set(states) != set(self._frozen):
             raise TableError(f"the checkpoint has frozen tables {sorted(states)}, not {sorted(self._frozen)}")
         for name, table in self._frozen.items():
-            if self.store_rows:
+            if name in self._restored:
                 table.state = states[name]
+                table.items.load_json(found[name][2:])
             elif table.state.table_version is None:
                 table.expected = states[name]
             else:
                 check_state(name, table.state, states[name])
+
+    def state_keys(self, prefix: str) -> list[str]:
+        """Return the keys of a state dict that this module has, behind ``prefix``."""
+        rows = [f"{prefix}{self._prefix}.{name}.weight" for name in self._frozen if self.store_rows]
+        return [*rows, f"{prefix}_extra_state"]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -175,16 +193,23 @@ class FrozenModule(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
+        record, self._restored = f"{prefix}_extra_state", set()
+        is_recorded = record in state_dict
         if self.store_rows:
             for name, table in self._frozen.items():
                 key = f"{prefix}{self._prefix}.{name}.weight"
                 if key in state_dict:
                     self._restore(table, state_dict.pop(key))
-                elif strict:
+                    self._restored.add(name)
+                elif strict and is_recorded:
                     missing_keys.append(key)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if strict and not is_recorded:
+            missing_keys.remove(record)
+            log.warning("the checkpoint has no frozen tables at %s, it is of a model without them: tables %s "
+                        "stay as they are", prefix.rstrip(".") or "the root", list(self._frozen))  # fmt: skip
 
     def _rows_to_save(self, table: FrozenTable) -> Tensor | ShardedTensor:
         return whole_rows(table)
@@ -241,6 +266,7 @@ class FrozenEmbeddingCollection(FrozenModule, EmbeddingCollection):
         self.init_frozen([_whole_table(config, self._device) for config in tables], store_rows)
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
+        self.check_filled()
         by_feature = features.to_dict()
         found = {}
         for (table, names), keys in zip(
@@ -294,6 +320,7 @@ class FrozenEmbeddingBagCollection(FrozenModule, EmbeddingBagCollection):
         self.init_frozen([_whole_table(config, self._device) for config in tables], store_rows)
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        self.check_filled()
         by_feature = features.to_dict()
         pooled = []
         for table in self._frozen.values():

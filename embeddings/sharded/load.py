@@ -114,6 +114,7 @@ def load_table(model: nn.Module, table: Table, name: str = "mm", mapped: bool = 
                       disable=True if rank else None) as bar:  # fmt: skip
                 table.rows_for(first, stop, out=cast(DenseRows, dense).tensor, progress=bar.update)
         frozen.state, frozen.expected = state, None
+        frozen.items.clear()
         return LoadReport(
             table_version=manifest.table_version,
             seq=state.seq,

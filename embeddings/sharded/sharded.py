@@ -190,6 +190,7 @@ class ShardedFrozenModule(
         return FrozenContext()
 
     def input_dist(self, ctx: FrozenContext, features: KeyedJaggedTensor) -> Awaitable[Awaitable[KJTList]]:
+        self.check_filled()
         ctx.features = features
         by_feature = features.to_dict()  # it is remembered, so weights must not lose their gradient here
         with torch.no_grad():
@@ -270,9 +271,13 @@ class ShardedFrozenModule(
         if isinstance(whole.store, DenseRows) and whole.store.device.type != "meta":
             rows = torch.arange(stop - first, device=self._device)
             store.write(rows, whole.store.tensor[first:stop].to(self._device))
-        return FrozenTable(config, first, store, whole.state)
+        return FrozenTable(config, first, store, whole.state, items=whole.items)
 
     def _rows_to_save(self, table: FrozenTable) -> ShardedTensor:
+        state = table.state
+        table.items.check_ranks(
+            table.config.name, state.table_version, state.seq, self._env.process_group
+        )  # what follows is collective as well
         rows, width = whole_rows(table), table.store.stored_width
         placement = f"rank:{self._env.rank}/{rows.device}"
         metadata = ShardMetadata([table.first_row, 0], list(rows.shape), placement)

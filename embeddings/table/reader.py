@@ -22,34 +22,8 @@ from mim_torchrec.embeddings.table.manifest import (
     partial_path,
 )
 from mim_torchrec.embeddings.table.quantize import decode
+from mim_torchrec.embeddings.table.row_index import RowIndex
 from mim_torchrec.embeddings.table.shards import CHUNK, check_finite, map_shard, verify_shard
-
-
-class RowIndex:
-    """Maps item ids to rows of the sharded table: 1 + the id's position in ascending order, unknown to 0.
-
-    Row 0 is the zero vector, whose cosine with anything is 0.
-
-    Args:
-        ids: (num_rows,) int64, strictly ascending.
-    """
-
-    def __init__(self, ids: Tensor) -> None:
-        self.ids = ids
-
-    @property
-    def num_embeddings(self) -> int:
-        return self.ids.numel() + 1
-
-    def rows(self, ids: Tensor) -> Tensor:
-        """Return the row of every id, int64 in the shape of ``ids``; 0 for an id not in the table."""
-        if not self.ids.numel():
-            return torch.zeros_like(ids)
-        position = torch.searchsorted(self.ids, ids).clamp_(max=self.ids.numel() - 1)
-        return torch.where(self.ids[position] == ids, position + 1, 0)
-
-    def to(self, device: torch.device) -> "RowIndex":
-        return RowIndex(self.ids.to(device))
 
 
 class Table:
@@ -61,6 +35,9 @@ class Table:
     >>> table = Table.open("runs/table", expected_version="9f2c")    # doctest: +SKIP
     >>> table.read_float(torch.tensor([17, 4])).shape                # doctest: +SKIP
     torch.Size([2, 128])
+
+    Attributes:
+        in_order: whether the shards hold consecutive ranges of ids.
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
@@ -71,11 +48,11 @@ class Table:
             mapped, key=lambda shard: int(shard[1][0])
         )
         self._index: RowIndex | None = None
-        self._in_order = all(
+        self.in_order = all(
             int(before[1][-1]) < int(after[1][0])
             for before, after in zip(self._shards, self._shards[1:], strict=False)
         )
-        if not self._in_order:
+        if not self.in_order:
             self._check_unique(self.row_index().ids)
 
     @classmethod
@@ -101,11 +78,10 @@ class Table:
         return cls(path, manifest)
 
     def row_index(self) -> RowIndex:
-        """Return the map from ids to rows; it is made once (8 bytes a row, none where there is one shard)."""
+        """Return the map from ids to rows; it is made once, of the mapped ids where those are in order."""
         if self._index is None:
             parts = [ids for _, ids, _ in self._shards]
-            ids = parts[0] if len(parts) == 1 else torch.cat([torch.empty(0, dtype=torch.int64), *parts])
-            self._index = RowIndex(ids if self._in_order else ids.sort().values)
+            self._index = RowIndex(*(parts if self.in_order else [torch.cat(parts).sort().values]))
         return self._index
 
     def rows_for(
@@ -165,7 +141,7 @@ class Table:
             TableError: the rows are not within the table, or the ranges of ids of its shards overlap.
         """
         self._check_range(start, stop)
-        if not self._in_order:
+        if not self.in_order:
             raise TableError(
                 f"{self.path}: the shards' ranges of ids overlap, so rows are not consecutive on the disk; "
                 f"put them in order: mim table convert {self.path} --dtype {self.manifest.dtype} --out DIR"
@@ -209,7 +185,7 @@ class Table:
 
     def _slices(self, start: int, stop: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Consecutive rows of items, at most ``CHUNK`` at once and checked: first row, ids, vectors."""
-        if not self._in_order:
+        if not self.in_order:
             ids = self.row_index().ids[max(start - 1, 0) : max(stop - 1, 0)]
             for at, part in enumerate(ids.split(CHUNK)):
                 yield max(start, 1) + at * CHUNK, part, self.read(part)
