@@ -69,7 +69,16 @@ class ItemIndex:
 
     @classmethod
     def of(cls, table: Table) -> "ItemIndex":
-        """Return the index of a table on disk, with its spare rows."""
+        """Return the index of a table on disk, with its spare rows.
+
+        Raises:
+            TableError: its rows are kept by number, so that it has no row for unknown ids.
+        """
+        if table.manifest.by_number:
+            raise TableError(
+                f"{table.path}: its rows are kept by number; look up row numbers as they are, without an "
+                f"index"
+            )
         index = cls(table.row_index(), table.manifest.capacity, str(table.path), table.manifest.seq)
         index._table = table
         return index

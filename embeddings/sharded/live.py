@@ -29,7 +29,7 @@ from mim_torchrec.embeddings.table.format import (
     encode,
 )
 from mim_torchrec.embeddings.table.quantize import finite_rows
-from mim_torchrec.embeddings.table.shards import CHUNK
+from mim_torchrec.embeddings.table.shards import CHUNK, check_loss
 from mim_torchrec.embeddings.windows.window import Window, is_due
 
 
@@ -67,6 +67,7 @@ def update_items(
         VersionMismatch: the vectors are not of the table's encoder.
         SpareRowsExhausted: there are too few free rows. Nothing is changed.
         NonFiniteVector: a vector has NaN or infinity, or overflows the stored type. Nothing is changed.
+        LossyVector: a vector is too small for the stored type. Nothing is changed.
         TableError: shapes do not fit, the window is not newer than the last one, or the index is not that of
             the rows, see :func:`check_index`.
     """
@@ -83,6 +84,8 @@ def update_items(
         wrong = int(ids[~finite][0])
         raise NonFiniteVector(f"window {seq}, item id {wrong}: the vector holds NaN or infinity as "
                               f"{frozen.dtype}")  # fmt: skip
+    check_loss(vectors, stored, frozen.dtype, ids, lambda row: f"window {seq}, row {row}",
+               "use a table of float32, or scale the vectors")  # fmt: skip
     rows, _ = _place(frozen, index, ids, ids[:0], seq)
     written = _write(frozen, rows, stored)
     frozen.state = TableState(table_version, seq)
@@ -250,7 +253,7 @@ def expected_digest(
             vector = row_of[row]
             part[row - start] = zero if vector is None else vector
         digest.update(part.view(torch.uint8).numpy().data)
-    return digest_of_ranks(digest.hexdigest(), module)
+    return digest_of_ranks(digest.hexdigest(), module, name)
 
 
 def _place(

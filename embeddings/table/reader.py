@@ -22,7 +22,7 @@ from mim_torchrec.embeddings.table.manifest import (
     partial_path,
 )
 from mim_torchrec.embeddings.table.quantize import decode
-from mim_torchrec.embeddings.table.row_index import RowIndex
+from mim_torchrec.embeddings.table.row_index import RowIndex, RowNumbers
 from mim_torchrec.embeddings.table.shards import CHUNK, check_finite, map_shard, verify_shard
 
 
@@ -54,6 +54,14 @@ class Table:
         )
         if not self.in_order:
             self._check_unique(self.row_index().ids)
+        if manifest.by_number and manifest.rows:
+            parts = self.row_index().parts
+            first, last = int(parts[0][0]), int(parts[-1][-1])
+            if (first, last) != (0, manifest.rows - 1):
+                raise TableError(
+                    f"{self.path}: rows are kept by number, so the ids of {manifest.rows} rows are 0 to "
+                    f"{manifest.rows - 1}; found {first} to {last}"
+                )
 
     @classmethod
     def open(cls, path: str | Path, expected_version: str | None = None, verify: bool = True) -> "Table":
@@ -81,7 +89,9 @@ class Table:
         """Return the map from ids to rows; it is made once, of the mapped ids where those are in order."""
         if self._index is None:
             parts = [ids for _, ids, _ in self._shards]
-            self._index = RowIndex(*(parts if self.in_order else [torch.cat(parts).sort().values]))
+            parts = parts if self.in_order else [torch.cat(parts).sort().values]
+            by_number = self.manifest.by_number
+            self._index = RowNumbers(*parts, source=str(self.path)) if by_number else RowIndex(*parts)
         return self._index
 
     def rows_for(
@@ -94,11 +104,11 @@ class Table:
         """Read rows ``start`` to ``stop`` of the sharded table and nothing else, some rows at a time.
 
         Row 0 is the zero vector, rows 1 to n are those of the items in ascending order of their ids, and the
-        spare rows after them are zero.
+        spare rows after them are zero. Where rows are kept by number, row 0 is that of id 0.
 
         Args:
             start: the first row.
-            stop: one past the last; at most 1 + ``manifest.capacity``.
+            stop: one past the last; at most ``manifest.num_embeddings``.
             out: (stop - start, stored_width) of the table's ``torch_dtype``, on any device, which is filled;
                 ``None`` makes a new one.
             progress: called with the number of rows read since its last call.
@@ -171,12 +181,12 @@ class Table:
         return decode(self.read(ids), self.manifest.dtype)
 
     def _check_range(self, start: int, stop: int) -> None:
-        if not 0 <= start <= stop <= 1 + self.manifest.capacity:
-            raise TableError(f"{self.path}: rows {start}:{stop} not within 0:{1 + self.manifest.capacity}")
+        if not 0 <= start <= stop <= self.manifest.num_embeddings:
+            raise TableError(f"{self.path}: rows {start}:{stop} not within 0:{self.manifest.num_embeddings}")
 
     def _parts(self, start: int, stop: int) -> Iterator[tuple[int, Tensor, Tensor, ShardInfo, int]]:
         """The rows of each shard in order: first row, ids, vectors, shard, first row in its file."""
-        at = 1
+        at = self.manifest.first_row
         for info, ids, vectors in self._shards:
             first, last = max(start - at, 0), min(stop - at, info.rows)
             if first < last:
@@ -186,9 +196,10 @@ class Table:
     def _slices(self, start: int, stop: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Consecutive rows of items, at most ``CHUNK`` at once and checked: first row, ids, vectors."""
         if not self.in_order:
-            ids = self.row_index().ids[max(start - 1, 0) : max(stop - 1, 0)]
+            base = self.manifest.first_row
+            ids = self.row_index().ids[max(start - base, 0) : max(stop - base, 0)]
             for at, part in enumerate(ids.split(CHUNK)):
-                yield max(start, 1) + at * CHUNK, part, self.read(part)
+                yield max(start, base) + at * CHUNK, part, self.read(part)
             return
         for first, ids, vectors, info, at in self._parts(start, stop):
             for offset in range(0, ids.numel(), CHUNK):

@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mim_torchrec.embeddings.table.manifest import TableError
+
 Ints = NDArray[np.int64]
 
 
@@ -80,6 +82,37 @@ class RowIndex:
                 rows[begin:stop] = np.where(part[at] == wanted, first + at + 1, 0)
             begin = stop
         return rows
+
+
+class RowNumbers(RowIndex):
+    """The map of a table whose rows are kept by number: row r is that of id r, and there is no other id.
+
+    Args:
+        parts: (num_ids,) int64 each, together 0 to num_rows - 1.
+        source: where the table is, for messages.
+    """
+
+    def __init__(self, *parts: Tensor, source: str = "TABLE") -> None:
+        super().__init__(*parts)
+        self._source = source
+
+    @property
+    def num_embeddings(self) -> int:
+        return len(self)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return ``ids``, which are rows.
+
+        Raises:
+            TableError: one is not: row 0 is an item's, so that none is left for unknown ids.
+        """
+        wrong = ids[(ids < 0) | (ids >= len(self))]
+        if wrong.numel():
+            raise TableError(
+                f"{self._source}: its rows are kept by number, 0 to {len(self) - 1}, and "
+                f"{int(wrong[0])} is none of them; there is no row for unknown ids"
+            )
+        return ids.clone()
 
 
 def map_distinct(ids: Tensor, rows_of: Callable[[Ints], Ints]) -> Tensor:
