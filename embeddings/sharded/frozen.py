@@ -33,6 +33,7 @@ from torchrec.modules.embedding_modules import (
 )
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
+from mim_torchrec.embeddings.sharded import traced
 from mim_torchrec.embeddings.sharded.lookup import check_pooling, check_rows, jagged, keyed, pool
 from mim_torchrec.embeddings.sharded.rows import DenseRows, RowStore, make_rows
 from mim_torchrec.embeddings.sharded.table_items import TableItems
@@ -67,6 +68,7 @@ class FrozenTable:
     state: TableState
     expected: TableState | None = None  # of a checkpoint that was loaded before the rows
     items: TableItems = field(default_factory=TableItems)
+    lifted: list[Tensor] | None = None  # the rows, while they are an argument of a graph (``traced.py``)
 
     @property
     def dtype(self) -> str:
@@ -149,6 +151,12 @@ class FrozenModule(nn.Module):
         """Refuse a lookup in a table whose rows or items are not known."""
         for name, table in self._frozen.items():
             table.items.check(name)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise TypeError(
+            "torch.jit.script cannot compile a frozen collection; use torch.export, or script the module "
+            "that torch.fx.symbolic_trace returns"
+        )
 
     def reset_parameters(self) -> None:
         """Do nothing: the rows come from a table on disk."""
@@ -269,6 +277,9 @@ class FrozenEmbeddingCollection(FrozenModule, EmbeddingCollection):
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
         self.check_filled()
+        if traced.is_traced(features):
+            tables, names = list(self._frozen.values()), self.embedding_names_by_table()
+            return traced.unpooled(tables, names, features, self._need_indices, self.output_dtype)
         by_feature = features.to_dict()
         found = {}
         for (table, names), keys in zip(
@@ -326,6 +337,8 @@ class FrozenEmbeddingBagCollection(FrozenModule, EmbeddingBagCollection):
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         self.check_filled()
+        if traced.is_traced(features):
+            return traced.pooled(list(self._frozen.values()), features, self._is_weighted)
         by_feature = features.to_dict()
         pooled = []
         for table in self._frozen.values():

@@ -8,13 +8,29 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 
+from mim_torchrec.embeddings.sharded.frozen import (
+    FrozenEmbeddingBagCollection,
+    FrozenEmbeddingCollection,
+    frozen_bag_config,
+    frozen_config,
+)
 from mim_torchrec.embeddings.sharded.item_index import ItemIndex
 from mim_torchrec.embeddings.sharded.live import check_ranks, table_state, update_items
 from mim_torchrec.embeddings.sharded.load import load_table, open_table
 from mim_torchrec.embeddings.sharded.state_keys import frozen_keys
-from mim_torchrec.embeddings.table.format import TableError
-from tests.distributed.test_frozen_exchange import DIM, IDS, Scored, Unpooled, shard, write_table
+from mim_torchrec.embeddings.table.format import Table, TableError
+from tests.frozen import DIM, FEATURES, IDS, Unpooled, shard, write_table
 from tests.ranks import run_ranks
+
+
+class Newer(nn.Module):
+    """A model to which frozen tables were added."""
+
+    def __init__(self, table: Table) -> None:
+        super().__init__()
+        self.mm = FrozenEmbeddingCollection([frozen_config(table, FEATURES)])
+        self.pooled = FrozenEmbeddingBagCollection([frozen_bag_config(table, FEATURES, "pooled")])
+        self.dense = nn.Linear(DIM, 1)
 
 
 @pytest.fixture
@@ -47,7 +63,7 @@ def _a_rank_that_skips_a_window_is_noticed(path: Path) -> None:
 
 def _a_checkpoint_from_before_the_table_is_loaded(path: Path, checkpoint: Path) -> None:
     table = open_table(path)
-    older, model = nn.Module(), Scored(table)
+    older, model = nn.Module(), Newer(table)
     older.dense = nn.Linear(DIM, 1)
     for parameter in older.parameters():
         nn.init.constant_(parameter, 0.5)
