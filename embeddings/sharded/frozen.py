@@ -12,42 +12,48 @@ fills them, and ``live.py`` changes them.
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.types import BoundsCheckMode
 from torchrec.modules.embedding_configs import (
     BaseEmbeddingConfig,
     DataType,
     EmbeddingBagConfig,
     EmbeddingConfig,
-    PoolingType,
 )
 from torchrec.modules.embedding_modules import (
     EmbeddingBagCollection,
     EmbeddingCollection,
 )
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
+from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from mim_torchrec.embeddings.sharded import traced
-from mim_torchrec.embeddings.sharded.lookup import check_pooling, check_rows, jagged, keyed, pool
+from mim_torchrec.embeddings.sharded.bounds import BoundsCheck, Limits
+from mim_torchrec.embeddings.sharded.configs import DATA_TYPES as DATA_TYPES
+from mim_torchrec.embeddings.sharded.configs import frozen_bag_config as frozen_bag_config
+from mim_torchrec.embeddings.sharded.configs import frozen_config as frozen_config
+from mim_torchrec.embeddings.sharded.configs import storage_dtype
+from mim_torchrec.embeddings.sharded.lookup import (
+    check_features,
+    check_pooling,
+    inverse_indices,
+    jagged,
+    keyed,
+    pool,
+)
 from mim_torchrec.embeddings.sharded.rows import DenseRows, RowStore, make_rows
 from mim_torchrec.embeddings.sharded.table_items import TableItems
-from mim_torchrec.embeddings.table.format import Table, TableError, VersionMismatch
+from mim_torchrec.embeddings.table.format import TableError, VersionMismatch
 
 log = logging.getLogger(__name__)
-
-DATA_TYPES = {
-    "float32": DataType.FP32,
-    "float16": DataType.FP16,
-    "bfloat16": DataType.BF16,
-    "int8": DataType.INT8,
-    "int4": DataType.INT4,
-}
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,11 @@ class FrozenTable:
     expected: TableState | None = None  # of a checkpoint that was loaded before the rows
     items: TableItems = field(default_factory=TableItems)
     lifted: list[Tensor] | None = None  # the rows, while they are an argument of a graph (``traced.py``)
+    bounds_check: InitVar[BoundsCheckMode] = BoundsCheckMode.FATAL
+    bounds: BoundsCheck = field(init=False)
+
+    def __post_init__(self, bounds_check: BoundsCheckMode) -> None:
+        self.bounds = BoundsCheck(self.config, bounds_check)
 
     @property
     def dtype(self) -> str:
@@ -80,53 +91,9 @@ class FrozenTable:
         assert isinstance(self.config, EmbeddingBagConfig)
         return self.config
 
-
-def frozen_config(table: Table, feature_names: Sequence[str], name: str = "mm") -> EmbeddingConfig:
-    """Return the embedding config of a table on disk, for a :class:`FrozenEmbeddingCollection`.
-
-    Args:
-        table: the table; row 0, for unknown items, and its spare rows are added to its rows. A table whose
-            rows are kept by number has no such row 0.
-        feature_names: keys of the features that are looked up in it.
-        name: the embedding table's name in the model.
-    """
-    return EmbeddingConfig(
-        name=name,
-        num_embeddings=table.manifest.num_embeddings,
-        embedding_dim=table.manifest.dim,
-        feature_names=list(feature_names),
-        data_type=DATA_TYPES[table.manifest.dtype],
-    )
-
-
-def frozen_bag_config(
-    table: Table,
-    feature_names: Sequence[str],
-    name: str = "mm",
-    pooling: PoolingType = PoolingType.SUM,
-) -> EmbeddingBagConfig:
-    """Return the embedding config of a table on disk, for a :class:`FrozenEmbeddingBagCollection`."""
-    return EmbeddingBagConfig(
-        name=name,
-        num_embeddings=table.manifest.num_embeddings,
-        embedding_dim=table.manifest.dim,
-        feature_names=list(feature_names),
-        data_type=DATA_TYPES[table.manifest.dtype],
-        pooling=pooling,
-    )
-
-
-def storage_dtype(config: BaseEmbeddingConfig) -> str:
-    """Return how rows of a table with this config are stored, a key of ``quantize.DTYPES``.
-
-    Raises:
-        ValueError: its data type is none of FP32, FP16, BF16, INT8 and INT4.
-    """
-    found = {data_type: name for name, data_type in DATA_TYPES.items()}.get(config.data_type)
-    if found is None:
-        names = ", ".join(data_type.name for data_type in DATA_TYPES.values())
-        raise ValueError(f"frozen table {config.name}: data type {config.data_type} is none of {names}")
-    return found
+    def check_ranks(self, group: dist.ProcessGroup | None) -> None:
+        """Raise TableError on all ranks of a group unless all have applied the same windows; collective."""
+        self.items.check_ranks(self.config.name, self.state.table_version, self.state.seq, group)
 
 
 class FrozenModule(nn.Module):
@@ -140,6 +107,7 @@ class FrozenModule(nn.Module):
 
     def init_frozen(self, tables: Sequence[FrozenTable], store_rows: bool) -> None:
         self._frozen = {table.config.name: table for table in tables}
+        self._keys = frozenset(key for table in tables for key in table.config.feature_names)
         self.store_rows = store_rows
         self._restored: set[str] = set()  # tables whose rows the checkpoint that is being loaded holds
 
@@ -147,16 +115,25 @@ class FrozenModule(nn.Module):
         """Return what this process has of each table, by name."""
         return self._frozen
 
-    def check_filled(self) -> None:
-        """Refuse a lookup in a table whose rows or items are not known."""
-        for name, table in self._frozen.items():
-            table.items.check(name)
-
     def __prepare_scriptable__(self) -> nn.Module:
         raise TypeError(
             "torch.jit.script cannot compile a frozen collection; use torch.export, or script the module "
             "that torch.fx.symbolic_trace returns"
         )
+
+    def check_filled(self) -> None:
+        """Refuse a lookup in a table whose rows nobody has loaded or written: they are all zero.
+
+        Raises:
+            TableError: there is one.
+        """
+        for name, table in self._frozen.items():
+            if not table.store.filled:
+                raise TableError(
+                    f"frozen table {name} has no rows yet: load_table(model, table, {name!r}) comes before "
+                    f"lookups"
+                )
+            table.items.check(name)
 
     def reset_parameters(self) -> None:
         """Do nothing: the rows come from a table on disk."""
@@ -233,10 +210,11 @@ class FrozenModule(nn.Module):
         own = whole_rows(table)
         if own.data_ptr() != saved.data_ptr():
             own.copy_(saved)
+        table.store.filled = True
 
 
 class FrozenEmbeddingCollection(FrozenModule, EmbeddingCollection):
-    """Unpooled embeddings that are never trained; zeros until ``load_table`` has filled them.
+    """Unpooled embeddings that are never trained; ``load_table`` fills them before the first lookup.
 
     Args:
         tables: one config a table, FP32, FP16, BF16, INT8 or INT4 (row-wise), of one ``embedding_dim``; see
@@ -245,12 +223,17 @@ class FrozenEmbeddingCollection(FrozenModule, EmbeddingCollection):
         need_indices: as in ``EmbeddingCollection``.
         output_dtype: of the vectors that come out.
         store_rows: whether checkpoints hold the rows, or only which rows they were.
+        bounds_check: what happens to a row that the table does not have (``bounds.py``); a plan's
+            ``bounds_check_mode`` overrides it.
 
     Its forward maps a ``KeyedJaggedTensor`` of rows to a ``JaggedTensor`` of vectors (num_ids, dim) for each
-    feature. Row 0 is the zero vector. Raises IndexError for a row that the table does not have.
+    feature. Row 0 is the zero vector. Raises IndexError for a row that the table does not have. As in
+    TorchRec, batches of variable size per feature are expanded by their inverse indices where the collection
+    is sharded, and not where it is not.
 
     >>> config = EmbeddingConfig(name="mm", num_embeddings=9, embedding_dim=4, feature_names=["item"])
     >>> module = FrozenEmbeddingCollection([config], device="cpu")
+    >>> module.frozen_tables()["mm"].store.write(torch.arange(9), torch.randn(9, 4))
     >>> ids = KeyedJaggedTensor(["item"], torch.tensor([3, 0, 3]), lengths=torch.tensor([2, 1]))
     >>> module(ids)["item"].values().shape, list(module.parameters())
     (torch.Size([3, 4]), [])
@@ -265,6 +248,7 @@ class FrozenEmbeddingCollection(FrozenModule, EmbeddingCollection):
         need_indices: bool = False,
         output_dtype: torch.dtype = torch.float32,
         store_rows: bool = False,
+        bounds_check: BoundsCheckMode = BoundsCheckMode.FATAL,
     ) -> None:
         # The shapes that TorchRec makes of the configs are never used, whatever their type is.
         shapes = [replace(config, data_type=DataType.FP32) for config in tables]
@@ -273,25 +257,25 @@ class FrozenEmbeddingCollection(FrozenModule, EmbeddingCollection):
         self._embedding_configs = tables
         self._device = torch.device(device)
         self.output_dtype = output_dtype
-        self.init_frozen([_whole_table(config, self._device) for config in tables], store_rows)
+        self.init_frozen([_whole_table(config, self._device, bounds_check) for config in tables], store_rows)
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
         self.check_filled()
         if traced.is_traced(features):
             tables, names = list(self._frozen.values()), self.embedding_names_by_table()
             return traced.unpooled(tables, names, features, self._need_indices, self.output_dtype)
+        features = maybe_td_to_kjt(features, None)
+        check_features(features, self._keys, is_weighted=False)
         by_feature = features.to_dict()
         found = {}
-        for (table, names), keys in zip(
-            zip(self._frozen.values(), self.embedding_names_by_table(), strict=True),
-            (config.feature_names for config in self._embedding_configs),
-            strict=True,
-        ):
-            for key, name in zip(keys, names, strict=True):
-                rows = by_feature[key].values().long()
-                check_rows(rows, table.config)
+        later: list[Limits] = []
+        for table, names in zip(self._frozen.values(), self.embedding_names_by_table(), strict=True):
+            for key, name in zip(table.config.feature_names, names, strict=True):
+                rows = table.bounds.examine(by_feature[key].values().long(), later)
                 vectors = table.store.vectors(rows).to(self.output_dtype)
                 found[name] = jagged(vectors, by_feature[key], self._need_indices)
+        for limits in later:
+            limits.settle()
         return found
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FrozenEmbeddingCollection":
@@ -300,7 +284,7 @@ class FrozenEmbeddingCollection(FrozenModule, EmbeddingCollection):
 
 
 class FrozenEmbeddingBagCollection(FrozenModule, EmbeddingBagCollection):
-    """Pooled embeddings that are never trained; zeros until ``load_table`` has filled them.
+    """Pooled embeddings that are never trained; ``load_table`` fills them before the first lookup.
 
     Args:
         tables: one config a table, FP32, FP16, BF16, INT8 or INT4 (row-wise); see :func:`frozen_bag_config`.
@@ -325,6 +309,7 @@ class FrozenEmbeddingBagCollection(FrozenModule, EmbeddingBagCollection):
         device: torch.device | str = "meta",
         store_rows: bool = False,
         output_dtype: torch.dtype = torch.float32,
+        bounds_check: BoundsCheckMode = BoundsCheckMode.FATAL,
     ) -> None:
         shapes = [replace(config, data_type=DataType.FP32) for config in tables]
         super().__init__(tables=shapes, is_weighted=is_weighted, device=torch.device("meta"))
@@ -333,22 +318,29 @@ class FrozenEmbeddingBagCollection(FrozenModule, EmbeddingBagCollection):
         self._embedding_bag_configs = tables
         self._device = torch.device(device)
         self.output_dtype = output_dtype
-        self.init_frozen([_whole_table(config, self._device) for config in tables], store_rows)
+        self.init_frozen([_whole_table(config, self._device, bounds_check) for config in tables], store_rows)
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         self.check_filled()
         if traced.is_traced(features):
-            return traced.pooled(list(self._frozen.values()), features, self._is_weighted)
+            return traced.pooled(list(self._frozen.values()), features, self._is_weighted, self.output_dtype)
+        features = maybe_td_to_kjt(features, None)
+        check_features(features, self._keys, self._is_weighted)
+        inverse = None
+        if features.inverse_indices_or_none() is not None:
+            inverse = inverse_indices(features, self._keys)
         by_feature = features.to_dict()
         pooled = []
+        later: list[Limits] = []
         for table in self._frozen.values():
             for key in table.config.feature_names:
                 bags = by_feature[key]
-                rows = bags.values().long()
-                check_rows(rows, table.config)
+                rows = table.bounds.examine(bags.values().long(), later)
                 vectors, index = table.store.vectors(rows), torch.arange(rows.numel(), device=rows.device)
-                pooled.append(pool(vectors, index, bags, table.bag_config, self.is_weighted()))
-        return keyed(pooled, self._embedding_bag_configs, self.output_dtype)
+                pooled.append(pool(vectors, index, bags, table.bag_config, self._is_weighted))
+        for limits in later:
+            limits.settle()
+        return keyed(pooled, self._embedding_bag_configs, self.output_dtype, inverse)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FrozenEmbeddingBagCollection":
         _move(self, fn)
@@ -356,11 +348,7 @@ class FrozenEmbeddingBagCollection(FrozenModule, EmbeddingBagCollection):
 
 
 def check_state(name: str, found: TableState, expected: TableState) -> None:
-    """Compare the rows of a table with a checkpoint's.
-
-    Raises:
-        VersionMismatch: they are vectors of another encoder.
-    """
+    """Raise VersionMismatch if rows of a table are vectors of another encoder than a checkpoint's."""
     if found.table_version != expected.table_version:
         raise VersionMismatch(
             f"frozen table {name}: its rows are of table_version {found.table_version}, the checkpoint was "
@@ -385,10 +373,12 @@ def whole_rows(table: FrozenTable) -> Tensor:
     return table.store.tensor
 
 
-def _whole_table(config: BaseEmbeddingConfig, device: torch.device) -> FrozenTable:
+def _whole_table(
+    config: BaseEmbeddingConfig, device: torch.device, bounds_check: BoundsCheckMode
+) -> FrozenTable:
     kernel = EmbeddingComputeKernel.FUSED.value
     store = make_rows(storage_dtype(config), config.num_embeddings, config.embedding_dim, device, kernel, 0.0)
-    return FrozenTable(config, 0, store, TableState())
+    return FrozenTable(config, 0, store, TableState(), bounds_check=bounds_check)
 
 
 def _move(module: FrozenModule, fn: Any) -> None:
@@ -396,10 +386,3 @@ def _move(module: FrozenModule, fn: Any) -> None:
     for table in module.frozen_tables().values():
         if isinstance(table.store, DenseRows):
             table.store.move(fn(torch.empty(0, device=table.store.device)).device)
-
-
-def iterate_frozen(model: nn.Module) -> Iterator[FrozenModule]:
-    """Yield the frozen collections of a model, sharded or not."""
-    for module in model.modules():
-        if isinstance(module, FrozenModule):
-            yield module

@@ -221,9 +221,8 @@ def check_ranks(model: nn.Module) -> None:
         TableError: a rank has other windows or items than rank 0; on every rank.
     """
     for module in (found for found in model.modules() if isinstance(found, FrozenModule)):
-        for name, frozen in module.frozen_tables().items():
-            state = frozen.state
-            frozen.items.check_ranks(name, state.table_version, state.seq, group_of(module))
+        for frozen in module.frozen_tables().values():
+            frozen.check_ranks(group_of(module))
 
 
 def expected_digest(
