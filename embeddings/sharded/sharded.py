@@ -315,11 +315,9 @@ class ShardedFrozenModule(
         table.check_ranks(group)
         placement = f"rank:{dist.get_rank()}/{rows.device}"
         metadata = ShardMetadata([table.first_row, 0], list(rows.shape), placement)
-        return ShardedTensor._init_from_local_shards(
-            [Shard(rows, metadata)] if table.store.num_rows else [],
-            [table.config.num_embeddings, table.store.stored_width],
-            process_group=group,
-        )
+        shards = [Shard(rows, metadata)] if table.store.num_rows else []
+        size = [table.config.num_embeddings, table.store.stored_width]
+        return ShardedTensor._init_from_local_shards(shards, size, process_group=group)
 
 
 class ShardedFrozenEmbeddingCollection(ShardedFrozenModule[dict[str, JaggedTensor]]):
