@@ -134,6 +134,7 @@ def load_table(
                 table.rows_for(first, stop, out=cast(DenseRows, dense).tensor, progress=bar.update)
         frozen.store.filled = True
         frozen.state, frozen.expected = state, None
+        frozen.items.clear()
         return LoadReport(
             table_version=manifest.table_version,
             seq=state.seq,

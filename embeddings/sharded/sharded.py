@@ -306,19 +306,18 @@ class ShardedFrozenModule(
             rows = torch.arange(stop - first, device=self._device)
             store.write(rows, whole.store.tensor[first:stop].to(self._device))
         bounds_check = whole.bounds.mode if plan.bounds_check_mode is None else plan.bounds_check_mode
-        return FrozenTable(config, first, store, whole.state, bounds_check=bounds_check)
+        return FrozenTable(config, first, store, whole.state, items=whole.items, bounds_check=bounds_check)
 
     def _rows_to_save(self, table: FrozenTable) -> Tensor | ShardedTensor:
         rows, group = whole_rows(table), self.placements[table.config.name].group
         if group is None:
             return rows
+        table.check_ranks(group)
         placement = f"rank:{dist.get_rank()}/{rows.device}"
         metadata = ShardMetadata([table.first_row, 0], list(rows.shape), placement)
-        return ShardedTensor._init_from_local_shards(
-            [Shard(rows, metadata)] if table.store.num_rows else [],
-            [table.config.num_embeddings, table.store.stored_width],
-            process_group=group,
-        )
+        shards = [Shard(rows, metadata)] if table.store.num_rows else []
+        size = [table.config.num_embeddings, table.store.stored_width]
+        return ShardedTensor._init_from_local_shards(shards, size, process_group=group)
 
 
 class ShardedFrozenEmbeddingCollection(ShardedFrozenModule[dict[str, JaggedTensor]]):

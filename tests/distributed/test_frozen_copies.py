@@ -25,7 +25,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from mim_torchrec.embeddings.sharded.frozen import (
     TableState,
 )
-from mim_torchrec.embeddings.sharded.live import ItemIndex, update_items
+from mim_torchrec.embeddings.sharded.item_index import ItemIndex
+from mim_torchrec.embeddings.sharded.live import update_items
 from mim_torchrec.embeddings.sharded.load import find_frozen, load_table, open_table, table_digest
 from mim_torchrec.embeddings.sharded.placement import node_replicated
 from mim_torchrec.embeddings.sharded.sharder import (

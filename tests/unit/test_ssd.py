@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mim_torchrec.embeddings.sharded.frozen import FrozenEmbeddingCollection, frozen_config
-from mim_torchrec.embeddings.sharded.live import ItemIndex, update_items
+from mim_torchrec.embeddings.sharded.item_index import ItemIndex
+from mim_torchrec.embeddings.sharded.live import update_items
 from mim_torchrec.embeddings.sharded.load import load_table, table_digest
 from mim_torchrec.embeddings.sharded.rows import MappedRows
 from mim_torchrec.embeddings.sharded.ssd import WAYS, SsdRows
