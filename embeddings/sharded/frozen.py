@@ -35,6 +35,7 @@ from torchrec.modules.embedding_modules import (
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
+from mim_torchrec.embeddings.sharded import traced
 from mim_torchrec.embeddings.sharded.bounds import BoundsCheck, Limits
 from mim_torchrec.embeddings.sharded.lookup import (
     check_features,
@@ -54,6 +55,7 @@ DATA_TYPES = {
     "float16": DataType.FP16,
     "bfloat16": DataType.BF16,
     "int8": DataType.INT8,
+    "int4": DataType.INT4,
 }
 
 
@@ -74,6 +76,7 @@ class FrozenTable:
     store: RowStore
     state: TableState
     expected: TableState | None = None  # of a checkpoint that was loaded before the rows
+    lifted: list[Tensor] | None = None  # the rows, while they are an argument of a graph (``traced.py``)
     bounds_check: InitVar[BoundsCheckMode] = BoundsCheckMode.FATAL
     bounds: BoundsCheck = field(init=False)
 
@@ -95,13 +98,14 @@ def frozen_config(table: Table, feature_names: Sequence[str], name: str = "mm") 
     """Return the embedding config of a table on disk, for a :class:`FrozenEmbeddingCollection`.
 
     Args:
-        table: the table; row 0, for unknown items, and its spare rows are added to its rows.
+        table: the table; row 0, for unknown items, and its spare rows are added to its rows. A table whose
+            rows are kept by number has no such row 0.
         feature_names: keys of the features that are looked up in it.
         name: the embedding table's name in the model.
     """
     return EmbeddingConfig(
         name=name,
-        num_embeddings=1 + table.manifest.capacity,
+        num_embeddings=table.manifest.num_embeddings,
         embedding_dim=table.manifest.dim,
         feature_names=list(feature_names),
         data_type=DATA_TYPES[table.manifest.dtype],
@@ -117,7 +121,7 @@ def frozen_bag_config(
     """Return the embedding config of a table on disk, for a :class:`FrozenEmbeddingBagCollection`."""
     return EmbeddingBagConfig(
         name=name,
-        num_embeddings=1 + table.manifest.capacity,
+        num_embeddings=table.manifest.num_embeddings,
         embedding_dim=table.manifest.dim,
         feature_names=list(feature_names),
         data_type=DATA_TYPES[table.manifest.dtype],
@@ -129,7 +133,7 @@ def storage_dtype(config: BaseEmbeddingConfig) -> str:
     """Return how rows of a table with this config are stored, a key of ``quantize.DTYPES``.
 
     Raises:
-        ValueError: its data type is none of FP32, FP16, BF16 and INT8.
+        ValueError: its data type is none of FP32, FP16, BF16, INT8 and INT4.
     """
     found = {data_type: name for name, data_type in DATA_TYPES.items()}.get(config.data_type)
     if found is None:
@@ -155,6 +159,12 @@ class FrozenModule(nn.Module):
     def frozen_tables(self) -> dict[str, FrozenTable]:
         """Return what this process has of each table, by name."""
         return self._frozen
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise TypeError(
+            "torch.jit.script cannot compile a frozen collection; use torch.export, or script the module "
+            "that torch.fx.symbolic_trace returns"
+        )
 
     def check_filled(self) -> None:
         """Refuse a lookup in a table whose rows nobody has loaded or written: they are all zero.
@@ -234,7 +244,7 @@ class FrozenEmbeddingCollection(FrozenModule, EmbeddingCollection):
     """Unpooled embeddings that are never trained; ``load_table`` fills them before the first lookup.
 
     Args:
-        tables: one config a table, FP32, FP16, BF16 or INT8 (row-wise), of one ``embedding_dim``; see
+        tables: one config a table, FP32, FP16, BF16, INT8 or INT4 (row-wise), of one ``embedding_dim``; see
             :func:`frozen_config`.
         device: "meta" for a model that will be sharded (no memory is used), or where an unsharded one lives.
         need_indices: as in ``EmbeddingCollection``.
@@ -278,6 +288,9 @@ class FrozenEmbeddingCollection(FrozenModule, EmbeddingCollection):
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
         self.check_filled()
+        if traced.is_traced(features):
+            tables, names = list(self._frozen.values()), self.embedding_names_by_table()
+            return traced.unpooled(tables, names, features, self._need_indices, self.output_dtype)
         features = maybe_td_to_kjt(features, None)
         check_features(features, self._keys, is_weighted=False)
         by_feature = features.to_dict()
@@ -301,13 +314,14 @@ class FrozenEmbeddingBagCollection(FrozenModule, EmbeddingBagCollection):
     """Pooled embeddings that are never trained; ``load_table`` fills them before the first lookup.
 
     Args:
-        tables: one config a table, FP32, FP16, BF16 or INT8 (row-wise); see :func:`frozen_bag_config`.
+        tables: one config a table, FP32, FP16, BF16, INT8 or INT4 (row-wise); see :func:`frozen_bag_config`.
         is_weighted: whether the features' weights weight their vectors; the weights get gradients.
         device: "meta" for a model that will be sharded, or where an unsharded one lives.
         store_rows: whether checkpoints hold the rows, or only which rows they were.
+        output_dtype: of the pooled vectors that come out; they are summed in float32.
 
-    Its forward maps a ``KeyedJaggedTensor`` of rows to a float32 ``KeyedTensor`` (batch_size, sum of dims).
-    An empty bag is the zero vector.
+    Its forward maps a ``KeyedJaggedTensor`` of rows to a ``KeyedTensor`` (batch_size, sum of dims). An empty
+    bag is the zero vector.
 
     Raises:
         ValueError: a weighted mean, which TorchRec does not have either.
@@ -321,6 +335,7 @@ class FrozenEmbeddingBagCollection(FrozenModule, EmbeddingBagCollection):
         is_weighted: bool = False,
         device: torch.device | str = "meta",
         store_rows: bool = False,
+        output_dtype: torch.dtype = torch.float32,
         bounds_check: BoundsCheckMode = BoundsCheckMode.FATAL,
     ) -> None:
         shapes = [replace(config, data_type=DataType.FP32) for config in tables]
@@ -329,10 +344,13 @@ class FrozenEmbeddingBagCollection(FrozenModule, EmbeddingBagCollection):
         self.embedding_bags = nn.ModuleDict()
         self._embedding_bag_configs = tables
         self._device = torch.device(device)
+        self.output_dtype = output_dtype
         self.init_frozen([_whole_table(config, self._device, bounds_check) for config in tables], store_rows)
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         self.check_filled()
+        if traced.is_traced(features):
+            return traced.pooled(list(self._frozen.values()), features, self._is_weighted, self.output_dtype)
         features = maybe_td_to_kjt(features, None)
         check_features(features, self._keys, self._is_weighted)
         inverse = None
@@ -349,7 +367,7 @@ class FrozenEmbeddingBagCollection(FrozenModule, EmbeddingBagCollection):
                 pooled.append(pool(vectors, index, bags, table.bag_config, self._is_weighted))
         for limits in later:
             limits.settle()
-        return keyed(pooled, self._embedding_bag_configs, inverse)
+        return keyed(pooled, self._embedding_bag_configs, self.output_dtype, inverse)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FrozenEmbeddingBagCollection":
         _move(self, fn)

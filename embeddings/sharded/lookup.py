@@ -129,13 +129,17 @@ def pool(
 
 
 def keyed(
-    pooled: list[Tensor], tables: Sequence[EmbeddingBagConfig], inverse: dict[str, Tensor] | None = None
+    pooled: list[Tensor],
+    tables: Sequence[EmbeddingBagConfig],
+    output_dtype: torch.dtype,
+    inverse: dict[str, Tensor] | None = None,
 ) -> KeyedTensor:
     """Join pooled vectors of all features of all tables.
 
     Args:
         pooled: by feature (batch_size, dim), or (num_bags, dim) where there are inverse indices.
         tables: their configs.
+        output_dtype: of the result.
         inverse: by feature (batch_size,) which bag each example has.
 
     Raises:
@@ -149,4 +153,5 @@ def keyed(
         raise ValueError(f"features have batches of different sizes, {sizes}, and no inverse indices")
     names = [name for names in get_embedding_names_by_table(list(tables)) for name in names]
     dims = [config.embedding_dim for config in tables for _ in config.feature_names]
-    return KeyedTensor(keys=names, length_per_key=dims, values=torch.cat(pooled, dim=1))
+    values = torch.cat(pooled, dim=1).to(output_dtype)
+    return KeyedTensor(keys=names, length_per_key=dims, values=values)

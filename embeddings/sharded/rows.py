@@ -1,11 +1,13 @@
 """Where the rows that a rank owns are kept, and how they are looked up there: nothing here can be trained.
 
-A row is stored as on the disk (``table/quantize.py``) and read without being converted: on a CPU by the
-embedding bag kernels, with bags of one row, which are faster than ``index_select``; on a GPU by
-``index_select``. Rows are numbered from 0 on each rank.
+A row is stored as on the disk (``table/quantize.py``). ``gather`` copies its bytes by ``index_select``, which
+is as fast as copying memory is. ``vectors`` converts int8 and int4 rows to float32; on a CPU the embedding
+bag kernels, with bags of one row, read bytes and write floats in one go. Rows are numbered from 0 on each
+rank.
 
 Three places: a tensor (``DenseRows``: host memory, HBM, or managed (UVM) memory), the pages of the files that
-a table was written to (``MappedRows``), and managed memory behind a cache in HBM (``CachedRows``).
+a table was written to (``MappedRows``), and managed memory behind a cache in HBM (``CachedRows``). ``ssd.py``
+has a fourth: files behind a cache in host memory.
 """
 
 import abc
@@ -16,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 
-from mim_torchrec.embeddings.table.quantize import DTYPES, decode, stored_width
+from mim_torchrec.embeddings.sharded.pages import READ_AT_RANDOM, READ_SOON, advise
+from mim_torchrec.embeddings.table.quantize import DTYPES, decode, is_quantized, stored_width
 
 CHUNK = 1 << 16
 
@@ -50,10 +53,13 @@ class RowStore(abc.ABC):
     def blocks(self) -> Iterator[Tensor]:
         """Yield all rows in order, some at a time, as they are stored."""
 
+    def prefetch(self, rows: Tensor) -> None:  # noqa: B027  most stores have nothing to do
+        """Bring rows (n,) int64 of a later lookup near; nothing is done for rows that are near already."""
+
     def vectors(self, rows: Tensor) -> Tensor:
-        """Return the vectors (n, dim) of rows (n,): float32 of int8 rows, else in the type stored."""
+        """Return the vectors (n, dim) of rows (n,): of int8 and int4 as float32, else in the type stored."""
         stored = self.gather(rows)
-        return decode(stored, self.dtype) if self.dtype == "int8" else stored
+        return decode(stored, self.dtype) if is_quantized(self.dtype) else stored
 
     @property
     def nbytes(self) -> int:
@@ -70,14 +76,22 @@ class DenseRows(RowStore):
         dim: likewise.
         device: where the tensor is.
         managed: whether it is in managed (UVM) memory: host memory that a GPU reads as its own.
+        tensor: the rows (num_rows, stored_width), where they exist already.
     """
 
     def __init__(
-        self, dtype: str, num_rows: int, dim: int, device: torch.device, managed: bool = False
+        self,
+        dtype: str,
+        num_rows: int,
+        dim: int,
+        device: torch.device,
+        managed: bool = False,
+        tensor: Tensor | None = None,
     ) -> None:
         super().__init__(dtype, num_rows, dim)
         self.device, self._managed = device, managed
-        self._tensor: Tensor | None = None
+        self._tensor = tensor
+        self._bags = torch.empty(0, dtype=torch.int64)
 
     @property
     def tensor(self) -> Tensor:
@@ -98,16 +112,29 @@ class DenseRows(RowStore):
         self.device = device
 
     def gather(self, rows: Tensor) -> Tensor:
-        return _select(self.tensor, rows)
+        return self.tensor.index_select(0, rows)
 
     def vectors(self, rows: Tensor) -> Tensor:
-        if self.dtype != "int8" or self.device.type != "cpu" or not rows.numel():
+        if self.device.type != "cpu" or not rows.numel():
             return super().vectors(rows)
-        # Reads bytes and writes floats in one go. Arguments: no scaling by frequency, sum, not pruned.
-        bags = torch.arange(rows.numel())
-        return torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
-            self.tensor, rows, bags, False, 0, False, None, None, False
-        )
+        if self.dtype == "float32":  # this kernel prefetches rows
+            return F.embedding_bag(rows, self.tensor, self._bags_of_one(rows.numel()), mode="sum")
+        if is_quantized(self.dtype):
+            ops = torch.ops.quantized
+            is_int8 = self.dtype == "int8"
+            kernel = (
+                ops.embedding_bag_byte_rowwise_offsets if is_int8 else ops.embedding_bag_4bit_rowwise_offsets
+            )
+            # Arguments: no scaling by frequency, sum, not pruned.
+            bags = self._bags_of_one(rows.numel())
+            return kernel(self.tensor, rows, bags, False, 0, False, None, None, False)
+        return self.gather(rows)
+
+    def _bags_of_one(self, count: int) -> Tensor:
+        """The numbers from 0 to ``count``, kept: making them takes a fiftieth of a lookup."""
+        if self._bags.numel() < count:
+            self._bags = torch.arange(count)
+        return self._bags[:count]
 
     def write(self, rows: Tensor, stored: Tensor) -> None:
         self.tensor.index_copy_(0, rows.to(self.device), stored.to(self.device))
@@ -127,10 +154,13 @@ class MappedRows(RowStore):
         num_rows: likewise.
         dim: likewise.
         spans: (first_row, rows) in ascending order, rows (n, stored_width); rows between them are zero.
+
+    ``in_files`` are the rows that lie in files, in pieces (n, stored_width).
     """
 
     def __init__(self, dtype: str, num_rows: int, dim: int, spans: list[tuple[int, Tensor]]) -> None:
         super().__init__(dtype, num_rows, dim)
+        self.in_files = [rows for _, rows in spans]
         self._spans: list[Tensor] = []
         starts, at = [], 0
         for first, rows in [*spans, (num_rows, torch.empty(0, 0))]:
@@ -138,41 +168,65 @@ class MappedRows(RowStore):
                 starts.append(at)
                 self._spans.append(torch.zeros(first - at, self.stored_width, dtype=DTYPES[dtype]))
             if rows.numel():
+                advise(rows, READ_AT_RANDOM)
                 starts.append(first)
                 self._spans.append(rows)
             at = first + rows.shape[0]
         self._starts = torch.tensor(starts, dtype=torch.int64)
         self.filled = True
 
+    @property
+    def spans(self) -> list[Tensor]:
+        """All rows in order, in the pieces that they are mapped in, each (n, stored_width)."""
+        return self._spans
+
     def gather(self, rows: Tensor) -> Tensor:
-        if len(self._spans) == 1:
-            return _select(self._spans[0], rows)
-        if rows.numel() > 1 and not bool((rows[1:] >= rows[:-1]).all()):
-            rows, order = rows.sort()
-            out = torch.empty(rows.numel(), self.stored_width, dtype=DTYPES[self.dtype])
-            return out.index_copy_(0, order, self.gather(rows))
-        parts = [_select(span, rows[part] - first) for span, first, part in self._parts(rows)]
-        return torch.cat(parts) if parts else _select(self._spans[0], rows) if self._spans else self._none()
+        return gather_spans(self._spans, self._starts, rows) if self._spans else self._none()
 
     def write(self, rows: Tensor, stored: Tensor) -> None:
         rows, order = rows.sort()
         stored = stored[order]
-        for span, first, part in self._parts(rows):
+        for span, first, part in self.parts(rows):
             span.index_copy_(0, rows[part] - first, stored[part])
 
     def blocks(self) -> Iterator[Tensor]:
         for span in self._spans:
-            yield from span.split(CHUNK)
+            for block in span.split(CHUNK):
+                advise(block, READ_SOON)
+                yield block
 
-    def _parts(self, rows: Tensor) -> Iterator[tuple[Tensor, int, slice]]:
-        """The spans that ascending rows (n,) fall into: span, its first row, which of the rows."""
-        bounds = [*torch.searchsorted(rows, self._starts).tolist(), rows.numel()]
-        for k, span in enumerate(self._spans):
-            if bounds[k] < bounds[k + 1]:
-                yield span, int(self._starts[k]), slice(bounds[k], bounds[k + 1])
+    def parts(self, rows: Tensor) -> Iterator[tuple[Tensor, int, slice]]:
+        """Yield the spans that ascending rows (n,) fall into: span, its first row, which of the rows."""
+        yield from _parts(self._spans, self._starts, rows)
 
     def _none(self) -> Tensor:
         return torch.empty(0, self.stored_width, dtype=DTYPES[self.dtype])
+
+
+def gather_spans(spans: list[Tensor], starts: Tensor, rows: Tensor) -> Tensor:
+    """Return rows (n,) int64 of a table that lies in several tensors, as they are stored.
+
+    Args:
+        spans: all rows in order, each (n, stored_width), one or more.
+        starts: the first row of each.
+        rows: the rows asked for; they exist.
+    """
+    if len(spans) == 1:
+        return spans[0].index_select(0, rows)
+    if rows.numel() > 1 and not bool((rows[1:] >= rows[:-1]).all()):
+        rows, order = rows.sort()
+        out = spans[0].new_empty(rows.numel(), spans[0].shape[1])
+        return out.index_copy_(0, order, gather_spans(spans, starts, rows))
+    parts = [span.index_select(0, rows[part] - first) for span, first, part in _parts(spans, starts, rows)]
+    return torch.cat(parts) if parts else spans[0].index_select(0, rows)
+
+
+def _parts(spans: list[Tensor], starts: Tensor, rows: Tensor) -> Iterator[tuple[Tensor, int, slice]]:
+    """The spans that ascending rows (n,) fall into: span, its first row, which of the rows."""
+    bounds = [*torch.searchsorted(rows, starts).tolist(), rows.numel()]
+    for k, span in enumerate(spans):
+        if bounds[k] < bounds[k + 1]:
+            yield span, int(starts[k]), slice(bounds[k], bounds[k + 1])
 
 
 class CachedRows(RowStore):
@@ -200,12 +254,18 @@ class CachedRows(RowStore):
         missing = (self._holds[slot] != rows).nonzero()[:, 0]
         self.misses += missing.numel()
         self.hits += rows.numel() - missing.numel()
-        out = _select(self._cache, slot)
+        out = self._cache.index_select(0, slot)
         if missing.numel():
             fetched = self.backing.gather(rows[missing])
             out.index_copy_(0, missing, fetched)
             self._fill(slot[missing], rows[missing], fetched)
         return out
+
+    def prefetch(self, rows: Tensor) -> None:
+        slot = rows % self._holds.numel()
+        missing = (self._holds[slot] != rows).nonzero()[:, 0]
+        slot, rows = slot[missing], rows[missing]
+        self._fill(slot, rows, self.backing.gather(rows))
 
     def write(self, rows: Tensor, stored: Tensor) -> None:
         self.backing.write(rows, stored)
@@ -250,10 +310,3 @@ def make_rows(
     if compute_kernel == EmbeddingComputeKernel.FUSED_UVM.value:
         return backing
     return CachedRows(backing, int(load_factor * num_rows), device)
-
-
-def _select(table: Tensor, rows: Tensor) -> Tensor:
-    """Return table[rows] for rows (n,) int64 of a table (num_rows, width)."""
-    if table.device.type != "cpu" or not table.is_floating_point() or not rows.numel():
-        return table.index_select(0, rows)
-    return F.embedding_bag(rows, table, torch.arange(rows.numel()), mode="sum")

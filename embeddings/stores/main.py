@@ -9,7 +9,6 @@ from typing import Annotated
 
 import torch
 import tyro
-from tqdm import tqdm
 
 from mim_torchrec import program
 from mim_torchrec.embeddings.stores.redis_store import RedisStore
@@ -19,6 +18,7 @@ from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.windows.compact import changes
 from mim_torchrec.embeddings.windows.transport import open_log
 from mim_torchrec.errors import Status
+from mim_torchrec.progress import Progress
 
 CHUNK = 10_000
 
@@ -30,12 +30,12 @@ class Load:
     table: tyro.conf.Positional[Path]
     """The base table's directory."""
     store: str
-    """redis://, rediss:// (TLS) or unix:// URL, with +cluster behind the scheme for a cluster and a name of
-    all keys behind #: rediss+cluster://user:password@host:6379#shop."""
+    """URL: redis://, rediss:// (TLS) or unix://. +cluster after the scheme selects a cluster. #NAME is the
+    name of all keys: rediss+cluster://user:password@host:6379#shop."""
 
     def run(self) -> None:
         table = Table.open(self.table)
-        with tqdm(total=table.manifest.rows, unit="row", unit_scale=True, desc="load") as bar:
+        with Progress(table.manifest.rows, "load", "row", scale=True) as bar:
             store = RedisStore.load(self.store, table, progress=bar.update)
         print(f"{table.manifest.rows} rows of table_version {store.table_version}, windows up to {store.seq}")
 
@@ -53,9 +53,9 @@ class Follow:
     log: str
     """Directory or URL of the window log."""
     table_version: str
-    """Of both."""
+    """Version of the store and of the log."""
     once: bool = False
-    """End when all windows that there are have been applied."""
+    """End when all existing windows have been applied."""
 
     def run(self) -> None:
         store = open_store(self.store, self.table_version)

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 import torch
 import tyro
-from tqdm import tqdm
 
+from mim_torchrec import program
 from mim_torchrec.embeddings.table.convert import convert
 from mim_torchrec.embeddings.table.diff import diff
 from mim_torchrec.embeddings.table.format import Manifest, Table
@@ -19,42 +19,47 @@ from mim_torchrec.embeddings.table.permute import permute
 from mim_torchrec.embeddings.table.shards import CHUNK
 from mim_torchrec.embeddings.windows.compact import compact
 from mim_torchrec.embeddings.windows.transport import open_log
-from mim_torchrec.program import run
+from mim_torchrec.progress import Progress
 
-Dtype = Literal["float32", "float16", "bfloat16", "int8"]
+Dtype = Literal["float32", "float16", "bfloat16", "int8", "int4"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Import:
-    """Bring vectors that others have made into a table.
+    """Import vectors that others have made into a table.
 
     Sources are Parquet files with a column of integer ids and one of lists of numbers, directories of such
-    files, .npy files (num_rows, dim) with --ids, and .safetensors files with a tensor of each. Rows may come
-    in any order; arranging them takes as much disk again as the vectors while it lasts. Memory does not grow
-    with the vectors, only by 8 bytes a row with the ids.
+    files, .npy files (num_rows, dim) with --ids, .safetensors files with a tensor of each, and one table of a
+    directory of torch.distributed.checkpoint (--key), whose rows are kept by number. Rows may come in any
+    order; arranging them takes as much disk again as the vectors while it lasts. Memory does not grow with
+    the vectors, only by 8 bytes a row with the ids.
     """
 
     sources: tyro.conf.Positional[tuple[Path, ...]]
-    """Files, or directories of Parquet files; all their rows make one table."""
+    """Files, or directories of Parquet files; all their rows make one table. Or one checkpoint."""
     out: Path
     """Directory of the new table; must not exist."""
     dtype: Dtype | None = None
-    """Type stored; by default int8 for int8 vectors, which keeps them exactly, and else float16."""
+    """Type stored; by default int8 for int8 vectors, which keeps them exactly, and else float16. A table of a
+    checkpoint keeps its own. A vector that the type would change by more than 1% (int8 10%) is an error."""
     id_column: str | None = None
     """Column or tensor of the ids; by default the only column of integers, or the tensor "ids"."""
     vector_column: str | None = None
     """Column or tensor of the vectors; by default the only column of lists, or the tensor "vectors"."""
     ids: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
-    """A .npy of ids (num_rows,), once for each .npy of vectors and in their order."""
+    """A .npy of ids (num_rows,), once for each .npy of vectors and in their order; or of the rows of a
+    checkpoint, which otherwise are kept by number: row r of the table is row r of the checkpoint."""
+    key: str | None = None
+    """Name of the table in a checkpoint; a wrong one lists them. By default the only one there is."""
     table_version: str | None = None
-    """Name of what made the vectors; by default a hash of them, for which they are read once more."""
+    """Name of what made the vectors. By default it is a hash of them, for which they are read once more."""
     spare_rows: int = 0
-    """Rows that a live table made from this one keeps free for new items."""
+    """Rows that stay free for new items in a live table made from this one."""
 
     def run(self) -> None:
         made = import_vectors(
             self.sources, self.out, dtype=self.dtype, id_column=self.id_column,
-            vector_column=self.vector_column, ids=self.ids, table_version=self.table_version,
+            vector_column=self.vector_column, ids=self.ids, key=self.key, table_version=self.table_version,
             spare_rows=self.spare_rows, show_progress=True,
         )  # fmt: skip
         origin = made.encoder["imported"]
@@ -71,7 +76,7 @@ class Info:
     table: tyro.conf.Positional[Path]
     """The table's directory."""
     log: str | None = None
-    """Directory or URL of a window log, of which it says which windows there are."""
+    """Window log whose windows are listed, a directory or a Redis URL."""
 
     def run(self) -> None:
         manifest = Table.open(self.table, verify=False).manifest
@@ -79,7 +84,7 @@ class Info:
             "spare_rows": manifest.spare_rows,
             "row_bytes": manifest.row_bytes,
             "vector_bytes": manifest.rows * manifest.row_bytes,
-            "live_bytes": (1 + manifest.capacity) * manifest.row_bytes,
+            "live_bytes": manifest.num_embeddings * manifest.row_bytes,
             "summary": summary(manifest),
         }
         if self.log is not None:
@@ -99,14 +104,15 @@ class Verify:
     table_version: str | None = None
     """The version that the table must have."""
     log: str | None = None
-    """Directory or URL of a window log, whose windows after the table's seq are checked as well."""
+    """Window log whose windows after the table's seq are verified too, a directory or a Redis URL."""
 
     def run(self) -> None:
         table = Table.open(self.table, expected_version=self.table_version)
         manifest = table.manifest
-        with tqdm(total=manifest.rows, unit="row", unit_scale=True, desc="verify") as bar:
-            for start in range(1, 1 + manifest.rows, CHUNK):
-                stop = min(start + CHUNK, 1 + manifest.rows)
+        with Progress(manifest.rows, "verify", "row", scale=True) as bar:
+            end = manifest.first_row + manifest.rows
+            for start in range(manifest.first_row, end, CHUNK):
+                stop = min(start + CHUNK, end)
                 table.rows_for(start, stop)
                 bar.update(stop - start)
         print(
@@ -128,8 +134,8 @@ class Verify:
 class Convert:
     """Write a copy in another storage type, with the same table_version, its shards in the order of ids.
 
-    int8 is row-wise: at dim 128 a row takes 136 bytes against 256 of float16. The mean cosine error against
-    the table converted is printed and kept in the manifest.
+    int8 and int4 are row-wise: at dim 128 a row takes 136 and 68 bytes against 256 of float16. The mean
+    cosine error against the table converted is printed and kept in the manifest.
     """
 
     table: tyro.conf.Positional[Path]
@@ -141,7 +147,7 @@ class Convert:
 
     def run(self) -> None:
         rows = Table.open(self.table, verify=False).manifest.rows
-        with tqdm(total=rows, unit="row", unit_scale=True, desc="convert") as bar:
+        with Progress(rows, "convert", "row", scale=True) as bar:
             made = convert(self.table, self.out, self.dtype, progress=bar.update)
         print(
             f"{self.out}: {rows} rows as {self.dtype}, {made.manifest.row_bytes} bytes a row, table_version "
@@ -159,7 +165,7 @@ class Grow:
     out: Path
     """Directory of the new table; must not exist."""
     spare_rows: int
-    """All rows that the new table keeps free; more than the table does."""
+    """Spare rows of the new table in all; more than the table has."""
     link: bool = False
     """Link the shards instead of copying them (on one file system): at once, but the bytes are shared."""
 
@@ -169,7 +175,7 @@ class Grow:
 
 @dataclass(frozen=True, kw_only=True)
 class Compact:
-    """Write the table that a log's windows make of one when they are applied, with the seq of the last."""
+    """Apply the windows of a log to a table; write the result as a new table, with the seq of the last."""
 
     table: tyro.conf.Positional[Path]
     """The table that the windows change."""
@@ -178,7 +184,7 @@ class Compact:
     out: Path
     """Directory of the new table; must not exist."""
     forget_hours: float | None = None
-    """Then remove the windows that the new table holds from the log, if they are older than this; readers
+    """Then remove from the log the windows that the new table holds and that are older than this. Readers
     that lag further behind have to load the new table. By default all are kept."""
 
     def run(self) -> None:
@@ -191,7 +197,7 @@ class Compact:
 
 @dataclass(frozen=True, kw_only=True)
 class Diff:
-    """Say what differs between two tables, as JSON: items of one only, and vectors of both.
+    """Print, as JSON, what differs between two tables: items of one only, and vectors of both.
 
     Vectors of two versions cannot be compared; then only items are, which says whether a table of a new
     encoder covers that of the old one.
@@ -208,7 +214,7 @@ class Diff:
 
 @dataclass(frozen=True, kw_only=True)
 class Delete:
-    """Take items down: a window with their tombstones, after which all who read the log know them no more."""
+    """Delete items: append a window with their tombstones to the log."""
 
     items: tyro.conf.Positional[tuple[int, ...]]
     """Item ids."""
@@ -256,7 +262,7 @@ def summary(manifest: Manifest) -> str:
     return (
         f"{manifest.rows:,} x {manifest.dim} {manifest.dtype}, {width} bytes a row, "
         f"{_size(manifest.rows * width)}; {manifest.spare_rows:,} spare rows, "
-        f"capacity {manifest.capacity:,}, {_size((1 + manifest.capacity) * width)} live"
+        f"capacity {manifest.capacity:,}, {_size(manifest.num_embeddings * width)} live"
     )
 
 
@@ -284,8 +290,9 @@ Command = (
 
 def main(argv: list[str] | None = None) -> None:
     """Run ``mim table`` with the arguments ``argv`` (``None``: those of the process)."""
+    program.log_to_stderr()
     tyro.cli(Command, args=argv, prog="mim table").run()
 
 
 if __name__ == "__main__":
-    run(main)
+    program.run(main)

@@ -26,7 +26,7 @@ FOLDERS = {
     "launch": "mim_torchrec.launch",
 }
 STAGES = {"pretraining", "csft", "representation", "ctr"}
-BASE = {"errors", "program", "quiet"}
+BASE = {"errors", "program", "progress", "quiet"}
 PARTS = {"encoders", "losses", "ciubm", "data", "training"}
 SERVICES = {"rim", "serving"}
 TOP = {"launch", "cli", "doctor"}
@@ -105,6 +105,11 @@ def test_setup_lists_every_package():
 
 def test_every_folder_with_modules_is_a_package():
     assert [path for path in SOURCES.values() if not (path.parent / "__init__.py").exists()] == []
+
+
+def test_no_file_has_more_than_400_lines():
+    files = [*SOURCES.values(), *(ROOT / "tests").rglob("*.py"), *(ROOT / "examples").rglob("*.py")]
+    assert [file for file in files if len(file.read_text().splitlines()) > 400] == []
 
 
 @pytest.mark.parametrize("module", SOURCES)
