@@ -33,16 +33,6 @@ from mim_torchrec.embeddings.sharded.sharder import (
     frozen_sharders,
 )
 from mim_torchrec.embeddings.table.format import Table, TableError, VersionMismatch
-from tests.distributed.test_frozen_exchange import (
-    DIM,
-    FEATURES,
-    IDS,
-    ITEMS,
-    Unpooled,
-    batch,
-    whole,
-    write_table,
-)
 from tests.distributed.test_frozen_placement import (
     CPU,
     MANY,
@@ -52,10 +42,20 @@ from tests.distributed.test_frozen_placement import (
     lookups_are_the_vectors,
     sharded,
 )
+from tests.frozen import (
+    DIM,
+    FEATURES,
+    IDS,
+    ITEMS,
+    Unpooled,
+    batch,
+    whole,
+    write_table,
+)
 from tests.ranks import run_ranks
 
 
-def two_dimensional(model: nn.Module) -> DistributedModelParallel:
+def two_dimensional(model: nn.Module, frozen=None) -> DistributedModelParallel:
     """TorchRec's `DMPCollection` of 2 x 2 ranks, compiled without assertions, because it asserts a GPU.
 
     It also numbers the devices of trained tables, which a CPU does not have.
@@ -110,7 +110,13 @@ def node_copies(model: nn.Module) -> DistributedModelParallel:
     return sharded(model, node_replicated())
 
 
-WAYS = {"node": (node_copies, Unpooled), "2d": (two_dimensional, Beside)}
+def both(model: nn.Module) -> DistributedModelParallel:
+    """One copy a node, in a model in two dimensions, whose sharding groups are not the nodes."""
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    return two_dimensional(model, node_replicated())
+
+
+WAYS = {"node": (node_copies, Unpooled), "2d": (two_dimensional, Beside), "both": (both, Beside)}
 
 
 def _two_copies_are_right(path: Path, checkpoint: Path, way: str) -> None:
@@ -233,6 +239,7 @@ def test_copies_on_nodes_and_in_sharding_groups_are_right(table, tmp_path):
     claims = [
         (_two_copies_are_right, table, tmp_path / "node", "node"),
         (_two_copies_are_right, table, tmp_path / "2d", "2d"),
+        (_two_copies_are_right, table, tmp_path / "both", "both"),
         (_an_error_in_one_copy_is_raised_on_all_ranks, table, "node"),
         (_an_error_in_one_copy_is_raised_on_all_ranks, table, "2d"),
         (_rows_of_a_node_copy_do_not_leave_the_node, table),
