@@ -10,6 +10,7 @@ float32     the same bytes
 float16     the same bytes
 bfloat16    float32, exactly: TorchRec's inference has no bfloat16 rows
 int8        the same codes; scale and bias of a row become float16, which its kernels read
+int4        the same bytes
 ==========  ===================================================================================
 
 Rounding scale and bias moves a vector by at most 2^-9 of its largest value, and most often by less than the
@@ -49,13 +50,14 @@ from mim_torchrec.embeddings.sharded.frozen import (
     FrozenModule,
     FrozenTable,
 )
-from mim_torchrec.embeddings.table.quantize import SCALE_AND_BIAS
+from mim_torchrec.embeddings.table.quantize import SCALE_AND_BIAS, is_quantized
 
 TYPES = {
     "float32": DataType.FP32,
     "float16": DataType.FP16,
     "bfloat16": DataType.FP32,
     "int8": DataType.INT8,
+    "int4": DataType.INT4,
 }
 TOLERANCE = 2.0**-9  # of what rounding to float16 may move a vector, relative to its largest value
 
@@ -91,18 +93,21 @@ def nbit_rows(table: FrozenTable) -> tuple[Tensor, Tensor | None]:
     """Return the rows of a table in the layout of TorchRec's inference kernels (IntNBit).
 
     Returns:
-        The vectors' bytes (num_rows, bytes of a vector), and of int8 rows scale and bias (num_rows, 4), two
-        float16 numbers as bytes; None for other types.
+        The vectors' bytes (num_rows, bytes of a vector), and of int8 and int4 rows scale and bias
+        (num_rows, 4), two float16 numbers as bytes; None for other types.
 
     Raises:
-        ValueError: a scale or bias is not a float16 number, nor near one.
+        ValueError: a scale or bias of an int8 row is not a float16 number, nor near one.
     """
     stored = torch.cat(list(table.store.blocks()))
     if table.dtype == "bfloat16":
         stored = stored.float()
-    if table.dtype != "int8":
+    if not is_quantized(table.dtype):
         return stored.view(torch.uint8), None
-    exact = stored[:, -SCALE_AND_BIAS:].contiguous().view(torch.float32)
+    width, dtype = SCALE_AND_BIAS[table.dtype]
+    codes, exact = stored[:, :-width].contiguous(), stored[:, -width:].contiguous().view(dtype)
+    if dtype is torch.float16:
+        return codes, exact.view(torch.uint8)
     rounded = exact.half()
     error = (rounded.float() - exact).abs() @ torch.tensor([255.0, 1.0])
     largest = torch.maximum(exact[:, 1].abs(), (exact[:, 1] + 255 * exact[:, 0]).abs())
@@ -114,7 +119,7 @@ def nbit_rows(table: FrozenTable) -> tuple[Tensor, Tensor | None]:
             f"{exact[row, 1]:.3g}, which TorchRec's int8 rows hold as float16; convert the table: `mim table "
             f"convert TABLE --dtype float32 --out DIR`"
         )
-    return stored[:, :-SCALE_AND_BIAS].contiguous(), rounded.view(torch.uint8)
+    return codes, rounded.view(torch.uint8)
 
 
 class _Unpooled:

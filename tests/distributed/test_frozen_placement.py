@@ -33,16 +33,7 @@ from mim_torchrec.embeddings.sharded.sharder import (
     frozen_sharders,
 )
 from mim_torchrec.embeddings.table.format import Table, TableError
-from tests.distributed.test_frozen_exchange import naive_pool
-from tests.frozen import (
-    DIM,
-    FEATURES,
-    ITEMS,
-    Unpooled,
-    batch,
-    whole,
-    write_table,
-)
+from tests.frozen import DIM, FEATURES, ITEMS, Unpooled, batch, naive_pool, whole, write_table
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
