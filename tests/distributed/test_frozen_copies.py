@@ -135,10 +135,13 @@ def _two_copies_are_right(path: Path, checkpoint: Path, way: str) -> None:
     vectors[1:3] = 1.0
     lookups_are_the_vectors(model, vectors)
     assert table_digest(model) != digest
-    dcp.save({"model": {"mm": model.state_dict()["mm.embeddings.mm.weight"]}}, checkpoint_id=checkpoint)
+    collection = find_frozen(model, "mm")[0]
+    dcp.save({"mm": collection.state_dict()}, checkpoint_id=checkpoint)
     fresh = place(build(table, store_rows=True))
-    state = {"model": {"mm": fresh.state_dict()["mm.embeddings.mm.weight"]}}
+    collection = find_frozen(fresh, "mm")[0]
+    state = {"mm": collection.state_dict()}
     dcp.load(state, checkpoint_id=checkpoint)
+    collection.load_state_dict(state["mm"])
     lookups_are_the_vectors(fresh, vectors)
     assert table_digest(fresh) == table_digest(model)
     if dist.get_rank() == 3:  # misses a window that the others apply
