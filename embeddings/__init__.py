@@ -21,6 +21,7 @@ from mim_torchrec.lazy import lazy_names
 
 if TYPE_CHECKING:
     from mim_torchrec.embeddings.sharded.exported import RowsAsInputs, rows_of
+    from mim_torchrec.embeddings.sharded.freezing import FreezeReport, freeze_table, use_frozen_table
     from mim_torchrec.embeddings.sharded.frozen import (
         FrozenEmbeddingBagCollection,
         FrozenEmbeddingCollection,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from mim_torchrec.embeddings.sharded.load import load_table, open_table, table_digest
     from mim_torchrec.embeddings.sharded.placement import node_replicated
     from mim_torchrec.embeddings.sharded.pricing import FrozenEnumerator
+    from mim_torchrec.embeddings.sharded.projected import ProjectedEmbeddingBags
     from mim_torchrec.embeddings.sharded.quantized import (
         copy_quantized_rows,
         frozen_quantization_mapping,
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
         frozen_constraint,
         frozen_sharders,
     )
+    from mim_torchrec.embeddings.sharded.thawing import thaw_table
     from mim_torchrec.embeddings.stores.store import open_store
     from mim_torchrec.embeddings.table.importing import import_vectors
     from mim_torchrec.embeddings.table.manifest import Manifest, TableError, VersionMismatch
@@ -60,6 +63,7 @@ if TYPE_CHECKING:
     from mim_torchrec.embeddings.windows.window import Window, WindowGap
 
 _NAMES = {
+    "FreezeReport": "mim_torchrec.embeddings.sharded.freezing",
     "FrozenEmbeddingBagCollection": "mim_torchrec.embeddings.sharded.frozen",
     "FrozenEmbeddingBagCollectionSharder": "mim_torchrec.embeddings.sharded.sharder",
     "FrozenEmbeddingCollection": "mim_torchrec.embeddings.sharded.frozen",
@@ -68,6 +72,7 @@ _NAMES = {
     "ItemIndex": "mim_torchrec.embeddings.sharded.live",
     "JoinedEmbeddingBags": "mim_torchrec.embeddings.sharded.joined",
     "Manifest": "mim_torchrec.embeddings.table.manifest",
+    "ProjectedEmbeddingBags": "mim_torchrec.embeddings.sharded.projected",
     "RowsAsInputs": "mim_torchrec.embeddings.sharded.exported",
     "SpareRowsExhausted": "mim_torchrec.embeddings.sharded.live",
     "Table": "mim_torchrec.embeddings.table.reader",
@@ -80,6 +85,7 @@ _NAMES = {
     "apply_window": "mim_torchrec.embeddings.sharded.live",
     "copy_quantized_rows": "mim_torchrec.embeddings.sharded.quantized",
     "delete_items": "mim_torchrec.embeddings.sharded.live",
+    "freeze_table": "mim_torchrec.embeddings.sharded.freezing",
     "frozen_bag_config": "mim_torchrec.embeddings.sharded.frozen",
     "frozen_config": "mim_torchrec.embeddings.sharded.frozen",
     "frozen_constraint": "mim_torchrec.embeddings.sharded.sharder",
@@ -95,10 +101,13 @@ _NAMES = {
     "rows_of": "mim_torchrec.embeddings.sharded.exported",
     "table_digest": "mim_torchrec.embeddings.sharded.load",
     "table_state": "mim_torchrec.embeddings.sharded.live",
+    "thaw_table": "mim_torchrec.embeddings.sharded.thawing",
     "update_items": "mim_torchrec.embeddings.sharded.live",
+    "use_frozen_table": "mim_torchrec.embeddings.sharded.freezing",
 }
 
 __all__ = [
+    "FreezeReport",
     "FrozenEmbeddingBagCollection",
     "FrozenEmbeddingBagCollectionSharder",
     "FrozenEmbeddingCollection",
@@ -107,6 +116,7 @@ __all__ = [
     "ItemIndex",
     "JoinedEmbeddingBags",
     "Manifest",
+    "ProjectedEmbeddingBags",
     "RowsAsInputs",
     "SpareRowsExhausted",
     "Table",
@@ -119,6 +129,7 @@ __all__ = [
     "apply_window",
     "copy_quantized_rows",
     "delete_items",
+    "freeze_table",
     "frozen_bag_config",
     "frozen_config",
     "frozen_constraint",
@@ -134,7 +145,9 @@ __all__ = [
     "rows_of",
     "table_digest",
     "table_state",
+    "thaw_table",
     "update_items",
+    "use_frozen_table",
 ]
 
 __getattr__, __dir__ = lazy_names(__name__, _NAMES)

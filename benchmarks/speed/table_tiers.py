@@ -252,12 +252,9 @@ def measure_tiers(path: Path, sizes: TierSizes) -> dict[str, Any]:
         limit = table.manifest.rows * table.manifest.row_bytes // FACTOR
         model, optimizer = build(table)
         variants = load_variants(model, table, limit, make_batch(sizes, generator))
-        drop = partial(
-            drop_pages,
-            [path / shard.file for shard in table.manifest.shards],
-            [rows for variant in variants.values() for rows in variant.mapped]
-            + [rows for _, rows in table.spans(0, sizes.rows)],
-        )
+        files = [path / shard.file for shard in table.manifest.shards]
+        everything = [rows for variant in variants.values() for rows in variant.mapped]
+        everything += [rows for _, rows in table.spans(0, sizes.rows)]
         caches = {name: variant.cache for name, variant in variants.items() if variant.cache is not None}
         for cache in caches.values():
             warm_up(cache, sizes.rows, generator)
@@ -271,9 +268,9 @@ def measure_tiers(path: Path, sizes: TierSizes) -> dict[str, Any]:
             for name in names:
                 variant = variants[name]
                 frozen.store = variant.store
-                drop()
+                drop_pages(files, everything)
                 before = major_faults()
-                taken = run_turn(variant, step, batches, drop)
+                taken = run_turn(variant, step, batches, partial(drop_pages, files, variant.mapped))
                 check_memory(name, variant, limit)
                 if turn:
                     variant.seconds.append(taken / sizes.steps)

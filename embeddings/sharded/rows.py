@@ -31,7 +31,11 @@ class RowStore(abc.ABC):
         dtype: how vectors are stored, a key of ``quantize.DTYPES``.
         num_rows: rows of this rank.
         dim: length of a vector.
+
+    ``filled`` says whether rows were loaded, restored or written; before, all are zero.
     """
+
+    filled = False
 
     def __init__(self, dtype: str, num_rows: int, dim: int) -> None:
         self.dtype, self.num_rows, self.dim = dtype, num_rows, dim
@@ -134,6 +138,7 @@ class DenseRows(RowStore):
 
     def write(self, rows: Tensor, stored: Tensor) -> None:
         self.tensor.index_copy_(0, rows.to(self.device), stored.to(self.device))
+        self.filled = True
 
     def blocks(self) -> Iterator[Tensor]:
         yield from self.tensor.split(CHUNK)
@@ -168,6 +173,7 @@ class MappedRows(RowStore):
                 self._spans.append(rows)
             at = first + rows.shape[0]
         self._starts = torch.tensor(starts, dtype=torch.int64)
+        self.filled = True
 
     @property
     def spans(self) -> list[Tensor]:
@@ -180,7 +186,7 @@ class MappedRows(RowStore):
     def write(self, rows: Tensor, stored: Tensor) -> None:
         rows, order = rows.sort()
         stored = stored[order]
-        for span, first, part in _parts(self._spans, self._starts, rows):
+        for span, first, part in self.parts(rows):
             span.index_copy_(0, rows[part] - first, stored[part])
 
     def blocks(self) -> Iterator[Tensor]:
@@ -188,6 +194,10 @@ class MappedRows(RowStore):
             for block in span.split(CHUNK):
                 advise(block, READ_SOON)
                 yield block
+
+    def parts(self, rows: Tensor) -> Iterator[tuple[Tensor, int, slice]]:
+        """Yield the spans that ascending rows (n,) fall into: span, its first row, which of the rows."""
+        yield from _parts(self._spans, self._starts, rows)
 
     def _none(self) -> Tensor:
         return torch.empty(0, self.stored_width, dtype=DTYPES[self.dtype])
@@ -263,6 +273,7 @@ class CachedRows(RowStore):
         slot = rows % self._holds.numel()
         slot = slot[self._holds[slot] == rows]
         self._holds[slot] = -1
+        self.filled = True
 
     def blocks(self) -> Iterator[Tensor]:
         yield from self.backing.blocks()

@@ -2,8 +2,8 @@
 
 A row that is popular and one that is not share a page of a file, so the page cache keeps 4 KiB for a row of
 256 bytes. The cache here keeps rows. It is set-associative: a row may have any of the ``WAYS`` slots of one
-set, and takes the one that was used longest ago. Rows that it lacks are read by many threads, because an SSD
-is fast only when it is asked for many pages at once.
+set, which a hash of its number chooses, and takes the one that was used longest ago. Rows that it lacks are
+read by many threads, because an SSD is fast only when it is asked for many pages at once.
 
 ``prefetch`` reads the rows of a later batch in the background, while the model computes.
 
@@ -23,6 +23,7 @@ from mim_torchrec.embeddings.table.quantize import DTYPES, row_bytes
 
 WAYS = 8
 READERS = 32  # pages asked for at once
+FIBONACCI = 0x9E3779B97F4A7C15 - 2**64  # 2**64 over the golden ratio, odd, as int64; products wrap around
 MAX_READ = 64  # rows that a reader copies at a time: few enough that torch uses one thread
 
 
@@ -126,21 +127,22 @@ class SsdRows(RowStore):
             self._insert(absent, stored)
 
     def _read(self, rows: Tensor) -> Tensor:
-        """Return rows (n,) of the files, (n, stored_width), read by many threads."""
+        """Return ascending rows (n,) of the files, (n, stored_width), read by many threads."""
         stored = torch.empty(rows.numel(), self.stored_width, dtype=DTYPES[self.dtype])
         count = max(1, min(MAX_READ, -(-rows.numel() // READERS)))
-
-        def copy(some: Tensor, out: Tensor) -> None:
-            out.copy_(self.backing.gather(some))
-
-        for _ in self._readers.map(copy, rows.split(count), stored.split(count)):
-            pass
+        reads: list[Future[Tensor]] = []
+        for span, first, part in self.backing.parts(rows):
+            for some, out in zip((rows[part] - first).split(count), stored[part].split(count), strict=True):
+                # one operation a task: threads that wait for the interpreter do not wait for the SSD
+                reads.append(self._readers.submit(torch.index_select, span, 0, some, out=out))
+        for read in reads:
+            read.result()
         self.rows_read += rows.numel()
         return stored
 
     def _find(self, rows: Tensor, tick: bool = False) -> Tensor:
         """The slots of rows (n,), int64, and -1 for those that have none; with ``tick`` they are used now."""
-        sets = rows % len(self._holds)
+        sets = self._set_of(rows)
         held, way = (self._holds[sets] == rows[:, None]).max(1)
         slot = torch.where(held, WAYS * sets + way, -1)
         if tick:
@@ -148,11 +150,15 @@ class SsdRows(RowStore):
             self._used.view(-1)[slot[held]] = self._clock
         return slot
 
+    def _set_of(self, rows: Tensor) -> Tensor:
+        """The sets of rows (n,), by Fibonacci hashing: popular rows may be a constant step apart."""
+        return (rows * FIBONACCI).bitwise_right_shift(32).bitwise_and(0x7FFFFFFF) % len(self._holds)
+
     def _insert(self, rows: Tensor, stored: Tensor) -> None:
         """Put distinct rows (n,) into the slots used longest ago; what exceeds a set stays out."""
         absent = self._find(rows) < 0  # another thread may have brought some
         rows, stored = rows[absent], stored[absent]
-        sets, order = (rows % len(self._holds)).sort()
+        sets, order = self._set_of(rows).sort()
         place = torch.arange(rows.numel()) - torch.searchsorted(sets, sets)  # among the rows of a set
         oldest = self._used[sets].argsort(1)
         fits = place < WAYS

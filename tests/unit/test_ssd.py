@@ -1,6 +1,7 @@
 """Rows on an SSD: what the cache keeps, what is read from files, and that prefetching reads ahead."""
 
 import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -25,10 +26,10 @@ class Backing(MappedRows):
         self.gate = threading.Event()
         self.gate.set()
 
-    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+    def parts(self, rows: torch.Tensor) -> Iterator[tuple[torch.Tensor, int, slice]]:
         self.gate.wait()
         self.read += rows.tolist()
-        return super().gather(rows)
+        return super().parts(rows)
 
 
 @pytest.fixture
@@ -75,7 +76,15 @@ def test_more_rows_of_a_set_than_it_has_slots_are_all_found(backing, stored):
     rows = torch.arange(0, ROWS, 2)
     for _ in range(2):
         assert torch.equal(store.gather(rows), stored[rows])
-    assert store.rows_read >= 2 * rows.numel() - WAYS
+    assert store.rows_read >= 2 * rows.numel() - store.cache_rows
+
+
+@pytest.mark.parametrize("step", [1, 2, 8, 25])
+def test_rows_a_constant_step_apart_share_all_sets(backing, step):
+    store = behind(backing, sets=8)
+    sets = store._set_of(torch.arange(0, 10_000 * step, step))
+    counts = torch.bincount(sets, minlength=8)
+    assert counts.min() > 0.9 * 10_000 / 8 and counts.max() < 1.1 * 10_000 / 8
 
 
 def test_random_lookups_prefetches_and_writes_give_the_rows_of_a_tensor(backing, stored):
@@ -136,7 +145,7 @@ def test_an_error_of_a_prefetch_is_raised_by_the_lookup(backing, stored, monkeyp
     def fail(rows):
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr(backing, "gather", fail)
+    monkeypatch.setattr(backing, "parts", fail)
     store.prefetch(tensor(7))
     with pytest.raises(OSError, match="the disk is gone"):
         store.gather(tensor(7))
