@@ -8,8 +8,8 @@ The rows are no part of what is compiled. In one process a graph refers to the t
 sees their updates. An exported program would take a copy of them into its file. Export :class:`RowsAsInputs`
 instead: the rows are then an argument of the program.
 
-Not here: graphs of sharded collections, whose exchanges between ranks stay outside graphs, and rows behind a
-cache, which changes when it is read.
+Sharded collections stay outside graphs (:class:`OutsideGraphs`): their ranks exchange rows. Not here: rows
+behind a cache, which changes when it is read.
 """
 
 from collections.abc import Sequence
@@ -48,6 +48,19 @@ def is_traced(features: KeyedJaggedTensor) -> bool:
     if torch.jit.is_tracing():
         raise TypeError("torch.jit.trace fixes the numbers of ids in a frozen lookup; use torch.export")
     return False
+
+
+class OutsideGraphs(nn.Module):
+    """A sharded collection that a compiled model calls between two of its graphs."""
+
+    def forward(self, *features: Any, **named: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._looked_up(*features, **named)
+        return super().forward(*features, **named)
+
+    @torch.compiler.disable(reason="ranks exchange rows outside graphs")
+    def _looked_up(self, *features: Any, **named: Any) -> Any:
+        return super().forward(*features, **named).wait()
 
 
 @torch.library.custom_op("mim_torchrec::frozen_vectors", mutates_args=())

@@ -278,6 +278,7 @@ def test_rows_behind_a_cache_are_refused_in_graphs(tables):
     table = model.mm.frozen_tables()["mm"]
     assert isinstance(table.store, DenseRows)
     table.store = CachedRows(table.store, slots=5, device=torch.device("cpu"))
+    table.store.filled = True
     with pytest.raises(TypeError, match="mm: rows in CachedRows are behind a cache"):
         torch.fx.symbolic_trace(model)
 
