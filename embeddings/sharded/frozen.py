@@ -262,8 +262,10 @@ class FrozenEmbeddingCollection(FrozenModule, EmbeddingCollection):
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
         self.check_filled()
         if traced.is_traced(features):
-            tables, names = list(self._frozen.values()), self.embedding_names_by_table()
-            return traced.unpooled(tables, names, features, self._need_indices, self.output_dtype)
+            return traced.unpooled(
+                list(self._frozen.values()), self.embedding_names_by_table(), features,
+                self._need_indices, self.output_dtype,
+            )  # fmt: skip
         features = maybe_td_to_kjt(features, None)
         check_features(features, self._keys, is_weighted=False)
         by_feature = features.to_dict()

@@ -65,6 +65,7 @@ from mim_torchrec.embeddings.sharded.lookup import (
 from mim_torchrec.embeddings.sharded.placement import place
 from mim_torchrec.embeddings.sharded.rows import DenseRows, make_rows
 from mim_torchrec.embeddings.sharded.semisync import accept_gradients
+from mim_torchrec.embeddings.sharded.traced import OutsideGraphs
 
 CACHE_LOAD_FACTOR = 0.2
 Out = TypeVar("Out")
@@ -140,7 +141,10 @@ class FrozenAwaitable(LazyAwaitable[Out], Generic[Out]):
 
 
 class ShardedFrozenModule(
-    FrozenModule, ShardedEmbeddingModule[KJTList, list[Tensor], Out, FrozenContext], Generic[Out]
+    OutsideGraphs,
+    FrozenModule,
+    ShardedEmbeddingModule[KJTList, list[Tensor], Out, FrozenContext],
+    Generic[Out],
 ):
     """Rows of frozen tables divided over ranks in blocks; made by a sharder.
 
