@@ -10,10 +10,11 @@ float32     the same bytes
 float16     the same bytes
 bfloat16    float32, exactly: TorchRec's inference has no bfloat16 rows
 int8        the same codes; scale and bias of a row become float16, which its kernels read
+int4        the same codes, scale and bias
 ==========  ===================================================================================
 
-Rounding scale and bias moves a vector by at most 2^-9 of its largest value, and most often by less than the
-quantization did. Rows whose scale or bias float16 cannot hold are refused.
+Rounding scale and bias of int8 moves a vector by at most 2^-9 of its largest value, most often by less than
+the quantization did. Rows whose scale or bias float16 cannot hold are refused.
 
 TorchRec's inference does not raise for a row that does not exist: it looks up row 0 and warns. Sharded by its
 default sharders it does not look at all, and reads memory that is not the table's.
@@ -49,13 +50,14 @@ from mim_torchrec.embeddings.sharded.frozen import (
     FrozenModule,
     FrozenTable,
 )
-from mim_torchrec.embeddings.table.quantize import SCALE_AND_BIAS
+from mim_torchrec.embeddings.table.quantize import SCALE_AND_BIAS, is_quantized
 
 TYPES = {
     "float32": DataType.FP32,
     "float16": DataType.FP16,
     "bfloat16": DataType.FP32,
     "int8": DataType.INT8,
+    "int4": DataType.INT4,
 }
 TOLERANCE = 2.0**-9  # of what rounding to float16 may move a vector, relative to its largest value
 
@@ -91,8 +93,8 @@ def nbit_rows(table: FrozenTable) -> tuple[Tensor, Tensor | None]:
     """Return the rows of a table in the layout of TorchRec's inference kernels (IntNBit).
 
     Returns:
-        The vectors' bytes (num_rows, bytes of a vector), and of int8 rows scale and bias (num_rows, 4), two
-        float16 numbers as bytes; None for other types.
+        The vectors' bytes (num_rows, bytes of a vector), and of int8 and int4 rows scale and bias
+        (num_rows, 4), two float16 numbers as bytes; None for other types.
 
     Raises:
         ValueError: a scale or bias is not a float16 number, nor near one.
@@ -100,9 +102,13 @@ def nbit_rows(table: FrozenTable) -> tuple[Tensor, Tensor | None]:
     stored = torch.cat(list(table.store.blocks()))
     if table.dtype == "bfloat16":
         stored = stored.float()
-    if table.dtype != "int8":
+    if not is_quantized(table.dtype):
         return stored.view(torch.uint8), None
-    exact = stored[:, -SCALE_AND_BIAS:].contiguous().view(torch.float32)
+    size, scale_type = SCALE_AND_BIAS[table.dtype]
+    codes, scale_and_bias = stored[:, :-size].contiguous(), stored[:, -size:].contiguous()
+    if scale_type == torch.float16:
+        return codes, scale_and_bias
+    exact = scale_and_bias.view(scale_type)
     rounded = exact.half()
     error = (rounded.float() - exact).abs() @ torch.tensor([255.0, 1.0])
     largest = torch.maximum(exact[:, 1].abs(), (exact[:, 1] + 255 * exact[:, 0]).abs())
@@ -114,7 +120,7 @@ def nbit_rows(table: FrozenTable) -> tuple[Tensor, Tensor | None]:
             f"{exact[row, 1]:.3g}, which TorchRec's int8 rows hold as float16; convert the table: `mim table "
             f"convert TABLE --dtype float32 --out DIR`"
         )
-    return stored[:, :-SCALE_AND_BIAS].contiguous(), rounded.view(torch.uint8)
+    return codes, rounded.view(torch.uint8)
 
 
 class _Unpooled:

@@ -120,6 +120,8 @@ def test_a_quantized_model_gives_the_vectors_that_are_stored(tmp_path, dtype):
     codes = find_frozen(model, "mm")[1].store.tensor
     if dtype == "int8":
         assert torch.equal(rows[:, 4 : 4 + DIM], codes[:, :DIM])
+    elif dtype == "int4":  # scale and bias come first
+        assert torch.equal(rows.view(torch.uint8)[:, : 4 + DIM // 2], codes.roll(4, 1))
     elif dtype != "bfloat16":
         assert torch.equal(rows, codes.view(torch.uint8))
 
