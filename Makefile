@@ -18,7 +18,7 @@ export MIM_PYTHON := $(ENVIRONMENT)/bin/python
 export PYTHONPATH :=
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install demo test test-fast faults movielens ablation-csft figure5 table2 ablation-ciubm coldstart abtest table6 bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving bench-rim-latency bench-scaling bench-export-throughput chaos bench benchmark-report docs doctor lint types lock wheel release-check clean
+.PHONY: help install demo test test-fast faults movielens ablation-csft figure5 table2 ablation-ciubm coldstart abtest table6 bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving bench-rim-latency bench-scaling bench-export-throughput chaos torchrec-parity bench benchmark-report docs doctor lint types lock wheel release-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
@@ -83,6 +83,9 @@ chaos: install  ## kill RIM, stores and training ranks 240 times: no row wrong, 
 
 faults: install  ## fail every file-system call of every writer: nothing is lost or mixed
 	$(BIN)/python -m mim_torchrec.benchmarks.chaos.disk_faults --out runs/faults
+
+torchrec-parity: install  ## frozen collections beside TorchRec's in 5,000 random configurations
+	$(BIN)/python -m mim_torchrec.benchmarks.parity.torchrec_parity --out runs/torchrec_parity
 
 bench-export-throughput: install  ## export's items per second beside its encoder's bare forward pass
 	$(BIN)/python -m mim_torchrec.benchmarks.speed.export_throughput --out runs/export_throughput

@@ -21,6 +21,7 @@ from mim_torchrec.lazy import lazy_names
 
 if TYPE_CHECKING:
     from mim_torchrec.embeddings.sharded.exported import RowsAsInputs, rows_of
+    from mim_torchrec.embeddings.sharded.freezing import FreezeReport, freeze_table, use_frozen_table
     from mim_torchrec.embeddings.sharded.frozen import (
         FrozenEmbeddingBagCollection,
         FrozenEmbeddingCollection,
@@ -39,12 +40,19 @@ if TYPE_CHECKING:
     from mim_torchrec.embeddings.sharded.load import load_table, open_table, table_digest
     from mim_torchrec.embeddings.sharded.placement import node_replicated
     from mim_torchrec.embeddings.sharded.pricing import FrozenEnumerator
+    from mim_torchrec.embeddings.sharded.projected import ProjectedEmbeddingBags
+    from mim_torchrec.embeddings.sharded.quantized import (
+        copy_quantized_rows,
+        frozen_quantization_mapping,
+        quantized_sharders,
+    )
     from mim_torchrec.embeddings.sharded.sharder import (
         FrozenEmbeddingBagCollectionSharder,
         FrozenEmbeddingCollectionSharder,
         frozen_constraint,
         frozen_sharders,
     )
+    from mim_torchrec.embeddings.sharded.thawing import thaw_table
     from mim_torchrec.embeddings.stores.store import open_store
     from mim_torchrec.embeddings.table.importing import import_vectors
     from mim_torchrec.embeddings.table.manifest import Manifest, TableError, VersionMismatch
@@ -55,6 +63,7 @@ if TYPE_CHECKING:
     from mim_torchrec.embeddings.windows.window import Window, WindowGap
 
 _NAMES = {
+    "FreezeReport": "mim_torchrec.embeddings.sharded.freezing",
     "FrozenEmbeddingBagCollection": "mim_torchrec.embeddings.sharded.frozen",
     "FrozenEmbeddingBagCollectionSharder": "mim_torchrec.embeddings.sharded.sharder",
     "FrozenEmbeddingCollection": "mim_torchrec.embeddings.sharded.frozen",
@@ -63,6 +72,7 @@ _NAMES = {
     "ItemIndex": "mim_torchrec.embeddings.sharded.live",
     "JoinedEmbeddingBags": "mim_torchrec.embeddings.sharded.joined",
     "Manifest": "mim_torchrec.embeddings.table.manifest",
+    "ProjectedEmbeddingBags": "mim_torchrec.embeddings.sharded.projected",
     "RowsAsInputs": "mim_torchrec.embeddings.sharded.exported",
     "SpareRowsExhausted": "mim_torchrec.embeddings.sharded.live",
     "Table": "mim_torchrec.embeddings.table.reader",
@@ -73,10 +83,13 @@ _NAMES = {
     "WindowGap": "mim_torchrec.embeddings.windows.window",
     "WindowLog": "mim_torchrec.embeddings.windows.log",
     "apply_window": "mim_torchrec.embeddings.sharded.live",
+    "copy_quantized_rows": "mim_torchrec.embeddings.sharded.quantized",
     "delete_items": "mim_torchrec.embeddings.sharded.live",
+    "freeze_table": "mim_torchrec.embeddings.sharded.freezing",
     "frozen_bag_config": "mim_torchrec.embeddings.sharded.frozen",
     "frozen_config": "mim_torchrec.embeddings.sharded.frozen",
     "frozen_constraint": "mim_torchrec.embeddings.sharded.sharder",
+    "frozen_quantization_mapping": "mim_torchrec.embeddings.sharded.quantized",
     "frozen_sharders": "mim_torchrec.embeddings.sharded.sharder",
     "import_vectors": "mim_torchrec.embeddings.table.importing",
     "load_table": "mim_torchrec.embeddings.sharded.load",
@@ -84,13 +97,17 @@ _NAMES = {
     "open_log": "mim_torchrec.embeddings.windows.transport",
     "open_store": "mim_torchrec.embeddings.stores.store",
     "open_table": "mim_torchrec.embeddings.sharded.load",
+    "quantized_sharders": "mim_torchrec.embeddings.sharded.quantized",
     "rows_of": "mim_torchrec.embeddings.sharded.exported",
     "table_digest": "mim_torchrec.embeddings.sharded.load",
     "table_state": "mim_torchrec.embeddings.sharded.live",
+    "thaw_table": "mim_torchrec.embeddings.sharded.thawing",
     "update_items": "mim_torchrec.embeddings.sharded.live",
+    "use_frozen_table": "mim_torchrec.embeddings.sharded.freezing",
 }
 
 __all__ = [
+    "FreezeReport",
     "FrozenEmbeddingBagCollection",
     "FrozenEmbeddingBagCollectionSharder",
     "FrozenEmbeddingCollection",
@@ -99,6 +116,7 @@ __all__ = [
     "ItemIndex",
     "JoinedEmbeddingBags",
     "Manifest",
+    "ProjectedEmbeddingBags",
     "RowsAsInputs",
     "SpareRowsExhausted",
     "Table",
@@ -109,10 +127,13 @@ __all__ = [
     "WindowGap",
     "WindowLog",
     "apply_window",
+    "copy_quantized_rows",
     "delete_items",
+    "freeze_table",
     "frozen_bag_config",
     "frozen_config",
     "frozen_constraint",
+    "frozen_quantization_mapping",
     "frozen_sharders",
     "import_vectors",
     "load_table",
@@ -120,10 +141,13 @@ __all__ = [
     "open_log",
     "open_store",
     "open_table",
+    "quantized_sharders",
     "rows_of",
     "table_digest",
     "table_state",
+    "thaw_table",
     "update_items",
+    "use_frozen_table",
 ]
 
 __getattr__, __dir__ = lazy_names(__name__, _NAMES)

@@ -66,15 +66,5 @@ def needs(extra: str) -> Iterator[None]:
         raise MissingExtra(_message(error.name, extra), name=error.name) from error
 
 
-def extra_of(module: str) -> str | None:
-    """The first extra that brings a module, or None.
-
-    >>> extra_of("fastapi.responses")
-    'serving'
-    """
-    top = module.split(".")[0]
-    return next((extra for extra, modules in EXTRAS.items() if top in modules), None)
-
-
 def _message(module: str | None, extra: str) -> str:
     return f"no module {module!r}: python -m pip install 'mim-torchrec[{extra}]'"

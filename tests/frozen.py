@@ -78,3 +78,19 @@ def batch(step: int, rows: int) -> KeyedJaggedTensor:
         lengths.zero_()
     values = torch.randint(0, rows, (int(lengths.sum()),), generator=generator)
     return KeyedJaggedTensor(FEATURES, values, lengths=lengths)
+
+
+def naive_pool(vectors: Tensor, features: KeyedJaggedTensor, mode: str) -> Tensor:
+    """(num_requests, 2 * DIM), a loop over bags."""
+    out = []
+    weights = features.weights_or_none()
+    start = 0
+    for length in features.lengths().tolist():
+        rows = range(start, start + length)
+        total = torch.zeros(DIM)
+        for at in rows:
+            scale = 1.0 if weights is None else weights[at]
+            total = total + scale * vectors[features.values()[at]]
+        out.append(total / length if mode == "mean" and length else total)
+        start += length
+    return torch.cat(torch.stack(out).chunk(2), dim=1)

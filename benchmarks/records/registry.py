@@ -181,4 +181,7 @@ EXPERIMENTS: Sequence[Experiment] = (
     Experiment("coldstart", "coldstart [DATA=<folder>]", "Figure 6: gains by the age of an item"),
     Experiment("abtest", "abtest", "Table 7: a simulated online test"),
     Experiment("disk_faults", "faults", "Every call of every writer fails once", room="chaos"),
+    Experiment(
+        "torchrec_parity", "torchrec-parity", "Frozen collections beside TorchRec's own", room="parity"
+    ),
 )

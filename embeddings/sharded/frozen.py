@@ -12,14 +12,15 @@ fills them, and ``live.py`` changes them.
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.types import BoundsCheckMode
 from torchrec.modules.embedding_configs import (
     BaseEmbeddingConfig,
     DataType,
@@ -32,9 +33,18 @@ from torchrec.modules.embedding_modules import (
     EmbeddingCollection,
 )
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
+from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from mim_torchrec.embeddings.sharded import traced
-from mim_torchrec.embeddings.sharded.lookup import check_pooling, check_rows, jagged, keyed, pool
+from mim_torchrec.embeddings.sharded.bounds import BoundsCheck, Limits
+from mim_torchrec.embeddings.sharded.lookup import (
+    check_features,
+    check_pooling,
+    inverse_indices,
+    jagged,
+    keyed,
+    pool,
+)
 from mim_torchrec.embeddings.sharded.rows import DenseRows, RowStore, make_rows
 from mim_torchrec.embeddings.table.format import Table, TableError, VersionMismatch
 
@@ -67,6 +77,11 @@ class FrozenTable:
     state: TableState
     expected: TableState | None = None  # of a checkpoint that was loaded before the rows
     lifted: list[Tensor] | None = None  # the rows, while they are an argument of a graph (``traced.py``)
+    bounds_check: InitVar[BoundsCheckMode] = BoundsCheckMode.FATAL
+    bounds: BoundsCheck = field(init=False)
+
+    def __post_init__(self, bounds_check: BoundsCheckMode) -> None:
+        self.bounds = BoundsCheck(self.config, bounds_check)
 
     @property
     def dtype(self) -> str:
@@ -138,6 +153,7 @@ class FrozenModule(nn.Module):
 
     def init_frozen(self, tables: Sequence[FrozenTable], store_rows: bool) -> None:
         self._frozen = {table.config.name: table for table in tables}
+        self._keys = frozenset(key for table in tables for key in table.config.feature_names)
         self.store_rows = store_rows
 
     def frozen_tables(self) -> dict[str, FrozenTable]:
@@ -149,6 +165,19 @@ class FrozenModule(nn.Module):
             "torch.jit.script cannot compile a frozen collection; use torch.export, or script the module "
             "that torch.fx.symbolic_trace returns"
         )
+
+    def check_filled(self) -> None:
+        """Refuse a lookup in a table whose rows nobody has loaded or written: they are all zero.
+
+        Raises:
+            TableError: there is one.
+        """
+        for name, table in self._frozen.items():
+            if not table.store.filled:
+                raise TableError(
+                    f"frozen table {name} has no rows yet: load_table(model, table, {name!r}) comes before "
+                    f"lookups"
+                )
 
     def reset_parameters(self) -> None:
         """Do nothing: the rows come from a table on disk."""
@@ -208,10 +237,11 @@ class FrozenModule(nn.Module):
         own = whole_rows(table)
         if own.data_ptr() != saved.data_ptr():
             own.copy_(saved)
+        table.store.filled = True
 
 
 class FrozenEmbeddingCollection(FrozenModule, EmbeddingCollection):
-    """Unpooled embeddings that are never trained; zeros until ``load_table`` has filled them.
+    """Unpooled embeddings that are never trained; ``load_table`` fills them before the first lookup.
 
     Args:
         tables: one config a table, FP32, FP16, BF16, INT8 or INT4 (row-wise), of one ``embedding_dim``; see
@@ -220,12 +250,17 @@ class FrozenEmbeddingCollection(FrozenModule, EmbeddingCollection):
         need_indices: as in ``EmbeddingCollection``.
         output_dtype: of the vectors that come out.
         store_rows: whether checkpoints hold the rows, or only which rows they were.
+        bounds_check: what happens to a row that the table does not have (``bounds.py``); a plan's
+            ``bounds_check_mode`` overrides it.
 
     Its forward maps a ``KeyedJaggedTensor`` of rows to a ``JaggedTensor`` of vectors (num_ids, dim) for each
-    feature. Row 0 is the zero vector. Raises IndexError for a row that the table does not have.
+    feature. Row 0 is the zero vector. Raises IndexError for a row that the table does not have. As in
+    TorchRec, batches of variable size per feature are expanded by their inverse indices where the collection
+    is sharded, and not where it is not.
 
     >>> config = EmbeddingConfig(name="mm", num_embeddings=9, embedding_dim=4, feature_names=["item"])
     >>> module = FrozenEmbeddingCollection([config], device="cpu")
+    >>> module.frozen_tables()["mm"].store.write(torch.arange(9), torch.randn(9, 4))
     >>> ids = KeyedJaggedTensor(["item"], torch.tensor([3, 0, 3]), lengths=torch.tensor([2, 1]))
     >>> module(ids)["item"].values().shape, list(module.parameters())
     (torch.Size([3, 4]), [])
@@ -240,6 +275,7 @@ class FrozenEmbeddingCollection(FrozenModule, EmbeddingCollection):
         need_indices: bool = False,
         output_dtype: torch.dtype = torch.float32,
         store_rows: bool = False,
+        bounds_check: BoundsCheckMode = BoundsCheckMode.FATAL,
     ) -> None:
         # The shapes that TorchRec makes of the configs are never used, whatever their type is.
         shapes = [replace(config, data_type=DataType.FP32) for config in tables]
@@ -248,24 +284,25 @@ class FrozenEmbeddingCollection(FrozenModule, EmbeddingCollection):
         self._embedding_configs = tables
         self._device = torch.device(device)
         self.output_dtype = output_dtype
-        self.init_frozen([_whole_table(config, self._device) for config in tables], store_rows)
+        self.init_frozen([_whole_table(config, self._device, bounds_check) for config in tables], store_rows)
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
+        self.check_filled()
         if traced.is_traced(features):
             tables, names = list(self._frozen.values()), self.embedding_names_by_table()
             return traced.unpooled(tables, names, features, self._need_indices, self.output_dtype)
+        features = maybe_td_to_kjt(features, None)
+        check_features(features, self._keys, is_weighted=False)
         by_feature = features.to_dict()
         found = {}
-        for (table, names), keys in zip(
-            zip(self._frozen.values(), self.embedding_names_by_table(), strict=True),
-            (config.feature_names for config in self._embedding_configs),
-            strict=True,
-        ):
-            for key, name in zip(keys, names, strict=True):
-                rows = by_feature[key].values().long()
-                check_rows(rows, table.config)
+        later: list[Limits] = []
+        for table, names in zip(self._frozen.values(), self.embedding_names_by_table(), strict=True):
+            for key, name in zip(table.config.feature_names, names, strict=True):
+                rows = table.bounds.examine(by_feature[key].values().long(), later)
                 vectors = table.store.vectors(rows).to(self.output_dtype)
                 found[name] = jagged(vectors, by_feature[key], self._need_indices)
+        for limits in later:
+            limits.settle()
         return found
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FrozenEmbeddingCollection":
@@ -274,7 +311,7 @@ class FrozenEmbeddingCollection(FrozenModule, EmbeddingCollection):
 
 
 class FrozenEmbeddingBagCollection(FrozenModule, EmbeddingBagCollection):
-    """Pooled embeddings that are never trained; zeros until ``load_table`` has filled them.
+    """Pooled embeddings that are never trained; ``load_table`` fills them before the first lookup.
 
     Args:
         tables: one config a table, FP32, FP16, BF16, INT8 or INT4 (row-wise); see :func:`frozen_bag_config`.
@@ -299,6 +336,7 @@ class FrozenEmbeddingBagCollection(FrozenModule, EmbeddingBagCollection):
         device: torch.device | str = "meta",
         store_rows: bool = False,
         output_dtype: torch.dtype = torch.float32,
+        bounds_check: BoundsCheckMode = BoundsCheckMode.FATAL,
     ) -> None:
         shapes = [replace(config, data_type=DataType.FP32) for config in tables]
         super().__init__(tables=shapes, is_weighted=is_weighted, device=torch.device("meta"))
@@ -307,21 +345,29 @@ class FrozenEmbeddingBagCollection(FrozenModule, EmbeddingBagCollection):
         self._embedding_bag_configs = tables
         self._device = torch.device(device)
         self.output_dtype = output_dtype
-        self.init_frozen([_whole_table(config, self._device) for config in tables], store_rows)
+        self.init_frozen([_whole_table(config, self._device, bounds_check) for config in tables], store_rows)
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        self.check_filled()
         if traced.is_traced(features):
-            return traced.pooled(list(self._frozen.values()), features, self._is_weighted)
+            return traced.pooled(list(self._frozen.values()), features, self._is_weighted, self.output_dtype)
+        features = maybe_td_to_kjt(features, None)
+        check_features(features, self._keys, self._is_weighted)
+        inverse = None
+        if features.inverse_indices_or_none() is not None:
+            inverse = inverse_indices(features, self._keys)
         by_feature = features.to_dict()
         pooled = []
+        later: list[Limits] = []
         for table in self._frozen.values():
             for key in table.config.feature_names:
                 bags = by_feature[key]
-                rows = bags.values().long()
-                check_rows(rows, table.config)
+                rows = table.bounds.examine(bags.values().long(), later)
                 vectors, index = table.store.vectors(rows), torch.arange(rows.numel(), device=rows.device)
-                pooled.append(pool(vectors, index, bags, table.bag_config, self.is_weighted()))
-        return keyed(pooled, self._embedding_bag_configs, self.output_dtype)
+                pooled.append(pool(vectors, index, bags, table.bag_config, self._is_weighted))
+        for limits in later:
+            limits.settle()
+        return keyed(pooled, self._embedding_bag_configs, self.output_dtype, inverse)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FrozenEmbeddingBagCollection":
         _move(self, fn)
@@ -329,11 +375,7 @@ class FrozenEmbeddingBagCollection(FrozenModule, EmbeddingBagCollection):
 
 
 def check_state(name: str, found: TableState, expected: TableState) -> None:
-    """Compare the rows of a table with a checkpoint's.
-
-    Raises:
-        VersionMismatch: they are vectors of another encoder.
-    """
+    """Raise VersionMismatch if rows of a table are vectors of another encoder than a checkpoint's."""
     if found.table_version != expected.table_version:
         raise VersionMismatch(
             f"frozen table {name}: its rows are of table_version {found.table_version}, the checkpoint was "
@@ -358,10 +400,12 @@ def whole_rows(table: FrozenTable) -> Tensor:
     return table.store.tensor
 
 
-def _whole_table(config: BaseEmbeddingConfig, device: torch.device) -> FrozenTable:
+def _whole_table(
+    config: BaseEmbeddingConfig, device: torch.device, bounds_check: BoundsCheckMode
+) -> FrozenTable:
     kernel = EmbeddingComputeKernel.FUSED.value
     store = make_rows(storage_dtype(config), config.num_embeddings, config.embedding_dim, device, kernel, 0.0)
-    return FrozenTable(config, 0, store, TableState())
+    return FrozenTable(config, 0, store, TableState(), bounds_check=bounds_check)
 
 
 def _move(module: FrozenModule, fn: Any) -> None:
@@ -369,10 +413,3 @@ def _move(module: FrozenModule, fn: Any) -> None:
     for table in module.frozen_tables().values():
         if isinstance(table.store, DenseRows):
             table.store.move(fn(torch.empty(0, device=table.store.device)).device)
-
-
-def iterate_frozen(model: nn.Module) -> Iterator[FrozenModule]:
-    """Yield the frozen collections of a model, sharded or not."""
-    for module in model.modules():
-        if isinstance(module, FrozenModule):
-            yield module

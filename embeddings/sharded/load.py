@@ -6,6 +6,7 @@ waiting.
 
 import hashlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -21,7 +22,6 @@ from mim_torchrec.embeddings.sharded.frozen import (
     FrozenTable,
     TableState,
     check_state,
-    iterate_frozen,
 )
 from mim_torchrec.embeddings.sharded.pages import READ_AT_RANDOM, advise
 from mim_torchrec.embeddings.sharded.rows import CachedRows, DenseRows, MappedRows, RowStore
@@ -83,7 +83,8 @@ def load_table(
     """Give the frozen table ``name`` of a model the rows of a table; each rank reads only those it owns.
 
     Args:
-        model: a ``DistributedModelParallel``, or any module that holds a frozen collection, sharded or not.
+        model: a ``DistributedModelParallel``, or any module that holds a frozen collection, sharded or not;
+            the collection itself where several have a table of that name.
         table: the opened table.
         name: the embedding config's name.
         mapped: leave the rows in the page cache, mapped into memory, where they cost no private memory and
@@ -94,9 +95,9 @@ def load_table(
             the collection is not sharded.
 
     Raises:
-        TableError: the model has no such frozen table, or one of another shape or type, or one that is not
-            sharded; NaN in a row; rows to be mapped on a GPU; a cache of rows that are not mapped, or one too
-            small for any. On every rank if on one.
+        TableError: the model has no such frozen table, several, or one of another shape or type, or one that
+            is not sharded; NaN in a row; rows to be mapped on a GPU; a cache of rows that are not mapped, or
+            one too small for any. On every rank if on one.
         VersionMismatch: the model was loaded from a checkpoint that is of other vectors.
     """
     started = time.perf_counter()
@@ -134,6 +135,7 @@ def load_table(
             rank = dist.get_rank(group_of(module)) if dist.is_initialized() else 0
             with Progress(store.num_rows, f"load {name}", "row", scale=True, show=not rank) as bar:
                 table.rows_for(first, stop, out=cast(DenseRows, dense).tensor, progress=bar.update)
+        frozen.store.filled = True
         frozen.state, frozen.expected = state, None
         return LoadReport(
             table_version=manifest.table_version,
@@ -189,15 +191,27 @@ def find_frozen(model: nn.Module, name: str) -> tuple[FrozenModule, FrozenTable]
     """Return the collection of a model that has the frozen table ``name``, and what it has of it.
 
     Raises:
-        TableError: there is none.
+        TableError: there is none, or several collections have one of that name.
     """
-    names: list[str] = []
-    for module in iterate_frozen(model):
-        tables = module.frozen_tables()
-        if name in tables:
-            return module, tables[name]
-        names += tables
-    raise TableError(f"the model has no frozen table {name!r}, it has {names}")
+    found = [(place, module) for place, module in iterate_frozen(model) if name in module.frozen_tables()]
+    if not found:
+        names = [table for _, module in iterate_frozen(model) for table in module.frozen_tables()]
+        raise TableError(f"the model has no frozen table {name!r}, it has {names}")
+    if len(found) > 1:
+        places = " and ".join(place or "the model itself" for place, _ in found)
+        raise TableError(
+            f"the model has {len(found)} frozen tables {name!r}, in {places}: pass one of these modules as "
+            f"the model, or give the tables names of their own"
+        )
+    module = found[0][1]
+    return module, module.frozen_tables()[name]
+
+
+def iterate_frozen(model: nn.Module) -> Iterator[tuple[str, FrozenModule]]:
+    """Yield the frozen collections of a model, sharded or not, with their names in it."""
+    for name, module in model.named_modules():
+        if isinstance(module, FrozenModule):
+            yield name, module
 
 
 def group_of(module: FrozenModule) -> dist.ProcessGroup | None:

@@ -1,33 +1,94 @@
-"""What a lookup checks and returns, sharded or not: rows in range, jagged vectors, pooled and keyed bags."""
+"""What a lookup takes and returns, sharded or not: features, jagged vectors, pooled and keyed bags.
 
-from collections.abc import Sequence
+In a batch of variable size per feature (``stride_per_key_per_rank``) a feature has as many bags as differ,
+and inverse indices say which of them each example has.
+"""
+
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import get_embedding_names_by_table
-from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 MODES = {PoolingType.SUM: "sum", PoolingType.MEAN: "mean"}
 
 
-def check_rows(rows: Tensor, config: BaseEmbeddingConfig, ascending: bool = False) -> None:
-    """Raise IndexError unless rows (n,) are in the table; on a GPU, fail the kernel that finds it.
+def check_features(features: KeyedJaggedTensor, names: Collection[str], is_weighted: bool) -> None:
+    """Refuse features that a collection cannot look up, before anything is exchanged.
 
-    TorchRec itself maps a row that is out of range to another one, and to which depends on the world size.
+    TorchRec's collections refuse some of them, each in a way of its own, and take one of two features of the
+    same name.
+
+    Args:
+        features: of a batch.
+        names: features of the collection.
+        is_weighted: whether its pooled vectors are weighted.
+
+    Raises:
+        ValueError: two features of one name, a missing feature, or no weights.
+        TypeError: ids that are not integers.
     """
-    if not rows.numel():
-        return
-    low, high = (rows[0], rows[-1]) if ascending else rows.aminmax()
-    if rows.device.type != "cpu":
-        torch._assert_async((low >= 0) & (high < config.num_embeddings))
-    elif low < 0 or high >= config.num_embeddings:
-        wrong = int(low if low < 0 else high)
-        raise IndexError(
-            f"frozen table {config.name}: row {wrong} is not within 0:{config.num_embeddings}; features are "
-            f"rows, and unknown ids are row 0 (see ItemIndex)"
+    keys = features.keys()
+    distinct = set(keys)
+    if len(distinct) != len(keys):
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        raise ValueError(f"keys must be unique: features {twice} are in the batch more than once")
+    if not distinct.issuperset(names):
+        missing = sorted(set(names) - distinct)
+        raise ValueError(f"features {missing} of the frozen collection are not in the batch, it has {keys}")
+    ids = features.values().dtype
+    if ids.is_floating_point or ids.is_complex or ids is torch.bool:
+        raise TypeError(f"features of a frozen collection are rows, integers, not {ids}")
+    if is_weighted and features.weights_or_none() is None:
+        raise ValueError("the frozen collection has is_weighted=True and the batch has no weights")
+
+
+def inverse_indices(features: KeyedJaggedTensor, names: Collection[str]) -> dict[str, Tensor]:
+    """Return by feature which of its bags each example has, (batch_size,); bags are as many as they differ.
+
+    Raises:
+        ValueError: the batch does not say it, of all features or of one.
+    """
+    found = features.inverse_indices_or_none()
+    if found is None:
+        raise ValueError(
+            "inverse indices must be provided from KJT if using variable batch size per feature: "
+            f"the batch has {dict(zip(features.keys(), features.stride_per_key(), strict=True))} bags"
         )
+    by_name = dict(zip(found[0], found[1].unbind(), strict=True))
+    if missing := sorted(set(names) - set(by_name)):
+        raise ValueError(f"there are no inverse indices of features {missing}, only of {list(by_name)}")
+    return by_name
+
+
+def expand(
+    features: Sequence[JaggedTensor], index: Tensor, inverse: Sequence[Tensor]
+) -> tuple[list[JaggedTensor], Tensor]:
+    """Repeat bags for the examples that have them.
+
+    Args:
+        features: the bags of each feature of a table.
+        index: (num_ids,) integers that belong to the ids of all features, one after the other.
+        inverse: of each feature (batch_size,) which bag each example has.
+
+    Returns:
+        The bags of the examples, and their integers of ``index``, (num_expanded_ids,).
+    """
+    bags, found = [], []
+    parts = index.split([feature.values().numel() for feature in features])
+    for feature, part, which in zip(features, parts, inverse, strict=True):
+        lengths = feature.lengths()
+        expanded = lengths.index_select(0, which)  # raises for a bag that does not exist; fbgemm reads it
+        ids, part = (
+            torch.ops.fbgemm.permute_1D_sparse_data(which.int(), lengths, values.contiguous())[1]
+            for values in (feature.values(), part)
+        )
+        bags.append(JaggedTensor(values=ids, lengths=expanded))
+        found.append(part)
+    return bags, torch.cat(found)
 
 
 def check_pooling(tables: Sequence[EmbeddingBagConfig], is_weighted: bool) -> None:
@@ -68,9 +129,28 @@ def pool(
 
 
 def keyed(
-    pooled: list[Tensor], tables: Sequence[EmbeddingBagConfig], output_dtype: torch.dtype
+    pooled: list[Tensor],
+    tables: Sequence[EmbeddingBagConfig],
+    output_dtype: torch.dtype,
+    inverse: dict[str, Tensor] | None = None,
 ) -> KeyedTensor:
-    """Join pooled vectors (batch_size, dim) of all features of all tables, as ``output_dtype``."""
+    """Join pooled vectors of all features of all tables.
+
+    Args:
+        pooled: by feature (batch_size, dim), or (num_bags, dim) where there are inverse indices.
+        tables: their configs.
+        output_dtype: of the result.
+        inverse: by feature (batch_size,) which bag each example has.
+
+    Raises:
+        ValueError: features have batches of different sizes, and there are no inverse indices.
+    """
+    features = [name for config in tables for name in config.feature_names]
+    if inverse is not None:
+        pooled = [bags.index_select(0, inverse[key]) for key, bags in zip(features, pooled, strict=True)]
+    elif len({len(bags) for bags in pooled}) > 1:
+        sizes = {key: len(bags) for key, bags in zip(features, pooled, strict=True)}
+        raise ValueError(f"features have batches of different sizes, {sizes}, and no inverse indices")
     names = [name for names in get_embedding_names_by_table(list(tables)) for name in names]
     dims = [config.embedding_dim for config in tables for _ in config.feature_names]
     values = torch.cat(pooled, dim=1).to(output_dtype)

@@ -24,7 +24,8 @@ from torchrec.distributed.planner.types import (
 from torchrec.distributed.sharding_plan import calculate_shard_sizes_and_offsets
 from torchrec.distributed.types import ModuleSharder, ShardingType
 
-from mim_torchrec.embeddings.sharded.frozen import FrozenModule, iterate_frozen
+from mim_torchrec.embeddings.sharded.frozen import FrozenModule
+from mim_torchrec.embeddings.sharded.load import iterate_frozen
 
 ROW_WISE, DATA_PARALLEL = ShardingType.ROW_WISE.value, ShardingType.DATA_PARALLEL.value
 DENSE = EmbeddingComputeKernel.DENSE.value
@@ -63,7 +64,7 @@ class FrozenEnumerator(EmbeddingEnumerator):
         self._node_size = node.world_size
 
     def enumerate(self, module: nn.Module, sharders: list[ModuleSharder[nn.Module]]) -> list[ShardingOption]:
-        frozen = {name for each in iterate_frozen(module) for name in each.frozen_tables()}
+        frozen = {name for _, each in iterate_frozen(module) for name in each.frozen_tables()}
         constraints = dict(self._given)
         for name in frozen & self._given.keys():
             types = self._given[name].sharding_types or []

@@ -10,11 +10,11 @@ float32     the same bytes
 float16     the same bytes
 bfloat16    float32, exactly: TorchRec's inference has no bfloat16 rows
 int8        the same codes; scale and bias of a row become float16, which its kernels read
-int4        the same codes, scale and bias
+int4        the same bytes
 ==========  ===================================================================================
 
-Rounding scale and bias of int8 moves a vector by at most 2^-9 of its largest value, most often by less than
-the quantization did. Rows whose scale or bias float16 cannot hold are refused.
+Rounding scale and bias moves a vector by at most 2^-9 of its largest value, and most often by less than the
+quantization did. Rows whose scale or bias float16 cannot hold are refused.
 
 TorchRec's inference does not raise for a row that does not exist: it looks up row 0 and warns. Sharded by its
 default sharders it does not look at all, and reads memory that is not the table's.
@@ -97,18 +97,17 @@ def nbit_rows(table: FrozenTable) -> tuple[Tensor, Tensor | None]:
         (num_rows, 4), two float16 numbers as bytes; None for other types.
 
     Raises:
-        ValueError: a scale or bias is not a float16 number, nor near one.
+        ValueError: a scale or bias of an int8 row is not a float16 number, nor near one.
     """
     stored = torch.cat(list(table.store.blocks()))
     if table.dtype == "bfloat16":
         stored = stored.float()
     if not is_quantized(table.dtype):
         return stored.view(torch.uint8), None
-    size, scale_type = SCALE_AND_BIAS[table.dtype]
-    codes, scale_and_bias = stored[:, :-size].contiguous(), stored[:, -size:].contiguous()
-    if scale_type == torch.float16:
-        return codes, scale_and_bias
-    exact = scale_and_bias.view(scale_type)
+    width, dtype = SCALE_AND_BIAS[table.dtype]
+    codes, exact = stored[:, :-width].contiguous(), stored[:, -width:].contiguous().view(dtype)
+    if dtype is torch.float16:
+        return codes, exact.view(torch.uint8)
     rounded = exact.half()
     error = (rounded.float() - exact).abs() @ torch.tensor([255.0, 1.0])
     largest = torch.maximum(exact[:, 1].abs(), (exact[:, 1] + 255 * exact[:, 0]).abs())

@@ -31,7 +31,11 @@ class RowStore(abc.ABC):
         dtype: how vectors are stored, a key of ``quantize.DTYPES``.
         num_rows: rows of this rank.
         dim: length of a vector.
+
+    ``filled`` says whether rows were loaded, restored or written; before, all are zero.
     """
+
+    filled = False
 
     def __init__(self, dtype: str, num_rows: int, dim: int) -> None:
         self.dtype, self.num_rows, self.dim = dtype, num_rows, dim
@@ -72,14 +76,21 @@ class DenseRows(RowStore):
         dim: likewise.
         device: where the tensor is.
         managed: whether it is in managed (UVM) memory: host memory that a GPU reads as its own.
+        tensor: the rows (num_rows, stored_width), where they exist already.
     """
 
     def __init__(
-        self, dtype: str, num_rows: int, dim: int, device: torch.device, managed: bool = False
+        self,
+        dtype: str,
+        num_rows: int,
+        dim: int,
+        device: torch.device,
+        managed: bool = False,
+        tensor: Tensor | None = None,
     ) -> None:
         super().__init__(dtype, num_rows, dim)
         self.device, self._managed = device, managed
-        self._tensor: Tensor | None = None
+        self._tensor = tensor
         self._bags = torch.empty(0, dtype=torch.int64)
 
     @property
@@ -127,6 +138,7 @@ class DenseRows(RowStore):
 
     def write(self, rows: Tensor, stored: Tensor) -> None:
         self.tensor.index_copy_(0, rows.to(self.device), stored.to(self.device))
+        self.filled = True
 
     def blocks(self) -> Iterator[Tensor]:
         yield from self.tensor.split(CHUNK)
@@ -160,6 +172,7 @@ class MappedRows(RowStore):
                 self._spans.append(rows)
             at = first + rows.shape[0]
         self._starts = torch.tensor(starts, dtype=torch.int64)
+        self.filled = True
 
     @property
     def spans(self) -> list[Tensor]:
@@ -167,14 +180,7 @@ class MappedRows(RowStore):
         return self._spans
 
     def gather(self, rows: Tensor) -> Tensor:
-        if len(self._spans) == 1:
-            return self._spans[0].index_select(0, rows)
-        if rows.numel() > 1 and not bool((rows[1:] >= rows[:-1]).all()):
-            rows, order = rows.sort()
-            out = torch.empty(rows.numel(), self.stored_width, dtype=DTYPES[self.dtype])
-            return out.index_copy_(0, order, self.gather(rows))
-        parts = [span.index_select(0, rows[part] - first) for span, first, part in self.parts(rows)]
-        return torch.cat(parts) if parts else self._none()
+        return gather_spans(self._spans, self._starts, rows) if self._spans else self._none()
 
     def write(self, rows: Tensor, stored: Tensor) -> None:
         rows, order = rows.sort()
@@ -190,13 +196,36 @@ class MappedRows(RowStore):
 
     def parts(self, rows: Tensor) -> Iterator[tuple[Tensor, int, slice]]:
         """Yield the spans that ascending rows (n,) fall into: span, its first row, which of the rows."""
-        bounds = [*torch.searchsorted(rows, self._starts).tolist(), rows.numel()]
-        for k, span in enumerate(self._spans):
-            if bounds[k] < bounds[k + 1]:
-                yield span, int(self._starts[k]), slice(bounds[k], bounds[k + 1])
+        yield from _parts(self._spans, self._starts, rows)
 
     def _none(self) -> Tensor:
         return torch.empty(0, self.stored_width, dtype=DTYPES[self.dtype])
+
+
+def gather_spans(spans: list[Tensor], starts: Tensor, rows: Tensor) -> Tensor:
+    """Return rows (n,) int64 of a table that lies in several tensors, as they are stored.
+
+    Args:
+        spans: all rows in order, each (n, stored_width), one or more.
+        starts: the first row of each.
+        rows: the rows asked for; they exist.
+    """
+    if len(spans) == 1:
+        return spans[0].index_select(0, rows)
+    if rows.numel() > 1 and not bool((rows[1:] >= rows[:-1]).all()):
+        rows, order = rows.sort()
+        out = spans[0].new_empty(rows.numel(), spans[0].shape[1])
+        return out.index_copy_(0, order, gather_spans(spans, starts, rows))
+    parts = [span.index_select(0, rows[part] - first) for span, first, part in _parts(spans, starts, rows)]
+    return torch.cat(parts) if parts else spans[0].index_select(0, rows)
+
+
+def _parts(spans: list[Tensor], starts: Tensor, rows: Tensor) -> Iterator[tuple[Tensor, int, slice]]:
+    """The spans that ascending rows (n,) fall into: span, its first row, which of the rows."""
+    bounds = [*torch.searchsorted(rows, starts).tolist(), rows.numel()]
+    for k, span in enumerate(spans):
+        if bounds[k] < bounds[k + 1]:
+            yield span, int(starts[k]), slice(bounds[k], bounds[k + 1])
 
 
 class CachedRows(RowStore):
@@ -243,6 +272,7 @@ class CachedRows(RowStore):
         slot = rows % self._holds.numel()
         slot = slot[self._holds[slot] == rows]
         self._holds[slot] = -1
+        self.filled = True
 
     def blocks(self) -> Iterator[Tensor]:
         yield from self.backing.blocks()

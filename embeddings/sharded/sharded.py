@@ -41,8 +41,10 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingCon
 from torchrec.modules.embedding_modules import get_embedding_names_by_table
 from torchrec.optim.keyed import CombinedOptimizer
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
+from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 from torchrec.streamable import Multistreamable
 
+from mim_torchrec.embeddings.sharded.bounds import Limits
 from mim_torchrec.embeddings.sharded.exchange import RowCounts, RowsDist, VectorsBack
 from mim_torchrec.embeddings.sharded.frozen import (
     FrozenEmbeddingBagCollection,
@@ -52,7 +54,14 @@ from mim_torchrec.embeddings.sharded.frozen import (
     storage_dtype,
     whole_rows,
 )
-from mim_torchrec.embeddings.sharded.lookup import check_rows, jagged, keyed, pool
+from mim_torchrec.embeddings.sharded.lookup import (
+    check_features,
+    expand,
+    inverse_indices,
+    jagged,
+    keyed,
+    pool,
+)
 from mim_torchrec.embeddings.sharded.placement import place
 from mim_torchrec.embeddings.sharded.rows import DenseRows, make_rows
 from mim_torchrec.embeddings.sharded.semisync import accept_gradients
@@ -64,11 +73,17 @@ Out = TypeVar("Out")
 
 @dataclass
 class FrozenContext(Multistreamable):
-    """What one step needs to remember between the stages: `index` says which distinct row each id has."""
+    """What one step needs to remember between the stages.
+
+    ``index`` says which distinct row each id has, ``inverse`` which bag each example has where batch sizes
+    vary by feature; ``later`` holds the limits of rows on a GPU.
+    """
 
     features: KeyedJaggedTensor | None = None
     index: list[Tensor | None] = field(default_factory=list)
     counts: list[RowCounts] = field(default_factory=list)  # of each exchange
+    inverse: dict[str, Tensor] | None = None
+    later: list[Limits] = field(default_factory=list)
 
     def looked_up(self) -> KeyedJaggedTensor:
         """The features of the step, which `input_dist` has set."""
@@ -78,13 +93,13 @@ class FrozenContext(Multistreamable):
     def record_stream(self, stream: torch.Stream) -> None:
         if self.features is not None:
             self.features.record_stream(cast(torch.cuda.Stream, stream))
-        for index in self.index:
+        for index in (*self.index, *(self.inverse or {}).values()):
             if index is not None:
                 index.record_stream(stream)
 
 
 class FrozenAwaitable(LazyAwaitable[Out], Generic[Out]):
-    """Waits for vectors and has the module give every feature its own.
+    """Waits for vectors and has the module give every feature its own; an error is raised at every wait.
 
     Args:
         module: the collection.
@@ -102,8 +117,20 @@ class FrozenAwaitable(LazyAwaitable[Out], Generic[Out]):
     ) -> None:
         super().__init__()
         self._module, self._ctx, self._vectors, self._exchanged = module, ctx, vectors, exchanged
+        self._error: Exception | None = None
 
     def _wait_impl(self) -> Out:
+        if self._error is not None:  # vectors can be waited for once
+            raise self._error
+        try:
+            return self._assemble()
+        except Exception as error:
+            self._error = error
+            raise
+
+    def _assemble(self) -> Out:
+        for limits in self._ctx.later:
+            limits.settle()
         for tables, awaitable in self._exchanged:
             self._vectors.update(zip(tables, awaitable.wait(), strict=True))
         found = self._module.assemble(
@@ -126,6 +153,8 @@ class ShardedFrozenModule(
         env: the ranks.
         device: of this rank's lookups.
     """
+
+    _is_weighted = False
 
     def __init__(
         self,
@@ -166,6 +195,11 @@ class ShardedFrozenModule(
         return FrozenContext()
 
     def input_dist(self, ctx: FrozenContext, features: KeyedJaggedTensor) -> Awaitable[Awaitable[KJTList]]:
+        self.check_filled()
+        features = maybe_td_to_kjt(features, None)
+        check_features(features, self._keys, self._is_weighted)
+        if features.variable_stride_per_key():
+            ctx.inverse = inverse_indices(features, self._keys)
         ctx.features = features
         by_feature = features.to_dict()  # it is remembered, so weights must not lose their gradient here
         with torch.no_grad():
@@ -181,10 +215,13 @@ class ShardedFrozenModule(
                 rows = features.values().long()
             else:
                 rows = torch.cat([by_feature[key].values() for key in keys]).long()
-            index = None
+            index, bounds = None, table.bounds
+            if bounds.replaces:
+                rows = bounds.examine(rows, ctx.later)
             if self._needs_distinct(table):
                 rows, index = torch.unique(rows, return_inverse=True)
-            check_rows(rows, table.config, ascending=index is not None)
+            if not bounds.replaces:
+                rows = bounds.examine(rows, ctx.later, ascending=index is not None)
             ctx.index.append(index)
             asked[name] = rows
         awaitables: list[Awaitable[Awaitable[KeyedJaggedTensor]]] = []
@@ -268,10 +305,11 @@ class ShardedFrozenModule(
             storage_dtype(config), stop - first, config.embedding_dim, self._device, kernel,
             CACHE_LOAD_FACTOR if load_factor is None else load_factor,
         )  # fmt: skip
-        if isinstance(whole.store, DenseRows) and whole.store.device.type != "meta":
+        if isinstance(whole.store, DenseRows) and whole.store.filled:
             rows = torch.arange(stop - first, device=self._device)
             store.write(rows, whole.store.tensor[first:stop].to(self._device))
-        return FrozenTable(config, first, store, whole.state)
+        bounds_check = whole.bounds.mode if plan.bounds_check_mode is None else plan.bounds_check_mode
+        return FrozenTable(config, first, store, whole.state, bounds_check=bounds_check)
 
     def _rows_to_save(self, table: FrozenTable) -> Tensor | ShardedTensor:
         rows, group = whole_rows(table), self.placements[table.config.name].group
@@ -306,9 +344,13 @@ class ShardedFrozenEmbeddingCollection(ShardedFrozenModule[dict[str, JaggedTenso
         for table, names, own, index in zip(
             self._frozen.values(), self._names, vectors, ctx.index, strict=True
         ):
+            keys = table.config.feature_names
+            features = [by_feature[key] for key in keys]
+            if ctx.inverse is not None:
+                index = torch.arange(len(own), device=own.device) if index is None else index
+                features, index = expand(features, index, [ctx.inverse[key] for key in keys])
             own = own.to(self._output_dtype)  # of distinct rows, where there are fewer
             own = own if index is None else own.index_select(0, index)
-            features = [by_feature[key] for key in table.config.feature_names]
             parts = own.split([feature.values().numel() for feature in features])
             for name, feature, part in zip(names, features, parts, strict=True):
                 found[name] = jagged(part, feature, self._need_indices)
@@ -350,7 +392,7 @@ class ShardedFrozenEmbeddingBagCollection(ShardedFrozenModule[KeyedTensor]):
                 for part, bags in zip(parts, features, strict=True)
             ]
         configs = [table.bag_config for table in self._frozen.values()]
-        return keyed(pooled, configs, self._output_dtype)
+        return keyed(pooled, configs, self._output_dtype, ctx.inverse)
 
     def _needs_distinct(self, table: FrozenTable) -> bool:
         in_place = isinstance(table.store, DenseRows) and table.dtype == "float32"

@@ -204,7 +204,7 @@ def _check(site: Site) -> None:
     if len(paths) > 1:
         raise TableError(f"{site.name}: the collection is in the model under several names: {paths}")
     members = [each for each in module.modules() if is_trained(each) or isinstance(each, FrozenModule)]
-    if any("forward" in vars(each) for each in members):
+    if any(_is_pipelined(each) for each in members):
         raise TableError(
             f"{site.name}: the model is in a train pipeline, which has sent batches to the collection "
             f"already; let the pipeline end, then pipeline.detach(), and make a new pipeline afterwards"
@@ -233,3 +233,9 @@ def _check(site: Site) -> None:
                 f"{site.name}: is not sharded, and the data-parallel wrapper holds its parameters"
             )
         check_fused(each, path)
+
+
+def _is_pipelined(module: nn.Module) -> bool:
+    """Whether a train pipeline has replaced a module's forward; a detached one has put it back."""
+    forward = vars(module).get("forward")
+    return forward is not None and getattr(forward, "__self__", None) is not module

@@ -22,8 +22,8 @@ from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBag
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from mim_torchrec.embeddings.sharded.lookup import jagged, keyed
-from mim_torchrec.embeddings.sharded.rows import DenseRows, MappedRows, RowStore
-from mim_torchrec.embeddings.table.quantize import DTYPES
+from mim_torchrec.embeddings.sharded.rows import DenseRows, MappedRows, RowStore, gather_spans
+from mim_torchrec.embeddings.table.quantize import DTYPES, decode, is_quantized
 
 
 class TracedTable(Protocol):
@@ -71,9 +71,11 @@ def frozen_vectors(spans: list[Tensor], rows: Tensor, dtype: str, dim: int, tabl
             raise IndexError(
                 f"frozen table {table}: row {wrong} is not within 0:{num_rows}; unknown ids are row 0"
             )
-    starts = [sum(span.shape[0] for span in spans[:k]) for k in range(len(spans))]
-    found = MappedRows(dtype, num_rows, dim, list(zip(starts, spans, strict=True))).vectors(rows)
-    return found.clone() if any(found.data_ptr() == span.data_ptr() for span in spans) else found
+    if len(spans) == 1:
+        return DenseRows(dtype, num_rows, dim, spans[0].device, tensor=spans[0]).vectors(rows)
+    starts = torch.tensor([0] + [span.shape[0] for span in spans[:-1]]).cumsum(0).to(rows.device)
+    stored = gather_spans(spans, starts, rows)
+    return decode(stored, dtype) if is_quantized(dtype) else stored
 
 
 @frozen_vectors.register_fake
@@ -83,7 +85,7 @@ def _(spans: list[Tensor], rows: Tensor, dtype: str, dim: int, table: str) -> Te
 
 def vector_dtype(dtype: str) -> torch.dtype:
     """Return the type of the vectors of stored rows: float32 where they are quantized."""
-    return DTYPES[dtype] if DTYPES[dtype].is_floating_point else torch.float32
+    return torch.float32 if is_quantized(dtype) else DTYPES[dtype]
 
 
 def unpooled(
@@ -111,8 +113,13 @@ def unpooled(
     return found
 
 
-def pooled(tables: Sequence[TracedTable], features: KeyedJaggedTensor, is_weighted: bool) -> KeyedTensor:
-    """Look up and pool as ``FrozenEmbeddingBagCollection`` does."""
+def pooled(
+    tables: Sequence[TracedTable],
+    features: KeyedJaggedTensor,
+    is_weighted: bool,
+    output_dtype: torch.dtype,
+) -> KeyedTensor:
+    """Look up and pool as ``FrozenEmbeddingBagCollection`` does; arguments as of :func:`unpooled`."""
     by_feature = _one_batch_size(features).to_dict()
     configs, found = [], []
     for table in tables:
@@ -126,7 +133,7 @@ def pooled(tables: Sequence[TracedTable], features: KeyedJaggedTensor, is_weight
             if is_weighted:
                 vectors = vectors * bags.weights().float()[:, None]
             found.append(_bags(vectors, bags.lengths(), config.pooling is PoolingType.MEAN))
-    return keyed(found, configs)
+    return keyed(found, configs, output_dtype)
 
 
 @torch.fx.wrap

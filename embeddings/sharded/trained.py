@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
-from torchrec.distributed.types import ModuleSharder, ParameterSharding, ShardingEnv, ShardingType
+from torchrec.distributed.types import ParameterSharding, ShardingEnv, ShardingType
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 
@@ -48,7 +48,8 @@ def is_bags(module: nn.Module) -> bool:
 def configs_of(module: Any) -> list[BaseEmbeddingConfig]:
     """Return the tables of a trained collection."""
     if isinstance(module, SHARDED):
-        return list(module._embedding_bag_configs if is_bags(module) else module._embedding_configs)
+        own: Any = module
+        return list(own._embedding_bag_configs if is_bags(module) else own._embedding_configs)
     return list(module.embedding_bag_configs() if is_bags(module) else module.embedding_configs())
 
 
@@ -161,7 +162,7 @@ def take_modules(old: Any, new: Any) -> None:
     new._device = old._device
 
 
-def whole_type(bags: bool) -> type[EmbeddingBagCollection] | type[EmbeddingCollection]:
+def whole_type(bags: bool) -> Any:
     """Return the type of a trained collection that is not sharded."""
     return EmbeddingBagCollection if bags else EmbeddingCollection
 
@@ -170,7 +171,7 @@ def reshard(
     old: Any,
     whole: Any,
     plans: dict[str, ParameterSharding],
-    sharder: ModuleSharder[nn.Module],
+    sharder: Any,
     env: ShardingEnv,
     device: torch.device,
     path: str,

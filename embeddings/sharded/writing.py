@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -69,9 +70,7 @@ def write_rows(
         own.table_version = table_version or _version(rows, device, group)
         for start, part in _parts(rows, shard_rows(stored, rows.dim), device, group):
             ids = torch.arange(start, start + part.shape[0])
-            on_all_ranks(
-                lambda ids=ids, part=part: own.write_shard(ids, part) if ids.numel() else None, group
-            )
+            on_all_ranks(partial(_write, own, ids, part), group)
         shards = [shard for each in gather(own.shards, group) for shard in each]
         manifest = on_all_ranks(lambda: own.finish(shards) if rank == 0 else None, group)
     except BaseException:
@@ -79,6 +78,11 @@ def write_rows(
             own.discard()
         raise
     return next(each for each in gather(manifest, group) if each is not None)
+
+
+def _write(writer: TableWriter, ids: Tensor, rows: Tensor) -> None:
+    if ids.numel():
+        writer.write_shard(ids, rows)
 
 
 def _version(rows: Rows, device: torch.device, group: dist.ProcessGroup | None) -> str:

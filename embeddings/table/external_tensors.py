@@ -66,15 +66,18 @@ class TensorSource:
 
 def open_npy(path: Path, ids: Path) -> TensorSource:
     """Map a ``.npy`` of vectors (num_rows, dim) and one of their ids (num_rows,)."""
-    tensors = []
-    for file in (ids, path):
-        try:
-            tensors.append(torch.from_numpy(np.load(file, mmap_mode="c", allow_pickle=False)))
-        except FileNotFoundError:
-            raise TableError(f"{file}: not found") from None
-        except (ValueError, OSError, EOFError, TypeError) as error:
-            raise TableError(f"{file}: not a readable .npy file of numbers ({error})") from None
-    return TensorSource(path, "npy", ("ids", "vectors"), tensors[0], tensors[1], ids)
+    own = map_npy(ids)
+    return TensorSource(path, "npy", ("ids", "vectors"), own, map_npy(path), ids)
+
+
+def map_npy(file: Path) -> Tensor:
+    """Map a ``.npy`` of numbers."""
+    try:
+        return torch.from_numpy(np.load(file, mmap_mode="c", allow_pickle=False))
+    except FileNotFoundError:
+        raise TableError(f"{file}: not found") from None
+    except (ValueError, OSError, EOFError, TypeError) as error:
+        raise TableError(f"{file}: not a readable .npy file of numbers ({error})") from None
 
 
 def open_safetensors(path: Path, id_name: str, vector_name: str) -> TensorSource:

@@ -19,6 +19,7 @@ from torch import Tensor
 from mim_torchrec.embeddings.table.arranging import Buckets
 from mim_torchrec.embeddings.table.convert import SHARD_BYTES, shard_rows
 from mim_torchrec.embeddings.table.external import ExternalVectors, places, type_name
+from mim_torchrec.embeddings.table.external_dcp import CheckpointSource, is_checkpoint
 from mim_torchrec.embeddings.table.external_parquet import ParquetSource
 from mim_torchrec.embeddings.table.external_tensors import open_npy, open_safetensors
 from mim_torchrec.embeddings.table.manifest import DuplicateId, Manifest, NonFiniteVector, TableError
@@ -40,6 +41,7 @@ def import_vectors(
     id_column: str | None = None,
     vector_column: str | None = None,
     ids: Sequence[str | Path] = (),
+    key: str | None = None,
     table_version: str | None = None,
     spare_rows: int = 0,
     rows_per_shard: int | None = None,
@@ -52,15 +54,19 @@ def import_vectors(
     their vectors in ``<out>.partial``, given back as the shards are written.
 
     Args:
-        paths: ``.parquet``, ``.npy`` or ``.safetensors`` files, or directories of Parquet files.
+        paths: ``.parquet``, ``.npy`` or ``.safetensors`` files, or directories of Parquet files; or the
+            directory of one distributed checkpoint (DCP).
         out: directory of the new table; must not exist.
         dtype: "float32", "float16", "bfloat16", "int8" or "int4"; ``None`` is int8 for int8
-            vectors, else float16.
+            vectors, the type of the rows for a checkpoint, else float16.
         id_column: column (Parquet) or tensor (safetensors) of the ids. ``None``: the only column of integers,
             or the tensor ``ids``.
         vector_column: likewise of the vectors. ``None``: the only column of lists of numbers, or the tensor
             ``vectors``.
-        ids: for each ``.npy`` of vectors, the ``.npy`` of its ids (num_rows,).
+        ids: for each ``.npy`` of vectors, the ``.npy`` of its ids (num_rows,); for a checkpoint, that of the
+            ids of its rows. None for a checkpoint keeps its rows by number: row r of a live table is row r of
+            the checkpoint, row 0 too.
+        key: of a checkpoint, the name of the table; ``None``: the only tensor of two dimensions.
         table_version: name of what made the vectors; ``None`` makes one of what they are, see
             :func:`content_version`.
         spare_rows: rows that a live table made from this one keeps free for new items.
@@ -83,7 +89,14 @@ def import_vectors(
     if table_version is not None and not table_version.strip():
         raise TableError(f"{out}: the table_version given is empty; leave it out to make one of the content")
     given = [paths] if isinstance(paths, str | Path) else paths
-    sources = _open([Path(path) for path in given], id_column, vector_column, [Path(path) for path in ids])
+    files, its_ids = [Path(path) for path in given], [Path(path) for path in ids]
+    if any(is_checkpoint(file) for file in files):
+        sources = _open_checkpoint(files, its_ids, key, id_column or vector_column)
+        dtype = dtype or type_name(sources[0].dtype)
+    elif key is not None:
+        raise TableError(f"{files[0]}: --key names a table of a checkpoint, and this is none")
+    else:
+        sources = _open(files, id_column, vector_column, its_ids)
     first = sources[0]
     dtype = dtype or ("int8" if first.dtype == torch.int8 else "float16")
     try:
@@ -93,6 +106,7 @@ def import_vectors(
     writer = TableWriter(
         out, table_version=table_version or "", dim=first.dim, dtype=dtype, spare_rows=spare_rows,
         encoder={"imported": _origin(sources, dtype, spare_rows)},
+        by_number=first.format == CheckpointSource.format and not its_ids,
     )  # fmt: skip
     try:
         read = _in_order(sources, writer.partial / "arranged", rows_per_shard, show_progress)
@@ -220,6 +234,19 @@ def _origin(sources: Sequence[ExternalVectors], dtype: str, spare_rows: int) -> 
     }
 
 
+def _open_checkpoint(
+    files: Sequence[Path], ids: Sequence[Path], key: str | None, column: str | None
+) -> list[ExternalVectors]:
+    if len(files) > 1 or len(ids) > 1:
+        raise TableError(
+            f"{files[0]}: a checkpoint is imported alone, with at most one .npy of ids; found {len(files)} "
+            f"sources and {len(ids)} of ids"
+        )
+    if column is not None:
+        raise TableError(f"{files[0]}: a checkpoint has no columns; name its table with --key")
+    return [CheckpointSource(files[0], key, next(iter(ids), None))]
+
+
 def _open(
     paths: Sequence[Path], id_column: str | None, vector_column: str | None, ids: Sequence[Path]
 ) -> list[ExternalVectors]:
@@ -276,6 +303,7 @@ def _files(path: Path) -> list[Path]:
         raise TableError(f"{path}: not found")
     if path.suffix not in (".parquet", ".npy", ".safetensors"):
         raise TableError(
-            f"{path}: not a .parquet, .npy or .safetensors file, nor a directory of Parquet files"
+            f"{path}: not a .parquet, .npy or .safetensors file, nor a directory of Parquet files or of a "
+            f"checkpoint"
         )
     return [path]

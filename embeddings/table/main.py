@@ -29,23 +29,28 @@ class Import:
     """Import vectors that others have made into a table.
 
     Sources are Parquet files with a column of integer ids and one of lists of numbers, directories of such
-    files, .npy files (num_rows, dim) with --ids, and .safetensors files with a tensor of each. Rows may come
-    in any order; arranging them takes as much disk again as the vectors while it lasts. Memory does not grow
-    with the vectors, only by 8 bytes a row with the ids.
+    files, .npy files (num_rows, dim) with --ids, .safetensors files with a tensor of each, and one table of a
+    directory of torch.distributed.checkpoint (--key), whose rows are kept by number. Rows may come in any
+    order; arranging them takes as much disk again as the vectors while it lasts. Memory does not grow with
+    the vectors, only by 8 bytes a row with the ids.
     """
 
     sources: tyro.conf.Positional[tuple[Path, ...]]
-    """Files, or directories of Parquet files; all their rows make one table."""
+    """Files, or directories of Parquet files; all their rows make one table. Or one checkpoint."""
     out: Path
     """Directory of the new table; must not exist."""
     dtype: Dtype | None = None
-    """Type stored; by default int8 for int8 vectors, which keeps them exactly, and else float16."""
+    """Type stored; by default int8 for int8 vectors, which keeps them exactly, and else float16. A table of a
+    checkpoint keeps its own. A vector that the type would change by more than 1% (int8 10%) is an error."""
     id_column: str | None = None
     """Column or tensor of the ids; by default the only column of integers, or the tensor "ids"."""
     vector_column: str | None = None
     """Column or tensor of the vectors; by default the only column of lists, or the tensor "vectors"."""
     ids: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
-    """A .npy of ids (num_rows,), once for each .npy of vectors and in their order."""
+    """A .npy of ids (num_rows,), once for each .npy of vectors and in their order; or of the rows of a
+    checkpoint, which otherwise are kept by number: row r of the table is row r of the checkpoint."""
+    key: str | None = None
+    """Name of the table in a checkpoint; a wrong one lists them. By default the only one there is."""
     table_version: str | None = None
     """Name of what made the vectors. By default it is a hash of them, for which they are read once more."""
     spare_rows: int = 0
@@ -54,7 +59,7 @@ class Import:
     def run(self) -> None:
         made = import_vectors(
             self.sources, self.out, dtype=self.dtype, id_column=self.id_column,
-            vector_column=self.vector_column, ids=self.ids, table_version=self.table_version,
+            vector_column=self.vector_column, ids=self.ids, key=self.key, table_version=self.table_version,
             spare_rows=self.spare_rows, show_progress=True,
         )  # fmt: skip
         origin = made.encoder["imported"]

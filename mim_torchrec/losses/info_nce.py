@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mim_torchrec.errors import OptionError
-from mim_torchrec.losses.contrast import InfoNCE, Level, ScaledLoss, contrast, unit
+from mim_torchrec.losses.contrast import Level, ScaledLoss, contrast, unit
 from mim_torchrec.losses.queue import ItemQueue
 
 
@@ -131,11 +131,3 @@ class MultiLevelInfoNCE(ScaledLoss):
             total = total + weights[name] * result.loss
             report[f"loss_{name}"] = result.loss.detach()
         return total, report
-
-
-def info_nce(
-    query: Tensor, items: Tensor, item_ids: Tensor, query_ids: Tensor, scale: Tensor, mask_same_item: bool
-) -> InfoNCE:
-    """One level without a queue; arguments as in `MultiLevelInfoNCE`, of vectors of any length."""
-    level = Level(unit(query), unit(items))
-    return contrast([level], item_ids, scale, own_ids=query_ids, mask_same_item=mask_same_item)[0]

@@ -17,9 +17,9 @@ from mim_torchrec.embeddings.sharded.frozen import (
     frozen_bag_config,
     frozen_config,
 )
-from mim_torchrec.embeddings.sharded.load import load_table, open_table, table_digest
+from mim_torchrec.embeddings.sharded.load import find_frozen, load_table, open_table, table_digest
 from mim_torchrec.embeddings.table.format import DTYPES, Table
-from tests.frozen import DIM, FEATURES, ITEMS, Unpooled, batch, shard, whole, write_tables
+from tests.frozen import DIM, FEATURES, ITEMS, Unpooled, batch, naive_pool, shard, whole, write_tables
 from tests.ranks import run_ranks
 
 
@@ -37,22 +37,6 @@ def weighted(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
     return KeyedJaggedTensor(
         features.keys(), features.values(), weights.requires_grad_(), lengths=features.lengths()
     )
-
-
-def naive_pool(vectors: Tensor, features: KeyedJaggedTensor, mode: str) -> Tensor:
-    """(num_requests, 2 * DIM), a loop over bags."""
-    out = []
-    weights = features.weights_or_none()
-    start = 0
-    for length in features.lengths().tolist():
-        rows = range(start, start + length)
-        total = torch.zeros(DIM)
-        for at in rows:
-            scale = 1.0 if weights is None else weights[at]
-            total = total + scale * vectors[features.values()[at]]
-        out.append(total / length if mode == "mean" and length else total)
-        start += length
-    return torch.cat(torch.stack(out).chunk(2), dim=1)
 
 
 def _lookups_are_the_vectors(path: Path, dtype: str) -> None:
@@ -97,13 +81,16 @@ def _tables_of_other_types_and_dims_stand_beside_each_other(folder: Path) -> Non
     model = shard(Pooled(configs))
     for name, table in tables.items():
         load_table(model, table, name)
+    narrow = find_frozen(model, "narrow")[1].store
+    narrow.write(torch.arange(narrow.num_rows), torch.ones(narrow.num_rows, 4))
     features = batch(0, ITEMS)
     found = model(features).to_dict()
     assert list(found) == ["candidate@mm", "candidate@other", "behavior@other", "behavior@narrow"]
     for name, table in tables.items():
         expected = naive_pool(whole(table), features, "sum")[:, :DIM]
         torch.testing.assert_close(found[f"candidate@{name}"], expected, rtol=1e-5, atol=1e-6)
-    assert found["behavior@narrow"].shape == (features.stride(), 4)
+    lengths = features["behavior"].lengths().float()
+    assert torch.equal(found["behavior@narrow"], lengths[:, None].expand(-1, 4))
 
 
 def _only_distinct_rows_cross_in_their_own_type(path: Path) -> None:

@@ -16,7 +16,7 @@ from mim_torchrec.embeddings.sharded.frozen import (
 from mim_torchrec.embeddings.sharded.load import load_table
 from mim_torchrec.embeddings.sharded.sharded import VectorsBack
 from mim_torchrec.embeddings.table.format import DTYPES, Table
-from tests.distributed.test_frozen_exchange import FEATURES, batch, shard, whole, write_table
+from tests.frozen import FEATURES, batch, shard, whole, write_table
 from tests.ranks import run_ranks
 
 DTYPE_NAMES = ("float16", "bfloat16", "float32")
@@ -56,8 +56,8 @@ def look_up(path: Path, name: str) -> list[torch.dtype]:
     sent: list[torch.dtype] = []
     make = VectorsBack.__init__
 
-    def recorded(self: VectorsBack, stored: Tensor, *rest: object) -> None:
-        sent.append(stored.dtype)
+    def recorded(self: VectorsBack, stored: list[Tensor], *rest: object) -> None:
+        sent.extend(each.dtype for each in stored)
         make(self, stored, *rest)
 
     VectorsBack.__init__ = recorded

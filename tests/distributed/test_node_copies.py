@@ -19,8 +19,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from mim_torchrec.embeddings.sharded.load import find_frozen, load_table, open_table, table_digest
 from mim_torchrec.embeddings.sharded.placement import node_replicated
 from mim_torchrec.embeddings.table.format import TableWriter
-from tests.distributed.test_frozen_exchange import FEATURES, Unpooled
 from tests.distributed.test_frozen_placement import sharded
+from tests.frozen import FEATURES, Unpooled
 from tests.ranks import run_ranks
 
 DIM, ITEMS, STEPS, LINK = 64, 5000, 5, "mim0"

@@ -32,6 +32,8 @@ from mim_torchrec.embeddings import (
     FrozenEmbeddingBagCollection,
     FrozenEmbeddingCollection,
     JoinedEmbeddingBags,
+    Table,
+    TableWriter,
     frozen_bag_config,
     frozen_config,
     frozen_sharders,
@@ -39,7 +41,6 @@ from mim_torchrec.embeddings import (
     open_table,
     table_digest,
 )
-from mim_torchrec.embeddings.table.format import Table, TableWriter
 from tests.ranks import run_ranks
 
 DIM, ITEMS, STEPS = 8, 23, 6

@@ -41,6 +41,7 @@ def test_lookups_are_the_vectors_of_the_items_as_float32(table):
 
 def test_an_unsharded_frozen_module_has_no_parameter_no_buffer_and_no_gradient(table):
     module = FrozenEmbeddingCollection([frozen_config(table, FEATURES)], device="cpu")
+    load_table(module, table)
     out = module(features(table, [10], [], [1, 0]))
     assert list(module.parameters()) == [] and list(module.buffers()) == []
     assert not out["candidate_mm"].values().requires_grad

@@ -18,13 +18,15 @@ from mim_torchrec.embeddings import (
     FrozenEmbeddingCollection,
     JoinedEmbeddingBags,
     RowsAsInputs,
+    Table,
+    TableWriter,
     frozen_bag_config,
     frozen_config,
     load_table,
     rows_of,
 )
 from mim_torchrec.embeddings.sharded.rows import CachedRows, DenseRows
-from mim_torchrec.embeddings.table.format import DTYPES, Table, TableWriter
+from mim_torchrec.embeddings.table.quantize import DTYPES
 
 DIM, ITEMS, KEYS = 8, 40, ["a", "b"]
 KINDS = ["unpooled", "sum", "mean", "weighted"]
@@ -162,9 +164,8 @@ def test_a_graph_refuses_batches_of_variable_size_per_feature(tables):
         graph(batch)
 
 
-@pytest.mark.filterwarnings(
-    "ignore:`torch.jit:FutureWarning", "ignore:The TorchScript type system:UserWarning"
-)
+# torch.jit has several of each
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::torch.jit.TracerWarning")
 def test_jit_scripts_what_fx_traces_and_refuses_the_rest_by_name(tables):
     for kind in ("unpooled", "sum", "mean"):
         model = make(tables["int8"], kind)

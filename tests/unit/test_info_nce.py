@@ -4,12 +4,22 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from mim_torchrec.losses.alignment import ImageTextContrastive
-from mim_torchrec.losses.info_nce import MultiLevelInfoNCE, info_nce
+from mim_torchrec.losses.contrast import InfoNCE, Level, contrast, unit
+from mim_torchrec.losses.info_nce import MultiLevelInfoNCE
 
 N, D = 5, 7
+
+
+def info_nce(
+    query: Tensor, items: Tensor, item_ids: Tensor, query_ids: Tensor, scale: Tensor, mask_same_item: bool
+) -> InfoNCE:
+    """One level without a queue; arguments as in `MultiLevelInfoNCE`, of vectors of any length."""
+    level = Level(unit(query), unit(items))
+    return contrast([level], item_ids, scale, own_ids=query_ids, mask_same_item=mask_same_item)[0]
 
 
 def vectors(seed: int, rows: int) -> torch.Tensor:

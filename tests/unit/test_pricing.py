@@ -16,7 +16,14 @@ from torchrec.distributed.planner.types import (
     TopologyFactory,
     TrainerConfig,
 )
-from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
+from torchrec.distributed.types import (
+    BoundsCheckMode,
+    CacheAlgorithm,
+    CacheParams,
+    ParameterSharding,
+    ShardingEnv,
+)
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
@@ -151,6 +158,45 @@ def test_a_choice_among_copies_is_refused(model, topology):
 def test_options_that_a_frozen_table_lacks_are_refused_by_name(sharder, options, problem):
     with pytest.raises(ValueError, match=problem):
         sharder(**options)
+
+
+def plan_of(**options) -> dict[str, ParameterSharding]:
+    return {"mm": ParameterSharding(sharding_type="row_wise", compute_kernel="fused", **options)}
+
+
+@pytest.fixture
+def collection() -> FrozenEmbeddingCollection:
+    return FrozenEmbeddingCollection([
+        EmbeddingConfig(name="mm", num_embeddings=9, embedding_dim=4, feature_names=["item"])
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"stochastic_rounding": True}, "mm: stochastic_rounding: .* no such option"),
+        ({"enforce_hbm": True}, "mm: enforce_hbm"),
+        ({"output_dtype": DataType.FP16}, "mm: output_dtype: give output_dtype to the frozen collection"),
+        ({"bounds_check_mode": BoundsCheckMode.IGNORE}, "mm: bounds_check_mode is IGNORE; .* FATAL"),
+        ({"cache_params": CacheParams(algorithm=CacheAlgorithm.LRU)}, "mm: cache_algorithm"),
+    ],
+)
+def test_options_of_a_plan_that_a_frozen_table_lacks_are_refused_by_name(collection, options, problem):
+    sharder = FrozenEmbeddingCollectionSharder()
+    with pytest.raises(ValueError, match=problem):
+        sharder.shard(collection, plan_of(**options), ShardingEnv.from_local(1, 0))
+
+
+def test_the_cache_of_a_sharder_is_that_of_tables_whose_plan_has_none(collection):
+    sharder = FrozenEmbeddingCollectionSharder({"cache_load_factor": 0.4, "prefetch_pipeline": True})
+    for plan, expected in ((plan_of(), 0.4), (plan_of(cache_params=CacheParams(load_factor=0.3)), 0.3)):
+        found = sharder.shard(collection, plan, ShardingEnv.from_local(1, 0)).module_sharding_plan["mm"]
+        assert found.cache_params.load_factor == expected
+
+
+def test_options_that_a_frozen_table_has_are_taken(collection):
+    plan = plan_of(bounds_check_mode=BoundsCheckMode.FATAL, stochastic_rounding=False)
+    assert FrozenEmbeddingCollectionSharder().shard(collection, plan, ShardingEnv.from_local(1, 0))
 
 
 def test_a_copy_a_rank_is_in_memory_of_the_device():

@@ -1,0 +1,1 @@
+"""TorchRec's trainable collections beside our frozen ones, with the same rows and the same batches."""
