@@ -65,6 +65,7 @@ from mim_torchrec.embeddings.sharded.lookup import (
 from mim_torchrec.embeddings.sharded.placement import place
 from mim_torchrec.embeddings.sharded.rows import DenseRows, make_rows
 from mim_torchrec.embeddings.sharded.semisync import accept_gradients
+from mim_torchrec.embeddings.sharded.ssd import SsdRows
 from mim_torchrec.embeddings.sharded.traced import OutsideGraphs
 
 CACHE_LOAD_FACTOR = 0.2
@@ -232,7 +233,9 @@ class ShardedFrozenModule(
             ctx.counts.append(RowCounts())
             awaitables.append(input_dist([asked[name] for name in input_dist.tables], ctx.counts[-1]))
         for name in self._alone:
-            rows = asked[name]
+            rows, store = asked[name], self._frozen[name].store
+            if isinstance(store, SsdRows):  # pipelines call this a step ahead
+                store.prefetch(rows)
             lengths = rows.new_full((1,), rows.numel())
             awaitables.append(NoWait(NoWait(KeyedJaggedTensor([name], rows, lengths=lengths))))
         return KJTListSplitsAwaitable(awaitables, ctx)
