@@ -66,7 +66,7 @@ class ProjectedEmbeddingBags(nn.Module):
 
     def is_weighted(self) -> bool:
         """Whether the collection uses weights."""
-        return cast(bool, self.collection.is_weighted())
+        return self.collection.is_weighted()
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Return pooled and projected vectors of all features."""
