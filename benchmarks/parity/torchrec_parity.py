@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
 def _rank(rank: int, folder: Path, seeds: range) -> None:
     torch.set_num_threads(1)
     logging.disable(logging.ERROR)  # TorchRec's, of every module it shards
-    worlds = [
+    worlds: list[tuple[dict[str, Any], range]] = [
         ({"store": dist.FileStore(str(folder / "store"), RANKS), "rank": rank, "world_size": RANKS}, seeds),
         ({"store": dist.HashStore(), "rank": 0, "world_size": 1}, seeds[rank::RANKS]),
     ]

@@ -20,8 +20,7 @@ Not here: other shardings than by rows.
 
 import abc
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Generic, TypeVar, cast
+from typing import Generic, cast
 
 import torch
 import torch.distributed as dist
@@ -42,9 +41,7 @@ from torchrec.modules.embedding_modules import get_embedding_names_by_table
 from torchrec.optim.keyed import CombinedOptimizer
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
-from torchrec.streamable import Multistreamable
 
-from mim_torchrec.embeddings.sharded.bounds import Limits
 from mim_torchrec.embeddings.sharded.exchange import RowCounts, RowsDist, VectorsBack
 from mim_torchrec.embeddings.sharded.frozen import (
     FrozenEmbeddingBagCollection,
@@ -64,81 +61,11 @@ from mim_torchrec.embeddings.sharded.lookup import (
 )
 from mim_torchrec.embeddings.sharded.placement import place
 from mim_torchrec.embeddings.sharded.rows import DenseRows, make_rows
-from mim_torchrec.embeddings.sharded.semisync import accept_gradients
 from mim_torchrec.embeddings.sharded.ssd import SsdRows
+from mim_torchrec.embeddings.sharded.step import FrozenAwaitable, FrozenContext, Out
 from mim_torchrec.embeddings.sharded.traced import OutsideGraphs
 
 CACHE_LOAD_FACTOR = 0.2
-Out = TypeVar("Out")
-
-
-@dataclass
-class FrozenContext(Multistreamable):
-    """What one step needs to remember between the stages.
-
-    ``index`` says which distinct row each id has, ``inverse`` which bag each example has where batch sizes
-    vary by feature; ``later`` holds the limits of rows on a GPU.
-    """
-
-    features: KeyedJaggedTensor | None = None
-    index: list[Tensor | None] = field(default_factory=list)
-    counts: list[RowCounts] = field(default_factory=list)  # of each exchange
-    inverse: dict[str, Tensor] | None = None
-    later: list[Limits] = field(default_factory=list)
-
-    def looked_up(self) -> KeyedJaggedTensor:
-        """The features of the step, which `input_dist` has set."""
-        assert self.features is not None
-        return self.features
-
-    def record_stream(self, stream: torch.Stream) -> None:
-        if self.features is not None:
-            self.features.record_stream(cast(torch.cuda.Stream, stream))
-        for index in (*self.index, *(self.inverse or {}).values()):
-            if index is not None:
-                index.record_stream(stream)
-
-
-class FrozenAwaitable(LazyAwaitable[Out], Generic[Out]):
-    """Waits for vectors and has the module give every feature its own; an error is raised at every wait.
-
-    Args:
-        module: the collection.
-        ctx: of the step.
-        vectors: of each table that is not exchanged, by its name.
-        exchanged: names of tables, and what gives their vectors.
-    """
-
-    def __init__(
-        self,
-        module: "ShardedFrozenModule[Out]",
-        ctx: FrozenContext,
-        vectors: dict[str, Tensor],
-        exchanged: list[tuple[list[str], Awaitable[list[Tensor]]]],
-    ) -> None:
-        super().__init__()
-        self._module, self._ctx, self._vectors, self._exchanged = module, ctx, vectors, exchanged
-        self._error: Exception | None = None
-
-    def _wait_impl(self) -> Out:
-        if self._error is not None:  # vectors can be waited for once
-            raise self._error
-        try:
-            return self._assemble()
-        except Exception as error:
-            self._error = error
-            raise
-
-    def _assemble(self) -> Out:
-        for limits in self._ctx.later:
-            limits.settle()
-        for tables, awaitable in self._exchanged:
-            self._vectors.update(zip(tables, awaitable.wait(), strict=True))
-        found = self._module.assemble(
-            self._ctx, [self._vectors[name] for name in self._module.frozen_tables()]
-        )
-        accept_gradients(self._module.forward, cast(KeyedTensor | dict[str, JaggedTensor], found))
-        return found
 
 
 class ShardedFrozenModule(
