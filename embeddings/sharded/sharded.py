@@ -244,9 +244,10 @@ class ShardedFrozenModule(
 
     def _rows_to_save(self, table: FrozenTable) -> Tensor | ShardedTensor:
         rows, group = whole_rows(table), self.placements[table.config.name].group
+        if self._env.process_group is not None:
+            table.check_ranks(self._env.process_group)  # of all copies
         if group is None:
             return rows
-        table.check_ranks(group)
         placement = f"rank:{dist.get_rank()}/{rows.device}"
         metadata = ShardMetadata([table.first_row, 0], list(rows.shape), placement)
         shards = [Shard(rows, metadata)] if table.store.num_rows else []
