@@ -1,11 +1,11 @@
 """Builds each configuration with TorchRec's collection and with ours, on every rank, and judges both.
 
-A configuration is built unsharded, and sharded on one rank or on all ranks, by turns. What needs one process
-is divided over the ranks.
+A configuration is built unsharded, and sharded on as many ranks as it says.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch.distributed as dist
 from torch import nn
@@ -28,41 +28,45 @@ STEPS = 2  # the first batch decides what TorchRec's sharded collections remembe
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What came of a configuration that was built in one way."""
+    """What came of a configuration that was built in one way; ``theirs`` is TorchRec's error, or ""."""
 
     seed: int
     way: str
     kind: str
     detail: str
+    theirs: str
 
 
 def compare(seeds: Iterable[int]) -> list[Verdict]:
-    """Judge configurations on this rank, together with all ranks of the default group.
+    """Judge those configurations that are for as many ranks as the default group has.
 
     Args:
         seeds: of the configurations, the same on every rank.
+
+    Returns:
+        What this rank found.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    alone = [dist.new_group([each]) for each in range(world_size)][rank]
-    one = ShardingEnv(world_size=1, rank=0, pg=alone)
-    everyone = ShardingEnv.from_process_group(dist.group.WORLD)
+    env = ShardingEnv.from_process_group(cast(dist.ProcessGroup, dist.group.WORLD))
     verdicts = []
-    for seed in tqdm(seeds, desc="configurations", disable=True if rank else None):
+    for seed in tqdm(seeds, desc=f"{world_size} ranks", disable=True if rank else None):
         configuration = draw(seed)
-        together = configuration.ranks > 1 and world_size > 1
-        if not together and seed % world_size != rank:
+        if configuration.ranks != world_size:
             continue
         rows = rows_of(configuration)
         reference = _look_up(configuration, rows, torchrec_collection, None)
-        ways = {"unsharded": None, "all ranks" if together else "one rank": everyone if together else one}
-        for way, env in ways.items():
-            verdicts.append(_judge(configuration, rows, way, env, reference))
+        try:
+            verdicts.append(_judge(configuration, rows, None, reference))
+            verdicts.append(_judge(configuration, rows, env, reference))
+        except Exception as error:
+            raise RuntimeError(f"rank {rank}, seed {seed}: {configuration}") from error
     return verdicts
 
 
 def _judge(
-    configuration: Configuration, rows: Stored, way: str, env: ShardingEnv | None, reference: Outcome
+    configuration: Configuration, rows: Stored, env: ShardingEnv | None, reference: Outcome
 ) -> Verdict:
+    way = "unsharded" if env is None else f"sharded on {env.world_size}"
     theirs = reference if env is None else _look_up(configuration, rows, torchrec_collection, env)
     ours = _look_up(configuration, rows, frozen_collection, env)
     if env is not None:
@@ -70,7 +74,9 @@ def _judge(
         reference = expanded(configuration, reference, features)
     case = Case(configuration=configuration, way=way, theirs=theirs, ours=ours, reference=reference)
     kind, detail = judge(case)
-    return Verdict(seed=configuration.seed, way=way, kind=kind, detail=detail)
+    return Verdict(
+        seed=configuration.seed, way=way, kind=kind, detail=detail, theirs=repr(theirs.error or "")
+    )
 
 
 def _look_up(

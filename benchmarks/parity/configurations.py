@@ -5,13 +5,15 @@ batches: one fault at the most, so that a refusal has one reason. ``rows_of`` dr
 features of a rank; both depend on nothing but the seed.
 
 Where a collection is sharded on two ranks, nothing is drawn that makes TorchRec fail on one of them, for the
-other would wait: no batch without examples, and no two poolings where batch sizes vary by feature.
+other would wait: no table with fewer rows than ranks, no batch without examples, no negative rows, and no two
+poolings where batch sizes vary by feature.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from tensordict import TensorDict
 from torch import Tensor
 from torchrec.modules.embedding_configs import PoolingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -31,6 +33,7 @@ FAULTS = {
     "other pooling": 1,
 }
 SHARDINGS = ("row_wise", "table_wise")
+FORMS = ("lengths", "offsets", "tensor dict")
 Stored = dict[str, Tensor]
 
 
@@ -62,9 +65,11 @@ class Configuration:
         inverse_indices: whether batches say which of its rows each example has.
         ids: type of the ids.
         lengths: type of the lengths.
-        with_offsets: whether batches have offsets and no lengths.
+        form: of a batch, one of ``FORMS``.
         ranks: how many ranks it is sharded on, 1 or 2.
+        same_size: whether batches of all ranks have as many examples.
         sharding: how TorchRec's collection is sharded.
+        row_0_instead: whether ours, where it is sharded, looks up row 0 for rows outside, as TorchRec's does.
         fault: what is wrong with it, a key of ``FAULTS``, or "".
     """
 
@@ -79,9 +84,11 @@ class Configuration:
     inverse_indices: bool
     ids: torch.dtype
     lengths: torch.dtype
-    with_offsets: bool
+    form: str
     ranks: int
+    same_size: bool
     sharding: str
+    row_0_instead: bool
     fault: str = ""
 
     @property
@@ -100,11 +107,11 @@ def draw(seed: int) -> Configuration:
         pooled = True
     is_weighted = pooled and (fault in ("weights missing", "weighted mean") or bool(rng.random() < 0.3))
     variable = "inverse" in fault or bool(rng.random() < 0.35)
-    ranks = int(rng.integers(1, 3))
+    ranks = 1 + int(rng.random() < 0.35 and fault != "negative row")
     poolings = [PoolingType.SUM] if is_weighted else [PoolingType.SUM, PoolingType.MEAN]
     if ranks == 2 and variable:
         poolings = [poolings[int(rng.integers(len(poolings)))]]
-    found = _tables(rng, pooled, poolings, fault)
+    found = _tables(rng, pooled, poolings, fault, fewest_rows=ranks)
     keys = list(dict.fromkeys(name for table in found for name in table.features))
     if rng.random() < 0.3:
         keys += [f"other_{n}" for n in range(rng.integers(1, 3))]
@@ -114,21 +121,26 @@ def draw(seed: int) -> Configuration:
         keys.insert(int(rng.integers(len(keys) + 1)), found[0].features[0])
     elif fault == "missing feature":
         keys.remove(found[-1].features[-1])
+    has_weights = fault != "weights missing" and (is_weighted or bool(rng.random() < 0.15))
+    sharding = str(rng.choice(SHARDINGS))
+    forms = FORMS[:1] if variable else FORMS[:2] if has_weights or fault else FORMS
     return Configuration(
         seed=seed,
         tables=found,
         pooled=pooled,
         is_weighted=is_weighted,
-        has_weights=fault != "weights missing" and (is_weighted or bool(rng.random() < 0.15)),
+        has_weights=has_weights,
         need_indices=not pooled and bool(rng.random() < 0.4),
         keys=tuple(keys),
         variable_batch=variable,
         inverse_indices=variable and fault != "inverse indices missing",
         ids=[torch.int64, torch.int32][int(rng.random() < 0.3)],
         lengths=[torch.int64, torch.int32][int(rng.random() < 0.4)],
-        with_offsets=not variable and bool(rng.random() < 0.3),
+        form=str(rng.choice(forms)),
         ranks=ranks,
-        sharding=str(rng.choice(SHARDINGS)),
+        same_size=bool(rng.random() < 0.85),
+        sharding=sharding,
+        row_0_instead=fault == "row outside" and sharding == "table_wise" and bool(rng.random() < 0.5),
         fault=fault,
     )
 
@@ -143,16 +155,16 @@ def rows_of(configuration: Configuration) -> Stored:
     return found
 
 
-def batch(configuration: Configuration, rank: int, step: int) -> KeyedJaggedTensor:
-    """Return the features of a rank in a step; ranks and steps have batches of their own sizes."""
+def batch(configuration: Configuration, rank: int, step: int) -> KeyedJaggedTensor | TensorDict:
+    """Return the features of a rank in a step; ranks and steps have batches of their own."""
     rng = np.random.default_rng((configuration.seed, rank, step))
     keys = list(configuration.keys)
-    examples = int(rng.choice([1, 2, 3, 5, 0], p=[0.2, 0.3, 0.3, 0.15, 0.05]))
+    of_size = np.random.default_rng((configuration.seed, step)) if configuration.same_size else rng
+    examples = int(of_size.choice([1, 2, 3, 5, 0], p=[0.2, 0.3, 0.3, 0.17, 0.03]))
     examples = max(examples, configuration.ranks - 1)
+    strides = [examples] * len(keys)
     if configuration.variable_batch:
         strides = [int(rng.integers(min(examples, 1), examples + 1)) for _ in keys]
-    else:
-        strides = [examples] * len(keys)
     longest = int(rng.choice([0, 1, 3, 6], p=[0.1, 0.2, 0.5, 0.2]))
     lengths = [rng.integers(0, longest + 1, size=stride) for stride in strides]
     if configuration.fault in ("row outside", "negative row"):
@@ -163,30 +175,43 @@ def batch(configuration: Configuration, rank: int, step: int) -> KeyedJaggedTens
     if configuration.fault == "float values":
         ids = ids.float()
     flat = torch.from_numpy(np.concatenate(lengths)).to(configuration.lengths)
-    weights = (
-        torch.from_numpy(rng.random(ids.numel(), dtype=np.float32)) if configuration.has_weights else None
-    )
-    if not configuration.variable_batch:
-        if configuration.with_offsets:
-            offsets = torch.cat([flat.new_zeros(1), flat.cumsum(0, dtype=flat.dtype)])
-            return KeyedJaggedTensor(keys, ids, weights, offsets=offsets, stride=examples)
+    weights = None
+    if configuration.has_weights:
+        weights = torch.from_numpy(rng.random(ids.numel(), dtype=np.float32))
+        weights.requires_grad_(configuration.is_weighted)
+    if configuration.variable_batch:
+        return KeyedJaggedTensor(
+            keys, ids, weights, lengths=flat, stride_per_key_per_rank=[[stride] for stride in strides],
+            inverse_indices=_inverse_indices(rng, configuration, strides, examples),
+        )  # fmt: skip
+    if configuration.form == "lengths" or not examples:
         return KeyedJaggedTensor(keys, ids, weights, lengths=flat, stride=examples)
-    inverse = None
-    if configuration.inverse_indices:
-        names = list(dict.fromkeys(keys))
-        if configuration.fault == "inverse indices of other features":
-            names[names.index(configuration.features[0])] = "nobody"
-        by_key = dict(zip(keys, strides, strict=True))
-        index = [rng.integers(0, by_key.get(name, 1), size=examples) for name in names]
-        inverse = (names, torch.from_numpy(np.stack(index)).long())
-    return KeyedJaggedTensor(
-        keys, ids, weights, lengths=flat,
-        stride_per_key_per_rank=[[stride] for stride in strides], inverse_indices=inverse,
-    )  # fmt: skip
+    if configuration.form == "offsets":
+        return KeyedJaggedTensor(keys, ids, weights, offsets=_offsets(flat), stride=examples)
+    parts = zip(keys, ids.split([int(each.sum()) for each in lengths]), flat.split(examples), strict=True)
+    nested = {key: torch.nested.nested_tensor_from_jagged(own, _offsets(each)) for key, own, each in parts}
+    return TensorDict(nested, batch_size=[examples])
+
+
+def _offsets(lengths: Tensor) -> Tensor:
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=lengths.dtype)])
+
+
+def _inverse_indices(
+    rng: np.random.Generator, configuration: Configuration, strides: list[int], examples: int
+) -> tuple[list[str], Tensor] | None:
+    if not configuration.inverse_indices:
+        return None
+    by_key = dict(zip(configuration.keys, strides, strict=True))
+    names = list(by_key)
+    if configuration.fault == "inverse indices of other features":
+        names[names.index(configuration.features[0])] = "nobody"
+    index = [rng.integers(0, by_key.get(name, 1), size=examples) for name in names]
+    return names, torch.from_numpy(np.stack(index)).long()
 
 
 def _tables(
-    rng: np.random.Generator, pooled: bool, poolings: list[PoolingType], fault: str
+    rng: np.random.Generator, pooled: bool, poolings: list[PoolingType], fault: str, fewest_rows: int
 ) -> tuple[TableOf, ...]:
     count = int(rng.integers(1, 4))
     parts = [[f"feature_{n}_{k}" for k in range(rng.integers(1, 3))] for n in range(count)]
@@ -199,7 +224,7 @@ def _tables(
     return tuple(
         TableOf(
             name=f"table_{n}",
-            num_embeddings=int(rng.integers(1, 12)),
+            num_embeddings=int(rng.integers(fewest_rows, 12)),
             dim=int(rng.choice([4, 8, 12])) if pooled else dim,
             dtype=str(rng.choice(list(DTYPES), p=[0.55, 0.15, 0.15, 0.15])),
             features=tuple(part),

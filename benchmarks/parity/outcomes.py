@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from tensordict import TensorDict
 from torch import Tensor, nn
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise, table_wise
-from torchrec.distributed.types import LazyAwaitable, ParameterSharding, ShardingEnv
+from torchrec.distributed.types import BoundsCheckMode, LazyAwaitable, ParameterSharding, ShardingEnv
 from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.optim import SGD
@@ -39,10 +40,11 @@ Found = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """Of one batch: what was found, by name, or the error."""
+    """Of one batch: what was found, by name, or the error; and the gradient of its weights."""
 
     found: Found | None = None
     error: Exception | None = None
+    gradient: Tensor | None = None
 
 
 def torchrec_collection(
@@ -99,13 +101,16 @@ def shard(module: nn.Module, configuration: Configuration, rows: Stored, env: Sh
     plan = construct_module_sharding_plan(
         module, how, sharder=sharder, local_size=env.world_size, world_size=env.world_size, device_type="cpu"
     )
+    if ours and configuration.row_0_instead:
+        for each in plan.values():
+            each.bounds_check_mode = BoundsCheckMode.WARNING
     sharded = sharder.shard(module, cast(dict[str, ParameterSharding], plan), env, CPU)
     if not ours:
         sharded.load_state_dict(weights(configuration, rows), strict=False)
     return sharded
 
 
-def outcome_of(make: Callable[[], nn.Module], batches: Sequence[KeyedJaggedTensor]) -> Outcome:
+def outcome_of(make: Callable[[], nn.Module], batches: Sequence[KeyedJaggedTensor | TensorDict]) -> Outcome:
     """Build a collection and look batches up; returns what the last one gave, or the first error."""
     try:
         module = make()
@@ -113,9 +118,22 @@ def outcome_of(make: Callable[[], nn.Module], batches: Sequence[KeyedJaggedTenso
             found = module(features)
             if isinstance(found, LazyAwaitable):
                 found = found.wait()
-        return Outcome(found=_of_bags(found) if isinstance(found, KeyedTensor) else _of_vectors(found))
+        if not isinstance(found, KeyedTensor):
+            return Outcome(found=_of_vectors(found))
+        return Outcome(found=_of_bags(found), gradient=_gradient(found, batches[-1]))
     except Exception as error:  # whatever it is: both must raise, or neither
         return Outcome(error=error)
+
+
+def _gradient(found: KeyedTensor, features: KeyedJaggedTensor | TensorDict) -> Tensor | None:
+    """Return the gradient of some sum of pooled vectors in the weights, if they need one."""
+    weights = features.weights_or_none() if isinstance(features, KeyedJaggedTensor) else None
+    if weights is None or not weights.requires_grad or not found.values().requires_grad:
+        return None
+    pooled = found.to_dict()
+    total = sum((pooled[key] * torch.arange(1.0, 1 + pooled[key].numel()).view_as(pooled[key])).sum()
+                for key in sorted(pooled))  # fmt: skip
+    return torch.autograd.grad(cast(Tensor, total), weights, allow_unused=True)[0]
 
 
 def difference(expected: Found, found: Found) -> str:
@@ -134,11 +152,15 @@ def difference(expected: Found, found: Found) -> str:
     return ""
 
 
-def expanded(configuration: Configuration, outcome: Outcome, features: KeyedJaggedTensor) -> Outcome:
+def expanded(
+    configuration: Configuration, outcome: Outcome, features: KeyedJaggedTensor | TensorDict
+) -> Outcome:
     """Return what an unsharded collection gave with the bags of all examples, by a loop over them.
 
     TorchRec's unsharded ``EmbeddingCollection`` leaves that to its sharded one.
     """
+    if not isinstance(features, KeyedJaggedTensor):
+        return outcome
     found, inverse = outcome.found, features.inverse_indices_or_none()
     if found is None or inverse is None or configuration.pooled or set(inverse[0]) != set(features.keys()):
         return outcome
@@ -154,13 +176,17 @@ def expanded(configuration: Configuration, outcome: Outcome, features: KeyedJagg
         )
         if configuration.need_indices:
             made[f"{name} weights"] = found[f"{name} weights"][ids]
-    return Outcome(found=made)
+    return Outcome(found=made, gradient=outcome.gradient)
 
 
 def _of_bags(found: KeyedTensor) -> Found:
-    named: Found = {f"{key}": value.detach() for key, value in found.to_dict().items()}
-    named = {key: named[key] for key in sorted(named)}
-    return {"keys": sorted(found.keys()), "values": tuple(found.values().shape), **named}
+    keys = sorted(found.keys())
+    pooled = found.to_dict()
+    named: Found = {key: pooled[key].detach() for key in keys}
+    groups = [group for group in (keys[::2], keys[1::2]) if group]
+    regrouped = {f"group {n}": each.detach() for n, each in enumerate(KeyedTensor.regroup([found], groups))}
+    lengths = sorted(zip(found.keys(), found.length_per_key(), strict=True))
+    return {"lengths": lengths, "values": tuple(found.values().shape), **named, **regrouped}
 
 
 def _of_vectors(found: dict[str, JaggedTensor]) -> Found:

@@ -24,7 +24,14 @@ import tyro
 
 from mim_torchrec import program
 from mim_torchrec.benchmarks.parity.comparison import Verdict, compare
-from mim_torchrec.benchmarks.parity.differences import DIFFERENCES, DIFFERS, DOCUMENTED, EQUAL, REFUSED
+from mim_torchrec.benchmarks.parity.differences import (
+    DIFFERENCES,
+    DIFFERS,
+    DOCUMENTED,
+    EQUAL,
+    FAILS,
+    REFUSED,
+)
 from mim_torchrec.embeddings import files
 
 log = logging.getLogger(__name__)
@@ -62,13 +69,18 @@ def report_of(verdicts: Sequence[Verdict]) -> dict[str, Any]:
         "configurations": len(by_seed),
         **{kind: counts[kind] for kind in reversed(kinds)},
         "documented_differences": documented,
+        "errors_of_torchrec": dict(
+            Counter(
+                v.theirs[:100] for v in verdicts if v.kind == DOCUMENTED and v.detail == FAILS
+            ).most_common()
+        ),
         "ways": dict(sorted(Counter(verdict.way for verdict in verdicts).items())),
         "seeds_that_differ": sorted({verdict.seed for verdict in verdicts if verdict.kind == DIFFERS}),
     }
 
 
 def compare_on_ranks(seeds: range) -> list[Verdict]:
-    """Return the verdicts of configurations from processes of their own."""
+    """Return the verdicts of configurations from two processes: together first, then each on its own."""
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(_rank, args=(Path(folder), seeds), nprocs=RANKS, start_method="spawn")
         return [
@@ -100,10 +112,16 @@ def main(argv: list[str] | None = None) -> None:
 def _rank(rank: int, folder: Path, seeds: range) -> None:
     torch.set_num_threads(1)
     logging.disable(logging.ERROR)  # TorchRec's, of every module it shards
-    store = dist.FileStore(str(folder / "store"), RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=TIMEOUT)
-    torch.save(compare(seeds), folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    worlds = [
+        ({"store": dist.FileStore(str(folder / "store"), RANKS), "rank": rank, "world_size": RANKS}, seeds),
+        ({"store": dist.HashStore(), "rank": 0, "world_size": 1}, seeds[rank::RANKS]),
+    ]
+    verdicts = []
+    for world, part in worlds:
+        dist.init_process_group("gloo", timeout=TIMEOUT, **world)
+        verdicts += compare(part)
+        dist.destroy_process_group()
+    torch.save(verdicts, folder / f"{rank}.pt")
 
 
 if __name__ == "__main__":

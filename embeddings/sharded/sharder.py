@@ -84,8 +84,8 @@ class _FrozenSharder(BaseEmbeddingSharder):
     """What both sharders have in common.
 
     Args:
-        fused_params: of TorchRec's, those that a frozen table has: ``cache_load_factor``, of tables for which
-            the plan has none, ``prefetch_pipeline``, and ``bounds_check_mode`` FATAL, which it always is.
+        fused_params: of TorchRec's, those that a frozen table has: ``cache_load_factor`` and
+            ``bounds_check_mode``, of tables for which the plan has none, and ``prefetch_pipeline``.
         qcomm_codecs_registry: None or empty; rows are exchanged as they are stored.
 
     Raises:
@@ -104,8 +104,8 @@ class _FrozenSharder(BaseEmbeddingSharder):
                 f"{type(self).__name__}: no codec for {sorted(qcomm_codecs_registry)}; frozen rows are "
                 f"exchanged as they are stored: store them as float16, bfloat16 or int8 to send less"
             )
-        for option, value in (fused_params or {}).items():
-            _check_fused_param(f"{type(self).__name__}: fused_params[{option!r}]", option, value)
+        for option in fused_params or {}:
+            _check_fused_param(f"{type(self).__name__}: fused_params[{option!r}]", option)
         super().__init__(fused_params, qcomm_codecs_registry)
 
     def shard(
@@ -131,7 +131,6 @@ class _FrozenSharder(BaseEmbeddingSharder):
         options = {
             "stochastic_rounding": plan.stochastic_rounding,
             "enforce_hbm": plan.enforce_hbm,
-            "bounds_check_mode": plan.bounds_check_mode,
             "output_dtype": plan.output_dtype,
             "key_value_params": plan.key_value_params,
             "cache_algorithm": cache.algorithm,
@@ -141,11 +140,14 @@ class _FrozenSharder(BaseEmbeddingSharder):
         }
         for option, value in options.items():
             if value is not None and value is not False:
-                _check_fused_param(f"frozen table {name}: {option}", option, value)
-        load_factor = (self.fused_params or {}).get("cache_load_factor")
-        if load_factor is None or cache.load_factor is not None:
-            return plan
-        return replace(plan, cache_params=replace(cache, load_factor=load_factor))
+                _check_fused_param(f"frozen table {name}: {option}", option)
+        fused_params = self.fused_params or {}
+        if cache.load_factor is None and "cache_load_factor" in fused_params:
+            plan = replace(plan, cache_params=replace(cache, load_factor=fused_params["cache_load_factor"]))
+        if plan.bounds_check_mode is None and "bounds_check_mode" in fused_params:
+            mode = BoundsCheckMode(fused_params["bounds_check_mode"].value)  # fbgemm has its own enumeration
+            plan = replace(plan, bounds_check_mode=mode)
+        return plan
 
     def shardable_parameters(self, module: FrozenModule) -> dict[str, nn.Parameter]:
         """Return the stored shapes and types for the planner, as parameters without memory."""
@@ -168,13 +170,9 @@ def _shape(table: FrozenTable) -> nn.Parameter:
     return parameter
 
 
-def _check_fused_param(where: str, option: str, value: Any) -> None:
-    if option in ("cache_load_factor", "prefetch_pipeline"):
+def _check_fused_param(where: str, option: str) -> None:
+    if option in ("cache_load_factor", "prefetch_pipeline", "bounds_check_mode"):
         return
-    if option == "bounds_check_mode":
-        if value is BoundsCheckMode.FATAL:
-            return
-        raise ValueError(f"{where} is {value.name}; a frozen table knows FATAL: check ids before the lookup")
     if option == "output_dtype":
         raise ValueError(f"{where}: give output_dtype to the frozen collection")
     raise ValueError(f"{where}: a frozen table has no such option, because it has no optimizer and no TBE")
