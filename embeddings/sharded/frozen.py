@@ -40,7 +40,7 @@ from mim_torchrec.embeddings.sharded.bounds import BoundsCheck, Limits
 from mim_torchrec.embeddings.sharded.lookup import (
     check_features,
     check_pooling,
-    inverse_indices,
+    examples_of_bags,
     jagged,
     keyed,
     pool,
@@ -289,8 +289,8 @@ class FrozenEmbeddingCollection(FrozenModule, EmbeddingCollection):
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
         self.check_filled()
         if traced.is_traced(features):
-            tables, names = list(self._frozen.values()), self.embedding_names_by_table()
-            return traced.unpooled(tables, names, features, self._need_indices, self.output_dtype)
+            tables, by_table = list(self._frozen.values()), self.embedding_names_by_table()
+            return traced.unpooled(tables, by_table, features, self._need_indices, self.output_dtype)
         features = maybe_td_to_kjt(features, None)
         check_features(features, self._keys, is_weighted=False)
         by_feature = features.to_dict()
@@ -353,9 +353,7 @@ class FrozenEmbeddingBagCollection(FrozenModule, EmbeddingBagCollection):
             return traced.pooled(list(self._frozen.values()), features, self._is_weighted, self.output_dtype)
         features = maybe_td_to_kjt(features, None)
         check_features(features, self._keys, self._is_weighted)
-        inverse = None
-        if features.inverse_indices_or_none() is not None:
-            inverse = inverse_indices(features, self._keys)
+        inverse = examples_of_bags(features, self._keys)
         by_feature = features.to_dict()
         pooled = []
         later: list[Limits] = []

@@ -16,7 +16,6 @@ from torch import nn
 from torchrec.distributed.embedding_types import BaseEmbeddingSharder, EmbeddingComputeKernel
 from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import (
-    BoundsCheckMode,
     CacheParams,
     ModuleSharder,
     ParameterSharding,
@@ -25,6 +24,7 @@ from torchrec.distributed.types import (
     ShardingType,
 )
 
+from mim_torchrec.embeddings.sharded.bounds import check_mode
 from mim_torchrec.embeddings.sharded.frozen import (
     FrozenEmbeddingBagCollection,
     FrozenEmbeddingCollection,
@@ -85,7 +85,7 @@ class _FrozenSharder(BaseEmbeddingSharder):
 
     Args:
         fused_params: of TorchRec's, those that a frozen table has: ``cache_load_factor``, of tables for which
-            the plan has none, ``prefetch_pipeline``, and ``bounds_check_mode`` FATAL, which it always is.
+            the plan has none, ``bounds_check_mode``, likewise (``bounds.py``), and ``prefetch_pipeline``.
         qcomm_codecs_registry: None or empty; rows are exchanged as they are stored.
 
     Raises:
@@ -142,7 +142,10 @@ class _FrozenSharder(BaseEmbeddingSharder):
         for option, value in options.items():
             if value is not None and value is not False:
                 _check_fused_param(f"frozen table {name}: {option}", option, value)
-        load_factor = (self.fused_params or {}).get("cache_load_factor")
+        fused_params = self.fused_params or {}
+        if plan.bounds_check_mode is None:
+            plan = replace(plan, bounds_check_mode=fused_params.get("bounds_check_mode"))
+        load_factor = fused_params.get("cache_load_factor")
         if load_factor is None or cache.load_factor is not None:
             return plan
         return replace(plan, cache_params=replace(cache, load_factor=load_factor))
@@ -172,9 +175,8 @@ def _check_fused_param(where: str, option: str, value: Any) -> None:
     if option in ("cache_load_factor", "prefetch_pipeline"):
         return
     if option == "bounds_check_mode":
-        if value is BoundsCheckMode.FATAL:
-            return
-        raise ValueError(f"{where} is {value.name}; a frozen table knows FATAL: check ids before the lookup")
+        check_mode(where, value)
+        return
     if option == "output_dtype":
         raise ValueError(f"{where}: give output_dtype to the frozen collection")
     raise ValueError(f"{where}: a frozen table has no such option, because it has no optimizer and no TBE")

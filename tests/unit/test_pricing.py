@@ -177,7 +177,7 @@ def collection() -> FrozenEmbeddingCollection:
         ({"stochastic_rounding": True}, "mm: stochastic_rounding: .* no such option"),
         ({"enforce_hbm": True}, "mm: enforce_hbm"),
         ({"output_dtype": DataType.FP16}, "mm: output_dtype: give output_dtype to the frozen collection"),
-        ({"bounds_check_mode": BoundsCheckMode.IGNORE}, "mm: bounds_check_mode is IGNORE; .* FATAL"),
+        ({"bounds_check_mode": BoundsCheckMode.NONE}, "mm: bounds_check_mode: bounds check NONE is none of"),
         ({"cache_params": CacheParams(algorithm=CacheAlgorithm.LRU)}, "mm: cache_algorithm"),
     ],
 )
