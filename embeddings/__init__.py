@@ -28,12 +28,14 @@ if TYPE_CHECKING:
         frozen_bag_config,
         frozen_config,
     )
+    from mim_torchrec.embeddings.sharded.item_index import ItemIndex, SpareRowsExhausted
     from mim_torchrec.embeddings.sharded.joined import JoinedEmbeddingBags
     from mim_torchrec.embeddings.sharded.live import (
-        ItemIndex,
-        SpareRowsExhausted,
         apply_window,
+        check_index,
+        check_ranks,
         delete_items,
+        restore_index,
         table_state,
         update_items,
     )
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
         frozen_constraint,
         frozen_sharders,
     )
+    from mim_torchrec.embeddings.sharded.state_keys import frozen_keys
     from mim_torchrec.embeddings.sharded.thawing import thaw_table
     from mim_torchrec.embeddings.stores.store import open_store
     from mim_torchrec.embeddings.table.importing import import_vectors
@@ -69,12 +72,12 @@ _NAMES = {
     "FrozenEmbeddingCollection": "mim_torchrec.embeddings.sharded.frozen",
     "FrozenEmbeddingCollectionSharder": "mim_torchrec.embeddings.sharded.sharder",
     "FrozenEnumerator": "mim_torchrec.embeddings.sharded.pricing",
-    "ItemIndex": "mim_torchrec.embeddings.sharded.live",
+    "ItemIndex": "mim_torchrec.embeddings.sharded.item_index",
     "JoinedEmbeddingBags": "mim_torchrec.embeddings.sharded.joined",
     "Manifest": "mim_torchrec.embeddings.table.manifest",
     "ProjectedEmbeddingBags": "mim_torchrec.embeddings.sharded.projected",
     "RowsAsInputs": "mim_torchrec.embeddings.sharded.exported",
-    "SpareRowsExhausted": "mim_torchrec.embeddings.sharded.live",
+    "SpareRowsExhausted": "mim_torchrec.embeddings.sharded.item_index",
     "Table": "mim_torchrec.embeddings.table.reader",
     "TableError": "mim_torchrec.embeddings.table.manifest",
     "TableWriter": "mim_torchrec.embeddings.table.writer",
@@ -83,12 +86,15 @@ _NAMES = {
     "WindowGap": "mim_torchrec.embeddings.windows.window",
     "WindowLog": "mim_torchrec.embeddings.windows.log",
     "apply_window": "mim_torchrec.embeddings.sharded.live",
+    "check_index": "mim_torchrec.embeddings.sharded.live",
+    "check_ranks": "mim_torchrec.embeddings.sharded.live",
     "copy_quantized_rows": "mim_torchrec.embeddings.sharded.quantized",
     "delete_items": "mim_torchrec.embeddings.sharded.live",
     "freeze_table": "mim_torchrec.embeddings.sharded.freezing",
     "frozen_bag_config": "mim_torchrec.embeddings.sharded.frozen",
     "frozen_config": "mim_torchrec.embeddings.sharded.frozen",
     "frozen_constraint": "mim_torchrec.embeddings.sharded.sharder",
+    "frozen_keys": "mim_torchrec.embeddings.sharded.state_keys",
     "frozen_quantization_mapping": "mim_torchrec.embeddings.sharded.quantized",
     "frozen_sharders": "mim_torchrec.embeddings.sharded.sharder",
     "import_vectors": "mim_torchrec.embeddings.table.importing",
@@ -97,6 +103,7 @@ _NAMES = {
     "open_log": "mim_torchrec.embeddings.windows.transport",
     "open_store": "mim_torchrec.embeddings.stores.store",
     "open_table": "mim_torchrec.embeddings.sharded.load",
+    "restore_index": "mim_torchrec.embeddings.sharded.live",
     "quantized_sharders": "mim_torchrec.embeddings.sharded.quantized",
     "rows_of": "mim_torchrec.embeddings.sharded.exported",
     "table_digest": "mim_torchrec.embeddings.sharded.load",
@@ -127,12 +134,15 @@ __all__ = [
     "WindowGap",
     "WindowLog",
     "apply_window",
+    "check_index",
+    "check_ranks",
     "copy_quantized_rows",
     "delete_items",
     "freeze_table",
     "frozen_bag_config",
     "frozen_config",
     "frozen_constraint",
+    "frozen_keys",
     "frozen_quantization_mapping",
     "frozen_sharders",
     "import_vectors",
@@ -141,6 +151,7 @@ __all__ = [
     "open_log",
     "open_store",
     "open_table",
+    "restore_index",
     "quantized_sharders",
     "rows_of",
     "table_digest",

@@ -1,5 +1,6 @@
 """Real Redis servers on free loopback ports, for benchmarks and tests; every write is on the disk at once."""
 
+import random
 import shutil
 import socket
 import subprocess
@@ -13,12 +14,20 @@ with needs("redis"):
 MISSING = "this needs a Redis server: apt-get install redis-server"
 
 
-def free_port(highest: int = 65_535) -> int:
-    """A port that nothing listens on."""
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
-    return port if port <= highest else free_port(highest)
+def free_port() -> int:
+    """A port that nothing listens on.
+
+    It and the port 10,000 above it (the bus of a cluster) are below those that Linux gives to outgoing
+    connections: none of them takes the port while a server that was stopped is started again.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10_000, 22_000)
+        with socket.socket() as taken:
+            try:
+                taken.bind(("127.0.0.1", port))
+                return port
+            except OSError:
+                continue
 
 
 class RedisServer:
@@ -29,7 +38,6 @@ class RedisServer:
         options: further words of the command line.
         tls: speak TLS on the port.
         url: what clients connect to, `{port}` where the port goes.
-        highest: port.
     """
 
     def __init__(
@@ -38,11 +46,10 @@ class RedisServer:
         *options: str,
         tls: bool = False,
         url: str = "redis://127.0.0.1:{port}",
-        highest: int = 65_535,
     ) -> None:
         assert shutil.which("redis-server"), MISSING
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.port = folder, free_port(highest)
+        self.folder, self.port = folder, free_port()
         self._options = [*options, "--tls-port" if tls else "--port", str(self.port)]
         self.url = url.format(port=self.port)
         self._process: subprocess.Popen[bytes] | None = None
@@ -84,8 +91,7 @@ class RedisCluster:
 
     def __init__(self, folder: Path, size: int) -> None:
         words = ["--cluster-enabled", "yes", "--cluster-node-timeout", "2000"]
-        # the bus of a cluster listens at port + 10000
-        self.servers = [RedisServer(folder / str(k), *words, highest=50_000) for k in range(size)]
+        self.servers = [RedisServer(folder / str(k), *words) for k in range(size)]
         for server, part in zip(self.servers, range(size), strict=True):
             first, last = part * self.SLOTS // size, (part + 1) * self.SLOTS // size - 1
             server.client().execute_command("CLUSTER ADDSLOTSRANGE", first, last)

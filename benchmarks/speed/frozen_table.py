@@ -32,6 +32,12 @@ from mim_torchrec.benchmarks.speed.frozen_model import (
     measure_steps,
     wrap,
 )
+from mim_torchrec.benchmarks.speed.table_index import (
+    IndexSizes,
+    index_section,
+    index_targets,
+    measure_index,
+)
 from mim_torchrec.benchmarks.speed.table_lookups import measure_lookups
 from mim_torchrec.benchmarks.speed.table_tiers import TierSizes, measure_tiers, tiers_section, write_table
 from mim_torchrec.embeddings.sharded.frozen import FrozenEmbeddingCollection, frozen_config
@@ -73,6 +79,8 @@ class FrozenTableConfig:
     """Behaviors of a request that look it up, on average."""
     scale_steps: int = 5
     """Batches that look it up."""
+    index_items: int = 100_000_000
+    """Ids of the item index that is measured; 0 leaves it out. It takes 18 bytes an id of memory."""
     keep_scale_table: bool = False
     """Leave the large table (4.9 GB) in the directory of the report."""
 
@@ -218,6 +226,8 @@ def measure(config: FrozenTableConfig) -> dict[str, Any]:
         "memory": memory,
         "lookup": lookup,
     }
+    if config.index_items:
+        report["index"] = measure_index(launch, config.out, IndexSizes(items=config.index_items))
     for dtype in ("int8", "int4"):
         errors = cosine_errors(vectors, decode(encode(vectors, dtype), dtype))
         report[dtype] = {
@@ -262,6 +272,8 @@ def targets(report: dict[str, Any]) -> list[dict[str, Any]]:
     ask("int8 takes 0.54 of the bytes of fp16 or less", value, value <= 0.54)
     value = report["int8"]["mean_cosine_error"]
     ask("mean cosine error of int8 at most 0.001", value, value <= 1e-3)
+    if "index" in report:
+        found += index_targets(report["index"])
     value = report["int4"]["mean_cosine_error"]
     ask("mean cosine error of int4 at most 0.01", value, value <= 1e-2)
     if "tiers" in report:
@@ -304,6 +316,8 @@ def sections(report: dict[str, Any]) -> list[Section]:
             "gather_vs_index_select", "copy_limit_rows_per_s", "two_ranks_rows_per_s"))]
             for name, row in zip(report["lookup"], lookups, strict=True)],
     ))  # fmt: skip
+    if "index" in report:
+        pages.append(index_section(report["index"]))
     if "tiers" in report:
         pages.append(tiers_section(report["tiers"]))
     if "scale" in report:

@@ -259,11 +259,13 @@ def measure_tiers(path: Path, sizes: TierSizes) -> dict[str, Any]:
         for cache in caches.values():
             warm_up(cache, sizes.rows, generator)
         frozen, step = find_frozen(model, TABLE)[1], partial(train_step, model, optimizer)
+        ids = 0
         for turn in range(1 + sizes.turns):  # the first is not counted
             if turn == 1:
                 for cache in caches.values():
-                    cache.hits = cache.misses = cache.rows_read = 0
+                    cache.rows_read = 0
             batches = [make_batch(sizes, generator) for _ in range(sizes.steps)]
+            ids += sum(batch.rows.numel() for batch in batches) if turn else 0
             names = VARIANTS if turn % 2 else VARIANTS[::-1]
             for name in names:
                 variant = variants[name]
@@ -275,14 +277,17 @@ def measure_tiers(path: Path, sizes: TierSizes) -> dict[str, Any]:
                 if turn:
                     variant.seconds.append(taken / sizes.steps)
                     variant.faults += major_faults() - before
-        return report_of(variants, table, limit, sizes)
+        return report_of(variants, table, limit, sizes, ids)
 
 
-def report_of(variants: dict[str, Variant], table: Table, limit: int, sizes: TierSizes) -> dict[str, Any]:
-    """The figures of all variants; ratios are medians of those of each turn."""
+def report_of(
+    variants: dict[str, Variant], table: Table, limit: int, sizes: TierSizes, ids: int
+) -> dict[str, Any]:
+    """The figures of all variants, which looked up ``ids``; ratios are medians of those of each turn."""
     base = variants["memory"].seconds
     steps = sizes.turns * sizes.steps
     found: dict[str, Any] = {
+        "ids_per_step": ids / steps,
         "table_bytes": table.manifest.rows * table.manifest.row_bytes, "limit_bytes": limit,
         "variants": {
             name: {
@@ -299,7 +304,6 @@ def report_of(variants: dict[str, Variant], table: Table, limit: int, sizes: Tie
             found[f"{name}_vs_memory"] = statistics.median(ratios)
         if (cache := variant.cache) is not None:
             found["variants"][name] |= {
-                "hit_rate": cache.hits / (cache.hits + cache.misses),
                 "rows_read_per_step": cache.rows_read / steps,
             }
     return found

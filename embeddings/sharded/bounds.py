@@ -26,17 +26,6 @@ MODES = {
 }
 
 
-def check_mode(where: str, mode: BoundsCheckMode) -> BoundsCheckMode:
-    """Return FATAL, WARNING or IGNORE, whatever the version of fbgemm's kernel.
-
-    Raises:
-        ValueError: another mode; the message begins with ``where``.
-    """
-    if mode not in MODES:
-        raise ValueError(f"{where}: bounds check {mode.name} is none of FATAL, WARNING and IGNORE")
-    return MODES[mode]
-
-
 class BoundsCheck:
     """What one table does about rows that it does not have.
 
@@ -53,7 +42,11 @@ class BoundsCheck:
     """
 
     def __init__(self, config: BaseEmbeddingConfig, mode: BoundsCheckMode = BoundsCheckMode.FATAL) -> None:
-        self.mode = check_mode(f"frozen table {config.name}", mode)
+        if mode not in MODES:
+            raise ValueError(
+                f"frozen table {config.name}: bounds check {mode.name} is none of FATAL, WARNING and IGNORE"
+            )
+        self.mode = MODES[mode]
         self._config = config
         self._has_warned = False
 

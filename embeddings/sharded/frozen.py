@@ -17,6 +17,7 @@ from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
@@ -26,7 +27,6 @@ from torchrec.modules.embedding_configs import (
     DataType,
     EmbeddingBagConfig,
     EmbeddingConfig,
-    PoolingType,
 )
 from torchrec.modules.embedding_modules import (
     EmbeddingBagCollection,
@@ -37,6 +37,10 @@ from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from mim_torchrec.embeddings.sharded import traced
 from mim_torchrec.embeddings.sharded.bounds import BoundsCheck, Limits
+from mim_torchrec.embeddings.sharded.configs import DATA_TYPES as DATA_TYPES
+from mim_torchrec.embeddings.sharded.configs import frozen_bag_config as frozen_bag_config
+from mim_torchrec.embeddings.sharded.configs import frozen_config as frozen_config
+from mim_torchrec.embeddings.sharded.configs import storage_dtype
 from mim_torchrec.embeddings.sharded.lookup import (
     check_features,
     check_pooling,
@@ -46,17 +50,10 @@ from mim_torchrec.embeddings.sharded.lookup import (
     pool,
 )
 from mim_torchrec.embeddings.sharded.rows import DenseRows, RowStore, make_rows
-from mim_torchrec.embeddings.table.format import Table, TableError, VersionMismatch
+from mim_torchrec.embeddings.sharded.table_items import TableItems
+from mim_torchrec.embeddings.table.format import TableError, VersionMismatch
 
 log = logging.getLogger(__name__)
-
-DATA_TYPES = {
-    "float32": DataType.FP32,
-    "float16": DataType.FP16,
-    "bfloat16": DataType.BF16,
-    "int8": DataType.INT8,
-    "int4": DataType.INT4,
-}
 
 
 @dataclass(frozen=True)
@@ -76,6 +73,7 @@ class FrozenTable:
     store: RowStore
     state: TableState
     expected: TableState | None = None  # of a checkpoint that was loaded before the rows
+    items: TableItems = field(default_factory=TableItems)
     lifted: list[Tensor] | None = None  # the rows, while they are an argument of a graph (``traced.py``)
     bounds_check: InitVar[BoundsCheckMode] = BoundsCheckMode.FATAL
     bounds: BoundsCheck = field(init=False)
@@ -93,53 +91,9 @@ class FrozenTable:
         assert isinstance(self.config, EmbeddingBagConfig)
         return self.config
 
-
-def frozen_config(table: Table, feature_names: Sequence[str], name: str = "mm") -> EmbeddingConfig:
-    """Return the embedding config of a table on disk, for a :class:`FrozenEmbeddingCollection`.
-
-    Args:
-        table: the table; row 0, for unknown items, and its spare rows are added to its rows. A table whose
-            rows are kept by number has no such row 0.
-        feature_names: keys of the features that are looked up in it.
-        name: the embedding table's name in the model.
-    """
-    return EmbeddingConfig(
-        name=name,
-        num_embeddings=table.manifest.num_embeddings,
-        embedding_dim=table.manifest.dim,
-        feature_names=list(feature_names),
-        data_type=DATA_TYPES[table.manifest.dtype],
-    )
-
-
-def frozen_bag_config(
-    table: Table,
-    feature_names: Sequence[str],
-    name: str = "mm",
-    pooling: PoolingType = PoolingType.SUM,
-) -> EmbeddingBagConfig:
-    """Return the embedding config of a table on disk, for a :class:`FrozenEmbeddingBagCollection`."""
-    return EmbeddingBagConfig(
-        name=name,
-        num_embeddings=table.manifest.num_embeddings,
-        embedding_dim=table.manifest.dim,
-        feature_names=list(feature_names),
-        data_type=DATA_TYPES[table.manifest.dtype],
-        pooling=pooling,
-    )
-
-
-def storage_dtype(config: BaseEmbeddingConfig) -> str:
-    """Return how rows of a table with this config are stored, a key of ``quantize.DTYPES``.
-
-    Raises:
-        ValueError: its data type is none of FP32, FP16, BF16, INT8 and INT4.
-    """
-    found = {data_type: name for name, data_type in DATA_TYPES.items()}.get(config.data_type)
-    if found is None:
-        names = ", ".join(data_type.name for data_type in DATA_TYPES.values())
-        raise ValueError(f"frozen table {config.name}: data type {config.data_type} is none of {names}")
-    return found
+    def check_ranks(self, group: dist.ProcessGroup | None) -> None:
+        """Raise TableError on all ranks of a group unless all have applied the same windows; collective."""
+        self.items.check_ranks(self.config.name, self.state.table_version, self.state.seq, group)
 
 
 class FrozenModule(nn.Module):
@@ -155,6 +109,7 @@ class FrozenModule(nn.Module):
         self._frozen = {table.config.name: table for table in tables}
         self._keys = frozenset(key for table in tables for key in table.config.feature_names)
         self.store_rows = store_rows
+        self._restored: set[str] = set()  # tables whose rows the checkpoint that is being loaded holds
 
     def frozen_tables(self) -> dict[str, FrozenTable]:
         """Return what this process has of each table, by name."""
@@ -178,12 +133,16 @@ class FrozenModule(nn.Module):
                     f"frozen table {name} has no rows yet: load_table(model, table, {name!r}) comes before "
                     f"lookups"
                 )
+            table.items.check(name)
 
     def reset_parameters(self) -> None:
         """Do nothing: the rows come from a table on disk."""
 
     def get_extra_state(self) -> str:
-        states = {name: [t.state.table_version, t.state.seq] for name, t in self._frozen.items()}
+        states: dict[str, list[Any]] = {}
+        for name, table in self._frozen.items():
+            items = table.items.to_json() if self.store_rows else []
+            states[name] = [table.state.table_version, table.state.seq, *items]
         return json.dumps(states)
 
     def set_extra_state(self, state: str) -> None:
@@ -193,16 +152,23 @@ class FrozenModule(nn.Module):
             TableError: it has other tables.
             VersionMismatch: the rows are of another version than the checkpoint.
         """
-        states = {name: TableState(*pair) for name, pair in json.loads(state).items()}
+        found = json.loads(state)
+        states = {name: TableState(*parts[:2]) for name, parts in found.items()}
         if set(states) != set(self._frozen):
             raise TableError(f"the checkpoint has frozen tables {sorted(states)}, not {sorted(self._frozen)}")
         for name, table in self._frozen.items():
-            if self.store_rows:
+            if name in self._restored:
                 table.state = states[name]
+                table.items.load_json(found[name][2:])
             elif table.state.table_version is None:
                 table.expected = states[name]
             else:
                 check_state(name, table.state, states[name])
+
+    def state_keys(self, prefix: str) -> list[str]:
+        """Return the keys of a state dict that this module has, behind ``prefix``."""
+        rows = [f"{prefix}{self._prefix}.{name}.weight" for name in self._frozen if self.store_rows]
+        return [*rows, f"{prefix}_extra_state"]
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -214,16 +180,23 @@ class FrozenModule(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
+        record, self._restored = f"{prefix}_extra_state", set()
+        is_recorded = record in state_dict
         if self.store_rows:
             for name, table in self._frozen.items():
                 key = f"{prefix}{self._prefix}.{name}.weight"
                 if key in state_dict:
                     self._restore(table, state_dict.pop(key))
-                elif strict:
+                    self._restored.add(name)
+                elif strict and is_recorded:
                     missing_keys.append(key)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if strict and not is_recorded:
+            missing_keys.remove(record)
+            log.warning("the checkpoint has no frozen tables at %s, it is of a model without them: tables %s "
+                        "stay as they are", prefix.rstrip(".") or "the root", list(self._frozen))  # fmt: skip
 
     def _rows_to_save(self, table: FrozenTable) -> Tensor | ShardedTensor:
         return whole_rows(table)
@@ -289,8 +262,10 @@ class FrozenEmbeddingCollection(FrozenModule, EmbeddingCollection):
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
         self.check_filled()
         if traced.is_traced(features):
-            tables, by_table = list(self._frozen.values()), self.embedding_names_by_table()
-            return traced.unpooled(tables, by_table, features, self._need_indices, self.output_dtype)
+            return traced.unpooled(
+                list(self._frozen.values()), self.embedding_names_by_table(), features,
+                self._need_indices, self.output_dtype,
+            )  # fmt: skip
         features = maybe_td_to_kjt(features, None)
         check_features(features, self._keys, is_weighted=False)
         by_feature = features.to_dict()

@@ -14,11 +14,12 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 @torch.fx.wrap
 def _join(found: list[KeyedTensor]) -> KeyedTensor:
     """Join pooled vectors, each (batch_size, sum of its dims), along their dims."""
-    return KeyedTensor(
-        keys=[key for each in found for key in each.keys()],  # noqa: SIM118  no mapping
-        length_per_key=[length for each in found for length in each.length_per_key()],
-        values=torch.cat([each.values() for each in found], dim=1),
-    )
+    keys: list[str] = []
+    lengths: list[int] = []
+    for each in found:  # no comprehensions of two loops, which torch.jit.script lacks
+        keys += each.keys()
+        lengths += each.length_per_key()
+    return KeyedTensor(keys, lengths, torch.cat([each.values() for each in found], dim=1))
 
 
 class JoinedEmbeddingBags(nn.ModuleList):

@@ -5,6 +5,10 @@ ranks agree without a collective, and neither storage nor rows ever move. New it
 kept free, in the order of their ids. Apply windows between steps: a lookup that runs at the same time could
 see half a vector.
 
+An index and the rows of its table are changed together and remember the last window. An index that lacks
+windows of the rows would give their items' rows to others, so it is refused (`check_index`). A checkpoint
+with `store_rows` holds the items too, and `restore_index` gives them to an index.
+
 Which windows apply is the rule in `windows/window.py`; a log that delivers them is `windows/log.py`.
 """
 
@@ -14,12 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mim_torchrec.embeddings.sharded.frozen import FrozenTable, TableState
-from mim_torchrec.embeddings.sharded.load import digest_of_ranks, find_frozen
+from mim_torchrec.embeddings.sharded.frozen import FrozenModule, FrozenTable, TableState
+from mim_torchrec.embeddings.sharded.item_index import ItemIndex
+from mim_torchrec.embeddings.sharded.load import digest_of_ranks, find_frozen, group_of
 from mim_torchrec.embeddings.table.format import (
-    DuplicateId,
     NonFiniteVector,
-    RowIndex,
     Table,
     TableError,
     VersionMismatch,
@@ -28,118 +31,6 @@ from mim_torchrec.embeddings.table.format import (
 from mim_torchrec.embeddings.table.quantize import finite_rows
 from mim_torchrec.embeddings.table.shards import CHUNK, check_loss
 from mim_torchrec.embeddings.windows.window import Window, is_due
-
-
-class SpareRowsExhausted(TableError):
-    """There are more new items than rows were kept free."""
-
-
-class ItemIndex:
-    """Maps item ids to rows of a live table and counts those it does not know, whose row is 0.
-
-    Args:
-        ids: (num_items,) int64, strictly ascending: the items of rows 1 to num_items.
-        capacity: items that the table has rows for.
-        source: where the table is, for messages.
-
-    ``seen`` and ``unknown`` count ids looked up.
-
-    >>> index = ItemIndex(torch.tensor([10, 30]), capacity=3)
-    >>> index.rows(torch.tensor([30, 10, 20])).tolist(), index.unknown
-    ([2, 1, 0], 1)
-    >>> index.add(torch.tensor([20])).tolist(), index.rows(torch.tensor([20])).tolist(), index.spare_rows
-    ([3], [3], 0)
-    """
-
-    def __init__(self, ids: Tensor, capacity: int, source: str = "TABLE") -> None:
-        self._index, self.capacity, self._source = RowIndex(ids), capacity, source
-        self._new: dict[int, int] = {}  # items in the rows after those of `ids`
-        self._gone: set[int] = set()
-        self._changed = RowIndex(torch.empty(0, dtype=torch.int64))
-        self._changed_rows = torch.zeros(1, dtype=torch.int64)
-        self.seen = 0
-        self.unknown = 0
-
-    @classmethod
-    def of(cls, table: Table) -> "ItemIndex":
-        """Return the index of a table on disk, with its spare rows.
-
-        Raises:
-            TableError: its rows are kept by number, so that it has no row for unknown ids.
-        """
-        if table.manifest.by_number:
-            raise TableError(
-                f"{table.path}: its rows are kept by number; look up row numbers as they are, without an "
-                f"index"
-            )
-        return cls(table.row_index().ids, table.manifest.capacity, str(table.path))
-
-    @property
-    def num_embeddings(self) -> int:
-        """Rows of the table, with row 0 and the spare rows."""
-        return 1 + self.capacity
-
-    @property
-    def spare_rows(self) -> int:
-        """Rows that are still free; the row of an item deleted stays its own."""
-        return self.capacity - self._index.ids.numel() - len(self._new)
-
-    def __len__(self) -> int:
-        return self._index.ids.numel() + len(self._new) - len(self._gone)
-
-    def rows(self, ids: Tensor) -> Tensor:
-        """Return the row of every id, int64 in the shape of ``ids``, and count."""
-        rows = self._index.rows(ids)
-        if self._changed.ids.numel():
-            at = self._changed.rows(ids)
-            rows = torch.where(at > 0, self._changed_rows[at], rows)
-        self.seen += ids.numel()
-        self.unknown += ids.numel() - int(torch.count_nonzero(rows))
-        return rows
-
-    def add(self, ids: Tensor) -> Tensor:
-        """Return the rows of items (n,) int64, giving those that have none a free one each.
-
-        Raises:
-            SpareRowsExhausted: there are too few free rows; nothing is changed.
-            DuplicateId: an id is there twice.
-        """
-        _check_distinct(ids)
-        known = self.homes(ids)
-        fresh = ids[known == 0].sort().values.tolist()
-        if len(fresh) > self.spare_rows:
-            room = self.capacity - self._index.ids.numel() + max(len(fresh), self.capacity // 10)
-            raise SpareRowsExhausted(
-                f"{len(fresh)} new items, {self.spare_rows} free rows of {self.capacity}: make room with "
-                f"`mim table grow {self._source} --out DIR --spare-rows {room}`, which keeps every row, and "
-                f"load the table that it writes"
-            )
-        for item in fresh:
-            self._new[item] = 1 + self._index.ids.numel() + len(self._new)
-        self._gone.difference_update(ids.tolist())
-        self._refresh()
-        return self.homes(ids)
-
-    def remove(self, ids: Tensor) -> Tensor:
-        """Forget items (n,) int64; returns the rows of those that were known."""
-        _check_distinct(ids)
-        rows = self.homes(ids)
-        self._gone.update(ids[rows > 0].tolist())
-        self._refresh()
-        return rows[rows > 0]
-
-    def homes(self, ids: Tensor) -> Tensor:
-        """The rows of items, deleted or not; 0 for those that never had one."""
-        rows = self._index.rows(ids)
-        new = [self._new.get(item, 0) for item in ids[rows == 0].tolist()]
-        rows[rows == 0] = torch.tensor(new, dtype=torch.int64)
-        return rows
-
-    def _refresh(self) -> None:
-        changed = {**self._new, **dict.fromkeys(self._gone, 0)}
-        ids = torch.tensor(sorted(changed), dtype=torch.int64)
-        self._changed = RowIndex(ids)
-        self._changed_rows = torch.tensor([0, *(changed[item] for item in ids.tolist())])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +68,8 @@ def update_items(
         SpareRowsExhausted: there are too few free rows. Nothing is changed.
         NonFiniteVector: a vector has NaN or infinity, or overflows the stored type. Nothing is changed.
         LossyVector: a vector is too small for the stored type. Nothing is changed.
-        TableError: shapes do not fit, or the window is not newer than the last one.
+        TableError: shapes do not fit, the window is not newer than the last one, or the index is not that of
+            the rows, see :func:`check_index`.
     """
     _, frozen = find_frozen(model, name)
     _check_window(frozen, table_version, seq)
@@ -194,7 +86,8 @@ def update_items(
                               f"{frozen.dtype}")  # fmt: skip
     check_loss(vectors, stored, frozen.dtype, ids, lambda row: f"window {seq}, row {row}",
                "use a table of float32, or scale the vectors")  # fmt: skip
-    written = _write(frozen, index.add(ids), stored)
+    rows, _ = _place(frozen, index, ids, ids[:0], seq)
+    written = _write(frozen, rows, stored)
     frozen.state = TableState(table_version, seq)
     return UpdateReport(items=ids.numel(), rows=written, spare_rows=index.spare_rows)
 
@@ -217,11 +110,11 @@ def delete_items(
 
     Raises:
         VersionMismatch: the window is not of the table's encoder.
-        TableError: it is not newer than the last one.
+        TableError: it is not newer than the last one, or the index is not that of the rows.
     """
     _, frozen = find_frozen(model, name)
     _check_window(frozen, table_version, seq)
-    rows = index.remove(ids)
+    _, rows = _place(frozen, index, ids[:0], ids, seq)
     zeros = encode(torch.zeros(rows.numel(), frozen.config.embedding_dim), frozen.dtype)
     zeros.zero_()
     written = _write(frozen, rows, zeros)
@@ -252,7 +145,8 @@ def apply_window(
         VersionMismatch: the window is not of the table's encoder.
         WindowGap: windows before this one were not applied.
         SpareRowsExhausted: there are too few free rows. Nothing is changed.
-        TableError: the vectors do not fit the table. Nothing is changed.
+        TableError: the vectors do not fit the table, or the index is not that of the rows. Nothing is
+            changed.
     """
     _, frozen = find_frozen(model, name)
     state = frozen.state
@@ -266,11 +160,69 @@ def apply_window(
             f"{window.dim}"
         )
     stored = window.stored_as(frozen.dtype)
-    written = _write(frozen, index.add(window.ids), stored)
-    gone = index.remove(window.removed)
+    rows, gone = _place(frozen, index, window.ids, window.removed, window.seq)
+    written = _write(frozen, rows, stored)
     written += _write(frozen, gone, stored.new_zeros(gone.numel(), stored.shape[1]))
     frozen.state = TableState(state.table_version, window.seq)
     return UpdateReport(items=window.ids.numel() + gone.numel(), rows=written, spare_rows=index.spare_rows)
+
+
+def check_index(model: nn.Module, index: ItemIndex, *, name: str = "mm") -> None:
+    """See that an index knows the items of all rows of a live table; cheap enough for every step.
+
+    Args:
+        model: as in :func:`update_items`.
+        index: that ids are mapped by.
+        name: of the table.
+
+    Raises:
+        VersionMismatch: the index is of another encoder's table.
+        TableError: it is of a table of another size; or rows have seen windows that it has not, or it has
+            seen windows that they have not.
+    """
+    frozen = find_frozen(model, name)[1]
+    _check_same_table(frozen, index)
+    if index.seq > frozen.state.seq:
+        raise TableError(
+            f"frozen table {name}: the index has the items of windows up to {index.seq}, the rows are those "
+            f"of windows up to {frozen.state.seq}; apply the windows between to the table"
+        )
+
+
+def restore_index(model: nn.Module, index: ItemIndex, *, name: str = "mm") -> None:
+    """Give an index the new and deleted items of a checkpoint with ``store_rows`` that a model has loaded.
+
+    Args:
+        model: as in :func:`update_items`; its state was loaded.
+        index: of the table on the disk that the model was trained on, as :meth:`ItemIndex.of` makes it.
+        name: of the table.
+
+    Raises:
+        TableError: the checkpoint holds no index, or that of another table.
+    """
+    frozen = find_frozen(model, name)[1]
+    saved = frozen.items.saved
+    if saved is None:
+        raise TableError(
+            f"frozen table {name}: the model has loaded no index of items. Checkpoints hold it where "
+            "store_rows=True and windows were applied; otherwise apply the windows of the log again"
+        )
+    _check_size(frozen, index)
+    index.restore(saved)
+    frozen.items.index, frozen.items.saved = index, None
+
+
+def check_ranks(model: nn.Module) -> None:
+    """See that all ranks hold the same windows and items of every live table. Every rank calls it.
+
+    A rank that skips a window goes on without an error. Call this before a checkpoint is written.
+
+    Raises:
+        TableError: a rank has other windows or items than rank 0; on every rank.
+    """
+    for module in (found for found in model.modules() if isinstance(found, FrozenModule)):
+        for frozen in module.frozen_tables().values():
+            frozen.check_ranks(group_of(module))
 
 
 def expected_digest(
@@ -303,6 +255,59 @@ def expected_digest(
     return digest_of_ranks(digest.hexdigest(), module, name)
 
 
+def _place(
+    frozen: FrozenTable, index: ItemIndex, ids: Tensor, removed: Tensor, seq: int
+) -> tuple[Tensor, Tensor]:
+    """The rows of a window's items, and of those that it deletes; the index has them afterwards.
+
+    An index may be ahead: of a second table, or of rows that were loaded again. Then it is as it has to be,
+    and the window changes rows alone.
+    """
+    _check_same_table(frozen, index)
+    if index.seq >= seq:
+        rows, gone = index.homes(ids), index.homes(removed)
+        if not rows.all():
+            raise TableError(
+                f"frozen table {frozen.config.name}: the index has windows up to {index.seq} but not item id "
+                f"{int(ids[rows == 0][0])} of window {seq}; make it from the table again"
+            )
+        gone = gone[gone > 0]
+    elif index.seq > frozen.state.seq:
+        raise TableError(
+            f"frozen table {frozen.config.name}: its rows have windows up to {frozen.state.seq}, its index "
+            f"up to {index.seq}; window {seq} comes after those between"
+        )
+    else:
+        rows, gone = index.add(ids), index.remove(removed, seq)
+    frozen.items.index, frozen.items.saved = index, None
+    return rows, gone
+
+
+def _check_same_table(frozen: FrozenTable, index: ItemIndex) -> None:
+    name = frozen.config.name
+    _check_size(frozen, index)
+    if index.table_version not in (None, frozen.state.table_version):
+        raise VersionMismatch(
+            f"frozen table {name} has table_version {frozen.state.table_version}, the index "
+            f"{index.table_version}"
+        )
+    frozen.items.check(name)
+    if index.seq < frozen.state.seq:
+        raise TableError(
+            f"frozen table {name}: its rows have windows up to {frozen.state.seq}, its index up to "
+            f"{index.seq}. Their new items are unknown to the index, which would give their rows to others: "
+            "use the index that the windows were applied with"
+        )
+
+
+def _check_size(frozen: FrozenTable, index: ItemIndex) -> None:
+    if index.num_embeddings != frozen.config.num_embeddings:
+        raise TableError(
+            f"frozen table {frozen.config.name} has {frozen.config.num_embeddings} rows, the index is of a "
+            f"table of {index.num_embeddings}"
+        )
+
+
 def _write(frozen: FrozenTable, rows: Tensor, stored: Tensor) -> int:
     rows = rows - frozen.first_row
     own = (rows >= 0) & (rows < frozen.store.num_rows)
@@ -322,9 +327,3 @@ def _check_window(frozen: FrozenTable, table_version: str, seq: int) -> None:
         raise TableError(
             f"frozen table {name} has applied windows up to {state.seq}; window {seq} is not newer"
         )
-
-
-def _check_distinct(ids: Tensor) -> None:
-    found, counts = ids.unique(return_counts=True)
-    if (counts > 1).any():
-        raise DuplicateId(f"item id {int(found[counts > 1][0])} is there twice in one window")

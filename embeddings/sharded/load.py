@@ -23,6 +23,7 @@ from mim_torchrec.embeddings.sharded.frozen import (
     TableState,
     check_state,
 )
+from mim_torchrec.embeddings.sharded.pages import READ_AT_RANDOM, advise
 from mim_torchrec.embeddings.sharded.rows import CachedRows, DenseRows, MappedRows, RowStore
 from mim_torchrec.embeddings.sharded.sharded import ShardedFrozenModule
 from mim_torchrec.embeddings.sharded.ssd import SsdRows
@@ -120,6 +121,8 @@ def load_table(
                 raise TableError(f"frozen table {name}: only rows on a CPU are mapped; use mapped=False")
             own = Table.open(table.path, verify=False)  # a map of its own: updates stay out of `table`
             spans = [(at - first, rows) for at, rows in own.spans(first, stop)]
+            for _, rows in spans:
+                advise(rows, READ_AT_RANDOM)
             frozen.store = MappedRows(store.dtype, store.num_rows, store.dim, spans)
             if cache_bytes is not None:
                 frozen.store = _behind_a_cache(frozen.store, cache_bytes, name)
@@ -134,6 +137,7 @@ def load_table(
                 table.rows_for(first, stop, out=cast(DenseRows, dense).tensor, progress=bar.update)
         frozen.store.filled = True
         frozen.state, frozen.expected = state, None
+        frozen.items.clear()
         return LoadReport(
             table_version=manifest.table_version,
             seq=state.seq,

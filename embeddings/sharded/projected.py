@@ -26,12 +26,11 @@ class ProjectedEmbeddingBags(nn.Module):
     Its forward maps a ``KeyedJaggedTensor`` to a ``KeyedTensor`` (batch_size, num_features * embedding_dim)
     of the keys of the collection. It can be one of the collections of :class:`JoinedEmbeddingBags`.
 
-    >>> from mim_torchrec.embeddings.sharded.frozen import FrozenEmbeddingBagCollection
     >>> config = EmbeddingBagConfig(name="mm", num_embeddings=9, embedding_dim=6, feature_names=["item"])
-    >>> module = ProjectedEmbeddingBags(FrozenEmbeddingBagCollection([config], device="cpu"), embedding_dim=4)
+    >>> module = ProjectedEmbeddingBags(EmbeddingBagCollection([config]), embedding_dim=4)
     >>> bags = KeyedJaggedTensor(["item"], torch.tensor([3, 0, 3]), lengths=torch.tensor([2, 1]))
     >>> module(bags)["item"].shape, [name for name, _ in module.named_parameters()]
-    (torch.Size([2, 4]), ['projections.mm.weight'])
+    (torch.Size([2, 4]), ['collection.embedding_bags.mm.weight', 'projections.mm.weight'])
     """
 
     def __init__(
@@ -66,7 +65,7 @@ class ProjectedEmbeddingBags(nn.Module):
 
     def is_weighted(self) -> bool:
         """Whether the collection uses weights."""
-        return cast(bool, self.collection.is_weighted())
+        return self.collection.is_weighted()
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Return pooled and projected vectors of all features."""

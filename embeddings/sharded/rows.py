@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 
-from mim_torchrec.embeddings.sharded.pages import READ_AT_RANDOM, READ_SOON, advise
+from mim_torchrec.embeddings.sharded.pages import READ_SOON, advise
 from mim_torchrec.embeddings.table.quantize import DTYPES, decode, is_quantized, stored_width
 
 CHUNK = 1 << 16
@@ -168,7 +168,6 @@ class MappedRows(RowStore):
                 starts.append(at)
                 self._spans.append(torch.zeros(first - at, self.stored_width, dtype=DTYPES[dtype]))
             if rows.numel():
-                advise(rows, READ_AT_RANDOM)
                 starts.append(first)
                 self._spans.append(rows)
             at = first + rows.shape[0]

@@ -66,6 +66,8 @@ from mim_torchrec.embeddings.sharded.lookup import (
 from mim_torchrec.embeddings.sharded.placement import place
 from mim_torchrec.embeddings.sharded.rows import DenseRows, make_rows
 from mim_torchrec.embeddings.sharded.semisync import accept_gradients
+from mim_torchrec.embeddings.sharded.ssd import SsdRows
+from mim_torchrec.embeddings.sharded.traced import OutsideGraphs
 
 CACHE_LOAD_FACTOR = 0.2
 Out = TypeVar("Out")
@@ -141,7 +143,10 @@ class FrozenAwaitable(LazyAwaitable[Out], Generic[Out]):
 
 
 class ShardedFrozenModule(
-    FrozenModule, ShardedEmbeddingModule[KJTList, list[Tensor], Out, FrozenContext], Generic[Out]
+    OutsideGraphs,
+    FrozenModule,
+    ShardedEmbeddingModule[KJTList, list[Tensor], Out, FrozenContext],
+    Generic[Out],
 ):
     """Rows of frozen tables divided over ranks in blocks; made by a sharder.
 
@@ -229,7 +234,9 @@ class ShardedFrozenModule(
             ctx.counts.append(RowCounts())
             awaitables.append(input_dist([asked[name] for name in input_dist.tables], ctx.counts[-1]))
         for name in self._alone:
-            rows = asked[name]
+            rows, store = asked[name], self._frozen[name].store
+            if isinstance(store, SsdRows):  # pipelines call this a step ahead
+                store.prefetch(rows)
             lengths = rows.new_full((1,), rows.numel())
             awaitables.append(NoWait(NoWait(KeyedJaggedTensor([name], rows, lengths=lengths))))
         return KJTListSplitsAwaitable(awaitables, ctx)
@@ -307,19 +314,18 @@ class ShardedFrozenModule(
             rows = torch.arange(stop - first, device=self._device)
             store.write(rows, whole.store.tensor[first:stop].to(self._device))
         bounds_check = whole.bounds.mode if plan.bounds_check_mode is None else plan.bounds_check_mode
-        return FrozenTable(config, first, store, whole.state, bounds_check=bounds_check)
+        return FrozenTable(config, first, store, whole.state, items=whole.items, bounds_check=bounds_check)
 
     def _rows_to_save(self, table: FrozenTable) -> Tensor | ShardedTensor:
         rows, group = whole_rows(table), self.placements[table.config.name].group
         if group is None:
             return rows
+        table.check_ranks(group)
         placement = f"rank:{dist.get_rank()}/{rows.device}"
         metadata = ShardMetadata([table.first_row, 0], list(rows.shape), placement)
-        return ShardedTensor._init_from_local_shards(
-            [Shard(rows, metadata)] if table.store.num_rows else [],
-            [table.config.num_embeddings, table.store.stored_width],
-            process_group=group,
-        )
+        shards = [Shard(rows, metadata)] if table.store.num_rows else []
+        size = [table.config.num_embeddings, table.store.stored_width]
+        return ShardedTensor._init_from_local_shards(shards, size, process_group=group)
 
 
 class ShardedFrozenEmbeddingCollection(ShardedFrozenModule[dict[str, JaggedTensor]]):

@@ -16,6 +16,7 @@ from torch import nn
 from torchrec.distributed.embedding_types import BaseEmbeddingSharder, EmbeddingComputeKernel
 from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import (
+    BoundsCheckMode,
     CacheParams,
     ModuleSharder,
     ParameterSharding,
@@ -24,7 +25,6 @@ from torchrec.distributed.types import (
     ShardingType,
 )
 
-from mim_torchrec.embeddings.sharded.bounds import check_mode
 from mim_torchrec.embeddings.sharded.frozen import (
     FrozenEmbeddingBagCollection,
     FrozenEmbeddingCollection,
@@ -84,8 +84,8 @@ class _FrozenSharder(BaseEmbeddingSharder):
     """What both sharders have in common.
 
     Args:
-        fused_params: of TorchRec's, those that a frozen table has: ``cache_load_factor``, of tables for which
-            the plan has none, ``bounds_check_mode``, likewise (``bounds.py``), and ``prefetch_pipeline``.
+        fused_params: of TorchRec's, those that a frozen table has: ``cache_load_factor`` and
+            ``bounds_check_mode``, of tables for which the plan has none, and ``prefetch_pipeline``.
         qcomm_codecs_registry: None or empty; rows are exchanged as they are stored.
 
     Raises:
@@ -104,8 +104,8 @@ class _FrozenSharder(BaseEmbeddingSharder):
                 f"{type(self).__name__}: no codec for {sorted(qcomm_codecs_registry)}; frozen rows are "
                 f"exchanged as they are stored: store them as float16, bfloat16 or int8 to send less"
             )
-        for option, value in (fused_params or {}).items():
-            _check_fused_param(f"{type(self).__name__}: fused_params[{option!r}]", option, value)
+        for option in fused_params or {}:
+            _check_fused_param(f"{type(self).__name__}: fused_params[{option!r}]", option)
         super().__init__(fused_params, qcomm_codecs_registry)
 
     def shard(
@@ -131,7 +131,6 @@ class _FrozenSharder(BaseEmbeddingSharder):
         options = {
             "stochastic_rounding": plan.stochastic_rounding,
             "enforce_hbm": plan.enforce_hbm,
-            "bounds_check_mode": plan.bounds_check_mode,
             "output_dtype": plan.output_dtype,
             "key_value_params": plan.key_value_params,
             "cache_algorithm": cache.algorithm,
@@ -141,14 +140,14 @@ class _FrozenSharder(BaseEmbeddingSharder):
         }
         for option, value in options.items():
             if value is not None and value is not False:
-                _check_fused_param(f"frozen table {name}: {option}", option, value)
+                _check_fused_param(f"frozen table {name}: {option}", option)
         fused_params = self.fused_params or {}
-        if plan.bounds_check_mode is None:
-            plan = replace(plan, bounds_check_mode=fused_params.get("bounds_check_mode"))
-        load_factor = fused_params.get("cache_load_factor")
-        if load_factor is None or cache.load_factor is not None:
-            return plan
-        return replace(plan, cache_params=replace(cache, load_factor=load_factor))
+        if cache.load_factor is None and "cache_load_factor" in fused_params:
+            plan = replace(plan, cache_params=replace(cache, load_factor=fused_params["cache_load_factor"]))
+        if plan.bounds_check_mode is None and "bounds_check_mode" in fused_params:
+            mode = BoundsCheckMode(fused_params["bounds_check_mode"].value)  # fbgemm has its own enumeration
+            plan = replace(plan, bounds_check_mode=mode)
+        return plan
 
     def shardable_parameters(self, module: FrozenModule) -> dict[str, nn.Parameter]:
         """Return the stored shapes and types for the planner, as parameters without memory."""
@@ -171,11 +170,8 @@ def _shape(table: FrozenTable) -> nn.Parameter:
     return parameter
 
 
-def _check_fused_param(where: str, option: str, value: Any) -> None:
-    if option in ("cache_load_factor", "prefetch_pipeline"):
-        return
-    if option == "bounds_check_mode":
-        check_mode(where, value)
+def _check_fused_param(where: str, option: str) -> None:
+    if option in ("cache_load_factor", "prefetch_pipeline", "bounds_check_mode"):
         return
     if option == "output_dtype":
         raise ValueError(f"{where}: give output_dtype to the frozen collection")

@@ -107,6 +107,16 @@ class SsdRows(RowStore):
     def blocks(self) -> Iterator[Tensor]:
         yield from self.backing.blocks()
 
+    def __deepcopy__(self, memo: dict[int, object]) -> "SsdRows":
+        """Refuse to be copied.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            "rows behind a cache on an SSD are not copied; copy the model and load the copy's table"
+        )
+
     def _finish_those_that_bring(self, rows: Tensor) -> None:
         """Wait for the prefetches under way that bring rows (n,) which the cache lacks."""
         while self._coming:

@@ -8,20 +8,22 @@ The rows are no part of what is compiled. In one process a graph refers to the t
 sees their updates. An exported program would take a copy of them into its file. Export :class:`RowsAsInputs`
 instead: the rows are then an argument of the program.
 
-Not here: graphs of sharded collections, whose exchanges between ranks stay outside graphs, and rows behind a
-cache, which changes when it is read.
+Sharded collections stay outside graphs (:class:`OutsideGraphs`): their ranks exchange rows. Not here: rows
+behind a cache, which changes when it is read.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.fx
-from torch import Tensor
+from torch import Tensor, nn
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_modules import get_embedding_names_by_table
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
-from mim_torchrec.embeddings.sharded.lookup import jagged, keyed
+from mim_torchrec.embeddings.sharded.bounds import BoundsCheck
+from mim_torchrec.embeddings.sharded.lookup import jagged
 from mim_torchrec.embeddings.sharded.rows import DenseRows, MappedRows, RowStore, gather_spans
 from mim_torchrec.embeddings.table.quantize import DTYPES, decode, is_quantized
 
@@ -31,6 +33,7 @@ class TracedTable(Protocol):
 
     config: BaseEmbeddingConfig
     store: RowStore
+    bounds: BoundsCheck
     lifted: list[Tensor] | None
 
 
@@ -45,6 +48,19 @@ def is_traced(features: KeyedJaggedTensor) -> bool:
     if torch.jit.is_tracing():
         raise TypeError("torch.jit.trace fixes the numbers of ids in a frozen lookup; use torch.export")
     return False
+
+
+class OutsideGraphs(nn.Module):
+    """A sharded collection that a compiled model calls between two of its graphs."""
+
+    def forward(self, *features: Any, **named: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._looked_up(*features, **named)
+        return super().forward(*features, **named)
+
+    @torch.compiler.disable(reason="ranks exchange rows outside graphs")
+    def _looked_up(self, *features: Any, **named: Any) -> Any:
+        return super().forward(*features, **named).wait()
 
 
 @torch.library.custom_op("mim_torchrec::frozen_vectors", mutates_args=())
@@ -133,16 +149,26 @@ def pooled(
             if is_weighted:
                 vectors = vectors * bags.weights().float()[:, None]
             found.append(_bags(vectors, bags.lengths(), config.pooling is PoolingType.MEAN))
-    return keyed(found, configs, output_dtype)
+    return KeyedTensor(
+        keys=[name for names in get_embedding_names_by_table(configs) for name in names],
+        length_per_key=[config.embedding_dim for config in configs for _ in config.feature_names],
+        values=torch.cat(found, dim=1).to(output_dtype),
+    )
 
 
 @torch.fx.wrap
 def _one_batch_size(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
-    """Refuse batches of variable size per feature, also where a graph is run; not traced by ``torch.fx``."""
+    """Refuse what a graph would look up wrongly, when it is run; not traced by ``torch.fx``."""
     if features.inverse_indices_or_none() is not None:
         raise ValueError(
             "a graph of a frozen lookup takes one batch size for all features, no inverse indices"
         )
+    if features.values().is_floating_point():
+        raise TypeError("features of a frozen collection are rows, integers")
+    keys = features.keys()
+    for k, key in enumerate(keys):
+        if key in keys[:k]:
+            raise ValueError("keys must be unique: a feature is in the batch more than once")
     return features
 
 
@@ -160,6 +186,8 @@ def _vectors(table: TracedTable, rows: Tensor) -> Tensor:
     """The operator's node; ``rows`` may be a proxy."""
     store, name = table.store, table.config.name
     spans = table.lifted if table.lifted is not None else _spans(store, name)
+    if table.bounds.replaces:
+        rows = torch.where((rows >= 0) & (rows < table.config.num_embeddings), rows, 0)
     return torch.ops.mim_torchrec.frozen_vectors(spans, rows, store.dtype, store.dim, name)
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mim_torchrec.embeddings.table.manifest import TableError
 from mim_torchrec.embeddings.table.quantize import decode
-from mim_torchrec.embeddings.table.reader import RowIndex, Table
+from mim_torchrec.embeddings.table.reader import Table
+from mim_torchrec.embeddings.table.row_index import RowIndex
 from mim_torchrec.embeddings.windows.window import Window, is_due
 
 GONE = -1

@@ -1,9 +1,9 @@
 """Vectors of another team: what a file of them gives, and the checks that all files share.
 
 A source gives ids as int64 and vectors in their own type (float64 as float32), a batch of rows at a time, and
-refuses by file, row, id and column what cannot be imported. ``external_parquet.py`` and
-``external_tensors.py``
-know the files. Not here: text formats, sparse vectors, and int8 vectors that come with a scale.
+refuses by file, row, id and column what cannot be imported. ``external_parquet.py``, ``external_tensors.py``
+and ``external_dcp.py`` know the files. Not here: text formats, sparse vectors, and int8 vectors that
+come with a scale.
 """
 
 from collections.abc import Iterable, Iterator

@@ -23,7 +23,8 @@ from mim_torchrec.embeddings.table.manifest import (
     partial_path,
 )
 from mim_torchrec.embeddings.table.quantize import DTYPES, decode, encode, row_bytes, stored_width
-from mim_torchrec.embeddings.table.reader import RowIndex, Table
+from mim_torchrec.embeddings.table.reader import Table
+from mim_torchrec.embeddings.table.row_index import RowIndex
 from mim_torchrec.embeddings.table.shards import verify_shard
 from mim_torchrec.embeddings.table.writer import TableWriter
 

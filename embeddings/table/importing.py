@@ -3,7 +3,7 @@
 Sources whose ids ascend stream straight through; the rows of others are first brought into the order of ids
 on the disk (``arranging.py``). Either way memory holds a batch of rows, the shard being written with its
 copies, and at first 8 bytes a row of ids. Without a version given, the vectors are read once more to hash
-them. ``external.py`` and its two readers say what the files may hold.
+them. ``external.py`` and its three readers say what the files may hold.
 """
 
 import hashlib

@@ -22,68 +22,8 @@ from mim_torchrec.embeddings.table.manifest import (
     partial_path,
 )
 from mim_torchrec.embeddings.table.quantize import decode
+from mim_torchrec.embeddings.table.row_index import RowIndex, RowNumbers
 from mim_torchrec.embeddings.table.shards import CHUNK, check_finite, map_shard, verify_shard
-
-
-class RowIndex:
-    """Maps item ids to rows of the sharded table: 1 + the id's position in ascending order, unknown to 0.
-
-    Row 0 is the zero vector, whose cosine with anything is 0.
-
-    Args:
-        ids: (num_rows,) int64, strictly ascending.
-    """
-
-    def __init__(self, ids: Tensor) -> None:
-        self.ids = ids
-
-    @property
-    def num_embeddings(self) -> int:
-        return self.ids.numel() + 1
-
-    def rows(self, ids: Tensor) -> Tensor:
-        """Return the row of every id, int64 in the shape of ``ids``; 0 for an id not in the table."""
-        if not self.ids.numel():
-            return torch.zeros_like(ids)
-        position = torch.searchsorted(self.ids, ids).clamp_(max=self.ids.numel() - 1)
-        return torch.where(self.ids[position] == ids, position + 1, 0)
-
-    def to(self, device: torch.device) -> "RowIndex":
-        return RowIndex(self.ids.to(device))
-
-
-class RowNumbers(RowIndex):
-    """The map of a table whose rows are kept by number: row r is that of id r, and there is no other id.
-
-    Args:
-        ids: (num_rows,) int64, 0 to num_rows - 1.
-        source: where the table is, for messages.
-    """
-
-    def __init__(self, ids: Tensor, source: str = "TABLE") -> None:
-        super().__init__(ids)
-        self._source = source
-
-    @property
-    def num_embeddings(self) -> int:
-        return self.ids.numel()
-
-    def rows(self, ids: Tensor) -> Tensor:
-        """Return ``ids``, which are rows.
-
-        Raises:
-            TableError: one is not: row 0 is an item's, so that none is left for unknown ids.
-        """
-        wrong = ids[(ids < 0) | (ids >= self.ids.numel())]
-        if wrong.numel():
-            raise TableError(
-                f"{self._source}: its rows are kept by number, 0 to {self.ids.numel() - 1}, and "
-                f"{int(wrong[0])} is none of them; there is no row for unknown ids"
-            )
-        return ids.clone()
-
-    def to(self, device: torch.device) -> "RowNumbers":
-        return RowNumbers(self.ids.to(device), self._source)
 
 
 class Table:
@@ -95,6 +35,9 @@ class Table:
     >>> table = Table.open("runs/table", expected_version="9f2c")    # doctest: +SKIP
     >>> table.read_float(torch.tensor([17, 4])).shape                # doctest: +SKIP
     torch.Size([2, 128])
+
+    Attributes:
+        in_order: whether the shards hold consecutive ranges of ids.
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
@@ -105,14 +48,15 @@ class Table:
             mapped, key=lambda shard: int(shard[1][0])
         )
         self._index: RowIndex | None = None
-        self._in_order = all(
+        self.in_order = all(
             int(before[1][-1]) < int(after[1][0])
             for before, after in zip(self._shards, self._shards[1:], strict=False)
         )
-        if not self._in_order:
+        if not self.in_order:
             self._check_unique(self.row_index().ids)
         if manifest.by_number and manifest.rows:
-            first, last = int(self.row_index().ids[0]), int(self.row_index().ids[-1])
+            parts = self.row_index().parts
+            first, last = int(parts[0][0]), int(parts[-1][-1])
             if (first, last) != (0, manifest.rows - 1):
                 raise TableError(
                     f"{self.path}: rows are kept by number, so the ids of {manifest.rows} rows are 0 to "
@@ -142,12 +86,12 @@ class Table:
         return cls(path, manifest)
 
     def row_index(self) -> RowIndex:
-        """Return the map from ids to rows; it is made once (8 bytes a row, none where there is one shard)."""
+        """Return the map from ids to rows; it is made once, of the mapped ids where those are in order."""
         if self._index is None:
             parts = [ids for _, ids, _ in self._shards]
-            ids = parts[0] if len(parts) == 1 else torch.cat([torch.empty(0, dtype=torch.int64), *parts])
-            ids = ids if self._in_order else ids.sort().values
-            self._index = RowNumbers(ids, str(self.path)) if self.manifest.by_number else RowIndex(ids)
+            parts = parts if self.in_order else [torch.cat(parts).sort().values]
+            by_number = self.manifest.by_number
+            self._index = RowNumbers(*parts, source=str(self.path)) if by_number else RowIndex(*parts)
         return self._index
 
     def rows_for(
@@ -207,7 +151,7 @@ class Table:
             TableError: the rows are not within the table, or the ranges of ids of its shards overlap.
         """
         self._check_range(start, stop)
-        if not self._in_order:
+        if not self.in_order:
             raise TableError(
                 f"{self.path}: the shards' ranges of ids overlap, so rows are not consecutive on the disk; "
                 f"put them in order: mim table convert {self.path} --dtype {self.manifest.dtype} --out DIR"
@@ -251,7 +195,7 @@ class Table:
 
     def _slices(self, start: int, stop: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Consecutive rows of items, at most ``CHUNK`` at once and checked: first row, ids, vectors."""
-        if not self._in_order:
+        if not self.in_order:
             base = self.manifest.first_row
             ids = self.row_index().ids[max(start - base, 0) : max(stop - base, 0)]
             for at, part in enumerate(ids.split(CHUNK)):

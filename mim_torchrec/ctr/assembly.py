@@ -23,7 +23,7 @@ from mim_torchrec.data.vocabulary import IdMapper, Vocabulary, scan_ids
 from mim_torchrec.embeddings.collective import on_all_ranks
 from mim_torchrec.embeddings.files import atomic_directory
 from mim_torchrec.embeddings.sharded.frozen import frozen_config
-from mim_torchrec.embeddings.sharded.live import ItemIndex
+from mim_torchrec.embeddings.sharded.item_index import ItemIndex
 from mim_torchrec.embeddings.sharded.load import load_table, open_table, table_digest
 from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.windows.transport import open_log

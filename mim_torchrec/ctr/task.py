@@ -78,7 +78,13 @@ class CTRState:
         return self._done if epoch == self._epoch else []
 
     def shared(self) -> dict[str, Any]:
-        """Everything trainable, and the optimizers' state, which is made where no step has made it yet."""
+        """Everything trainable, and the optimizers' state, which is made where no step has made it yet.
+
+        Raises:
+            TableError: ranks have applied different windows; on all ranks.
+        """
+        if self._windows is not None:
+            self._windows.check_ranks()
         for _, optimizer in self._optimizer.optimizers:
             # the state of a warm-up is there from the start
             if len(optimizer.params) > len(optimizer.state) <= isinstance(optimizer, WarmupOptimizer):

@@ -9,7 +9,14 @@ import logging
 
 from torch import nn
 
-from mim_torchrec.embeddings.sharded.live import ItemIndex, apply_window, expected_digest, table_state
+from mim_torchrec.embeddings.sharded.item_index import ItemIndex
+from mim_torchrec.embeddings.sharded.live import (
+    apply_window,
+    check_index,
+    check_ranks,
+    expected_digest,
+    table_state,
+)
 from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.windows.compact import changes
 from mim_torchrec.embeddings.windows.transport import Transport
@@ -63,7 +70,9 @@ class LiveWindows:
         Raises:
             ConnectionError: up to that one they cannot be read.
             WindowGap: as of `before_step`.
+            TableError: the index that batches are mapped by is not that of the rows.
         """
+        check_index(self._model, self._index)
         while seq is None or self.seq < seq:
             stop = self.seq + CHUNK if seq is None else min(seq, self.seq + CHUNK)
             found, problem = self._read(stop)
@@ -78,6 +87,14 @@ class LiveWindows:
             self.applied += common
             if self._context.is_main:
                 log.info("windows applied up to %d, %d items in the table", self.seq, len(self._index))
+
+    def check_ranks(self) -> None:
+        """See that all ranks have applied the same windows.
+
+        Raises:
+            TableError: one has not; on all ranks.
+        """
+        check_ranks(self._model)
 
     def expected_digest(self, table: Table) -> str:
         """What `table_digest` is where nothing but the windows changed the table.

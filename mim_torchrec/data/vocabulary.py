@@ -26,7 +26,7 @@ from mim_torchrec.data.schema import (
     read_row_group,
 )
 from mim_torchrec.embeddings.files import atomic_file
-from mim_torchrec.embeddings.sharded.live import ItemIndex
+from mim_torchrec.embeddings.sharded.item_index import ItemIndex
 from mim_torchrec.embeddings.table.format import RowIndex
 
 log = logging.getLogger(__name__)

@@ -23,6 +23,7 @@ from tests.programs import TINY_TOWERS, small_shop, words
 pytestmark = pytest.mark.slow
 
 
+ROOT = Path(__file__).resolve().parents[2]
 FLAGS = TINY_TOWERS | {
     "freeze-towers": "False",
     "epochs": "3", "batch-size": "64", "queue-batches": "2", "checkpoint.every": "2", "log-every": "1",
@@ -70,7 +71,7 @@ def launch(data: Path, out: Path, program: str = "mim_torchrec.csft.main", resta
         "--monitor_interval", "0.1", "-m", program, *command(data, out),
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    return Job(line, out.with_suffix(".log"), env=environment, start_new_session=True)
+    return Job(line, out.with_suffix(".log"), env=environment, cwd=ROOT, start_new_session=True)
 
 
 def finish(process: Job, out: Path) -> None:

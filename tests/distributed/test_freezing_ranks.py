@@ -81,6 +81,11 @@ def freeze_in_training(folder: Path, sharding: str) -> dict[str, Any]:
     found: dict[str, Any] = {"losses": train(model, optimizer, range(STEPS))}
     train(with_zero, optimizer_of_zero, range(STEPS))
 
+    for each in (model, with_zero):  # a schedule has changed the learning rate of other tables
+        for table, group in _groups(each):
+            if table in ("user", "other"):
+                group["lr"] = 0.02
+
     before, bags_before = look_up(model), look_up(model, bag=5)
     rows = {name: rows_of(model, name) for name in TABLES}
     bytes_before = sparse_bytes(model)
@@ -102,7 +107,7 @@ def freeze_in_training(folder: Path, sharding: str) -> dict[str, Any]:
         assert torch.equal(table.rows_for(0, ROWS), rows[name])
     assert len(Table.open(folder / TABLES[0]).manifest.shards) == dist.get_world_size()
 
-    shards = dist.get_world_size() if sharding == "column_wise" else 1
+    shards = 2 if sharding == "column_wise" else 1
     gone = [torch.tensor(a - b) for a, b in zip(bytes_before, sparse_bytes(model), strict=True)]
     for each in gone:
         dist.all_reduce(each)
@@ -163,7 +168,7 @@ def thaw(folder: Path, how: str) -> None:
     sharding = {
         "row_wise": None,
         "table_wise": table_wise(rank=rank, compute_kernel="fused"),
-        "column_wise": column_wise(ranks=list(range(dist.get_world_size())), compute_kernel="fused"),
+        "column_wise": column_wise(ranks=[0, rank], compute_kernel="fused"),
     }[how]
     for name in TABLES:
         thaw_table(model, name, RowWiseAdagrad, {"lr": 0.1}, sharding=sharding, optimizer=optimizer)
@@ -280,6 +285,7 @@ def refusals(folder: Path) -> None:
     rows[0, 0] = float("nan") if dist.get_rank() else 1.0
     with pytest.raises(NonFiniteVector, match="rank 0: .*item id"):  # rank 0 writes all of 37 rows
         freeze_table(model, "sparse.alone.alone", folder / "t")
+    dist.barrier()  # rank 0 has removed what was written
     assert not (folder / "t").exists() and not (folder / "t.partial").exists()
     rows[0, 0] = 1.0
     after = look_up(model)[2]

@@ -25,7 +25,8 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from mim_torchrec.embeddings.sharded.frozen import (
     TableState,
 )
-from mim_torchrec.embeddings.sharded.live import ItemIndex, update_items
+from mim_torchrec.embeddings.sharded.item_index import ItemIndex
+from mim_torchrec.embeddings.sharded.live import update_items
 from mim_torchrec.embeddings.sharded.load import find_frozen, load_table, open_table, table_digest
 from mim_torchrec.embeddings.sharded.placement import node_replicated
 from mim_torchrec.embeddings.sharded.sharder import (
@@ -33,16 +34,6 @@ from mim_torchrec.embeddings.sharded.sharder import (
     frozen_sharders,
 )
 from mim_torchrec.embeddings.table.format import Table, TableError, VersionMismatch
-from tests.distributed.test_frozen_exchange import (
-    DIM,
-    FEATURES,
-    IDS,
-    ITEMS,
-    Unpooled,
-    batch,
-    whole,
-    write_table,
-)
 from tests.distributed.test_frozen_placement import (
     CPU,
     MANY,
@@ -52,6 +43,7 @@ from tests.distributed.test_frozen_placement import (
     lookups_are_the_vectors,
     sharded,
 )
+from tests.frozen import DIM, FEATURES, IDS, ITEMS, Unpooled, batch, whole, write_table
 from tests.ranks import run_ranks
 
 

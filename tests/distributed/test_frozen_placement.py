@@ -199,11 +199,12 @@ def _rows_that_are_prefetched_are_in_the_cache_at_the_lookup(path: Path) -> None
 
 def _a_copy_a_rank_exchanges_nothing(path: Path) -> None:
     table = open_table(path)
-    model = sharded(Unpooled(table), data_parallel())
-    load_table(model, table)
-    with Counted() as counted:
-        lookups_are_the_vectors(model, whole(table))
-    assert counted.calls == 0
+    for mapped in (False, True):
+        model = sharded(Unpooled(table), data_parallel())
+        load_table(model, table, mapped=mapped)
+        with Counted() as counted:
+            lookups_are_the_vectors(model, whole(table))
+        assert counted.calls == 0
     assert model.state_dict().keys() == {"mm._extra_state"}
 
 

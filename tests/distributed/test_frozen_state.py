@@ -8,10 +8,12 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from mim_torchrec.embeddings.sharded.item_index import ItemIndex
 from mim_torchrec.embeddings.sharded.live import (
-    ItemIndex,
     apply_window,
+    check_ranks,
     delete_items,
+    restore_index,
     table_state,
     update_items,
 )
@@ -90,7 +92,9 @@ def _save(path: Path, checkpoint: Path) -> None:
     table = open_table(path)
     model, index = shard(Unpooled(table, store_rows=True)), ItemIndex.of(table)
     load_table(model, table)
-    update_items(model, index, IDS[:2], torch.ones(2, DIM), table_version="v1", seq=5)
+    ids = torch.tensor([2000, int(IDS[0]), 1000, int(IDS[1])])
+    update_items(model, index, ids, torch.ones(4, DIM), table_version="v1", seq=4)
+    delete_items(model, index, IDS[1:2], table_version="v1", seq=5)
     dcp.save({"model": model.state_dict()}, checkpoint_id=str(checkpoint))
 
 
@@ -101,13 +105,23 @@ def _restore(path: Path, checkpoint: Path) -> None:
     dcp.load(state, checkpoint_id=str(checkpoint))
     model.load_state_dict(state["model"])
     vectors = whole(table)
-    vectors[1:3] = 1.0
-    features = batch(0, 1 + ITEMS)
+    vectors[1], vectors[2], vectors[1 + ITEMS : 3 + ITEMS] = 1.0, 0.0, 1.0
+    index = ItemIndex.of(table)
+    features = batch(0, 1 + ITEMS + 3)
+    with pytest.raises(TableError, match="windows up to 5 with 2 new items, which no index has"):
+        model(features)
+    restore_index(model, index)
+    asked = torch.tensor([1000, 2000, int(IDS[0]), int(IDS[1]), 3000])
+    assert index.rows(asked).tolist() == [1 + ITEMS, 2 + ITEMS, 1, 0, 0]
     found = model(features)
     for key in FEATURES:
         assert torch.equal(found[key], vectors[features[key].values()])
     frozen = find_frozen(model, "mm")[1]
     assert (frozen.state.table_version, frozen.state.seq) == ("v1", 5)
+    report = update_items(model, index, asked[4:], torch.ones(1, DIM), table_version="v1", seq=6)
+    assert report.spare_rows == 0
+    assert index.rows(asked).tolist() == [1 + ITEMS, 2 + ITEMS, 1, 0, 3 + ITEMS]
+    check_ranks(model)
 
 
 @pytest.fixture(scope="module")

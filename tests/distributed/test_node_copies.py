@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torchrec.distributed.sharding_plan import row_wise
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from mim_torchrec.embeddings.sharded.load import find_frozen, load_table, open_table, table_digest
+from mim_torchrec.embeddings.sharded.load import load_table, open_table, table_digest
 from mim_torchrec.embeddings.sharded.placement import node_replicated
 from mim_torchrec.embeddings.table.format import TableWriter
 from tests.distributed.test_frozen_placement import sharded
@@ -55,8 +55,8 @@ def _ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
 
 
-def _enter(name: str, store: Path) -> None:
-    """Move this rank to a node, and form the process group again over the link."""
+def _enter(name: str, store: Path) -> dist.FileStore:
+    """Move this rank to a node, and form the process group again over the link; returns its store, a file."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dist.barrier()  # all are connected
     dist.destroy_process_group()
@@ -64,9 +64,15 @@ def _enter(name: str, store: Path) -> None:
         if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), CLONE_NEWNET):
             raise OSError(ctypes.get_errno(), f"cannot enter {name}")
     os.environ |= {"GLOO_SOCKET_IFNAME": LINK, "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": str(rank % 2)}
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(str(store), world_size), rank=rank, world_size=world_size
-    )
+    shared = dist.FileStore(str(store), world_size)
+    dist.init_process_group("gloo", store=shared, rank=rank, world_size=world_size)
+    return shared
+
+
+def _meet(store: dist.FileStore, where: str) -> None:
+    """Wait for all ranks without a byte on the link."""
+    store.set(f"{where}-{dist.get_rank()}", "here")
+    store.wait([f"{where}-{rank}" for rank in range(dist.get_world_size())])
 
 
 def _bytes_of_link() -> int:
@@ -81,23 +87,23 @@ def _bytes_of_link() -> int:
 
 def _bytes_of_lookups(nodes: list[str], folder: Path, copy: str) -> tuple[int, int, str]:
     """Bytes between nodes in some lookups, bytes of the rows that this rank needs, and the table's digest."""
-    _enter(nodes[dist.get_rank() // 2], folder / f"store-{copy}")
+    store = _enter(nodes[dist.get_rank() // 2], folder / f"store-{copy}")
     table = open_table(folder / "table")
     model = sharded(Unpooled(table), row_wise() if copy == "world" else node_replicated())
     load_table(model, table)
     generator = torch.Generator().manual_seed(dist.get_rank())
     rows = torch.randint(1, ITEMS, (2 * ITEMS,), generator=generator)
     features = KeyedJaggedTensor(FEATURES, rows, lengths=torch.full((2,), ITEMS))
-    model(features)  # connections are made
-    group = find_frozen(model, "mm")[0].placements["mm"].group
-    for _ in range(STEPS):  # what the start sent has arrived by then
+    for _ in range(STEPS):  # connections are made, and what they sent has arrived
         model(features)
-    dist.barrier(group)
+    _meet(store, "before")
     before = _bytes_of_link()
+    _meet(store, "start")
     for _ in range(STEPS):
         model(features)
-    dist.barrier(group)
+    _meet(store, "after")
     crossed = _bytes_of_link() - before
+    _meet(store, "end")
     return crossed, STEPS * rows.unique().numel() * table.manifest.row_bytes, table_digest(model)
 
 

@@ -17,6 +17,8 @@ from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
 from torchrec.distributed.train_pipeline.train_pipelines import (
     EvalPipelineSparseDist,
+    TorchCompileConfig,
+    TrainPipelinePT2,
     TrainPipelineSemiSync,
     TrainPipelineSparseDistLite,
 )
@@ -231,6 +233,16 @@ def _semi_sync_gives_the_losses_of_a_plain_loop(path: Path) -> None:
             assert (early == pytest.approx(synchronous, rel=1e-5)) == (kind is OnlyFrozen), kind
 
 
+def _compiled(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> object:
+    """Everything but the exchanges between ranks is in graphs."""
+    config = TorchCompileConfig(backend="aot_eager")
+    return TrainPipelinePT2(model, optimizer, device, compile_configs=config)
+
+
+def _a_compiled_pipeline_gives_the_losses_of_a_plain_loop(path: Path) -> None:
+    assert losses(OnlyFrozen, path, _compiled) == pytest.approx(losses(OnlyFrozen, path, None), rel=1e-5)
+
+
 @pytest.fixture(scope="module")
 def path(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("tables") / "table"
@@ -250,3 +262,8 @@ def test_pipelines_give_the_losses_of_a_plain_loop(path, world_size):
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_semi_sync_gives_the_losses_of_a_plain_loop(path, world_size):
     run_ranks(_semi_sync_gives_the_losses_of_a_plain_loop, world_size, path)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_compiled_pipeline_gives_the_losses_of_a_plain_loop(path, world_size):
+    run_ranks(_a_compiled_pipeline_gives_the_losses_of_a_plain_loop, world_size, path)

@@ -42,10 +42,9 @@ def test_each_variant_keeps_to_the_memory_it_has(path, one_thread):
     for name in ("ssd", "ssd_without_prefetch", "mapped"):
         assert 0 < variants[name]["bytes_in_memory"] <= report["limit_bytes"]
         assert report[f"{name}_vs_memory"] > 0
-    assert variants["ssd"]["hit_rate"] == 1  # all were prefetched
-    assert 0 < variants["ssd_without_prefetch"]["hit_rate"] < 1
     rows_read = [variants[name]["rows_read_per_step"] for name in ("ssd", "ssd_without_prefetch")]
     assert rows_read[0] == pytest.approx(rows_read[1], rel=0.2)
+    assert 0 < rows_read[0] < report["ids_per_step"]
     assert len(tiers_section(report).rows) == 4
 
 

@@ -12,7 +12,7 @@ from mim_torchrec.ctr.evaluation import main as evaluate
 from mim_torchrec.ctr.main import main
 from mim_torchrec.ctr.task import CTRTask
 from mim_torchrec.ctr.windows import LiveWindows
-from mim_torchrec.embeddings.sharded.live import SpareRowsExhausted
+from mim_torchrec.embeddings.sharded.item_index import SpareRowsExhausted
 from mim_torchrec.embeddings.sharded.load import find_frozen
 from mim_torchrec.embeddings.table.format import TableWriter, VersionMismatch
 from mim_torchrec.embeddings.windows.compact import compact

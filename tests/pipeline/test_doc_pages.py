@@ -1,12 +1,12 @@
 """Every command and program in the tutorials runs, in the order of the page."""
 
 import json
-import socket
 from pathlib import Path
 
 import pytest
 import torch
 
+from mim_torchrec.benchmarks.harness.redis_server import free_port
 from mim_torchrec.csft.main import main as csft
 from mim_torchrec.ctr.main import main as train
 from mim_torchrec.embeddings.table.format import Table, TableWriter
@@ -16,12 +16,6 @@ from tests.pipeline.test_ctr_main import SMALL
 from tests.programs import TINY_TOWERS, small_shop, words
 
 pytestmark = pytest.mark.slow
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +69,10 @@ def test_own_data(tmp_path):
     auc = {run: json.loads((tmp_path / "runs" / run / "metrics.json").read_text())["auc"]
            for run in ("my-base", "my-mim")}  # fmt: skip
     assert auc["my-mim"] > auc["my-base"]
+
+
+def test_updates_of_a_frozen_table(tmp_path):
+    run_page("frozen_tables.md", tmp_path)
 
 
 def test_a_frozen_table_in_a_torchrec_model(tmp_path):

@@ -24,7 +24,7 @@ from mim_torchrec.data.requests import RequestReader
 from mim_torchrec.data.schema import Dataset
 from mim_torchrec.data.vocabulary import IdMapper, Vocabulary, scan_ids
 from mim_torchrec.embeddings.sharded.frozen import frozen_config
-from mim_torchrec.embeddings.sharded.live import ItemIndex
+from mim_torchrec.embeddings.sharded.item_index import ItemIndex
 from mim_torchrec.embeddings.sharded.load import load_table, open_table
 from mim_torchrec.embeddings.table.format import TableWriter
 from mim_torchrec.encoders.item_encoder import HeadConfig, ItemEncoder, ItemEncoderConfig

@@ -15,6 +15,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mim_torchrec.embeddings.sharded.freezing import freeze_table, use_frozen_table
 from mim_torchrec.embeddings.sharded.frozen import FrozenEmbeddingBagCollection, frozen_bag_config
+from mim_torchrec.embeddings.sharded.joined import JoinedEmbeddingBags
 from mim_torchrec.embeddings.sharded.load import load_table, table_digest
 from mim_torchrec.embeddings.sharded.split import SplitEmbeddingBags
 from mim_torchrec.embeddings.sharded.thawing import thaw_table
@@ -246,3 +247,15 @@ def test_a_table_that_was_imported_by_ids_is_thawed_with_its_row_of_unknown_ids(
     assert type(model.mm) is EmbeddingBagCollection
     assert torch.equal(model.mm(batch()).values(), before)
     assert not model.mm.embedding_bags["mm"].weight[0].any()
+
+
+def test_a_table_in_joined_collections_is_frozen_where_it_is(tmp_path):
+    model = Model()
+    model.bags = JoinedEmbeddingBags(model.ebc)
+    del model.ebc
+    before = model.bags(batch())
+    freeze_table(model, "bags.0.item", tmp_path / "t")
+    after = model.bags(batch())
+    assert isinstance(model.bags[0], SplitEmbeddingBags)
+    assert after.keys() == before.keys() and torch.equal(after.values(), before.values())
+    assert [config.name for config in model.bags.embedding_bag_configs()] == ["user", "item", "place"]

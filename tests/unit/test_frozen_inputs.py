@@ -181,8 +181,6 @@ def test_a_sharder_has_a_bounds_check_for_tables_whose_plan_has_none():
 def test_a_table_without_a_bounds_check_is_refused():
     with pytest.raises(ValueError, match="mm: bounds check NONE is none of FATAL, WARNING and IGNORE"):
         unpooled(bounds_check=BoundsCheckMode.NONE)
-    with pytest.raises(ValueError, match="bounds_check_mode'.*: bounds check NONE is none of FATAL"):
-        FrozenEmbeddingCollectionSharder({"bounds_check_mode": BoundsCheckMode.NONE})
 
 
 def test_rows_on_a_gpu_are_replaced_in_the_lookup_and_named_when_it_is_waited_for():

@@ -10,6 +10,7 @@ import torch._dynamo.config
 import torchrec.fx
 from torch import Tensor, nn
 from torch.export import Dim
+from torchrec.distributed.types import BoundsCheckMode
 from torchrec.modules.embedding_configs import PoolingType
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
@@ -164,6 +165,26 @@ def test_a_graph_refuses_batches_of_variable_size_per_feature(tables):
         graph(batch)
 
 
+def test_a_graph_refuses_features_that_are_no_rows(tables):
+    graph = torch.fx.symbolic_trace(make(tables["float32"], "sum"))
+    for keys, values, error in (
+        (KEYS, torch.rand(2), TypeError),
+        (["a", "a", "b"], torch.tensor([1, 2, 3]), ValueError),
+    ):
+        with pytest.raises(error, match="are rows, integers|keys must be unique"):
+            graph(KeyedJaggedTensor(keys, values, lengths=torch.ones(len(keys), dtype=torch.int64)))
+
+
+def test_a_graph_looks_up_row_0_where_the_collection_does(tables):
+    config = frozen_config(tables["float32"], KEYS)
+    model = FrozenEmbeddingCollection([config], device="cpu", bounds_check=BoundsCheckMode.IGNORE)
+    load_table(model, tables["float32"])
+    batch = KeyedJaggedTensor(KEYS, torch.tensor([-1, 2, 1000]), lengths=torch.tensor([2, 1]))
+    found, expected = torch.fx.symbolic_trace(model)(batch), model(batch)
+    for key in KEYS:
+        assert torch.equal(found[key].values(), expected[key].values())
+
+
 # torch.jit has several of each
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::torch.jit.TracerWarning")
 def test_jit_scripts_what_fx_traces_and_refuses_the_rest_by_name(tables):
@@ -257,6 +278,7 @@ def test_rows_behind_a_cache_are_refused_in_graphs(tables):
     table = model.mm.frozen_tables()["mm"]
     assert isinstance(table.store, DenseRows)
     table.store = CachedRows(table.store, slots=5, device=torch.device("cpu"))
+    table.store.filled = True
     with pytest.raises(TypeError, match="mm: rows in CachedRows are behind a cache"):
         torch.fx.symbolic_trace(model)
 

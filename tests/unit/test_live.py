@@ -5,7 +5,8 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mim_torchrec.embeddings.sharded.frozen import FrozenEmbeddingCollection, TableState, frozen_config
-from mim_torchrec.embeddings.sharded.live import ItemIndex, SpareRowsExhausted, delete_items, update_items
+from mim_torchrec.embeddings.sharded.item_index import ItemIndex, SpareRowsExhausted
+from mim_torchrec.embeddings.sharded.live import delete_items, update_items
 from mim_torchrec.embeddings.sharded.load import find_frozen, load_table, table_digest
 from mim_torchrec.embeddings.table.format import (
     DTYPES,

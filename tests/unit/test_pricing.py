@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fbgemm_gpu import split_table_batched_embeddings_ops_common as fbgemm
 from torch import nn
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
@@ -177,7 +178,7 @@ def collection() -> FrozenEmbeddingCollection:
         ({"stochastic_rounding": True}, "mm: stochastic_rounding: .* no such option"),
         ({"enforce_hbm": True}, "mm: enforce_hbm"),
         ({"output_dtype": DataType.FP16}, "mm: output_dtype: give output_dtype to the frozen collection"),
-        ({"bounds_check_mode": BoundsCheckMode.NONE}, "mm: bounds_check_mode: bounds check NONE is none of"),
+        ({"bounds_check_mode": BoundsCheckMode.NONE}, "mm: bounds check NONE is none of"),
         ({"cache_params": CacheParams(algorithm=CacheAlgorithm.LRU)}, "mm: cache_algorithm"),
     ],
 )
@@ -194,9 +195,13 @@ def test_the_cache_of_a_sharder_is_that_of_tables_whose_plan_has_none(collection
         assert found.cache_params.load_factor == expected
 
 
-def test_options_that_a_frozen_table_has_are_taken(collection):
-    plan = plan_of(bounds_check_mode=BoundsCheckMode.FATAL, stochastic_rounding=False)
-    assert FrozenEmbeddingCollectionSharder().shard(collection, plan, ShardingEnv.from_local(1, 0))
+@pytest.mark.parametrize("enumeration", [BoundsCheckMode, fbgemm.BoundsCheckMode])
+def test_the_bounds_check_of_a_sharder_is_that_of_tables_whose_plan_has_none(collection, enumeration):
+    sharder = FrozenEmbeddingCollectionSharder({"bounds_check_mode": enumeration.IGNORE})
+    plans = (plan_of(), BoundsCheckMode.IGNORE), (plan_of(bounds_check_mode=BoundsCheckMode.FATAL), None)
+    for plan, expected in plans:
+        found = sharder.shard(collection, plan, ShardingEnv.from_local(1, 0)).frozen_tables()["mm"].bounds
+        assert found.mode is (expected or BoundsCheckMode.FATAL)
 
 
 def test_a_copy_a_rank_is_in_memory_of_the_device():

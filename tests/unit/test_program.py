@@ -13,7 +13,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from mim_torchrec.ctr.warm_start import WarmStartError
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.embeddings.files import DiskFull
-from mim_torchrec.embeddings.sharded.live import SpareRowsExhausted
+from mim_torchrec.embeddings.sharded.item_index import SpareRowsExhausted
 from mim_torchrec.embeddings.table.manifest import (
     ChecksumMismatch,
     DuplicateId,

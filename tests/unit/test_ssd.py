@@ -1,5 +1,6 @@
 """Rows on an SSD: what the cache keeps, what is read from files, and that prefetching reads ahead."""
 
+import copy
 import threading
 from collections.abc import Iterator
 
@@ -7,7 +8,8 @@ import pytest
 import torch
 
 from mim_torchrec.embeddings.sharded.frozen import FrozenEmbeddingCollection, frozen_config
-from mim_torchrec.embeddings.sharded.live import ItemIndex, update_items
+from mim_torchrec.embeddings.sharded.item_index import ItemIndex
+from mim_torchrec.embeddings.sharded.live import update_items
 from mim_torchrec.embeddings.sharded.load import load_table, table_digest
 from mim_torchrec.embeddings.sharded.rows import MappedRows
 from mim_torchrec.embeddings.sharded.ssd import WAYS, SsdRows
@@ -151,6 +153,11 @@ def test_an_error_of_a_prefetch_is_raised_by_the_lookup(backing, stored, monkeyp
         store.gather(tensor(7))
     monkeypatch.undo()
     assert torch.equal(store.gather(tensor(7)), stored[[7]])
+
+
+def test_a_copy_is_refused(backing):
+    with pytest.raises(TypeError, match="on an SSD are not copied; copy the model and load"):
+        copy.deepcopy(behind(backing, sets=4))
 
 
 def test_a_cache_that_holds_nothing_is_refused(backing):

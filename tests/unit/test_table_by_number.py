@@ -7,7 +7,7 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mim_torchrec.embeddings.sharded.frozen import FrozenEmbeddingCollection, frozen_config
-from mim_torchrec.embeddings.sharded.live import ItemIndex
+from mim_torchrec.embeddings.sharded.item_index import ItemIndex
 from mim_torchrec.embeddings.sharded.load import load_table
 from mim_torchrec.embeddings.table.convert import convert
 from mim_torchrec.embeddings.table.format import Table, TableError, TableWriter

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from mim_torchrec.embeddings.sharded.frozen import FrozenEmbeddingCollection, frozen_config
-from mim_torchrec.embeddings.sharded.live import ItemIndex, apply_window, update_items
+from mim_torchrec.embeddings.sharded.item_index import ItemIndex
+from mim_torchrec.embeddings.sharded.live import apply_window, update_items
 from mim_torchrec.embeddings.sharded.load import load_table
 from mim_torchrec.embeddings.table.convert import convert
 from mim_torchrec.embeddings.table.format import LossyVector, Table, TableWriter, decode, encode

@@ -8,7 +8,8 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mim_torchrec.embeddings.sharded.frozen import FrozenEmbeddingCollection, TableState, frozen_config
-from mim_torchrec.embeddings.sharded.live import ItemIndex, SpareRowsExhausted, apply_window, table_state
+from mim_torchrec.embeddings.sharded.item_index import ItemIndex, SpareRowsExhausted
+from mim_torchrec.embeddings.sharded.live import apply_window, table_state
 from mim_torchrec.embeddings.sharded.load import load_table, table_digest
 from mim_torchrec.embeddings.table.diff import diff
 from mim_torchrec.embeddings.table.format import (
