@@ -112,15 +112,13 @@ def main(argv: list[str] | None = None) -> None:
 def _rank(rank: int, folder: Path, seeds: range) -> None:
     torch.set_num_threads(1)
     logging.disable(logging.ERROR)  # TorchRec's, of every module it shards
-    worlds: list[tuple[dict[str, Any], range]] = [
-        ({"store": dist.FileStore(str(folder / "store"), RANKS), "rank": rank, "world_size": RANKS}, seeds),
-        ({"store": dist.HashStore(), "rank": 0, "world_size": 1}, seeds[rank::RANKS]),
-    ]
-    verdicts = []
-    for world, part in worlds:
-        dist.init_process_group("gloo", timeout=TIMEOUT, **world)
-        verdicts += compare(part)
-        dist.destroy_process_group()
+    store = dist.FileStore(str(folder / "store"), RANKS)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=TIMEOUT)
+    verdicts = compare(seeds)
+    dist.destroy_process_group()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    verdicts += compare(seeds[rank::RANKS])
+    dist.destroy_process_group()
     torch.save(verdicts, folder / f"{rank}.pt")
 
 

@@ -44,7 +44,7 @@ from mim_torchrec.embeddings.sharded.configs import storage_dtype
 from mim_torchrec.embeddings.sharded.lookup import (
     check_features,
     check_pooling,
-    inverse_indices,
+    examples_of_bags,
     jagged,
     keyed,
     pool,
@@ -328,9 +328,7 @@ class FrozenEmbeddingBagCollection(FrozenModule, EmbeddingBagCollection):
             return traced.pooled(list(self._frozen.values()), features, self._is_weighted, self.output_dtype)
         features = maybe_td_to_kjt(features, None)
         check_features(features, self._keys, self._is_weighted)
-        inverse = None
-        if features.inverse_indices_or_none() is not None:
-            inverse = inverse_indices(features, self._keys)
+        inverse = examples_of_bags(features, self._keys)
         by_feature = features.to_dict()
         pooled = []
         later: list[Limits] = []

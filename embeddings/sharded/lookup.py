@@ -4,7 +4,7 @@ In a batch of variable size per feature (``stride_per_key_per_rank``) a feature 
 and inverse indices say which of them each example has.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -46,6 +46,23 @@ def check_features(features: KeyedJaggedTensor, names: Collection[str], is_weigh
         raise ValueError("the frozen collection has is_weighted=True and the batch has no weights")
 
 
+def row_numbers(dist_input: Iterable[KeyedJaggedTensor]) -> list[Tensor]:
+    """Return the rows that this rank was asked for, of each exchange.
+
+    Raises:
+        ValueError: TorchRec's sharder of feature processors is around the collection. It gives weights to the
+            rows where they are stored, and the bags are only known where they are asked for.
+    """
+    dist_input = list(dist_input)
+    if any(rows.weights_or_none() is not None for rows in dist_input):
+        raise ValueError(
+            "FeatureProcessedEmbeddingBagCollectionSharder cannot shard a frozen collection: give "
+            "DistributedModelParallel and the planner no such sharder, and the frozen collection inside is "
+            "sharded on its own"
+        )
+    return [rows.values() for rows in dist_input]
+
+
 def inverse_indices(features: KeyedJaggedTensor, names: Collection[str]) -> dict[str, Tensor]:
     """Return by feature which of its bags each example has, (batch_size,); bags are as many as they differ.
 
@@ -64,21 +81,41 @@ def inverse_indices(features: KeyedJaggedTensor, names: Collection[str]) -> dict
     return by_name
 
 
+def examples_of_bags(features: KeyedJaggedTensor, names: Collection[str]) -> dict[str, Tensor] | None:
+    """Return the inverse indices of a batch for a collection that is not sharded, None if it has none.
+
+    Raises:
+        ValueError: features have batches of different sizes, and there are no inverse indices.
+    """
+    if features.inverse_indices_or_none() is not None:
+        return inverse_indices(features, names)
+    sizes = {
+        key: n for key, n in zip(features.keys(), features.stride_per_key(), strict=True) if key in names
+    }
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"features have batches of different sizes, {sizes}, and no inverse indices")
+    return None
+
+
 def expand(
-    features: Sequence[JaggedTensor], index: Tensor, inverse: Sequence[Tensor]
+    features: Sequence[JaggedTensor], index: Tensor | None, inverse: Sequence[Tensor]
 ) -> tuple[list[JaggedTensor], Tensor]:
     """Repeat bags for the examples that have them.
 
     Args:
         features: the bags of each feature of a table.
-        index: (num_ids,) integers that belong to the ids of all features, one after the other.
+        index: (num_ids,) integers that belong to the ids of all features, one after the other; None for their
+            places.
         inverse: of each feature (batch_size,) which bag each example has.
 
     Returns:
         The bags of the examples, and their integers of ``index``, (num_expanded_ids,).
     """
     bags, found = [], []
-    parts = index.split([feature.values().numel() for feature in features])
+    sizes = [feature.values().numel() for feature in features]
+    if index is None:
+        index = torch.arange(sum(sizes), device=features[0].values().device)
+    parts = index.split(sizes)
     for feature, part, which in zip(features, parts, inverse, strict=True):
         lengths = feature.lengths()
         expanded = lengths.index_select(0, which)  # raises for a bag that does not exist; fbgemm reads it
@@ -141,16 +178,10 @@ def keyed(
         tables: their configs.
         output_dtype: of the result.
         inverse: by feature (batch_size,) which bag each example has.
-
-    Raises:
-        ValueError: features have batches of different sizes, and there are no inverse indices.
     """
-    features = [name for config in tables for name in config.feature_names]
     if inverse is not None:
+        features = [name for config in tables for name in config.feature_names]
         pooled = [bags.index_select(0, inverse[key]) for key, bags in zip(features, pooled, strict=True)]
-    elif len({len(bags) for bags in pooled}) > 1:
-        sizes = {key: len(bags) for key, bags in zip(features, pooled, strict=True)}
-        raise ValueError(f"features have batches of different sizes, {sizes}, and no inverse indices")
     names = [name for names in get_embedding_names_by_table(list(tables)) for name in names]
     dims = [config.embedding_dim for config in tables for _ in config.feature_names]
     values = torch.cat(pooled, dim=1).to(output_dtype)

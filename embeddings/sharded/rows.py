@@ -241,7 +241,7 @@ class CachedRows(RowStore):
 
     def __init__(self, backing: DenseRows, slots: int, device: torch.device) -> None:
         super().__init__(backing.dtype, backing.num_rows, backing.dim)
-        self.backing = backing
+        self.backing, self.filled = backing, backing.filled
         slots = max(1, min(slots, backing.num_rows))
         self._cache = torch.zeros(slots, self.stored_width, dtype=DTYPES[self.dtype], device=device)
         self._holds = torch.full((slots,), -1, dtype=torch.int64, device=device)

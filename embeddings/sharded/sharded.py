@@ -58,6 +58,7 @@ from mim_torchrec.embeddings.sharded.lookup import (
     jagged,
     keyed,
     pool,
+    row_numbers,
 )
 from mim_torchrec.embeddings.sharded.placement import place
 from mim_torchrec.embeddings.sharded.rows import DenseRows, make_rows
@@ -170,7 +171,7 @@ class ShardedFrozenModule(
     def _owned(self, ctx: FrozenContext, dist_input: KJTList) -> dict[str, Tensor]:
         """Rows (n,) that this rank reads of each table, numbered from 0 on this rank."""
         owned: dict[str, Tensor] = {}
-        features = [kjt.values() for kjt in dist_input]
+        features = row_numbers(dist_input)
         for input_dist, counts, rows in zip(self._exchanges, ctx.counts, features, strict=False):
             sizes = [counts.owed_of_table(k) for k in range(len(input_dist.tables))]
             owned.update(zip(input_dist.tables, rows.split(sizes), strict=True))
@@ -278,7 +279,6 @@ class ShardedFrozenEmbeddingCollection(ShardedFrozenModule[dict[str, JaggedTenso
             keys = table.config.feature_names
             features = [by_feature[key] for key in keys]
             if ctx.inverse is not None:
-                index = torch.arange(len(own), device=own.device) if index is None else index
                 features, index = expand(features, index, [ctx.inverse[key] for key in keys])
             own = own.to(self._output_dtype)  # of distinct rows, where there are fewer
             own = own if index is None else own.index_select(0, index)

@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from torch import nn
+from torchrec.distributed.fp_embeddingbag import FeatureProcessedEmbeddingBagCollectionSharder
 from torchrec.distributed.types import BoundsCheckMode, ParameterSharding, ShardingEnv
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
 from torchrec.modules.feature_processor_ import PositionWeightedModule
@@ -169,6 +170,14 @@ def test_row_0_is_looked_up_instead_where_a_bounds_check_says_so(caplog, make, m
     assert all("mm: row -3 is not within 0:5; row 0 is looked up" in text for text in caplog.messages)
 
 
+def test_a_sharder_has_a_bounds_check_for_tables_whose_plan_has_none():
+    plan = {"mm": ParameterSharding(sharding_type="row_wise", compute_kernel="fused")}
+    sharder = FrozenEmbeddingCollectionSharder({"bounds_check_mode": BoundsCheckMode.IGNORE})
+    module = sharder.shard(unpooled(), plan, ONE, torch.device("cpu"))
+    found = dict(module(features(values=(1, ROWS, 2))))
+    assert torch.equal(found["history"].values(), vectors()[[0, 2]])
+
+
 def test_a_table_without_a_bounds_check_is_refused():
     with pytest.raises(ValueError, match="mm: bounds check NONE is none of FATAL, WARNING and IGNORE"):
         unpooled(bounds_check=BoundsCheckMode.NONE)
@@ -181,6 +190,17 @@ def test_rows_on_a_gpu_are_replaced_in_the_lookup_and_named_when_it_is_waited_fo
     with pytest.raises(IndexError, match="mm: row -2 is not within 0:5"):
         Limits(check, *rows.aminmax()).settle()
     Limits(check, *torch.tensor([0, ROWS - 1]).aminmax()).settle()
+
+
+def test_a_sharder_of_feature_processors_is_refused_because_it_weights_rows_and_not_bags():
+    module = FeatureProcessedEmbeddingBagCollection(
+        pooled(is_weighted=True), {name: PositionWeightedModule(3) for name in ("item", "history")}
+    )
+    plan = {"mm": ParameterSharding(sharding_type="row_wise", compute_kernel="fused")}
+    sharder = FeatureProcessedEmbeddingBagCollectionSharder(FrozenEmbeddingBagCollectionSharder())
+    sharded = sharder.shard(module, plan, ONE, torch.device("cpu"))
+    with pytest.raises(ValueError, match="no such sharder, and the frozen collection inside is sharded"):
+        sharded(features())
 
 
 def test_a_feature_processor_weights_frozen_bags_and_its_weights_get_gradients():
