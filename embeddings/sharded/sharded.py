@@ -20,7 +20,6 @@ Not here: other shardings than by rows.
 
 import abc
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Generic, TypeVar, cast
 
 import torch
@@ -42,9 +41,8 @@ from torchrec.modules.embedding_modules import get_embedding_names_by_table
 from torchrec.optim.keyed import CombinedOptimizer
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
-from torchrec.streamable import Multistreamable
 
-from mim_torchrec.embeddings.sharded.bounds import Limits
+from mim_torchrec.embeddings.sharded.context import FrozenContext
 from mim_torchrec.embeddings.sharded.exchange import RowCounts, RowsDist, VectorsBack
 from mim_torchrec.embeddings.sharded.frozen import (
     FrozenEmbeddingBagCollection,
@@ -71,33 +69,6 @@ from mim_torchrec.embeddings.sharded.traced import OutsideGraphs
 
 CACHE_LOAD_FACTOR = 0.2
 Out = TypeVar("Out")
-
-
-@dataclass
-class FrozenContext(Multistreamable):
-    """What one step needs to remember between the stages.
-
-    ``index`` says which distinct row each id has, ``inverse`` which bag each example has where batch sizes
-    vary by feature; ``later`` holds the limits of rows on a GPU.
-    """
-
-    features: KeyedJaggedTensor | None = None
-    index: list[Tensor | None] = field(default_factory=list)
-    counts: list[RowCounts] = field(default_factory=list)  # of each exchange
-    inverse: dict[str, Tensor] | None = None
-    later: list[Limits] = field(default_factory=list)
-
-    def looked_up(self) -> KeyedJaggedTensor:
-        """The features of the step, which `input_dist` has set."""
-        assert self.features is not None
-        return self.features
-
-    def record_stream(self, stream: torch.Stream) -> None:
-        if self.features is not None:
-            self.features.record_stream(cast(torch.cuda.Stream, stream))
-        for index in (*self.index, *(self.inverse or {}).values()):
-            if index is not None:
-                index.record_stream(stream)
 
 
 class FrozenAwaitable(LazyAwaitable[Out], Generic[Out]):
