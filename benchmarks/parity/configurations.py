@@ -162,7 +162,8 @@ def batch(configuration: Configuration, rank: int, step: int) -> KeyedJaggedTens
     keys = list(configuration.keys)
     of_size = np.random.default_rng((configuration.seed, step)) if configuration.same_size else rng
     examples = int(of_size.choice([1, 2, 3, 5, 0], p=[0.2, 0.3, 0.3, 0.17, 0.03]))
-    examples = max(examples, configuration.ranks - 1)
+    if configuration.ranks > 1 or configuration.fault:
+        examples = max(examples, 1)
     strides = [examples] * len(keys)
     if configuration.variable_batch:
         strides = [int(rng.integers(min(examples, 1), examples + 1)) for _ in keys]
