@@ -1,6 +1,6 @@
 """The representation center: ids and vectors, no encoder and no CTR model (section 3.5).
 
-What a TorchRec model needs of a frozen table; `docs/frozen_tables.md` is the manual. Each name is imported
+What a TorchRec model needs of a frozen table; `docs/frozen_tables.md` is the tutorial. Each name is imported
 when it is first used.
 
 >>> from mim_torchrec.embeddings import Table, TableWriter

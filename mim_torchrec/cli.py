@@ -24,7 +24,7 @@ COMMANDS = {
     "bundle": ("mim_torchrec.serving.bundle", "write what a server loads of a trained model"),
     "release": ("mim_torchrec.serving.releases", "make a model and its vectors current together"),
     "serve": ("mim_torchrec.serving.main", "answer requests for scores over HTTP"),
-    "plan": ("mim_torchrec.embeddings.sharded.plan", "say where tables would go on a cluster"),
+    "plan": ("mim_torchrec.embeddings.plan", "say where tables would go on a cluster"),
     "table": ("mim_torchrec.embeddings.table.main", "import, check, compare, convert, compact a table"),
     "store": ("mim_torchrec.embeddings.stores.main", "put a table into Redis, keep it up, check it"),
 }

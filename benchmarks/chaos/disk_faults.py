@@ -34,6 +34,7 @@ from mim_torchrec.data.schema import ITEMS, Dataset
 from mim_torchrec.data.vocabulary import Vocabulary
 from mim_torchrec.data.writing import DatasetWriter
 from mim_torchrec.embeddings import files
+from mim_torchrec.embeddings.progress import Progress
 from mim_torchrec.embeddings.table.convert import convert
 from mim_torchrec.embeddings.table.format import Table, TableWriter
 from mim_torchrec.embeddings.table.grow import grow
@@ -45,7 +46,6 @@ from mim_torchrec.encoders.features import read_or_compute
 from mim_torchrec.encoders.item_encoder import HeadConfig, ItemEncoder, ItemEncoderConfig
 from mim_torchrec.encoders.text import TextEncoderConfig, train_tokenizer
 from mim_torchrec.encoders.vision import VisionEncoderConfig
-from mim_torchrec.progress import Progress
 from mim_torchrec.rim.dead_letter import DeadLetterFile
 from mim_torchrec.rim.sources import Arrival
 from mim_torchrec.serving.bundle import Bundle, save_bundle

@@ -1,4 +1,4 @@
-"""What of a frozen collection is not as in TorchRec, on purpose: the list of ``docs/frozen_tables.md``.
+"""What of a frozen collection is not as in TorchRec, on purpose (``docs/frozen_tables_manual.md``).
 
 Every entry says of which cases it speaks and what ours must do in them. A case that differs and is of no
 entry is a fault.

@@ -3,8 +3,8 @@
     python -m mim_torchrec.benchmarks.parity.torchrec_parity --out runs/torchrec_parity
 
 A configuration is `equal` if both collections gave the same, `refused_by_both` if both raised, `documented`
-if the difference is in the list of `docs/frozen_tables.md`, and else it `differs`. `report.json` counts them;
-the program names the seeds of those that differ and ends with status 1 if there are any.
+if the difference is in the list of `docs/frozen_tables_manual.md`, and else it `differs`. `report.json`
+counts them; the program names the seeds of those that differ and ends with status 1 if there are any.
 """
 
 import logging

@@ -40,12 +40,12 @@ from mim_torchrec.benchmarks.speed.table_index import (
 )
 from mim_torchrec.benchmarks.speed.table_lookups import measure_lookups
 from mim_torchrec.benchmarks.speed.table_tiers import TierSizes, measure_tiers, tiers_section, write_table
+from mim_torchrec.embeddings.progress import Progress
 from mim_torchrec.embeddings.sharded.frozen import FrozenEmbeddingCollection, frozen_config
 from mim_torchrec.embeddings.sharded.load import load_table, open_table
 from mim_torchrec.embeddings.table.format import TableWriter, decode, encode, row_bytes
 from mim_torchrec.embeddings.table.quantize import cosine_errors
 from mim_torchrec.errors import check_sizes
-from mim_torchrec.progress import Progress
 from mim_torchrec.training.distributed import distributed
 
 KEEP_FREED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}

@@ -38,9 +38,9 @@ from mim_torchrec.benchmarks.speed.frozen_table import launch, write_scale_table
 from mim_torchrec.benchmarks.speed.scaling_pages import AXES, IMAGE, scaling, sections
 from mim_torchrec.ctr.sharding import build_model, shard
 from mim_torchrec.data.batch import RequestBatch
+from mim_torchrec.embeddings.plan import GIB, PlanConfig, simulate
 from mim_torchrec.embeddings.sharded.frozen import frozen_config
 from mim_torchrec.embeddings.sharded.load import load_table, open_table
-from mim_torchrec.embeddings.sharded.plan import GIB, PlanConfig, simulate
 from mim_torchrec.embeddings.table.quantize import row_bytes
 from mim_torchrec.errors import check_sizes
 from mim_torchrec.training.distributed import DistributedContext, distributed

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mim_torchrec.embeddings.collective import gather, on_all_ranks
+from mim_torchrec.embeddings.progress import Progress
 from mim_torchrec.embeddings.sharded.frozen import (
     DATA_TYPES,
     FrozenModule,
@@ -28,7 +29,6 @@ from mim_torchrec.embeddings.sharded.rows import CachedRows, DenseRows, MappedRo
 from mim_torchrec.embeddings.sharded.sharded import ShardedFrozenModule
 from mim_torchrec.embeddings.sharded.ssd import SsdRows
 from mim_torchrec.embeddings.table.format import Table, TableError, verify_shard
-from mim_torchrec.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ import torch
 import tyro
 
 from mim_torchrec import program
+from mim_torchrec.embeddings.progress import Progress
 from mim_torchrec.embeddings.stores.redis_store import RedisStore
 from mim_torchrec.embeddings.stores.store import catch_up, follow, open_store
 from mim_torchrec.embeddings.table.quantize import decode
@@ -18,7 +19,6 @@ from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.windows.compact import changes
 from mim_torchrec.embeddings.windows.transport import open_log
 from mim_torchrec.errors import Status
-from mim_torchrec.progress import Progress
 
 CHUNK = 10_000
 

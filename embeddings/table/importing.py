@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mim_torchrec.embeddings.progress import Progress
 from mim_torchrec.embeddings.table.arranging import Buckets
 from mim_torchrec.embeddings.table.convert import SHARD_BYTES, shard_rows
 from mim_torchrec.embeddings.table.external import ExternalVectors, places, type_name
@@ -26,7 +27,6 @@ from mim_torchrec.embeddings.table.manifest import DuplicateId, Manifest, NonFin
 from mim_torchrec.embeddings.table.quantize import DTYPES, encode, finite_rows, fuse_codes, stored_width
 from mim_torchrec.embeddings.table.shards import check_loss
 from mim_torchrec.embeddings.table.writer import TableWriter
-from mim_torchrec.progress import Progress
 
 Parts = Iterator[
     tuple[Tensor, Tensor]

@@ -10,6 +10,7 @@ import torch
 import tyro
 
 from mim_torchrec import program
+from mim_torchrec.embeddings.progress import Progress
 from mim_torchrec.embeddings.table.convert import convert
 from mim_torchrec.embeddings.table.diff import diff
 from mim_torchrec.embeddings.table.format import Manifest, Table
@@ -19,7 +20,6 @@ from mim_torchrec.embeddings.table.permute import permute
 from mim_torchrec.embeddings.table.shards import CHUNK
 from mim_torchrec.embeddings.windows.compact import compact
 from mim_torchrec.embeddings.windows.transport import open_log
-from mim_torchrec.progress import Progress
 
 Dtype = Literal["float32", "float16", "bfloat16", "int8", "int4"]
 

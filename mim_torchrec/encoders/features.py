@@ -15,9 +15,9 @@ from torch import Tensor
 
 from mim_torchrec.embeddings.collective import on_all_ranks
 from mim_torchrec.embeddings.files import write_tensors
+from mim_torchrec.embeddings.progress import Progress
 from mim_torchrec.encoders.checkpoint import module_version
 from mim_torchrec.encoders.pixels import HasTowers, rows_of_rank
-from mim_torchrec.progress import Progress
 from mim_torchrec.training.distributed import DistributedContext
 
 log = logging.getLogger(__name__)

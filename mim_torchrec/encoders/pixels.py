@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mim_torchrec.embeddings.progress import Progress
 from mim_torchrec.encoders.text import TextEncoder
 from mim_torchrec.encoders.vision import VisionEncoder
-from mim_torchrec.progress import Progress
 from mim_torchrec.training.distributed import DistributedContext
 
 log = logging.getLogger(__name__)

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from mim_torchrec.embeddings.collective import on_all_ranks
 from mim_torchrec.embeddings.files import write_json
+from mim_torchrec.embeddings.progress import Progress
 from mim_torchrec.errors import Diverged, OptionError
 from mim_torchrec.extras import needs
-from mim_torchrec.progress import Progress
 from mim_torchrec.training.checkpoints import Checkpoints, ResumeError, State
 from mim_torchrec.training.distributed import DistributedContext
 from mim_torchrec.training.history import History, HistoryFile

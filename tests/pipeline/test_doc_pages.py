@@ -72,11 +72,11 @@ def test_own_data(tmp_path):
 
 
 def test_updates_of_a_frozen_table(tmp_path):
-    run_page("frozen_tables.md", tmp_path)
+    run_page("frozen_tables_manual.md", tmp_path)
 
 
 def test_a_frozen_table_in_a_torchrec_model(tmp_path):
-    assert run_page("tutorials/frozen_table.md", tmp_path).count("loss 0.") == 2
+    assert run_page("frozen_tables.md", tmp_path).count("loss 0.") == 2
 
 
 def test_a_new_behavior_model(tmp_path):

@@ -123,6 +123,12 @@ def test_imports_run_downwards_only(module):
             assert benchmark_layer(name) < benchmark_layer(module), f"{module} must not import {name}"
 
 
+@pytest.mark.parametrize("module", [name for name in SOURCES if ".embeddings.sharded" in name])
+def test_the_sharded_embeddings_need_nothing_else_of_the_project(module):
+    own = {name for name, _ in imports(SOURCES[module]) if name.split(".")[0] == "mim_torchrec"}
+    assert [name for name in own if not name.startswith("mim_torchrec.embeddings.")] == []
+
+
 @pytest.mark.parametrize("module", [m for m in SOURCES if not m.startswith("mim_torchrec.benchmarks")])
 def test_only_benchmarks_draw(module):
     assert {name.split(".")[0] for name, _ in imports(SOURCES[module])}.isdisjoint(DRAWING)

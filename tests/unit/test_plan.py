@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from mim_torchrec.embeddings.sharded.plan import GIB, PlanConfig, main, simulate
+from mim_torchrec.embeddings.plan import GIB, PlanConfig, main, simulate
 from mim_torchrec.errors import OptionError
 
 PAPER = {"rows": 1_170_000_000, "dim": 128}  # 300 GB as float16

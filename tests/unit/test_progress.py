@@ -12,7 +12,8 @@ import pytest
 PROGRAM = """
 import logging
 import sys
-from mim_torchrec import program, progress
+from mim_torchrec import program
+from mim_torchrec.embeddings import progress
 from mim_torchrec.errors import OptionError
 
 progress.LOG_SECONDS = {seconds}
@@ -76,7 +77,9 @@ def screen(received: str) -> list[str]:
 def test_a_pipe_gets_one_line_at_the_end_and_no_bar():
     first, last = in_a_pipe(words())
     assert first == "INFO mim_torchrec.somewhere: half"
-    assert last.startswith("INFO mim_torchrec.progress: epoch 0: 4 of 4 step in 00:00, 00:00 left, ")
+    assert last.startswith(
+        "INFO mim_torchrec.embeddings.progress: epoch 0: 4 of 4 step in 00:00, 00:00 left, "
+    )
     assert last.endswith("step/s, loss=0.2")
 
 
@@ -97,7 +100,7 @@ def test_a_pipe_learns_how_far_failed_work_came():
 
 def test_a_terminal_gets_a_bar_and_no_line_of_progress():
     received = on_a_terminal(words())
-    assert "\repoch 0:  25%|" in received and "mim_torchrec.progress" not in received
+    assert "\repoch 0:  25%|" in received and "mim_torchrec.embeddings.progress" not in received
     shown = screen(received)
     assert "INFO mim_torchrec.somewhere: half" in shown  # though the bar stood there
     assert any(line.startswith("epoch 0: 100%|") and line.endswith("loss=0.2]") for line in shown)

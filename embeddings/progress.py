@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 class Progress:
     """How far a piece of work is, as a context manager.
 
-    On a terminal it is tqdm's bar. Elsewhere it is a line of the log `mim_torchrec.progress`, at level INFO,
-    at most every `LOG_SECONDS` and at the end.
+    On a terminal it is tqdm's bar. Elsewhere it is a line of the log `mim_torchrec.embeddings.progress`, at
+    level INFO, at most every `LOG_SECONDS` and at the end.
 
     Args:
         total: units of the whole work.
