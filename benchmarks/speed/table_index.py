@@ -86,7 +86,7 @@ def measure_rows(path: Path, sizes: IndexSizes) -> dict[str, dict[str, float]]:
             batch = asked(ids, sizes, kind, rng)
             wanted = batch.numpy()
             assert torch.equal(index.rows(batch), 1 + torch.from_numpy(np.searchsorted(everything, wanted)))
-            runs = {
+            runs: dict[str, Callable[[], Any]] = {
                 "rows": partial(index.rows, batch),
                 "searchsorted": partial(np.searchsorted, everything, wanted),
             }

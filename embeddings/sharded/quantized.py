@@ -158,7 +158,8 @@ def copy_quantized_rows(quantized: nn.Module, sharded: nn.Module) -> None:
         ValueError: the shards of a table are not its rows in order; or a table whose vectors are averaged is
             sharded row-wise, of which TorchRec's inference would sum the averages of the shards.
     """
-    whole = get_table_to_weights_from_tbe(quantized)
+    # annotated as lists of pairs; it returns pairs
+    whole = cast(dict[str, tuple[Tensor, Tensor | None]], get_table_to_weights_from_tbe(quantized))
     done = dict.fromkeys(whole, 0)
     for module in sharded.modules():
         if not isinstance(module, IntNBitTableBatchedEmbeddingBagsCodegen):
@@ -172,7 +173,7 @@ def copy_quantized_rows(quantized: nn.Module, sharded: nn.Module) -> None:
                     f"shards; shard it table-wise"
                 )
             for own, rows in zip(shard, whole[name], strict=True):
-                if own is not None:
+                if own is not None and rows is not None:
                     part = rows[first : done[name]]
                     if part.shape != own.shape:
                         raise ValueError(
@@ -193,7 +194,7 @@ def _arguments(module: FrozenModule) -> dict[str, Any]:
     tables = module.frozen_tables()
     return {
         "device": next(iter(tables.values())).store.gather(torch.zeros(0, dtype=torch.int64)).device,
-        "output_dtype": module.qconfig.activation().dtype,
+        "output_dtype": cast(Any, module.qconfig).activation().dtype,
         "table_name_to_quantized_weights": {name: nbit_rows(table) for name, table in tables.items()},
         "register_tbes": getattr(module, quant.MODULE_ATTR_REGISTER_TBES_BOOL, False),
         "quant_state_dict_split_scale_bias": getattr(

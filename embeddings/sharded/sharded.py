@@ -20,7 +20,7 @@ Not here: other shardings than by rows.
 
 import abc
 from collections.abc import Sequence
-from typing import Generic, TypeVar, cast
+from typing import Generic, cast
 
 import torch
 import torch.distributed as dist
@@ -42,7 +42,6 @@ from torchrec.optim.keyed import CombinedOptimizer
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
-from mim_torchrec.embeddings.sharded.context import FrozenContext
 from mim_torchrec.embeddings.sharded.exchange import RowCounts, RowsDist, VectorsBack
 from mim_torchrec.embeddings.sharded.frozen import (
     FrozenEmbeddingBagCollection,
@@ -63,54 +62,11 @@ from mim_torchrec.embeddings.sharded.lookup import (
 )
 from mim_torchrec.embeddings.sharded.placement import place
 from mim_torchrec.embeddings.sharded.rows import DenseRows, make_rows
-from mim_torchrec.embeddings.sharded.semisync import accept_gradients
 from mim_torchrec.embeddings.sharded.ssd import SsdRows
+from mim_torchrec.embeddings.sharded.step import FrozenAwaitable, FrozenContext, Out
 from mim_torchrec.embeddings.sharded.traced import OutsideGraphs
 
 CACHE_LOAD_FACTOR = 0.2
-Out = TypeVar("Out")
-
-
-class FrozenAwaitable(LazyAwaitable[Out], Generic[Out]):
-    """Waits for vectors and has the module give every feature its own; an error is raised at every wait.
-
-    Args:
-        module: the collection.
-        ctx: of the step.
-        vectors: of each table that is not exchanged, by its name.
-        exchanged: names of tables, and what gives their vectors.
-    """
-
-    def __init__(
-        self,
-        module: "ShardedFrozenModule[Out]",
-        ctx: FrozenContext,
-        vectors: dict[str, Tensor],
-        exchanged: list[tuple[list[str], Awaitable[list[Tensor]]]],
-    ) -> None:
-        super().__init__()
-        self._module, self._ctx, self._vectors, self._exchanged = module, ctx, vectors, exchanged
-        self._error: Exception | None = None
-
-    def _wait_impl(self) -> Out:
-        if self._error is not None:  # vectors can be waited for once
-            raise self._error
-        try:
-            return self._assemble()
-        except Exception as error:
-            self._error = error
-            raise
-
-    def _assemble(self) -> Out:
-        for limits in self._ctx.later:
-            limits.settle()
-        for tables, awaitable in self._exchanged:
-            self._vectors.update(zip(tables, awaitable.wait(), strict=True))
-        found = self._module.assemble(
-            self._ctx, [self._vectors[name] for name in self._module.frozen_tables()]
-        )
-        accept_gradients(self._module.forward, cast(KeyedTensor | dict[str, JaggedTensor], found))
-        return found
 
 
 class ShardedFrozenModule(
@@ -289,9 +245,10 @@ class ShardedFrozenModule(
 
     def _rows_to_save(self, table: FrozenTable) -> Tensor | ShardedTensor:
         rows, group = whole_rows(table), self.placements[table.config.name].group
+        if self._env.process_group is not None:
+            table.check_ranks(self._env.process_group)  # of all copies
         if group is None:
             return rows
-        table.check_ranks(group)
         placement = f"rank:{dist.get_rank()}/{rows.device}"
         metadata = ShardMetadata([table.first_row, 0], list(rows.shape), placement)
         shards = [Shard(rows, metadata)] if table.store.num_rows else []

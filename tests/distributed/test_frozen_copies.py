@@ -26,7 +26,7 @@ from mim_torchrec.embeddings.sharded.frozen import (
     TableState,
 )
 from mim_torchrec.embeddings.sharded.item_index import ItemIndex
-from mim_torchrec.embeddings.sharded.live import update_items
+from mim_torchrec.embeddings.sharded.live import restore_index, update_items
 from mim_torchrec.embeddings.sharded.load import find_frozen, load_table, open_table, table_digest
 from mim_torchrec.embeddings.sharded.placement import node_replicated
 from mim_torchrec.embeddings.sharded.sharder import (
@@ -47,7 +47,7 @@ from tests.frozen import DIM, FEATURES, IDS, ITEMS, Unpooled, batch, whole, writ
 from tests.ranks import run_ranks
 
 
-def two_dimensional(model: nn.Module) -> DistributedModelParallel:
+def two_dimensional(model: nn.Module, frozen=None) -> DistributedModelParallel:
     """TorchRec's `DMPCollection` of 2 x 2 ranks, compiled without assertions, because it asserts a GPU.
 
     It also numbers the devices of trained tables, which a CPU does not have.
@@ -59,8 +59,9 @@ def two_dimensional(model: nn.Module) -> DistributedModelParallel:
     for name, module in model.named_children():
         sharder = next(each for each in sharders if each.module_type is type(module))
         tables = [config.name for config in module.embedding_configs()]
+        how = frozen if frozen and name == "mm" else row_wise(compute_kernel="fused")
         plan[name] = construct_module_sharding_plan(
-            module, dict.fromkeys(tables, row_wise(compute_kernel="fused")), sharder=sharder,
+            module, dict.fromkeys(tables, how), sharder=sharder,
             device_type="cpu", local_size=2, world_size=2,
         )  # fmt: skip
     return namespace["DMPCollection"](
@@ -102,13 +103,21 @@ def node_copies(model: nn.Module) -> DistributedModelParallel:
     return sharded(model, node_replicated())
 
 
-WAYS = {"node": (node_copies, Unpooled), "2d": (two_dimensional, Beside)}
+def both(model: nn.Module) -> DistributedModelParallel:
+    """One copy a node, in a model in two dimensions, whose sharding groups are not the nodes."""
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    return two_dimensional(model, node_replicated())
+
+
+WAYS = {"node": (node_copies, Unpooled), "2d": (two_dimensional, Beside), "both": (both, Beside)}
 
 
 def _two_copies_are_right(path: Path, checkpoint: Path, way: str) -> None:
     place, build = WAYS[way]
     table = open_table(path)
     model, vectors = place(build(table, store_rows=True)), whole(table)
+    group = dist.get_process_group_ranks(find_frozen(model, "mm")[0].placements["mm"].group)
+    assert len(group) == 2 and (group[1] - group[0] == 1) == (way != "2d")
     load_table(model, table)
     frozen = find_frozen(model, "mm")[1]
     assert frozen.store.num_rows in (14, 13)  # of 27
@@ -121,10 +130,14 @@ def _two_copies_are_right(path: Path, checkpoint: Path, way: str) -> None:
     vectors[1:3] = 1.0
     lookups_are_the_vectors(model, vectors)
     assert table_digest(model) != digest
-    dcp.save({"model": {"mm": model.state_dict()["mm.embeddings.mm.weight"]}}, checkpoint_id=checkpoint)
+    collection = find_frozen(model, "mm")[0]
+    dcp.save({"mm": collection.state_dict()}, checkpoint_id=checkpoint)
     fresh = place(build(table, store_rows=True))
-    state = {"model": {"mm": fresh.state_dict()["mm.embeddings.mm.weight"]}}
+    collection = find_frozen(fresh, "mm")[0]
+    state = {"mm": collection.state_dict()}
     dcp.load(state, checkpoint_id=checkpoint)
+    collection.load_state_dict(state["mm"])
+    restore_index(fresh, ItemIndex.of(table))
     lookups_are_the_vectors(fresh, vectors)
     assert table_digest(fresh) == table_digest(model)
     if dist.get_rank() == 3:  # misses a window that the others apply
@@ -225,6 +238,7 @@ def test_copies_on_nodes_and_in_sharding_groups_are_right(table, tmp_path):
     claims = [
         (_two_copies_are_right, table, tmp_path / "node", "node"),
         (_two_copies_are_right, table, tmp_path / "2d", "2d"),
+        (_two_copies_are_right, table, tmp_path / "both", "both"),
         (_an_error_in_one_copy_is_raised_on_all_ranks, table, "node"),
         (_an_error_in_one_copy_is_raised_on_all_ranks, table, "2d"),
         (_rows_of_a_node_copy_do_not_leave_the_node, table),
