@@ -20,8 +20,8 @@ COUNTED = (
     "multi-modal vectors is not in it and has a column of its own, with a vector in fp16 for every item "
     "of the ID table: it is divided over the ranks and lies in their memory or in the page cache of the "
     "hosts (docs/frozen_tables_manual.md), in the paper in some 300 GB of host memory. What it costs a "
-    "step, the vectors that are looked up and all that is computed of them, is in the peak. Images and titles lie "
-    "in host memory until a step encodes them. Operations count a multiply and an add as two."
+    "step, the vectors that are looked up and all that is computed of them, is in the peak. Images and "
+    "titles lie in host memory until a step encodes them. Operations count a multiply and an add as two."
 )
 INFERRED = (
     "The preset `table6` is inferred. Of the models that the paper names, EVA-02-B/14 and BGE-base with "
