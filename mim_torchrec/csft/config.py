@@ -8,6 +8,7 @@ from mim_torchrec.encoders.item_encoder import HeadConfig, ItemEncoderConfig
 from mim_torchrec.encoders.text import TextEncoderConfig
 from mim_torchrec.encoders.vision import VisionEncoderConfig
 from mim_torchrec.training.checkpoints import CheckpointConfig
+from mim_torchrec.training.distributed import Timeouts
 from mim_torchrec.training.parallel import Parallel
 
 
@@ -97,6 +98,7 @@ class CSFTConfig:
     """Images or titles that a trained tower takes at a time, computed again in the backward pass: the
     gradient of a whole batch in the memory of a chunk (GradCache, Gao et al. 2021)."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    timeout: Timeouts = field(default_factory=Timeouts)
 
     image_memory_gib: float = 2.0
     """Decoded images are kept in the memory of every rank if they fit into this; else they are decoded again
@@ -110,8 +112,8 @@ class CSFTConfig:
 
     def resume_fingerprint(self) -> dict[str, Any]:
         """The fields that must be equal for a run to resume."""
-        free = {"out", "checkpoint", "log_every", "drawn_queries", "image_memory_gib", "encode_batch_size",
-                "feature_cache", "item_cache"}  # fmt: skip
+        free = {"out", "checkpoint", "timeout", "log_every", "drawn_queries", "image_memory_gib",
+                "encode_batch_size", "feature_cache", "item_cache"}  # fmt: skip
         return {name: value for name, value in asdict(self).items() if name not in free}
 
     def encoder(self) -> ItemEncoderConfig:
