@@ -1,12 +1,13 @@
 """A ranking model of one's own with MIM's interests: `ciubm` between TorchRec's collections and a tower.
 
-Nothing here needs our data format, stages or training loop. A request has several candidates and one history;
-users click what looks like what they clicked before.
+Nothing here needs our data format, stages or training loop: TorchRec's pipeline trains the model. A request
+has several candidates and one history; users click what looks like what they clicked before.
 
 Run: python -m torch.distributed.run --nproc_per_node 2 examples/content_interest.py <table>
 """
 
 import sys
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -14,16 +15,16 @@ from torch import Tensor, nn
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.modules.mlp import MLP
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.streamable import Pipelineable
 
-from mim_torchrec.ciubm.ciubm import CiUBM
-from mim_torchrec.ciubm.jagged import RequestPairs
-from mim_torchrec.ciubm.ubm.din import DIN
+from mim_torchrec.ciubm import DIN, CiUBM, RequestInterests
 from mim_torchrec.embeddings import sharded as frozen
 
 DIM, REQUESTS, CANDIDATES = 16, 64, 5
@@ -33,8 +34,25 @@ ITEMS = TABLE.row_index().ids
 VECTORS = TABLE.read_float(ITEMS)
 
 
+@dataclass
+class Batch(Pipelineable):
+    """Requests, and whether each of their candidates was clicked, (sum_candidates,)."""
+
+    features: KeyedJaggedTensor
+    clicks: Tensor
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
+        return Batch(
+            self.features.to(device, non_blocking), self.clicks.to(device, non_blocking=non_blocking)
+        )
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        self.features.record_stream(stream)
+        self.clicks.record_stream(stream)
+
+
 class Ranker(nn.Module):
-    """Click logits of the candidates of each request."""
+    """The loss over the candidates of each request, and what the pipeline gives back of it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,23 +66,25 @@ class Ranker(nn.Module):
         apply_optimizer_in_backward(RowWiseAdagrad, self.ids.parameters(), {"lr": 0.05})
         config = frozen.frozen_config(TABLE, ["candidate_mm", "behavior_mm"])
         self.mm = frozen.FrozenEmbeddingCollection([config])
-        self.interest = CiUBM(DIN(DIM), content=True, fusion=True, pooling="mean")
+        self.interest = RequestInterests(CiUBM(DIN(DIM), content=True, fusion=True, pooling="mean"))
         self.tower = MLP(DIM + DIM + TABLE.manifest.dim + DIM + 1, [32, 16])
         self.logit = nn.Linear(16, 1)
 
-    def forward(self, features: KeyedJaggedTensor) -> Tensor:
-        """Return (sum_candidates,) logits."""
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        features = batch.features
         ids, mm = self.ids(features), self.mm(features)
         candidates, behaviors = ids["candidate"].values(), ids["behavior"].values()
         candidates_mm, behaviors_mm = mm["candidate_mm"].values(), mm["behavior_mm"].values()
-        pairs = RequestPairs.build(features["candidate"].offsets(), features["behavior"].offsets())
-        interests = self.interest(candidates, behaviors, pairs, candidates_mm, behaviors_mm)
+        offsets = features["candidate"].offsets(), features["behavior"].offsets()
+        interests = self.interest(*offsets, candidates, behaviors, candidates_mm, behaviors_mm)
         agreement = (interests.content * candidates_mm).sum(1, keepdim=True)
         inputs = torch.cat([candidates, interests.concatenate(), agreement], dim=1)
-        return self.logit(self.tower(inputs)).squeeze(1)
+        logits = self.logit(self.tower(inputs)).squeeze(1)
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, batch.clicks)
+        return loss, loss.detach()
 
 
-def make_batch(seed: int) -> tuple[KeyedJaggedTensor, Tensor]:
+def make_batch(seed: int) -> Batch:
     """Requests of users who click what is like the mean of their history, and their clicks."""
     random = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, 20, (REQUESTS,), generator=random)
@@ -75,11 +95,11 @@ def make_batch(seed: int) -> tuple[KeyedJaggedTensor, Tensor]:
     rows = INDEX.rows(ITEMS[torch.cat([candidates.flatten(), behaviors])])
     keys = ["candidate", "behavior", "candidate_mm", "behavior_mm"]  # items have the same rows in both tables
     lengths = torch.cat([torch.full((REQUESTS,), CANDIDATES), lengths]).repeat(2)
-    return KeyedJaggedTensor(keys, rows.repeat(2), lengths=lengths), clicks.flatten()
+    return Batch(KeyedJaggedTensor(keys, rows.repeat(2), lengths=lengths), clicks.flatten())
 
 
 def main() -> None:
-    """Shard the model, train it for some steps, print the loss."""
+    """Shard the model, train it in TorchRec's pipeline, print the last loss."""
     dist.init_process_group("gloo")
     torch.manual_seed(0)
     sharders = [EmbeddingCollectionSharder(), *frozen.frozen_sharders()]
@@ -89,12 +109,10 @@ def main() -> None:
     model = DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
     frozen.load_table(model, TABLE)
     optimizer = torch.optim.Adam([p for n, p in model.named_parameters() if "ids." not in n], lr=0.01)
-    for step in range(100):
-        features, clicks = make_batch(seed=1000 * step + dist.get_rank())
-        loss = nn.functional.binary_cross_entropy_with_logits(model(features), clicks)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    pipeline = TrainPipelineSparseDist(model, optimizer, torch.device("cpu"))
+    batches = (make_batch(seed=1000 * step + dist.get_rank()) for step in range(100))
+    for _ in range(100):
+        loss = pipeline.progress(batches)
     print(f"rank {dist.get_rank()}: loss {loss.item():.3f}")
     dist.destroy_process_group()
 

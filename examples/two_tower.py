@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.modules.mlp import MLP
@@ -33,13 +34,14 @@ class TwoTower(nn.Module):
         self.user_tower = MLP(DIM, [32, 16])
         self.item_tower = MLP(DIM, [32, 16])
 
-    def forward(self, features: KeyedJaggedTensor) -> Tensor:
-        """Return the loss over the items of the batch."""
+    def forward(self, features: KeyedJaggedTensor) -> tuple[Tensor, Tensor]:
+        """Return the loss over the items of the batch, and what the pipeline gives back of it."""
         found = self.ids(features).to_dict()
         users = self.user_tower(found["user"])
         items = self.item_tower(found["item"])
         logits = users @ items.T
-        return nn.functional.cross_entropy(logits, torch.arange(len(logits)))
+        loss = -logits.log_softmax(1).diagonal().mean()
+        return loss, loss.detach()
 
 
 def make_batch(seed: int) -> KeyedJaggedTensor:
@@ -52,7 +54,7 @@ def make_batch(seed: int) -> KeyedJaggedTensor:
 
 
 def main() -> None:
-    """Shard the model, train it for some steps, print the loss."""
+    """Shard the model, train it in TorchRec's pipeline, print the last loss."""
     dist.init_process_group("gloo")
     torch.manual_seed(0)
     sharders = [EmbeddingBagCollectionSharder()]
@@ -61,11 +63,10 @@ def main() -> None:
     plan = EmbeddingShardingPlanner(topology=topology).collective_plan(model, sharders, dist.group.WORLD)
     model = DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
     optimizer = torch.optim.Adam([p for n, p in model.named_parameters() if "tower" in n])
-    for step in range(10):
-        loss = model(make_batch(seed=100 * step + dist.get_rank()))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    pipeline = TrainPipelineSparseDist(model, optimizer, torch.device("cpu"))
+    batches = (make_batch(seed=100 * step + dist.get_rank()) for step in range(10))
+    for _ in range(10):
+        loss = pipeline.progress(batches)
     print(f"rank {dist.get_rank()}: loss {loss.item():.3f}")
     dist.destroy_process_group()
 

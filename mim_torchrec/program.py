@@ -52,7 +52,7 @@ def run(
             raise SystemExit(Status.PIPE) from None
         found = explain(error)
         if found is None:
-            traceback.print_exc()
+            _write_lines(traceback.format_exc())
             raise SystemExit(Status.BUG) from None
         _end(f"{name}: {_rank()}{found[0]}", found[1], debug)
     raise SystemExit(Status.OK)
@@ -60,7 +60,11 @@ def run(
 
 def log_to_stderr() -> None:
     """Log what this package says, and nothing of what torch and torchrec say about themselves."""
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        if type(handler) is logging.StreamHandler:  # fbgemm_gpu adds one when it is imported
+            root.removeHandler(handler)
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", handlers=[_OnLines()])
     logging.getLogger("mim_torchrec").setLevel(logging.INFO)
     for message in ("Please use DTensor instead", "`broadcast_buffers` is deprecated"):
         warnings.filterwarnings("ignore", message=message)
@@ -76,10 +80,26 @@ def program_name() -> str:
     return spec.name.removesuffix(".__main__") if spec is not None else os.path.basename(sys.argv[0])
 
 
+class _OnLines(logging.StreamHandler):
+    """Writes log records to standard error, each from the start of a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _line_start() + super().format(record)
+
+
+def _line_start() -> str:
+    """On a terminal, what clears the line: the progress bar of this or another rank may stand there."""
+    return "\r\x1b[K" if sys.stderr.isatty() else ""
+
+
+def _write_lines(text: str) -> None:
+    """Write whole lines to standard error in one call, so that those of several ranks do not mix."""
+    sys.stderr.write(_line_start() + text)
+    sys.stderr.flush()
+
+
 def _end(line: str, status: Status, debug: bool) -> NoReturn:
-    if debug:
-        traceback.print_exc()
-    print(line, file=sys.stderr, flush=True)
+    _write_lines((traceback.format_exc() if debug else "") + line + "\n")
     raise SystemExit(status) from None
 
 

@@ -24,7 +24,6 @@ import torch
 import tyro
 from PIL import Image
 from torch import nn
-from tqdm import tqdm
 
 from mim_torchrec import program
 from mim_torchrec.benchmarks.harness.fault_injection import ABSENT, KINDS, Outcome, Writer, try_all
@@ -46,6 +45,7 @@ from mim_torchrec.encoders.features import read_or_compute
 from mim_torchrec.encoders.item_encoder import HeadConfig, ItemEncoder, ItemEncoderConfig
 from mim_torchrec.encoders.text import TextEncoderConfig, train_tokenizer
 from mim_torchrec.encoders.vision import VisionEncoderConfig
+from mim_torchrec.progress import Progress
 from mim_torchrec.rim.dead_letter import DeadLetterFile
 from mim_torchrec.rim.sources import Arrival
 from mim_torchrec.serving.bundle import Bundle, save_bundle
@@ -350,9 +350,11 @@ def try_writers(found: list[Writer], kinds: tuple[str, ...] = tuple(KINDS)) -> d
     outcomes = {}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
-        for writer in tqdm(found, desc="faults", unit="writer"):
-            with tempfile.TemporaryDirectory() as folder:
-                outcomes[writer.name] = try_all(writer, Path(folder, "w"), kinds)
+        with Progress(len(found), "faults", "writer") as progress:
+            for writer in found:
+                with tempfile.TemporaryDirectory() as folder:
+                    outcomes[writer.name] = try_all(writer, Path(folder, "w"), kinds)
+                progress.update()
     return outcomes
 
 

@@ -23,7 +23,6 @@ import pyarrow as pa
 import torch
 import tyro
 from torch import Tensor
-from tqdm import tqdm
 
 import mim_torchrec.representation.export as representation
 from mim_torchrec import program
@@ -224,7 +223,7 @@ def measure(config: ExportThroughputConfig, context: DistributedContext) -> dict
     titles = items.titles(np.arange(len(items)))
     encoders: dict[str, dict[str, dict[str, float]]] = {}
     parts = {}
-    for vision in tqdm(config.vision, desc="encoders"):
+    for vision in config.vision:
         contest = Contest(config, write_encoder(config, vision, titles), items, context)
         torch.set_num_threads(1)
         parts[vision] = contest.parts()

@@ -21,7 +21,6 @@ import torch.distributed as dist
 import tyro
 from torch import Tensor
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-from tqdm import tqdm
 
 from mim_torchrec import program
 from mim_torchrec.benchmarks.harness.comparison import target
@@ -44,6 +43,7 @@ from mim_torchrec.embeddings.sharded.load import find_frozen, load_table, open_t
 from mim_torchrec.embeddings.sharded.rows import DenseRows, RowStore
 from mim_torchrec.embeddings.table.format import TableWriter, decode, encode, row_bytes
 from mim_torchrec.embeddings.table.quantize import cosine_errors
+from mim_torchrec.progress import Progress
 from mim_torchrec.training.distributed import distributed
 
 KEEP_FREED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
@@ -161,10 +161,12 @@ def write_scale_table(path: Path, rows: int, dim: int) -> None:
     generator = torch.Generator().manual_seed(0)
     some = encode(torch.randn(1 << 16, dim, generator=generator), "int8")
     step = 1 << 21
-    for start in tqdm(range(0, rows, step), desc="write", unit="shard"):
-        count = min(step, rows - start)
-        which = torch.randint(len(some), (count,), generator=generator)
-        writer.write_shard(1_000_000_000 + torch.arange(start, start + count), some[which])
+    with Progress(rows, "write", "row", scale=True) as progress:
+        for start in range(0, rows, step):
+            count = min(step, rows - start)
+            which = torch.randint(len(some), (count,), generator=generator)
+            writer.write_shard(1_000_000_000 + torch.arange(start, start + count), some[which])
+            progress.update(count)
     writer.finish()
 
 

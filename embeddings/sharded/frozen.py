@@ -44,6 +44,7 @@ DATA_TYPES = {
     "float16": DataType.FP16,
     "bfloat16": DataType.BF16,
     "int8": DataType.INT8,
+    "int4": DataType.INT4,
 }
 
 
@@ -80,13 +81,14 @@ def frozen_config(table: Table, feature_names: Sequence[str], name: str = "mm") 
     """Return the embedding config of a table on disk, for a :class:`FrozenEmbeddingCollection`.
 
     Args:
-        table: the table; row 0, for unknown items, and its spare rows are added to its rows.
+        table: the table; row 0, for unknown items, and its spare rows are added to its rows. A table whose
+            rows are kept by number has no such row 0.
         feature_names: keys of the features that are looked up in it.
         name: the embedding table's name in the model.
     """
     return EmbeddingConfig(
         name=name,
-        num_embeddings=1 + table.manifest.capacity,
+        num_embeddings=table.manifest.num_embeddings,
         embedding_dim=table.manifest.dim,
         feature_names=list(feature_names),
         data_type=DATA_TYPES[table.manifest.dtype],
@@ -102,7 +104,7 @@ def frozen_bag_config(
     """Return the embedding config of a table on disk, for a :class:`FrozenEmbeddingBagCollection`."""
     return EmbeddingBagConfig(
         name=name,
-        num_embeddings=1 + table.manifest.capacity,
+        num_embeddings=table.manifest.num_embeddings,
         embedding_dim=table.manifest.dim,
         feature_names=list(feature_names),
         data_type=DATA_TYPES[table.manifest.dtype],
@@ -114,7 +116,7 @@ def storage_dtype(config: BaseEmbeddingConfig) -> str:
     """Return how rows of a table with this config are stored, a key of ``quantize.DTYPES``.
 
     Raises:
-        ValueError: its data type is none of FP32, FP16, BF16 and INT8.
+        ValueError: its data type is none of FP32, FP16, BF16, INT8 and INT4.
     """
     found = {data_type: name for name, data_type in DATA_TYPES.items()}.get(config.data_type)
     if found is None:
@@ -204,7 +206,7 @@ class FrozenEmbeddingCollection(FrozenModule, EmbeddingCollection):
     """Unpooled embeddings that are never trained; zeros until ``load_table`` has filled them.
 
     Args:
-        tables: one config a table, FP32, FP16, BF16 or INT8 (row-wise), of one ``embedding_dim``; see
+        tables: one config a table, FP32, FP16, BF16, INT8 or INT4 (row-wise), of one ``embedding_dim``; see
             :func:`frozen_config`.
         device: "meta" for a model that will be sharded (no memory is used), or where an unsharded one lives.
         need_indices: as in ``EmbeddingCollection``.
@@ -264,13 +266,14 @@ class FrozenEmbeddingBagCollection(FrozenModule, EmbeddingBagCollection):
     """Pooled embeddings that are never trained; zeros until ``load_table`` has filled them.
 
     Args:
-        tables: one config a table, FP32, FP16, BF16 or INT8 (row-wise); see :func:`frozen_bag_config`.
+        tables: one config a table, FP32, FP16, BF16, INT8 or INT4 (row-wise); see :func:`frozen_bag_config`.
         is_weighted: whether the features' weights weight their vectors; the weights get gradients.
         device: "meta" for a model that will be sharded, or where an unsharded one lives.
         store_rows: whether checkpoints hold the rows, or only which rows they were.
+        output_dtype: of the pooled vectors that come out; they are summed in float32.
 
-    Its forward maps a ``KeyedJaggedTensor`` of rows to a float32 ``KeyedTensor`` (batch_size, sum of dims).
-    An empty bag is the zero vector.
+    Its forward maps a ``KeyedJaggedTensor`` of rows to a ``KeyedTensor`` (batch_size, sum of dims). An empty
+    bag is the zero vector.
 
     Raises:
         ValueError: a weighted mean, which TorchRec does not have either.
@@ -284,6 +287,7 @@ class FrozenEmbeddingBagCollection(FrozenModule, EmbeddingBagCollection):
         is_weighted: bool = False,
         device: torch.device | str = "meta",
         store_rows: bool = False,
+        output_dtype: torch.dtype = torch.float32,
     ) -> None:
         shapes = [replace(config, data_type=DataType.FP32) for config in tables]
         super().__init__(tables=shapes, is_weighted=is_weighted, device=torch.device("meta"))
@@ -291,6 +295,7 @@ class FrozenEmbeddingBagCollection(FrozenModule, EmbeddingBagCollection):
         self.embedding_bags = nn.ModuleDict()
         self._embedding_bag_configs = tables
         self._device = torch.device(device)
+        self.output_dtype = output_dtype
         self.init_frozen([_whole_table(config, self._device) for config in tables], store_rows)
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
@@ -303,7 +308,7 @@ class FrozenEmbeddingBagCollection(FrozenModule, EmbeddingBagCollection):
                 check_rows(rows, table.config)
                 vectors, index = table.store.vectors(rows), torch.arange(rows.numel(), device=rows.device)
                 pooled.append(pool(vectors, index, bags, table.bag_config, self.is_weighted()))
-        return keyed(pooled, self._embedding_bag_configs)
+        return keyed(pooled, self._embedding_bag_configs, self.output_dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "FrozenEmbeddingBagCollection":
         _move(self, fn)

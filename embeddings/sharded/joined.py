@@ -3,10 +3,22 @@
 from typing import cast
 
 import torch
+import torch.fx
 from torch import nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+
+
+# Pipelines trace a model to find its lookups. Their results have no keys then, so that joining is not traced.
+@torch.fx.wrap
+def _join(found: list[KeyedTensor]) -> KeyedTensor:
+    """Join pooled vectors, each (batch_size, sum of its dims), along their dims."""
+    return KeyedTensor(
+        keys=[key for each in found for key in each.keys()],  # noqa: SIM118  no mapping
+        length_per_key=[length for each in found for length in each.length_per_key()],
+        values=torch.cat([each.values() for each in found], dim=1),
+    )
 
 
 class JoinedEmbeddingBags(nn.ModuleList):
@@ -36,9 +48,4 @@ class JoinedEmbeddingBags(nn.ModuleList):
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Return pooled vectors (batch_size, sum of dims) of all features."""
-        found = [collection(features) for collection in self]
-        return KeyedTensor(
-            keys=[key for each in found for key in each.keys()],  # noqa: SIM118  no mapping
-            length_per_key=[length for each in found for length in each.length_per_key()],
-            values=torch.cat([each.values() for each in found], dim=1),
-        )
+        return _join([collection(features) for collection in self])

@@ -26,7 +26,7 @@ from mim_torchrec.embeddings.table.format import (
     encode,
 )
 from mim_torchrec.embeddings.table.quantize import finite_rows
-from mim_torchrec.embeddings.table.shards import CHUNK
+from mim_torchrec.embeddings.table.shards import CHUNK, check_loss
 from mim_torchrec.embeddings.windows.window import Window, is_due
 
 
@@ -62,7 +62,16 @@ class ItemIndex:
 
     @classmethod
     def of(cls, table: Table) -> "ItemIndex":
-        """Return the index of a table on disk, with its spare rows."""
+        """Return the index of a table on disk, with its spare rows.
+
+        Raises:
+            TableError: its rows are kept by number, so that it has no row for unknown ids.
+        """
+        if table.manifest.by_number:
+            raise TableError(
+                f"{table.path}: its rows are kept by number; look up row numbers as they are, without an "
+                f"index"
+            )
         return cls(table.row_index().ids, table.manifest.capacity, str(table.path))
 
     @property
@@ -167,6 +176,7 @@ def update_items(
         VersionMismatch: the vectors are not of the table's encoder.
         SpareRowsExhausted: there are too few free rows. Nothing is changed.
         NonFiniteVector: a vector has NaN or infinity, or overflows the stored type. Nothing is changed.
+        LossyVector: a vector is too small for the stored type. Nothing is changed.
         TableError: shapes do not fit, or the window is not newer than the last one.
     """
     _, frozen = find_frozen(model, name)
@@ -182,6 +192,8 @@ def update_items(
         wrong = int(ids[~finite][0])
         raise NonFiniteVector(f"window {seq}, item id {wrong}: the vector holds NaN or infinity as "
                               f"{frozen.dtype}")  # fmt: skip
+    check_loss(vectors, stored, frozen.dtype, ids, lambda row: f"window {seq}, row {row}",
+               "use a table of float32, or scale the vectors")  # fmt: skip
     written = _write(frozen, index.add(ids), stored)
     frozen.state = TableState(table_version, seq)
     return UpdateReport(items=ids.numel(), rows=written, spare_rows=index.spare_rows)
@@ -288,7 +300,7 @@ def expected_digest(
             vector = row_of[row]
             part[row - start] = zero if vector is None else vector
         digest.update(part.view(torch.uint8).numpy().data)
-    return digest_of_ranks(digest.hexdigest(), module)
+    return digest_of_ranks(digest.hexdigest(), module, name)
 
 
 def _write(frozen: FrozenTable, rows: Tensor, stored: Tensor) -> int:

@@ -13,7 +13,6 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from torch import nn
-from tqdm import tqdm
 
 from mim_torchrec.embeddings.collective import gather, on_all_ranks
 from mim_torchrec.embeddings.sharded.frozen import (
@@ -27,6 +26,7 @@ from mim_torchrec.embeddings.sharded.frozen import (
 from mim_torchrec.embeddings.sharded.rows import CachedRows, DenseRows, MappedRows, RowStore
 from mim_torchrec.embeddings.sharded.sharded import ShardedFrozenModule
 from mim_torchrec.embeddings.table.format import Table, TableError, verify_shard
+from mim_torchrec.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,15 +60,19 @@ def open_table(
 
     def open_and_verify() -> Table:
         table = Table.open(path, expected_version=expected_version, verify=False)
-        for info in tqdm(table.manifest.shards[rank::world_size], desc="verify", unit="shard",
-                         disable=True if rank else None):  # fmt: skip
-            verify_shard(table.path, info)
+        mine = table.manifest.shards[rank::world_size]
+        with Progress(len(mine), "verify", "shard", show=not rank) as bar:
+            for info in mine:
+                verify_shard(table.path, info)
+                bar.update()
         return table
 
     return on_all_ranks(open_and_verify, group)
 
 
-def load_table(model: nn.Module, table: Table, name: str = "mm", mapped: bool = False) -> LoadReport:
+def load_table(
+    model: nn.Module, table: Table, name: str = "mm", mapped: bool = False, whole_on_each_rank: bool = False
+) -> LoadReport:
     """Give the frozen table ``name`` of a model the rows of a table; each rank reads only those it owns.
 
     Args:
@@ -77,23 +81,25 @@ def load_table(model: nn.Module, table: Table, name: str = "mm", mapped: bool = 
         name: the embedding config's name.
         mapped: leave the rows in the page cache, mapped into memory, where they cost no private memory and
             are read when they are looked up; on a CPU only. ``mim table verify`` looks for NaN in them.
+        whole_on_each_rank: that every rank loads the whole table is meant, where there are several ranks and
+            the collection is not sharded.
 
     Raises:
-        TableError: the model has no such frozen table, or one of another shape or type; NaN in a row; rows
-            to be mapped on a GPU. On every rank if on one.
+        TableError: the model has no such frozen table, or one of another shape or type, or one that is not
+            sharded; NaN in a row; rows to be mapped on a GPU. On every rank if on one.
         VersionMismatch: the model was loaded from a checkpoint that is of other vectors.
     """
     started = time.perf_counter()
     module, frozen = find_frozen(model, name)
+    if not isinstance(module, ShardedFrozenModule) and not whole_on_each_rank:
+        _refuse_whole(name)
 
     def load() -> LoadReport:
         config, manifest = frozen.config, table.manifest
-        found = (1 + manifest.capacity, manifest.dim, DATA_TYPES[manifest.dtype])
+        found = (manifest.num_embeddings, manifest.dim, DATA_TYPES[manifest.dtype])
         expected = (config.num_embeddings, config.embedding_dim, config.data_type)
         if found != expected:
-            raise TableError(
-                f"{table.path}: has capacity + 1, dim, type {found}; the model's {name} has {expected}"
-            )
+            raise TableError(f"{table.path}: has rows, dim, type {found}; the model's {name} has {expected}")
         state = TableState(manifest.table_version, manifest.seq)
         if frozen.expected is not None:
             check_state(name, state, frozen.expected)
@@ -110,8 +116,7 @@ def load_table(model: nn.Module, table: Table, name: str = "mm", mapped: bool = 
                 raise TableError(f"frozen table {name}: its rows are mapped; load it with mapped=True")
             dense = store.backing if isinstance(store, CachedRows) else store
             rank = dist.get_rank(group_of(module)) if dist.is_initialized() else 0
-            with tqdm(total=store.num_rows, desc=f"load {name}", unit="row", unit_scale=True,
-                      disable=True if rank else None) as bar:  # fmt: skip
+            with Progress(store.num_rows, f"load {name}", "row", scale=True, show=not rank) as bar:
                 table.rows_for(first, stop, out=cast(DenseRows, dense).tensor, progress=bar.update)
         frozen.state, frozen.expected = state, None
         return LoadReport(
@@ -129,20 +134,39 @@ def load_table(model: nn.Module, table: Table, name: str = "mm", mapped: bool = 
 
 
 def table_digest(model: nn.Module, name: str = "mm") -> str:
-    """Return the SHA-256 over all ranks' bytes of a frozen table; equal before and after training.
+    """Return the SHA-256 over all bytes of a frozen table; equal before and after training.
 
     It depends on how the rows are divided over ranks, so compare digests of one run.
+
+    Raises:
+        TableError: the table has several copies (on nodes or in sharding groups), and they differ.
     """
     module, frozen = find_frozen(model, name)
     digest = hashlib.sha256()
     for rows in frozen.store.blocks():
         digest.update(rows.cpu().view(torch.uint8).numpy().data)
-    return digest_of_ranks(digest.hexdigest(), module)
+    return digest_of_ranks(digest.hexdigest(), module, name)
 
 
-def digest_of_ranks(digest: str, module: FrozenModule) -> str:
-    """One digest of those of all ranks that share a collection's rows."""
-    return hashlib.sha256("".join(gather(digest, group_of(module))).encode()).hexdigest()
+def digest_of_ranks(digest: str, module: FrozenModule, name: str) -> str:
+    """One digest of those of all ranks that share the rows of a table, of each copy of it alike.
+
+    Raises:
+        TableError: copies differ.
+    """
+    rank, size = 0, 1
+    if isinstance(module, ShardedFrozenModule):
+        rank, size = module.placements[name].rank, module.placements[name].size
+    blocks: list[set[str]] = [set() for _ in range(size)]
+    for block, of_rank in gather((rank, digest), group_of(module)):
+        blocks[block].add(of_rank)
+    for block, found in enumerate(blocks):
+        if len(found) > 1:
+            raise TableError(
+                f"frozen table {name}: its copies differ in block {block} of {size}; ranks applied different "
+                f"windows"
+            )
+    return hashlib.sha256("".join(one for (one,) in blocks).encode()).hexdigest()
 
 
 def find_frozen(model: nn.Module, name: str) -> tuple[FrozenModule, FrozenTable]:
@@ -161,8 +185,18 @@ def find_frozen(model: nn.Module, name: str) -> tuple[FrozenModule, FrozenTable]
 
 
 def group_of(module: FrozenModule) -> dist.ProcessGroup | None:
-    """Return the ranks that share a collection's rows."""
+    """Return all ranks of a sharded collection."""
     return module.env.process_group if isinstance(module, ShardedFrozenModule) else None
+
+
+def _refuse_whole(name: str) -> None:
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    if world_size > 1:
+        raise TableError(
+            f"frozen table {name} is not sharded, and each of {world_size} ranks would load all of it: pass "
+            f"frozen_sharders() among the sharders of DistributedModelParallel and of the planner (a frozen "
+            f"collection within a managed-collision module is not sharded), or whole_on_each_rank=True"
+        )
 
 
 def _is_on_cpu(store: RowStore) -> bool:

@@ -67,8 +67,11 @@ def pool(
     )  # fmt: skip
 
 
-def keyed(pooled: list[Tensor], tables: Sequence[EmbeddingBagConfig]) -> KeyedTensor:
-    """Join pooled vectors (batch_size, dim) of all features of all tables."""
+def keyed(
+    pooled: list[Tensor], tables: Sequence[EmbeddingBagConfig], output_dtype: torch.dtype
+) -> KeyedTensor:
+    """Join pooled vectors (batch_size, dim) of all features of all tables, as ``output_dtype``."""
     names = [name for names in get_embedding_names_by_table(list(tables)) for name in names]
     dims = [config.embedding_dim for config in tables for _ in config.feature_names]
-    return KeyedTensor(keys=names, length_per_key=dims, values=torch.cat(pooled, dim=1))
+    values = torch.cat(pooled, dim=1).to(output_dtype)
+    return KeyedTensor(keys=names, length_per_key=dims, values=values)

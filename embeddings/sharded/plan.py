@@ -56,7 +56,7 @@ class PlanConfig:
     """Rows of the frozen table, with its spare rows."""
     dim: int = 128
     """Length of its vectors."""
-    dtype: Literal["float32", "float16", "bfloat16", "int8"] = "float16"
+    dtype: Literal["float32", "float16", "bfloat16", "int8", "int4"] = "float16"
     """How its vectors are stored."""
     trainable: tuple[str, ...] = ()
     """Trainable float32 tables with row-wise Adagrad, each ROWSxDIM, such as 100000000x64."""

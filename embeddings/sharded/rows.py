@@ -1,11 +1,13 @@
 """Where the rows that a rank owns are kept, and how they are looked up there: nothing here can be trained.
 
-A row is stored as on the disk (``table/quantize.py``) and read without being converted: on a CPU by the
-embedding bag kernels, with bags of one row, which are faster than ``index_select``; on a GPU by
-``index_select``. Rows are numbered from 0 on each rank.
+A row is stored as on the disk (``table/quantize.py``). ``gather`` copies its bytes by ``index_select``, which
+is as fast as copying memory is. ``vectors`` converts int8 and int4 rows to float32; on a CPU the embedding
+bag kernels, with bags of one row, read bytes and write floats in one go. Rows are numbered from 0 on each
+rank.
 
 Three places: a tensor (``DenseRows``: host memory, HBM, or managed (UVM) memory), the pages of the files that
-a table was written to (``MappedRows``), and managed memory behind a cache in HBM (``CachedRows``).
+a table was written to (``MappedRows``), and managed memory behind a cache in HBM (``CachedRows``). ``ssd.py``
+has a fourth: files behind a cache in host memory.
 """
 
 import abc
@@ -16,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 
-from mim_torchrec.embeddings.table.quantize import DTYPES, decode, stored_width
+from mim_torchrec.embeddings.table.quantize import DTYPES, decode, is_quantized, stored_width
 
 CHUNK = 1 << 16
 
@@ -46,10 +48,13 @@ class RowStore(abc.ABC):
     def blocks(self) -> Iterator[Tensor]:
         """Yield all rows in order, some at a time, as they are stored."""
 
+    def prefetch(self, rows: Tensor) -> None:  # noqa: B027  most stores have nothing to do
+        """Bring rows (n,) int64 of a later lookup near; nothing is done for rows that are near already."""
+
     def vectors(self, rows: Tensor) -> Tensor:
-        """Return the vectors (n, dim) of rows (n,): float32 of int8 rows, else in the type stored."""
+        """Return the vectors (n, dim) of rows (n,): of int8 and int4 as float32, else in the type stored."""
         stored = self.gather(rows)
-        return decode(stored, self.dtype) if self.dtype == "int8" else stored
+        return decode(stored, self.dtype) if is_quantized(self.dtype) else stored
 
     @property
     def nbytes(self) -> int:
@@ -74,6 +79,7 @@ class DenseRows(RowStore):
         super().__init__(dtype, num_rows, dim)
         self.device, self._managed = device, managed
         self._tensor: Tensor | None = None
+        self._bags = torch.empty(0, dtype=torch.int64)
 
     @property
     def tensor(self) -> Tensor:
@@ -94,16 +100,29 @@ class DenseRows(RowStore):
         self.device = device
 
     def gather(self, rows: Tensor) -> Tensor:
-        return _select(self.tensor, rows)
+        return self.tensor.index_select(0, rows)
 
     def vectors(self, rows: Tensor) -> Tensor:
-        if self.dtype != "int8" or self.device.type != "cpu" or not rows.numel():
+        if self.device.type != "cpu" or not rows.numel():
             return super().vectors(rows)
-        # Reads bytes and writes floats in one go. Arguments: no scaling by frequency, sum, not pruned.
-        bags = torch.arange(rows.numel())
-        return torch.ops.quantized.embedding_bag_byte_rowwise_offsets(
-            self.tensor, rows, bags, False, 0, False, None, None, False
-        )
+        if self.dtype == "float32":  # this kernel prefetches rows
+            return F.embedding_bag(rows, self.tensor, self._bags_of_one(rows.numel()), mode="sum")
+        if is_quantized(self.dtype):
+            ops = torch.ops.quantized
+            is_int8 = self.dtype == "int8"
+            kernel = (
+                ops.embedding_bag_byte_rowwise_offsets if is_int8 else ops.embedding_bag_4bit_rowwise_offsets
+            )
+            # Arguments: no scaling by frequency, sum, not pruned.
+            bags = self._bags_of_one(rows.numel())
+            return kernel(self.tensor, rows, bags, False, 0, False, None, None, False)
+        return self.gather(rows)
+
+    def _bags_of_one(self, count: int) -> Tensor:
+        """The numbers from 0 to ``count``, kept: making them takes a fiftieth of a lookup."""
+        if self._bags.numel() < count:
+            self._bags = torch.arange(count)
+        return self._bags[:count]
 
     def write(self, rows: Tensor, stored: Tensor) -> None:
         self.tensor.index_copy_(0, rows.to(self.device), stored.to(self.device))
@@ -140,13 +159,13 @@ class MappedRows(RowStore):
 
     def gather(self, rows: Tensor) -> Tensor:
         if len(self._spans) == 1:
-            return _select(self._spans[0], rows)
+            return self._spans[0].index_select(0, rows)
         if rows.numel() > 1 and not bool((rows[1:] >= rows[:-1]).all()):
             rows, order = rows.sort()
             out = torch.empty(rows.numel(), self.stored_width, dtype=DTYPES[self.dtype])
             return out.index_copy_(0, order, self.gather(rows))
-        parts = [_select(span, rows[part] - first) for span, first, part in self._parts(rows)]
-        return torch.cat(parts) if parts else _select(self._spans[0], rows) if self._spans else self._none()
+        parts = [span.index_select(0, rows[part] - first) for span, first, part in self._parts(rows)]
+        return torch.cat(parts) if parts else self._none()
 
     def write(self, rows: Tensor, stored: Tensor) -> None:
         rows, order = rows.sort()
@@ -194,12 +213,18 @@ class CachedRows(RowStore):
         missing = (self._holds[slot] != rows).nonzero()[:, 0]
         self.misses += missing.numel()
         self.hits += rows.numel() - missing.numel()
-        out = _select(self._cache, slot)
+        out = self._cache.index_select(0, slot)
         if missing.numel():
             fetched = self.backing.gather(rows[missing])
             out.index_copy_(0, missing, fetched)
             self._fill(slot[missing], rows[missing], fetched)
         return out
+
+    def prefetch(self, rows: Tensor) -> None:
+        slot = rows % self._holds.numel()
+        missing = (self._holds[slot] != rows).nonzero()[:, 0]
+        slot, rows = slot[missing], rows[missing]
+        self._fill(slot, rows, self.backing.gather(rows))
 
     def write(self, rows: Tensor, stored: Tensor) -> None:
         self.backing.write(rows, stored)
@@ -243,10 +268,3 @@ def make_rows(
     if compute_kernel == EmbeddingComputeKernel.FUSED_UVM.value:
         return backing
     return CachedRows(backing, int(load_factor * num_rows), device)
-
-
-def _select(table: Tensor, rows: Tensor) -> Tensor:
-    """Return table[rows] for rows (n,) int64 of a table (num_rows, width)."""
-    if table.device.type != "cpu" or not table.is_floating_point() or not rows.numel():
-        return table.index_select(0, rows)
-    return F.embedding_bag(rows, table, torch.arange(rows.numel()), mode="sum")

@@ -1,18 +1,21 @@
 """Frozen collections with their rows divided over ranks.
 
-What happens in a step, for each table:
+What happens in a step:
 
-1. ``input_dist``: the rows asked for, of all features together, are made unique; each goes to the rank that
-   owns it. Sorted as they come out of that, they are already in the order of ranks.
+1. ``input_dist``: the rows asked for of each table, of all features together, are made unique; each goes to
+   the rank that owns it. Sorted as they come out of that, they are already in the order of ranks.
 2. ``compute``: the owner reads its rows as they are stored.
 3. ``output_dist``: the bytes go back; they become floats, and each feature takes its vectors, on arrival.
+
+The tables of a collection travel together (``exchange.py``). A plan says for each which ranks divide its rows
+(``placement.py``).
 
 So an exchange costs the bytes of distinct rows in the table's own precision, pooling is done by who asked for
 it (the same sum for every number of ranks, bags of any length, ranks with batches of any size, and gradients
 for weights), and nothing is exchanged in the backward. One rank exchanges nothing and does not look for
 repetitions.
 
-Not here: other shardings than row-wise, two-dimensional parallelism, int4.
+Not here: other shardings than by rows, int4.
 """
 
 import abc
@@ -24,10 +27,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardMetadata
-from torchrec.distributed.dist_data import KJTAllToAll
 from torchrec.distributed.embedding_sharding import KJTListSplitsAwaitable
-from torchrec.distributed.embedding_types import KJTList, ShardedEmbeddingModule
-from torchrec.distributed.sharding.sequence_sharding import SequenceShardingContext
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel, KJTList, ShardedEmbeddingModule
 from torchrec.distributed.types import (
     Awaitable,
     EmbeddingModuleShardingPlan,
@@ -42,6 +43,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 from torchrec.streamable import Multistreamable
 
+from mim_torchrec.embeddings.sharded.exchange import RowCounts, RowsDist, VectorsBack
 from mim_torchrec.embeddings.sharded.frozen import (
     FrozenEmbeddingBagCollection,
     FrozenEmbeddingCollection,
@@ -51,8 +53,9 @@ from mim_torchrec.embeddings.sharded.frozen import (
     whole_rows,
 )
 from mim_torchrec.embeddings.sharded.lookup import check_rows, jagged, keyed, pool
+from mim_torchrec.embeddings.sharded.placement import place
 from mim_torchrec.embeddings.sharded.rows import DenseRows, make_rows
-from mim_torchrec.embeddings.table.quantize import DTYPES, decode
+from mim_torchrec.embeddings.sharded.semisync import accept_gradients
 
 CACHE_LOAD_FACTOR = 0.2
 Out = TypeVar("Out")
@@ -64,7 +67,7 @@ class FrozenContext(Multistreamable):
 
     features: KeyedJaggedTensor | None = None
     index: list[Tensor | None] = field(default_factory=list)
-    sharding_contexts: list[SequenceShardingContext] = field(default_factory=list)
+    counts: list[RowCounts] = field(default_factory=list)  # of each exchange
 
     def looked_up(self) -> KeyedJaggedTensor:
         """The features of the step, which `input_dist` has set."""
@@ -79,71 +82,34 @@ class FrozenContext(Multistreamable):
                 index.record_stream(stream)
 
 
-class RowsDist(nn.Module):
-    """Sends distinct rows, in ascending order, to the ranks that own them.
-
-    Args:
-        group: the ranks.
-        name: of the table.
-        block: rows of each rank but the last.
-        device: of the rows asked for.
-    """
-
-    def __init__(self, group: dist.ProcessGroup, name: str, block: int, device: torch.device) -> None:
-        super().__init__()
-        world_size = group.size()
-        self._keys = [f"{name}@{rank}" for rank in range(world_size)]
-        self._dist = KJTAllToAll(pg=group, splits=[1] * world_size)  # pipelines fuse the dists of this name
-        self._bounds = block * torch.arange(1, world_size, device=device)
-
-    def forward(self, rows: Tensor) -> Awaitable[Awaitable[KeyedJaggedTensor]]:
-        stops = torch.searchsorted(rows, self._bounds)
-        ends = stops.new_tensor([0]), stops.new_tensor([rows.numel()])
-        lengths = torch.diff(torch.cat([ends[0], stops, ends[1]])).int()
-        return self._dist(KeyedJaggedTensor(keys=self._keys, values=rows, lengths=lengths))
-
-
-class VectorsBack(Awaitable[Tensor]):
-    """The vectors (num_rows, dim) of the distinct rows that were asked for, from the ranks that own them.
-
-    Args:
-        stored: (num_rows_found, stored_width), rows as stored, in the order of the ranks that asked.
-        dtype: how they are stored.
-        sent: rows for each rank.
-        received: rows from each rank.
-        group: the ranks.
-    """
-
-    def __init__(
-        self, stored: Tensor, dtype: str, sent: list[int], received: list[int], group: dist.ProcessGroup
-    ) -> None:
-        super().__init__()
-        self._dtype = dtype
-        self._sent = stored.contiguous().view(torch.uint8)  # gloo lacks some types, no backend lacks bytes
-        self._received = self._sent.new_empty(sum(received), self._sent.shape[1])
-        self._work = dist.all_to_all_single(
-            self._received, self._sent, received, sent, group=group, async_op=True
-        )
-
-    def _wait_impl(self) -> Tensor:
-        if self._work is not None:  # None where this rank is not in the group
-            self._work.wait()
-        stored = self._received.view(DTYPES[self._dtype])
-        del self._received, self._sent  # who waits may hold this object for longer than the bytes are needed
-        return decode(stored, self._dtype) if self._dtype == "int8" else stored
-
-
 class FrozenAwaitable(LazyAwaitable[Out], Generic[Out]):
-    """Waits for vectors and has the module give every feature its own."""
+    """Waits for vectors and has the module give every feature its own.
+
+    Args:
+        module: the collection.
+        ctx: of the step.
+        vectors: of each table that is not exchanged, by its name.
+        exchanged: names of tables, and what gives their vectors.
+    """
 
     def __init__(
-        self, module: "ShardedFrozenModule[Out]", ctx: FrozenContext, vectors: list[Awaitable[Tensor]]
+        self,
+        module: "ShardedFrozenModule[Out]",
+        ctx: FrozenContext,
+        vectors: dict[str, Tensor],
+        exchanged: list[tuple[list[str], Awaitable[list[Tensor]]]],
     ) -> None:
         super().__init__()
-        self._module, self._ctx, self._vectors = module, ctx, vectors
+        self._module, self._ctx, self._vectors, self._exchanged = module, ctx, vectors, exchanged
 
     def _wait_impl(self) -> Out:
-        return self._module.assemble(self._ctx, [vectors.wait() for vectors in self._vectors])
+        for tables, awaitable in self._exchanged:
+            self._vectors.update(zip(tables, awaitable.wait(), strict=True))
+        found = self._module.assemble(
+            self._ctx, [self._vectors[name] for name in self._module.frozen_tables()]
+        )
+        accept_gradients(self._module.forward, found)
+        return found
 
 
 class ShardedFrozenModule(
@@ -154,7 +120,8 @@ class ShardedFrozenModule(
     Args:
         module: the frozen collection; rows that it has are kept.
         configs: its tables.
-        params: the plan of each table: row-wise, and its kernel says which memory the rows are in.
+        params: the plan of each table: its sharding says which ranks divide the rows, and its kernel which
+            memory they are in.
         env: the ranks.
         device: of this rank's lookups.
     """
@@ -171,11 +138,19 @@ class ShardedFrozenModule(
         self._env, self._device = env, device if device is not None else torch.device("cpu")
         self._prefix = module._prefix
         self.module_sharding_plan = EmbeddingModuleShardingPlan(params)
+        self.placements = {c.name: place(c.name, params[c.name], env) for c in configs}
         whole = module.frozen_tables()
         self.init_frozen([self._shard(whole[c.name], params[c.name]) for c in configs], module.store_rows)
         self._names = get_embedding_names_by_table(cast(list[EmbeddingConfig], list(configs)))
-        if self._is_divided:
-            self._input_dists = [RowsDist(self._group, c.name, self._block(c), self._device) for c in configs]
+        self.add_module(self._prefix, nn.ModuleDict())  # `shard_modules` expects the names of the unsharded
+        blocks: dict[dist.ProcessGroup, dict[str, int]] = {}
+        for config in configs:
+            placement = self.placements[config.name]
+            if placement.is_divided:
+                of_group = blocks.setdefault(placement.ranks, {})
+                of_group[config.name] = placement.block(config.num_embeddings)
+        self._exchanges = [RowsDist(group, of_group, self._device) for group, of_group in blocks.items()]
+        self._alone = [c.name for c in configs if not self.placements[c.name].is_divided]
 
     @property
     def env(self) -> ShardingEnv:
@@ -198,8 +173,8 @@ class ShardedFrozenModule(
     def _send_rows(
         self, ctx: FrozenContext, features: KeyedJaggedTensor, by_feature: dict[str, JaggedTensor]
     ) -> Awaitable[Awaitable[KJTList]]:
-        awaitables: list[Awaitable[Awaitable[KeyedJaggedTensor]]] = []
-        for k, table in enumerate(self._frozen.values()):
+        asked: dict[str, Tensor] = {}
+        for name, table in self._frozen.items():
             keys = table.config.feature_names
             if keys == features.keys():
                 rows = features.values().long()
@@ -210,61 +185,82 @@ class ShardedFrozenModule(
                 rows, index = torch.unique(rows, return_inverse=True)
             check_rows(rows, table.config, ascending=index is not None)
             ctx.index.append(index)
-            ctx.sharding_contexts.append(SequenceShardingContext())
-            if self._is_divided:
-                awaitables.append(self._input_dists[k](rows))
-            else:
-                lengths = torch.tensor([rows.numel()], device=rows.device)
-                awaitables.append(
-                    NoWait(NoWait(KeyedJaggedTensor([table.config.name], rows, lengths=lengths)))
-                )
+            asked[name] = rows
+        awaitables: list[Awaitable[Awaitable[KeyedJaggedTensor]]] = []
+        for input_dist in self._exchanges:
+            ctx.counts.append(RowCounts())
+            awaitables.append(input_dist([asked[name] for name in input_dist.tables], ctx.counts[-1]))
+        for name in self._alone:
+            rows = asked[name]
+            lengths = rows.new_full((1,), rows.numel())
+            awaitables.append(NoWait(NoWait(KeyedJaggedTensor([name], rows, lengths=lengths))))
         return KJTListSplitsAwaitable(awaitables, ctx)
+
+    def _owned(self, ctx: FrozenContext, dist_input: KJTList) -> dict[str, Tensor]:
+        """Rows (n,) that this rank reads of each table, numbered from 0 on this rank."""
+        owned: dict[str, Tensor] = {}
+        features = [kjt.values() for kjt in dist_input]
+        for input_dist, counts, rows in zip(self._exchanges, ctx.counts, features, strict=False):
+            sizes = [counts.owed_of_table(k) for k in range(len(input_dist.tables))]
+            owned.update(zip(input_dist.tables, rows.split(sizes), strict=True))
+        owned.update(zip(self._alone, features[len(self._exchanges) :], strict=True))
+        return {
+            name: owned[name] - table.first_row if table.first_row else owned[name]
+            for name, table in self._frozen.items()
+        }
+
+    def prefetch(
+        self,
+        dist_input: KJTList,
+        forward_stream: torch.Stream | None = None,
+        ctx: FrozenContext | None = None,
+    ) -> None:
+        """Have the rows of a later step brought near; ``PrefetchTrainPipelineSparseDist`` calls this."""
+        assert ctx is not None
+        for name, rows in self._owned(ctx, dist_input).items():
+            self._frozen[name].store.prefetch(rows)
 
     @torch.no_grad()
     def compute(self, ctx: FrozenContext, dist_input: KJTList) -> list[Tensor]:
+        owned = self._owned(ctx, dist_input)
         return [
-            table.store.gather(rows.values() - table.first_row) if self._is_divided
-            else table.store.vectors(rows.values())
-            for table, rows in zip(self._frozen.values(), dist_input, strict=True)
-        ]  # fmt: skip
+            self._read(ctx, k, table, owned[name]) for k, (name, table) in enumerate(self._frozen.items())
+        ]
+
+    def _read(self, ctx: FrozenContext, k: int, table: FrozenTable, rows: Tensor) -> Tensor:
+        """Rows (n,) of the k-th table as they are stored where they are exchanged, else their vectors."""
+        return table.store.gather(rows) if self._is_divided(table) else table.store.vectors(rows)
 
     @torch.no_grad()
     def output_dist(self, ctx: FrozenContext, output: list[Tensor]) -> LazyAwaitable[Out]:
-        if not self._is_divided:
-            return FrozenAwaitable(self, ctx, [NoWait(vectors) for vectors in output])
-        vectors: list[Awaitable[Tensor]] = [
-            VectorsBack(stored, table.dtype, each.output_splits, each.input_splits, self._group)
-            for stored, table, each in zip(output, self._frozen.values(), ctx.sharding_contexts, strict=True)
-        ]
-        return FrozenAwaitable(self, ctx, vectors)
+        found = dict(zip(self._frozen, output, strict=True))
+        exchanged: list[tuple[list[str], Awaitable[list[Tensor]]]] = []
+        for input_dist, counts in zip(self._exchanges, ctx.counts, strict=True):
+            names = input_dist.tables
+            dtypes = [self._frozen[name].dtype for name in names]
+            back = VectorsBack([found.pop(name) for name in names], dtypes, counts, input_dist.group)
+            exchanged.append((names, back))
+        return FrozenAwaitable(self, ctx, found, exchanged)
 
     @abc.abstractmethod
     def assemble(self, ctx: FrozenContext, vectors: list[Tensor]) -> Out:
         """Give every feature its vectors: of those (num_vectors, dim) of its table, ``ctx.index``."""
 
     def _needs_distinct(self, table: FrozenTable) -> bool:
-        return self._is_divided
+        return self._is_divided(table)
 
-    @property
-    def _group(self) -> dist.ProcessGroup:
-        """The ranks that divide the rows; there is a group wherever rows are divided."""
-        assert self._env.process_group is not None
-        return self._env.process_group
-
-    @property
-    def _is_divided(self) -> bool:
-        return self._env.world_size > 1
-
-    def _block(self, config: BaseEmbeddingConfig) -> int:
-        return -(-config.num_embeddings // self._env.world_size)
+    def _is_divided(self, table: FrozenTable) -> bool:
+        return self.placements[table.config.name].is_divided
 
     def _shard(self, whole: FrozenTable, plan: ParameterSharding) -> FrozenTable:
-        config, block = whole.config, self._block(whole.config)
-        first = min(self._env.rank * block, config.num_embeddings)
+        config, placement = whole.config, self.placements[whole.config.name]
+        block = placement.block(config.num_embeddings)
+        first = min(placement.rank * block, config.num_embeddings)
         stop = min(first + block, config.num_embeddings)
         load_factor = plan.cache_params.load_factor if plan.cache_params is not None else None
+        kernel = EmbeddingComputeKernel.FUSED.value if placement.copy == "rank" else plan.compute_kernel
         store = make_rows(
-            storage_dtype(config), stop - first, config.embedding_dim, self._device, plan.compute_kernel,
+            storage_dtype(config), stop - first, config.embedding_dim, self._device, kernel,
             CACHE_LOAD_FACTOR if load_factor is None else load_factor,
         )  # fmt: skip
         if isinstance(whole.store, DenseRows) and whole.store.device.type != "meta":
@@ -272,14 +268,16 @@ class ShardedFrozenModule(
             store.write(rows, whole.store.tensor[first:stop].to(self._device))
         return FrozenTable(config, first, store, whole.state)
 
-    def _rows_to_save(self, table: FrozenTable) -> ShardedTensor:
-        rows, width = whole_rows(table), table.store.stored_width
-        placement = f"rank:{self._env.rank}/{rows.device}"
+    def _rows_to_save(self, table: FrozenTable) -> Tensor | ShardedTensor:
+        rows, group = whole_rows(table), self.placements[table.config.name].group
+        if group is None:
+            return rows
+        placement = f"rank:{dist.get_rank()}/{rows.device}"
         metadata = ShardMetadata([table.first_row, 0], list(rows.shape), placement)
         return ShardedTensor._init_from_local_shards(
             [Shard(rows, metadata)] if table.store.num_rows else [],
-            [table.config.num_embeddings, width],
-            process_group=self._env.process_group,
+            [table.config.num_embeddings, table.store.stored_width],
+            process_group=group,
         )
 
 
@@ -327,19 +325,13 @@ class ShardedFrozenEmbeddingBagCollection(ShardedFrozenModule[KeyedTensor]):
         device: torch.device | None = None,
     ) -> None:
         super().__init__(module, module.embedding_bag_configs(), params, env, device)
-        self._is_weighted = module.is_weighted()
+        self._is_weighted, self._output_dtype = module.is_weighted(), module.output_dtype
 
-    def compute(self, ctx: FrozenContext, dist_input: KJTList) -> list[Tensor]:
-        if self._is_divided:
-            return super().compute(ctx, dist_input)
-        found = []
-        for k, (table, rows) in enumerate(zip(self._frozen.values(), dist_input, strict=True)):
-            if self._needs_distinct(table):
-                found.append(table.store.vectors(rows.values()))
-            else:  # pooled where they are
-                found.append(cast(DenseRows, table.store).tensor)
-                ctx.index[k] = rows.values()
-        return found
+    def _read(self, ctx: FrozenContext, k: int, table: FrozenTable, rows: Tensor) -> Tensor:
+        if self._needs_distinct(table):
+            return super()._read(ctx, k, table, rows)
+        ctx.index[k] = rows  # pooled where they are
+        return cast(DenseRows, table.store).tensor
 
     def assemble(self, ctx: FrozenContext, vectors: list[Tensor]) -> KeyedTensor:
         by_feature = ctx.looked_up().to_dict()
@@ -352,10 +344,12 @@ class ShardedFrozenEmbeddingBagCollection(ShardedFrozenModule[KeyedTensor]):
                 pool(own, part, bags, table.bag_config, self._is_weighted)
                 for part, bags in zip(parts, features, strict=True)
             ]
-        return keyed(pooled, [table.bag_config for table in self._frozen.values()])
+        configs = [table.bag_config for table in self._frozen.values()]
+        return keyed(pooled, configs, self._output_dtype)
 
     def _needs_distinct(self, table: FrozenTable) -> bool:
-        return self._is_divided or not (isinstance(table.store, DenseRows) and table.dtype == "float32")
+        in_place = isinstance(table.store, DenseRows) and table.dtype == "float32"
+        return self._is_divided(table) or not in_place
 
     @property
     def unsharded_module_type(self) -> type[FrozenEmbeddingBagCollection]:

@@ -9,7 +9,6 @@ from typing import Annotated
 
 import torch
 import tyro
-from tqdm import tqdm
 
 from mim_torchrec import program
 from mim_torchrec.embeddings.stores.redis_store import RedisStore
@@ -19,6 +18,7 @@ from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.windows.compact import changes
 from mim_torchrec.embeddings.windows.transport import open_log
 from mim_torchrec.errors import Status
+from mim_torchrec.progress import Progress
 
 CHUNK = 10_000
 
@@ -35,7 +35,7 @@ class Load:
 
     def run(self) -> None:
         table = Table.open(self.table)
-        with tqdm(total=table.manifest.rows, unit="row", unit_scale=True, desc="load") as bar:
+        with Progress(table.manifest.rows, "load", "row", scale=True) as bar:
             store = RedisStore.load(self.store, table, progress=bar.update)
         print(f"{table.manifest.rows} rows of table_version {store.table_version}, windows up to {store.seq}")
 

@@ -194,9 +194,11 @@ class RedisStore:
     def _write_base(self, table: Table, progress: Callable[[int], object]) -> None:
         self._drop(table.manifest.seq)  # what somebody who was killed has left
         write = self._client.mset_nonatomic if self._at.cluster else self._client.mset
-        for start in range(1, 1 + table.manifest.rows, CHUNK):
-            stop = min(start + CHUNK, 1 + table.manifest.rows)
-            ids, rows = table.row_index().ids[start - 1 : stop - 1].tolist(), table.rows_for(start, stop)
+        base = table.manifest.first_row
+        for start in range(base, base + table.manifest.rows, CHUNK):
+            stop = min(start + CHUNK, base + table.manifest.rows)
+            ids = table.row_index().ids[start - base : stop - base].tolist()
+            rows = table.rows_for(start, stop)
             stored = rows.view(torch.uint8).numpy()
             for first in range(0, len(ids), ROWS):
                 part = ids[first : first + ROWS]

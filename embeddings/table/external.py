@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mim_torchrec.embeddings.table.manifest import NonFiniteVector, TableError
-from mim_torchrec.embeddings.table.shards import CHUNK
+from mim_torchrec.embeddings.table.shards import CHUNK, check_loss
 
 BATCH_BYTES = 32 << 20  # of a batch's vectors as float32
 
@@ -95,6 +95,7 @@ def as_delivered(source: ExternalVectors, ids: Tensor, vectors: Tensor, start: i
 
     Raises:
         NonFiniteVector: one holds NaN or infinity, or is too large for float32.
+        LossyVector: one of float64 is too small for float32.
     """
     made = vectors.to(source.dtype)
     if made.is_floating_point() and (wrong := (~torch.isfinite(made).all(1)).nonzero()).numel():
@@ -104,5 +105,10 @@ def as_delivered(source: ExternalVectors, ids: Tensor, vectors: Tensor, start: i
         raise NonFiniteVector(
             f"{source.place(start + row)}, item id {int(ids[row])}, column {source.columns[1]!r}: the vector "
             f"{problem}; leave the row out or fix it"
+        )
+    if vectors.dtype == torch.float64:
+        place = f", column {source.columns[1]!r}"
+        check_loss(
+            vectors, made, "float32", ids, lambda row: source.place(start + row) + place, "scale the vectors"
         )
     return made

@@ -40,7 +40,7 @@ def grow(src: str | Path, dst: str | Path, spare_rows: int, *, link: bool = Fals
         )
     writer = TableWriter(
         dst, table_version=old.table_version, dim=old.dim, dtype=old.dtype, encoder=old.encoder,
-        spare_rows=spare_rows, seq=old.seq,
+        spare_rows=spare_rows, seq=old.seq, by_number=old.by_number,
     )  # fmt: skip
     try:
         for info in old.shards:

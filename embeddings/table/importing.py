@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mim_torchrec.embeddings.table.arranging import Buckets
 from mim_torchrec.embeddings.table.convert import SHARD_BYTES, shard_rows
@@ -24,7 +23,9 @@ from mim_torchrec.embeddings.table.external_parquet import ParquetSource
 from mim_torchrec.embeddings.table.external_tensors import open_npy, open_safetensors
 from mim_torchrec.embeddings.table.manifest import DuplicateId, Manifest, NonFiniteVector, TableError
 from mim_torchrec.embeddings.table.quantize import DTYPES, encode, finite_rows, fuse_codes, stored_width
+from mim_torchrec.embeddings.table.shards import check_loss
 from mim_torchrec.embeddings.table.writer import TableWriter
+from mim_torchrec.progress import Progress
 
 Parts = Iterator[
     tuple[Tensor, Tensor]
@@ -53,7 +54,8 @@ def import_vectors(
     Args:
         paths: ``.parquet``, ``.npy`` or ``.safetensors`` files, or directories of Parquet files.
         out: directory of the new table; must not exist.
-        dtype: "float32", "float16", "bfloat16" or "int8"; ``None`` is int8 for int8 vectors, else float16.
+        dtype: "float32", "float16", "bfloat16", "int8" or "int4"; ``None`` is int8 for int8
+            vectors, else float16.
         id_column: column (Parquet) or tensor (safetensors) of the ids. ``None``: the only column of integers,
             or the tensor ``ids``.
         vector_column: likewise of the vectors. ``None``: the only column of lists of numbers, or the tensor
@@ -63,7 +65,7 @@ def import_vectors(
             :func:`content_version`.
         spare_rows: rows that a live table made from this one keeps free for new items.
         rows_per_shard: rows of a shard; ``None`` makes shards of 256 MiB.
-        show_progress: show a bar for every pass.
+        show_progress: show the progress of every pass.
 
     Returns:
         The new table's manifest; ``encoder["imported"]`` says where it comes from.
@@ -73,6 +75,7 @@ def import_vectors(
         OutputExists: ``out`` exists.
         DuplicateId: an item has two vectors; both places are named.
         NonFiniteVector: a vector holds NaN or infinity, or overflows ``dtype``.
+        LossyVector: a vector is too small for ``dtype``, see :func:`shards.check_loss`.
             Nothing is left at ``out`` after any of them.
     """
     if spare_rows < 0:
@@ -186,12 +189,16 @@ def _stored(ids: Tensor, vectors: Tensor, dtype: str, sources: Sequence[External
             f"{places(sources, item)[0]}, item id {item}, column {sources[0].columns[1]!r}: the vector is "
             f"too large for {dtype}; import as --dtype float32 or bfloat16, or scale the vectors"
         )
+    column = sources[0].columns[1]
+    check_loss(
+        vectors, stored, dtype, ids, lambda row: f"{places(sources, int(ids[row]))[0]}, column {column!r}",
+        "import as --dtype float32, or scale the vectors",
+    )  # fmt: skip
     return stored
 
 
-def _bar(sources: Sequence[ExternalVectors], name: str, show: bool) -> tqdm:
-    total = sum(source.rows for source in sources)
-    return tqdm(total=total, unit="row", unit_scale=True, desc=name, disable=not show)
+def _bar(sources: Sequence[ExternalVectors], name: str, show: bool) -> Progress:
+    return Progress(sum(source.rows for source in sources), name, "row", scale=True, show=show)
 
 
 def _with_bar(parts: Parts, sources: Sequence[ExternalVectors], name: str, show: bool) -> Parts:

@@ -12,7 +12,8 @@ from mim_torchrec.embeddings.table.quantize import DTYPES, row_bytes, stored_wid
 from mim_torchrec.errors import ExpectedError, Status
 
 FORMAT_VERSION = 2
-READABLE = (1, 2)  # 1: float32 and float16 only, no capacity
+BY_NUMBER_VERSION = 3  # written only where rows are kept by number
+READABLE = (1, 2, 3)  # 1: float32 and float16 only, no capacity
 MANIFEST = "manifest.json"
 
 
@@ -42,6 +43,10 @@ class NonFiniteVector(TableError):
     """A vector holds NaN or infinity."""
 
 
+class LossyVector(TableError):
+    """A vector cannot be stored in a type: too much of it is lost, or all of it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShardInfo:
     """One shard file: its name inside the table, its number of rows and the SHA-256 of its bytes."""
@@ -56,7 +61,9 @@ class Manifest:
     """What a table holds. ``table_version`` names the encoder, so vectors of two versions are never mixed.
 
     ``dim`` is the length of a vector in every storage type. ``capacity`` is the number of items that a live
-    table loaded from this one has room for: ``rows``, and spare rows for new ones.
+    table loaded from this one has room for: ``rows``, and spare rows for new ones. ``first_row`` is the row
+    of the first item: 1, below which row 0 is the zero vector of unknown ids; or 0 where rows are kept by
+    number, and then the ids are 0 to ``rows`` - 1 and row r is that of id r.
     """
 
     format_version: int
@@ -68,6 +75,17 @@ class Manifest:
     seq: int
     encoder: dict[str, Any]
     shards: tuple[ShardInfo, ...]
+    first_row: int = 1
+
+    @property
+    def by_number(self) -> bool:
+        """Whether ids are row numbers, so that row 0 is an item's."""
+        return self.first_row == 0
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows of a live table: of items, spare ones and, unless rows are kept by number, row 0."""
+        return self.first_row + self.capacity
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -110,10 +128,12 @@ class Manifest:
         if raw.get("format_version") not in READABLE:
             raise TableError(
                 f"{path}: format_version {raw.get('format_version')!r}, this release reads "
-                f"{' and '.join(map(str, READABLE))}; export again"
+                f"{', '.join(map(str, READABLE))}; export again"
             )
         if raw["format_version"] == 1 and "capacity" not in raw and "rows" in raw:
             raw["capacity"] = raw["rows"]
+        if raw["format_version"] != BY_NUMBER_VERSION:
+            raw.setdefault("first_row", 1)
         _check_keys(raw, cls, path)
         for shard in raw["shards"]:
             _check_keys(shard, ShardInfo, path)
@@ -121,6 +141,11 @@ class Manifest:
         check_dtype(manifest.dtype, manifest.dim, path)
         if (total := sum(shard.rows for shard in manifest.shards)) != manifest.rows:
             raise TableError(f"{path}: rows is {manifest.rows} but the shards have {total}")
+        if manifest.first_row != (0 if manifest.format_version == BY_NUMBER_VERSION else 1):
+            raise TableError(
+                f"{path}: first_row is {manifest.first_row!r} in format_version {manifest.format_version}; "
+                f"only version {BY_NUMBER_VERSION} has it, and there it is 0"
+            )
         if manifest.capacity < manifest.rows:
             raise TableError(f"{path}: capacity is {manifest.capacity}, fewer than the {manifest.rows} rows")
         return manifest

@@ -29,7 +29,7 @@ def permute(src: str | Path, dst: str | Path, seed: int) -> Manifest:
     encoder = {**old.encoder, "permuted": {"seed": seed, "table_version": old.table_version}}
     writer = TableWriter(
         dst, table_version=version, dim=old.dim, dtype=old.dtype, encoder=encoder,
-        spare_rows=old.spare_rows, seq=old.seq,
+        spare_rows=old.spare_rows, seq=old.seq, by_number=old.by_number,
     )  # fmt: skip
     order = torch.randperm(old.rows, generator=torch.Generator().manual_seed(seed))
     ids = source.row_index().ids

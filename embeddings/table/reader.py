@@ -52,6 +52,40 @@ class RowIndex:
         return RowIndex(self.ids.to(device))
 
 
+class RowNumbers(RowIndex):
+    """The map of a table whose rows are kept by number: row r is that of id r, and there is no other id.
+
+    Args:
+        ids: (num_rows,) int64, 0 to num_rows - 1.
+        source: where the table is, for messages.
+    """
+
+    def __init__(self, ids: Tensor, source: str = "TABLE") -> None:
+        super().__init__(ids)
+        self._source = source
+
+    @property
+    def num_embeddings(self) -> int:
+        return self.ids.numel()
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Return ``ids``, which are rows.
+
+        Raises:
+            TableError: one is not: row 0 is an item's, so that none is left for unknown ids.
+        """
+        wrong = ids[(ids < 0) | (ids >= self.ids.numel())]
+        if wrong.numel():
+            raise TableError(
+                f"{self._source}: its rows are kept by number, 0 to {self.ids.numel() - 1}, and "
+                f"{int(wrong[0])} is none of them; there is no row for unknown ids"
+            )
+        return ids.clone()
+
+    def to(self, device: torch.device) -> "RowNumbers":
+        return RowNumbers(self.ids.to(device), self._source)
+
+
 class Table:
     """A finished table, memory-mapped; open it with :meth:`open`.
 
@@ -77,6 +111,13 @@ class Table:
         )
         if not self._in_order:
             self._check_unique(self.row_index().ids)
+        if manifest.by_number and manifest.rows:
+            first, last = int(self.row_index().ids[0]), int(self.row_index().ids[-1])
+            if (first, last) != (0, manifest.rows - 1):
+                raise TableError(
+                    f"{self.path}: rows are kept by number, so the ids of {manifest.rows} rows are 0 to "
+                    f"{manifest.rows - 1}; found {first} to {last}"
+                )
 
     @classmethod
     def open(cls, path: str | Path, expected_version: str | None = None, verify: bool = True) -> "Table":
@@ -105,7 +146,8 @@ class Table:
         if self._index is None:
             parts = [ids for _, ids, _ in self._shards]
             ids = parts[0] if len(parts) == 1 else torch.cat([torch.empty(0, dtype=torch.int64), *parts])
-            self._index = RowIndex(ids if self._in_order else ids.sort().values)
+            ids = ids if self._in_order else ids.sort().values
+            self._index = RowNumbers(ids, str(self.path)) if self.manifest.by_number else RowIndex(ids)
         return self._index
 
     def rows_for(
@@ -118,11 +160,11 @@ class Table:
         """Read rows ``start`` to ``stop`` of the sharded table and nothing else, some rows at a time.
 
         Row 0 is the zero vector, rows 1 to n are those of the items in ascending order of their ids, and the
-        spare rows after them are zero.
+        spare rows after them are zero. Where rows are kept by number, row 0 is that of id 0.
 
         Args:
             start: the first row.
-            stop: one past the last; at most 1 + ``manifest.capacity``.
+            stop: one past the last; at most ``manifest.num_embeddings``.
             out: (stop - start, stored_width) of the table's ``torch_dtype``, on any device, which is filled;
                 ``None`` makes a new one.
             progress: called with the number of rows read since its last call.
@@ -195,12 +237,12 @@ class Table:
         return decode(self.read(ids), self.manifest.dtype)
 
     def _check_range(self, start: int, stop: int) -> None:
-        if not 0 <= start <= stop <= 1 + self.manifest.capacity:
-            raise TableError(f"{self.path}: rows {start}:{stop} not within 0:{1 + self.manifest.capacity}")
+        if not 0 <= start <= stop <= self.manifest.num_embeddings:
+            raise TableError(f"{self.path}: rows {start}:{stop} not within 0:{self.manifest.num_embeddings}")
 
     def _parts(self, start: int, stop: int) -> Iterator[tuple[int, Tensor, Tensor, ShardInfo, int]]:
         """The rows of each shard in order: first row, ids, vectors, shard, first row in its file."""
-        at = 1
+        at = self.manifest.first_row
         for info, ids, vectors in self._shards:
             first, last = max(start - at, 0), min(stop - at, info.rows)
             if first < last:
@@ -210,9 +252,10 @@ class Table:
     def _slices(self, start: int, stop: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Consecutive rows of items, at most ``CHUNK`` at once and checked: first row, ids, vectors."""
         if not self._in_order:
-            ids = self.row_index().ids[max(start - 1, 0) : max(stop - 1, 0)]
+            base = self.manifest.first_row
+            ids = self.row_index().ids[max(start - base, 0) : max(stop - base, 0)]
             for at, part in enumerate(ids.split(CHUNK)):
-                yield max(start, 1) + at * CHUNK, part, self.read(part)
+                yield max(start, base) + at * CHUNK, part, self.read(part)
             return
         for first, ids, vectors, info, at in self._parts(start, stop):
             for offset in range(0, ids.numel(), CHUNK):

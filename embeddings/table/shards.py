@@ -1,5 +1,6 @@
 """One shard file of a table: mapping it into memory, and checking its bytes, ids and vectors."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,13 +12,14 @@ from mim_torchrec.embeddings.table.manifest import (
     ChecksumMismatch,
     DuplicateId,
     IncompleteTable,
+    LossyVector,
     Manifest,
     NonFiniteVector,
     ShardInfo,
     TableError,
     VersionMismatch,
 )
-from mim_torchrec.embeddings.table.quantize import finite_rows
+from mim_torchrec.embeddings.table.quantize import LOSS_LIMIT, finite_rows, relative_errors
 
 CHUNK = 1 << 16  # rows looked at together: all temporary memory is of this many rows
 
@@ -105,4 +107,30 @@ def check_finite(stored: Tensor, dtype: str, ids: Tensor, file: Path, rows: int 
         row = int(rows[at]) if isinstance(rows, Tensor) else rows + at
         raise NonFiniteVector(
             f"{file}: row {row}, item id {int(ids[at])}: the vector holds NaN or infinity as {dtype}"
+        )
+
+
+def check_loss(
+    vectors: Tensor, stored: Tensor, dtype: str, ids: Tensor, place: Callable[[int], str], remedy: str
+) -> None:
+    """Raise :class:`LossyVector` if storing has changed a vector by more than ``LOSS_LIMIT``.
+
+    float16 has nothing below 6e-8: a vector of values of 1e-9 would become zero. A vector of which only some
+    values are that small keeps its length and direction, and passes.
+
+    Args:
+        vectors: (num_rows, dim) floating point.
+        stored: (num_rows, stored_width), finite.
+        dtype: their storage type.
+        ids: (num_rows,), for the message.
+        place: says where a row is from.
+        remedy: what to do instead.
+    """
+    errors = relative_errors(vectors, stored, dtype)
+    if (wrong := (errors > LOSS_LIMIT[dtype]).nonzero()).numel():
+        row = int(wrong[0])
+        raise LossyVector(
+            f"{place(row)}, item id {int(ids[row])}: {dtype} changes the vector by {float(errors[row]):.0%} "
+            f"of its length (values up to {float(vectors[row].abs().max()):.1e}), more than "
+            f"{LOSS_LIMIT[dtype]:.0%}; {remedy}"
         )

@@ -20,6 +20,7 @@ from mim_torchrec.embeddings.files import (
     write_text,
 )
 from mim_torchrec.embeddings.table.manifest import (
+    BY_NUMBER_VERSION,
     FORMAT_VERSION,
     MANIFEST,
     Manifest,
@@ -28,9 +29,9 @@ from mim_torchrec.embeddings.table.manifest import (
     check_dtype,
     partial_path,
 )
-from mim_torchrec.embeddings.table.quantize import DTYPES, encode, stored_width
+from mim_torchrec.embeddings.table.quantize import DTYPES, encode, is_quantized, stored_width
 from mim_torchrec.embeddings.table.reader import Table
-from mim_torchrec.embeddings.table.shards import check_ascending, check_finite, verify_shard
+from mim_torchrec.embeddings.table.shards import check_ascending, check_finite, check_loss, verify_shard
 from mim_torchrec.errors import OutputExists
 
 
@@ -44,11 +45,13 @@ class TableWriter:
         path: the table's directory; must not exist yet.
         table_version: hash of the encoder's weights, preprocessing and dim, or of imported content.
         dim: length of a vector.
-        dtype: "float32", "float16", "bfloat16" or "int8", the type stored.
+        dtype: "float32", "float16", "bfloat16", "int8" or "int4", the type stored.
         encoder: JSON description of the encoder, kept in the manifest.
         rank: this writer's rank; rank 0 clears what an earlier crash has left in ``<path>.partial``.
         spare_rows: rows for new items that a live table made from this one keeps free.
         seq: the last window of new items that the rows contain.
+        by_number: whether ids are row numbers: those of n rows are 0 to n - 1, and row r of a live table is
+            that of id r. Otherwise row 0 is the zero vector of unknown ids, and rows follow in order of ids.
 
     Raises:
         OutputExists: ``path`` exists.
@@ -66,6 +69,7 @@ class TableWriter:
         rank: int = 0,
         spare_rows: int = 0,
         seq: int = 0,
+        by_number: bool = False,
     ) -> None:
         self.path = Path(path)
         if self.path.exists():
@@ -75,7 +79,7 @@ class TableWriter:
         self.table_version, self.encoder = table_version, encoder
         self.dim, self.dtype, self.rank = dim, dtype, rank
         self.stored_width = stored_width(dtype, dim)
-        self.spare_rows, self.seq = spare_rows, seq
+        self.spare_rows, self.seq, self.by_number = spare_rows, seq, by_number
         self.shards: list[ShardInfo] = []
         if rank == 0:
             if self.partial.exists():
@@ -94,10 +98,11 @@ class TableWriter:
         Raises:
             DuplicateId: an id occurs twice.
             NonFiniteVector: a vector holds NaN or infinity, or overflows the stored type.
+            LossyVector: a vector is too small for the stored type, see :func:`shards.check_loss`.
         """
         file = self.partial / f"shard-{self.rank:05d}-{len(self.shards):05d}.safetensors"
         vectors = vectors.detach().cpu()
-        is_stored = self.dtype == "int8" and vectors.dtype == torch.uint8
+        is_stored = is_quantized(self.dtype) and vectors.dtype == torch.uint8
         width = self.stored_width if is_stored else self.dim
         if (
             ids.dtype != torch.int64
@@ -112,8 +117,12 @@ class TableWriter:
         check_ascending(ids, file)
         vectors = vectors[order]
         if not is_stored and vectors.dtype != DTYPES[self.dtype]:
-            vectors = encode(vectors.float(), self.dtype)
-        check_finite(vectors, self.dtype, ids, file)
+            given, vectors = vectors, encode(vectors.float(), self.dtype)
+            check_finite(vectors, self.dtype, ids, file)
+            remedy = "store the table as float32, or scale the vectors"
+            check_loss(given, vectors, self.dtype, ids, lambda row: f"{file}: row {row}", remedy)
+        else:
+            check_finite(vectors, self.dtype, ids, file)
         tensors = {"ids": ids, "vectors": vectors.contiguous()}
         write_tensors(file, tensors, {"table_version": self.table_version})
         self.shards.append(ShardInfo(file=file.name, rows=ids.numel(), sha256=sha256(file)))
@@ -140,13 +149,14 @@ class TableWriter:
             all_shards: the shards of every rank; ``None`` where this writer wrote all.
 
         Raises:
-            TableError: a shard is missing or not as listed.
+            TableError: a shard is missing or not as listed, or rows are kept by number and ids are not 0 to
+                n - 1.
             DuplicateId: two shards hold one id.
         """
         shards = tuple(self.shards if all_shards is None else all_shards)
         rows = sum(shard.rows for shard in shards)
         manifest = Manifest(
-            format_version=FORMAT_VERSION,
+            format_version=BY_NUMBER_VERSION if self.by_number else FORMAT_VERSION,
             table_version=self.table_version,
             rows=rows,
             capacity=rows + self.spare_rows,
@@ -155,9 +165,13 @@ class TableWriter:
             seq=self.seq,
             encoder=self.encoder,
             shards=shards,
+            first_row=0 if self.by_number else 1,
         )
         Table(self.partial, manifest)
-        write_text(self.partial / MANIFEST, json.dumps(asdict(manifest), indent=2) + "\n")
+        facts = asdict(manifest)
+        if not self.by_number:
+            del facts["first_row"]  # releases that read format version 2 do not know it
+        write_text(self.partial / MANIFEST, json.dumps(facts, indent=2) + "\n")
         try:
             publish_directory(self.partial, self.path, replace=False)
         except FileExistsError:

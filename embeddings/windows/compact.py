@@ -46,7 +46,7 @@ def compact(table: str | Path, log: str | Path, out: str | Path) -> Manifest:
     rows = int(kept.sum()) + new.numel()
     writer = TableWriter(
         out, table_version=old.table_version, dim=old.dim, dtype=old.dtype, encoder=old.encoder,
-        spare_rows=max(old.capacity - rows, 0), seq=seq,
+        spare_rows=max(old.capacity - rows, 0), seq=seq, by_number=old.by_number,
     )  # fmt: skip
     try:
         for start in range(0, ids.numel(), CHUNK):

@@ -20,6 +20,7 @@ from mim_torchrec.embeddings.table.manifest import (
     VersionMismatch,
 )
 from mim_torchrec.embeddings.table.quantize import DTYPES, decode, encode, finite_rows, stored_width
+from mim_torchrec.embeddings.table.shards import check_loss
 from mim_torchrec.errors import Status
 
 FORMAT_VERSION = "1"
@@ -100,27 +101,40 @@ class Window:
         dtype: str = "float16",
         removed: Tensor | None = None,
     ) -> "Window":
-        """A window of vectors (num_items, dim) floating point."""
-        return cls(
+        """A window of vectors (num_items, dim) floating point.
+
+        Raises:
+            LossyVector: a vector is too small for ``dtype``; all else as for a window.
+        """
+        made = cls(
             table_version=table_version, seq=seq, window_id=window_id, dtype=dtype, dim=vectors.shape[1],
             ids=ids, vectors=encode(vectors.float(), dtype),
             removed=torch.empty(0, dtype=torch.int64) if removed is None else removed,
         )  # fmt: skip
+        made._check_loss(vectors, made.vectors, dtype)
+        return made
 
     def stored_as(self, dtype: str) -> Tensor:
         """The vectors as another table stores them; its own type is exact.
 
         Raises:
             NonFiniteVector: a vector overflows the type.
+            LossyVector: a vector is too small for the type.
         """
         if dtype == self.dtype:
             return self.vectors
-        stored = encode(decode(self.vectors, self.dtype), dtype)
+        vectors = decode(self.vectors, self.dtype)
+        stored = encode(vectors, dtype)
         finite = finite_rows(stored, dtype)
         if not finite.all():
             wrong = int(self.ids[~finite][0])
             raise NonFiniteVector(f"window {self.seq}, item id {wrong}: the vector overflows {dtype}")
+        self._check_loss(vectors, stored, dtype)
         return stored
+
+    def _check_loss(self, vectors: Tensor, stored: Tensor, dtype: str) -> None:
+        remedy = "write windows and table as float32, or scale the vectors"
+        check_loss(vectors, stored, dtype, self.ids, lambda row: f"window {self.seq}, row {row}", remedy)
 
     def to_bytes(self) -> bytes:
         """A safetensors file, whose metadata has a SHA-256 of everything."""

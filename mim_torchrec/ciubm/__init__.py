@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mim_torchrec.ciubm.ciubm import CiUBM, Interests
     from mim_torchrec.ciubm.content import content_relevance, relevant_interest
     from mim_torchrec.ciubm.jagged import Pairs, RequestPairs
+    from mim_torchrec.ciubm.leaf import RequestInterests
     from mim_torchrec.ciubm.similarity import similarity_interest
     from mim_torchrec.ciubm.ubm.avg_pooling import AvgPooling
     from mim_torchrec.ciubm.ubm.bst import BST
@@ -41,6 +42,7 @@ _NAMES = {
     "DIN": "mim_torchrec.ciubm.ubm.din",
     "Interests": "mim_torchrec.ciubm.ciubm",
     "Pairs": "mim_torchrec.ciubm.jagged",
+    "RequestInterests": "mim_torchrec.ciubm.leaf",
     "RequestPairs": "mim_torchrec.ciubm.jagged",
     "SIM": "mim_torchrec.ciubm.ubm.sim",
     "TWIN": "mim_torchrec.ciubm.ubm.twin",
@@ -59,6 +61,7 @@ __all__ = [
     "DIN",
     "Interests",
     "Pairs",
+    "RequestInterests",
     "RequestPairs",
     "SIM",
     "TWIN",

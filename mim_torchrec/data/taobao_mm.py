@@ -14,7 +14,6 @@ holds a part of the users, and 16 bytes an item. The vectors become the frozen t
 
 import logging
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -302,7 +301,7 @@ def convert(config: TaobaoMMConfig) -> dict[str, Any]:
             )  # fmt: skip
         vectors = find(config.source, "scl_embedding_int8_p90")
         import_vectors(vectors, writer.partial / "table", dtype=config.dtype, id_column="205",
-                       vector_column="205_c", show_progress=sys.stderr.isatty())  # fmt: skip
+                       vector_column="205_c", show_progress=True)  # fmt: skip
     return {"items": len(items), "samples": requests.samples, "clicks": requests.clicks,
             "skipped": requests.skipped, "requests": counts, "features": requests.features}  # fmt: skip
 

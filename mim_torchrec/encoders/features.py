@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from tqdm import tqdm
 
 from mim_torchrec.embeddings.collective import on_all_ranks
 from mim_torchrec.embeddings.files import write_tensors
 from mim_torchrec.encoders.checkpoint import module_version
 from mim_torchrec.encoders.pixels import HasTowers, rows_of_rank
+from mim_torchrec.progress import Progress
 from mim_torchrec.training.distributed import DistributedContext
 
 log = logging.getLogger(__name__)
@@ -78,12 +78,12 @@ def compute_features(
         encode: features of some of the index.
         index: of images or titles.
         batch_size: how many at a time.
-        what: for the progress bar.
+        what: is encoded: images or titles.
         context: the process group.
     """
     mine = index[rows_of_rank(len(index), context)]
     parts = []
-    with tqdm(total=len(mine), desc=f"encode {what}", disable=not context.is_main) as progress:
+    with Progress(len(mine), "encode", what, show=context.is_main) as progress:
         for start in range(0, len(mine), batch_size):
             some = mine[start : start + batch_size]
             parts.append(encode(some).float().cpu().numpy())

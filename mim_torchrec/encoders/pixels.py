@@ -10,10 +10,10 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mim_torchrec.encoders.text import TextEncoder
 from mim_torchrec.encoders.vision import VisionEncoder
+from mim_torchrec.progress import Progress
 from mim_torchrec.training.distributed import DistributedContext
 
 log = logging.getLogger(__name__)
@@ -63,9 +63,11 @@ class PixelInputs:
             return
         if size <= memory_gib * 2**30:
             mine = rows_of_rank(catalog.num_images, context)
-            chunks = [mine[i : i + 256] for i in range(0, len(mine), 256)]
-            progress = tqdm(chunks, desc="decode images", unit="batch", disable=not context.is_main)
-            decoded = [self._decode(chunk).numpy() for chunk in progress]
+            decoded = []
+            with Progress(len(mine), "decode", "image", show=context.is_main) as progress:
+                for start in range(0, len(mine), 256):
+                    decoded.append(self._decode(mine[start : start + 256]).numpy())
+                    progress.update(len(decoded[-1]))
             parts = context.all_gather_objects(decoded)
             self._pixels = torch.from_numpy(np.concatenate([array for part in parts for array in part]))
         else:

@@ -22,7 +22,6 @@ import tyro
 from PIL.Image import Image
 from safetensors.torch import load_file
 from torch import Tensor
-from tqdm import tqdm
 
 from mim_torchrec import program
 from mim_torchrec.data.errors import DataError
@@ -34,6 +33,7 @@ from mim_torchrec.encoders.features import item_features_file
 from mim_torchrec.encoders.pixels import HasTowers, rows_of_rank
 from mim_torchrec.encoders.vision import VisionEncoder
 from mim_torchrec.errors import OutputExists, check_sizes
+from mim_torchrec.progress import Progress
 from mim_torchrec.representation.ahead import ahead
 from mim_torchrec.representation.config import ExportConfig
 from mim_torchrec.representation.plain import PLAIN, PlainTowers, fit_projection
@@ -179,7 +179,7 @@ def _encode(
         lambda row: _pixels(items, row, encode.vision), rows, threads=config.decode_threads,
         depth=AHEAD * config.batch_size,
     )  # fmt: skip
-    with tqdm(total=len(rows), unit="item", desc="encode", disable=not context.is_main) as progress:
+    with Progress(len(rows), "encode", "item", show=context.is_main) as progress:
         for start in range(0, len(rows), config.batch_size):
             batch = rows[start : start + config.batch_size]
             kept, pixels = _readable(items, batch, islice(images, len(batch)), config, skipped)

@@ -28,7 +28,7 @@ from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.images import decode_image
 from mim_torchrec.embeddings.files import write_json
 from mim_torchrec.embeddings.table.manifest import VersionMismatch
-from mim_torchrec.embeddings.table.quantize import encode, finite_rows
+from mim_torchrec.embeddings.table.quantize import LOSS_LIMIT, encode, finite_rows, relative_errors
 from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.windows.log import LogMoved
 from mim_torchrec.embeddings.windows.redis_address import is_redis
@@ -170,10 +170,14 @@ class RIM:
         for k, vector in zip(images, encoded, strict=True):
             if isinstance(vector, str):
                 problems[k] = vector
-            elif bool(finite_rows(encode(vector[None], self._dtype), self._dtype)):
-                vectors[k] = vector
             else:
-                problems[k] = f"its vector holds NaN or infinity as {self._dtype}"
+                stored = encode(vector[None], self._dtype)
+                if not bool(finite_rows(stored, self._dtype)):
+                    problems[k] = f"its vector holds NaN or infinity as {self._dtype}"
+                elif float(relative_errors(vector[None], stored, self._dtype)) > LOSS_LIMIT[self._dtype]:
+                    problems[k] = f"its vector is too small for {self._dtype}"
+                else:
+                    vectors[k] = vector
         for k, arrival in enumerate(arrivals):
             if k in problems:
                 self._bad.append((arrival, problems[k]))

@@ -1,8 +1,8 @@
 """The one training loop: a stage gives it a task, it gives back the history and the best epoch's weights.
 
-It logs (TensorBoard, tqdm), stops at a loss that is not finite, chooses the best epoch, stops early, leaves
-checkpoints and resumes from them. It leaves to the task what a batch is, how the loss is computed, what
-validation means and what is saved; where things lie is known to the run directory alone.
+It logs (TensorBoard, progress), stops at a loss that is not finite, chooses the best epoch, stops early,
+leaves checkpoints and resumes from them. It leaves to the task what a batch is, how the loss is computed,
+what validation means and what is saved; where things lie is known to the run directory alone.
 """
 
 import logging
@@ -20,12 +20,12 @@ from typing import Any, NoReturn, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from mim_torchrec.embeddings.collective import on_all_ranks
 from mim_torchrec.embeddings.files import write_json
 from mim_torchrec.errors import Diverged, OptionError
 from mim_torchrec.extras import needs
+from mim_torchrec.progress import Progress
 from mim_torchrec.training.checkpoints import Checkpoints, ResumeError, State
 from mim_torchrec.training.distributed import DistributedContext
 from mim_torchrec.training.history import History, HistoryFile
@@ -265,9 +265,7 @@ def _train_epoch(
     if total < 1:
         raise OptionError(f"epoch {epoch} has no batches: the data is smaller than one batch on every rank")
     samples, waited, since = 0, 0.0, time.perf_counter()
-    bar = tqdm(total=total, initial=first, desc=f"epoch {epoch}", unit="step", mininterval=1,
-               disable=not context.is_main)  # fmt: skip
-    with bar as progress:
+    with Progress(total, f"epoch {epoch}", "step", initial=first, show=context.is_main) as progress:
         for place, (batch, seconds) in enumerate(_timed(task.batches(epoch, first)), first + 1):
             waited += seconds
             step = history.num_steps + 1
@@ -301,7 +299,7 @@ def _train_epoch(
                 entry["peak_memory_gib"] = peak_memory(context.device) / 2**30
                 entry |= {name: float(scalar.detach()) for name, scalar in report.items()}
                 samples, waited, since = 0, 0.0, time.perf_counter()
-                progress.set_postfix(loss=f"{value:.4f}", refresh=False)
+                progress.note(loss=f"{value:.4f}")
             if log_file is not None:
                 log_file.add_step(entry, is_logged)
             history.num_steps = step

@@ -408,7 +408,7 @@ def test_a_checkpoint_knows_its_vectors_and_refuses_others(folder, world_size):
     run_ranks(_a_checkpoint_knows_its_vectors, world_size, folder)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "int8"])
+@pytest.mark.parametrize("dtype", ["float16", "int8", "int4"])
 @pytest.mark.parametrize(("saved", "loaded"), [(2, 1), (1, 2)])
 def test_rows_that_are_stored_are_restored_on_other_ranks(folder, tmp_path, saved, loaded, dtype):
     run_ranks(_save, saved, folder / dtype, tmp_path / "checkpoint")

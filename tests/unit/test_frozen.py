@@ -14,7 +14,7 @@ from mim_torchrec.embeddings.table.format import ChecksumMismatch, Table, TableE
 FEATURES = ["candidate_mm", "behavior_mm"]
 
 
-@pytest.fixture(params=["float16", "float32", "bfloat16", "int8"])
+@pytest.fixture(params=["float16", "float32", "bfloat16", "int8", "int4"])
 def table(request, tmp_path):
     torch.manual_seed(0)
     writer = TableWriter(tmp_path / "t", table_version="v1", dim=4, dtype=request.param, encoder={})
@@ -74,9 +74,9 @@ def test_a_table_of_another_shape_is_refused_naming_both(table):
 
 def test_a_data_type_that_is_not_stored_is_refused():
     config = EmbeddingConfig(
-        name="mm", num_embeddings=9, embedding_dim=4, feature_names=FEATURES, data_type=DataType.INT4
+        name="mm", num_embeddings=9, embedding_dim=4, feature_names=FEATURES, data_type=DataType.INT2
     )
-    with pytest.raises(ValueError, match="mm: data type .* is none of FP32, FP16, BF16, INT8"):
+    with pytest.raises(ValueError, match="mm: data type .* is none of FP32, FP16, BF16, INT8, INT4"):
         FrozenEmbeddingCollection([config])
 
 

@@ -26,7 +26,7 @@ FOLDERS = {
     "launch": "mim_torchrec.launch",
 }
 STAGES = {"pretraining", "csft", "representation", "ctr"}
-BASE = {"errors", "program", "quiet"}
+BASE = {"errors", "program", "progress", "quiet"}
 PARTS = {"encoders", "losses", "ciubm", "data", "training"}
 SERVICES = {"rim", "serving"}
 TOP = {"launch", "cli", "doctor"}

@@ -20,7 +20,7 @@ def test_the_papers_table_is_divided_over_the_memory_of_all_gpus(world_size, loc
 
 
 @pytest.mark.parametrize(
-    ("dtype", "row"), [("float32", 512), ("float16", 256), ("bfloat16", 256), ("int8", 136)]
+    ("dtype", "row"), [("float32", 512), ("float16", 256), ("bfloat16", 256), ("int8", 136), ("int4", 68)]
 )
 def test_a_row_is_priced_as_it_is_stored(dtype, row):
     (frozen,) = simulate(PlanConfig(rows=10_000, dtype=dtype))

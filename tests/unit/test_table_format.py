@@ -195,7 +195,7 @@ def test_an_existing_table_is_never_overwritten(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 3}, "format_version 3"),
+        ({"format_version": 4}, "format_version 4"),
         ({"surprise": 1}, r"unknown keys \['surprise'\]"),
         ({"rows": 8}, "rows is 8 but the shards have 7"),
         ({"dtype": "int4"}, "dtype 'int4'"),

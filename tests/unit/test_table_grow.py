@@ -31,7 +31,7 @@ def files(path):
     return {file.name: file.read_bytes() for file in path.glob("shard-*")}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("link", [[], ["--link"]])
 def test_growing_keeps_rows_bytes_version_and_seq(tmp_path, capsys, dtype, link):
     before = Table.open(write(tmp_path / "t", dtype))

@@ -61,7 +61,7 @@ def assert_holds(path, ids, vectors, dtype):
     assert torch.cat([part for _, part in table.spans(1, 1 + len(ids))]).equal(table.read(own))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("make", LISTS)
 @pytest.mark.parametrize("of", [pa.float16(), pa.float32(), pa.float64()], ids=str)
 def test_parquet_of_every_list_and_float_type_is_stored_in_every_type(tmp_path, of, make, dtype):

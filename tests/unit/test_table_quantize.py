@@ -48,10 +48,32 @@ def test_the_mean_cosine_error_of_int8_is_below_a_thousandth():
     assert float(cosine_errors(vectors, decode(encode(vectors, "int8"), "int8")).mean()) < 1e-3
 
 
-def test_every_int8_value_is_within_half_a_step_of_the_vector(vectors):
-    step = (vectors.max(1).values - vectors.min(1).values) / 255
-    error = (decode(encode(vectors, "int8"), "int8") - vectors).abs().max(1).values
-    assert (error <= 0.5001 * step).all()
+def test_the_mean_cosine_error_of_int4_is_below_a_hundredth():
+    vectors = torch.randn(2000, 128, generator=torch.Generator().manual_seed(1))
+    assert 1e-3 < float(cosine_errors(vectors, decode(encode(vectors, "int4"), "int4")).mean()) < 1e-2
+
+
+def test_an_int4_row_takes_half_of_an_int8_row():
+    assert row_bytes("int4", 128) == 128 // 2 + 4 == row_bytes("int8", 128) // 2
+
+
+@pytest.mark.parametrize(("dtype", "steps", "slack"), [("int8", 255, 0.5001), ("int4", 15, 0.53)])
+def test_every_value_is_within_half_a_step_of_the_vector(vectors, dtype, steps, slack):
+    step = (vectors.max(1).values - vectors.min(1).values) / steps  # of int4 scale and bias are float16
+    error = (decode(encode(vectors, dtype), dtype) - vectors).abs().max(1).values
+    assert (error <= slack * step).all()
+
+
+def test_an_int4_row_is_two_codes_a_byte_then_scale_and_bias_as_float16():
+    stored = encode(torch.tensor([[-1.0, 14.0, 2.0, 3.0]]), "int4")[0]
+    assert stored[-4:].view(torch.float16).tolist() == [1.0, -1.0]
+    assert stored[:2].tolist() == [0 + 16 * 15, 3 + 16 * 4]
+
+
+def test_int4_of_a_range_beyond_float16_is_refused(tmp_path):
+    writer = TableWriter(tmp_path / "t", table_version="v1", dim=4, dtype="int4", encoder={})
+    with pytest.raises(NonFiniteVector, match="item id 7: .* as int4"):
+        writer.write_shard(torch.tensor([7]), torch.tensor([[0.0, 2e6, 0.0, 0.0]]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -84,7 +106,7 @@ def test_a_table_reads_as_the_vectors_in_the_precision_of_its_type(tmp_path, vec
     read = table.read_float(IDS)
     assert read.dtype == torch.float32
     torch.testing.assert_close(read, decode(encode(vectors, dtype), dtype), rtol=0, atol=0)
-    assert float(cosine_errors(vectors, read).max()) < 1e-3
+    assert float(cosine_errors(vectors, read).max()) < (1e-2 if dtype == "int4" else 1e-3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -104,10 +126,11 @@ def test_rows_given_as_they_are_stored_are_not_quantized_again(tmp_path):
     assert torch.equal(Table.open(tmp_path / "t").read_float(IDS), codes.float())
 
 
-def test_a_nan_is_not_written_as_int8(tmp_path, vectors):
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_a_nan_is_not_written_as_codes(tmp_path, vectors, dtype):
     vectors[3, 5] = float("nan")
-    with pytest.raises(NonFiniteVector, match=rf"item id {int(IDS[3])}: .* as int8"):
-        write(tmp_path / "t", vectors, "int8")
+    with pytest.raises(NonFiniteVector, match=rf"item id {int(IDS[3])}: .* as {dtype}"):
+        write(tmp_path / "t", vectors, dtype)
 
 
 def test_a_scale_that_is_no_number_is_refused_naming_the_row(tmp_path, vectors):
@@ -118,9 +141,10 @@ def test_a_scale_that_is_no_number_is_refused_naming_the_row(tmp_path, vectors):
         writer.write_shard(IDS, stored)
 
 
-def test_int8_of_a_dim_that_fbgemm_would_pad_on_a_gpu_is_refused(tmp_path):
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_codes_of_a_dim_that_fbgemm_would_pad_on_a_gpu_are_refused(tmp_path, dtype):
     with pytest.raises(TableError, match="multiple of 4, found 6"):
-        TableWriter(tmp_path / "t", table_version="v1", dim=6, dtype="int8", encoder={})
+        TableWriter(tmp_path / "t", table_version="v1", dim=6, dtype=dtype, encoder={})
 
 
 def test_codes_are_not_taken_for_vectors(tmp_path):
