@@ -20,6 +20,7 @@ from mim_torchrec.builds import check_builds
 from mim_torchrec.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from mim_torchrec.embeddings.sharded.exported import RowsAsInputs, rows_of
     from mim_torchrec.embeddings.sharded.frozen import (
         FrozenEmbeddingBagCollection,
         FrozenEmbeddingCollection,
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
         update_items,
     )
     from mim_torchrec.embeddings.sharded.load import load_table, open_table, table_digest
+    from mim_torchrec.embeddings.sharded.placement import node_replicated
+    from mim_torchrec.embeddings.sharded.pricing import FrozenEnumerator
     from mim_torchrec.embeddings.sharded.sharder import (
         FrozenEmbeddingBagCollectionSharder,
         FrozenEmbeddingCollectionSharder,
@@ -56,9 +59,11 @@ _NAMES = {
     "FrozenEmbeddingBagCollectionSharder": "mim_torchrec.embeddings.sharded.sharder",
     "FrozenEmbeddingCollection": "mim_torchrec.embeddings.sharded.frozen",
     "FrozenEmbeddingCollectionSharder": "mim_torchrec.embeddings.sharded.sharder",
+    "FrozenEnumerator": "mim_torchrec.embeddings.sharded.pricing",
     "ItemIndex": "mim_torchrec.embeddings.sharded.live",
     "JoinedEmbeddingBags": "mim_torchrec.embeddings.sharded.joined",
     "Manifest": "mim_torchrec.embeddings.table.manifest",
+    "RowsAsInputs": "mim_torchrec.embeddings.sharded.exported",
     "SpareRowsExhausted": "mim_torchrec.embeddings.sharded.live",
     "Table": "mim_torchrec.embeddings.table.reader",
     "TableError": "mim_torchrec.embeddings.table.manifest",
@@ -75,9 +80,11 @@ _NAMES = {
     "frozen_sharders": "mim_torchrec.embeddings.sharded.sharder",
     "import_vectors": "mim_torchrec.embeddings.table.importing",
     "load_table": "mim_torchrec.embeddings.sharded.load",
+    "node_replicated": "mim_torchrec.embeddings.sharded.placement",
     "open_log": "mim_torchrec.embeddings.windows.transport",
     "open_store": "mim_torchrec.embeddings.stores.store",
     "open_table": "mim_torchrec.embeddings.sharded.load",
+    "rows_of": "mim_torchrec.embeddings.sharded.exported",
     "table_digest": "mim_torchrec.embeddings.sharded.load",
     "table_state": "mim_torchrec.embeddings.sharded.live",
     "update_items": "mim_torchrec.embeddings.sharded.live",
@@ -88,9 +95,11 @@ __all__ = [
     "FrozenEmbeddingBagCollectionSharder",
     "FrozenEmbeddingCollection",
     "FrozenEmbeddingCollectionSharder",
+    "FrozenEnumerator",
     "ItemIndex",
     "JoinedEmbeddingBags",
     "Manifest",
+    "RowsAsInputs",
     "SpareRowsExhausted",
     "Table",
     "TableError",
@@ -107,9 +116,11 @@ __all__ = [
     "frozen_sharders",
     "import_vectors",
     "load_table",
+    "node_replicated",
     "open_log",
     "open_store",
     "open_table",
+    "rows_of",
     "table_digest",
     "table_state",
     "update_items",

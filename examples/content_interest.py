@@ -24,8 +24,8 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
+from mim_torchrec import embeddings as frozen
 from mim_torchrec.ciubm import DIN, CiUBM, RequestInterests
-from mim_torchrec.embeddings import sharded as frozen
 
 DIM, REQUESTS, CANDIDATES = 16, 64, 5
 TABLE = frozen.open_table(sys.argv[1])

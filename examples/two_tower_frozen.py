@@ -19,7 +19,7 @@ from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backwa
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from mim_torchrec.embeddings import sharded as frozen
+from mim_torchrec import embeddings as frozen
 
 ITEMS, USERS, DIM, REQUESTS = 1000, 500, 16, 64
 TABLE = frozen.open_table(sys.argv[1])

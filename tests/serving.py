@@ -1,5 +1,8 @@
-"""A small trained model with its bundle, and requests as clients send them over HTTP."""
+"""A small trained model with its bundle, its server, and requests as clients send them over HTTP."""
 
+import copy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +11,15 @@ import pyarrow.parquet as pq
 
 from mim_torchrec.ctr.main import main as train
 from mim_torchrec.data.schema import TIME
+from mim_torchrec.serving.app import make_app
 from mim_torchrec.serving.bundle import write_bundle
+from mim_torchrec.serving.config import Limits
+from mim_torchrec.serving.metrics import Metrics
+from mim_torchrec.serving.service import Deployment, Service
 from tests.pipeline.test_ctr_main import SMALL
+
+ROOT = Path(__file__).parents[1]
+INFER = "/v2/models/mim/infer"
 
 
 def trained_bundle(folder: Path, name: str, *flags: str) -> Path:
@@ -41,6 +51,35 @@ def messages(folder: Path) -> list[dict[str, Any]]:
     return [message(row) for row in pq.read_table(folder / "data" / "requests" / "test").to_pylist()]
 
 
+def changed(message: dict, tensor: str, **words) -> dict:
+    """The message with another tensor of a name."""
+    made = copy.deepcopy(message)
+    next(given for given in made["inputs"] if given["name"] == tensor).update(words)
+    return made
+
+
 def output(body: dict[str, Any], name: str = "score") -> list[float]:
     """An output tensor of an answer."""
     return next(o["data"] for o in body["outputs"] if o["name"] == name)
+
+
+def deployment(folder: Path, **words) -> Deployment:
+    return Deployment(**({"bundle": folder / "run" / "bundle", "store": str(folder / "table")} | words))
+
+
+DEFAULTS = Limits()
+
+
+def application(what: Deployment, limits: Limits = DEFAULTS, **words):
+    metrics = Metrics()
+    service = Service(what, 100, metrics)
+    return make_app(service, metrics, limits, **words), service
+
+
+def start(*words: str) -> tuple[subprocess.Popen, str]:
+    """A server of its own, and its address."""
+    command = [sys.executable, "-m", "mim_torchrec.serving.main", "--port", "0", "--threads", "1", *words]
+    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    line = server.stdout.readline()
+    assert "serving mim" in line, line
+    return server, line.split()[-1]

@@ -24,6 +24,7 @@ from mim_torchrec.benchmarks.harness.comparison import target
 from mim_torchrec.benchmarks.harness.pages import Section, targets_section, write_pages
 from mim_torchrec.benchmarks.harness.redis_server import RedisServer
 from mim_torchrec.benchmarks.measures.turns import threads_of_torch
+from mim_torchrec.errors import check_sizes
 
 Transport = Literal["directory", "redis"]
 SHARES = {"rim": 0.4, "store": 0.2, "embedded": 0.2, "rank": 0.2}
@@ -182,6 +183,8 @@ def main(argv: list[str] | None = None) -> None:
         SystemExit: anything is not right; the exit status is 1.
     """
     config = tyro.cli(ChaosConfig, args=argv, description=__doc__)
+    check_sizes(config, 1, "items", "requests", "epochs")
+    check_sizes(config, 0, "kills", "pause", "limit")
     if config.out.exists():
         shutil.rmtree(config.out)
     config.out.mkdir(parents=True)

@@ -171,7 +171,7 @@ def compare(base: Sequence[Path], mim: Sequence[Path]) -> dict[str, Any]:
 
 
 def control(claim: str, base: Sequence[Path], other: Sequence[Path]) -> dict[str, Any]:
-    """A negative control: what it does, its gain, its interval and whether that holds zero.
+    """A negative control: what it does, its gain, its interval and whether that holds zero (None: undefined).
 
     Args:
         claim: one sentence on what has been taken away.
@@ -179,6 +179,9 @@ def control(claim: str, base: Sequence[Path], other: Sequence[Path]) -> dict[str
         other: directories of the runs of the control, in the same order.
     """
     result = gain(base, other)
+    if result["ci"] is None:
+        verdict = "undefined: the test impressions hold no click, or nothing else"
+        return {**result, "contains_zero": None, "what": claim, "verdict": verdict}
     low, high = result["ci"]
     if low > 0:
         verdict = "its interval lies above zero: something other than content gains"
@@ -233,8 +236,12 @@ def target_of_difference(claim: str, part: dict[str, Any]) -> dict[str, Any]:
     """A target that `mim_auc` of a part is above `base_auc`; not met where one is undefined."""
     if part["base_auc"] is None or part["mim_auc"] is None:
         return target(claim, None, False)
-    difference = part["mim_auc"] - part["base_auc"]
-    return target(claim, difference, difference > 0)
+    return target_of_gain(claim, {"gain": part["mim_auc"] - part["base_auc"]})
+
+
+def target_of_gain(claim: str, result: dict[str, Any]) -> dict[str, Any]:
+    """A target that a `gain` is above zero; not met where it is undefined."""
+    return target(claim, result["gain"], result["gain"] is not None and result["gain"] > 0)
 
 
 def exchange_rate(recall: Sequence[float], gain: Sequence[float]) -> dict[str, float | int | None]:

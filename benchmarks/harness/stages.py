@@ -73,13 +73,13 @@ class Stage:
     def argv(self) -> list[str]:
         """The command line."""
         if self.ranks is None:
-            head = [sys.executable, "-m", "mim_torchrec.cli", *self.command]
-            return head + [str(a) for a in self.arguments] + _flags(self.options)
+            start = [sys.executable, "-m", "mim_torchrec.cli", *self.command]
+            return start + [str(a) for a in self.arguments] + _flags(self.options)
         own = {key: value for key, value in self.options.items() if key in self.launcher_options}
         rest = {key: value for key, value in self.options.items() if key not in self.launcher_options}
-        head = [sys.executable, "-m", "torchx.cli.main", "--log_level", "WARNING", "run", "-s", "local_cwd"]
+        start = [sys.executable, "-m", "torchx.cli.main", "--log_level", "WARNING", "run", "-s", "local_cwd"]
         tail = ["--", *_flags(rest)] if rest else []
-        return [*head, f"mim.{self.command[0]}", *_flags(own), "-j", self.ranks, *tail]
+        return [*start, f"mim.{self.command[0]}", *_flags(own), "-j", self.ranks, *tail]
 
     def digest(self) -> str:
         """Hash of the command, its inputs and its source; equal digests give equal results."""

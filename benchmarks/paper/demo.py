@@ -15,6 +15,7 @@ import tyro
 from mim_torchrec import program
 from mim_torchrec.benchmarks.harness import comparison
 from mim_torchrec.benchmarks.harness.experiment_report import loss_curve, write_report
+from mim_torchrec.benchmarks.harness.pages import formatted, interval
 from mim_torchrec.benchmarks.harness.stages import Run, Stage, ctr_stage, export_stage, permute_stage
 from mim_torchrec.benchmarks.paper.shop import (
     CTR,
@@ -85,10 +86,9 @@ def build_report(config: DemoConfig, run: Run, ctr: dict[str, Path]) -> dict[str
     figures, newest = compared["ctr"], compared["cold_start"][0]
     targets = [
         comparison.target("MIM − Base in test AUC: the interval lies above zero",
-                          figures["mim_minus_base_auc"], figures["mim_minus_base_ci"][0] > 0),
+                          figures["mim_minus_base_auc"], (figures["mim_minus_base_ci"] or [0.0])[0] > 0),
         comparison.target_of_difference("MIM − Base on the newest tenth of the items is positive", newest),
-        comparison.target("C-SFT adds to the plain towers", variants["csft_over_plain"]["gain"],
-                          variants["csft_over_plain"]["gain"] > 0),
+        comparison.target_of_gain("C-SFT adds to the plain towers", variants["csft_over_plain"]),
         *(
             comparison.target(f"Control {name}: the interval of the gain contains zero",
                               control["gain"], control["contains_zero"])
@@ -122,12 +122,12 @@ def main(argv: list[str] | None = None) -> None:
     run = Run(config.out)
     report = build_report(config, run, run_stages(config, run))
     figures = report["ctr"]
-    low, high = figures["mim_minus_base_ci"]
-    print(f"\nBase test AUC {figures['base']['auc']:.4f}")
-    print(f"MIM test AUC  {figures['mim']['auc']:.4f}  ({figures['mim_minus_base_auc']:+.4f}, "
-          f"95% interval [{low:+.4f}, {high:+.4f}])")  # fmt: skip
+    print(f"\nBase test AUC {formatted(figures['base']['auc'])}")
+    print(f"MIM test AUC  {formatted(figures['mim']['auc'])}  "
+          f"({formatted(figures['mim_minus_base_auc'], '+.4f')}, "
+          f"95% interval {interval(figures['mim_minus_base_ci'])})")  # fmt: skip
     for name, control in report["controls"].items():
-        print(f"control {name}: {control['gain']:+.4f} [{control['ci'][0]:+.4f}, {control['ci'][1]:+.4f}], "
+        print(f"control {name}: {formatted(control['gain'], '+.4f')} {interval(control['ci'])}, "
               f"{control['verdict']}")  # fmt: skip
     write_report(report, run.root)
 

@@ -196,8 +196,8 @@ def build_report(job: Job, tuning: dict[str, Any]) -> dict[str, Any]:
         target(f"MIM − Base, mean of the seeds, is at least {GAIN_TARGET:+}",
                figures["mim_minus_base_auc"], figures["mim_minus_base_auc"] >= GAIN_TARGET),
         target("MIM − Base is positive on every seed (the smallest is shown)", smallest, smallest > 0),
-        target("C-SFT adds to the plain towers, mean of the seeds",
-               variants["csft_over_plain"]["gain"], variants["csft_over_plain"]["gain"] > 0),
+        comparison.target_of_gain("C-SFT adds to the plain towers, mean of the seeds",
+                                  variants["csft_over_plain"]),
         *(
             target(f"Control {name}: the interval of the gain contains zero",
                    control["gain"], control["contains_zero"])

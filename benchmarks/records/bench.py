@@ -41,7 +41,7 @@ class BenchConfig:
     only: tuple[str, ...] = tuple(one.name for one in BENCHMARKS)
     """Benchmarks to run."""
     tolerance: float = 0.25
-    """Share of its value by which a figure may differ before it counts as moved."""
+    """Fraction of its value by which a figure may differ before it counts as moved."""
     record: bool = False
     """Write the figures to results/small.json instead of comparing them; all benchmarks have to run."""
 

@@ -102,7 +102,8 @@ BENCHMARKS: Sequence[Benchmark] = (
     Benchmark(
         name="frozen_table", module="speed.frozen_table",
         target="bench-frozen-table", title="A frozen table beside its alternatives",
-        small=("--rows", "100000", "--dim", "64", "--requests", "256", "--rounds", "11", "--scale-rows", "0"),
+        small=("--rows", "100000", "--dim", "64", "--requests", "256", "--rounds", "11", "--scale-rows", "0",
+               "--tier-rows", "2000000", "--tier-turns", "3"),
         figures={
             "lookup of fp32, through DMP, over index_select": "lookup|fp32|vs_index_select",
             "lookup of fp16, through DMP, over index_select": "lookup|fp16|vs_index_select",

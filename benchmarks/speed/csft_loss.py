@@ -25,6 +25,7 @@ from mim_torchrec.benchmarks.harness.comparison import target
 from mim_torchrec.benchmarks.harness.pages import Section, targets_section, write_pages
 from mim_torchrec.benchmarks.measures.memory import peak_private_bytes, private_bytes
 from mim_torchrec.benchmarks.measures.turns import seconds_by_name
+from mim_torchrec.errors import check_sizes
 from mim_torchrec.losses.contrast import Level, contrast
 from mim_torchrec.losses.info_nce import MultiLevelInfoNCE
 from mim_torchrec.losses.tiled import CPU_TILE
@@ -72,7 +73,7 @@ def measure_paper_scale(config: CSFTLossConfig) -> dict[str, Any]:
     count = config.queries
     loss = MultiLevelInfoNCE(alpha=0.0, beta=0.0, queue_batches=config.queue_batches)
     queue = loss.queue
-    assert queue is not None  # what is measured is a full queue
+    assert queue is not None  # `main` refuses 0 batches
     for step in range(config.queue_batches):
         queue.push([draw(2 * count, config.dim, step)], draw_ids(2 * count, step))
     query = draw(count, config.dim, -1).requires_grad_()
@@ -264,6 +265,9 @@ def sections(report: dict[str, Any]) -> list[Section]:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `python -m mim_torchrec.benchmarks.speed.csft_loss`."""
     config = tyro.cli(CSFTLossConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
+    check_sizes(
+        config, 1, "queries", "dim", "queue_batches", "steps", "naive_items", "rounds", "loop_queries"
+    )
     report = measure(config)
     scale = report["paper_scale"]
     summary = (

@@ -32,6 +32,7 @@ from mim_torchrec.benchmarks.speed import fuxictr_models
 from mim_torchrec.ctr.sharding import build_model, shard
 from mim_torchrec.embeddings.sharded.frozen import frozen_config
 from mim_torchrec.embeddings.sharded.load import load_table, open_table
+from mim_torchrec.errors import check_sizes
 from mim_torchrec.training.distributed import DistributedContext, distributed
 
 MODELS = ("din", "dien", "sim", "twin")
@@ -196,6 +197,8 @@ def sections(config: ThroughputConfig, report: dict[str, Any]) -> list[Section]:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `python -m mim_torchrec.benchmarks.speed.ctr_throughput`."""
     config = tyro.cli(ThroughputConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
+    check_sizes(config, 1, "rounds")
+    check_sizes(config, 0, "warmup")
     with threads_of_torch(1), distributed(0) as context:
         report = measure(config, context)
     report["config"] = dataclasses.asdict(config)

@@ -39,6 +39,7 @@ from mim_torchrec.encoders.checkpoint import save_encoder
 from mim_torchrec.encoders.item_encoder import ItemEncoder, ItemEncoderConfig
 from mim_torchrec.encoders.text import TextEncoderConfig, learns_tokenizer, train_tokenizer
 from mim_torchrec.encoders.vision import VisionEncoderConfig
+from mim_torchrec.errors import check_sizes
 from mim_torchrec.representation.config import ExportConfig
 from mim_torchrec.representation.export import TrainedEncoder
 from mim_torchrec.training.distributed import DistributedContext, distributed
@@ -279,6 +280,8 @@ def main(argv: list[str] | None = None) -> None:
     config = tyro.cli(
         ExportThroughputConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,)
     )
+    check_sizes(config, 1, "items", "image_px", "batch_size", "rounds")
+    check_sizes(config, 0, "decode_threads")
     config.out.mkdir(parents=True, exist_ok=True)
     logging.getLogger("mim_torchrec").setLevel(logging.WARNING)
     with threads_of_torch(torch.get_num_threads()), distributed(0) as context:

@@ -5,6 +5,7 @@ and `unsharded` is an `nn.Embedding` with `requires_grad=False` on every rank.
 """
 
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -193,7 +194,10 @@ def train_step(
 
 
 def take_turns(
-    runs: dict[str, Callable[[], Any]], rounds: int, before: Callable[[], Any] = lambda: None
+    runs: dict[str, Callable[[], Any]],
+    rounds: int,
+    before: Callable[[], Any] = lambda: None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Median seconds of each run; they take turns, and ranks begin together.
 
@@ -201,6 +205,7 @@ def take_turns(
         runs: by name.
         rounds: turns of each, after one that warms up.
         before: what is done before each run and not timed.
+        clock: what tells the seconds.
     """
 
     def prepare() -> None:
@@ -208,7 +213,7 @@ def take_turns(
         if dist.get_world_size() > 1:
             dist.barrier()
 
-    seconds = seconds_by_name(runs, rounds, before=prepare)
+    seconds = seconds_by_name(runs, rounds, before=prepare, clock=clock)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 

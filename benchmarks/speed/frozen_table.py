@@ -1,10 +1,9 @@
 """What a frozen table costs, beside the ways TorchRec users have to freeze one: `make bench-frozen-table`.
 
 Steps of four variants are timed turn by turn in the same processes; memory is that of fresh processes with
-one of them. Lookups, from the KeyedJaggedTensor in to the vectors out through DistributedModelParallel, are
-timed beside `torch.index_select` on the same rows, each with caches as a training step leaves them, and the
-speed of copying memory says what no lookup can exceed. At last a table as large as TAOBAO-MM's is generated,
-mapped into memory on two ranks and looked up.
+one of them. Lookups are timed beside `torch.index_select` on the same rows (`table_lookups.py`). A table that
+is five times as large as the memory for it is trained with from an SSD (`table_tiers.py`). At last a table as
+large as TAOBAO-MM's is generated, mapped into memory on two ranks and looked up.
 """
 
 import os
@@ -12,14 +11,12 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import tyro
-from torch import Tensor
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from mim_torchrec import program
@@ -30,25 +27,22 @@ from mim_torchrec.benchmarks.speed.frozen_model import (
     VARIANTS,
     Lookup,
     Sizes,
-    content_config,
-    fill,
     make_batch,
     measure_memory,
     measure_steps,
-    take_turns,
     wrap,
 )
+from mim_torchrec.benchmarks.speed.table_lookups import measure_lookups
+from mim_torchrec.benchmarks.speed.table_tiers import TierSizes, measure_tiers, tiers_section, write_table
 from mim_torchrec.embeddings.sharded.frozen import FrozenEmbeddingCollection, frozen_config
-from mim_torchrec.embeddings.sharded.load import find_frozen, load_table, open_table
-from mim_torchrec.embeddings.sharded.rows import DenseRows, RowStore
+from mim_torchrec.embeddings.sharded.load import load_table, open_table
 from mim_torchrec.embeddings.table.format import TableWriter, decode, encode, row_bytes
 from mim_torchrec.embeddings.table.quantize import cosine_errors
+from mim_torchrec.errors import check_sizes
 from mim_torchrec.progress import Progress
 from mim_torchrec.training.distributed import distributed
 
 KEEP_FREED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
-CACHE_BYTES = 64 << 20
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +60,12 @@ class FrozenTableConfig:
     behaviors: int = 50
     """Behaviors of a request, on average."""
     rounds: int = 31
+    """Turns of which the median is taken."""
+    tier_rows: int = 8_000_000
+    """Rows of the table on an SSD, float16; 0 leaves it out."""
+    tier_steps: int = 6
+    """Training steps of a turn with it."""
+    tier_turns: int = 9
     """Turns of which the median is taken."""
     scale_rows: int = 35_000_000
     """Rows of the large table; 0 leaves it out."""
@@ -96,63 +96,6 @@ def launch(ranks: int, function: Callable[..., Any], *arguments: Any, keep: bool
     for name in KEEP_FREED:
         os.environ.pop(name, None)
     return [results[rank] for rank in range(ranks)]
-
-
-def measure_lookups(sizes: Sizes) -> dict[str, dict[str, float]]:
-    """Rows looked up per second on this rank, by data type, and what plain PyTorch does."""
-    torch.set_num_threads(1)
-    others = torch.zeros(CACHE_BYTES // 4)  # going through it takes rows and results out of the caches
-    with distributed(0) as ranks:
-        batch = make_batch(sizes, seed=ranks.rank)
-        values = batch.values()
-        found = {}
-        for name, dtype in DTYPES.items():
-            own = torch.float32 if dtype == "int8" else getattr(torch, dtype)
-            models = {
-                "stored": FrozenEmbeddingCollection([content_config(sizes, dtype)], output_dtype=own),
-                "float": FrozenEmbeddingCollection([content_config(sizes, dtype)]),
-            }
-            runs: dict[str, Callable[[], Any]] = {}
-            store: RowStore | None = None
-            for kind, module in models.items():
-                model = wrap(Lookup(module))
-                if store is None:
-                    fill(model)
-                    store = find_frozen(model, "content")[1].store
-                find_frozen(model, "content")[1].store = store  # all read the same rows, as warm or cold
-                runs[kind] = partial(model, batch)
-            if ranks.world_size == 1:
-                assert isinstance(store, DenseRows)  # no table on the disk is mapped here
-                runs["index_select"] = partial(store.tensor.index_select, 0, values)
-                runs["index_select_float"] = partial(decoded, store.tensor, values, dtype)
-            seconds = take_turns(runs, sizes.rounds, before=lambda: others.add_(1))
-            figures = {"rows_per_s": len(values) / seconds["stored"]}
-            figures["float32_rows_per_s"] = len(values) / seconds["float"]
-            if ranks.world_size == 1:
-                figures["index_select_rows_per_s"] = len(values) / seconds["index_select"]
-                figures["vs_index_select"] = seconds["index_select"] / seconds["stored"]
-                figures["float32_vs_index_select"] = seconds["index_select_float"] / seconds["float"]
-                moved = row_bytes(dtype, sizes.dim) + own.itemsize * sizes.dim
-                figures["copy_limit_rows_per_s"] = copy_bandwidth() / moved
-            found[name] = figures
-        return found
-
-
-def decoded(rows: Tensor, wanted: Tensor, dtype: str) -> Tensor:
-    """Rows by plain `index_select`, as float32."""
-    return decode(rows.index_select(0, wanted), dtype)
-
-
-def copy_bandwidth() -> float:
-    """Bytes per second, read and written together, of copying 256 MiB of memory; the best of five."""
-    source = torch.ones(64 << 20)
-    target = torch.empty_like(source)
-    best = 0.0
-    for _ in range(5):
-        started = time.perf_counter()
-        target.copy_(source)
-        best = max(best, 2 * source.nbytes / (time.perf_counter() - started))
-    return best
 
 
 def write_scale_table(path: Path, rows: int, dim: int) -> None:
@@ -227,6 +170,20 @@ def scale(config: FrozenTableConfig) -> dict[str, float]:
     }
 
 
+def tiers(config: FrozenTableConfig) -> dict[str, Any]:
+    """A table on an SSD, on one rank."""
+    path = config.out / "tier_table"
+    if not path.exists():
+        write_table(path, config.tier_rows, config.dim)
+    sizes = TierSizes(
+        rows=config.tier_rows, dim=config.dim, requests=config.requests, behaviors=config.behaviors,
+        steps=config.tier_steps, turns=config.tier_turns,
+    )  # fmt: skip
+    found = launch(1, measure_tiers, path, sizes, keep=True)[0]
+    shutil.rmtree(path)
+    return found
+
+
 def measure(config: FrozenTableConfig) -> dict[str, Any]:
     """Run everything and put the report together."""
     sizes = Sizes(rows=config.rows, dim=config.dim, requests=config.requests, behaviors=config.behaviors,
@@ -252,7 +209,6 @@ def measure(config: FrozenTableConfig) -> dict[str, Any]:
                 figures if ranks == 1 else {"two_ranks_rows_per_s": figures["float32_rows_per_s"]}
             )
     vectors = torch.randn(100_000, config.dim, generator=torch.Generator().manual_seed(0))
-    error = float(cosine_errors(vectors, decode(encode(vectors, "int8"), "int8")).mean())
     report: dict[str, Any] = {
         "frozen": {
             key: max(memory[ranks]["frozen"][key] for ranks in memory)
@@ -261,11 +217,16 @@ def measure(config: FrozenTableConfig) -> dict[str, Any]:
         "step": step,
         "memory": memory,
         "lookup": lookup,
-        "int8": {
-            "mean_cosine_error": error,
-            "bytes_vs_fp16": row_bytes("int8", config.dim) / row_bytes("float16", config.dim),
-        },
     }
+    for dtype in ("int8", "int4"):
+        errors = cosine_errors(vectors, decode(encode(vectors, dtype), dtype))
+        report[dtype] = {
+            "mean_cosine_error": float(errors.mean()),
+            "bytes_vs_fp16": row_bytes(dtype, config.dim) / row_bytes("float16", config.dim),
+        }
+    if config.tier_rows:
+        print("a table on an SSD", flush=True)
+        report["tiers"] = tiers(config)
     if config.scale_rows:
         report["scale"] = scale(config)
     report["targets"] = targets(report)
@@ -285,12 +246,27 @@ def targets(report: dict[str, Any]) -> list[dict[str, Any]]:
     for name in ("fp32", "fp16"):
         value = lookup[name]["vs_index_select"]
         ask(f"lookup of {name}, through DMP, at 0.8 of index_select or more", value, value >= 0.8)
+    for name in ("fp32", "fp16", "bf16"):
+        value = lookup[name]["vs_index_select"]
+        ask(f"lookup of {name}, through DMP, at index_select or more", value, value >= 1)
+    for name in ("fp16", "bf16", "int8", "int4"):
+        value = lookup[name]["gather_vs_index_select"]
+        ask(f"stored rows of {name}, without DMP, at 0.95 of index_select or more", value, value >= 0.95)
+    for name in ("int8", "int4"):
+        value = lookup[name]["float32_vs_index_select"]
+        claim = f"lookup of {name}, through DMP, at index_select and the same conversion or more"
+        ask(claim, value, value >= 1)
     ratio = step["frozen"]["seconds"] / step["unsharded"]["seconds"]
     ask("a step takes 1.1 of that with an unsharded table or less, one rank", ratio, ratio <= 1.1)
     value = report["int8"]["bytes_vs_fp16"]
     ask("int8 takes 0.54 of the bytes of fp16 or less", value, value <= 0.54)
     value = report["int8"]["mean_cosine_error"]
     ask("mean cosine error of int8 at most 0.001", value, value <= 1e-3)
+    value = report["int4"]["mean_cosine_error"]
+    ask("mean cosine error of int4 at most 0.01", value, value <= 1e-2)
+    if "tiers" in report:
+        value = report["tiers"]["ssd_vs_memory"]
+        ask("training at 0.5 of the speed in memory, 5 times the memory on an SSD", value, value >= 0.5)
     if "scale" in report:
         value = report["scale"]["private_gb"]
         ask("the large table costs 2 GB of private memory a rank or less", value, value <= 2.0)
@@ -322,12 +298,14 @@ def sections(report: dict[str, Any]) -> list[Section]:
     pages.append(Section(
         "Lookups on one rank",
         columns=["type", "million rows/s", "of index_select", "as float32: million rows/s", "of index_select",
-                 "copying memory allows", "two ranks, each"],
+                 "stored rows alone, of index_select", "copying memory allows", "two ranks, each"],
         rows=[[name, *(row[key] for key in (
             "rows_per_s", "vs_index_select", "float32_rows_per_s", "float32_vs_index_select",
-            "copy_limit_rows_per_s", "two_ranks_rows_per_s"))]
+            "gather_vs_index_select", "copy_limit_rows_per_s", "two_ranks_rows_per_s"))]
             for name, row in zip(report["lookup"], lookups, strict=True)],
     ))  # fmt: skip
+    if "tiers" in report:
+        pages.append(tiers_section(report["tiers"]))
     if "scale" in report:
         s = report["scale"]
         pages.append(Section("A table as large as TAOBAO-MM's", text=[
@@ -344,6 +322,8 @@ def main(argv: list[str] | None = None) -> None:
     config = tyro.cli(
         FrozenTableConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,)
     )
+    check_sizes(config, 1, "rows", "dim", "requests", "behaviors", "rounds", "scale_behaviors", "scale_steps")
+    check_sizes(config, 0, "scale_rows")
     report = measure(config)
     summary = (
         f"{config.rows:,} rows of {config.dim}, {config.requests:,} requests a rank with {config.behaviors} "

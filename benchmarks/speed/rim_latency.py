@@ -39,6 +39,7 @@ from mim_torchrec.embeddings.stores.main import main as store_command
 from mim_torchrec.embeddings.stores.store import follow, open_store
 from mim_torchrec.embeddings.table.format import TableWriter
 from mim_torchrec.embeddings.windows.transport import open_log
+from mim_torchrec.errors import check_sizes
 from mim_torchrec.representation.export import TrainedEncoder
 
 Store = Literal["embedded", "redis"]
@@ -289,6 +290,7 @@ def sections(config: RIMLatencyConfig, report: dict[str, Any]) -> list[Section]:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `python -m mim_torchrec.benchmarks.speed.rim_latency`."""
     config = tyro.cli(RIMLatencyConfig, args=argv, description=__doc__)
+    check_sizes(config, 1, "items", "bursts", "burst", "base", "image_size")
     if config.out.exists():
         shutil.rmtree(config.out)
     config.out.mkdir(parents=True)

@@ -42,6 +42,7 @@ from mim_torchrec.embeddings.sharded.frozen import frozen_config
 from mim_torchrec.embeddings.sharded.load import load_table, open_table
 from mim_torchrec.embeddings.sharded.plan import GIB, PlanConfig, simulate
 from mim_torchrec.embeddings.table.quantize import row_bytes
+from mim_torchrec.errors import check_sizes
 from mim_torchrec.training.distributed import DistributedContext, distributed
 
 UBM, FEATURES = "sim", ["candidate_mm", "behavior_mm"]
@@ -263,6 +264,7 @@ def targets(config: ScalingConfig, report: dict[str, Any]) -> list[dict[str, Any
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `python -m mim_torchrec.benchmarks.speed.scaling`."""
     config = tyro.cli(ScalingConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
+    check_sizes(config, 1, "batch_size", "max_behaviors", "candidates", "dim", "mm_dim", "rounds")
     config.out.mkdir(parents=True, exist_ok=True)
     report = measure(config)
     report["config"] = dataclasses.asdict(config)

@@ -37,6 +37,7 @@ from mim_torchrec.ctr.config import PRESETS, CTRConfig, Preset
 from mim_torchrec.ctr.parameters import is_dense
 from mim_torchrec.ctr.sharding import build_model
 from mim_torchrec.embeddings.table.format import TableWriter
+from mim_torchrec.errors import check_sizes
 from mim_torchrec.serving.bundle import Bundle, save_bundle
 from mim_torchrec.serving.grid import Grid
 from mim_torchrec.serving.matrix import interest_matrix
@@ -383,6 +384,9 @@ def sections(config: ServingConfig, report: dict[str, Any]) -> list[Section]:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `python -m mim_torchrec.benchmarks.speed.serving`."""
     config = tyro.cli(ServingConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
+    check_sizes(
+        config, 1, "candidates", "id_dim", "items", "users", "rounds", "requests", "clients", "threads"
+    )
     config.out.mkdir(parents=True, exist_ok=True)
     with threads_of_torch(torch.get_num_threads()):
         report = measure(config)

@@ -33,6 +33,7 @@ from torchrec.modules.embedding_modules import (
 )
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
+from mim_torchrec.embeddings.sharded import traced
 from mim_torchrec.embeddings.sharded.lookup import check_pooling, check_rows, jagged, keyed, pool
 from mim_torchrec.embeddings.sharded.rows import DenseRows, RowStore, make_rows
 from mim_torchrec.embeddings.table.format import Table, TableError, VersionMismatch
@@ -65,6 +66,7 @@ class FrozenTable:
     store: RowStore
     state: TableState
     expected: TableState | None = None  # of a checkpoint that was loaded before the rows
+    lifted: list[Tensor] | None = None  # the rows, while they are an argument of a graph (``traced.py``)
 
     @property
     def dtype(self) -> str:
@@ -141,6 +143,12 @@ class FrozenModule(nn.Module):
     def frozen_tables(self) -> dict[str, FrozenTable]:
         """Return what this process has of each table, by name."""
         return self._frozen
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise TypeError(
+            "torch.jit.script cannot compile a frozen collection; use torch.export, or script the module "
+            "that torch.fx.symbolic_trace returns"
+        )
 
     def reset_parameters(self) -> None:
         """Do nothing: the rows come from a table on disk."""
@@ -243,6 +251,9 @@ class FrozenEmbeddingCollection(FrozenModule, EmbeddingCollection):
         self.init_frozen([_whole_table(config, self._device) for config in tables], store_rows)
 
     def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
+        if traced.is_traced(features):
+            tables, names = list(self._frozen.values()), self.embedding_names_by_table()
+            return traced.unpooled(tables, names, features, self._need_indices, self.output_dtype)
         by_feature = features.to_dict()
         found = {}
         for (table, names), keys in zip(
@@ -299,6 +310,8 @@ class FrozenEmbeddingBagCollection(FrozenModule, EmbeddingBagCollection):
         self.init_frozen([_whole_table(config, self._device) for config in tables], store_rows)
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        if traced.is_traced(features):
+            return traced.pooled(list(self._frozen.values()), features, self._is_weighted)
         by_feature = features.to_dict()
         pooled = []
         for table in self._frozen.values():

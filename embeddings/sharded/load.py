@@ -25,6 +25,7 @@ from mim_torchrec.embeddings.sharded.frozen import (
 )
 from mim_torchrec.embeddings.sharded.rows import CachedRows, DenseRows, MappedRows, RowStore
 from mim_torchrec.embeddings.sharded.sharded import ShardedFrozenModule
+from mim_torchrec.embeddings.sharded.ssd import SsdRows
 from mim_torchrec.embeddings.table.format import Table, TableError, verify_shard
 from mim_torchrec.progress import Progress
 
@@ -71,7 +72,12 @@ def open_table(
 
 
 def load_table(
-    model: nn.Module, table: Table, name: str = "mm", mapped: bool = False, whole_on_each_rank: bool = False
+    model: nn.Module,
+    table: Table,
+    name: str = "mm",
+    mapped: bool = False,
+    cache_bytes: int | None = None,
+    whole_on_each_rank: bool = False,
 ) -> LoadReport:
     """Give the frozen table ``name`` of a model the rows of a table; each rank reads only those it owns.
 
@@ -81,18 +87,21 @@ def load_table(
         name: the embedding config's name.
         mapped: leave the rows in the page cache, mapped into memory, where they cost no private memory and
             are read when they are looked up; on a CPU only. ``mim table verify`` looks for NaN in them.
+        cache_bytes: with ``mapped``, memory of this rank for the rows that were used last, for a table that
+            is larger than memory; see ``ssd.py``.
         whole_on_each_rank: that every rank loads the whole table is meant, where there are several ranks and
             the collection is not sharded.
 
     Raises:
         TableError: the model has no such frozen table, or one of another shape or type, or one that is not
-            sharded; NaN in a row; rows to be mapped on a GPU. On every rank if on one.
+            sharded; NaN in a row; rows to be mapped on a GPU; a cache of rows that are not mapped, or one too
+            small for any. On every rank if on one.
         VersionMismatch: the model was loaded from a checkpoint that is of other vectors.
     """
     started = time.perf_counter()
     module, frozen = find_frozen(model, name)
-    if not isinstance(module, ShardedFrozenModule) and not whole_on_each_rank:
-        _refuse_whole(name)
+    if not isinstance(module, ShardedFrozenModule):
+        _check_unsharded(frozen, whole_on_each_rank)
 
     def load() -> LoadReport:
         config, manifest = frozen.config, table.manifest
@@ -106,13 +115,17 @@ def load_table(
         first, store = frozen.first_row, frozen.store
         stop = first + store.num_rows
         if mapped:
-            if not (isinstance(store, MappedRows) or _is_on_cpu(store)):
+            if not (isinstance(store, MappedRows | SsdRows) or _is_on_cpu(store)):
                 raise TableError(f"frozen table {name}: only rows on a CPU are mapped; use mapped=False")
             own = Table.open(table.path, verify=False)  # a map of its own: updates stay out of `table`
             spans = [(at - first, rows) for at, rows in own.spans(first, stop)]
             frozen.store = MappedRows(store.dtype, store.num_rows, store.dim, spans)
+            if cache_bytes is not None:
+                frozen.store = _behind_a_cache(frozen.store, cache_bytes, name)
         else:
-            if isinstance(store, MappedRows):
+            if cache_bytes is not None:
+                raise TableError(f"frozen table {name}: cache_bytes is for mapped rows; use mapped=True")
+            if isinstance(store, MappedRows | SsdRows):
                 raise TableError(f"frozen table {name}: its rows are mapped; load it with mapped=True")
             dense = store.backing if isinstance(store, CachedRows) else store
             rank = dist.get_rank(group_of(module)) if dist.is_initialized() else 0
@@ -189,14 +202,27 @@ def group_of(module: FrozenModule) -> dist.ProcessGroup | None:
     return module.env.process_group if isinstance(module, ShardedFrozenModule) else None
 
 
-def _refuse_whole(name: str) -> None:
+def _check_unsharded(frozen: FrozenTable, whole_on_each_rank: bool) -> None:
+    name, store = frozen.config.name, frozen.store
     world_size = dist.get_world_size() if dist.is_initialized() else 1
-    if world_size > 1:
+    if world_size > 1 and not whole_on_each_rank:
         raise TableError(
             f"frozen table {name} is not sharded, and each of {world_size} ranks would load all of it: pass "
             f"frozen_sharders() among the sharders of DistributedModelParallel and of the planner (a frozen "
             f"collection within a managed-collision module is not sharded), or whole_on_each_rank=True"
         )
+    if isinstance(store, DenseRows) and store.device.type == "meta":
+        raise TableError(
+            f"frozen table {name} is on the meta device and not sharded: shard it with frozen_sharders(), or "
+            f"make the collection with device='cpu'"
+        )
+
+
+def _behind_a_cache(rows: MappedRows, cache_bytes: int, name: str) -> SsdRows:
+    try:
+        return SsdRows(rows, cache_bytes)
+    except ValueError as error:
+        raise TableError(f"frozen table {name}: {error}") from None
 
 
 def _is_on_cpu(store: RowStore) -> bool:

@@ -78,7 +78,7 @@ def copy_of(name: str, plan: ParameterSharding) -> Copy:
     if plan.sharding_type == ShardingType.DATA_PARALLEL.value:
         return "rank" if plan.compute_kernel == EmbeddingComputeKernel.DENSE.value else "node"
     raise ValueError(
-        f"frozen table {name} is sharded row_wise, not {plan.sharding_type} (or data_parallel, for one copy a "
+        f"frozen table {name} is sharded row_wise, not {plan.sharding_type} (or data_parallel, for a copy a "
         f"node or a rank)"
     )
 

@@ -1,7 +1,8 @@
 """``mim plan``: where tables would go on a cluster, by TorchRec's planner, without a GPU and without a table.
 
 The frozen table and the trainable ones of a model are planned together; what is printed is bytes of rows and
-of the optimizer's state on each rank, by kind of memory. Tables that fit nowhere are an error with a way out.
+of the optimizer's state on each rank, by kind of memory. A frozen table is priced without a backward pass,
+and with all its copies. Tables that fit nowhere are an error with a way out.
 
 Not here: what batches and activations take, beyond the share of HBM that is kept free for them.
 """
@@ -9,7 +10,7 @@ Not here: what batches and activations take, beyond the share of HBM that is kep
 import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import torch
@@ -27,13 +28,21 @@ from torchrec.distributed.planner.types import (
     TopologyFactory,
     TrainerConfig,
 )
-from torchrec.distributed.types import EmbeddingModuleShardingPlan, ParameterSharding, ShardingPlan
+from torchrec.distributed.sharding_plan import calculate_shard_sizes_and_offsets
+from torchrec.distributed.types import (
+    EmbeddingModuleShardingPlan,
+    ParameterSharding,
+    ShardingPlan,
+    ShardingType,
+)
 from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from mim_torchrec.embeddings.sharded.frozen import DATA_TYPES, FrozenEmbeddingCollection
+from mim_torchrec.embeddings.sharded.placement import Copy
+from mim_torchrec.embeddings.sharded.pricing import FrozenEnumerator
 from mim_torchrec.embeddings.sharded.sharded import CACHE_LOAD_FACTOR
 from mim_torchrec.embeddings.sharded.sharder import (
     KERNELS,
@@ -72,6 +81,8 @@ class PlanConfig:
     """Share of all memory that is kept free for batches, activations and the dense part."""
     memory: Literal["any", "device", "uvm", "uvm_caching"] = "any"
     """Kind of memory of the frozen table; any lets the planner choose."""
+    copy: Copy = "world"
+    """One copy of the frozen table in the world, one a node (rows stay within nodes), or one a rank."""
     load_factor: float = CACHE_LOAD_FACTOR
     """Rows of the cache in HBM per row, for uvm_caching."""
     json: bool = False
@@ -80,10 +91,14 @@ class PlanConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where one table goes: its kind of memory, and bytes of rows and of optimizer state on each rank."""
+    """Where one table goes: its kind of memory, and bytes of rows and of optimizer state on each rank.
+
+    ``bytes`` and ``optimizer_bytes`` are those of all ``copies``.
+    """
 
     table: str
     sharding: str
+    copies: int
     kernel: str
     bytes: int
     hbm: tuple[int, ...]
@@ -115,35 +130,50 @@ def simulate(config: PlanConfig) -> list[Placement]:
         collection = EmbeddingCollection(tables=[table], device=torch.device("meta"))
         apply_optimizer_in_backward(RowWiseAdagrad, collection.parameters(), {"lr": 0.01})
         setattr(model, name, collection)
-    if config.memory != "any":
-        cached = config.load_factor if config.memory == "uvm_caching" else None
-        constraints[FROZEN] = frozen_constraint(config.memory, cached)
-    else:
-        kernels = [kernel.value for kernel in KERNELS.values()]
-        constraints[FROZEN] = ParameterConstraints(compute_kernels=kernels)
+    constraints[FROZEN] = _constraint(config)
     local = min(config.local_world_size, config.world_size)
-    planner = EmbeddingShardingPlanner(
-        topology=TopologyFactory.create_topology(
-            TrainerConfig(
-                world_size=config.world_size,
-                local_world_size=local,
-                hbm_cap_bytes=int(config.hbm_gb * GIB),
-                ddr_cap_bytes=int(config.ddr_gb * GIB / local),
-            ),
-            kernel_config=KernelConfig(compute_device="cuda"),
+    topology = TopologyFactory.create_topology(
+        TrainerConfig(
+            world_size=config.world_size,
+            local_world_size=local,
+            hbm_cap_bytes=int(config.hbm_gb * GIB),
+            ddr_cap_bytes=int(config.ddr_gb * GIB / local),
         ),
+        kernel_config=KernelConfig(compute_device="cuda"),
+    )
+    planner = EmbeddingShardingPlanner(
+        topology=topology,
         constraints=constraints,
+        enumerator=FrozenEnumerator(topology, constraints=constraints),
         storage_reservation=FixedPercentageStorageReservation(percentage=config.reserve),
     )
     try:
         plan = planner.plan(model, [EmbeddingCollectionSharder(), FrozenEmbeddingCollectionSharder()])
     except PlannerError as error:
-        need = config.rows * row_bytes(config.dtype, config.dim) / GIB
+        copies = _copies(config)
+        need = copies * config.rows * row_bytes(config.dtype, config.dim) / GIB
+        fewer = ", --copy world" if copies > 1 else ""
         raise OptionError(
             f"the tables do not fit: the frozen one alone has {need:,.0f} GiB, for {config.world_size} x "
-            f"{config.hbm_gb:g} GiB of HBM; take more GPUs, a smaller --dtype, or --memory uvm ({error})"
+            f"{config.hbm_gb:g} GiB of HBM; take more GPUs, a smaller --dtype{fewer}, or --memory uvm "
+            f"({error})"
         ) from None
     return _placements(plan, config, shapes)
+
+
+def _constraint(config: PlanConfig) -> ParameterConstraints:
+    if config.copy == "rank" and config.memory not in ("any", "device"):
+        raise OptionError(f"--copy rank is in HBM, not in --memory {config.memory}")
+    if config.memory == "any" and config.copy != "rank":
+        kernels = [kernel.value for kernel in KERNELS.values()]
+        return replace(frozen_constraint(copy=config.copy), compute_kernels=kernels)
+    cached = config.load_factor if config.memory == "uvm_caching" else None
+    return frozen_constraint("device" if config.memory == "any" else config.memory, cached, config.copy)
+
+
+def _copies(config: PlanConfig) -> int:
+    nodes = -(-config.world_size // config.local_world_size)
+    return {"world": 1, "node": nodes, "rank": config.world_size}[config.copy]
 
 
 def _placements(
@@ -152,11 +182,13 @@ def _placements(
     found = []
     for module in [FROZEN, *shapes]:
         (name, how), = cast(EmbeddingModuleShardingPlan, plan.plan[module]).items()  # fmt: skip
-        rows = _rows_of_ranks(how, config.world_size)
+        copies = 1
         if name == FROZEN:
-            width, state = row_bytes(config.dtype, config.dim), 0
+            width, state, copies = row_bytes(config.dtype, config.dim), 0, _copies(config)
+            rows = _rows_of_copies(config)
         else:
             width, state = 4 * shapes[name][1], 4
+            rows = _rows_of_ranks(how, config.world_size)
         kernel = how.compute_kernel
         on_device = kernel in (EmbeddingComputeKernel.FUSED.value, EmbeddingComputeKernel.DENSE.value)
         cached = kernel == EmbeddingComputeKernel.FUSED_UVM_CACHING.value
@@ -166,6 +198,7 @@ def _placements(
             Placement(
                 table=name,
                 sharding=how.sharding_type,
+                copies=copies,
                 kernel=kernel,
                 bytes=sum(rows) * width,
                 hbm=tuple(int(share * own * width) + (own * state if on_device else 0) for own in rows),
@@ -174,6 +207,15 @@ def _placements(
             )
         )
     return found
+
+
+def _rows_of_copies(config: PlanConfig) -> list[int]:
+    """Rows of the frozen table on each rank."""
+    ranks = config.world_size // _copies(config)
+    sizes, _ = calculate_shard_sizes_and_offsets(
+        torch.empty(config.rows, config.dim, device="meta"), ranks, ranks, ShardingType.ROW_WISE.value
+    )
+    return [rows for rows, _ in sizes] * _copies(config)
 
 
 def _rows_of_ranks(how: ParameterSharding, world_size: int) -> list[int]:
@@ -197,14 +239,14 @@ def _shape(text: str) -> tuple[int, int]:
 def render(placements: Sequence[Placement], config: PlanConfig) -> str:
     """A plan as text: a line a table, and the fullest rank."""
     lines = [
-        f"{'table':<14}{'sharding':<14}{'memory':<20}{'GiB':>9}{'HBM a rank':>13}{'host a rank':>13}"
-        f"{'optimizer':>11}"
+        f"{'table':<14}{'sharding':<14}{'copies':>7} {'memory':<20}{'GiB':>9}{'HBM a rank':>13}"
+        f"{'host a rank':>13}{'optimizer':>11}"
     ]
     for p in placements:
         figures = p.bytes / GIB, max(p.hbm) / GIB, max(p.ddr) / GIB, p.optimizer_bytes / GIB
         lines.append(
-            f"{p.table:<14}{p.sharding:<14}{p.kernel:<20}{figures[0]:>9,.1f}{figures[1]:>13,.1f}"
-            f"{figures[2]:>13,.1f}{figures[3]:>11,.1f}"
+            f"{p.table:<14}{p.sharding:<14}{p.copies:>7} {p.kernel:<20}{figures[0]:>9,.1f}"
+            f"{figures[1]:>13,.1f}{figures[2]:>13,.1f}{figures[3]:>11,.1f}"
         )
     hbm = max(sum(own) for own in zip(*(p.hbm for p in placements), strict=True)) / GIB
     ddr = max(sum(own) for own in zip(*(p.ddr for p in placements), strict=True)) / GIB

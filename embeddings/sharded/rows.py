@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 
+from mim_torchrec.embeddings.sharded.pages import READ_AT_RANDOM, READ_SOON, advise
 from mim_torchrec.embeddings.table.quantize import DTYPES, decode, is_quantized, stored_width
 
 CHUNK = 1 << 16
@@ -141,10 +142,13 @@ class MappedRows(RowStore):
         num_rows: likewise.
         dim: likewise.
         spans: (first_row, rows) in ascending order, rows (n, stored_width); rows between them are zero.
+
+    ``in_files`` are the rows that lie in files, in pieces (n, stored_width).
     """
 
     def __init__(self, dtype: str, num_rows: int, dim: int, spans: list[tuple[int, Tensor]]) -> None:
         super().__init__(dtype, num_rows, dim)
+        self.in_files = [rows for _, rows in spans]
         self._spans: list[Tensor] = []
         starts, at = [], 0
         for first, rows in [*spans, (num_rows, torch.empty(0, 0))]:
@@ -152,10 +156,16 @@ class MappedRows(RowStore):
                 starts.append(at)
                 self._spans.append(torch.zeros(first - at, self.stored_width, dtype=DTYPES[dtype]))
             if rows.numel():
+                advise(rows, READ_AT_RANDOM)
                 starts.append(first)
                 self._spans.append(rows)
             at = first + rows.shape[0]
         self._starts = torch.tensor(starts, dtype=torch.int64)
+
+    @property
+    def spans(self) -> list[Tensor]:
+        """All rows in order, in the pieces that they are mapped in, each (n, stored_width)."""
+        return self._spans
 
     def gather(self, rows: Tensor) -> Tensor:
         if len(self._spans) == 1:
@@ -175,7 +185,9 @@ class MappedRows(RowStore):
 
     def blocks(self) -> Iterator[Tensor]:
         for span in self._spans:
-            yield from span.split(CHUNK)
+            for block in span.split(CHUNK):
+                advise(block, READ_SOON)
+                yield block
 
     def _parts(self, rows: Tensor) -> Iterator[tuple[Tensor, int, slice]]:
         """The spans that ascending rows (n,) fall into: span, its first row, which of the rows."""

@@ -1,8 +1,8 @@
 """Frozen lookups under ``TrainPipelineSemiSync``, which runs the backward pass of every lookup by itself.
 
-The pipeline detaches what a lookup returns, requires a gradient of it, and hands that gradient to the backward
-pass of the lookup. Frozen vectors have no backward pass, and autograd refuses to start one. Here they become
-leaves that a gradient can be given to; it is freed with the step.
+The pipeline detaches what a lookup returns, requires a gradient of it, and hands that gradient to the
+backward pass of the lookup. Frozen vectors have no backward pass, and autograd refuses to start one. Here
+they become leaves that a gradient can be given to; it is freed with the step.
 """
 
 from collections.abc import Callable

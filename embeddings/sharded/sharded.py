@@ -15,7 +15,7 @@ it (the same sum for every number of ranks, bags of any length, ranks with batch
 for weights), and nothing is exchanged in the backward. One rank exchanges nothing and does not look for
 repetitions.
 
-Not here: other shardings than by rows, int4.
+Not here: other shardings than by rows.
 """
 
 import abc
@@ -108,7 +108,7 @@ class FrozenAwaitable(LazyAwaitable[Out], Generic[Out]):
         found = self._module.assemble(
             self._ctx, [self._vectors[name] for name in self._module.frozen_tables()]
         )
-        accept_gradients(self._module.forward, found)
+        accept_gradients(self._module.forward, cast(KeyedTensor | dict[str, JaggedTensor], found))
         return found
 
 
@@ -217,6 +217,8 @@ class ShardedFrozenModule(
     ) -> None:
         """Have the rows of a later step brought near; ``PrefetchTrainPipelineSparseDist`` calls this."""
         assert ctx is not None
+        if forward_stream is not None:  # a lookup of the step before may read the places that are filled
+            torch.get_device_module(self._device).current_stream().wait_stream(forward_stream)
         for name, rows in self._owned(ctx, dist_input).items():
             self._frozen[name].store.prefetch(rows)
 

@@ -30,8 +30,8 @@ class Load:
     table: tyro.conf.Positional[Path]
     """The base table's directory."""
     store: str
-    """redis://, rediss:// (TLS) or unix:// URL, with +cluster behind the scheme for a cluster and a name of
-    all keys behind #: rediss+cluster://user:password@host:6379#shop."""
+    """URL: redis://, rediss:// (TLS) or unix://. +cluster after the scheme selects a cluster. #NAME is the
+    name of all keys: rediss+cluster://user:password@host:6379#shop."""
 
     def run(self) -> None:
         table = Table.open(self.table)
@@ -53,9 +53,9 @@ class Follow:
     log: str
     """Directory or URL of the window log."""
     table_version: str
-    """Of both."""
+    """Version of the store and of the log."""
     once: bool = False
-    """End when all windows that there are have been applied."""
+    """End when all existing windows have been applied."""
 
     def run(self) -> None:
         store = open_store(self.store, self.table_version)

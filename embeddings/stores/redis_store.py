@@ -188,8 +188,8 @@ class RedisStore:
                 mark = window.seq if number == len(parts) - 1 else window.seq - 1
                 written = [(item, value) for item, value in part if value is not None]
                 keys = [self._mark(shard), *self._keys([item for item, _ in part])]
-                head = [window.seq - 1, mark, number * ROWS, len(written)]
-                yield keys, [*head, *(value for _, value in written)]
+                numbers = [window.seq - 1, mark, number * ROWS, len(written)]
+                yield keys, [*numbers, *(value for _, value in written)]
 
     def _write_base(self, table: Table, progress: Callable[[int], object]) -> None:
         self._drop(table.manifest.seq)  # what somebody who was killed has left

@@ -26,7 +26,7 @@ Dtype = Literal["float32", "float16", "bfloat16", "int8", "int4"]
 
 @dataclass(frozen=True, kw_only=True)
 class Import:
-    """Bring vectors that others have made into a table.
+    """Import vectors that others have made into a table.
 
     Sources are Parquet files with a column of integer ids and one of lists of numbers, directories of such
     files, .npy files (num_rows, dim) with --ids, and .safetensors files with a tensor of each. Rows may come
@@ -47,9 +47,9 @@ class Import:
     ids: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
     """A .npy of ids (num_rows,), once for each .npy of vectors and in their order."""
     table_version: str | None = None
-    """Name of what made the vectors; by default a hash of them, for which they are read once more."""
+    """Name of what made the vectors. By default it is a hash of them, for which they are read once more."""
     spare_rows: int = 0
-    """Rows that a live table made from this one keeps free for new items."""
+    """Rows that stay free for new items in a live table made from this one."""
 
     def run(self) -> None:
         made = import_vectors(
@@ -71,7 +71,7 @@ class Info:
     table: tyro.conf.Positional[Path]
     """The table's directory."""
     log: str | None = None
-    """Directory or URL of a window log, of which it says which windows there are."""
+    """Window log whose windows are listed, a directory or a Redis URL."""
 
     def run(self) -> None:
         manifest = Table.open(self.table, verify=False).manifest
@@ -99,7 +99,7 @@ class Verify:
     table_version: str | None = None
     """The version that the table must have."""
     log: str | None = None
-    """Directory or URL of a window log, whose windows after the table's seq are checked as well."""
+    """Window log whose windows after the table's seq are verified too, a directory or a Redis URL."""
 
     def run(self) -> None:
         table = Table.open(self.table, expected_version=self.table_version)
@@ -160,7 +160,7 @@ class Grow:
     out: Path
     """Directory of the new table; must not exist."""
     spare_rows: int
-    """All rows that the new table keeps free; more than the table does."""
+    """Spare rows of the new table in all; more than the table has."""
     link: bool = False
     """Link the shards instead of copying them (on one file system): at once, but the bytes are shared."""
 
@@ -170,7 +170,7 @@ class Grow:
 
 @dataclass(frozen=True, kw_only=True)
 class Compact:
-    """Write the table that a log's windows make of one when they are applied, with the seq of the last."""
+    """Apply the windows of a log to a table; write the result as a new table, with the seq of the last."""
 
     table: tyro.conf.Positional[Path]
     """The table that the windows change."""
@@ -179,7 +179,7 @@ class Compact:
     out: Path
     """Directory of the new table; must not exist."""
     forget_hours: float | None = None
-    """Then remove the windows that the new table holds from the log, if they are older than this; readers
+    """Then remove from the log the windows that the new table holds and that are older than this. Readers
     that lag further behind have to load the new table. By default all are kept."""
 
     def run(self) -> None:
@@ -192,7 +192,7 @@ class Compact:
 
 @dataclass(frozen=True, kw_only=True)
 class Diff:
-    """Say what differs between two tables, as JSON: items of one only, and vectors of both.
+    """Print, as JSON, what differs between two tables: items of one only, and vectors of both.
 
     Vectors of two versions cannot be compared; then only items are, which says whether a table of a new
     encoder covers that of the old one.
@@ -209,7 +209,7 @@ class Diff:
 
 @dataclass(frozen=True, kw_only=True)
 class Delete:
-    """Take items down: a window with their tombstones, after which all who read the log know them no more."""
+    """Delete items: append a window with their tombstones to the log."""
 
     items: tyro.conf.Positional[tuple[int, ...]]
     """Item ids."""

@@ -171,9 +171,9 @@ class WindowLog:
         Raises:
             WindowGap: windows between the number and the log are gone, or the log ends before the number.
         """
-        head = self.last_seq()
-        check_not_behind(str(self), head, seq)
-        for number in range(seq + 1, head + 1):
+        last = self.last_seq()
+        check_not_behind(str(self), last, seq)
+        for number in range(seq + 1, last + 1):
             yield self.read(number)
 
     def forget(self, through: int, min_age: float = 0.0) -> int:
@@ -297,14 +297,14 @@ def check_not_moved(log: str, next_seq: int, seq: int | None) -> None:
         raise LogMoved(f"{log}: the next window is {next_seq}, not {seq}: others have added windows")
 
 
-def check_not_behind(log: str, head: int, seq: int) -> None:
+def check_not_behind(log: str, last: int, seq: int) -> None:
     """Refuse a log that is older than what reads it.
 
     Raises:
         WindowGap: it ends before the windows that the reader has applied.
     """
-    if seq > head:
+    if seq > last:
         raise WindowGap(
-            f"{log} ends at window {head}, but {seq} windows were applied: it is another log than theirs, or "
+            f"{log} ends at window {last}, but {seq} windows were applied: it is another log than theirs, or "
             "was lost and begun again. Begin a log at the seq of the newest base table"
         )

@@ -96,10 +96,10 @@ class RedisWindowLog:
             TableError: the server has lost the log.
         """
         with reachable(self._at):
-            head = self._client.hget(self._log, "head")
-        if head is None:
+            last = self._client.hget(self._log, "head")
+        if last is None:
             raise TableError(f"{self._at} has lost the window log of this name")
-        return int(head)
+        return int(last)
 
     def first_seq(self) -> int:
         """Number of the oldest window that can be read; one past the newest where none can."""
@@ -167,11 +167,11 @@ class RedisWindowLog:
 
     def after(self, seq: int) -> Iterator[Window]:
         """The windows after a number, in order, up to the newest one at the first call of `next`."""
-        head = self.last_seq()
-        check_not_behind(str(self), head, seq)
-        while seq < head:
+        last = self.last_seq()
+        check_not_behind(str(self), last, seq)
+        while seq < last:
             with reachable(self._at):
-                stop = min(head, seq + BATCH)
+                stop = min(last, seq + BATCH)
                 found = self._client.xrange(self._windows, f"{seq + 1}-0", f"{stop}-0")
             if not found or _number(found[0][0]) != seq + 1:
                 self.read(seq + 1)

@@ -42,29 +42,31 @@ class CSFTConfig:
     loss: Literal["contrastive", "cross_entropy"] = "contrastive"
     """Contrast with all items (Eq. 5–6), or cross-entropy of one item or pair at a time (Table 4)."""
     interest_signal: Literal["purchase", "click", "all", "category"] = "purchase"
-    """Which pairs are used (Table 4); `all` also takes files that have no column `signal`. `category` has the
-    categories of the items of all pairs told, whatever came of the pairs; for `cross_entropy` only."""
+    """Pairs that are trained on (Table 4): those that ended in a purchase, those that ended in a click, or
+    all, also of files without a column `signal`. `category` takes all pairs and trains the encoder to tell
+    the category of an item; it needs --loss cross_entropy."""
     alpha: float = 0.5
     """Weight of the query against titles (Eq. 6)."""
     beta: float = 0.5
     """Weight of the query against images (Eq. 6)."""
     gamma: float = 0.0
-    """Weight of a level beyond the paper: h^MM of the query against h^MM of the item. Needs queries that are
+    """Weight of a level beyond the paper: h^MM of the query against h^MM of the item. The queries must be
     items."""
     temperature: float | None = None
     """Fixed temperature; 1 is Eq. 5 as printed. By default learned, from 0.07."""
     mask_same_item: bool = True
-    """Leave out of the negatives what is the positive item once more, or the query's own item."""
+    """Exclude from the negatives the query's own item, and the positive item where it occurs again."""
     hard_negatives: bool = True
-    """Contrast every query with an item of the positive's category too (ST-NSG)."""
+    """Give every query an item of the positive's category as a further negative (ST-NSG)."""
     queue_batches: int = 0
-    """Batches before this one whose items are negatives too (k in ST-NSG); 0 for none. Each takes 1.5 KiB a
-    pair on its rank, for three levels of vectors of 128."""
+    """Number of earlier batches whose items are negatives too (k in ST-NSG); 0 is none. Each takes 1.5 KiB
+    per pair on its rank, for three levels of vectors of 128."""
     queue_start_step: int = 0
-    """Steps before those batches are used; the queue is filled from the first step."""
+    """Steps before the queue is used; it is filled from the first step."""
     balance_queue: bool = True
-    """Push items away from queries, in their own batch, as often as they are negatives in all: those that are
-    queued have no gradient, and would only ever be pulled. The loss is the same."""
+    """Push an item away from the other queries of its own batch k + 1 times as strongly. Queued items have no
+    gradient: without this, an item is pulled by its query in full and pushed away in one of k + 1 batches.
+    The value of the loss is the same."""
 
     epochs: int = 8
     """Passes over the pairs; the best by recall@10 of held-out pairs is kept."""
@@ -79,32 +81,34 @@ class CSFTConfig:
     weight_decay: float = 0.01
     """Weight decay of matrices; biases, norms and the temperature have none."""
     warmup: float = 0.1
-    """Share of the steps in which the learning rate rises; after them it falls to 0 along a cosine."""
+    """Fraction of the steps in which the learning rate rises; after them it falls to 0 along a cosine."""
     validation_fraction: float = 0.05
-    """Share of the pairs, the last by time, that are held out; with 0 the last epoch is kept."""
+    """Fraction of the pairs, the last by time, that are held out; with 0 the last epoch is kept."""
     drawn_queries: int = 8
-    """Held-out queries of which `retrieval.png` shows what they find."""
+    """Held-out queries that `retrieval.png` shows with the items that they find."""
     on_bad_row: Literal["fail", "skip"] = "fail"
-    """`skip` leaves out, and counts, pairs without an item, with an item that is not in the item table or
-    with an image that cannot be decoded; such items are not used as hard negatives. It decodes all images."""
+    """Stop at a bad pair, or leave it out and count it (`skip`): a pair without an item, with an item that is
+    not in the item table, or with an image that cannot be decoded. Such items are not used as hard negatives
+    either. `skip` decodes all images first."""
     seed: int = 0
     """Seed of the initial weights, of the order of the pairs, of hard negatives and of dropout."""
 
     parallel: Parallel = "ddp"
-    """Weights whole on every rank, or (`fsdp`) those of trained towers divided over the ranks."""
+    """`ddp`: every rank holds all weights. `fsdp`: the weights of trained towers are divided over the
+    ranks."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision in which towers compute; heads and losses always take float32."""
+    """Precision in which towers compute; heads and losses always use float32."""
     chunk_size: int | None = None
-    """Images or titles that a trained tower takes at a time, computed again in the backward pass: the
-    gradient of a whole batch in the memory of a chunk (GradCache, Gao et al. 2021)."""
+    """Images or titles that a trained tower processes at a time. They are computed again in the backward
+    pass, so that a whole batch takes the memory of one chunk (GradCache, Gao et al. 2021)."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     timeout: Timeouts = field(default_factory=Timeouts)
 
     image_memory_gib: float = 2.0
-    """Decoded images are kept in the memory of every rank if they fit into this; else they are decoded again
-    in every epoch. Only for towers that are not frozen."""
+    """Memory of every rank for decoded images. If they do not fit, they are decoded again in every epoch.
+    Only for towers that are not frozen."""
     encode_batch_size: int = 64
-    """Images or titles that a tower takes at a time where no gradient is needed."""
+    """Images or titles that a tower processes at a time where no gradient is needed."""
     item_cache: Path | None = None
     """Folder of the item index; by default one inside `out`."""
     log_every: int = 20

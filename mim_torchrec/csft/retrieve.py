@@ -41,13 +41,13 @@ class RetrieveConfig:
     out: Path
     """Directory of the results; made if missing."""
     interest_signal: Literal["purchase", "click", "all"] = "purchase"
-    """Which pairs are searched for."""
+    """Pairs whose items are searched for, as in `mim csft`."""
     held_out_fraction: float = 0.05
-    """Share of the pairs, the last by time, whose queries are used; 1 takes all."""
+    """Fraction of the pairs, the last by time, whose queries are used; 1 takes all."""
     drawn_queries: int = 8
-    """Queries in retrieval.png."""
+    """Queries that `retrieval.png` shows with the items that they find."""
     on_bad_row: Literal["fail", "skip"] = "fail"
-    """As in csft."""
+    """Stop at a bad pair, or leave it out and count it, as `mim csft` does."""
     image_size: int | None = None
     """Side of the images in pixels, only for `plain:<vision>+<text>`; by default the tower's own."""
     encode_batch_size: int = 64

@@ -33,10 +33,10 @@ class ModelConfig:
     """What the CTR model is made of."""
 
     mim: Literal["on", "off"] = "on"
-    """`off` is Base: ids only, no table."""
+    """`off` trains Base: ids only, no table."""
     ubm: Annotated[str, tyro.conf.arg(metavar=f"{{{','.join(built_in_models())}}}|MODULE:CLASS")] = "din"
-    """User behavior model of the ID interest (Eq. 1), or package.module:ClassName of the `UBMOptions` of your
-    own. Its options are flags as well; `--ubm NAME --help` shows them."""
+    """User behavior model of the ID interest (Eq. 1), or package.module:ClassName of your own `UBMOptions`.
+    Its options are flags as well; `--ubm NAME --help` shows them."""
     ubm_options: Annotated[UBMOptions, tyro.conf.arg(name="")] = field(default_factory=UBMOptions)
     """Options of the user behavior model."""
     id_interest: bool = True
@@ -52,34 +52,36 @@ class ModelConfig:
     content_dim: int = 32
     """Size of the content interest after a linear projection."""
     similarity_interest: bool = False
-    """Feed the distribution of the relevance to the tower: counts by tier, maximum, recent mean; beyond the
-    paper."""
+    """Feed the tower how the relevance of the behaviors is distributed: counts by tier, maximum,
+    recency-weighted mean; beyond the paper."""
     similarity_tiers: int = 20
-    """Equal parts of [-1, 1] that the similarity interest counts behaviors in."""
+    """Equal parts of [-1, 1] in which the similarity interest counts behaviors."""
     similarity_spans: tuple[int, ...] = (5, 0)
-    """Most recent behaviors that the similarity interest looks at, span by span; 0 is all of them."""
+    """Spans that the similarity interest describes, each a number of most recent behaviors; 0 is all of
+    them."""
     content_temperature: float | None = None
     """Weigh behaviors by softmax(relevance / temperature), with a learnable temperature that starts here;
     beyond the paper, which weighs them by the relevance."""
     content_dropout: float = 0.0
-    """In training, the share of candidates that are scored as if they had no vector; beyond the paper."""
+    """Fraction of the candidates that are trained as if they had no vector; beyond the paper."""
     id_dropout: float = 0.0
-    """In training, the share of candidates whose item id is hidden, as a new item's is unknown; beyond the
+    """Fraction of the candidates that are trained with a hidden item id, as if they were new; beyond the
     paper."""
     dot_product_features: bool = False
     """Feed the tower the inner product of each interest with the target as well."""
     embedding_dim: int = 16
     """Size of the embeddings of users, queries, items, categories and sparse features."""
     sparse_features: tuple[str, ...] = ()
-    """Further columns of ids. One whose name begins with `candidate_` is parallel to the candidates; of
-    any other a request has one id or a list of them, whose embeddings are averaged."""
+    """Further columns of ids. A column whose name begins with `candidate_` is parallel to the candidates. Any
+    other has one id per request, or a list of ids, whose embeddings are averaged."""
     dense_features: tuple[str, ...] = ()
     """Further columns of numbers, likewise; the tower gets sign(x) log(1 + |x|)."""
     other_features: dict[str, str] = field(default_factory=dict)
-    """Further columns of a kind of your own, each with package.module:ClassName of the kind, see
+    """Further columns of a kind of your own, as COLUMN package.module:ClassName; see
     mim_torchrec.data.features."""
     recency: Literal["time", "order"] = "time"
-    """How far a behavior lies back for BST, SIM and TWIN: in time, or, where times lack, in behaviors."""
+    """How BST, SIM and TWIN measure how far a behavior lies back: by its time, or by the number of later
+    behaviors, for data without times."""
     aux_weight: float = 1.0
     """Weight of the auxiliary loss of DIEN and of SIM's soft search; 0 leaves it out."""
     tower: tuple[int, ...] = (200, 80)
@@ -118,21 +120,21 @@ class CTRConfig(ModelConfig):
     table_version: Annotated[str | None, tyro.conf.arg(aliases=["--expected-table-version"])] = None
     """Version that the table must have; another is refused."""
     windows: str | None = None
-    """Directory or URL of Redis of the window log of the table: new items that `mim rim` publishes come into
-    the table while it trains. None leaves the table as it is."""
+    """Window log of the table, a directory or a Redis URL. New items that `mim rim` publishes enter the table
+    during training. By default the table does not change."""
     windows_every: int = 100
-    """Steps between two looks into the window log."""
+    """Steps between two reads of the window log."""
     preset: Preset = "paper"
-    """Where the defaults of all other flags come from: `paper` is the form of the paper, `recommended` what
-    has raised the AUC on every data set that it was measured on."""
+    """Defaults of all other flags: `paper` is the form of the paper; `recommended` has raised the AUC on
+    every data set that was measured."""
     warm_start: Path | None = None
-    """Directory of an earlier run of `mim ctr` whose best weights this one starts from, as with a new day's
-    data: ids that it knows keep their embeddings, new ones begin as usual, optimizers start from scratch."""
+    """Directory of an earlier run of `mim ctr`, from whose best weights training starts, for example on the
+    data of a new day. Known ids keep their embeddings; new ids and the optimizers start from scratch."""
     seed: int = 0
     """Seed of the initial weights, of the order of the requests and of dropout."""
     epochs: int = 4
-    """Passes over the training requests; the best by validation AUC is kept. A finished run that is
-    started again with more epochs trains those that it lacks."""
+    """Passes over the training requests; the best by validation AUC is kept. A finished run that is started
+    again with more epochs trains the additional ones."""
     patience: int | None = None
     """Stop after this many epochs without a better validation AUC."""
     batch_size: int = 1024
@@ -144,19 +146,19 @@ class CTRConfig(ModelConfig):
     sparse_lr: float = 0.02
     """Learning rate of the embedding tables."""
     warmup_steps: int = 0
-    """Steps over which both learning rates rise in a straight line to their values."""
+    """Steps over which both learning rates rise linearly to their values."""
     sparse_optimizer: Literal["rowwise_adagrad", "adagrad", "adam", "sgd"] = "rowwise_adagrad"
     """Optimizer of the embedding tables, fused into the backward pass; Adam on GPUs only."""
     sharding: tuple[Sharding, ...] = ("table_wise", "row_wise")
-    """Ways to divide a table over the ranks that the planner may choose from, by what they cost. Pooled
-    tables are not divided by rows on a CPU, and one rank holds whole tables. Not `column_wise` with row-wise
-    Adagrad, whose one number a row would become one a part."""
+    """Sharding types that the planner may choose from, by their estimated cost. On a CPU pooled tables are
+    not divided by rows, and one rank holds a whole table. `column_wise` is not possible with row-wise
+    Adagrad, whose one number per row would become one per part."""
     pipeline: Literal["auto", "on", "off"] = "auto"
-    """Exchange the ids of the next batch between ranks while this one is computed, by TorchRec's train
-    pipeline; `auto` does so on GPUs. Results are the same."""
+    """Exchange the ids of the next batch between ranks while the current one is computed (TorchRec's train
+    pipeline); `auto`: on GPUs only. The results are the same."""
     index_dedup: Literal["auto", "on", "off"] = "auto"
-    """Look every distinct item and category of a batch up once; `auto` does so on GPUs, which alone have the
-    kernel. Multi-modal vectors are always looked up so."""
+    """Look up every distinct item and category of a batch once; `auto`: on GPUs, as only they have the
+    kernel. Multi-modal vectors are always looked up this way."""
     sparse_weight_decay: float = 0.0
     """L2 regularization of the embedding rows that a step touches (row-wise Adagrad and SGD)."""
     embedding_init_std: float | None = None
@@ -164,9 +166,9 @@ class CTRConfig(ModelConfig):
     max_behaviors: int = 50
     """Most recent behaviors of a request that are used."""
     spare_rows: float = 0.0
-    """Spare rows of the ID tables, as a share of the ids seen in training."""
+    """Spare rows of the ID tables, as a fraction of the ids seen in training."""
     max_unknown: float = 0.5
-    """Share of unknown ids of one kind above which an alarm is logged."""
+    """Fraction of unknown ids of one kind above which a warning is logged."""
     on_bad_row: Literal["fail", "skip"] = "fail"
     """Stop at a malformed request, or skip and count it."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -44,14 +44,14 @@ class EvaluationConfig:
     data: Path | None = None
     """Dataset directory; by default that of the run."""
     table: Path | None = None
-    """Directory of the multi-modal table, of the version that the model was trained on; by default that of
-    the run."""
+    """Directory of the multi-modal table; it must have the version that the model was trained on. By default
+    that of the run."""
     windows: str | None = None
-    """Directory or URL of the window log of the table, which is applied; by default that of the run."""
+    """Window log, a directory or a Redis URL, that is applied to the table; by default that of the run."""
     checkpoint: str = "best"
     """`best`, or one of the names in the run's `checkpoints`, or the directory of a checkpoint."""
     draws: int = 200
-    """Bootstrap draws of users for the intervals; 0 gives none."""
+    """Bootstrap draws of users for the confidence intervals; 0 computes none."""
     batch_size: int = 4096
     """Candidates in a batch, over all ranks."""
     on_bad_row: Literal["fail", "skip"] = "fail"

@@ -57,8 +57,8 @@ class MovieLensConfig:
     out: Path
     """Directory to make; must not exist."""
     split: Literal["user", "global"] = "user"
-    """Divide by time into train, validation and test (80, 10, 10 percent) the positives of every user, or
-    those of all users at two moments."""
+    """How positives are divided by time into train, validation and test (80, 10, 10 percent): those of every
+    user, or those of all users at two common times."""
     min_rating: float = 4.0
     """Lowest rating that is a positive."""
     negatives: int = 4

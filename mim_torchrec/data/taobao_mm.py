@@ -55,13 +55,13 @@ class TaobaoMMConfig:
     max_behaviors: int = 1000
     """Longest history of a request, the newest behaviors."""
     newest: Literal["last", "first"] = "last"
-    """At which end of a history the newest behavior is; the data set does not say."""
+    """End of a history at which the newest behavior stands; the data set does not say."""
     max_candidates: int = 50
     """Most samples of a user in a request."""
     validation_fraction: float = 0.05
-    """Share of the training samples, drawn at random, that becomes the validation part."""
+    """Fraction of the training samples, drawn at random, that becomes the validation part."""
     label_order: Literal["not_clicked_first", "clicked_first"] = "not_clicked_first"
-    """What the two numbers of `label_0` are."""
+    """Meaning of the two numbers of `label_0`."""
     on_bad_row: Literal["fail", "skip"] = "fail"
     """Stop at a sample whose user or item is missing, or leave it out and count it."""
     partitions: int = 64

@@ -23,7 +23,7 @@ class PhaseConfig:
     lr: float = 1e-4
     """Highest learning rate of the towers (AdamW)."""
     head_lr: float = 1e-3
-    """Highest learning rate of what stands on the towers, which starts at random and is thrown away."""
+    """Highest learning rate of the layers above the towers. They start at random and are not saved."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class ImageAdaptionConfig(PhaseConfig):
     mask_size: int = 32
     """Side of the square patches that are masked, in pixels."""
     mask_ratio: float = 0.6
-    """Share of the patches that are masked."""
+    """Fraction of the patches that are masked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +41,9 @@ class TextAdaptionConfig(PhaseConfig):
     """Masked or causal language modelling."""
 
     objective: Literal["auto", "mlm", "causal"] = "auto"
-    """Masked language modelling, or the next token from those before; `auto` is what the model was made
-    for."""
+    """`mlm`: predict masked tokens. `causal`: predict the next token. `auto`: what the model was made for."""
     mask_ratio: float = 0.15
-    """Share of the tokens that are masked (`mlm` only)."""
+    """Fraction of the tokens that are masked (`mlm` only)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +55,7 @@ class AlignmentConfig(PhaseConfig):
     temperature: float | None = None
     """Fixed temperature. By default learned, from 0.07."""
     mask_same_item: bool = True
-    """Leave out of the negatives what is the same item."""
+    """Exclude the same item from the negatives."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +75,7 @@ class PretrainConfig:
     """What to do, in this order: adapt the vision tower, adapt the text tower, align both."""
 
     towers: Path | None = None
-    """Directory of towers that this stage wrote, to go on from, instead of those that --vision and
+    """Directory of towers that this stage wrote, from which it continues, instead of those that --vision and
     --text name."""
     vision: VisionEncoderConfig = field(default_factory=VisionEncoderConfig)
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
@@ -88,14 +87,15 @@ class PretrainConfig:
     weight_decay: float = 0.01
     """Weight decay of matrices; biases, norms and the temperature have none."""
     warmup: float = 0.1
-    """Share of the steps in which the learning rate rises; after them it falls to 0 along a cosine."""
+    """Fraction of the steps in which the learning rate rises; after them it falls to 0 along a cosine."""
     fix_batch_norm: bool | None = None
-    """Keep the statistics of batch normalization: those of masked images differ from those of whole ones, and
-    every rank would take its own. By default so unless the vision tower starts with random weights."""
+    """Keep the pretrained statistics of batch normalization. Statistics of masked images differ from those of
+    whole ones, and every rank would compute its own. By default they are kept, unless the vision tower starts
+    with random weights."""
     patience: int | None = None
     """Stop a phase after this many epochs without a lower loss of held-out items."""
     validation_fraction: float = 0.05
-    """Share of the items that are held out, the same in every phase."""
+    """Fraction of the items that are held out, the same in every phase."""
     seed: int = 0
     """Seed of the initial weights, of the order of the items, of masks and of dropout."""
 
@@ -103,8 +103,7 @@ class PretrainConfig:
     timeout: Timeouts = field(default_factory=Timeouts)
 
     image_memory_gib: float = 2.0
-    """Decoded images are kept in the memory of every rank if they fit into this; else they are decoded again
-    in every epoch."""
+    """Memory of every rank for decoded images. If they do not fit, they are decoded again in every epoch."""
     item_cache: Path | None = None
     """Folder of the item index; by default one inside `out`."""
     log_every: int = 20

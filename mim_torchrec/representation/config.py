@@ -23,7 +23,7 @@ class ExportConfig:
     batch_size: int = 64
     """Items encoded at a time on a rank."""
     decode_threads: int = 2
-    """Threads of a rank that decode images while the encoder works on others; 0 takes turns with it."""
+    """Threads of a rank that decode images while the encoder computes; with 0 the two take turns."""
     shard_rows: int = 65536
     """Rows of a shard file, at most."""
     on_bad_row: Literal["fail", "skip"] = "fail"
@@ -35,8 +35,8 @@ class ExportConfig:
     image_size: int | None = None
     """Side of the images in pixels; ``None`` is the tower's own; only for ``plain:<vision>+<text>``."""
     feature_cache: Path | None = None
-    """Folder in which C-SFT with frozen towers, or ``mim retrieve``, has kept the features of these very
-    items; they are read from there instead of encoding every item once more."""
+    """Folder in which C-SFT with frozen towers, or ``mim retrieve``, has kept the features of the same items.
+    They are read instead of computed again."""
     timeout: Timeouts = field(default_factory=Timeouts)
     item_cache: Path | None = None
     """Folder of the item index; by default ``<out>.items``."""

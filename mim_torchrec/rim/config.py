@@ -9,29 +9,29 @@ class RIMConfig:
     """Encode new items as they come and add them to the window log."""
 
     source: str
-    """Where items come from: a directory to which whole Parquet files are moved, with the columns of a
-    dataset's items and optionally `removed` (bool); or a URL of Redis with the name of a stream behind #,
-    whose entries have the fields item_id, title and image, or item_id and removed."""
+    """Where items come from. A directory into which whole Parquet files are moved, with the columns of a
+    dataset's items and optionally `removed` (bool). Or a Redis URL with the name of a stream after #, whose
+    entries have the fields item_id, title and image, or item_id and removed."""
     encoder: Path
     """Directory of the encoder that C-SFT wrote, and that the table was exported with."""
     table: Path
     """The base table, for its table_version, its type and the seq at which a new log begins."""
     log: str
-    """Directory or URL of Redis (its name behind #) of the window log."""
+    """Window log, a directory or a Redis URL with its name after #."""
     out: Path
     """Directory of dead-letter.jsonl (items that could not be encoded, and why) and rim.json (counts)."""
     window_items: int = 1000
     """Items of a window, at most."""
     window_seconds: float = 0.5
-    """A window is closed this long after its first item came, however few there are."""
+    """Seconds after the first item of a window at which it is closed, even if it holds few items."""
     batch_size: int = 64
     """Items encoded at a time."""
     threads: int = 1
-    """Threads that one operation of the encoder uses on a CPU. More encode faster on cores of their own; on
-    cores that others use as well they wait for each other, up to seconds an item."""
+    """Threads that one operation of the encoder uses on a CPU. More threads encode faster on free cores. On
+    busy cores they wait for each other, up to seconds per item."""
     max_image_bytes: int = 20_000_000
-    """Larger images are put into the dead-letter file."""
+    """Larger images go to the dead-letter file."""
     name: str = ""
-    """Name of the source in the log, where several feed one."""
+    """Name of the source in the log; needed where several sources feed one log."""
     once: bool = False
-    """End when everything that is there has been published; by default, follow the source until SIGTERM."""
+    """End when all existing items have been published; by default, follow the source until SIGTERM."""

@@ -19,7 +19,7 @@ class Limits:
     deadline_ms: float = 1000.0
     """A request that has waited this long is answered 504 and not scored; a request may ask for less."""
     batch_pairs: int = 100_000
-    """Requests that wait are scored together up to so many pairs of candidate and behavior."""
+    """Pairs of candidate and behavior up to which waiting requests are scored together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,15 +27,17 @@ class ServeConfig:
     """Answer requests for scores over HTTP, by the Open Inference Protocol v2."""
 
     release: Path | None = None
-    """Folder of releases (`mim release`): the current one is served, and a promotion is followed at once."""
+    """Folder of releases (`mim release`). The current release is served; a promotion takes effect at once."""
     bundle: Path | None = None
-    """In place of --release: directory that `mim bundle` has written."""
+    """Instead of --release: directory that `mim bundle` has written."""
     store: str | None = None
-    """With --bundle: directory of the multi-modal table, or URL of the store with it; Base needs none."""
+    """With --bundle: directory of the multi-modal table, or URL of a store that holds it. Base needs none."""
     id_store: str | None = None
-    """With --bundle: URL of the store with the bundle's ID tables; by default the bundle's own are read."""
+    """With --bundle: URL of a store that holds the bundle's ID tables; by default they are read from the
+    bundle."""
     windows: str | None = None
-    """With --bundle: directory or URL of the window log to follow; a store that others keep up needs none."""
+    """With --bundle: window log to follow, a directory or a Redis URL. Not needed if another process applies
+    it to the store."""
     data: Path | None = None
     """Dataset directory, whose users and images the page at / shows; without it there is no page."""
     name: str = "mim"
@@ -47,7 +49,7 @@ class ServeConfig:
     token_file: Path | None = None
     """File with tokens, a line each; a request must carry one as `Authorization: Bearer`."""
     cache: int = 1000
-    """Matrices of histories that are kept."""
+    """Users' histories whose computed matrices are kept in memory."""
     threads: int = 0
     """Threads that score; 0 is the number of cores."""
     limits: Limits = Limits()

@@ -209,7 +209,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """Say, as JSON, which items of the current release another one lacks."""
+    """Print, as JSON, the items of the current release that another one lacks."""
 
     root: Path
     """Folder of the releases."""
@@ -229,7 +229,7 @@ class Promote:
     name: str
     """Name of the release."""
     allow_missing: int = 0
-    """Items of the current release that the new one may lack."""
+    """Number of items of the current release that the new one may lack."""
 
     def run(self) -> None:
         Releases(self.root).promote(self.name, self.allow_missing)

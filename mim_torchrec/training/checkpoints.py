@@ -58,11 +58,11 @@ class CheckpointConfig:
     """Checkpoints of the run."""
 
     every: int = 0
-    """Steps between two checkpoints; 0 for those at the end of every epoch, and at SIGTERM, only."""
+    """Steps between two checkpoints; 0 saves only at the end of every epoch and at SIGTERM."""
     keep: int = 2
-    """How many of the newest are kept."""
+    """Number of checkpoints that are kept, the newest."""
     asynchronous: bool = True
-    """Go on with training while a copy of the state is written; it takes the memory of that copy."""
+    """Continue training while a copy of the state is written. The copy takes as much memory as the state."""
     resume: Literal["auto", "never"] = "auto"
     """`auto` resumes from the newest whole checkpoint in `out`; the result is that of an uninterrupted run.
     `never` removes what is there and starts from scratch, except when torchrun restarts its workers."""

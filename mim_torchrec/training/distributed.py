@@ -118,7 +118,9 @@ def distributed(seed: int, timeouts: Timeouts | None = None) -> Iterator[Distrib
 
 def new_gloo_group() -> dist.ProcessGroup:
     """A further group of all ranks, for tensors in memory, with the timeout of the first one."""
-    timeout = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout
+    world = dist.group.WORLD
+    assert world is not None, "there is no process group"
+    timeout = world._get_backend(torch.device("cpu")).options._timeout
     return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
 
 

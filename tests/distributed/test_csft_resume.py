@@ -62,12 +62,12 @@ class Job(subprocess.Popen):
         return status
 
 
-def launch(data: Path, out: Path, ranks: int = 2, restarts: int = 0) -> Job:
-    """The stage under torchrun, in a process group of its own."""
+def launch(data: Path, out: Path, program: str = "mim_torchrec.csft.main", restarts: int = 0) -> Job:
+    """The stage under torchrun on two ranks, in a process group of its own."""
     line = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks),
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
         "--max_restarts", str(restarts), "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0",
-        "--monitor_interval", "0.1", "-m", "mim_torchrec.csft.main", *command(data, out),
+        "--monitor_interval", "0.1", "-m", program, *command(data, out),
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     return Job(line, out.with_suffix(".log"), env=environment, start_new_session=True)
@@ -85,19 +85,12 @@ def result(out: Path) -> tuple[list[float], str]:
     return [entry["loss"] for entry in history["steps"]], metrics["encoder_version"]
 
 
-def wait_for_checkpoint(process: Job, name: str) -> None:
-    """Until the log tells of this checkpoint or a later one."""
-    while (line := process.lines.get(timeout=200)) is not None:
-        if (found := re.search(r"checkpoint \S*/(epoch-\S*\d)", line)) and found[1] >= name:
-            return
+def wait_for_pause(process: Job) -> int:
+    """Until a rank waits for a signal; its process."""
+    while (line := process.lines.get(timeout=600)) is not None:
+        if found := re.search(r"process (\d+) waits for a signal", line):
+            return int(found[1])
     raise AssertionError(process.log.read_text()[-4000:])
-
-
-def ranks_of(process: Job) -> list[int]:
-    """Processes of the ranks, children of the agent."""
-    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
-    pids = [int(pid) for pid in found.stdout.split()]
-    return [pid for pid in pids if b"mim_torchrec.csft.main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +102,8 @@ def uninterrupted(shop, tmp_path_factory) -> tuple[list[float], str]:
 
 def test_a_rank_that_is_killed_costs_nothing(shop, uninterrupted, tmp_path):
     out = tmp_path / "csft"
-    process = launch(shop, out, restarts=1)
-    wait_for_checkpoint(process, "epoch-0001-step-00000001")
-    os.kill(ranks_of(process)[-1], signal.SIGKILL)
+    process = launch(shop, out, "tests.paused_csft", restarts=1)
+    os.kill(wait_for_pause(process), signal.SIGKILL)
     finish(process, out)
     assert "resumed from" in out.with_suffix(".log").read_text()
     assert result(out) == uninterrupted
@@ -119,8 +111,8 @@ def test_a_rank_that_is_killed_costs_nothing(shop, uninterrupted, tmp_path):
 
 def test_sigterm_saves_and_the_same_command_resumes(shop, uninterrupted, tmp_path):
     out = tmp_path / "csft"
-    process = launch(shop, out)
-    wait_for_checkpoint(process, "epoch-0000-step-00000004")
+    process = launch(shop, out, "tests.paused_csft")
+    wait_for_pause(process)
     process.send_signal(signal.SIGTERM)
     assert process.end(timeout=200) != 0
     log = out.with_suffix(".log").read_text()

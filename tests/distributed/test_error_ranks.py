@@ -40,7 +40,7 @@ def test_a_bad_row_of_one_rank_is_named_in_one_line_and_in_the_error_file(damage
     ]  # fmt: skip
     record = tmp_path / "error.json"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHELASTIC_ERROR_FILE": str(record)}
-    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 1, done.stderr[-3000:]  # torchrun's own
 
     said = [line for line in done.stderr.splitlines() if line.startswith("mim_torchrec.ctr.main: ")]

@@ -1,7 +1,6 @@
 """A frozen table beside trainable ones in one model, on 1 and on 2 gloo ranks."""
 
 import traceback
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -31,6 +30,7 @@ from mim_torchrec.embeddings.table.format import (
     TableError,
     TableWriter,
 )
+from tests.ranks import TIMEOUT
 
 DIM, ITEMS, USERS = 4, 11, 5
 ITEM, MM, USER = ["candidate", "behavior"], ["candidate_mm", "behavior_mm"], ["user"]
@@ -295,7 +295,7 @@ def _rank(rank: int, world_size: int, folder: Path) -> None:
         init_method=f"file://{folder / f'rendezvous-{world_size}'}",
         rank=rank,
         world_size=world_size,
-        timeout=timedelta(seconds=60),
+        timeout=TIMEOUT,
     )
     for name, claim in CLAIMS.items():
         try:

@@ -28,7 +28,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
 from mim_torchrec.ciubm import DIN, CiUBM, RequestInterests
-from mim_torchrec.embeddings.sharded import (
+from mim_torchrec.embeddings import (
     FrozenEmbeddingBagCollection,
     FrozenEmbeddingCollection,
     JoinedEmbeddingBags,

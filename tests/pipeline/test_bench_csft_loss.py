@@ -5,6 +5,7 @@ import json
 import pytest
 
 from mim_torchrec.benchmarks.speed.csft_loss import main
+from mim_torchrec.errors import OptionError
 
 pytestmark = pytest.mark.slow
 
@@ -22,3 +23,8 @@ def test_the_report_holds_every_figure_and_target(tmp_path):
     assert len(report["targets"]) == 5 and report["config"]["queries"] == 8
     text = (tmp_path / "report.md").read_text()
     assert all(target["claim"] in text for target in report["targets"])
+
+
+def test_a_size_of_0_is_refused(tmp_path):
+    with pytest.raises(OptionError, match="--queue-batches is 0; it must be at least 1"):
+        main(["--out", str(tmp_path), "--queue-batches", "0"])

@@ -48,7 +48,7 @@ def run(example: str, table: Path) -> list[float]:
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
              str(EXAMPLES / example), str(table)]  # fmt: skip
     done = subprocess.run(
-        words, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        words, capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr
     losses = re.findall(r"rank ([01]): loss (\d\.\d+)", done.stdout)

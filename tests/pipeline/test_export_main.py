@@ -99,7 +99,7 @@ def test_two_ranks_write_the_table_that_one_writes(exported, encoder, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
                "-m", "mim_torchrec.representation.export", "--data", str(data), "--encoder", str(encoder[0]),
                "--out", str(tmp_path / "table"), "--dtype", "float32"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False, timeout=180)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "13 items x 8 float32" in done.stderr and "items/s on 2 ranks" in done.stderr
     one, two = Table.open(path), Table.open(tmp_path / "table", expected_version=encoder[1])

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -227,6 +226,33 @@ def start(place: dict[str, str], *more: str) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
+KILLED = """
+import os, signal, sys
+from mim_torchrec.rim import main as rim
+number, moment = int(sys.argv[1]), sys.argv[2]
+plain, calls = rim.open_log, []
+
+def open_log(*args, **words):
+    log = plain(*args, **words)
+    append = log.append
+
+    def counted(*args, **words):
+        calls.append(args)
+        if len(calls) == number and moment == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        seq = append(*args, **words)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return seq
+
+    log.append = counted
+    return log
+
+rim.open_log = open_log
+rim.main(sys.argv[3:])
+"""
+
+
 @pytest.mark.parametrize("kind", ["files", "stream"])
 def test_whoever_is_killed_when_every_item_is_in_one_window(place, tmp_path, redis_url, kind):
     items = range(500, 590)
@@ -236,19 +262,12 @@ def test_whoever_is_killed_when_every_item_is_in_one_window(place, tmp_path, red
     else:
         place |= {"--source": f"{redis_url}:items", "--log": redis_url}
         add(place["--source"], *(row(k) for k in items))
-    rng, kills = random.Random(3), 0
-    while True:
-        rim = start(place, "--window-items", "1", "--once")
-        seen = 0
-        for line in rim.stderr:
-            seen += "window" in line
-            if kills < 3 and seen > rng.randrange(1, 6):
-                rim.kill()
-                break
-        if rim.wait() != -signal.SIGKILL:
-            break
-        kills += 1
-    assert kills == 3 and rim.returncode == 0
+    line = words(place, "--window-items", "1", "--once")
+    for number, moment in (("2", "before"), ("3", "after"), ("1", "before")):
+        rim = subprocess.run([sys.executable, "-c", KILLED, number, moment, *line], cwd=ROOT, check=False)
+        assert rim.returncode == -signal.SIGKILL
+    assert len(windows(place)) == 4
+    main(line)
     made = windows(place)
     assert [w.seq for w in made] == list(range(1, len(made) + 1))
     assert Counter(item for w in made for item in w.ids.tolist()) == Counter(items)

@@ -92,7 +92,10 @@ def test_a_library_that_crashes_is_named():
 
 
 def test_a_check_that_hangs_ends():
-    process = doctor.start("import threading; print('@waiting', flush=True); threading.Event().wait()")
+    process = doctor.start(
+        "import signal, sys; print('@waiting', flush=True); print(file=sys.stderr); signal.pause()"
+    )
+    assert process.stderr.readline() == "\n"
     assert doctor.outcome(process, timeout=1) == (False, "waiting takes more than 1 s")
 
 

@@ -107,6 +107,11 @@ def test_every_folder_with_modules_is_a_package():
     assert [path for path in SOURCES.values() if not (path.parent / "__init__.py").exists()] == []
 
 
+def test_no_file_has_more_than_400_lines():
+    files = [*SOURCES.values(), *(ROOT / "tests").rglob("*.py"), *(ROOT / "examples").rglob("*.py")]
+    assert [file for file in files if len(file.read_text().splitlines()) > 400] == []
+
+
 @pytest.mark.parametrize("module", SOURCES)
 def test_imports_run_downwards_only(module):
     for name, _ in imports(SOURCES[module]):

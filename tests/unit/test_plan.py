@@ -38,6 +38,26 @@ def test_the_memory_asked_for_is_the_memory_planned():
     assert frozen.kernel == "fused_uvm" and not any(frozen.hbm)
 
 
+def test_a_copy_a_node_takes_the_memory_of_every_node():
+    (frozen,) = simulate(PlanConfig(rows=1_000_003, world_size=8, local_world_size=4, copy="node"))
+    assert (frozen.sharding, frozen.kernel, frozen.copies) == ("data_parallel", "fused", 2)
+    assert frozen.hbm == (250_001 * 256, 250_001 * 256, 250_001 * 256, 250_000 * 256) * 2
+    assert frozen.bytes == 2 * 1_000_003 * 256
+
+
+def test_a_copy_a_rank_takes_the_memory_of_every_rank():
+    (frozen,) = simulate(PlanConfig(rows=1000, world_size=8, local_world_size=4, copy="rank"))
+    assert frozen.hbm == (1000 * 256,) * 8 and frozen.copies == 8
+
+
+def test_copies_that_do_not_fit_are_refused():
+    with pytest.raises(OptionError, match="do not fit: the frozen one alone has 3,626 GiB.* --copy world"):
+        simulate(PlanConfig(**PAPER, world_size=104, local_world_size=8, copy="node", memory="device",
+                            hbm_gb=30))  # fmt: skip
+    with pytest.raises(OptionError, match="--copy rank is in HBM"):
+        simulate(PlanConfig(rows=1000, copy="rank", memory="uvm"))
+
+
 def test_trainable_tables_stand_beside_it_with_their_optimizer():
     frozen, trained = simulate(PlanConfig(**PAPER, trainable=("100000000x64",)))
     assert (frozen.optimizer_bytes, trained.optimizer_bytes) == (0, 400_000_000)

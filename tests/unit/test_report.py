@@ -123,6 +123,14 @@ def test_a_control_says_where_its_interval_lies(tmp_path, signal, contains_zero,
     assert words in result["verdict"]
 
 
+def test_a_control_of_one_class_of_labels_is_undefined(tmp_path):
+    runs = [ctr_run(tmp_path / name, 0, 0.5, labels=np.zeros(IMPRESSIONS)) for name in ("base", "control")]
+    result = comparison.control("", runs[:1], runs[1:])
+    assert (result["gain"], result["ci"], result["contains_zero"]) == (None, None, None)
+    assert result["verdict"].startswith("undefined")
+    assert not comparison.target_of_gain("it gains", result)["met"]
+
+
 def test_an_undefined_figure_stays_undefined_in_the_mean(runs):
     sets = comparison.cold_start(*runs)
     assert [s["set"] for s in sets] == [f"S{k}" for k in range(1, 11)]

@@ -1,11 +1,8 @@
 """RequestReader against a naive row-by-row reading, over ranks, epochs and kinds of columns."""
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -13,18 +10,10 @@ from torch.utils.data import DataLoader
 from mim_torchrec.data.batch import RequestBatch
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.requests import RequestReader
-from mim_torchrec.data.schema import REQUESTS, category_ids
-from tests.datasets import SECOND, START, Rows, request_rows, without, write_requests, write_rows
+from tests.datasets import SECOND, START, request_rows, without, write_requests
+from tests.request_rows import FEATURES, as_rows, expected, ids, read
 
 NUM_REQUESTS = 47
-FEATURES = {
-    "user_id": "user_id",
-    "query_id": "query_id",
-    "candidate_item_id": "candidate_item_ids",
-    "behavior_item_id": "behavior_item_ids",
-    "candidate_category": "candidate_categories",
-    "behavior_category": "behavior_categories",
-}
 
 
 @pytest.fixture(scope="module")
@@ -35,50 +24,6 @@ def files(tmp_path_factory) -> list[Path]:
         write_requests(folder / "part-0.parquet", rows[:30]),
         write_requests(folder / "part-1.parquet", rows[30:]),
     ]
-
-
-def read(files: Iterable[Path], *, epoch: int = 0, batch_size: int = 7, **options) -> list[RequestBatch]:
-    reader = RequestReader(list(files), batch_size=batch_size, **options)
-    reader.set_epoch(epoch)
-    return list(reader)
-
-
-def as_rows(batches: list[RequestBatch]) -> Rows:
-    """Naive: one dict a request, in the schema's names, categories as ids."""
-    rows = []
-    for batch in batches:
-        features = {
-            column: [part.tolist() for part in batch.sparse[key].to_dense()]
-            for key, column in FEATURES.items()
-            if key in batch.sparse.keys()  # noqa: SIM118  a KJT is no mapping
-        }
-        ends = np.cumsum([len(ids) for ids in features["candidate_item_ids"]])
-        labels = np.split(batch.labels.numpy(), ends[:-1])
-        ends = np.cumsum([len(ids) for ids in features["behavior_item_ids"]])
-        for k in range(batch.num_requests):
-            row = {column: values[k] for column, values in features.items()}
-            row |= {"request_id": int(batch.request_ids[k]), "labels": labels[k].tolist()}
-            for scalar in {"user_id", "query_id"} & set(row):
-                (row[scalar],) = row[scalar]
-            if batch.request_ts is not None:
-                row["ts"] = int(batch.request_ts[k])
-            if batch.behavior_ts is not None:
-                row["behavior_ts"] = np.split(batch.behavior_ts.numpy(), ends[:-1])[k].tolist()
-            rows.append(row)
-    return rows
-
-
-def expected(rows: Rows) -> Rows:
-    """The rows with ids for the names of categories."""
-    categories = ("behavior_categories", "candidate_categories")
-    return [
-        row | {c: category_ids(pa.array(row[c], pa.string())).tolist() for c in categories if c in row}
-        for row in rows
-    ]
-
-
-def ids(batches: list[RequestBatch]) -> list[int]:
-    return [request for batch in batches for request in batch.request_ids.tolist()]
 
 
 def test_batches_are_the_rows_of_the_files_in_order(files):
@@ -187,34 +132,6 @@ def test_max_behaviors_keeps_the_last_ones(files):
     assert as_rows(read(files, max_behaviors=2)) == expected(rows)
 
 
-@pytest.mark.parametrize(
-    "absent",
-    [
-        ("query_id",),
-        ("behavior_categories", "candidate_categories"),
-        ("ts",),
-        ("behavior_ts",),
-        ("query_id", "behavior_categories", "candidate_categories", "ts", "behavior_ts"),
-    ],
-    ids="+".join,
-)
-def test_optional_columns_may_be_absent(tmp_path, absent):
-    rows = without(request_rows(), *absent)
-    assert as_rows(read([write_requests(tmp_path / "r.parquet", rows)])) == expected(rows)
-
-
-def test_columns_beside_the_schema_are_left_alone(tmp_path):
-    rows = [row | {"price": 1.5} for row in request_rows()]
-    file = write_rows(tmp_path / "r.parquet", rows, REQUESTS.append(pa.field("price", pa.float64())))
-    assert as_rows(read([file])) == expected(request_rows())
-
-
-def test_categories_of_one_role_only_are_refused(tmp_path):
-    file = write_requests(tmp_path / "r.parquet", without(request_rows(), "behavior_categories"))
-    with pytest.raises(DataError, match=r"r\.parquet: categories .* go together"):
-        read([file])
-
-
 def test_files_that_differ_in_columns_are_refused(tmp_path, files):
     other = write_requests(tmp_path / "other.parquet", without(request_rows(), "query_id"))
     with pytest.raises(DataError, match=r"other\.parquet: has columns .*part-0\.parquet has .*query_id"):
@@ -301,64 +218,6 @@ def test_only_bad_requests_are_refused_rather_than_skipped(tmp_path):
 def test_impossible_arguments_are_refused(files, options):
     with pytest.raises(ValueError, match="impossible|on_bad_row"):
         read(files, **options)
-
-
-def rewritten(path: Path, **types: pa.DataType) -> Path:
-    """The default requests with some columns in other types."""
-    table = pq.read_table(write_requests(path))
-    for column, kind in types.items():
-        values = table[column].cast(kind)
-        table = table.set_column(table.column_names.index(column), column, values)
-    pq.write_table(table, path, row_group_size=4)
-    return path
-
-
-@pytest.mark.parametrize("unit", ["s", "ms", "ns"])
-def test_times_of_another_unit_come_out_in_microseconds(tmp_path, unit):
-    times = {"ts": pa.timestamp(unit), "behavior_ts": pa.list_(pa.timestamp(unit))}
-    assert as_rows(read([rewritten(tmp_path / "r.parquet", **times)])) == expected(request_rows())
-
-
-def test_times_with_a_time_zone_come_out_in_microseconds(tmp_path):
-    times = {"ts": pa.timestamp("us", "UTC"), "behavior_ts": pa.list_(pa.timestamp("us", "UTC"))}
-    assert as_rows(read([rewritten(tmp_path / "r.parquet", **times)])) == expected(request_rows())
-
-
-@pytest.mark.parametrize("kind", [pa.int32(), pa.int16(), pa.uint32()], ids=str)
-def test_narrower_ids_are_accepted(tmp_path, kind):
-    types = {"request_id": kind, "user_id": kind, "query_id": kind, "behavior_item_ids": pa.list_(kind),
-             "candidate_item_ids": pa.list_(kind)}  # fmt: skip
-    assert as_rows(read([rewritten(tmp_path / "r.parquet", **types)])) == expected(request_rows())
-
-
-@pytest.mark.parametrize("kind", [pa.bool_(), pa.int64(), pa.float32()], ids=str)
-def test_labels_of_another_type_are_accepted(tmp_path, kind):
-    file = rewritten(tmp_path / "r.parquet", labels=pa.list_(kind))
-    assert as_rows(read([file])) == expected(request_rows())
-
-
-def test_large_lists_are_accepted(tmp_path):
-    types = {"behavior_item_ids": pa.large_list(pa.int64()), "labels": pa.large_list(pa.int8())}
-    assert as_rows(read([rewritten(tmp_path / "r.parquet", **types)])) == expected(request_rows())
-
-
-@pytest.mark.parametrize(
-    "kind", [pa.large_string(), pa.dictionary(pa.int32(), pa.string())], ids=["large", "dictionary"]
-)
-def test_categories_of_another_text_type_have_the_same_ids(tmp_path, kind):
-    types = {"behavior_categories": pa.list_(kind), "candidate_categories": pa.list_(kind)}
-    assert as_rows(read([rewritten(tmp_path / "r.parquet", **types)])) == expected(request_rows())
-
-
-def test_categories_that_are_integers_stay_as_they_are(tmp_path):
-    rows = request_rows()
-    for row in rows:
-        for role in ("behavior", "candidate"):
-            row[f"{role}_categories"] = [i % 3 for i in row[f"{role}_item_ids"]]
-    schema = REQUESTS
-    for column in ("behavior_categories", "candidate_categories"):
-        schema = schema.set(schema.get_field_index(column), pa.field(column, pa.list_(pa.int64())))
-    assert as_rows(read([write_rows(tmp_path / "r.parquet", rows, schema)])) == rows
 
 
 def test_a_history_may_begin_before_that_of_the_request_ahead(tmp_path):

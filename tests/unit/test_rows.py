@@ -5,7 +5,8 @@ import torch
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 
 from mim_torchrec.embeddings.sharded.rows import CachedRows, DenseRows, MappedRows, make_rows
-from mim_torchrec.embeddings.table.quantize import DTYPES, decode, encode, stored_width
+from mim_torchrec.embeddings.sharded.ssd import WAYS, SsdRows
+from mim_torchrec.embeddings.table.quantize import DTYPES, decode, encode, row_bytes, stored_width
 
 CPU = torch.device("cpu")
 ROWS, DIM = 50, 8
@@ -31,6 +32,11 @@ def cached(stored, dtype, slots=7):
     return CachedRows(dense(stored, dtype), slots, CPU)
 
 
+def on_ssd(stored, dtype, sets=2):
+    """A cache of 16 rows."""
+    return SsdRows(mapped(stored, dtype), sets * WAYS * (row_bytes(dtype, DIM) + 8))
+
+
 def with_gaps(stored):
     stored = stored.clone()
     for gap in (slice(0, 1), slice(20, 23), slice(47, 50)):
@@ -39,7 +45,7 @@ def with_gaps(stored):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("make", [dense, mapped, cached])
+@pytest.mark.parametrize("make", [dense, mapped, cached, on_ssd])
 @pytest.mark.parametrize("rows", [[], [3], [0, 49, 3, 3, 21, 23, 22, 40, 39, 1], list(range(50))])
 def test_rows_are_found_in_any_order_and_repeated(make, dtype, rows):
     stored = with_gaps(encode(vectors(), dtype))
@@ -52,7 +58,7 @@ def test_rows_are_found_in_any_order_and_repeated(make, dtype, rows):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("make", [dense, mapped, cached])
+@pytest.mark.parametrize("make", [dense, mapped, cached, on_ssd])
 def test_rows_that_are_written_are_found_and_no_others_change(make, dtype):
     stored = with_gaps(encode(vectors(), dtype))
     store = make(stored, dtype)

@@ -99,6 +99,7 @@ import sys, torch
 from mim_torchrec.embeddings.windows.transport import open_log
 log = open_log(sys.argv[1], "v1", start=0)
 for k in range(30):
+    sys.stdin.readline()  # once for each window, or nothing at the end of the input
     log.append(f"w{k}", torch.tensor([k]), torch.full((1, 8), float(k)))
     print(k, flush=True)
 """
@@ -106,16 +107,18 @@ for k in range(30):
 
 @pytest.mark.slow
 def test_a_writer_that_is_killed_again_and_again_adds_every_window_once(where):
-    rng, kills = random.Random(0), 0
-    while True:
-        writer = subprocess.Popen([sys.executable, "-c", WRITER, where], cwd=ROOT, stdout=subprocess.PIPE)
-        for _ in range(rng.randrange(1, 14)):
+    rng, words = random.Random(0), [sys.executable, "-c", WRITER, where]
+    for _ in range(3):
+        writer = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        before = rng.randrange(1, 14)
+        writer.stdin.write(b"\n" * (before + 10))  # it cannot end before it is killed
+        writer.stdin.flush()
+        for _ in range(before):
             writer.stdout.readline()
-        writer.kill() if kills < 3 else None
-        if writer.wait() != -signal.SIGKILL:
-            break
-        kills += 1
-    assert kills == 3
+        writer.kill()
+        writer.communicate()
+        assert writer.returncode == -signal.SIGKILL
+    subprocess.run(words, cwd=ROOT, stdin=subprocess.DEVNULL, check=True)
     found = list(open_log(where, "v1").after(0))
     assert [w.window_id for w in found] == [f"w{k}" for k in range(30)]
     assert [w.seq for w in found] == list(range(1, 31))
@@ -184,10 +187,10 @@ def test_a_server_without_memory_refuses_a_window_and_keeps_what_it_has(tmp_path
         with pytest.raises(RedisFull, match="no memory left"):
             for k in range(100):
                 log.append(f"w{k}", torch.arange(2000), torch.zeros(2000, 64))
-        head = log.last_seq()
-        assert 0 < head < 99
+        last = log.last_seq()
+        assert 0 < last < 99
         server.client().config_set("maxmemory", "100mb")
-        assert log.append(f"w{head}", tensor(1), vectors(1)) == head + 1
+        assert log.append(f"w{last}", tensor(1), vectors(1)) == last + 1
     finally:
         server.kill()
 
