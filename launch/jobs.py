@@ -15,7 +15,7 @@ import torchx.specs as specs
 from torchx.components.dist import parse_nnodes
 from torchx.specs import macros
 
-PORT = 29500
+FIRST_PORT, PORTS = 20000, 10000  # below those that Linux gives to outgoing connections
 
 
 def process(stage: str, module: str, script_args: Tuple[str, ...], **flags: object) -> specs.AppDef:  # noqa: UP006
@@ -91,17 +91,17 @@ def _python(role: specs.Role) -> None:
     _run(role, f'exec "$${{MIM_PYTHON:-python}}" {shlex.join(role.args)}')
 
 
-def _torchrun(role: specs.Role, *, j: str = "1x2", max_restarts: int = 0) -> None:
+def _torchrun(role: specs.Role, *, j: str = "1x2", max_restarts: int = 0, port: int = 0) -> None:
     """Run the words of a role by torchrun agents.
 
     Args:
         role: of the stage.
         j: [{min_nnodes}:]{nnodes}x{nproc_per_node}
         max_restarts: times the workers are started again inside the job when one fails
+        port: of the first node, where the agents of several nodes meet; 0 derives it from the job's id
     """
     min_nodes, max_nodes, processes, nodes = parse_nnodes(j)
-    # port 0 lets torchrun choose a free one; TorchX fills in ${rank0_env}, bash the variable it names
-    endpoint = "localhost:0" if max_nodes == 1 else f'"$${{{macros.rank0_env}:=localhost}}:{PORT}"'
+    endpoint, hosting = _meeting(max_nodes, port)
     options = {
         "--rdzv_backend": "c10d",
         "--rdzv_id": macros.app_id,
@@ -114,13 +114,28 @@ def _torchrun(role: specs.Role, *, j: str = "1x2", max_restarts: int = 0) -> Non
     words = [word for option in options.items() for word in option] + role.args
     # not `torchrun`: the first one on PATH may belong to another environment
     launcher = 'exec "$${MIM_PYTHON:-python}" -m torch.distributed.run --rdzv_endpoint'
-    _run(role, f"{launcher} {endpoint} {shlex.join(words)}")
+    _run(role, f"{launcher} {endpoint} {hosting}{shlex.join(words)}")
     role.num_replicas, role.min_replicas = max_nodes, min_nodes
-    role.port_map = {"c10d": PORT}
+    if port:
+        role.port_map = {"c10d": port}
     # workers that are restarted hang when they share the store of the rendezvous
     role.env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     if processes > 1:  # torchrun's own default, which it announces with a warning
         role.env["OMP_NUM_THREADS"] = "1"
+
+
+def _meeting(nodes: int, port: int) -> Tuple[str, str]:  # noqa: UP006
+    """Where the agents of a job meet, in the words of bash, and an option that says who is the host.
+
+    TorchX fills in the macros, bash the variable that `rank0_env` names. Jobs that share a first node have
+    different ports. Where two ids give one port, the second store cannot be opened and its job fails at once:
+    only the first replica hosts the store, and it never joins one that is there already.
+    """
+    if nodes == 1:
+        return "localhost:0", ""  # torchrun chooses a free port
+    of_id = f"$(($(printf %s {macros.app_id} | cksum | cut -d' ' -f1) % {PORTS} + {FIRST_PORT}))"
+    host = f"is_host=$((!{macros.replica_id}))"
+    return f'"$${{{macros.rank0_env}:=localhost}}:{port or of_id}"', f"--rdzv_conf {host} "
 
 
 def _run(role: specs.Role, line: str) -> None:
@@ -155,5 +170,9 @@ def _job(
     role.image = image
     role.resource = specs.resource(cpu=cpu, gpu=gpu, memMB=memMB, h=h)
     role.max_retries, role.retry_policy = max_retries, specs.RetryPolicy.APPLICATION
-    role.env = {**role.env, **(env or {})}
+    for name, value in (env or {}).items():
+        if "," in value:  # Slurm separates variables by commas
+            role.args[-1] = f"export {name}={shlex.quote(value)}; {role.args[-1]}"
+        else:
+            role.env[name] = value
     role.mounts = specs.parse_mounts(mounts) if mounts else []

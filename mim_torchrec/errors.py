@@ -78,12 +78,12 @@ LOST_PEER = (
     "connection reset by peer",
     "connectclosedbypeer",
     "broken pipe",
-    "timed out waiting",
     "socket closed",
     "recvvalue failed",
     "sendbytes failed",
     "nccl communicator was aborted",
 )
+TIMEOUT = ("timed out waiting", "timed out after", "collective operation timeout")
 ADVICE = {
     errno.ENOENT: (Status.DATA, "check the path"),
     errno.ENOTDIR: (Status.DATA, "check the path"),
@@ -98,6 +98,11 @@ ADVICE = {
     errno.EMFILE: (Status.ENVIRONMENT, "raise the limit of open files (ulimit -n)"),
     errno.EADDRINUSE: (Status.ENVIRONMENT, "choose another port or end the program that has it"),
 }
+
+
+def is_timeout(error: RuntimeError) -> bool:
+    """Whether it is of a collective that waited for another rank for too long."""
+    return any(words in str(error).lower() for words in TIMEOUT)
 
 
 def one_line(text: str) -> str:
@@ -134,6 +139,8 @@ def explain(error: BaseException) -> tuple[str, Status] | None:
         return f"out of memory: {text}; lower the batch size or use a larger machine", Status.ENVIRONMENT
     if library == "torch" and isinstance(error, RuntimeError) and type(error).__name__ == "OutOfMemoryError":
         return f"out of GPU memory: {text}; lower the batch size", Status.ENVIRONMENT
+    if isinstance(error, RuntimeError) and is_timeout(error):
+        return f"another rank was waited for in vain ({text})", Status.ENVIRONMENT
     if isinstance(error, RuntimeError) and any(words in text.lower() for words in LOST_PEER):
         return (
             f"another rank has ended; see its own message ({text})",

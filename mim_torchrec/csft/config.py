@@ -8,6 +8,7 @@ from mim_torchrec.encoders.item_encoder import HeadConfig, ItemEncoderConfig
 from mim_torchrec.encoders.text import TextEncoderConfig
 from mim_torchrec.encoders.vision import VisionEncoderConfig
 from mim_torchrec.training.checkpoints import CheckpointConfig
+from mim_torchrec.training.distributed import Timeouts
 from mim_torchrec.training.parallel import Parallel
 
 
@@ -101,6 +102,7 @@ class CSFTConfig:
     """Images or titles that a trained tower processes at a time. They are computed again in the backward
     pass, so that a whole batch takes the memory of one chunk (GradCache, Gao et al. 2021)."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    timeout: Timeouts = field(default_factory=Timeouts)
 
     image_memory_gib: float = 2.0
     """Memory of every rank for decoded images. If they do not fit, they are decoded again in every epoch.
@@ -114,8 +116,8 @@ class CSFTConfig:
 
     def resume_fingerprint(self) -> dict[str, Any]:
         """The fields that must be equal for a run to resume."""
-        free = {"out", "checkpoint", "log_every", "drawn_queries", "image_memory_gib", "encode_batch_size",
-                "feature_cache", "item_cache"}  # fmt: skip
+        free = {"out", "checkpoint", "timeout", "log_every", "drawn_queries", "image_memory_gib",
+                "encode_batch_size", "feature_cache", "item_cache"}  # fmt: skip
         return {name: value for name, value in asdict(self).items() if name not in free}
 
     def encoder(self) -> ItemEncoderConfig:

@@ -181,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of `mim csft`."""
     config = tyro.cli(CSFTConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
     program.log_to_stderr()
-    with distributed(config.seed) as context:
+    with distributed(config.seed, config.timeout) as context:
         logging.getLogger("mim_torchrec").setLevel(logging.INFO if context.is_main else logging.WARNING)
         fine_tune(config, context)
 

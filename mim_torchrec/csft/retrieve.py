@@ -8,7 +8,7 @@ does at its end.
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,7 @@ from mim_torchrec.data.schema import Dataset
 from mim_torchrec.encoders.checkpoint import load_encoder
 from mim_torchrec.errors import OptionError, check_sizes
 from mim_torchrec.representation.plain import PLAIN, PlainTowers
-from mim_torchrec.training.distributed import DistributedContext, distributed
+from mim_torchrec.training.distributed import DistributedContext, Timeouts, distributed
 
 log = logging.getLogger("mim_torchrec.csft.retrieve")  # also where this file is __main__
 
@@ -54,6 +54,7 @@ class RetrieveConfig:
     """Images or titles that a tower takes at a time."""
     feature_cache: Path | None = None
     """Folder where features of towers are kept for other runs; by default one inside `out`."""
+    timeout: Timeouts = field(default_factory=Timeouts)
     item_cache: Path | None = None
     """Folder of the item index; by default one inside `out`."""
 
@@ -103,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of `mim retrieve`."""
     config = tyro.cli(RetrieveConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
     program.log_to_stderr()
-    with distributed(seed=0) as context:  # nothing here is drawn
+    with distributed(seed=0, timeouts=config.timeout) as context:  # nothing here is drawn
         logging.getLogger("mim_torchrec").setLevel(logging.INFO if context.is_main else logging.WARNING)
         retrieve(config, context)
 

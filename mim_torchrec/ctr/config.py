@@ -15,6 +15,7 @@ from mim_torchrec.ciubm.ubm.registry import built_in_models, find_model
 from mim_torchrec.data.features import Features
 from mim_torchrec.extras import needs
 from mim_torchrec.training.checkpoints import CheckpointConfig
+from mim_torchrec.training.distributed import Timeouts
 
 Preset = Literal["paper", "recommended"]
 Sharding = Literal["table_wise", "row_wise", "column_wise"]
@@ -171,6 +172,7 @@ class CTRConfig(ModelConfig):
     on_bad_row: Literal["fail", "skip"] = "fail"
     """Stop at a malformed request, or skip and count it."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    timeout: Timeouts = field(default_factory=Timeouts)
     item_cache: Path | None = None
     """Folder of the item index; by default one inside `out`."""
     log_every: int = 20
@@ -178,7 +180,8 @@ class CTRConfig(ModelConfig):
 
     def resume_fingerprint(self) -> dict[str, Any]:
         """The fields that must be equal for a run to resume; it may get more epochs."""
-        free = {"out", "preset", "pipeline", "index_dedup", "checkpoint", "log_every", "item_cache", "epochs"}
+        free = {"out", "preset", "pipeline", "index_dedup", "checkpoint", "timeout", "log_every",
+                "item_cache", "epochs"}  # fmt: skip
         free.add("windows")  # their log may move
         return {name: value for name, value in asdict(self).items() if name not in free}
 

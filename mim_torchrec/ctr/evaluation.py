@@ -8,7 +8,7 @@ number of ranks, whatever number the model was trained on.
 """
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from mim_torchrec.ctr.task import load_model
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.schema import Dataset
 from mim_torchrec.errors import check_sizes
-from mim_torchrec.training.distributed import DistributedContext, distributed
+from mim_torchrec.training.distributed import DistributedContext, Timeouts, distributed
 from mim_torchrec.training.run_directory import RunDirectory
 
 log = logging.getLogger("mim_torchrec.ctr.evaluation")  # also where it runs as __main__
@@ -56,6 +56,7 @@ class EvaluationConfig:
     """Candidates in a batch, over all ranks."""
     on_bad_row: Literal["fail", "skip"] = "fail"
     """Stop at a malformed request, or skip and count it."""
+    timeout: Timeouts = field(default_factory=Timeouts)
     item_cache: Path | None = None
     """Folder of the item index; by default one inside `out`."""
 
@@ -128,7 +129,9 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of `mim evaluate`."""
     config = tyro.cli(EvaluationConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
     program.log_to_stderr()
-    with distributed(seed=0) as context:  # nothing here is drawn but the intervals, which have their own
+    with distributed(
+        seed=0, timeouts=config.timeout
+    ) as context:  # nothing here is drawn but the intervals, which have their own
         evaluate(config, context)
 
 

@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of `mim ctr`."""
     config = parse(argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
     program.log_to_stderr()
-    with distributed(config.seed) as context:
+    with distributed(config.seed, config.timeout) as context:
         train_and_evaluate(config, context)
 
 

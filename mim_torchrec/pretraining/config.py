@@ -7,6 +7,7 @@ from typing import Any, Literal
 from mim_torchrec.encoders.text import TextEncoderConfig
 from mim_torchrec.encoders.vision import VisionEncoderConfig
 from mim_torchrec.training.checkpoints import CheckpointConfig
+from mim_torchrec.training.distributed import Timeouts
 
 Phase = Literal["dda-vision", "dda-text", "dma"]
 
@@ -99,6 +100,7 @@ class PretrainConfig:
     """Seed of the initial weights, of the order of the items, of masks and of dropout."""
 
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    timeout: Timeouts = field(default_factory=Timeouts)
 
     image_memory_gib: float = 2.0
     """Memory of every rank for decoded images. If they do not fit, they are decoded again in every epoch."""
@@ -109,5 +111,5 @@ class PretrainConfig:
 
     def resume_fingerprint(self) -> dict[str, Any]:
         """The fields that must be equal for a run to resume."""
-        free = {"out", "checkpoint", "log_every", "image_memory_gib", "item_cache"}
+        free = {"out", "checkpoint", "timeout", "log_every", "image_memory_gib", "item_cache"}
         return {name: value for name, value in asdict(self).items() if name not in free}

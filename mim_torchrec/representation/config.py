@@ -1,8 +1,10 @@
 """Configuration of the export; every field is a flag of ``mim export``."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+from mim_torchrec.training.distributed import Timeouts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,5 +37,6 @@ class ExportConfig:
     feature_cache: Path | None = None
     """Folder in which C-SFT with frozen towers, or ``mim retrieve``, has kept the features of the same items.
     They are read instead of computed again."""
+    timeout: Timeouts = field(default_factory=Timeouts)
     item_cache: Path | None = None
     """Folder of the item index; by default ``<out>.items``."""

@@ -2,18 +2,33 @@
 
 import os
 import random
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from mim_torchrec.errors import SetupError
+from mim_torchrec.errors import SetupError, is_timeout
+from mim_torchrec.training.liveness import Liveness, RankStalled
+from mim_torchrec.training.network import check_interface
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timeouts:
+    """How long ranks wait for each other, in seconds."""
+
+    init: float = 600.0
+    """Until all ranks have started."""
+    step: float = 1800.0
+    """In one exchange between ranks, of a step, an evaluation or a checkpoint. The error names the rank that
+    was waited for."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +38,12 @@ class DistributedContext:
     rank: int
     world_size: int
     device: torch.device
+    liveness: Liveness | None = None
+
+    def at(self, place: str) -> None:
+        """Say where in the run this rank is, for whoever waits for it; every rank says the same."""
+        if self.liveness is not None:
+            self.liveness.at(place)
 
     @property
     def is_main(self) -> bool:
@@ -48,7 +69,7 @@ class DistributedContext:
 
 
 @contextmanager
-def distributed(seed: int) -> Iterator[DistributedContext]:
+def distributed(seed: int, timeouts: Timeouts | None = None) -> Iterator[DistributedContext]:
     """Set up the process group and the seeds, and take the group down at the end.
 
     Where a launcher such as torchrun has set RANK and WORLD_SIZE the group spans its ranks; otherwise it is a
@@ -57,19 +78,22 @@ def distributed(seed: int) -> Iterator[DistributedContext]:
 
     Args:
         seed: of Python, numpy and torch. It is the same on every rank, so that all build the same model.
+        timeouts: how long ranks wait for each other.
 
     Yields:
         The rank, the number of ranks and this rank's device.
 
     Raises:
-        SetupError: a machine has GPUs, but fewer than ranks.
+        SetupError: a machine has GPUs, but fewer than ranks; other machines cannot reach this one.
+        RankStalled: ranks were waited for in vain.
     """
     device = _device()
     mine, alone = not dist.is_initialized(), False
+    liveness: Liveness | None = None
     if mine:
         backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend)
+            liveness = _join(backend, timeouts or Timeouts())
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
             alone = "LOCAL_WORLD_SIZE" not in os.environ
@@ -78,12 +102,66 @@ def distributed(seed: int) -> Iterator[DistributedContext]:
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     try:
-        yield DistributedContext(dist.get_rank(), dist.get_world_size(), device)
+        yield DistributedContext(dist.get_rank(), dist.get_world_size(), device, liveness)
+    except RuntimeError as error:
+        if liveness is None or not is_timeout(error):
+            raise
+        raise liveness.stalled(error) from error
     finally:
+        if liveness is not None:
+            liveness.close()
         if mine:
             dist.destroy_process_group()
         if alone:
             del os.environ["LOCAL_WORLD_SIZE"]
+
+
+def new_gloo_group() -> dist.ProcessGroup:
+    """A further group of all ranks, for tensors in memory, with the timeout of the first one."""
+    world = dist.group.WORLD
+    assert world is not None, "there is no process group"
+    timeout = world._get_backend(torch.device("cpu")).options._timeout
+    return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
+
+
+def _join(backend: str, timeouts: Timeouts) -> Liveness:
+    """Meet the other ranks, whose number and place the environment has, and report this one to them."""
+    check_interface()
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = _store(rank, timedelta(seconds=timeouts.init))
+    own = dist.PrefixStore("mim", store)
+    own.set(f"started/{rank}", socket.gethostname())
+    for other in range(world_size):
+        try:
+            own.wait([f"started/{other}"])
+        except dist.DistStoreError as error:
+            absent = [k for k in range(world_size) if not own.check([f"started/{k}"])]
+            raise RankStalled(
+                f"ranks {absent} of {world_size} have not started within {timeouts.init:g} s (--timeout.init)"
+            ) from error
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore("group", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeouts.step),
+    )
+    return Liveness(own, rank, world_size)
+
+
+def _store(rank: int, timeout: timedelta) -> dist.Store:
+    """The store of the ranks. torch's own rendezvous would wait in it for ranks that it could not name."""
+    of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)  # torchrun hosts it
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=rank == 0 and not of_agent,
+        wait_for_workers=False,
+        timeout=timeout,
+        multi_tenant=True,
+    )
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store outlives the ranks of an attempt
+    return dist.PrefixStore(f"attempt_{attempt}", store)
 
 
 def is_restarted() -> bool:

@@ -147,6 +147,7 @@ def fit(
                 task.model.train()
                 _train_epoch(task, epoch, first, history, run, context, log_file, log_every, save, stop)
                 entry = {"epoch": epoch, "loss": history.loss_sum / history.loss_count}
+                context.at(f"the evaluation of epoch {epoch}")
                 entry |= context.all_gather_objects(task.after_epoch(epoch))[0]  # all ranks decide alike
                 entry["seconds"] = time.perf_counter() - started
                 if not _can_be_judged(entry, select):
@@ -268,6 +269,7 @@ def _train_epoch(
         for place, (batch, seconds) in enumerate(_timed(task.batches(epoch, first)), first + 1):
             waited += seconds
             step = history.num_steps + 1
+            context.at(f"epoch {epoch}, step {step}")
             task.optimizer.zero_grad()  # before the forward pass, in which fused kernels take their rate
             loss, report = task.training_forward(batch)
             value, stopping = _over_ranks(loss, stop.is_set, context)

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.tensor import DTensor
 
 from mim_torchrec.embeddings.files import FULL, disk_full, sha256, write_bytes
+from mim_torchrec.training.distributed import new_gloo_group
 
 DIGESTS = "sha256.json"
 DIGEST = ".sha256"
@@ -168,7 +169,7 @@ def damage(folder: Path, rank: int = 0, world_size: int = 1) -> str | None:
 
 def own_group() -> dist.ProcessGroup | None:
     """A group for a writer's thread, whose exchanges must not mix with those of training."""
-    return cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if dist.is_initialized() else None
+    return new_gloo_group() if dist.is_initialized() else None
 
 
 def _canonical(digests: dict[str, str]) -> bytes:

@@ -1,14 +1,18 @@
 """The TorchX components: what they launch, without launching it."""
 
 import inspect
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib import import_module
 
 import pytest
+from torch.distributed import TCPStore
 from torch.distributed.run import get_args_parser
 from torchx.runner import Runner, get_runner
-from torchx.specs import AppDef
+from torchx.specs import AppDef, macros
 from torchx.specs.builders import materialize_appdef
 from torchx.specs.file_linter import validate
 from torchx.specs.finder import get_component, get_components
@@ -115,8 +119,63 @@ def test_spaces_in_a_path_are_quoted():
 def test_nodes_are_replicas_that_meet_at_the_first():
     app = build("ctr", "-j", "2x4")
     assert app.roles[0].num_replicas == 2
-    assert '--rdzv_endpoint "$${${rank0_env}:=localhost}:29500"' in line(app)
+    assert '--rdzv_endpoint "$${${rank0_env}:=localhost}:$(($(printf %s ${app_id} | cksum' in line(app)
     assert "--nnodes 2 --nproc_per_node 4" in line(app)
+
+
+def on_node(app: AppDef, number: int, app_id: str, first: str = "127.0.0.1") -> subprocess.Popen[str]:
+    """Start the line of one node as a scheduler does."""
+    values = macros.Values(img_root="", app_id=app_id, replica_id=str(number), rank0_env="FIRST_NODE")
+    role = values.apply(app.roles[0])
+    environment = {**os.environ, **role.env, "MIM_PYTHON": sys.executable, "FIRST_NODE": first}
+    return subprocess.Popen(
+        [role.entrypoint, *role.args], env=environment, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def port_of(app: AppDef, app_id: str) -> int:
+    """The port on which the first node of a job listens."""
+    expression = re.search(r"\$\(\(.* \+ 20000\)\)", line(app))
+    assert expression is not None
+    text = macros.Values(img_root="", app_id=app_id, replica_id="0", rank0_env="").substitute(expression[0])
+    said = subprocess.run(["bash", "-c", f"echo {text}"], capture_output=True, text=True, check=True)
+    return int(said.stdout)
+
+
+def test_jobs_meet_at_ports_of_their_own():
+    app = build("ctr", "-j", "2x1")
+    ports = [port_of(app, str(job)) for job in range(1000, 1040)]
+    assert len(set(ports)) > 35 and all(20000 <= port < 30000 for port in ports)
+    assert ports == [port_of(app, str(job)) for job in range(1000, 1040)]
+    assert build("ctr", "-j", "2x1", "--port", "4321").roles[0].port_map == {"c10d": 4321}
+    assert "localhost}:4321" in line(build("ctr", "-j", "2x1", "--port", "4321"))
+
+
+def test_two_nodes_meet():
+    app = build("ctr", "-j", "2x1", "--", "--help")
+    nodes = [on_node(app, number, "a-job") for number in (1, 0)]
+    said = [node.communicate(timeout=120)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert all("--table" in text for text in said)
+
+
+def test_a_job_refuses_the_store_of_another():
+    app = build("ctr", "-j", "2x1", "--", "--help")
+    other = TCPStore("127.0.0.1", port_of(app, "a-job"), is_master=True, wait_for_workers=False)
+    node = on_node(app, 0, "a-job")
+    said, _ = node.communicate(timeout=120)
+    assert node.returncode != 0 and "The connection to the C10d store has failed" in said
+    assert other.num_keys() <= 1
+
+
+def test_a_variable_with_a_comma_reaches_the_job():
+    app = build("bench", "--env", "PAIR=a,b,ONE=1")
+    assert app.roles[0].env == {"ONE": "1"}
+    said = subprocess.run(
+        ["bash", "-c", line(app).partition(";")[0] + "; echo $PAIR"], capture_output=True, text=True
+    )
+    assert said.stdout == "a,b\n"
 
 
 def test_restarted_workers_do_not_share_the_rendezvous_store():
