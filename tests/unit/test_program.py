@@ -18,6 +18,7 @@ from mim_torchrec.embeddings.table.manifest import (
     ChecksumMismatch,
     DuplicateId,
     IncompleteTable,
+    LossyVector,
     NonFiniteVector,
     TableError,
     VersionMismatch,
@@ -39,6 +40,7 @@ from mim_torchrec.program import run
 from mim_torchrec.serving.releases import ReleaseError
 from mim_torchrec.training.checkpoints import ResumeError
 from mim_torchrec.training.lease import LeaseError
+from mim_torchrec.training.liveness import RankStalled
 from mim_torchrec.training.loop import Interrupted
 from mim_torchrec.training.model_record import ModelMismatch
 
@@ -46,10 +48,10 @@ ROOT = Path(__file__).resolve().parents[2]
 OURS = {
     OptionError: 2,
     DataError: 3, CheckpointError: 3, Diverged: 3, TableError: 3, ChecksumMismatch: 3, IncompleteTable: 3,
-    DuplicateId: 3, NonFiniteVector: 3, SpareRowsExhausted: 3, MalformedWindow: 3,
+    DuplicateId: 3, LossyVector: 3, NonFiniteVector: 3, SpareRowsExhausted: 3, MalformedWindow: 3,
     VersionMismatch: 4, ModelMismatch: 4, WarmStartError: 4, WindowGap: 4,
     OutputExists: 5, LeaseError: 5, ResumeError: 5, ReleaseError: 5, LogMoved: 5,
-    SetupError: 6, DiskFull: 6, MissingExtra: 6, RedisUnavailable: 6, RedisFull: 6,
+    SetupError: 6, RankStalled: 6, DiskFull: 6, MissingExtra: 6, RedisUnavailable: 6, RedisFull: 6,
 }  # fmt: skip
 GLOO = "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234"
 THEIRS = {
@@ -69,6 +71,7 @@ THEIRS = {
     "no model on the hub": (LocalEntryNotFoundError("offline"), 6, "give a local directory"),
     "no memory": (MemoryError("17 GiB"), 6, "lower the batch size"),
     "a rank that has ended": (RuntimeError(GLOO), 6, "another rank has ended"),
+    "a rank that has stopped": (RuntimeError("Timed out waiting 5000ms"), 6, "was waited for in vain"),
 }
 
 

@@ -198,7 +198,8 @@ def test_an_existing_table_is_never_overwritten(tmp_path):
         ({"format_version": 4}, "format_version 4"),
         ({"surprise": 1}, r"unknown keys \['surprise'\]"),
         ({"rows": 8}, "rows is 8 but the shards have 7"),
-        ({"dtype": "int4"}, "dtype 'int4'"),
+        ({"dtype": "int2"}, "dtype 'int2'"),
+        ({"dtype": "int4"}, "expected int4"),
         ({"dim": 5}, r"expected float16 \(3, 5\)"),
     ],
 )
