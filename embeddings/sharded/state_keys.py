@@ -17,7 +17,7 @@ def frozen_keys(model: nn.Module) -> list[str]:
         state = model.state_dict()
         own = {key: state.pop(key) for key in frozen_keys(model)}
         dcp.load({"model": state}, checkpoint_id=path)
-        model.load_state_dict({**state, **own})
+        model.load_state_dict(state | own)
 
     Args:
         model: sharded or not.
