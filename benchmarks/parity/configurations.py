@@ -6,7 +6,8 @@ features of a rank; both depend on nothing but the seed.
 
 Where a collection is sharded on two ranks, nothing is drawn that makes TorchRec fail on one of them, for the
 other would wait: no table with fewer rows than ranks, no batch without examples, no negative rows, and where
-batch sizes vary by feature neither two poolings nor rows outside.
+batch sizes vary by feature neither two poolings nor rows outside. Nor is a mean drawn where batch sizes vary
+and TorchRec divides rows over ranks: it then divides by the length of another bag, which need not exist.
 """
 
 from dataclasses import dataclass
@@ -124,6 +125,8 @@ def draw(seed: int) -> Configuration:
         keys.remove(found[-1].features[-1])
     has_weights = fault != "weights missing" and (is_weighted or bool(rng.random() < 0.15))
     sharding = str(rng.choice(SHARDINGS))
+    if variable and PoolingType.MEAN in [table.pooling for table in found]:
+        sharding = "table_wise"
     forms = FORMS[:1] if variable else FORMS[:2] if has_weights or fault else FORMS
     return Configuration(
         seed=seed,
