@@ -22,6 +22,7 @@ from mim_torchrec.benchmarks.chaos.verify import Audit, Findings, verify_dead_le
 from mim_torchrec.benchmarks.chaos.workers import FAILED, GAP, RANKS, VERSION, Place, Workers
 from mim_torchrec.benchmarks.harness.redis_server import RedisServer
 from mim_torchrec.benchmarks.measures.arrivals import Feeder
+from mim_torchrec.embeddings.sharded.item_index import ItemIndex
 from mim_torchrec.embeddings.stores.redis_store import RedisStore
 from mim_torchrec.embeddings.table.format import Table
 from mim_torchrec.embeddings.windows.log import WindowLog
@@ -312,7 +313,8 @@ def verify_trained(out: Path, state: dict[int, Tensor | None], seq: int) -> Find
     parts = [torch.load(out / f"rows-{number}.pt", weights_only=False) for number in range(RANKS)]
     # ranks hold parts of the table, or one of them all of it
     table = torch.cat([part["rows"] for part in sorted(parts, key=lambda part: part["first"])])
-    index = parts[0]["index"]
+    index = ItemIndex.of(Table.open(parts[0]["table"], verify=False))
+    index.restore(parts[0]["index"])
 
     def lookup(ids: Tensor) -> tuple[Tensor, Tensor]:
         rows = index.rows(ids)

@@ -224,10 +224,13 @@ def rank(place: Place, table: Path, out: Path, group: Path, number: int, epochs:
     def leave_rows(
         config: CTRConfig, assembled: Assembled, windows: LiveWindows | None
     ) -> dict[str, str | int | None]:
+        table, index = assembled.table, assembled.index
         assert assembled.frozen is not None and windows is not None  # MIM with --windows
+        assert table is not None and index is not None
         _, frozen = find_frozen(assembled.frozen, "mm")
         rows = torch.cat([block.clone() for block in frozen.store.blocks()])
-        facts = {"first": frozen.first_row, "rows": rows, "seq": windows.seq, "index": assembled.index}
+        facts = {"first": frozen.first_row, "rows": rows, "seq": windows.seq,
+                 "table": str(table.path), "index": index.saved()}  # fmt: skip
         torch.save(facts, out / f"rows-{number}.pt")
         return check(config, assembled, windows)
 

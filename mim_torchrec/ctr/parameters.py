@@ -9,7 +9,8 @@ and mapped by a vocabulary, and the dense weights are whole on every rank. A nam
     anything else                                      dense
 """
 
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -45,3 +46,15 @@ def id_tables(names: Iterable[str]) -> dict[str, str]:
 def trainable_state(model: nn.Module) -> dict[str, Any]:
     """Weights by name, ID tables of a sharded model as sharded tensors; without the frozen table."""
     return {name: value for name, value in model.state_dict().items() if name.split(".")[0] != FROZEN}
+
+
+def load_trainable_state(model: nn.Module, state: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Take what `trainable_state` gave, or a part of it; the frozen table stays as it is.
+
+    Returns:
+        Names that are missing in ``state``, and names that the model does not have.
+    """
+    frozen = {name: value for name, value in model.state_dict().items() if name.split(".")[0] == FROZEN}
+    # torchrec renames what it is given, so it gets a dictionary of its own
+    missing, surplus = model.load_state_dict(OrderedDict({**state, **frozen}), strict=False)
+    return missing, surplus

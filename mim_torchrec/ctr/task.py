@@ -1,6 +1,5 @@
 """CTR training as a task of the shared loop: batches, loss, validation, checkpoint."""
 
-from collections import OrderedDict
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -16,7 +15,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 from torchrec.optim.warmup import WarmupOptimizer
 
-from mim_torchrec.ctr.parameters import trainable_state
+from mim_torchrec.ctr.parameters import load_trainable_state, trainable_state
 from mim_torchrec.ctr.pipeline import SparseExchange
 from mim_torchrec.ctr.predictions import predict
 from mim_torchrec.ctr.windows import LiveWindows
@@ -94,7 +93,7 @@ class CTRState:
 
     def load_shared(self, state: dict[str, Any]) -> None:
         """Take what a checkpoint filled."""
-        self._model.load_state_dict(state["model"], strict=False)
+        load_trainable_state(self._model, state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
 
     def local(self) -> dict[str, Any]:
@@ -251,4 +250,4 @@ def load_model(model: DistributedModelParallel, path: Path) -> None:
         dcp.load({"model": state}, checkpoint_id=str(path / "state"))
     else:
         dcp.load(state, checkpoint_id=str(path))
-    model.load_state_dict(OrderedDict(state), strict=False)
+    load_trainable_state(model, state)

@@ -5,7 +5,6 @@ Optimizers start from scratch: their state is of another day's losses, and `best
 """
 
 import logging
-from collections import OrderedDict
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from mim_torchrec.ctr.assembly import TrainedRun
 from mim_torchrec.ctr.config import CTRConfig
-from mim_torchrec.ctr.parameters import id_tables, trainable_state
+from mim_torchrec.ctr.parameters import id_tables, load_trainable_state, trainable_state
 from mim_torchrec.data.vocabulary import Vocabulary
 from mim_torchrec.errors import ExpectedError, Status
 
@@ -74,7 +73,7 @@ def warm_start(
     tables = id_tables(state)
     dense = {name: value for name, value in state.items() if name not in tables.values()}
     dcp.load(dense, checkpoint_id=path)
-    model.load_state_dict(OrderedDict(state), strict=False)  # torchrec renames what it is given
+    load_trainable_state(model, state)
     before = trained.vocabularies
     for column, name in tables.items():
         weights = torch.empty(sizes[name].size)

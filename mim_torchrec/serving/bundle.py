@@ -30,7 +30,7 @@ from mim_torchrec import program
 from mim_torchrec.ctr.assembly import TrainedRun
 from mim_torchrec.ctr.config import CTRConfig, from_values
 from mim_torchrec.ctr.model import CTRModel
-from mim_torchrec.ctr.parameters import id_tables, is_dense
+from mim_torchrec.ctr.parameters import id_tables, is_dense, load_trainable_state
 from mim_torchrec.ctr.sharding import build_model
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.embeddings.files import atomic_directory, write_json, write_tensors
@@ -111,7 +111,7 @@ class Bundle:
             mm = EmbeddingConfig(name="mm", num_embeddings=1, embedding_dim=self.mm_dim,
                                  feature_names=["candidate_mm", "behavior_mm"])  # fmt: skip
         model = build_model(self.config, dict.fromkeys(self.tables, 1), mm, torch.device("meta"))
-        missing, surplus = model.load_state_dict(dense, strict=False)
+        missing, surplus = load_trainable_state(model, dense)
         lacking = [name for name in missing if is_dense(name)]
         if lacking or surplus:
             raise VersionMismatch(f"{self.path / DENSE} does not fit its model: {[*lacking, *surplus]}")
