@@ -67,16 +67,28 @@ def _judge(
     configuration: Configuration, rows: Stored, env: ShardingEnv | None, reference: Outcome
 ) -> Verdict:
     way = "unsharded" if env is None else f"sharded on {env.world_size}"
-    theirs = reference if env is None else _look_up(configuration, rows, torchrec_collection, env)
     ours = _look_up(configuration, rows, frozen_collection, env)
     if env is not None:
         features = batch(configuration, dist.get_rank(), STEPS - 1)
         reference = expanded(configuration, reference, features)
+    if env is None or _crashes(configuration):
+        theirs = reference
+    else:
+        theirs = _look_up(configuration, rows, torchrec_collection, env)
     case = Case(configuration=configuration, way=way, theirs=theirs, ours=ours, reference=reference)
     kind, detail = judge(case)
     return Verdict(
         seed=configuration.seed, way=way, kind=kind, detail=detail, theirs=repr(theirs.error or "")
     )
+
+
+def _crashes(configuration: Configuration) -> bool:
+    """Whether TorchRec's sharded collection may end the process.
+
+    Its ``_vbe_reindex`` has ended with SIGSEGV in fbgemm's ``permute_1D_sparse_data``, once in some thousand
+    lookups. Ours is compared with the unsharded collection instead, whose bags are repeated by a loop.
+    """
+    return configuration.variable_batch and not (configuration.pooled or configuration.fault)
 
 
 def _look_up(
