@@ -60,6 +60,7 @@ class Liveness:
         self._host = socket.gethostname()
         self._own = (0, Report().place)
         self._lock, self._ended = threading.Lock(), threading.Event()
+        self._report(1)
         self._thread = threading.Thread(target=self._run, name="liveness", daemon=True)
         self._thread.start()
 
@@ -92,14 +93,11 @@ class Liveness:
         self._thread.join(timeout=SILENCE)
 
     def _run(self) -> None:
-        count, since, seen = 0, time.monotonic(), self._own
+        count, since, seen = 1, time.monotonic(), self._own
         while not self._ended.wait(INTERVAL):
             count += 1
-            places, place = self._own
-            report = [count, self._host, places, place]
             try:
-                with self._lock:
-                    self._store.set(f"liveness/{self._rank}", json.dumps(report))
+                self._report(count)
             except (dist.DistError, RuntimeError):
                 continue  # whoever hosted the store has ended; the next collective says so
             if self._own != seen:
@@ -109,6 +107,11 @@ class Liveness:
                 found = self.waits_for()
                 if found:
                     log.warning("%s: waiting for %s", self._own[1], found)
+
+    def _report(self, count: int) -> None:
+        places, place = self._own
+        with self._lock:
+            self._store.set(f"liveness/{self._rank}", json.dumps([count, self._host, places, place]))
 
     def _reports(self) -> list[Report]:
         keys = [f"liveness/{rank}" for rank in range(self._world_size)]
