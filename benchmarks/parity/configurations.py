@@ -123,6 +123,7 @@ def draw(seed: int) -> Configuration:
         keys.insert(int(rng.integers(len(keys) + 1)), found[0].features[0])
     elif fault == "missing feature":
         keys.remove(found[-1].features[-1])
+        keys = keys or ["other_0"]
     has_weights = fault != "weights missing" and (is_weighted or bool(rng.random() < 0.15))
     sharding = str(rng.choice(SHARDINGS))
     if variable and PoolingType.MEAN in [table.pooling for table in found]:
