@@ -109,7 +109,7 @@ def draw(seed: int) -> Configuration:
     is_weighted = pooled and (fault in ("weights missing", "weighted mean") or bool(rng.random() < 0.3))
     variable = "inverse" in fault or bool(rng.random() < 0.35)
     if variable and not pooled and "inverse" not in fault:
-        fault = ""  # TorchRec's sharded lookup is not called then (`comparison.py`)
+        fault = ""  # TorchRec's sharded lookup may end the process here, so it is not asked what it refuses
     alone = fault == "negative row" or (fault == "row outside" and variable)
     ranks = 1 + int(rng.random() < 0.35 and not alone)
     poolings = [PoolingType.SUM] if is_weighted else [PoolingType.SUM, PoolingType.MEAN]
