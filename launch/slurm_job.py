@@ -4,9 +4,9 @@ TorchX's own script makes a heterogeneous job with a part for every node. This o
 nodes, which can be preempted, requeued and charged as a whole. Tasks tell apart why they ended, because Slurm
 keeps only the largest status of all tasks, and a task that was ended for another's error must not win:
 
-    interrupted (143)    100
-    failed, worth a retry  110 and above: lost peers, lost memory, signals
-    failed for good        220 and above: options, data, versions, states, no such program
+    interrupted (143)        100
+    failed, worth a retry    150 and above: signals (lost memory); 180 and above: lost peers, bugs
+    failed for good          220 and above: options, data, versions, states, no such program
 """
 
 import shlex
@@ -21,6 +21,8 @@ FIRST_NODE = "MIM_FIRST_NODE"
 """The variable of a job that has the name of its first node."""
 FINAL = (Status.USAGE, Status.DATA, Status.VERSION, Status.STATE)
 """Statuses that another attempt would end with too."""
+OTHERS = 10
+"""Seconds that tasks have after one of them has failed, as for an error of their own."""
 
 TASK = """\
     trap : TERM  # the command gets the signal too; its status is waited for
@@ -28,13 +30,14 @@ TASK = """\
     child=$!
     while kill -0 "$child" 2>/dev/null; do wait "$child"; done
     wait "$child"; status=$?
+    [ $status -eq 0 ] || sleep {others}  # Slurm then ends the other tasks, which may have something to say
     case $status in
         0) exit 0 ;;
         143) exit 100 ;;
         {final}) exit $((220 + status)) ;;
         126|127) exit $((100 + status)) ;;
-        13[0-9]|14[0-9]|15[0-9]|16[0-9]) exit $((status - 128 + 150)) ;;
-        ?|1?) exit $((110 + status)) ;;
+        129|13?|14?|15[0-7]) exit $((150 + status - 128)) ;;
+        ?|1?) exit $((180 + status)) ;;
         *) exit 149 ;;
     esac
 """
@@ -57,12 +60,12 @@ if [ $status -ge 220 ]; then
     [ $status -lt 6 ] || status=$((status + 120))
 elif [ $status -eq 100 ] || [ $status -eq 143 ]; then
     status=143 verdict="was interrupted"
+elif [ $status -ge 180 ]; then
+    status=$((status - 180)) verdict="failed, may be tried again"
 elif [ $status -ge 150 ]; then
     status=$((status - 150 + 128)) verdict="failed, may be tried again"
 elif [ $status -eq 149 ]; then
     status=1 verdict="failed, may be tried again"
-elif [ $status -ge 110 ]; then
-    status=$((status - 110)) verdict="failed, may be tried again"
 elif [ $status -ne 0 ]; then
     verdict="failed, may be tried again"
 else
@@ -160,8 +163,8 @@ class SlurmRequest:
             "--output=slurm-%j-%t.out",
             "--open-mode=append",
             "--unbuffered",
-            "--wait=60",
-            "--kill-on-bad-exit=0",
+            "--wait=0",
+            "--kill-on-bad-exit=1",
             *_flags(self.resources),
             *container,
         ]
@@ -181,6 +184,7 @@ class SlurmRequest:
         return TASK.format(
             exports="".join(f"    export {name}={_filled(value)}\n" for name, value in self.env.items()),
             command=" ".join(map(_filled, [*prefix, *self.command])),
+            others=OTHERS,
             final="|".join(str(int(status)) for status in FINAL),
         )
 

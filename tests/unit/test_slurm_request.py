@@ -8,6 +8,7 @@ import pytest
 from torchx.runner import Runner, get_runner
 from torchx.schedulers import DEFAULT_SCHEDULER_MODULES, get_scheduler_factories
 
+from mim_torchrec.launch import slurm_job
 from mim_torchrec.launch.refused import JobRefused
 from mim_torchrec.launch.slurm import SlurmScheduler
 
@@ -132,9 +133,11 @@ def test_a_task_gets_its_variables_its_number_and_the_id_of_the_job(runner, tmp_
 
 
 @pytest.mark.parametrize(
-    "status, of_task", [(0, 0), (143, 100), (2, 222), (5, 225), (127, 227), (6, 116), (1, 111), (137, 159)]
+    "status, of_task",
+    [(0, 0), (143, 100), (2, 222), (5, 225), (127, 227), (6, 186), (1, 181), (137, 159), (50, 149)],
 )
-def test_a_task_tells_slurm_why_it_ended(runner, tmp_path, status, of_task):
+def test_a_task_tells_slurm_why_it_ended(runner, tmp_path, monkeypatch, status, of_task):
+    monkeypatch.setattr(slurm_job, "OTHERS", 0)
     (tmp_path / "end.sh").write_text(f"exit {status}")
     done = run_task(script(runner, "sh", "end.sh", component="utils.sh"), tmp_path)
     assert done.returncode == of_task
