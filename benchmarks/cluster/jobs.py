@@ -5,7 +5,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,10 @@ PATIENCE = 600.0
 """Seconds that anything of a job may take, many times what it takes on an idle machine."""
 SMALL = ("-j", "2x1", "--cpu", "1", "--memMB", "2048")
 """A job of two nodes that leaves room for three more on them."""
+
+
+class HungJob(SetupError):
+    """A job neither ends nor comes to what was waited for."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +52,21 @@ class Job:
         """Wait until the job has ended for good; returns its state.
 
         Raises:
-            SetupError: it takes too long; the end of its logs is in the message.
+            HungJob: it takes too long; the end of its logs is in the message.
+        """
+        self.wait(lambda: self.field("JobState") in ENDED)
+        return self.field("JobState")
+
+    def wait(self, condition: Callable[[], object]) -> None:
+        """Wait for something of the job.
+
+        Raises:
+            HungJob: it takes too long; the end of its logs is in the message.
         """
         try:
-            wait_until(lambda: self.field("JobState") in ENDED, patience=PATIENCE)
+            wait_until(condition, patience=PATIENCE)
         except SetupError:
-            raise SetupError(f"job {self.id} does not end: {self.log()[-3000:]}") from None
-        return self.field("JobState")
+            raise HungJob(f"job {self.id} does not go on: {self.log()[-3000:]}") from None
 
     def log(self, node: int | None = None) -> str:
         """What a node said in all attempts; by default all of them and the batch script."""
@@ -141,18 +153,10 @@ def submit_paused(
     component = f"{COMPONENTS}:paused"
     job = submit(slurm, folder, component, *where, *SMALL, *own, "--out", str(out), "--", *words)
 
-    def waits() -> bool:
-        if job.field("JobState") in ENDED:
-            raise SetupError(f"job {job.id} ended before its fault: {job.log()[-3000:]}")
-        return file.exists()
-
-    wait_until(waits, patience=PATIENCE)
+    job.wait(lambda: file.exists() or job.field("JobState") in ENDED)
+    if not file.exists():
+        raise SetupError(f"job {job.id} ended before its fault: {job.log()[-3000:]}")
     return job
-
-
-def wait_for(job: Job, state: str) -> None:
-    """Wait until a job has a state."""
-    wait_until(lambda: job.field("JobState") == state, patience=PATIENCE)
 
 
 def preempt(job: Job) -> None:
@@ -166,7 +170,7 @@ def preempt(job: Job) -> None:
 def reach_time_limit(job: Job) -> None:
     """Let the time limit come near, and take it away for the next attempt."""
     job.slurm.call("scontrol", "update", f"JobId={job.id}", "TimeLimit=1")
-    wait_until(lambda: job.field("JobState") == "PENDING" or job.field("Restarts") != "0", patience=PATIENCE)
+    job.wait(lambda: job.field("JobState") == "PENDING" or job.field("Restarts") != "0")
     job.slurm.call("scontrol", "update", f"JobId={job.id}", "TimeLimit=UNLIMITED")
 
 
@@ -174,5 +178,5 @@ def lose_node(job: Job) -> None:
     """Cut the power of the node of the last rank, and give it back when Slurm has noticed."""
     name = job.slurm.nodes[-1]
     job.slurm.lose(name)
-    wait_until(lambda: job.field("Restarts") != "0", patience=PATIENCE)
+    job.wait(lambda: job.field("Restarts") != "0")
     job.slurm.restore(name)

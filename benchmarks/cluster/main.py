@@ -2,7 +2,7 @@
 time limit is reached: `make cluster`, as root.
 
 Every stage runs twice: undisturbed with two ranks on one node, in a chain of dependent jobs, and with a rank
-on each of two nodes under the faults. The predictions of both must be the same bytes. The exit status is 1 if
+on each of two nodes under the faults. The predictions of both must be the same bytes. The exit status is 3 if
 a job did not resume, hung, or lost its store to another job, or if a result differs.
 """
 
@@ -19,22 +19,23 @@ import tyro
 
 from mim_torchrec import program
 from mim_torchrec.benchmarks.cluster.jobs import (
-    PATIENCE,
+    HungJob,
     Job,
     lose_node,
     preempt,
     reach_time_limit,
     submit,
     submit_paused,
-    wait_for,
 )
 from mim_torchrec.benchmarks.cluster.slurm import SlurmCluster
 from mim_torchrec.benchmarks.paper.shop import CTR, ENCODER
 from mim_torchrec.data.shop import main as make_shop
 from mim_torchrec.embeddings.files import write_json
-from mim_torchrec.errors import SetupError
+from mim_torchrec.errors import SetupError, Status
 
 RESOURCES = ("--cpu", "1", "--memMB", "3072")
+FAULTS = 4
+"""How many are done to jobs."""
 CLASH = ("DistStoreError", "DistNetworkError", "RendezvousError", "do not meet", "Address already in use")
 """What a job says that met the store of another one, or found its port taken."""
 
@@ -106,66 +107,90 @@ def undisturbed(config: ClusterConfig, slurm: SlurmCluster, shop: Path, folder: 
     return jobs
 
 
-def disturbed(
-    config: ClusterConfig, slurm: SlurmCluster, shop: Path, folder: Path, say: Callable[[str], None]
-) -> tuple[dict[str, Job], list[Outcome]]:
-    """Run all stages on two nodes, each fault in the middle of one."""
-    planned = stages(config, shop)
-    jobs: dict[str, Job] = {}
-    outcomes: list[Outcome] = []
-    faults: dict[str, list[tuple[str, Callable[[Job], None]]]] = {}
+class Disturbed:
+    """All stages on two nodes, each fault in the middle of one.
 
-    def start(name: str) -> None:
-        own, flags = planned[name]
-        component = COMPONENT.get(name, name)
-        jobs[name] = submit(slurm, folder, f"mim.{component}", *own, "-j", "2x1", *RESOURCES, "--", *flags)
+    Args:
+        config: of the run.
+        slurm: where it runs.
+        shop: the data.
+        folder: gets the results.
+        say: prints a line.
+    """
 
-    def start_paused(name: str) -> None:
-        own, flags = planned[name]
+    def __init__(
+        self, config: ClusterConfig, slurm: SlurmCluster, shop: Path, folder: Path, say: Callable[[str], None]
+    ) -> None:
+        self._slurm, self._folder, self._say = slurm, folder, say
+        self._planned = stages(config, shop)
+        self._hits: dict[str, tuple[str, float]] = {}
+        self.jobs: dict[str, Job] = {}
+        self.outcomes: list[Outcome] = []
+
+    def run(self) -> None:
+        """Run everything.
+
+        Raises:
+            HungJob: a job did not end.
+            SetupError: a job did not come back.
+        """
+        self._start("csft", paused=True)
+        self._hit("csft", "preempted", preempt)
+        self._finish("csft")
+        self._start("export")
+        self._finish("export")
+        self._start("base", paused=True)
+        self._start("mim", paused=True)  # on the same nodes at the same time
+        self._hit("base", "time limit", reach_time_limit)
+        self._hit("mim", "rank killed", lambda job: job.signal_rank(1, signal.SIGKILL))
+        self._finish("base")
+        self._finish("mim")
+        job = self._start("evaluate")
+        job.wait(lambda: job.field("JobState") == "RUNNING")
+        self._hit("evaluate", "node lost", lose_node)
+        self._finish("evaluate")
+
+    def _start(self, name: str, paused: bool = False) -> Job:
+        own, flags = self._planned[name]
         stage = COMPONENT.get(name, name)
-        words = [word for word in own if word not in ("--out", name)] + flags
-        jobs[name] = submit_paused(slurm, folder, folder / name, words, stage=stage, own=RESOURCES)
-
-    def hit(name: str, fault: str, act: Callable[[Job], None]) -> None:
-        say(f"{name}: {fault}")
-        faults.setdefault(name, []).append((fault, act))
-        began[name] = time.monotonic()
-        act(jobs[name])
-
-    def finish(name: str) -> None:
-        state = jobs[name].end()
-        for fault, _ in faults.get(name, []):
-            restarts = int(jobs[name].field("Restarts"))
-            resumed = state == "COMPLETED" and restarts > 0
-            outcomes.append(
-                Outcome(name, fault, state, restarts, round(time.monotonic() - began[name], 1), resumed)
+        if paused:
+            rest = [*own, *flags]
+            at = rest.index("--out")
+            rest[at : at + 2] = []  # an argument of the component of its own
+            self.jobs[name] = submit_paused(
+                self._slurm, self._folder, self._folder / name, rest, stage=stage, own=RESOURCES
             )
-        if state != "COMPLETED":
-            raise SetupError(f"job {name} ended as {state}: {jobs[name].log()[-3000:]}")
+        else:
+            words = [*own, "-j", "2x1", *RESOURCES, "--", *flags]
+            self.jobs[name] = submit(self._slurm, self._folder, f"mim.{stage}", *words)
+        return self.jobs[name]
 
-    began: dict[str, float] = {}
-    start_paused("csft")
-    hit("csft", "preempted", preempt)
-    finish("csft")
-    start("export")
-    finish("export")
-    start_paused("base")
-    start_paused("mim")  # on the same nodes at the same time
-    hit("base", "time limit", reach_time_limit)
-    hit("mim", "rank killed", lambda job: job.signal_rank(1, signal.SIGKILL))
-    finish("base")
-    finish("mim")
-    start("evaluate")
-    wait_for(jobs["evaluate"], "RUNNING")
-    hit("evaluate", "node lost", lose_node)
-    finish("evaluate")
-    return jobs, outcomes
+    def _hit(self, name: str, fault: str, act: Callable[[Job], None]) -> None:
+        self._say(f"{name}: {fault}")
+        self._hits[name] = fault, time.monotonic()
+        act(self.jobs[name])
+
+    def _finish(self, name: str) -> None:
+        job = self.jobs[name]
+        state = job.end()
+        if name in self._hits:
+            fault, since = self._hits[name]
+            restarts, seconds = int(job.field("Restarts")), round(time.monotonic() - since, 1)
+            resumed = state == "COMPLETED" and restarts > 0
+            self.outcomes.append(Outcome(name, fault, state, restarts, seconds, resumed))
+        self._say(f"{name}: {state}")
+        if state != "COMPLETED":
+            raise SetupError(f"job {name} ended as {state}: {job.log()[-3000:]}")
 
 
 def identical(one: Path, two: Path) -> dict[str, bool]:
     """Which predictions of two nodes have the bytes of those of one."""
     names = [f"{stage}/predictions.parquet" for stage in ("base", "mim", "evaluation")]
-    return {name: (one / name).read_bytes() == (two / name).read_bytes() for name in names}
+    pairs = {name: (one / name, two / name) for name in names}
+    return {
+        name: all(file.exists() for file in pair) and pair[0].read_bytes() == pair[1].read_bytes()
+        for name, pair in pairs.items()
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -189,30 +214,35 @@ def main(argv: list[str] | None = None) -> None:
     sizes = {"items": config.items, "users": config.users, "requests": config.requests,
              "searches": config.searches, "seed": config.seed, "browsing": 3 * config.requests}  # fmt: skip
     make_shop(["--out", str(root / "shop"), *_flags(sizes)])
+    hung = 0
     with SlurmCluster(root / "slurm") as slurm:
         say(f"Slurm with {', '.join(slurm.nodes)}")
+        two_nodes = Disturbed(config, slurm, root / "shop", two, say)
         alone = undisturbed(config, slurm, root / "shop", one)
-        ends = {name: job.end() for name, job in alone.items()}
-        say(f"one node: {', '.join(f'{name} {state}' for name, state in ends.items())}")
-        jobs, outcomes = disturbed(config, slurm, root / "shop", two, say)
-        logs = "".join(job.log() for job in [*alone.values(), *jobs.values()])
+        try:
+            ends = {name: job.end() for name, job in alone.items()}
+            say(f"one node: {', '.join(f'{name} {state}' for name, state in ends.items())}")
+            two_nodes.run()
+        except HungJob as error:
+            say(str(error))
+            hung = 1
+        logs = "".join(job.log() for job in [*alone.values(), *two_nodes.jobs.values()])
     same = identical(one, two)
     report = {
-        "jobs": len(alone) + len(jobs),
-        "faults": [asdict(outcome) for outcome in outcomes],
-        "resumed": sum(outcome.resumed for outcome in outcomes),
+        "jobs": len(alone) + len(two_nodes.jobs),
+        "faults": [asdict(outcome) for outcome in two_nodes.outcomes],
+        "resumed": sum(outcome.resumed for outcome in two_nodes.outcomes),
         "identical": all(same.values()),
         "predictions": same,
-        "hung": sum(outcome.seconds > PATIENCE for outcome in outcomes),
+        "hung": hung,
         "clashes": sum(logs.count(words) for words in CLASH),
         "seconds": round(time.monotonic() - began),
         "config": json.loads(json.dumps(asdict(config), default=str)),
     }
     write_json(root / "report.json", report)
     print_table(report)
-    good = report["resumed"] == len(outcomes) and report["identical"]
-    if not good or report["hung"] or report["clashes"]:
-        raise SystemExit(1)
+    if report["resumed"] < FAULTS or not report["identical"] or hung or report["clashes"]:
+        raise SystemExit(Status.DATA)
 
 
 def print_table(report: dict[str, Any]) -> None:

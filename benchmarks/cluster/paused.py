@@ -57,4 +57,4 @@ def _wait(file: Path) -> None:
 
 
 if __name__ == "__main__":
-    program.run(main, name="mim_torchrec.benchmarks.cluster.paused")
+    program.run(main)

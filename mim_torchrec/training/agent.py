@@ -11,10 +11,12 @@ from signal import SIGTERM
 
 from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.elastic.rendezvous import RendezvousError
-from torch.distributed.run import main as torchrun
+from torch.distributed.run import parse_args
+from torch.distributed.run import run as torchrun
 
+from mim_torchrec import program
 from mim_torchrec.errors import Status
 
 
@@ -29,8 +31,9 @@ def main(argv: list[str] | None = None) -> None:
     """
     words = sys.argv[1:] if argv is None else argv
     with tempfile.TemporaryDirectory(prefix="torchelastic_", ignore_cleanup_errors=True) as folder:
+        options = parse_args(["--log_dir", folder, *words])
         try:
-            torchrun(["--log_dir", folder, *words])
+            record(torchrun)(options)
         except SignalException as signal:
             raise SystemExit(128 + signal.sigval) from None
         except ChildFailedError as error:
@@ -51,4 +54,4 @@ def status_of(error: ChildFailedError) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)
