@@ -17,6 +17,8 @@ import torchx.specs as specs
 from torchx.components.dist import parse_nnodes
 from torchx.specs import macros
 
+ENDLESS = 1000
+"""`max_retries` of jobs that run until they are cancelled."""
 FIRST_PORT, PORTS = 20000, 10000  # below those that Linux gives to outgoing connections
 
 
