@@ -167,8 +167,8 @@ def program(folder: Path, name: str, text: str) -> None:
 
 
 ROWS = """JobID|JobName|State|NNodes|WorkDir
-12|mim-ctr|CANCELLED by 0|2|/home/me
-13|mim-csft|COMPLETED|1|/home/me
+12|mim-ctr|CANCELLED by 0|2|/shared/me
+13|mim-csft|COMPLETED|1|/shared/me
 12.batch|batch|CANCELLED|1|
 """
 
