@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate": ("mim_torchrec.ctr.evaluation", "score any split with a trained model"),
     "bundle": ("mim_torchrec.serving.bundle", "write what a server loads of a trained model"),
     "release": ("mim_torchrec.serving.releases", "make a model and its vectors current together"),
+    "pipeline": ("mim_torchrec.pipeline.main", "run the stages of a file, on one machine or a cluster"),
     "serve": ("mim_torchrec.serving.main", "answer requests for scores over HTTP"),
     "plan": ("mim_torchrec.embeddings.plan", "say where tables would go on a cluster"),
     "table": ("mim_torchrec.embeddings.table.main", "import, check, compare, convert, compact a table"),
