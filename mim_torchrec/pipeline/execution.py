@@ -12,6 +12,7 @@ import torchx.specs as specs
 from torchx.specs.api import AppState
 
 from mim_torchrec.errors import ExpectedError, SetupError
+from mim_torchrec.extras import require
 from mim_torchrec.pipeline import submission
 from mim_torchrec.pipeline.planning import KEEP, RESUME, Planner, Step
 from mim_torchrec.pipeline.records import (
@@ -372,6 +373,7 @@ class Execution:
 def _tracker(options: RunOptions, resolver: Resolver, records: Records) -> "Tracker | None":
     if options.mlflow is None:
         return None
+    require("mlflow")
     from mim_torchrec.pipeline.tracking import Tracker
 
     experiment = options.experiment or resolver.pipeline.name

@@ -29,6 +29,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "export": (*COMMON, "representation", "encoders", "embeddings.table"),
     "ctr": CTR,
     "evaluate": CTR,
+    "choose": ("training", "ctr"),
     "bundle": (*CTR, "serving"),
     "release": ("embeddings", "serving"),
     "store": ("embeddings",),

@@ -25,7 +25,8 @@ def run(pipeline: Pipeline, root: Path, options: RunOptions | None = None) -> di
 
     Raises:
         StageError: a stage failed; those that ran have ended, others did not start.
-        RunInterrupted: by SIGTERM, SIGHUP or `mim pipeline cancel`; KeyboardInterrupt by SIGINT. No job is left.
+        RunInterrupted: by SIGTERM, SIGHUP or `mim pipeline cancel`; KeyboardInterrupt by SIGINT. Its jobs
+            have ended.
         LeaseError: another process runs a pipeline there.
     """
     options = options or RunOptions()

@@ -259,7 +259,7 @@ def explained(error: ValidationError) -> str:
 def _fields(place: tuple[int | str, ...]) -> list[str]:
     if len(place) <= 1:
         return [*Pipeline.model_fields, "parameters", "templates"]
-    return list(Job.model_fields if "job" in place[:-1] else Stage.model_fields) + ["like"]
+    return list(Job.model_fields if "job" in place[:-1] else [*Stage.model_fields, "like", "each"])
 
 
 def _like(word: str, known: Mapping[str, Any] | list[str]) -> str:

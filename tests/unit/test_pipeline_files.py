@@ -41,7 +41,11 @@ BAD = {
                r"stages.b.flags.a: stage shop has no output"),
     "no template": (SHOP + "like = 'x'\n", "stages.shop.like: no template 'x'; there are none"),
     "two meanings": ("[parameters]\nshop = 1\n" + SHOP, r"parameters.shop: a stage has this name too"),
-    "a list parameter": ("[parameters]\na = [1]\n" + SHOP, "parameters.a: a string, number or boolean"),
+    "a table parameter": ("[parameters]\na = { b = 1 }\n" + SHOP, "parameters.a: a string, number or"),
+    "each of one": (SHOP + "each.seed = 1\n", "stages.shop.each.seed: a list of values is needed, not 1"),
+    "each under one name": (SHOP + "each.seed = [1, 2]\n", "stages.shop: two of its 2 stages have one name"),
+    "each on another": ("[stages.'a-{n}']\ncommand = 'shop'\neach.n = [1]\n[stages.a-1]\ncommand = 'shop'\n",
+                        "stages.a-1: there is a stage 'a-1' already"),
 }  # fmt: skip
 
 
@@ -83,6 +87,29 @@ def test_a_template_is_below_the_stage(tmp_path):
     stage = read(tmp_path, text).stages["a"]
     assert stage.flags == {"data": "d", "epochs": 3, "lr": 1.0, "out": "${out}/x"}
     assert (stage.job.j, stage.job.env) == ("1x2", {"A": "1", "B": "2"})
+
+
+def test_each_makes_a_stage_of_every_combination(tmp_path):
+    text = (
+        SHOP
+        + """
+    [stages."table-{seed}"]
+    each.seed = "${seeds}"
+    command = "table permute"
+    flags.seed = "{seed}"
+    [stages."ctr-{seed}-{grid.name}"]
+    each = { seed = "${seeds}", grid = [{ name = "a", lr = 0.5 }, { name = "b", lr = 1.0 }] }
+    component = "mim.ctr"
+    out = "ctr/{seed}/{grid.name}"
+    flags = { table = "${table-{seed}}", lr = "{grid.lr}", other = "{unknown}" }
+    """
+    )
+    found = read(tmp_path, "[parameters]\nseeds = [0, 1]\n" + text, seeds="3,7")
+    assert list(found.stages) == ["shop", "table-3", "table-7", "ctr-3-a", "ctr-3-b", "ctr-7-a", "ctr-7-b"]
+    assert found.stages["table-7"].flags == {"seed": 7}
+    assert found.stages["ctr-7-a"].flags == {"table": "${table-7}", "lr": 0.5, "other": "{unknown}"}
+    assert found.dependencies["ctr-3-b"] == ["table-3"]
+    assert str(found.output("ctr-3-b")) == "ctr/3/b"
 
 
 def test_references_are_dependencies(tmp_path):

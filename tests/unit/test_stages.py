@@ -7,7 +7,7 @@ import pytest
 
 from mim_torchrec.benchmarks.harness import stages
 from mim_torchrec.benchmarks.harness.stages import Run, Stage
-from mim_torchrec.benchmarks.paper import demo, shop
+from mim_torchrec.benchmarks.paper import demo, films, movielens, shop
 from mim_torchrec.pipeline.execution import StageError
 from mim_torchrec.pipeline.spec import Pipeline
 from mim_torchrec.pipeline.submission import shown
@@ -86,3 +86,40 @@ def test_the_file_of_the_demo_has_the_settings_of_the_other_experiments(tmp_path
     plain = found["export-table-plain"].flags
     assert (plain["encoder"], plain["image-size"]) == (shop.PLAIN, shop.PLAIN_OPTIONS["image-size"])
     assert found["table-permuted"].flags == {"seed": 12}
+
+
+def test_the_file_of_films_has_the_settings_that_its_report_states(tmp_path):
+    config = movielens.MovieLensConfig(data=tmp_path / "films", out=tmp_path / "run", seeds=(4, 5))
+    job = movielens.Job(config)
+    root, found = job.root, job.pipeline.stages
+    assert {name for name in job.ctr if name[-1] == "5"} == {"base-5", "mim-5", "permuted-5", "plain-5"}
+    for split in ("user", "global"):
+        data = films.import_stage(config.data, root, split)
+        made = data.described(root, 1)
+        assert found[data.name].model_dump() == made.model_dump()
+        encoder = films.csft_stage(root, data).described(root, 1)
+        assert found[f"csft-movielens-{split}"].flags == encoder.flags | {"data": f"${{import-{split}}}"}
+    no_style = shop.shop_stage(movielens.NO_STYLE_SHOP, root, "shop-no-style", 0.0)
+    assert found["shop-no-style"].flags == no_style.described(root, 1).flags
+    encoder = shop.csft_stage(movielens.NO_STYLE_SHOP, root, "csft-shop-no-style", no_style).described(
+        root, 1
+    )
+    assert found["csft-shop-no-style"].flags == encoder.flags | {"data": "${shop-no-style}"}
+    for kind in ("base", "mim"):
+        for number, setting in enumerate(films.GRID):
+            flags = found[f"ctr-tune-{kind}-{number}"].flags
+            assert flags.items() >= (movielens.CTR | setting | {"seed": 1000}).items()
+    for name in job.ctr:
+        flags = found[f"ctr-{name}"].flags
+        assert flags.items() >= movielens.CTR.items()
+        assert flags["seed"] == (1000 if "tune" in name else 4 if name[-1] not in "45" else int(name[-1]))
+    assert found["export-table-plain"].flags["image-size"] == movielens.PLAIN_OPTIONS["image-size"]
+    assert {stage.job.env["OMP_NUM_THREADS"] for name, stage in found.items() if "choose" not in name} == {
+        "1"
+    }
+    assert {stage.job.j for stage in found.values() if stage.component} == {"1x1"}
+
+
+def test_a_tuning_seed_is_not_reported(tmp_path):
+    with pytest.raises(ValueError, match="seed 1000 is for tuning"):
+        movielens.Job(movielens.MovieLensConfig(data=tmp_path, seeds=(1000,)))
