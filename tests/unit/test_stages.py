@@ -46,7 +46,7 @@ def test_data_from_outside_the_run_is_a_file_that_is_read(tmp_path):
 
 
 def test_groups_of_stages_run_and_are_kept(tmp_path, capfd):
-    sizes = shop.ShopSizes(items=60, users=10, requests=20, searches=10)
+    sizes = shop.ShopSizes(items=150, users=10, requests=20, searches=10)
     first = shop.shop_stage(sizes, tmp_path.resolve(), "one", 1.0)
     second = Stage(name="info", command=("table", "verify"), arguments=(first.out,), out=tmp_path / "no",
                    after=(first,))  # fmt: skip
