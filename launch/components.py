@@ -1,9 +1,9 @@
 """TorchX components: one a stage, `torchx run -s <scheduler> mim.<stage> … -- <any flag of the stage>`.
 
 A component only builds the description of a job; it imports none of the stages. The job is one documented
-line of torchrun on every node, or of python for a service:
+line of torchrun on every node (`training/agent.py`), or of python for a service:
 
-    python -m torch.distributed.run --nproc_per_node 2 -m mim_torchrec.<module> --data DIR --out DIR …
+    python -m mim_torchrec.training.agent --nproc_per_node 2 -m mim_torchrec.<module> --data DIR --out DIR …
 
 A component is a function with arguments of its own, under a decorator that adds the arguments of the job
 (`jobs.py`): resources, image, retries. TorchX looks for `def <name>` in this file and checks the annotations
@@ -16,10 +16,10 @@ from typing import Optional
 
 import torchx.specs as specs
 
-from mim_torchrec.launch.jobs import distributed, process, service
+from mim_torchrec.launch.jobs import ENDLESS, distributed, process, service
 
 
-@distributed()
+@distributed(max_retries=3)
 def pretrain(*script_args: str, data: str, out: str) -> specs.AppDef:
     """
     Adapt the towers to images and titles of the items (DDA) and align them with each other (DMA).
@@ -32,7 +32,7 @@ def pretrain(*script_args: str, data: str, out: str) -> specs.AppDef:
     return process("pretrain", "mim_torchrec.pretraining.main", script_args, data=data, out=out)
 
 
-@distributed()
+@distributed(max_retries=3)
 def csft(*script_args: str, data: str, out: str) -> specs.AppDef:
     """
     Fine-tune the item encoder contrastively on what users bought (C-SFT).
@@ -45,7 +45,7 @@ def csft(*script_args: str, data: str, out: str) -> specs.AppDef:
     return process("csft", "mim_torchrec.csft.main", script_args, data=data, out=out)
 
 
-@distributed()
+@distributed(max_retries=3)
 def export(*script_args: str, data: str, encoder: str, out: str) -> specs.AppDef:
     """
     Encode every item and write the multi-modal table.
@@ -60,7 +60,7 @@ def export(*script_args: str, data: str, encoder: str, out: str) -> specs.AppDef
     return process("export", module, script_args, data=data, encoder=encoder, out=out)
 
 
-@distributed()
+@distributed(max_retries=3)
 def ctr(*script_args: str, data: str, out: str, table: Optional[str] = None) -> specs.AppDef:  # noqa: UP045
     """
     Train a click-through-rate model, with content interest or (-- --mim off) without, and evaluate it.
@@ -74,7 +74,7 @@ def ctr(*script_args: str, data: str, out: str, table: Optional[str] = None) -> 
     return process("ctr", "mim_torchrec.ctr.main", script_args, data=data, out=out, table=table)
 
 
-@distributed()
+@distributed(max_retries=3)
 def evaluate(*script_args: str, model: str, out: str) -> specs.AppDef:
     """
     Score a split with a trained click-through-rate model.
@@ -87,7 +87,7 @@ def evaluate(*script_args: str, model: str, out: str) -> specs.AppDef:
     return process("evaluate", "mim_torchrec.ctr.evaluation", script_args, model=model, out=out)
 
 
-@service(max_retries=1000)
+@service(max_retries=ENDLESS)
 def rim(*script_args: str, source: str, encoder: str, table: str, log: str, out: str) -> specs.AppDef:
     """
     Encode new items as they come and publish them in windows (RIM), until the job is cancelled.
@@ -104,7 +104,7 @@ def rim(*script_args: str, source: str, encoder: str, table: str, log: str, out:
     return process("rim", module, script_args, source=source, encoder=encoder, table=table, log=log, out=out)
 
 
-@service(max_retries=1000, cpu=1, memMB=2048)
+@service(max_retries=ENDLESS, cpu=1, memMB=2048)
 def follow(*script_args: str, store: str, log: str, table_version: str) -> specs.AppDef:
     """
     Apply the windows of a log to a parameter store as they come, until the job is cancelled.
@@ -119,7 +119,7 @@ def follow(*script_args: str, store: str, log: str, table_version: str) -> specs
     return process("follow", module, script_args, store=store, log=log, table_version=table_version)
 
 
-@service(max_retries=1000, memMB=4096)
+@service(max_retries=ENDLESS, memMB=4096)
 def serve(
     *script_args: str,
     release: Optional[str] = None,  # noqa: UP045

@@ -7,14 +7,18 @@ TorchX takes types of arguments as `Optional`, `Dict` and `List` only.
 """
 
 import inspect
+import re
 import shlex
 from functools import partial, wraps
+from pathlib import PurePath
 from typing import Any, Callable, Dict, List, Optional, Tuple  # noqa: UP035
 
 import torchx.specs as specs
 from torchx.components.dist import parse_nnodes
 from torchx.specs import macros
 
+ENDLESS = 1000
+"""`max_retries` of jobs that run until they are cancelled."""
 FIRST_PORT, PORTS = 20000, 10000  # below those that Linux gives to outgoing connections
 
 
@@ -32,7 +36,14 @@ def process(stage: str, module: str, script_args: Tuple[str, ...], **flags: obje
     ]
     command = ["-m", *module.split(), *(word for pair in words for word in pair), *script_args]
     role = specs.Role(name=stage, image="", args=command)
-    return specs.AppDef(name=f"mim-{stage}", roles=[role], metadata={"app": "mim", "stage": stage})
+    name = _job_name(stage, str(flags.get("out") or ""))
+    return specs.AppDef(name=name, roles=[role], metadata={"app": "mim", "stage": stage})
+
+
+def _job_name(stage: str, out: str) -> str:
+    """What the job does and where to: mim-ctr-base for --out runs/base."""
+    last = re.sub("[^a-z0-9]+", "-", PurePath(out).name.lower()).strip("-")[:40].strip("-")
+    return f"mim-{stage}-{last}" if last not in ("", stage) else f"mim-{stage}"
 
 
 def service(**defaults: Any) -> Callable:
@@ -74,6 +85,7 @@ def _component(
     def component(*script_args: str, **arguments: Any) -> specs.AppDef:
         given = {p.name: arguments.pop(p.name, p.default) for p in added}
         app = function(*script_args, **arguments)
+        app.name = given["job_name"] or app.name
         for step, parameters in zip(steps, of_step, strict=True):
             step(app.roles[0], **{p.name: given[p.name] for p in parameters})
         return app
@@ -91,7 +103,9 @@ def _python(role: specs.Role) -> None:
     _run(role, f'exec "$${{MIM_PYTHON:-python}}" {shlex.join(role.args)}')
 
 
-def _torchrun(role: specs.Role, *, j: str = "1x2", max_restarts: int = 0, port: int = 0) -> None:
+def _torchrun(
+    role: specs.Role, *, j: str = "1x2", max_restarts: int = 0, port: int = 0, grace: int = 120
+) -> None:
     """Run the words of a role by torchrun agents.
 
     Args:
@@ -99,6 +113,7 @@ def _torchrun(role: specs.Role, *, j: str = "1x2", max_restarts: int = 0, port: 
         j: [{min_nnodes}:]{nnodes}x{nproc_per_node}
         max_restarts: times the workers are started again inside the job when one fails
         port: of the first node, where the agents of several nodes meet; 0 derives it from the job's id
+        grace: seconds from a signal to end until ranks are killed, in which a checkpoint has to be written
     """
     min_nodes, max_nodes, processes, nodes = parse_nnodes(j)
     endpoint, hosting = _meeting(max_nodes, port)
@@ -113,13 +128,13 @@ def _torchrun(role: specs.Role, *, j: str = "1x2", max_restarts: int = 0, port: 
     }
     words = [word for option in options.items() for word in option] + role.args
     # not `torchrun`: the first one on PATH may belong to another environment
-    launcher = 'exec "$${MIM_PYTHON:-python}" -m torch.distributed.run --rdzv_endpoint'
+    launcher = 'exec "$${MIM_PYTHON:-python}" -m mim_torchrec.training.agent --rdzv_endpoint'
     _run(role, f"{launcher} {endpoint} {hosting}{shlex.join(words)}")
     role.num_replicas, role.min_replicas = max_nodes, min_nodes
     if port:
         role.port_map = {"c10d": port}
     # workers that are restarted hang when they share the store of the rendezvous
-    role.env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    role.env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(grace)}
     if processes > 1:  # torchrun's own default, which it announces with a warning
         role.env["OMP_NUM_THREADS"] = "1"
 
@@ -146,6 +161,7 @@ def _job(
     role: specs.Role,
     *,
     image: str = "",
+    job_name: Optional[str] = None,  # noqa: ARG001, UP045
     h: Optional[str] = None,  # noqa: UP045
     cpu: int = 2,
     gpu: int = 0,
@@ -159,20 +175,17 @@ def _job(
     Args:
         role: of the job.
         image: container image with mim-torchrec in it, for kubernetes and local_docker
+        job_name: of the job; by default made of the stage and the last part of its out
         h: a named resource, in place of cpu, gpu and memMB
         cpu: cores of a node
         gpu: accelerators of a node
         memMB: memory of a node in MiB
-        max_retries: times the scheduler starts the job again; local_cwd never does
+        max_retries: times the scheduler starts a failed job again; local_cwd never does
         env: environment variables, A=1,B=2
         mounts: type=bind,src=/host,dst=/job[,readonly]
     """
     role.image = image
     role.resource = specs.resource(cpu=cpu, gpu=gpu, memMB=memMB, h=h)
     role.max_retries, role.retry_policy = max_retries, specs.RetryPolicy.APPLICATION
-    for name, value in (env or {}).items():
-        if "," in value:  # Slurm separates variables by commas
-            role.args[-1] = f"export {name}={shlex.quote(value)}; {role.args[-1]}"
-        else:
-            role.env[name] = value
+    role.env.update(env or {})
     role.mounts = specs.parse_mounts(mounts) if mounts else []

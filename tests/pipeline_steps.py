@@ -20,6 +20,9 @@ if "--ready" in flags:
     with open(flags["--ready"], "w") as fifo:
         fifo.write("ready")
     signal.pause()
+if "--started" in flags:
+    with open(flags["--started"], "w") as fifo:
+        fifo.write("started")
 if "--fail" in flags:
     sys.exit(int(flags["--fail"]))
 while "--until" in flags and '"failed"' not in pathlib.Path(flags["--until"]).read_text():

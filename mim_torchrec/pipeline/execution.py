@@ -112,7 +112,7 @@ class Execution:
         """Until nothing is left to do."""
         for name in self.waiting:  # what would be refused is refused before anything runs
             stage = self.resolver.stage(name, foresee=True)
-            self.submitter.request(name, submission.build(name, stage), "check")
+            self.submitter.request(f"{self.pipeline.name}-{name}", submission.build(name, stage), "check")
         try:
             self._recover()
             while True:

@@ -15,7 +15,7 @@ from pathlib import Path
 from mim_torchrec.errors import SetupError
 
 MARK = "MIM_PIPELINE_JOB"
-GRACE = 45.0  # seconds from SIGTERM to SIGKILL: torchrun gives its ranks 30
+GRACE = 150.0  # seconds from SIGTERM to SIGKILL: `launch/jobs.py` gives ranks 120
 KILLED = 30.0  # seconds from SIGKILL to the end of a process that the kernel holds
 PAUSE = 0.05
 

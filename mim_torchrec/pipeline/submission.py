@@ -15,7 +15,6 @@ from typing import Any, Self
 import torchx.specs as specs
 from torchx.runner import Runner, get_runner
 from torchx.runner.config import apply as apply_torchxconfig
-from torchx.schedulers.api import Stream
 from torchx.specs.api import AppState, parse_app_handle
 from torchx.specs.finder import ComponentNotFoundException, ComponentValidationException, get_component
 from torchx.util.types import to_dict
@@ -29,6 +28,8 @@ from mim_torchrec.pipeline.spec import Stage, Value
 
 LOCAL = "local_cwd"
 """The scheduler whose jobs are processes of this machine."""
+DEPENDENCY = "dependency"
+"""Run option of a scheduler that starts jobs after others, in the words of our Slurm."""
 HERE = (LOCAL, "slurm")
 """Schedulers that run jobs in an environment like that of the one who submits."""
 
@@ -151,6 +152,7 @@ class Submitter:
             known_options = self.runner.scheduler_run_opts(scheduler)
             if unknown := [key for key in to_dict(options) if known_options.get(key) is None]:
                 raise OptionError(f"--scheduler-args: {scheduler} has no option {unknown[0]!r}")
+            self._knows_dependencies = known_options.get(DEPENDENCY) is not None
             self._options: dict[str, Any] = dict(known_options.cfg_from_str(options))
             apply_torchxconfig(scheduler, self._options)
         except (ImportError, ValueError, TypeError) as error:
@@ -193,21 +195,19 @@ class Submitter:
             if self.is_local:  # TorchX puts it before the PATH that it finds
                 role.env["PATH"] = str(Path(sys.executable).parent)
         options = self._options | ({"log_dir": str(self._folder)} if self.is_local else {})
-        try:
-            info = self.runner.dryrun(app, self.scheduler, cfg=options)
-        except (ValueError, TypeError, AssertionError) as error:
-            if isinstance(error, ExpectedError):
-                raise
-            raise OptionError(f"{self.scheduler} refuses {title}: {error}") from error
         if after:
-            ids = ":".join(parse_app_handle(handle)[2] for handle in after)
-            info.request.cmd += [f"--dependency=afterok:{ids}", "--kill-on-invalid-dep=yes"]
-        return info
+            ids = "afterok:" + ":".join(parse_app_handle(handle)[2] for handle in after)
+            own = options.get(DEPENDENCY)
+            options[DEPENDENCY] = f"{own},{ids}" if own else ids
+        try:
+            return self.runner.dryrun(app, self.scheduler, cfg=options)
+        except (ExpectedError, ValueError, TypeError, AssertionError) as error:
+            raise OptionError(f"{self.scheduler} refuses {title}: {error}") from error
 
     @property
     def waits_for_jobs(self) -> bool:
         """Whether the scheduler starts a job when others have succeeded."""
-        return self.scheduler == "slurm"
+        return self._knows_dependencies
 
     def submit(self, info: specs.AppDryRunInfo[Any]) -> str:
         """Submit; returns the handle.
@@ -263,13 +263,11 @@ class Submitter:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _lines(self, handle: str, role: str, number: int) -> Iterator[str]:
-        streams: list[Stream | None] = [None] if self.is_local else [Stream.STDOUT, Stream.STDERR]
-        for stream in streams:
-            try:
-                for line in self.runner.log_lines(handle, role, number, streams=stream):
-                    yield line if line.endswith("\n") else line + "\n"
-            except (RuntimeError, OSError, ValueError, NotImplementedError) as error:
-                yield f"(no log of {role}/{number}: {error})\n"
+        try:
+            for line in self.runner.log_lines(handle, role, number):
+                yield line if line.endswith("\n") else line + "\n"
+        except (ExpectedError, RuntimeError, OSError, ValueError, NotImplementedError) as error:
+            yield f"(no log of {role}/{number}: {error})\n"
 
 
 def cancel(runner: Runner, records: Collection[Record]) -> int:
