@@ -29,7 +29,7 @@ STAGES = {"pretraining", "csft", "representation", "ctr"}
 BASE = {"errors", "program", "progress", "quiet"}
 PARTS = {"encoders", "losses", "ciubm", "data", "training"}
 SERVICES = {"rim", "serving"}
-TOP = {"launch", "cli", "doctor"}
+TOP = {"launch", "pipeline", "cli", "doctor"}
 BOTTOM = {"embeddings", "builds", "extensions", "extras", "lazy", "version"}
 STANDALONE = {
     f"mim_torchrec{name}"
