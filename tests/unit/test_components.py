@@ -38,7 +38,7 @@ MODULES = {
 
 SERVICES = {
     "rim": ["--source", "new", "--encoder", "encoder", "--table", "table", "--log", "log", "--out", "out"],
-    "serve": ["--release", "releases"],
+    "serve": ["--release", "releases", "--host", "127.0.0.1"],
     "follow": ["--store", "redis://host", "--log", "log", "--table_version", "v1"],
 }
 BENCH = ["--name", "paper.efficiency.main", "--out", "out"]
