@@ -18,7 +18,7 @@ export MIM_PYTHON := $(ENVIRONMENT)/bin/python
 export PYTHONPATH :=
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install demo test test-fast faults movielens ablation-csft figure5 table2 ablation-ciubm coldstart abtest table6 bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving bench-rim-latency bench-scaling bench-export-throughput chaos torchrec-parity bench benchmark-report docs doctor image lint types lock wheel release-check clean
+.PHONY: help install demo test test-fast faults movielens ablation-csft figure5 table2 ablation-ciubm coldstart abtest table6 bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving bench-rim-latency bench-scaling bench-export-throughput chaos cluster torchrec-parity bench benchmark-report docs doctor image lint types lock wheel release-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
@@ -80,6 +80,9 @@ bench-rim-latency: install  ## from the arrival of an item to a lookup that has 
 
 chaos: install  ## kill RIM, stores and training ranks 240 times: no row wrong, lost or doubled
 	$(BIN)/python -m mim_torchrec.benchmarks.chaos.main --out runs/chaos
+
+cluster: install  ## the stages on a real Slurm of two nodes, under faults; as root, with slurm-wlm and munge
+	$(BIN)/python -m mim_torchrec.benchmarks.cluster.main --out runs/cluster
 
 faults: install  ## fail every file-system call of every writer: nothing is lost or mixed
 	$(BIN)/python -m mim_torchrec.benchmarks.chaos.disk_faults --out runs/faults

@@ -1,9 +1,9 @@
 """TorchX components: one a stage, `torchx run -s <scheduler> mim.<stage> … -- <any flag of the stage>`.
 
 A component only builds the description of a job; it imports none of the stages. The job is one documented
-line of torchrun on every node, or of python for a service:
+line of torchrun on every node (`training/agent.py`), or of python for a service:
 
-    python -m torch.distributed.run --nproc_per_node 2 -m mim_torchrec.<module> --data DIR --out DIR …
+    python -m mim_torchrec.training.agent --nproc_per_node 2 -m mim_torchrec.<module> --data DIR --out DIR …
 
 A component is a function with arguments of its own, under a decorator that adds the arguments of the job
 (`jobs.py`): resources, image, retries. What would fail on the node is refused here, where it can be known.
@@ -22,7 +22,7 @@ from mim_torchrec.hosts import is_loopback
 from mim_torchrec.launch.jobs import distributed, process, service
 
 
-@distributed(elastic=False)
+@distributed(elastic=False, max_retries=3)
 def pretrain(*script_args: str, data: str, out: str) -> specs.AppDef:
     """
     Adapt the towers to images and titles of the items (DDA) and align them with each other (DMA).
@@ -35,7 +35,7 @@ def pretrain(*script_args: str, data: str, out: str) -> specs.AppDef:
     return process("pretrain", "mim_torchrec.pretraining.main", script_args, data=data, out=out)
 
 
-@distributed(elastic=False)
+@distributed(elastic=False, max_retries=3)
 def csft(*script_args: str, data: str, out: str) -> specs.AppDef:
     """
     Fine-tune the item encoder contrastively on what users bought (C-SFT).
@@ -48,7 +48,7 @@ def csft(*script_args: str, data: str, out: str) -> specs.AppDef:
     return process("csft", "mim_torchrec.csft.main", script_args, data=data, out=out)
 
 
-@distributed(elastic=False)
+@distributed(elastic=False, max_retries=3)
 def export(*script_args: str, data: str, encoder: str, out: str) -> specs.AppDef:
     """
     Encode every item and write the multi-modal table.
@@ -63,7 +63,7 @@ def export(*script_args: str, data: str, encoder: str, out: str) -> specs.AppDef
     return process("export", module, script_args, data=data, encoder=encoder, out=out)
 
 
-@distributed()
+@distributed(max_retries=3)
 def ctr(*script_args: str, data: str, out: str, table: Optional[str] = None) -> specs.AppDef:  # noqa: UP045
     """
     Train a click-through-rate model, with content interest or (-- --mim off) without, and evaluate it.
@@ -79,7 +79,7 @@ def ctr(*script_args: str, data: str, out: str, table: Optional[str] = None) -> 
     return process("ctr", "mim_torchrec.ctr.main", script_args, data=data, out=out, table=table)
 
 
-@distributed(elastic=False)
+@distributed(elastic=False, max_retries=3)
 def evaluate(*script_args: str, model: str, out: str) -> specs.AppDef:
     """
     Score a split with a trained click-through-rate model.

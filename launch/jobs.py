@@ -20,8 +20,10 @@ What cannot run is refused at submission, by an `OptionError`; the command `torc
 """
 
 import inspect
+import re
 import shlex
 from functools import partial, wraps
+from pathlib import PurePath
 from typing import Any, Callable, Dict, List, Optional, Tuple  # noqa: UP035
 
 import torchx.specs as specs
@@ -63,15 +65,22 @@ def process(
     ]
     command = ["-m", *module.split(), *(word for pair in words for word in pair), *script_args]
     role = specs.Role(name=stage, image="", args=command)
-    return specs.AppDef(name=f"mim-{stage}", roles=[role], metadata={"app": "mim", "stage": stage})
+    name = _job_name(stage, str(flags.get("out") or ""))
+    return specs.AppDef(name=name, roles=[role], metadata={"app": "mim", "stage": stage})
+
+
+def _job_name(stage: str, out: str) -> str:
+    """What the job does and where to: mim-ctr-base for --out runs/base."""
+    last = re.sub("[^a-z0-9]+", "-", PurePath(out).name.lower()).strip("-")[:40].strip("-")
+    return f"mim-{stage}-{last}" if last not in ("", stage) else f"mim-{stage}"
 
 
 def service(**defaults: Any) -> Callable:
     """Make a component of one process, which most often runs until it is told to stop.
 
     Args:
-        defaults: of arguments of the job (`image`, `h`, `cpu`, `gpu`, `memMB`, `max_retries`, `env`,
-            `mounts`), where they are others.
+        defaults: of arguments of the job (`image`, `job_name`, `h`, `cpu`, `gpu`, `memMB`, `max_retries`,
+            `env`, `mounts`), where they are others.
 
     Returns:
         A decorator of a function that returns `process(...)`.
@@ -84,8 +93,8 @@ def distributed(*, elastic: bool = True, **defaults: Any) -> Callable:
 
     Args:
         elastic: whether the program goes on with another number of ranks; else a range of nodes is refused.
-        defaults: of arguments of the job, those of `service` and `j`, `max_restarts` and `port`, where they
-            are others.
+        defaults: of arguments of the job, those of `service` and `j`, `max_restarts`, `port` and `grace`,
+            where they are others.
 
     Returns:
         A decorator of a function that returns `process(...)`.
@@ -115,6 +124,7 @@ def _component(
         given = {p.name: arguments.pop(p.name, p.default) for p in added}
         with refusals():
             app = function(*script_args, **arguments)
+            app.name = given["job_name"] or app.name
             for step, parameters in zip(steps, of_step, strict=True):
                 step(app.roles[0], **{p.name: given[p.name] for p in parameters})
         return app
@@ -132,7 +142,9 @@ def _python(role: specs.Role) -> None:
     _run(role, f'exec "$${{MIM_PYTHON:-python}}" {shlex.join(role.args)}')
 
 
-def _torchrun(role: specs.Role, *, j: str = "1x2", max_restarts: int = 0, port: int = 0) -> None:
+def _torchrun(
+    role: specs.Role, *, j: str = "1x2", max_restarts: int = 0, port: int = 0, grace: int = 120
+) -> None:
     """Run the words of a role by torchrun agents.
 
     Args:
@@ -140,6 +152,7 @@ def _torchrun(role: specs.Role, *, j: str = "1x2", max_restarts: int = 0, port: 
         j: [{min_nnodes}:]{nnodes}x{nproc_per_node}
         max_restarts: times the workers are started again inside the job; 0 is 10 where nodes may leave
         port: of the first node, where the agents of several nodes meet; 0 derives it from the job's id
+        grace: seconds from a signal to end until ranks are killed, in which a checkpoint has to be written
     """
     min_nodes, max_nodes, processes, nodes = _nodes(j)
     endpoint, hosting = _meeting(max_nodes, port)
@@ -154,20 +167,20 @@ def _torchrun(role: specs.Role, *, j: str = "1x2", max_restarts: int = 0, port: 
     }
     words = [word for option in options.items() for word in option] + role.args
     # not `torchrun`: the first one on PATH may belong to another environment
-    launcher = 'exec "$${MIM_PYTHON:-python}" -m torch.distributed.run --rdzv_endpoint'
+    launcher = 'exec "$${MIM_PYTHON:-python}" -m mim_torchrec.training.agent --rdzv_endpoint'
     _run(role, f"{launcher} {endpoint} {hosting}{shlex.join(words)}")
     role.num_replicas, role.min_replicas = max_nodes, min_nodes
     role.metadata["torchrun"] = {"processes": processes}
     if port:
         role.port_map = {"c10d": port}
     # workers that are restarted hang when they share the store of the rendezvous
-    role.env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    role.env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(grace)}
     if processes > 1:  # torchrun's own default, which it announces with a warning
         role.env["OMP_NUM_THREADS"] = "1"
 
 
 def _torchrun_of_fixed_size(
-    role: specs.Role, *, j: str = "1x2", max_restarts: int = 0, port: int = 0
+    role: specs.Role, *, j: str = "1x2", max_restarts: int = 0, port: int = 0, grace: int = 120
 ) -> None:
     """Run the words of a role by torchrun agents, the same number from the start to the end.
 
@@ -176,6 +189,7 @@ def _torchrun_of_fixed_size(
         j: {nnodes}x{nproc_per_node}
         max_restarts: times the workers are started again inside the job when one fails
         port: of the first node, where the agents of several nodes meet; 0 derives it from the job's id
+        grace: seconds from a signal to end until ranks are killed, in which a checkpoint has to be written
     """
     min_nodes, max_nodes, *_ = _nodes(j)
     if min_nodes < max_nodes:
@@ -183,7 +197,7 @@ def _torchrun_of_fixed_size(
             f"-j {j}: {role.name} cannot go on with another number of ranks; name one number of nodes, as in "
             f"-j {max_nodes}x{j.partition('x')[2]}"
         )
-    _torchrun(role, j=j, max_restarts=max_restarts, port=port)
+    _torchrun(role, j=j, max_restarts=max_restarts, port=port, grace=grace)
 
 
 def _nodes(j: str) -> Tuple[int, int, int, str]:  # noqa: UP006
@@ -220,6 +234,7 @@ def _job(
     role: specs.Role,
     *,
     image: str = "",
+    job_name: Optional[str] = None,  # noqa: ARG001, UP045
     h: Optional[str] = None,  # noqa: UP045
     cpu: int = 0,
     gpu: int = 0,
@@ -233,22 +248,19 @@ def _job(
     Args:
         role: of the job.
         image: container image with mim-torchrec in it, for kubernetes and local_docker
+        job_name: of the job; by default made of the stage and the last part of its out
         h: a named resource, in place of cpu, gpu and memMB
         cpu: cores of a node; 0 is 8 for each GPU, without GPUs 1 for each process, at least 2
         gpu: accelerators of a node, one for each process
         memMB: MiB of a node; 0 is 32768 for each GPU, without GPUs 4096 for each process, at least 8192
-        max_retries: times the scheduler starts the job again; local_cwd never does
+        max_retries: times the scheduler starts a failed job again; local_cwd never does
         env: environment variables, A=1,B=2
         mounts: type=bind,src=/host,dst=/job[,readonly]
     """
     role.image = image
     role.resource = _resource(role, h, cpu, gpu, memMB)
     role.max_retries, role.retry_policy = max_retries, specs.RetryPolicy.APPLICATION
-    for name, value in (env or {}).items():
-        if "," in value:  # Slurm separates variables by commas
-            role.args[-1] = f"export {name}={shlex.quote(value)}; {role.args[-1]}"
-        else:
-            role.env[name] = value
+    role.env.update(env or {})
     try:
         role.mounts = specs.parse_mounts(mounts) if mounts else []
     except (KeyError, ValueError) as error:

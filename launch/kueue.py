@@ -15,7 +15,7 @@ from torchx.schedulers.kubernetes_scheduler import KubernetesOpts, role_to_pod, 
 from torchx.specs import AppDef, AppState, macros, runopts
 from torchx.util.strings import normalize_str
 
-from mim_torchrec.errors import OptionError
+from mim_torchrec.errors import OptionError, Status
 from mim_torchrec.extras import needs
 from mim_torchrec.launch.kubernetes import VolcanoScheduler, check, complete
 from mim_torchrec.launch.refusals import refusals
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 QUEUE, PRIORITY = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
 OURS = {"app.kubernetes.io/managed-by": "mim-torchrec"}
+FINAL = {"operator": "In", "values": [int(one) for one in (Status.USAGE, Status.DATA, Status.VERSION)]}
+"""Exit statuses of a wrong submission or wrong data: another attempt would end as this one."""
 INDEX, FIRST = "JOB_COMPLETION_INDEX", "MIM_FIRST_HOST"
 
 
@@ -149,6 +151,7 @@ def describe_job(app: AppDef, cfg: KubernetesOpts) -> KueueJob:
             "completions": role.num_replicas,
             "parallelism": role.num_replicas,
             "backoffLimit": role.max_retries * role.num_replicas,  # when one pod fails, all do
+            "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": FINAL}]},
             "template": sanitize_for_serialization(pod),
         },
     }

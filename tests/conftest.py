@@ -14,6 +14,8 @@ from mim_torchrec.benchmarks.harness.redis_server import RedisCluster, RedisServ
 torch.set_num_threads(1)
 
 LONG = (
+    "test_slurm_faults",
+    "test_slurm_stages",
     "test_demo",
     "test_doc_pages",
     "test_ctr_benchmarks",
@@ -21,7 +23,7 @@ LONG = (
     "test_chaos",
     "test_rim_main",
 )
-FOLDERS = ("pipeline", "distributed", "unit")
+FOLDERS = ("cluster", "pipeline", "distributed", "unit")
 
 
 def pytest_collection_modifyitems(items):

@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import re
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -59,6 +60,8 @@ class CheckpointConfig:
 
     every: int = 0
     """Steps between two checkpoints; 0 saves only at the end of every epoch and at SIGTERM."""
+    minutes: float = 0.0
+    """Minutes between two checkpoints, of whatever kind; 0 saves none by time."""
     keep: int = 2
     """Number of checkpoints that are kept, the newest."""
     asynchronous: bool = True
@@ -126,15 +129,23 @@ class Checkpoints:
     ) -> None:
         if config.every < 0 or config.keep < 1:
             raise OptionError(f"checkpoints every {config.every} steps, {config.keep} kept: at least 0 and 1")
+        if config.minutes < 0:
+            raise OptionError(f"--checkpoint.minutes is {config.minutes}; it must be at least 0")
         self._folder, self._config, self._context = folder, config, context
         self._run, self._model = run, model
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._group: dist.ProcessGroup | None = None
         self._pending: tuple[Path, Future[None]] | None = None
+        self._began = time.monotonic()
+        self._warned = False
 
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint is to be written after a step of the run."""
         return self._config.every > 0 and step % self._config.every == 0
+
+    def is_overdue(self) -> bool:
+        """Whether the newest checkpoint is older than it may be; the clocks of ranks differ."""
+        return 0 < self._config.minutes * 60 <= time.monotonic() - self._began
 
     def save(self, state: State, epoch: int, step: int, progress: dict[str, Any]) -> None:
         """Write a checkpoint; where it is asynchronous, it has its name after the next `wait` at the latest.
@@ -150,6 +161,7 @@ class Checkpoints:
                 untouched.
         """
         self.wait()
+        self._began = time.monotonic()
         path = self._folder / f"epoch-{epoch:04d}-step-{step:08d}"
         partial, local = partial_of(path), state.local()
         try:
@@ -202,6 +214,19 @@ class Checkpoints:
             seal(partial_of(path))
             publish_shared(path)
             self._leave_newest()
+            self._compare_with_grace(time.monotonic() - self._began)
+
+    def _compare_with_grace(self, seconds: float) -> None:
+        """Warn where ranks may be killed before a checkpoint is written that a signal asked for."""
+        grace = grace_of_launcher()
+        if grace is None or 2 * seconds <= grace or self._warned:
+            return
+        self._warned = True
+        log.warning(
+            "a checkpoint took %.0f s. The launcher kills ranks %.0f s after a signal to end, in which two "
+            "may have to be written: raise its grace (--grace, TORCH_ELASTIC_SHUTDOWN_TIMEOUT) and that of "
+            "the scheduler, and write checkpoints in between (--checkpoint.minutes)", seconds, grace,
+        )  # fmt: skip
 
     def _own_group(self) -> dist.ProcessGroup | None:
         if self._group is None:
@@ -304,6 +329,13 @@ class Checkpoints:
     def _leave_newest(self) -> None:
         for path in checkpoints_in(self._folder)[: -self._config.keep]:
             remove_directory(path)
+
+
+def grace_of_launcher() -> float | None:
+    """Seconds from SIGTERM until torchrun kills its ranks; None where it is not the launcher."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    return float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
 
 
 def checkpoints_in(folder: Path) -> list[Path]:

@@ -1,7 +1,9 @@
 """The process group of a stage: the ranks of torchrun or another launcher, or a world of one."""
 
+import json
 import os
 import random
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,7 +95,7 @@ def distributed(seed: int, timeouts: Timeouts | None = None) -> Iterator[Distrib
     if mine:
         backend = "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-            liveness = _join(backend, timeouts or Timeouts())
+            liveness = _join(backend, timeouts or Timeouts(), device)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
             alone = "LOCAL_WORLD_SIZE" not in os.environ
@@ -124,13 +126,13 @@ def new_gloo_group() -> dist.ProcessGroup:
     return cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
 
 
-def _join(backend: str, timeouts: Timeouts) -> Liveness:
+def _join(backend: str, timeouts: Timeouts, device: torch.device) -> Liveness:
     """Meet the other ranks, whose number and place the environment has, and report this one to them."""
     check_interface()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = meeting_store(rank, timedelta(seconds=timeouts.init))
     own = dist.PrefixStore("mim", store)
-    own.set(f"started/{rank}", os.environ.get(RESTARTS, "0"))
+    own.set(f"started/{rank}", json.dumps([_place(device), os.environ.get(RESTARTS, "0")]))
     for other in range(world_size):
         try:
             own.wait([f"started/{other}"])
@@ -139,8 +141,11 @@ def _join(backend: str, timeouts: Timeouts) -> Liveness:
             raise RankStalled(
                 f"ranks {absent} of {world_size} have not started within {timeouts.init:g} s (--timeout.init)"
             ) from error
+    started = [json.loads(own.get(f"started/{other}")) for other in range(world_size)]
     if RESTARTS in os.environ:  # an agent that has joined later has counted fewer; ranks agree
-        os.environ[RESTARTS] = str(max(int(own.get(f"started/{other}")) for other in range(world_size)))
+        os.environ[RESTARTS] = str(max(int(restarts) for _, restarts in started))
+    if device.type != "cpu":
+        refuse_shared_device([place for place, _ in started], rank)
     dist.init_process_group(
         backend,
         store=dist.PrefixStore("group", store),
@@ -183,12 +188,53 @@ def is_restarted() -> bool:
 def _device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if local_rank >= torch.cuda.device_count():
-        raise SetupError(
-            f"local rank {local_rank} has no GPU, the machine has {torch.cuda.device_count()}; start fewer "
-            "processes, or set CUDA_VISIBLE_DEVICES= to use the CPU"
-        )
-    device = torch.device("cuda", local_rank)
+    device = torch.device("cuda", device_number(torch.cuda.device_count()))
     torch.cuda.set_device(device)
     return device
+
+
+def device_number(visible: int) -> int:
+    """Which of the GPUs that this process sees is its own.
+
+    A launcher such as `srun --gpus-per-task=1` shows every process one GPU, which is number 0 to each.
+
+    Args:
+        visible: number of GPUs that this process sees.
+
+    Raises:
+        SetupError: this process has none.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if visible == 1:
+        return 0  # where ranks share it, `refuse_shared_device` finds out
+    if local_rank >= visible:
+        raise SetupError(
+            f"local rank {local_rank} has no GPU, the machine has {visible}; start fewer processes, or set "
+            "CUDA_VISIBLE_DEVICES= to use the CPU"
+        )
+    return local_rank
+
+
+def _place(device: torch.device) -> str:
+    """The host of this rank, and its GPU by the id that no other GPU has."""
+    gpu = "" if device.type == "cpu" else str(torch.cuda.get_device_properties(device).uuid)
+    return f"{socket.gethostname()} {gpu}"
+
+
+def refuse_shared_device(places: list[str], rank: int) -> None:
+    """See that no other rank has this one's GPU.
+
+    Args:
+        places: host and GPU of each rank, by rank.
+        rank: this process.
+
+    Raises:
+        SetupError: ranks share a GPU, which NCCL cannot.
+    """
+    sharing = [other for other, place in enumerate(places) if place == places[rank]]
+    if len(sharing) > 1:
+        host = places[rank].split()[0]
+        raise SetupError(
+            f"ranks {sharing} on {host} have one GPU together; start fewer processes, let the launcher give "
+            "each a GPU, or set CUDA_VISIBLE_DEVICES= to use the CPU"
+        )

@@ -221,6 +221,9 @@ class _Saving:
     def is_due(self, step: int) -> bool:
         return self._checkpoints is not None and self._checkpoints.is_due(step)
 
+    def is_overdue(self) -> bool:
+        return self._checkpoints is not None and self._checkpoints.is_overdue()
+
     def checkpoint(self, epoch: int, step: int) -> None:
         if self._checkpoints is None:
             return
@@ -272,7 +275,7 @@ def _train_epoch(
             context.at(f"epoch {epoch}, step {step}")
             task.optimizer.zero_grad()  # before the forward pass, in which fused kernels take their rate
             loss, report = task.training_forward(batch)
-            value, stopping = _over_ranks(loss, stop.is_set, context)
+            value, stopping, overdue = _over_ranks(loss, stop.is_set, save.is_overdue(), context)
             if not math.isfinite(value):
                 save.wait()
                 file = run.root / "bad_batch" / f"rank{context.rank}.json"
@@ -305,7 +308,7 @@ def _train_epoch(
             history.num_steps = step
             history.loss_sum, history.loss_count = history.loss_sum + value, history.loss_count + 1
             progress.update()
-            if stopping or save.is_due(step):
+            if stopping or overdue or save.is_due(step):
                 save.checkpoint(epoch, place)
             if stopping:
                 save.interrupt()
@@ -357,13 +360,16 @@ def _timed(batches: Iterable[Any]) -> Iterator[tuple[Any, float]]:
         yield batch, time.perf_counter() - started
 
 
-def _over_ranks(loss: Tensor, stop: bool, context: DistributedContext) -> tuple[float, bool]:
-    """Mean loss, and whether any rank is to stop: all learn it in the same step."""
-    both = torch.stack([loss.detach().double(), loss.new_tensor(float(stop), dtype=torch.float64)])
+def _over_ranks(
+    loss: Tensor, stop: bool, overdue: bool, context: DistributedContext
+) -> tuple[float, bool, bool]:
+    """Mean loss, and whether any rank is to stop or to save: all learn it in the same step."""
+    flags = loss.new_tensor([float(stop), float(overdue)], dtype=torch.float64)
+    numbers = torch.cat([loss.detach().double().reshape(1), flags])
     if context.world_size > 1:
-        dist.all_reduce(both)
-    value, stopping = both.tolist()
-    return value / context.world_size, stopping > 0
+        dist.all_reduce(numbers)
+    value, stopping, saving = numbers.tolist()
+    return value / context.world_size, stopping > 0, saving > 0
 
 
 def _can_be_judged(entry: dict[str, float], select: str | None) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mim_torchrec.embeddings.files import remove_directory
+from mim_torchrec.errors import OptionError
 from mim_torchrec.training import checkpoints as module
 from mim_torchrec.training.checkpoints import (
     CheckpointConfig,
@@ -253,6 +254,48 @@ def test_every_nth_step_is_due():
     store = Checkpoints(None, CheckpointConfig(every=3), {}, None)
     assert [step for step in range(1, 10) if store.is_due(step)] == [3, 6, 9]
     assert not Checkpoints(None, CheckpointConfig(), {}, None).is_due(3)
+
+
+class Clock:
+    """Stands for the module `time`: every look at it takes some seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        self.now, self.seconds = 0.0, seconds
+
+    def monotonic(self) -> float:
+        self.now += self.seconds
+        return self.now
+
+
+def test_one_is_due_when_the_newest_is_too_old(tmp_path, ranks, monkeypatch):
+    monkeypatch.setattr(module, "time", clock := Clock(0.0))
+    store = Checkpoints(tmp_path, CheckpointConfig(minutes=2), {}, ranks)
+    ages = []
+    for clock.now in (60.0, 119.0, 120.0, 130.0):
+        ages.append(store.is_overdue())
+    assert ages == [False, False, True, True]
+    written(store, make_state(0)[2], 0, 1, {})
+    assert not store.is_overdue()
+    clock.now = 250.0
+    assert store.is_overdue()
+    assert not Checkpoints(tmp_path, CheckpointConfig(), {}, ranks).is_overdue()
+    with pytest.raises(OptionError, match=r"--checkpoint.minutes is -1"):
+        Checkpoints(tmp_path, CheckpointConfig(minutes=-1), {}, ranks)
+
+
+@pytest.mark.parametrize(("grace", "warned"), [(None, False), ("120", False), ("30", True)])
+def test_one_that_takes_longer_than_the_launcher_waits_is_warned_of_once(
+    tmp_path, ranks, monkeypatch, caplog, grace, warned
+):
+    monkeypatch.setattr(module, "time", Clock(20.0))
+    if grace is not None:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a-job")
+        monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", grace)
+    store = Checkpoints(tmp_path, CheckpointConfig(), {}, ranks)
+    for step in (1, 2):
+        written(store, make_state(0)[2], 0, step, {})
+    said = [record.getMessage() for record in caplog.records if "a checkpoint took" in record.getMessage()]
+    assert len(said) == warned and all("kills ranks 30 s after" in text for text in said)
 
 
 def test_generators_go_on_where_they_were():

@@ -1,5 +1,6 @@
 """What the documentation says of flags, names and sizes is what the code says."""
 
+import inspect
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from mim_torchrec.csft.config import CSFTConfig
 from mim_torchrec.ctr.config import CTRConfig
+from mim_torchrec.launch import components
 from mim_torchrec.pretraining.config import PretrainConfig
 
 ROOT = Path(__file__).parents[2]
@@ -38,6 +40,11 @@ OTHER_PROGRAMS = {
     "--scale",  # of the model that a tutorial writes
     "--silent", "--retry", "--retry-connrefused", "--retry-delay", "--help", "--debug", "--overrides",
 }  # fmt: skip
+OF_SLURM = {
+    "--time", "--signal", "--requeue", "--dependency", "--chdir", "--nodes", "--ntasks-per-node",
+    "--cpus-per-task", "--gpus-per-task", "--container-image", "--container-mounts",
+}  # fmt: skip
+OF_TORCHX = {"--log_level", "--wait", "--nnodes", "--rdzv_backend", "--rdzv_id", "--rdzv_endpoint"}
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w.-]*\w")
 
 
@@ -52,7 +59,10 @@ def test_every_flag_that_a_page_names_is_one_of_a_program(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     import reference
 
-    known = set(FLAG.findall(reference.commands_page())) | OTHER_PROGRAMS
+    of_components = {f"--{name}" for name in inspect.signature(components.ctr).parameters}
+    known = (
+        set(FLAG.findall(reference.commands_page())) | OTHER_PROGRAMS | OF_SLURM | OF_TORCHX | of_components
+    )
     unknown = {
         (path.name, flag) for path in pages() for flag in FLAG.findall(path.read_text(encoding="utf-8"))
     }

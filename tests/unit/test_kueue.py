@@ -114,6 +114,8 @@ def test_the_job_and_its_service_are_well_formed(runner):
     assert list(faults(job, "V1Job", "Job")) == list(faults(service, "V1Service", "Service")) == []
     assert job["spec"]["suspend"] and job["spec"]["completionMode"] == "Indexed"
     assert (job["spec"]["completions"], job["spec"]["parallelism"], job["spec"]["backoffLimit"]) == (4, 4, 8)
+    (rule,) = job["spec"]["podFailurePolicy"]["rules"]
+    assert rule["action"] == "FailJob" and rule["onExitCodes"]["values"] == [2, 3, 4]
     labels = job["metadata"]["labels"]
     assert labels["kueue.x-k8s.io/queue-name"] == "research"
     assert labels["kueue.x-k8s.io/priority-class"] == "high"

@@ -222,6 +222,17 @@ def test_lines_of_steps_after_the_checkpoint_are_cut_off(tmp_path):
     assert [entry["step"] for entry in read_history(tmp_path / "history.jsonl").steps] == [1, 2, 3, 4, 5]
 
 
+def test_a_checkpoint_is_written_when_the_newest_is_too_old(tmp_path, monkeypatch):
+    steps = []
+    monkeypatch.setattr(Checkpoints, "is_overdue", lambda _: len(steps) in (2, 4))
+    task = Line([], batch_values=(1.0,) * 5)
+    plain = task.training_forward
+    task.training_forward = lambda batch: (steps.append(batch), plain(batch))[1]
+    resumed(task, tmp_path, epochs=1, checkpoint={"minutes": 1, "keep": 9})
+    found = [path.name for path in sorted((tmp_path / "checkpoints").iterdir())]
+    assert found == ["epoch-0000-step-00000002", "epoch-0000-step-00000004", "epoch-0001-step-00000000"]
+
+
 def test_a_finished_run_trains_further_epochs_as_if_it_had_been_told_at_first(tmp_path):
     scores = [0.3, 0.1, 0.4]
     run(Line(scores), tmp_path / "whole", select="score")

@@ -35,7 +35,7 @@ STANDALONE = {
     f"mim_torchrec{name}"
     for name in ("", ".cli", ".doctor", ".builds", ".errors", ".extras", ".findings", ".lazy", ".program")
 }
-BENCHMARK_ROOMS = [{"harness", "measures"}, {"paper", "speed", "chaos", "parity"}, {"records"}]
+BENCHMARK_ROOMS = [{"harness", "measures"}, {"paper", "speed", "chaos", "parity"}, {"cluster"}, {"records"}]
 DRAWING = {"matplotlib", "jinja2"}
 
 WHERE = """
