@@ -66,7 +66,11 @@ def log_to_stderr() -> None:
             root.removeHandler(handler)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", handlers=[_OnLines()])
     logging.getLogger("mim_torchrec").setLevel(logging.INFO)
-    for message in ("Please use DTensor instead", "`broadcast_buffers` is deprecated"):
+    for message in (
+        "Please use DTensor instead",
+        "`broadcast_buffers` is deprecated",
+        "`torch.distributed.reduce_scatter_tensor` is deprecated",
+    ):
         warnings.filterwarnings("ignore", message=message)
     # torchrec asks, in every process, what torch.fx warns of
     logging.getLogger("torch.fx._symbolic_trace").addFilter(

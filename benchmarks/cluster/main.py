@@ -36,8 +36,9 @@ from mim_torchrec.errors import SetupError, Status
 RESOURCES = ("--cpu", "1", "--memMB", "3072")
 FAULTS = 4
 """How many are done to jobs."""
-CLASH = ("DistStoreError", "DistNetworkError", "RendezvousError", "do not meet", "Address already in use")
-"""What a job says that met the store of another one, or found its port taken."""
+CLASH = ("the nodes of this job do not meet", "Address already in use")
+"""What a job says that met the store of another one, or found its port taken; a job to which nothing was done
+and that was started again counts too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +228,7 @@ def main(argv: list[str] | None = None) -> None:
             say(str(error))
             hung = 1
         logs = "".join(job.log() for job in [*alone.values(), *two_nodes.jobs.values()])
+        restarts = [job.field("Restarts") for job in alone.values()]
     same = identical(one, two)
     report = {
         "jobs": len(alone) + len(two_nodes.jobs),
@@ -235,7 +237,7 @@ def main(argv: list[str] | None = None) -> None:
         "identical": all(same.values()),
         "predictions": same,
         "hung": hung,
-        "clashes": sum(logs.count(words) for words in CLASH),
+        "clashes": sum(logs.count(words) for words in CLASH) + sum(count != "0" for count in restarts),
         "seconds": round(time.monotonic() - began),
         "config": json.loads(json.dumps(asdict(config), default=str)),
     }

@@ -111,6 +111,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _rank(rank: int, folder: Path, seeds: range) -> None:
     torch.set_num_threads(1)
+    program.log_to_stderr()
     logging.disable(logging.ERROR)  # TorchRec's, of every module it shards
     store = dist.FileStore(str(folder / "store"), RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=TIMEOUT)

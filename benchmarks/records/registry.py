@@ -107,8 +107,15 @@ BENCHMARKS: Sequence[Benchmark] = (
         figures={
             "lookup of fp32, through DMP, over index_select": "lookup|fp32|vs_index_select",
             "lookup of fp16, through DMP, over index_select": "lookup|fp16|vs_index_select",
+            "stored rows of fp32, without DMP, over index_select": "lookup|fp32|gather_vs_index_select",
+            "stored rows of fp16, without DMP, over index_select": "lookup|fp16|gather_vs_index_select",
+            "stored rows of int8, without DMP, over index_select": "lookup|int8|gather_vs_index_select",
             "step, frozen over trainable": ("step|1|frozen|seconds", "step|1|trainable|seconds"),
             "bytes of int8 over fp16": "int8|bytes_vs_fp16",
+            "index: 10,000 new items at any age over the first 10,000": "index|add_ratio",
+            "index: lookup over np.searchsorted": "index|rows_vs_searchsorted",
+            "index: bytes per id, two ranks together": "index|bytes_per_id",
+            "training from an SSD over training in memory": "tiers|ssd_vs_memory",
         },
     ),
     Benchmark(

@@ -100,10 +100,15 @@ def launch(ranks: int, function: Callable[..., Any], *arguments: Any, keep: bool
         min_nodes=1, max_nodes=1, nproc_per_node=ranks, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
         run_id=function.__name__, max_restarts=0, start_method="spawn",
     )  # fmt: skip
-    results = elastic_launch(config, function)(*arguments)
+    results = elastic_launch(config, _on_rank)(function, *arguments)
     for name in KEEP_FREED:
         os.environ.pop(name, None)
     return [results[rank] for rank in range(ranks)]
+
+
+def _on_rank(function: Callable[..., Any], *arguments: Any) -> Any:
+    program.log_to_stderr()
+    return function(*arguments)
 
 
 def write_scale_table(path: Path, rows: int, dim: int) -> None:

@@ -178,6 +178,10 @@ def make_index(folder, kind: str) -> ItemIndex:
     return ItemIndex.of(Table.open(folder / kind))
 
 
+# Python 3.12 and later warn of every fork in a process that has threads
+FORKED = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("start", "kind"),
@@ -186,8 +190,12 @@ def make_index(folder, kind: str) -> ItemIndex:
         ("forkserver", "ids"),
         ("forkserver", "overlapping shards"),
         ("spawn", "ids"),
+        ("fork", "one table"),
+        ("fork", "ids"),
+        ("fork", "overlapping shards"),
     ],
 )
+@FORKED
 def test_workers_that_run_already_see_items_that_are_added_and_deleted(tmp_path, start, kind):
     index, asked = make_index(tmp_path, kind), tensor([30, 10, 7, 8, 20])
     loader = DataLoader(Requests(index, asked), batch_size=None, num_workers=1, persistent_workers=True,
@@ -203,8 +211,10 @@ def test_workers_that_run_already_see_items_that_are_added_and_deleted(tmp_path,
 
 
 @pytest.mark.slow
-def test_a_worker_does_not_change_the_index():
+@pytest.mark.parametrize("start", ["forkserver", "fork"])
+@FORKED
+def test_a_worker_does_not_change_the_index(start):
     loader = DataLoader(Requests(ItemIndex(tensor([10]), 2), tensor([7]), write=True), batch_size=None,
-                        num_workers=1, multiprocessing_context="forkserver")  # fmt: skip
+                        num_workers=1, multiprocessing_context=start)  # fmt: skip
     with pytest.raises(TableError, match="is changed by the process that made it"):
         next(iter(loader))

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from torchx.runner import Runner, get_runner
+from torchx.runner import Runner, config, get_runner
 from torchx.schedulers import DEFAULT_SCHEDULER_MODULES, get_scheduler_factories
+from torchx.specs import AppState, CfgVal
 
 from mim_torchrec.launch import slurm_job
 from mim_torchrec.launch.refused import JobRefused
@@ -141,3 +142,55 @@ def test_a_task_tells_slurm_why_it_ended(runner, tmp_path, monkeypatch, status, 
     (tmp_path / "end.sh").write_text(f"exit {status}")
     done = run_task(script(runner, "sh", "end.sh", component="utils.sh"), tmp_path)
     assert done.returncode == of_task
+
+
+def program(folder: Path, name: str, text: str) -> None:
+    (folder / name).write_text(f"#!/bin/sh\n{text}")
+    (folder / name).chmod(0o755)
+
+
+ROWS = """JobID|JobName|State|NNodes|WorkDir
+12|mim-ctr|CANCELLED by 0|2|/home/me
+13|mim-csft|COMPLETED|1|/home/me
+12.batch|batch|CANCELLED|1|
+"""
+
+
+@pytest.fixture
+def finished(tmp_path, monkeypatch) -> SlurmScheduler:
+    """A cluster whose controller has forgotten its jobs, and whose accounting has not."""
+    program(tmp_path, "scontrol", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
+    program(tmp_path, "squeue", "echo '14|PENDING'")
+    program(tmp_path, "sacct", f"cat <<'END'\n{ROWS}END\n")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    return SlurmScheduler("session")
+
+
+def test_accounting_knows_what_the_controller_has_forgotten(finished):
+    found = finished.describe("12")
+    assert found is not None and found.state == AppState.CANCELLED and found.msg == "CANCELLED"
+    assert found.roles[0].num_replicas == 2
+    states = {app.app_id: app.state for app in finished.list()}
+    expected = {"12": AppState.CANCELLED, "13": AppState.SUCCEEDED, "14": AppState.PENDING}
+    assert states == expected
+
+
+def test_without_accounting_a_forgotten_job_is_none(finished, tmp_path):
+    program(tmp_path, "sacct", "echo 'Slurm accounting storage is disabled' >&2; exit 1")
+    assert finished.describe("12") is None
+    assert [app.app_id for app in finished.list()] == ["14"]
+
+
+def test_a_job_that_sbatch_refuses_is_refused_in_its_words(runner, tmp_path, monkeypatch):
+    program(tmp_path, "sbatch", "echo 'error: invalid partition specified: gpu' >&2; exit 1")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    dry = runner.dryrun_component("mim.ctr", CTR, "slurm", {})
+    with pytest.raises(JobRefused, match="sbatch: error: invalid partition specified: gpu"):
+        runner.schedule(dry)
+
+
+def test_the_configuration_of_this_checkout_is_one_that_the_scheduler_knows():
+    configuration: dict[str, CfgVal] = {}
+    config.apply("slurm", configuration, dirs=[str(Path(__file__).parents[2])])
+    assert configuration == {"warning": 300}
+    assert SlurmScheduler("session").run_opts().resolve(configuration)["warning"] == 300
