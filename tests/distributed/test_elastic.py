@@ -115,7 +115,7 @@ def test_a_run_goes_on_with_the_ranks_that_are_left_and_grows_again(nodes, tmp_p
 
 
 def test_a_run_that_lost_a_machine_ends_with_the_ranks_that_are_left(nodes, tmp_path):
-    agents = Agents(nodes, tmp_path, epochs=30)
+    agents = Agents(nodes, tmp_path, epochs=8)
     try:
         first, second = agents.start(0), agents.start(1)
         agents.until(lambda: agents.world_size() == 2, first)

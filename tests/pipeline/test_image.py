@@ -100,8 +100,8 @@ def test_a_stage_runs_in_the_image(inside, tmp_path):
     findings = {finding["check"]: finding for finding in json.loads(sound.stdout)}
     assert findings["lookup"]["ok"] and findings["gloo"]["ok"] and findings["package"]["ok"], sound.stdout
     shop = inside(
-        *mim, "shop", "--out", "shop", "--items", "100", "--users", "30", "--requests", "60",
-        "--searches", "20", "--browsing", "100", "--image-size", "32",
+        *mim, "shop", "--out", "shop", "--items", "150", "--users", "30", "--requests", "60",
+        "--searches", "20", "--browsing", "300", "--image-size", "32",
     )  # fmt: skip
     assert shop.returncode == 0, shop.stderr
     trained = inside(

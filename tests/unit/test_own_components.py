@@ -4,8 +4,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from mim_torchrec.launch import jobs
 
@@ -61,27 +63,33 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_stage_of_the_user_has_the_ranks_and_the_arguments_of_a_job(folder):
-    done = torchx(
-        folder, "run", "--dryrun", "own.py:train", "--data", "d", "--env", "A=1", "--", "--lr", "0.1"
-    )
+def described(folder: Path, *words: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The specification of a job for Kueue, and its container."""
+    done = torchx(folder, "run", "-s", "kueue", "-cfg", "queue=q", "--dryrun", *words)
     assert done.returncode == 0, done.stderr
-    line = done.stdout.replace("'\n", "").replace(" " * 25, "").replace("'", "")
-    assert "--nproc_per_node 4" in line and "-m my_package.train --data d --lr 0.1" in line.replace("  ", " ")
-    assert "'memMB': 20000" in done.stdout and "'cpu': 4" in done.stdout and "'A': '1'" in done.stdout
+    job = next(yaml.safe_load_all(done.stdout.partition("=== SCHEDULER REQUEST ===")[2]))
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    return job["spec"], container
+
+
+def test_a_stage_of_the_user_has_the_ranks_and_the_arguments_of_a_job(folder):
+    _, container = described(
+        folder, "own.py:train", "--image", "i", "--data", "d", "--env", "A=1", "--", "--lr", "0.1"
+    )
+    line = container["command"][2]
+    assert "--nproc_per_node 4" in line and line.endswith("-m my_package.train --data d --lr 0.1")
+    assert container["resources"]["limits"] == {"cpu": "4000m", "memory": "20000M"}
+    assert {"name": "A", "value": "1"} in container["env"]
 
 
 def test_a_service_of_the_user_runs_python(folder):
-    done = torchx(folder, "run", "--dryrun", "own.py:watch")
-    assert done.returncode == 0, done.stderr
-    assert "-m my_package.watch follow --log-every 10" in done.stdout.replace("'\n", "").replace(
-        " " * 25, ""
-    ).replace("'", "")
-    assert "'max_retries': 5" in done.stdout and "'num_replicas': 2" in done.stdout
+    spec, container = described(folder, "own.py:watch", "--image", "i")
+    assert container["command"][2].endswith('}" -m my_package.watch follow --log-every 10')
+    assert (spec["completions"], spec["backoffLimit"]) == (2, 2 * 5)
 
 
 def test_a_mistake_in_a_job_of_the_user_is_one_line(folder):
-    done = torchx(folder, "run", "--dryrun", "own.py:train", "--data", "d", "--gpu", "1")
+    done = torchx(folder, "run", "-s", "local_cwd", "--dryrun", "own.py:train", "--data", "d", "--gpu", "1")
     assert done.returncode == 2
     assert [line for line in done.stderr.splitlines() if " INFO " not in line] == [
         "torchx run: a node has 1 GPUs and 4 processes, and each process takes one GPU; say -j 1x1"
@@ -89,7 +97,7 @@ def test_a_mistake_in_a_job_of_the_user_is_one_line(folder):
 
 
 def test_help_has_the_arguments_of_the_user_and_of_the_job(folder):
-    done = torchx(folder, "run", "own.py:train", "--help")
+    done = torchx(folder, "run", "-s", "local_cwd", "own.py:train", "--help")
     assert done.returncode == 0, done.stderr
     assert {"--data", "--table", "--memMB", "--mounts", "-j"} <= set(done.stdout.replace(",", " ").split())
 
