@@ -19,7 +19,7 @@ import torchx.specs as specs
 
 from mim_torchrec.errors import OptionError
 from mim_torchrec.hosts import is_loopback
-from mim_torchrec.launch.jobs import distributed, process, service
+from mim_torchrec.launch.jobs import ENDLESS, distributed, process, service
 
 
 @distributed(elastic=False, max_retries=3)
@@ -92,7 +92,7 @@ def evaluate(*script_args: str, model: str, out: str) -> specs.AppDef:
     return process("evaluate", "mim_torchrec.ctr.evaluation", script_args, model=model, out=out)
 
 
-@service(max_retries=1000)
+@service(max_retries=ENDLESS)
 def rim(*script_args: str, source: str, encoder: str, table: str, log: str, out: str) -> specs.AppDef:
     """
     Encode new items as they come and publish them in windows (RIM), until the job is cancelled.
@@ -109,7 +109,7 @@ def rim(*script_args: str, source: str, encoder: str, table: str, log: str, out:
     return process("rim", module, script_args, source=source, encoder=encoder, table=table, log=log, out=out)
 
 
-@service(max_retries=1000, cpu=1, memMB=2048)
+@service(max_retries=ENDLESS, cpu=1, memMB=2048)
 def follow(*script_args: str, store: str, log: str, table_version: str) -> specs.AppDef:
     """
     Apply the windows of a log to a parameter store as they come, until the job is cancelled.
@@ -124,7 +124,7 @@ def follow(*script_args: str, store: str, log: str, table_version: str) -> specs
     return process("follow", module, script_args, store=store, log=log, table_version=table_version)
 
 
-@service(max_retries=1000, memMB=4096)
+@service(max_retries=ENDLESS, memMB=4096)
 def serve(
     *script_args: str,
     release: Optional[str] = None,  # noqa: UP045

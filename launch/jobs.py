@@ -38,6 +38,8 @@ __all__ = ["distributed", "process", "service"]
 CPU_PER_PROCESS, MEMORY_PER_PROCESS = 1, 4096
 CPU_PER_GPU, MEMORY_PER_GPU = 8, 32768  # as in the named resources of TorchX
 """What a node gets where a submission names neither cores nor MiB; at least two processes' share."""
+ENDLESS = 1000
+"""`max_retries` of jobs that run until they are cancelled."""
 ELASTIC_RESTARTS = 10
 FIRST_PORT, PORTS = 20000, 10000  # below those that Linux gives to outgoing connections
 

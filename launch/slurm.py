@@ -29,6 +29,7 @@ from torchx.version import TORCHX_IMAGE
 from torchx.workspace.dir_workspace import _copy_to_dir
 
 from mim_torchrec.errors import OptionError, SetupError
+from mim_torchrec.launch.jobs import ENDLESS
 from mim_torchrec.launch.refusals import refusals
 from mim_torchrec.launch.refused import JobRefused
 from mim_torchrec.launch.slurm_job import FIRST_NODE, Container, SlurmRequest
@@ -104,6 +105,7 @@ class SlurmScheduler(OfTorchX):
             command=[filled.entrypoint, *filled.args],
             env=dict(filled.env),
             max_retries=role.max_retries,
+            is_endless=role.max_retries >= ENDLESS,
             job_dir=os.path.abspath(job_dir) if job_dir else None,
             workspace=role.metadata.get("workspace"),
             container=_container(role, cfg.get("container")),

@@ -25,14 +25,12 @@ OTHERS = 10
 """Seconds that tasks have after one of them has failed, as for an error of their own."""
 
 TASK = """\
-    trap : TERM  # the command gets the signal too; its status is waited for
-{exports}    {command} &
-    child=$!
-    while kill -0 "$child" 2>/dev/null; do wait "$child"; done
-    wait "$child"; status=$?
+    trap asked=1 TERM  # the command gets the signal too, and this shell waits for its status
+{exports}    {command} </dev/null
+    status=$?
     [ $status -eq 0 ] || sleep {others}  # Slurm then ends the other tasks, which may have something to say
     case $status in
-        0) exit 0 ;;
+        0) exit {done} ;;
         143) exit 100 ;;
         {final}) exit $((220 + status)) ;;
         126|127) exit $((100 + status)) ;;
@@ -127,6 +125,7 @@ class SlurmRequest:
         command: of a task. `${app_id}` and `${replica_id}` are filled in where it runs.
         env: variables of a task, with the same.
         max_retries: failures after which the job is queued again; 0 keeps it from being queued again at all.
+        is_endless: whether a task that ended well, because it was asked to, was interrupted.
         shortest: seconds after which an interruption is no failure.
         job_dir: where the job runs; None for the folder of submission.
         workspace: what is copied there.
@@ -140,6 +139,7 @@ class SlurmRequest:
     command: list[str]
     env: dict[str, str]
     max_retries: int
+    is_endless: bool = False
     shortest: int = 60
     job_dir: str | None = None
     workspace: str | None = None
@@ -185,6 +185,7 @@ class SlurmRequest:
             exports="".join(f"    export {name}={_filled(value)}\n" for name, value in self.env.items()),
             command=" ".join(map(_filled, [*prefix, *self.command])),
             others=OTHERS,
+            done="$((${asked:-0} * 100))" if self.is_endless else "0",
             final="|".join(str(int(status)) for status in FINAL),
         )
 

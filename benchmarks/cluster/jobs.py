@@ -135,7 +135,7 @@ def submit_paused(
     *,
     stage: str = "ctr",
     step: int = 3,
-    own: Sequence[str] = (),
+    own: Sequence[str] = SMALL,
 ) -> Job:
     """Submit a training stage whose last rank waits in a step, and wait until it waits.
 
@@ -151,7 +151,7 @@ def submit_paused(
     file = out.with_name(out.name + ".waits")
     where = ["--stage", stage, "--module", MODULES[stage], "--step", str(step), "--file", str(file)]
     component = f"{COMPONENTS}:paused"
-    job = submit(slurm, folder, component, *where, *SMALL, *own, "--out", str(out), "--", *words)
+    job = submit(slurm, folder, component, *where, *own, "--out", str(out), "--", *words)
 
     job.wait(lambda: file.exists() or job.field("JobState") in ENDED)
     if not file.exists():

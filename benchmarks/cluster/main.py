@@ -34,6 +34,7 @@ from mim_torchrec.embeddings.files import write_json
 from mim_torchrec.errors import SetupError, Status
 
 RESOURCES = ("--cpu", "1", "--memMB", "3072")
+TWO_NODES = ("-j", "2x1", *RESOURCES)
 FAULTS = 4
 """How many are done to jobs."""
 CLASH = ("the nodes of this job do not meet", "Address already in use")
@@ -159,10 +160,10 @@ class Disturbed:
             at = rest.index("--out")
             rest[at : at + 2] = []  # an argument of the component of its own
             self.jobs[name] = submit_paused(
-                self._slurm, self._folder, self._folder / name, rest, stage=stage, own=RESOURCES
+                self._slurm, self._folder, self._folder / name, rest, stage=stage, own=TWO_NODES
             )
         else:
-            words = [*own, "-j", "2x1", *RESOURCES, "--", *flags]
+            words = [*own, *TWO_NODES, "--", *flags]
             self.jobs[name] = submit(self._slurm, self._folder, f"mim.{stage}", *words)
         return self.jobs[name]
 

@@ -83,7 +83,7 @@ class Node:
         if not self.is_up():
             return
         first = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
-        for process in [int(word) for word in first] or [self.pid]:  # the first one, with which all others end
+        for process in [int(word) for word in first] or [self.pid]:  # the first, with which all end
             os.kill(process, signal.SIGKILL)
         self._process.wait()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mim_torchrec.benchmarks.cluster.jobs import (
+    SMALL,
     Job,
     lose_node,
     preempt,
@@ -53,7 +54,7 @@ def has_resumed(job: Job, out: Path, uninterrupted: bytes) -> None:
 
 def test_two_jobs_on_the_same_nodes_lose_a_rank_and_their_time(slurm, words, uninterrupted, tmp_path):
     lost, late = (
-        submit_paused(slurm, tmp_path, tmp_path / name, words, own=("--job_name", name))
+        submit_paused(slurm, tmp_path, tmp_path / name, words, own=(*SMALL, "--job_name", name))
         for name in ("lost", "late")
     )
     assert lost.field("NodeList") == late.field("NodeList") == "node[1-2]"
@@ -79,7 +80,11 @@ def test_a_job_that_loses_a_node(slurm, words, uninterrupted, tmp_path):
 
 def test_a_stopped_rank_is_named_within_the_timeout(slurm, words, tmp_path):
     job = submit_paused(
-        slurm, tmp_path, tmp_path / "ctr", [*words, "--timeout.step", "10"], own=("--max_retries", "0")
+        slurm,
+        tmp_path,
+        tmp_path / "ctr",
+        [*words, "--timeout.step", "10"],
+        own=(*SMALL, "--max_retries", "0"),
     )
     job.signal_rank(1, signal.SIGSTOP)
     assert job.end() == "FAILED"

@@ -41,7 +41,7 @@ OTHER_PROGRAMS = {
     "--silent", "--retry", "--retry-connrefused", "--retry-delay", "--help", "--debug", "--overrides",
 }  # fmt: skip
 OF_SLURM = {
-    "--time", "--signal", "--requeue", "--dependency", "--chdir", "--nodes", "--ntasks-per-node",
+    "--time", "--signal", "--requeue", "--dependency", "--chdir", "--nodes", "--ntasks-per-node", "--mem",
     "--cpus-per-task", "--gpus-per-task", "--container-image", "--container-mounts",
 }  # fmt: skip
 OF_TORCHX = {"--log_level", "--wait", "--nnodes", "--rdzv_backend", "--rdzv_id", "--rdzv_endpoint"}

@@ -12,6 +12,7 @@ from torchx.specs import AppState, CfgVal
 from mim_torchrec.launch import slurm_job
 from mim_torchrec.launch.refused import JobRefused
 from mim_torchrec.launch.slurm import SlurmScheduler
+from mim_torchrec.launch.slurm_job import SlurmRequest
 
 CTR = ["--data", "shop", "--table", "table", "--out", "out"]
 
@@ -144,14 +145,30 @@ def test_a_task_tells_slurm_why_it_ended(runner, tmp_path, monkeypatch, status, 
     assert done.returncode == of_task
 
 
+@pytest.mark.parametrize(
+    ("endless", "asked", "of_task"), [(True, True, 100), (True, False, 0), (False, True, 0)]
+)
+def test_a_service_that_ends_because_it_was_asked_to_comes_back(tmp_path, endless, asked, of_task):
+    end = "kill -TERM $PPID; exit 0" if asked else "exit 0"
+    request = SlurmRequest(name="a", nodes=1, options={}, resources={}, command=["sh", "-c", end], env={},
+                           max_retries=3, is_endless=endless)  # fmt: skip
+    assert run_task(request.script(), tmp_path).returncode == of_task
+
+
+def test_services_are_endless_and_stages_are_not(runner):
+    assert not runner.dryrun_component("mim.ctr", CTR, "slurm").request.is_endless
+    words = ["--store", "s", "--log", "l", "--table_version", "v"]
+    assert runner.dryrun_component("mim.follow", words, "slurm").request.is_endless
+
+
 def program(folder: Path, name: str, text: str) -> None:
     (folder / name).write_text(f"#!/bin/sh\n{text}")
     (folder / name).chmod(0o755)
 
 
 ROWS = """JobID|JobName|State|NNodes|WorkDir
-12|mim-ctr|CANCELLED by 0|2|/home/me
-13|mim-csft|COMPLETED|1|/home/me
+12|mim-ctr|CANCELLED by 0|2|/shared/me
+13|mim-csft|COMPLETED|1|/shared/me
 12.batch|batch|CANCELLED|1|
 """
 
