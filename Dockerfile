@@ -17,11 +17,10 @@ RUN command -v python3.11 >/dev/null && python3.11 -c 'import venv, ensurepip' 2
     && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends ca-certificates python3 python3-venv \
     && rm -rf /var/lib/apt/lists/*; }
 
-# the number is that of run_as_user in docs/cluster.md
-RUN useradd --uid 1000 --user-group --create-home --shell /bin/bash mim
+# the number is that of run_as_user in docs/cluster.md; the home is the one folder that has to be writable
+RUN useradd --uid 1000 --user-group --home-dir /tmp --no-create-home --shell /bin/bash mim
 
-ENV VIRTUAL_ENV=/opt/mim PATH=/opt/mim/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
-    HF_HOME=/tmp/huggingface TORCHINDUCTOR_CACHE_DIR=/tmp/torchinductor \
+ENV VIRTUAL_ENV=/usr/local/mim PATH=/usr/local/mim/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp \
     NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 
 COPY requirements/ /src/requirements/
@@ -38,5 +37,5 @@ RUN if [ "$KIND" != none ]; then \
     fi && rm -rf /src
 
 USER 1000
-WORKDIR /home/mim
+WORKDIR /tmp
 CMD ["mim", "--help"]

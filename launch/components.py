@@ -173,6 +173,17 @@ def bench(*script_args: str, name: str, out: str) -> specs.AppDef:
     return process("bench", f"mim_torchrec.benchmarks.{name}", script_args, out=out)
 
 
+@distributed(elastic=False, j="2x1")
+def doctor(*script_args: str) -> specs.AppDef:
+    """
+    Check whether the nodes of a job reach each other, how fast, and their versions and clocks.
+
+    Args:
+        script_args: further flags, after a lone --
+    """
+    return process("doctor", "mim_torchrec.doctor --nodes", script_args)
+
+
 def _flag(script_args: Tuple[str, ...], name: str) -> Optional[str]:  # noqa: UP006, UP045
     """The value of a flag among those of a stage; None where it is not given."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

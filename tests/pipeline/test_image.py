@@ -66,7 +66,7 @@ def inside(storage, tmp_path: Path) -> Iterator[Callable[..., subprocess.Complet
     made = subprocess.run([*buildah, "from", "--pull-never", TAG], capture_output=True, text=True, check=True)
     container = made.stdout.strip()
     tmp_path.chmod(0o777)
-    mounts = [*(f"--volume={place}:{place}:ro" for place in environment()), f"--volume={tmp_path}:/work:rw"]
+    mounts = [*(f"--volume={place}:{place}:ro" for place in environment()), f"--volume={tmp_path}:/job:rw"]
     above = sorted({str(parent) for place in environment() for parent in place.parents} - {"/"})
     entered = 'for folder; do mkdir -p "$folder" && chmod o+x "$folder"; done'  # the user is not root
     as_root = [*buildah, "run", "--isolation=chroot", "--user=0", container, "--"]
@@ -74,8 +74,9 @@ def inside(storage, tmp_path: Path) -> Iterator[Callable[..., subprocess.Complet
 
     def run(*command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [*buildah, "run", "--isolation=chroot", "--workingdir=/work", f"--env=VIRTUAL_ENV={sys.prefix}",
-             "--env=OMP_NUM_THREADS=1", *mounts, container, "--", *command],
+            [*buildah, "run", "--isolation=chroot", "--workingdir=/job", "--hostname=localhost",
+             f"--env=VIRTUAL_ENV={sys.prefix}", "--env=OMP_NUM_THREADS=1", *mounts, container, "--",
+             *command],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
 
@@ -84,12 +85,12 @@ def inside(storage, tmp_path: Path) -> Iterator[Callable[..., subprocess.Complet
 
 
 def test_the_image_has_a_user_that_is_not_root(inside):
-    done = inside("sh", "-c", "id -u; id -un; touch /opt/written")
+    done = inside("sh", "-c", "id -u; id -un; touch /usr/local/written")
     assert done.stdout.split() == ["1000", "mim"] and "Permission denied" in done.stderr
 
 
 def test_the_image_holds_no_source_and_no_setting_of_this_machine(inside):
-    done = inside("sh", "-c", "ls -A / /home/mim; test ! -e /src && test ! -s /etc/pip.conf")
+    done = inside("sh", "-c", "ls -A / ~; test ! -e /src && test ! -s /etc/pip.conf")
     assert done.returncode == 0, done.stdout
     assert "requirements" not in done.stdout
 
