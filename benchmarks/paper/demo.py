@@ -5,6 +5,7 @@ items whose users do not care for style. One seed, no tuning: it shows that ever
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,15 @@ from mim_torchrec import program
 from mim_torchrec.benchmarks.harness import comparison
 from mim_torchrec.benchmarks.harness.experiment_report import loss_curve, write_report
 from mim_torchrec.benchmarks.harness.pages import formatted, interval
-from mim_torchrec.benchmarks.harness.stages import Run, Stage, ctr_stage, export_stage, permute_stage
-from mim_torchrec.benchmarks.paper.shop import (
-    CTR,
-    ENCODER,
-    PLAIN,
-    PLAIN_OPTIONS,
-    ShopSizes,
-    csft_stage,
-    shop_stage,
-)
+from mim_torchrec.benchmarks.paper.shop import CTR, ENCODER, ShopSizes
 from mim_torchrec.data.errors import DataError
+from mim_torchrec.pipeline.loading import load
+from mim_torchrec.pipeline.reporting import StageResult
+from mim_torchrec.pipeline.running import run
+from mim_torchrec.pipeline.spec import Pipeline
+
+FILE = Path(__file__).with_suffix(".toml")
+PREFIX = "ctr-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,40 +36,31 @@ class DemoConfig(ShopSizes):
     """Directory of the run; a run that was interrupted there resumes."""
 
 
-def run_stages(config: DemoConfig, run: Run) -> dict[str, Path]:
-    """Run everything; returns the directories of the CTR runs by name."""
-    root, ranks = run.root, f"1x{config.nproc}"
-    shop = shop_stage(config, root, "shop", 1.0)
-    no_style = shop_stage(config, root, "shop-no-style", 0.0)
-    csft = csft_stage(config, root, "csft", shop)
-    export = export_stage(root, "table", shop, csft, ranks)
-    plain = export_stage(root, "table-plain", shop, PLAIN, ranks, PLAIN_OPTIONS)
-    permuted = permute_stage(export, out=root / "table-permuted", seed=config.seed + 1)
-    run.run([shop, no_style, csft, export, plain, permuted])
-    if not _items(shop).equals(_items(no_style)):
+def describe(config: DemoConfig) -> Pipeline:
+    """The stages of `demo.toml`, of the sizes that were asked for."""
+    sizes = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("out", "nproc")}
+    return load(FILE, sizes | {
+        "browsing": 3 * config.requests, "ranks": f"1x{config.nproc}", "permutation_seed": config.seed + 1,
+    })  # fmt: skip
+
+
+def check_items(root: Path) -> None:
+    """See that one table can serve both shops.
+
+    Raises:
+        DataError: their items differ.
+    """
+    first, second = (pq.read_table(root / shop / "items") for shop in ("shop", "shop-no-style"))
+    if not first.equals(second):
         raise DataError("the two shops differ in their items: one table cannot serve both")
-    runs = {
-        name: ctr_stage(name, root=root, data=data, table=table, seed=config.seed,
-                        options=CTR | {"epochs": config.ctr_epochs}, ranks=ranks)
-        for name, data, table in (
-            ("base", shop, None),
-            ("mim", shop, export),
-            ("plain", shop, plain),
-            ("permuted", shop, permuted),
-            ("no-style-base", no_style, None),
-            ("no-style-mim", no_style, export),
-        )
-    }  # fmt: skip
-    run.run(runs.values())
-    return {name: stage.out for name, stage in runs.items()}
 
 
-def _items(shop: Stage) -> Any:
-    return pq.read_table(shop.out / "items")
-
-
-def build_report(config: DemoConfig, run: Run, ctr: dict[str, Path]) -> dict[str, Any]:
+def build_report(
+    config: DemoConfig, pipeline: Pipeline, root: Path, results: Mapping[str, StageResult]
+) -> dict[str, Any]:
     """Put the report together from what the stages wrote."""
+    ctr = {name.removeprefix(PREFIX): root / "ctr" / name.removeprefix(PREFIX)
+           for name in results if name.startswith(PREFIX)}  # fmt: skip
     compared = comparison.compare([ctr["base"]], [ctr["mim"]])
     controls = {
         "permuted": comparison.control(
@@ -103,12 +93,16 @@ def build_report(config: DemoConfig, run: Run, ctr: dict[str, Path]) -> dict[str
         "controls": controls,
         "variants": variants,
         "targets": targets,
-        "stages": run.seconds,
+        "stages": {name: result.seconds for name, result in results.items()},
         "curves": {
             name: loss_curve(path / "history.jsonl")
-            for name, path in {"csft": run.root / "csft", **{f"ctr-{k}": v for k, v in ctr.items()}}.items()
+            for name, path in {"csft": root / "csft", **{f"ctr-{k}": v for k, v in ctr.items()}}.items()
         },
-        "config": {**dataclasses.asdict(config), "encoder": ENCODER, "ctr": CTR},
+        "config": {
+            **dataclasses.asdict(config),
+            "encoder": {flag: pipeline.stages["csft"].flags[flag] for flag in ENCODER},
+            "ctr": {flag: pipeline.stages["ctr-mim"].flags[flag] for flag in CTR},
+        },
         "notes": [
             "One seed and no tuning; the interval is of the test users only.",
             "Pretrained EfficientNet-Lite0 and MiniLM are frozen: C-SFT trains what is above them.",
@@ -119,8 +113,10 @@ def build_report(config: DemoConfig, run: Run, ctr: dict[str, Path]) -> dict[str
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `python -m mim_torchrec.benchmarks.paper.demo`."""
     config = tyro.cli(DemoConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
-    run = Run(config.out)
-    report = build_report(config, run, run_stages(config, run))
+    pipeline, root = describe(config), config.out.resolve()
+    results = run(pipeline, root)
+    check_items(root)
+    report = build_report(config, pipeline, root, results)
     figures = report["ctr"]
     print(f"\nBase test AUC {formatted(figures['base']['auc'])}")
     print(f"MIM test AUC  {formatted(figures['mim']['auc'])}  "
@@ -129,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, control in report["controls"].items():
         print(f"control {name}: {formatted(control['gain'], '+.4f')} {interval(control['ci'])}, "
               f"{control['verdict']}")  # fmt: skip
-    write_report(report, run.root)
+    write_report(report, root)
 
 
 if __name__ == "__main__":

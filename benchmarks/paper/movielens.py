@@ -7,6 +7,7 @@ each.
 """
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,18 @@ import tyro
 from mim_torchrec import program
 from mim_torchrec.benchmarks.harness import comparison
 from mim_torchrec.benchmarks.harness.experiment_report import loss_curve, write_report
-from mim_torchrec.benchmarks.harness.stages import Run, Stage, Value, ctr_stage, export_stage, permute_stage
+from mim_torchrec.benchmarks.harness.stages import Value
 from mim_torchrec.benchmarks.paper import shop
-from mim_torchrec.benchmarks.paper.films import CSFT, ENCODER, GRID, TRAINING, csft_stage, import_stage
+from mim_torchrec.benchmarks.paper.films import CSFT, ENCODER, GRID, TRAINING
 from mim_torchrec.benchmarks.paper.model_runs import TUNING_SEED
 from mim_torchrec.benchmarks.paper.shop import ShopSizes
 from mim_torchrec.errors import OptionError
+from mim_torchrec.pipeline.execution import RunOptions
+from mim_torchrec.pipeline.loading import load
+from mim_torchrec.pipeline.running import run
+from mim_torchrec.pipeline.spec import Pipeline
 
-# --- settings, all in one place -----------------------------------------------------------------------------
+# --- settings that the report states; movielens.toml has them -----------------------------------------------
 PLAIN_OPTIONS: dict[str, Value] = {"image-size": 128}
 CTR: dict[str, Value] = shop.CTR | TRAINING
 GLOBAL_SEEDS = 1
@@ -31,6 +36,8 @@ NO_STYLE_SHOP = ShopSizes(items=2000, users=1500, requests=10_000, searches=2000
 BASE_AUC_TARGET, GAIN_TARGET = 0.760, 0.005
 # ------------------------------------------------------------------------------------------------------------
 
+FILE = Path(__file__).with_suffix(".toml")
+PREFIX = "ctr-"
 KINDS = ("base", "mim", "permuted", "plain")
 
 
@@ -49,75 +56,43 @@ class MovieLensConfig:
 
 
 class Job:
-    """The stages of the run, group by group, and where their results are."""
+    """The stages of the run, and where their results are."""
 
     def __init__(self, config: MovieLensConfig) -> None:
         if TUNING_SEED in config.seeds:
             raise OptionError(f"seed {TUNING_SEED} is for tuning and cannot be reported")
         self.config = config
-        self.run = Run(config.out)
-        self.root = self.run.root
-        self.ctr: dict[str, Path] = {}
-
-    def _side_by_side(self, stages: list[Stage]) -> None:
-        self.run.run(stages, jobs=self.config.jobs, threads=1)
-
-    def _train(self, runs: dict[str, tuple[Stage, Stage | None, int, dict[str, Value]]]) -> None:
-        stages = {
-            name: ctr_stage(name, root=self.root, data=data, table=table, seed=seed,
-                            options=CTR | settings, ranks="1x1")
-            for name, (data, table, seed, settings) in runs.items()
+        self.root = config.out.resolve()
+        self.pipeline = describe(config)
+        self.seconds: dict[str, float] = {}
+        self.ctr = {
+            name.removeprefix(PREFIX): self.root / "ctr" / name.removeprefix(PREFIX)
+            for name in self.pipeline.stages if name.startswith(PREFIX)
         }  # fmt: skip
-        self._side_by_side(list(stages.values()))
-        self.ctr |= {name: stage.out for name, stage in stages.items()}
 
     def of_seeds(self, kind: str) -> list[Path]:
         """Directories of the CTR runs of one kind, one a seed."""
         return [self.ctr[f"{kind}-{seed}"] for seed in self.config.seeds]
 
-    def prepare(self) -> None:
-        """Data, encoders and tables."""
-        self.user, self.by_time = (
-            import_stage(self.config.data, self.root, split) for split in ("user", "global")
-        )
-        self.shop = shop.shop_stage(NO_STYLE_SHOP, self.root, "shop-no-style", 0.0)
-        self._side_by_side([self.user, self.by_time, self.shop])
-        user_csft, time_csft = (csft_stage(self.root, data) for data in (self.user, self.by_time))
-        shop_csft = shop.csft_stage(NO_STYLE_SHOP, self.root, "csft-shop-no-style", self.shop)
-        self._side_by_side([user_csft, time_csft, shop_csft])
-        self.table = export_stage(self.root, "table", self.user, user_csft, "1x1")
-        self.time_table = export_stage(self.root, "table-global", self.by_time, time_csft, "1x1")
-        self.plain = export_stage(self.root, "table-plain", self.user, shop.PLAIN, "1x1", PLAIN_OPTIONS)
-        self.shop_table = export_stage(self.root, "table-shop-no-style", self.shop, shop_csft, "1x1")
-        self._side_by_side([self.table, self.time_table, self.plain, self.shop_table])
-        self.permuted = {
-            seed: permute_stage(self.table, out=self.root / f"table-permuted-{seed}", seed=seed)
-            for seed in self.config.seeds
-        }
-        self._side_by_side(list(self.permuted.values()))
+    def run(self) -> None:
+        """Run every stage."""
+        results = run(self.pipeline, self.root, RunOptions(jobs=self.config.jobs))
+        self.seconds = {name: result.seconds for name, result in results.items()}
 
-    def tune(self) -> dict[str, Any]:
-        """Choose settings for Base and for MIM from the same grid, on validation; returns the record."""
-        self._train(
-            {
-                f"tune-{kind}-{k}": (self.user, table, TUNING_SEED, settings)
-                for k, settings in enumerate(GRID)
-                for kind, table in (("base", None), ("mim", self.table))
-            }
-        )
+    def tuning(self) -> dict[str, Any]:
+        """How settings were chosen, for Base and for MIM from the same grid."""
         scores = {
-            kind: [comparison.validation_auc(self.ctr[f"tune-{kind}-{k}"]) for k in range(len(GRID))]
+            kind: json.loads((self.root / f"choose-{kind}" / "best.json").read_text())["values"]
             for kind in ("base", "mim")
         }
         best = {kind: values.index(max(values)) for kind, values in scores.items()}
-        self.settings = {kind: GRID[k] for kind, k in best.items()}
         return {
             "how": f"Each setting was tried for Base and for MIM with seed {TUNING_SEED}, which is not "
             "reported; the best by validation AUC is used for all seeds, MIM's for its controls and variants "
             "too.",
             "seed": TUNING_SEED,
             "common": CTR,
-            "chosen": self.settings,
+            "chosen": {kind: GRID[k] for kind, k in best.items()},
             "grid": [
                 {"setting": settings, "base": scores["base"][k], "mim": scores["mim"][k],
                  "chosen_for_base": best["base"] == k, "chosen_for_mim": best["mim"] == k}
@@ -125,22 +100,13 @@ class Job:
             ],
         }  # fmt: skip
 
-    def train(self) -> None:
-        """All reported CTR runs."""
-        base, mim = self.settings["base"], self.settings["mim"]
-        runs: dict[str, tuple[Stage, Stage | None, int, dict[str, Value]]] = {}
-        for seed in self.config.seeds:
-            runs[f"base-{seed}"] = (self.user, None, seed, base)
-            runs[f"mim-{seed}"] = (self.user, self.table, seed, mim)
-            runs[f"permuted-{seed}"] = (self.user, self.permuted[seed], seed, mim)
-            runs[f"plain-{seed}"] = (self.user, self.plain, seed, mim)
-        for seed in self.config.seeds[:GLOBAL_SEEDS]:
-            runs[f"global-base-{seed}"] = (self.by_time, None, seed, base)
-            runs[f"global-mim-{seed}"] = (self.by_time, self.time_table, seed, mim)
-        seed = self.config.seeds[0]
-        runs["shop-base"] = (self.shop, None, seed, base)
-        runs["shop-mim"] = (self.shop, self.shop_table, seed, mim)
-        self._train(runs)
+
+def describe(config: MovieLensConfig) -> Pipeline:
+    """The stages of `movielens.toml`, for the folder and the seeds that were asked for."""
+    return load(FILE, {
+        "data": str(config.data), "seeds": list(config.seeds), "tuning_seed": TUNING_SEED,
+        "global_seeds": list(config.seeds[:GLOBAL_SEEDS]), "shop_seed": config.seeds[0],
+    })  # fmt: skip
 
 
 def seed_rows(job: Job) -> list[dict[str, Any]]:
@@ -216,7 +182,7 @@ def build_report(job: Job, tuning: dict[str, Any]) -> dict[str, Any]:
         "variants": variants,
         "targets": targets,
         "tuning": tuning,
-        "stages": job.run.seconds,
+        "stages": job.seconds,
         "curves": curves,
         "config": {
             **dataclasses.asdict(job.config), "encoder": ENCODER, "csft": CSFT, "plain": PLAIN_OPTIONS,
@@ -238,10 +204,8 @@ def main(argv: list[str] | None = None) -> None:
     config = tyro.cli(MovieLensConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
     config = dataclasses.replace(config, data=config.data.resolve())
     job = Job(config)
-    job.prepare()
-    tuning = job.tune()
-    job.train()
-    report = build_report(job, tuning)
+    job.run()
+    report = build_report(job, job.tuning())
     figures = report["ctr"]
     print(f"\nBase test AUC {figures['base']['auc']:.4f}, MIM test AUC {figures['mim']['auc']:.4f}, means of "
           f"{len(config.seeds)} seeds")  # fmt: skip

@@ -25,7 +25,8 @@ PROMISES = {
     ("encoders",): ["encoders"],
     ("encoders", "train"): ["csft", "pretraining", "representation", "rim"],
     ("serving",): ["serving"],
-    ("launch",): ["launch"],
+    ("launch",): ["launch", "pipeline"],
+    ("launch", "mlflow"): ["pipeline"],
     ("all",): ["benchmarks"],
 }
 """What imports with core and these extras: every module of these rooms."""
@@ -100,6 +101,8 @@ def promised(extras: tuple[str, ...]) -> list[str]:
     """Modules of the rooms that import with core and these extras."""
     rooms = tuple(f"mim_torchrec.{room}" for room in PROMISES[extras])
     left_out = {f"mim_torchrec.benchmarks.speed.{name}" for name in NEEDS_FUXICTR}
+    if "mlflow" not in extras:
+        left_out |= {"mim_torchrec.pipeline.tracking"}
     if not {"redis", "all"} & set(extras):
         left_out |= {f"mim_torchrec.embeddings.{name}" for name in NEEDS_REDIS}
     return [name for name in SOURCES if f"{name}.".startswith(tuple(f"{room}." for room in rooms))
@@ -121,6 +124,7 @@ def test_every_other_room_names_the_extra_that_is_missing():
         **{f"mim_torchrec.{room}": "encoders" for room in of_encoders},
         "mim_torchrec.serving": "serving",
         "mim_torchrec.launch": "launch",
+        "mim_torchrec.pipeline": "launch",
         "mim_torchrec.training.loop": "train",
         "mim_torchrec.data.images": "train",
         "mim_torchrec.embeddings.stores.redis_store": "redis",

@@ -29,7 +29,7 @@ STAGES = {"pretraining", "csft", "representation", "ctr"}
 BASE = {"errors", "program", "progress", "quiet"}
 PARTS = {"encoders", "losses", "ciubm", "data", "training"}
 SERVICES = {"rim", "serving"}
-TOP = {"launch", "cli", "doctor", "doctor_nodes"}
+TOP = {"launch", "pipeline", "cli", "doctor", "doctor_nodes"}
 BOTTOM = {"embeddings", "builds", "extensions", "extras", "findings", "hosts", "lazy", "links", "version"}
 STANDALONE = {
     f"mim_torchrec{name}"

@@ -36,6 +36,12 @@ from mim_torchrec.errors import (
     Status,
 )
 from mim_torchrec.extras import MissingExtra
+from mim_torchrec.pipeline.execution import StageError
+from mim_torchrec.pipeline.fingerprints import MissingInput
+from mim_torchrec.pipeline.records import RecordError
+from mim_torchrec.pipeline.resolving import ReferenceFailed
+from mim_torchrec.pipeline.signals import RunInterrupted
+from mim_torchrec.pipeline.spec import PipelineError
 from mim_torchrec.program import run
 from mim_torchrec.serving.releases import ReleaseError
 from mim_torchrec.training.checkpoints import ResumeError
@@ -46,12 +52,15 @@ from mim_torchrec.training.model_record import ModelMismatch
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = {
-    OptionError: 2,
+    OptionError: 2, PipelineError: 2,
     DataError: 3, CheckpointError: 3, Diverged: 3, TableError: 3, ChecksumMismatch: 3, IncompleteTable: 3,
     DuplicateId: 3, LossyVector: 3, NonFiniteVector: 3, SpareRowsExhausted: 3, MalformedWindow: 3,
+    StageError: 3, MissingInput: 3, ReferenceFailed: 3,
     VersionMismatch: 4, ModelMismatch: 4, WarmStartError: 4, WindowGap: 4,
     OutputExists: 5, LeaseError: 5, ResumeError: 5, ReleaseError: 5, LogMoved: 5,
+    RecordError: 5,
     SetupError: 6, RankStalled: 6, DiskFull: 6, MissingExtra: 6, RedisUnavailable: 6, RedisFull: 6,
+    RunInterrupted: 143,
 }  # fmt: skip
 GLOO = "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234"
 THEIRS = {

@@ -1,4 +1,4 @@
-"""Stages of a run: what is run again, what is kept, and what a failure says."""
+"""Stages that a benchmark computes, in the words of a pipeline."""
 
 import json
 from pathlib import Path
@@ -6,106 +6,59 @@ from pathlib import Path
 import pytest
 
 from mim_torchrec.benchmarks.harness import stages
-from mim_torchrec.benchmarks.harness.stages import Run, Stage, StageError
+from mim_torchrec.benchmarks.harness.stages import Run, Stage
+from mim_torchrec.benchmarks.paper import demo, films, movielens, shop
+from mim_torchrec.pipeline.execution import StageError
+from mim_torchrec.pipeline.spec import Pipeline
+from mim_torchrec.pipeline.submission import shown
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """A run whose stages are Python programs; `<out>.count` holds how often each ran."""
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import pathlib, sys\n"
-        "out, count = pathlib.Path(sys.argv[2]), pathlib.Path(sys.argv[2] + '.count')\n"
-        "count.write_text(str(int(count.read_text()) + 1 if count.exists() else 1))\n"
-        "if '--fail' in sys.argv: print('poster 7 is torn'); sys.exit(3)\n"
-        "if '--nothing' not in sys.argv: out.write_text(sys.argv[-1])\n"
-    )
-    monkeypatch.setattr(
-        Stage, "argv", lambda self: [stages.sys.executable, str(program), *stages._flags(self.options)]
-    )
-    return Run(tmp_path / "run", verbose=False)
+def test_a_stage_is_described_with_its_ranks_threads_and_inputs(tmp_path):
+    data = Stage(name="data", command=("shop",), out=tmp_path / "data")
+    made = Stage(name="x", command=("ctr",), out=tmp_path / "ctr" / "x", ranks="1x2", after=(data,),
+                 options={"data": data.out, "out": tmp_path / "ctr" / "x", "mim": "off", "seed": 3},
+                 )  # fmt: skip
+    described = made.described(tmp_path, threads=1)
+    assert (described.component, described.job.j, described.out) == ("mim.ctr", "1x2", "ctr/x")
+    assert described.job.env == {"OMP_NUM_THREADS": "1"}
+    assert described.after == ["data"]
+    assert described.flags == {"data": str(data.out), "mim": "off", "seed": 3}
+    assert shown(described).startswith(f"mim.ctr -j 1x2 --data {data.out} --mim off")
 
 
-def stage(run: Run, name: str = "a", after: tuple[Stage, ...] = (), files: tuple[Path, ...] = (), **options):
-    return Stage(name=name, command=("shop",), out=run.root / name,
-                 options={"out": run.root / name, **options}, after=after, files=files)  # fmt: skip
+def test_a_path_with_a_dollar_is_no_reference(tmp_path):
+    made = Stage(name="x", command=("table", "permute"), out=tmp_path / "x", arguments=(Path("${home}/t"),))
+    described = made.described(tmp_path, None)
+    assert described.arguments == ["$${home}/t"]
+    Pipeline(name="test", stages={"x": described})
 
 
-def times_run(made: Stage) -> int:
-    return int(Path(f"{made.out}.count").read_text())
-
-
-def test_a_finished_stage_is_not_run_again_and_keeps_its_time(run):
-    run.run([stage(run)])
-    seconds = run.seconds["a"]
-    resumed = Run(run.root, verbose=False)
-    resumed.run([stage(run)])
-    assert times_run(stage(run)) == 1
-    assert resumed.seconds == {"a": seconds}
-
-
-def test_a_stage_runs_again_when_its_options_change(run):
-    run.run([stage(run, lr=1)])
-    run.run([stage(run, lr=2)])
-    assert times_run(stage(run)) == 2
-    assert (run.root / "a").read_text() == "2"
-
-
-def test_a_stage_runs_again_when_what_it_reads_changes(run, tmp_path):
-    ratings = tmp_path / "ratings.csv"
-    ratings.write_text("1")
-    first, second = stage(run, files=(ratings,)), None
-    second = stage(run, "b", after=(first,))
-    run.run([first, second])
-    ratings.write_text("12")
-    run.run([first, second])
-    assert times_run(first) == times_run(second) == 2
-
-
-def test_a_stage_runs_again_when_its_result_is_gone(run):
-    run.run([stage(run)])
-    (run.root / "a").unlink()
-    run.run([stage(run)])
-    assert times_run(stage(run)) == 2
-
-
-def test_a_failed_stage_shows_the_end_of_its_log_and_is_tried_again(run, capsys):
-    for attempt in (1, 2):
-        with pytest.raises(StageError, match="^stage a failed with exit code 3; see .*a.log$"):
-            run.run([stage(run, fail="yes")])
-        assert "poster 7 is torn" in capsys.readouterr().err
-        assert times_run(stage(run)) == attempt
-
-
-def test_a_stage_that_makes_nothing_is_an_error(run):
-    with pytest.raises(StageError, match="made no"):
-        run.run([stage(run, nothing="yes")])
-
-
-def test_a_stage_outside_the_run_is_refused(run, tmp_path):
+def test_a_stage_outside_the_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match="outside"):
-        run.run([Stage(name="a", command=("shop",), out=tmp_path / "elsewhere")])
+        Run(tmp_path / "run").run([Stage(name="a", command=("shop",), out=tmp_path / "elsewhere")])
 
 
-def test_several_stages_run_side_by_side(run):
-    made = [stage(run, name) for name in "abc"]
-    run.run(made, jobs=3)
-    assert [times_run(one) for one in made] == [1, 1, 1]
-    assert sorted(run.seconds) == ["a", "b", "c"]
+def test_data_from_outside_the_run_is_a_file_that_is_read(tmp_path):
+    data = Stage(name="data", command=("shop",), out=tmp_path / "data", files=(tmp_path / "data" / "d.json",))
+    made = Stage(name="x", command=("ctr",), out=tmp_path / "run" / "x", after=(data,))
+    described = made.described(tmp_path / "run", None)
+    assert (described.after, described.files) == ([], [str(tmp_path / "data" / "d.json")])
 
 
-def test_the_end_of_a_log_is_what_the_ranks_said():
-    lines = ["csft/0 [1]:ValueError: 3 pairs too few", "csft/0 [1]:", "csft/0 ChildFailed", "state: FAILED"]
-    assert stages._tail(lines) == lines[0]
-    assert stages._tail(["no rank", "spoke"]) == "no rank\nspoke"
-
-
-def test_a_distributed_stage_is_a_torchx_command():
-    made = Stage(name="x", command=("ctr",), out=Path("o"), ranks="1x2",
-                 options={"data": "d", "out": "o", "mim": "off", "seed": 3})  # fmt: skip
-    words = made.argv()
-    assert words[words.index("run") :] == ["run", "-s", "local_cwd", "mim.ctr", "--data", "d", "--out", "o",
-                                           "-j", "1x2", "--", "--mim", "off", "--seed", "3"]  # fmt: skip
+def test_groups_of_stages_run_and_are_kept(tmp_path, capfd):
+    sizes = shop.ShopSizes(items=150, users=10, requests=20, searches=10)
+    first = shop.shop_stage(sizes, tmp_path.resolve(), "one", 1.0)
+    second = Stage(name="info", command=("table", "verify"), arguments=(first.out,), out=tmp_path / "no",
+                   after=(first,))  # fmt: skip
+    run = Run(tmp_path)
+    run.run([first], threads=1)
+    with pytest.raises(StageError, match="stage info failed"):
+        run.run([second], threads=2)
+    said = capfd.readouterr().out
+    assert said.count("one: started") == 1 and "one: already there" not in said
+    again = Run(tmp_path)
+    again.run([first], threads=1)
+    assert again.seconds == run.seconds and "one: already there" in capfd.readouterr().out
 
 
 def test_the_version_of_a_table_is_stated_to_the_stage_that_reads_it(tmp_path):
@@ -114,3 +67,59 @@ def test_the_version_of_a_table_is_stated_to_the_stage_that_reads_it(tmp_path):
     data = Stage(name="d", command=("shop",), out=tmp_path / "d")
     made = stages.ctr_stage("mim", root=tmp_path, data=data, table=table, seed=0, options={}, ranks="1x1")
     assert made.options["table-version"] == "v7"
+
+
+def test_the_file_of_the_demo_has_the_settings_of_the_other_experiments(tmp_path):
+    config = demo.DemoConfig(items=7, users=8, requests=9, candidates=2, searches=3, csft_epochs=4,
+                             csft_batch_size=5, ctr_epochs=6, nproc=3, seed=11)  # fmt: skip
+    found = demo.describe(config).stages
+    data = shop.shop_stage(config, tmp_path, "shop", 1.0)
+    encoder = shop.csft_stage(config, tmp_path, "csft", data)
+    assert found["shop"] == data.described(tmp_path, None).model_copy(update={"out": None})
+    other = encoder.described(tmp_path, None)
+    assert found["csft"].flags == other.flags | {"data": "${shop}"}
+    assert found["csft"].job == other.job
+    for name, stage in found.items():
+        if name.startswith("ctr-"):
+            assert stage.flags.items() >= (shop.CTR | {"epochs": 6, "seed": 11}).items()
+            assert stage.job.j == "1x3"
+    plain = found["export-table-plain"].flags
+    assert (plain["encoder"], plain["image-size"]) == (shop.PLAIN, shop.PLAIN_OPTIONS["image-size"])
+    assert found["table-permuted"].flags == {"seed": 12}
+
+
+def test_the_file_of_films_has_the_settings_that_its_report_states(tmp_path):
+    config = movielens.MovieLensConfig(data=tmp_path / "films", out=tmp_path / "run", seeds=(4, 5))
+    job = movielens.Job(config)
+    root, found = job.root, job.pipeline.stages
+    assert {name for name in job.ctr if name[-1] == "5"} == {"base-5", "mim-5", "permuted-5", "plain-5"}
+    for split in ("user", "global"):
+        data = films.import_stage(config.data, root, split)
+        made = data.described(root, 1)
+        assert found[data.name].model_dump() == made.model_dump()
+        encoder = films.csft_stage(root, data).described(root, 1)
+        assert found[f"csft-movielens-{split}"].flags == encoder.flags | {"data": f"${{import-{split}}}"}
+    no_style = shop.shop_stage(movielens.NO_STYLE_SHOP, root, "shop-no-style", 0.0)
+    assert found["shop-no-style"].flags == no_style.described(root, 1).flags
+    encoder = shop.csft_stage(movielens.NO_STYLE_SHOP, root, "csft-shop-no-style", no_style).described(
+        root, 1
+    )
+    assert found["csft-shop-no-style"].flags == encoder.flags | {"data": "${shop-no-style}"}
+    for kind in ("base", "mim"):
+        for number, setting in enumerate(films.GRID):
+            flags = found[f"ctr-tune-{kind}-{number}"].flags
+            assert flags.items() >= (movielens.CTR | setting | {"seed": 1000}).items()
+    for name in job.ctr:
+        flags = found[f"ctr-{name}"].flags
+        assert flags.items() >= movielens.CTR.items()
+        assert flags["seed"] == (1000 if "tune" in name else 4 if name[-1] not in "45" else int(name[-1]))
+    assert found["export-table-plain"].flags["image-size"] == movielens.PLAIN_OPTIONS["image-size"]
+    assert {stage.job.env["OMP_NUM_THREADS"] for name, stage in found.items() if "choose" not in name} == {
+        "1"
+    }
+    assert {stage.job.j for stage in found.values() if stage.component} == {"1x1"}
+
+
+def test_a_tuning_seed_is_not_reported(tmp_path):
+    with pytest.raises(ValueError, match="seed 1000 is for tuning"):
+        movielens.Job(movielens.MovieLensConfig(data=tmp_path, seeds=(1000,)))
