@@ -43,7 +43,8 @@ def storage(tmp_path_factory) -> Iterator[list[str]]:
         yield options
     finally:
         subprocess.run(["buildah", "--storage-driver=vfs", *options, "rm", "--all"], capture_output=True)
-        shutil.rmtree(folder, ignore_errors=True)
+        # not through what may still be mounted in it
+        subprocess.run(["rm", "-rf", "--one-file-system", str(folder)], capture_output=True)
 
 
 def environment() -> list[Path]:
