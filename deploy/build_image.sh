@@ -19,7 +19,8 @@ done
 work=$(mktemp -d)
 chmod 711 "$work"
 child=
-trap '[ -z "$child" ] || kill -9 "$child" 2>/dev/null; wait; rm -rf --one-file-system "$work"' EXIT
+remove() { rm -rf --one-file-system "$work"; }
+trap '[ -z "$child" ] || kill -9 "$child" 2>/dev/null; wait; remove 2>/dev/null || { sleep 1; remove; }' EXIT
 trap 'exit 143' INT TERM HUP
 buildah() { command buildah --storage-driver vfs "$@"; }
 began=$(date +%s)
