@@ -123,7 +123,8 @@ class Execution:
                 self._wait()
                 self._check_orders()
                 for name in list(self.running):
-                    self._look_at(name)
+                    if name in self.running:  # not cancelled because of one before it
+                        self._look_at(name)
         except BaseException:
             self._cancel_all()
             with suppress(SetupError):  # MLflow is away, which is no news now

@@ -57,6 +57,13 @@ def test_readme_looks_vectors_up(checkout):
     assert "torch.Size([2, 16])" in run_page("../README.md", checkout)
 
 
+def test_pipeline(tmp_path):
+    printed = run_page("pipeline.md", tmp_path)
+    assert "base: done" in printed and "validation: done" in printed
+    report = json.loads((tmp_path / "runs" / "small" / "pipeline" / "report.json").read_text())
+    assert report["state"] == "done" and report["stages"]["twin"]["metrics"]["auc"] > 0
+
+
 def test_quickstart(tmp_path):
     run_page("quickstart.md", tmp_path)
     metrics = json.loads((tmp_path / "runs" / "mim" / "metrics.json").read_text())
