@@ -18,7 +18,7 @@ export MIM_PYTHON := $(ENVIRONMENT)/bin/python
 export PYTHONPATH :=
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install demo test test-fast faults movielens ablation-csft figure5 table2 ablation-ciubm coldstart abtest table6 bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving bench-rim-latency bench-scaling bench-export-throughput chaos cluster torchrec-parity bench benchmark-report docs doctor lint types lock wheel release-check clean
+.PHONY: help install demo test test-fast faults movielens ablation-csft figure5 table2 ablation-ciubm coldstart abtest table6 bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving bench-rim-latency bench-scaling bench-export-throughput chaos cluster torchrec-parity bench benchmark-report docs doctor image lint types lock wheel release-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
@@ -109,6 +109,9 @@ test-fast: install  ## the tests that are not marked slow
 
 docs: install  ## build the documentation site into build/docs; a warning is an error
 	$(BIN)/python -m sphinx -b html -W --keep-going docs build/docs
+
+image: install  ## build the container image with buildah, as root: make image [KIND=cuda] [TAG=name]
+	@MIM_PYTHON=$(BIN)/python sh deploy/build_image.sh $(KIND) $(or $(TAG),mim-torchrec:$(KIND))
 
 doctor: install  ## check the installation
 	$(BIN)/mim doctor

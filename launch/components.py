@@ -6,20 +6,23 @@ line of torchrun on every node (`training/agent.py`), or of python for a service
     python -m mim_torchrec.training.agent --nproc_per_node 2 -m mim_torchrec.<module> --data DIR --out DIR …
 
 A component is a function with arguments of its own, under a decorator that adds the arguments of the job
-(`jobs.py`): resources, image, retries. TorchX looks for `def <name>` in this file and checks the annotations
-that it finds there; what a component takes it asks the function. It reads `Optional`, `List` and `Dict` in
-signatures, private ones too, but neither `X | None` nor postponed annotations. The part of a docstring under
-`Args:` is the component's `--help`.
+(`jobs.py`): resources, image, retries. What would fail on the node is refused here, where it can be known.
+TorchX looks for `def <name>` in this file and checks the annotations that it finds there; what a component
+takes it asks the function. It reads `Optional`, `List` and `Dict` in signatures, private ones too, but not
+`X | None` and no postponed annotations. The part of a docstring under `Args:` is the component's `--help`.
 """
 
-from typing import Optional
+import argparse
+from typing import Optional, Tuple  # noqa: UP035
 
 import torchx.specs as specs
 
+from mim_torchrec.errors import OptionError
+from mim_torchrec.hosts import is_loopback
 from mim_torchrec.launch.jobs import ENDLESS, distributed, process, service
 
 
-@distributed(max_retries=3)
+@distributed(elastic=False, max_retries=3)
 def pretrain(*script_args: str, data: str, out: str) -> specs.AppDef:
     """
     Adapt the towers to images and titles of the items (DDA) and align them with each other (DMA).
@@ -32,7 +35,7 @@ def pretrain(*script_args: str, data: str, out: str) -> specs.AppDef:
     return process("pretrain", "mim_torchrec.pretraining.main", script_args, data=data, out=out)
 
 
-@distributed(max_retries=3)
+@distributed(elastic=False, max_retries=3)
 def csft(*script_args: str, data: str, out: str) -> specs.AppDef:
     """
     Fine-tune the item encoder contrastively on what users bought (C-SFT).
@@ -45,7 +48,7 @@ def csft(*script_args: str, data: str, out: str) -> specs.AppDef:
     return process("csft", "mim_torchrec.csft.main", script_args, data=data, out=out)
 
 
-@distributed(max_retries=3)
+@distributed(elastic=False, max_retries=3)
 def export(*script_args: str, data: str, encoder: str, out: str) -> specs.AppDef:
     """
     Encode every item and write the multi-modal table.
@@ -71,10 +74,12 @@ def ctr(*script_args: str, data: str, out: str, table: Optional[str] = None) -> 
         out: directory of the metrics, predictions and checkpoint
         table: directory of the multi-modal table; needed unless --mim is off
     """
+    if table is None and _flag(script_args, "--mim") != "off":
+        raise OptionError("mim.ctr needs --table DIR, which mim.export writes; Base needs none: -- --mim off")
     return process("ctr", "mim_torchrec.ctr.main", script_args, data=data, out=out, table=table)
 
 
-@distributed(max_retries=3)
+@distributed(elastic=False, max_retries=3)
 def evaluate(*script_args: str, model: str, out: str) -> specs.AppDef:
     """
     Score a split with a trained click-through-rate model.
@@ -137,8 +142,17 @@ def serve(
         bundle: in place of release, directory that mim bundle has written; --store goes after a lone --
         host: address to bind to
         port: port to bind to
-        replicas: servers, each with a copy of the dense weights
+        replicas: servers, each with a copy of the dense weights; on kubernetes 1, see docs/cluster.md
     """
+    if (release is None) == (bundle is None):
+        raise OptionError("mim.serve: say what to serve, --release DIR or --bundle DIR")
+    if not is_loopback(host) and _flag(script_args, "--token-file") is None:
+        raise OptionError(
+            f"mim.serve at --host {host} can be reached by others and starts with tokens only: add "
+            "`-- --token-file FILE`, a token a line, or say --host 127.0.0.1"
+        )
+    if replicas < 1:
+        raise OptionError(f"--replicas is {replicas}; it must be at least 1")
     module = "mim_torchrec.serving.main"
     app = process("serve", module, script_args, host=host, port=port, release=release, bundle=bundle)
     app.roles[0].num_replicas = replicas
@@ -157,3 +171,21 @@ def bench(*script_args: str, name: str, out: str) -> specs.AppDef:
         out: directory of the report
     """
     return process("bench", f"mim_torchrec.benchmarks.{name}", script_args, out=out)
+
+
+@distributed(elastic=False, j="2x1")
+def doctor(*script_args: str) -> specs.AppDef:
+    """
+    Check whether the nodes of a job reach each other, how fast, and their versions and clocks.
+
+    Args:
+        script_args: further flags, after a lone --
+    """
+    return process("doctor", "mim_torchrec.doctor --nodes", script_args)
+
+
+def _flag(script_args: Tuple[str, ...], name: str) -> Optional[str]:  # noqa: UP006, UP045
+    """The value of a flag among those of a stage; None where it is not given."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(name, "--" + name[2:].replace("-", "_"), dest="value")
+    return parser.parse_known_args(script_args)[0].value

@@ -30,6 +30,7 @@ from torchx.workspace.dir_workspace import _copy_to_dir
 
 from mim_torchrec.errors import OptionError, SetupError
 from mim_torchrec.launch.jobs import ENDLESS
+from mim_torchrec.launch.refusals import refusals
 from mim_torchrec.launch.refused import JobRefused
 from mim_torchrec.launch.slurm_job import FIRST_NODE, Container, SlurmRequest
 
@@ -74,6 +75,7 @@ class SlurmScheduler(OfTorchX):
         if cfg.get("job_dir"):
             role.metadata["workspace"] = workspace
 
+    @refusals()
     def _submit_dryrun(self, app: AppDef, cfg: Mapping[str, Any]) -> AppDryRunInfo[SlurmRequest]:
         role = _only_role(app)
         job_dir = cfg.get("job_dir")
@@ -112,6 +114,7 @@ class SlurmScheduler(OfTorchX):
             request.cmd.append(f"--chdir={request.job_dir}")
         return AppDryRunInfo(request, repr)
 
+    @refusals()
     def schedule(self, dryrun_info: AppDryRunInfo[SlurmRequest]) -> str:
         """Submit a job.
 

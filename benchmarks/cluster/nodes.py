@@ -53,7 +53,9 @@ class Node:
 
     def __init__(self, name: str, address: str, hosts: Path, command: list[str], log: Path) -> None:
         self.name, self.address = name, address
-        script = 'hostname "$0" && mount --bind "$1" /etc/hosts && read -r && exec "${@:2}" </dev/null'
+        # bash stays, because the first process of a node has to wait for those that lose their parent
+        prepare = 'hostname "$0" && mount --bind "$1" /etc/hosts && read -r'
+        script = prepare + ' || exit 1; "${@:2}" </dev/null; exit $?'
         words = ["unshare", *IN_NAMESPACES, "--propagation", "private", "bash", "-c", script, name]
         with log.open("ab") as stream:
             self._process = subprocess.Popen(

@@ -87,6 +87,9 @@ class SlurmCluster:
         memory: of a node in MiB, as Slurm counts it.
         grace: seconds between the signal to a preempted job and its end.
 
+    Attributes:
+        private: folder of its key and socket, which is removed at its end, however that comes.
+
     Raises:
         SetupError: this machine cannot, or a daemon does not start.
     """
@@ -99,9 +102,9 @@ class SlurmCluster:
             raise SetupError(f"no Slurm can be started: {reason}")
         self.folder = folder.resolve()
         (self.folder / "state").mkdir(parents=True, exist_ok=True)
-        self._private = Path(tempfile.mkdtemp(prefix="mim-munge-"))  # sockets have short names
-        self._private.chmod(0o711)  # munged wants it
-        self._janitor = _remove_afterwards(self._private)
+        self.private = Path(tempfile.mkdtemp(prefix="mim-munge-"))  # sockets have short names
+        self.private.chmod(0o711)  # munged wants it
+        self._janitor = _remove_afterwards(self.private)
         self._daemons: list[subprocess.Popen[bytes]] = []
         self._network: Network | None = None
         try:
@@ -122,6 +125,12 @@ class SlurmCluster:
     def nodes(self) -> list[str]:
         """Names of the nodes, in their order."""
         return list(self._addresses)
+
+    @property
+    def interface(self) -> str:
+        """This machine's interface to the nodes."""
+        assert self._network is not None
+        return self._network.interface
 
     @property
     def configuration(self) -> Path:
@@ -181,14 +190,14 @@ class SlurmCluster:
             for name, at in self._addresses.items()
         ]
         text = CONFIGURATION.format(
-            address=address, port=free_port(), socket=self._private / "socket", folder=self.folder,
+            address=address, port=free_port(), socket=self.private / "socket", folder=self.folder,
             nodes="\n".join(lines), grace=grace,
         )  # fmt: skip
         self.configuration.write_text(text)
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
 
     def _start_munge(self) -> None:
-        key = self._private / "key"
+        key = self.private / "key"
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o400)
         files = {
@@ -198,9 +207,9 @@ class SlurmCluster:
             "log-file": "log",
             "seed-file": "seed",
         }
-        words = [f"--{option}={self._private / name}" for option, name in files.items()]
+        words = [f"--{option}={self.private / name}" for option, name in files.items()]
         self._start("munged", ["munged", "--foreground", "--num-threads=4", *words])
-        socket = self._private / "socket"
+        socket = self.private / "socket"
         wait_until(socket.exists, self._daemons[-1], self.folder / "munged.out")
 
     def _start(self, name: str, words: list[str]) -> None:

@@ -8,7 +8,6 @@ server completes the requests that have begun. On SIGHUP it reads the current re
 
 import ctypes
 import gc
-import ipaddress
 import logging
 import os
 import platform
@@ -25,6 +24,7 @@ import uvicorn
 
 from mim_torchrec import program
 from mim_torchrec.errors import OptionError, check_sizes
+from mim_torchrec.hosts import is_loopback
 from mim_torchrec.serving.app import make_app
 from mim_torchrec.serving.config import ServeConfig
 from mim_torchrec.serving.metrics import Metrics
@@ -90,18 +90,6 @@ def read_tokens(config: ServeConfig) -> frozenset[str]:
     if not tokens and not is_loopback(config.host):
         raise OptionError(f"--host {config.host} can be reached by others: give --token-file")
     return tokens
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address is of this machine only.
-
-    >>> is_loopback("127.0.0.1"), is_loopback("localhost"), is_loopback("0.0.0.0")
-    (True, True, False)
-    """
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def keep_freed_memory() -> None:

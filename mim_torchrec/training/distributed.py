@@ -1,5 +1,6 @@
 """The process group of a stage: the ranks of torchrun or another launcher, or a world of one."""
 
+import json
 import os
 import random
 import socket
@@ -18,6 +19,7 @@ from mim_torchrec.training.liveness import Liveness, RankStalled
 from mim_torchrec.training.network import check_interface
 
 T = TypeVar("T")
+RESTARTS = "TORCHELASTIC_RESTART_COUNT"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,9 +130,9 @@ def _join(backend: str, timeouts: Timeouts, device: torch.device) -> Liveness:
     """Meet the other ranks, whose number and place the environment has, and report this one to them."""
     check_interface()
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = _store(rank, timedelta(seconds=timeouts.init))
+    store = meeting_store(rank, timedelta(seconds=timeouts.init))
     own = dist.PrefixStore("mim", store)
-    own.set(f"started/{rank}", _place(device))
+    own.set(f"started/{rank}", json.dumps([_place(device), os.environ.get(RESTARTS, "0")]))
     for other in range(world_size):
         try:
             own.wait([f"started/{other}"])
@@ -139,9 +141,11 @@ def _join(backend: str, timeouts: Timeouts, device: torch.device) -> Liveness:
             raise RankStalled(
                 f"ranks {absent} of {world_size} have not started within {timeouts.init:g} s (--timeout.init)"
             ) from error
+    started = [json.loads(own.get(f"started/{other}")) for other in range(world_size)]
+    if RESTARTS in os.environ:  # an agent that has joined later has counted fewer; ranks agree
+        os.environ[RESTARTS] = str(max(int(restarts) for _, restarts in started))
     if device.type != "cpu":
-        places = [own.get(f"started/{other}").decode() for other in range(world_size)]
-        refuse_shared_device(places, rank)
+        refuse_shared_device([place for place, _ in started], rank)
     dist.init_process_group(
         backend,
         store=dist.PrefixStore("group", store),
@@ -152,8 +156,15 @@ def _join(backend: str, timeouts: Timeouts, device: torch.device) -> Liveness:
     return Liveness(own, rank, world_size)
 
 
-def _store(rank: int, timeout: timedelta) -> dist.Store:
-    """The store of the ranks. torch's own rendezvous would wait in it for ranks that it could not name."""
+def meeting_store(rank: int, timeout: timedelta) -> dist.Store:
+    """The store of the ranks, which the environment names.
+
+    torch's own rendezvous would wait in it for ranks that it could not name.
+
+    Args:
+        rank: this process; rank 0 hosts the store where the agents of torchrun share none.
+        timeout: of every operation.
+    """
     of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True)  # torchrun hosts it
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"],
@@ -163,13 +174,15 @@ def _store(rank: int, timeout: timedelta) -> dist.Store:
         timeout=timeout,
         multi_tenant=True,
     )
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store outlives the ranks of an attempt
-    return dist.PrefixStore(f"attempt_{attempt}", store)
+    if not of_agent:
+        return store
+    # the store outlives the ranks of an attempt; agents that have joined later would count another one
+    return dist.PrefixStore(f"attempt_{os.environ.get(RESTARTS, '0')}", store)
 
 
 def is_restarted() -> bool:
     """Whether torchrun has started the ranks again within a job, after one of them had died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return int(os.environ.get(RESTARTS, "0")) > 0
 
 
 def _device() -> torch.device:

@@ -6,8 +6,6 @@ Needs the rights to make namespaces.
 
 import ctypes
 import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -21,38 +19,18 @@ from mim_torchrec.embeddings.sharded.placement import node_replicated
 from mim_torchrec.embeddings.table.format import TableWriter
 from tests.distributed.test_frozen_placement import sharded
 from tests.frozen import FEATURES, Unpooled
+from tests.namespaces import LINK, linked_nodes
 from tests.ranks import run_ranks
 
-DIM, ITEMS, STEPS, LINK = 64, 5000, 5, "mim0"
+DIM, ITEMS, STEPS = 64, 5000, 5
 CLONE_NEWNET = 0x40000000
 
 
 @pytest.fixture
 def nodes():
-    """Two namespaces with a link between them."""
-    if os.geteuid() or not shutil.which("ip"):
-        pytest.skip("network namespaces need root and iproute2")
-    names = [f"mim-{os.getpid()}-{node}" for node in range(2)]
-    made = subprocess.run(["ip", "netns", "add", names[0]], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"network namespaces cannot be made here: {made.stderr.strip()}")
-    try:
-        _ip("netns", "add", names[1])
-        _ip("link", "add", LINK, "netns", names[0], "type", "veth", "peer", "name", LINK, "netns", names[1])
-        for node, name in enumerate(names):
-            quiet = "echo 1 > /proc/sys/net/ipv6/conf/all/disable_ipv6"  # neighbor discovery would be counted
-            _ip("netns", "exec", name, "sh", "-c", quiet)
-            _ip("-n", name, "addr", "add", f"10.77.0.{1 + node}/24", "dev", LINK)
-            _ip("-n", name, "link", "set", LINK, "up")
-            _ip("-n", name, "link", "set", "lo", "up")
-        yield names
-    finally:
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True)
-
-
-def _ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+    """Names of two namespaces with a link between them."""
+    with linked_nodes() as found:
+        yield [node.name for node in found]
 
 
 def _enter(name: str, store: Path) -> dist.FileStore:

@@ -38,11 +38,11 @@ MODULES = {
 
 SERVICES = {
     "rim": ["--source", "new", "--encoder", "encoder", "--table", "table", "--log", "log", "--out", "out"],
-    "serve": ["--release", "releases"],
+    "serve": ["--release", "releases", "--host", "127.0.0.1"],
     "follow": ["--store", "redis://host", "--log", "log", "--table_version", "v1"],
 }
 BENCH = ["--name", "paper.efficiency.main", "--out", "out"]
-COMPONENTS = STAGES | SERVICES | {"bench": BENCH}
+COMPONENTS = STAGES | SERVICES | {"bench": BENCH, "doctor": []}
 
 
 @pytest.fixture(scope="module")
@@ -243,3 +243,15 @@ def test_a_benchmark_is_one_process_that_schedulers_accept(runner, scheduler, co
     image = ["--image", "mim:1"] if scheduler != "slurm" else []
     request = runner.dryrun_component("mim.bench", [*BENCH, *image], scheduler, config)
     assert "mim_torchrec.benchmarks.paper.efficiency.main" in str(request)
+
+
+@pytest.mark.parametrize(
+    "scheduler, config",
+    [("local_cwd", {}), ("slurm", {}), ("kubernetes", {"queue": "default"}), ("kueue", {"queue": "default"})],
+)
+def test_nodes_are_checked_by_a_job_of_two(runner, scheduler, config):
+    image = ["--image", "mim:1"] if config else []
+    request = runner.dryrun_component("mim.doctor", image, scheduler, config)
+    assert "mim_torchrec.doctor" in str(request)
+    app = build("doctor")
+    assert app.roles[0].num_replicas == 2 and line(app).endswith("-m mim_torchrec.doctor --nodes")

@@ -39,6 +39,7 @@ OTHER_PROGRAMS = {
     "--no-deps", "--nproc_per_node", "--standalone", "--dryrun", "--max_restarts",
     "--scale",  # of the model that a tutorial writes
     "--silent", "--retry", "--retry-connrefused", "--retry-delay", "--help", "--debug", "--overrides",
+    "--from-file",
 }  # fmt: skip
 OF_SLURM = {
     "--time", "--signal", "--requeue", "--dependency", "--chdir", "--nodes", "--ntasks-per-node", "--mem",

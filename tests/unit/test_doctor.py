@@ -113,7 +113,7 @@ def test_a_failing_rank_is_named():
     script = "import sys; print('@starting'); assert sys.argv[2] == '0', 'no address'; print('=')"
     finding = doctor.check_group("gloo", 2, script)
     assert finding.detail == "rank 1: starting failed: AssertionError: no address"
-    assert "GLOO_SOCKET_IFNAME" in finding.fix
+    assert "GLOO_SOCKET_IFNAME" in finding.fix and "GLOO_SOCKET_IFNAME=lo" not in finding.fix
 
 
 def test_too_little_disk_is_said():

@@ -29,11 +29,11 @@ STAGES = {"pretraining", "csft", "representation", "ctr"}
 BASE = {"errors", "program", "progress", "quiet"}
 PARTS = {"encoders", "losses", "ciubm", "data", "training"}
 SERVICES = {"rim", "serving"}
-TOP = {"launch", "pipeline", "cli", "doctor"}
-BOTTOM = {"embeddings", "builds", "extensions", "extras", "lazy", "version"}
+TOP = {"launch", "pipeline", "cli", "doctor", "doctor_nodes"}
+BOTTOM = {"embeddings", "builds", "extensions", "extras", "findings", "hosts", "lazy", "links", "version"}
 STANDALONE = {
     f"mim_torchrec{name}"
-    for name in ("", ".cli", ".doctor", ".builds", ".errors", ".extras", ".lazy", ".program")
+    for name in ("", ".cli", ".doctor", ".builds", ".errors", ".extras", ".findings", ".lazy", ".program")
 }
 BENCHMARK_ROOMS = [{"harness", "measures"}, {"paper", "speed", "chaos", "parity"}, {"cluster"}, {"records"}]
 DRAWING = {"matplotlib", "jinja2"}

@@ -1,0 +1,115 @@
+"""The container image is built without an environment, this one is mounted, and a stage runs inside."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TAG = "localhost/mim-test"
+
+pytestmark = pytest.mark.slow
+
+
+def without_buildah() -> str | None:
+    """Why no image can be built here."""
+    missing = [tool for tool in ("buildah", "mmdebstrap") if shutil.which(tool) is None]
+    if missing:
+        return f"{' and '.join(missing)} missing: apt-get install buildah mmdebstrap"
+    return None if os.geteuid() == 0 else "only root can build an image"
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory) -> Iterator[list[str]]:
+    """Options of buildah for a storage of its own, with the image in it."""
+    reason = without_buildah()
+    if reason:
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("storage")
+    options = [f"--root={folder / 'root'}", f"--runroot={folder / 'run'}"]
+    try:
+        built = subprocess.run(
+            ["sh", str(ROOT / "deploy" / "build_image.sh"), "none", TAG, "", *options],
+            env={**os.environ, "MIM_PYTHON": sys.executable}, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if built.returncode and "mmdebstrap" in built.stderr and "E: " in built.stderr:
+            pytest.skip(f"no base can be made here: {built.stderr.strip().splitlines()[-1]}")
+        assert built.returncode == 0, built.stderr[-3000:]
+        yield options
+    finally:
+        subprocess.run(["buildah", "--storage-driver=vfs", *options, "rm", "--all"], capture_output=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def environment() -> list[Path]:
+    """Folders of which this environment consists; the image has Debian's Python itself."""
+    of_debian = [Path("/usr"), Path("/usr/bin"), Path("/usr/lib")]
+    places = {sys.prefix, sys.base_prefix, ROOT, *(path for path in sys.path if Path(path).is_dir())}
+    found: list[Path] = []
+    for place in sorted(Path(path) for path in places):
+        if place in of_debian or Path("/usr/lib") in place.parents:
+            continue
+        if not any(place.is_relative_to(root) for root in found):
+            found.append(place)
+    return found
+
+
+@pytest.fixture
+def inside(storage, tmp_path: Path) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """Runs a command in a container of the image, in a folder that is `tmp_path` outside."""
+    buildah = ["buildah", "--storage-driver=vfs", *storage]
+    made = subprocess.run([*buildah, "from", "--pull-never", TAG], capture_output=True, text=True, check=True)
+    container = made.stdout.strip()
+    tmp_path.chmod(0o777)
+    mounts = [*(f"--volume={place}:{place}:ro" for place in environment()), f"--volume={tmp_path}:/job:rw"]
+    above = sorted({str(parent) for place in environment() for parent in place.parents} - {"/"})
+    entered = 'for folder; do mkdir -p "$folder" && chmod o+x "$folder"; done'  # the user is not root
+    as_root = [*buildah, "run", "--isolation=chroot", "--user=0", container, "--"]
+    subprocess.run([*as_root, "sh", "-c", entered, "sh", *above], check=True, capture_output=True)
+
+    def run(*command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*buildah, "run", "--isolation=chroot", "--workingdir=/job", "--hostname=localhost",
+             f"--env=VIRTUAL_ENV={sys.prefix}", "--env=OMP_NUM_THREADS=1", *mounts, container, "--",
+             *command],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    yield run
+    subprocess.run([*buildah, "rm", container], capture_output=True)
+
+
+def test_the_image_has_a_user_that_is_not_root(inside):
+    done = inside("sh", "-c", "id -u; id -un; touch /usr/local/written")
+    assert done.stdout.split() == ["1000", "mim"] and "Permission denied" in done.stderr
+
+
+def test_the_image_holds_no_source_and_no_setting_of_this_machine(inside):
+    done = inside("sh", "-c", "ls -A / ~; test ! -e /src && test ! -s /etc/pip.conf")
+    assert done.returncode == 0, done.stdout
+    assert "requirements" not in done.stdout
+
+
+def test_a_stage_runs_in_the_image(inside, tmp_path):
+    mim = [sys.executable, "-m", "mim_torchrec.cli"]
+    sound = inside(*mim, "doctor", "--json")
+    findings = {finding["check"]: finding for finding in json.loads(sound.stdout)}
+    assert findings["lookup"]["ok"] and findings["gloo"]["ok"] and findings["package"]["ok"], sound.stdout
+    shop = inside(
+        *mim, "shop", "--out", "shop", "--items", "150", "--users", "30", "--requests", "60",
+        "--searches", "20", "--browsing", "300", "--image-size", "32",
+    )  # fmt: skip
+    assert shop.returncode == 0, shop.stderr
+    trained = inside(
+        "bash", "-c",
+        f'"{sys.executable}" -m torch.distributed.run --standalone --nproc_per_node 2 '
+        "-m mim_torchrec.ctr.main --data shop --mim off --epochs 1 --batch-size 64 --out run",
+    )  # fmt: skip
+    assert trained.returncode == 0, trained.stderr[-3000:]
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["world_size"] == 2 and (tmp_path / "run").stat().st_uid == 1000
