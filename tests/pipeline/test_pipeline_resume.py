@@ -18,13 +18,13 @@ name = "resume"
 [stages.ctr]
 component = "mim.ctr"
 job.j = "1x2"
-flags = {{ data = "{data}", mim = "off", epochs = 3, batch-size = 16, dropout = 0.2, "checkpoint.every" = 1 }}
+flags = {{ data = "{data}", mim = "off", epochs = 2, batch-size = 16, dropout = 0.2, "checkpoint.every" = 1 }}
 """
 
 
 def test_an_interrupted_training_resumes_to_the_same_bytes(tmp_path, capsys):
     file, out, tag = tmp_path / "run.toml", tmp_path / "run", uuid.uuid4().hex
-    file.write_text(CTR.format(data=small_shop(tmp_path, requests=400, users=60, searches=40)))
+    file.write_text(CTR.format(data=small_shop(tmp_path, requests=80, users=30, searches=40)))
     words = ["run", str(file), "--out", str(out)]
     process = subprocess.Popen(command(*words), env={**os.environ, "TAG": tag})
     wait_until(lambda: any((out / "ctr" / "checkpoints").glob("*/*")), patience=300)
