@@ -141,7 +141,7 @@ def submit_paused(
     words: list[str],
     *,
     stage: str = "ctr",
-    step: int = 3,
+    step: int = 2,
     own: Sequence[str] = SMALL,
 ) -> Job:
     """Submit a training stage whose last rank waits in a step, and wait until it waits.
