@@ -17,8 +17,11 @@ for tool in buildah mmdebstrap; do
 done
 [ "$(id -u)" -eq 0 ] || { echo "only root can build the image" >&2; exit 6; }
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-trap 'exit 1' INT TERM HUP
+chmod 711 "$work"
+child=
+remove() { rm -rf --one-file-system "$work"; }
+trap '[ -z "$child" ] || kill -9 "$child" 2>/dev/null; wait; remove 2>/dev/null || { sleep 1; remove; }' EXIT
+trap 'exit 143' INT TERM HUP
 buildah() { command buildah --storage-driver vfs "$@"; }
 began=$(date +%s)
 
@@ -27,9 +30,13 @@ if [ -z "$base" ]; then
     if ! buildah "$@" inspect --type image "$base" >/dev/null 2>&1; then
         # the mirrors of a host that is Debian bookworm itself
         sources=$(grep -ls 'bookworm' /etc/apt/sources.list.d/debian.sources /etc/apt/sources.list | head -1) || true
-        # shellcheck disable=SC2086
-        mmdebstrap --quiet --variant=minbase --include=ca-certificates,python3,python3-venv \
-            bookworm "$work/base.tar" ${sources:+"$sources"}
+        # namespaces of its own: what it mounts, /dev/shm of this machine included, is gone when it ends in any way
+        unshare --mount --propagation private --pid --fork --kill-child --mount-proc \
+            env TMPDIR="$work" mmdebstrap --quiet --variant=minbase \
+            --include=ca-certificates,python3,python3-venv bookworm "$work/base.tar" ${sources:+"$sources"} &
+        child=$!
+        wait "$child"
+        child=
         container=$(buildah "$@" from scratch)
         buildah "$@" add --quiet "$container" "$work/base.tar" / >/dev/null
         buildah "$@" commit --quiet --rm "$container" "$base" >/dev/null
@@ -38,7 +45,8 @@ if [ -z "$base" ]; then
 fi
 
 # pip's settings, from its files and from the environment, as one file
-{ echo "[global]"; "$python" -m pip config list | sed -n "s/^[^.]*\.\(.*\)='\(.*\)'$/\1 = \2/p"; } >"$work/pip.conf"
+install -m 600 /dev/null "$work/pip.conf"
+{ echo "[global]"; "$python" -m pip config list | sed -n "s/^[^.]*\.\(.*\)='\(.*\)'$/\1 = \2/p"; } >>"$work/pip.conf"
 mounts="--volume $work/pip.conf:/etc/pip.conf:ro"
 for path in $(sed -n 's/^\(cert\|find-links\) = \(\/.*\)$/\2/p' "$work/pip.conf"); do
     [ ! -e "$path" ] || mounts="$mounts --volume $path:$path:ro"

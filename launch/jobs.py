@@ -249,7 +249,7 @@ def _job(
 
     Args:
         role: of the job.
-        image: container image with mim-torchrec in it, for kubernetes and local_docker
+        image: container image with mim-torchrec in it; kubernetes, kueue and local_docker need one
         job_name: of the job; by default made of the stage and the last part of its out
         h: a named resource, in place of cpu, gpu and memMB
         cpu: cores of a node; 0 is 8 for each GPU, without GPUs 1 for each process, at least 2
@@ -257,7 +257,7 @@ def _job(
         memMB: MiB of a node; 0 is 32768 for each GPU, without GPUs 4096 for each process, at least 8192
         max_retries: times the scheduler starts a failed job again; local_cwd never does
         env: environment variables, A=1,B=2
-        mounts: type=bind,src=/host,dst=/job[,readonly]
+        mounts: type=bind|volume,src=/host|CLAIM,dst=/job[,readonly]
     """
     role.image = image
     role.resource = _resource(role, h, cpu, gpu, memMB)

@@ -176,11 +176,20 @@ def reach_time_limit(job: Job) -> None:
     job.slurm.call("scontrol", "update", f"JobId={job.id}", "TimeLimit=UNLIMITED")
 
 
+RESENT = 75
+"""Seconds after which Slurm has sent again (after 60) what a lost node did not answer."""
+
+
 def lose_node(job: Job) -> None:
-    """Cut the power of the node of the last rank, and give it back when Slurm has noticed."""
+    """Cut the power of the node of the last rank, and give it back when Slurm has noticed.
+
+    The order to end the first attempt, sent again, would end a second one that runs already. Slurm's own
+    delay of a requeued job, two minutes, is longer than that; here it is shorter.
+    """
     name = job.slurm.nodes[-1]
     job.slurm.lose(name)
     _wait_for_next_attempt(job)
+    job.slurm.call("scontrol", "update", f"JobId={job.id}", f"StartTime=now+{RESENT}")
     job.slurm.restore(name)
 
 

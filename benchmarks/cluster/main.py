@@ -233,9 +233,10 @@ def main(argv: list[str] | None = None) -> None:
     same = identical(one, two)
     report = {
         "jobs": len(alone) + len(two_nodes.jobs),
-        "faults": [asdict(outcome) for outcome in two_nodes.outcomes],
+        "faults": len(two_nodes.outcomes),
         "resumed": sum(outcome.resumed for outcome in two_nodes.outcomes),
         "identical": all(same.values()),
+        "outcomes": [asdict(outcome) for outcome in two_nodes.outcomes],
         "predictions": same,
         "hung": hung,
         "clashes": sum(logs.count(words) for words in CLASH) + sum(count != "0" for count in restarts),
@@ -249,12 +250,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def print_table(report: dict[str, Any]) -> None:
-    """The faults and what became of them."""
+    """Every fault and what became of its job."""
     print(f"\n{'job':<10}{'fault':<14}{'state':<12}{'restarts':>8}{'seconds':>9}")
-    for fault in report["faults"]:
+    for fault in report["outcomes"]:
         print(f"{fault['job']:<10}{fault['fault']:<14}{fault['state']:<12}{fault['restarts']:>8}"
               f"{fault['seconds']:>9}")  # fmt: skip
-    print(f"\n{report['jobs']} jobs, {len(report['faults'])} faults, {report['resumed']} resumed, "
+    print(f"\n{report['jobs']} jobs, {report['faults']} faults, {report['resumed']} resumed, "
           f"predictions {'identical' if report['identical'] else 'DIFFERENT'}, {report['hung']} hung, "
           f"{report['clashes']} clashes, {report['seconds']} s")  # fmt: skip
 

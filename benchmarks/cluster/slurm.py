@@ -51,6 +51,7 @@ MpiDefault=none
 ReturnToService=2
 SlurmdTimeout=20
 TCPTimeout=10
+MessageTimeout=60
 KillWait=15
 MinJobAge=7200
 PreemptType=preempt/partition_prio

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -43,7 +44,8 @@ def storage(tmp_path_factory) -> Iterator[list[str]]:
         yield options
     finally:
         subprocess.run(["buildah", "--storage-driver=vfs", *options, "rm", "--all"], capture_output=True)
-        shutil.rmtree(folder, ignore_errors=True)
+        # not through what may still be mounted in it
+        subprocess.run(["rm", "-rf", "--one-file-system", str(folder)], capture_output=True)
 
 
 def environment() -> list[Path]:
@@ -113,3 +115,33 @@ def test_a_stage_runs_in_the_image(inside, tmp_path):
     assert trained.returncode == 0, trained.stderr[-3000:]
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["world_size"] == 2 and (tmp_path / "run").stat().st_uid == 1000
+
+
+def test_a_build_that_is_stopped_leaves_nothing(tmp_path):
+    reason = without_buildah()
+    if reason:
+        pytest.skip(reason)
+    work, marker = tmp_path / "work", Path("/dev/shm") / f"mim-{os.getpid()}"
+    work.mkdir()
+    marker.touch()
+    script = str(ROOT / "deploy" / "build_image.sh")
+    options = [f"--root={tmp_path / 'root'}", f"--runroot={tmp_path / 'run'}"]
+    build = subprocess.Popen(
+        ["sh", script, "none", TAG, "", *options],
+        env={**os.environ, "MIM_PYTHON": sys.executable, "TMPDIR": str(work)},
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        while not list(work.glob("*/mmdebstrap.*/dev/shm")):  # what it has made of a system so far
+            try:
+                build.wait(timeout=0.2)
+            except subprocess.TimeoutExpired:
+                continue
+            pytest.skip(f"no base can be made here: {build.communicate()[1][-300:]}")
+        build.send_signal(signal.SIGTERM)
+        assert build.wait(timeout=60) == 143
+        assert list(work.iterdir()) == [] and marker.exists()
+        assert str(work) not in Path("/proc/mounts").read_text()
+    finally:
+        build.kill()
+        marker.unlink(missing_ok=True)
