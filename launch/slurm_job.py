@@ -53,17 +53,18 @@ task() {{
 
 srun {srun} bash -c "$(declare -f task); task"
 status=$?
-if [ $status -ge 220 ]; then
+if [ $status -ge 226 ] && [ $status -le 227 ]; then
+    status=$((status - 100)) verdict="failed"
+elif [ $status -ge 221 ] && [ $status -le 225 ]; then
     status=$((status - 220)) verdict="failed"
-    [ $status -lt 6 ] || status=$((status + 120))
+elif [ $status -ge 200 ] || [ $status -eq 149 ]; then  # of srun itself, such as for a node that is lost
+    status=1 verdict="failed, may be tried again"
 elif [ $status -eq 100 ] || [ $status -eq 143 ]; then
     status=143 verdict="was interrupted"
 elif [ $status -ge 180 ]; then
     status=$((status - 180)) verdict="failed, may be tried again"
 elif [ $status -ge 150 ]; then
     status=$((status - 150 + 128)) verdict="failed, may be tried again"
-elif [ $status -eq 149 ]; then
-    status=1 verdict="failed, may be tried again"
 elif [ $status -ne 0 ]; then
     verdict="failed, may be tried again"
 else

@@ -87,6 +87,13 @@ class Job:
                 return int(folder.name)
         raise SetupError(f"job {self.id} has no rank {rank} here")
 
+    def has_rank(self, rank: int) -> bool:
+        """Whether the process of a rank has started."""
+        try:
+            return self.rank(rank) > 0
+        except SetupError:
+            return False
+
     def signal_rank(self, rank: int, number: signal.Signals) -> None:
         """Send a signal to the process of a rank."""
         os.kill(self.rank(rank), number)

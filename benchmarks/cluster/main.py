@@ -33,7 +33,7 @@ from mim_torchrec.data.shop import main as make_shop
 from mim_torchrec.embeddings.files import write_json
 from mim_torchrec.errors import SetupError, Status
 
-RESOURCES = ("--cpu", "1", "--memMB", "3072")
+RESOURCES = ("--cpu", "1", "--memMB", "3072", "--env", "OMP_NUM_THREADS=1")  # sums depend on the threads
 TWO_NODES = ("-j", "2x1", *RESOURCES)
 FAULTS = 4
 """How many are done to jobs."""
@@ -148,7 +148,7 @@ class Disturbed:
         self._finish("base")
         self._finish("mim")
         job = self._start("evaluate")
-        job.wait(lambda: job.field("JobState") == "RUNNING")
+        job.wait(lambda: job.has_rank(1))
         self._hit("evaluate", "node lost", lose_node)
         self._finish("evaluate")
 

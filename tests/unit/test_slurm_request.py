@@ -211,3 +211,30 @@ def test_the_configuration_of_this_checkout_is_one_that_the_scheduler_knows():
     config.apply("slurm", configuration, dirs=[str(Path(__file__).parents[2])])
     assert configuration == {"warning": 300}
     assert SlurmScheduler("session").run_opts().resolve(configuration)["warning"] == 300
+
+
+@pytest.mark.parametrize(
+    ("of_srun", "status", "again"),
+    [(0, 0, False), (222, 2, False), (225, 5, False), (227, 127, False), (232, 1, True), (186, 6, True),
+     (159, 137, True), (137, 137, True), (149, 1, True), (1, 1, True), (100, 143, True)],
+)  # fmt: skip
+def test_a_job_is_queued_again_where_that_can_help(tmp_path, monkeypatch, of_srun, status, again):
+    program(tmp_path, "srun", f"exit {of_srun}")
+    program(tmp_path, "scontrol", f"echo $1 >> {tmp_path}/called")
+    request = SlurmRequest(
+        name="a", nodes=1, options={}, resources={}, command=["true"], env={}, max_retries=3
+    )
+    known = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "a"}
+
+    def run() -> int:
+        with (tmp_path / "slurm-12.out").open("ab") as log:
+            return subprocess.run(
+                ["bash"], input=request.script().encode(), env=known, cwd=tmp_path, stdout=log
+            ).returncode
+
+    assert run() == status
+    assert ("requeue" in (tmp_path / "called").read_text()) == again
+    if again:  # three times, and no more
+        for _ in range(4):
+            run()
+        assert (tmp_path / "called").read_text().count("requeue") == 3
