@@ -30,6 +30,7 @@ templates_path = []
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 
+autodoc_mock_imports = ["mlflow"]  # cannot be imported while typing.TYPE_CHECKING is true, as autodoc sets it
 autodoc_default_options = {
     "members": True,
     "member-order": "bysource",

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from mim_torchrec import program
 from mim_torchrec.errors import OptionError
 from mim_torchrec.pipeline import overview
 from mim_torchrec.pipeline.execution import RunOptions
@@ -18,7 +19,6 @@ from mim_torchrec.pipeline.resolving import Resolver
 from mim_torchrec.pipeline.running import run
 from mim_torchrec.pipeline.spec import Pipeline
 from mim_torchrec.pipeline.submission import LOCAL, Submitter, build, shown
-from mim_torchrec.program import run as run_program
 
 Parameters = Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="NAME=VALUE ...")]
 
@@ -155,4 +155,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    program.run(main)

@@ -79,7 +79,11 @@ def build(name: str, stage: Stage) -> specs.AppDef:
         place += ".command" if stage.command else ".component"
         raise OptionError(f"{place}: {word!r} is no stage of a run; there are {', '.join(SOURCES)}")
     if stage.command is not None:
-        return _command(*words_of(stage.arguments, stage.flags), words=stage.command, **job)
+        try:
+            made: specs.AppDef = _command(*words_of(stage.arguments, stage.flags), words=stage.command, **job)
+        except ValueError as error:
+            raise OptionError(f"{place}.job: {error}") from error
+        return made
     try:
         component = get_component(str(stage.component)).fn
     except (ComponentNotFoundException, ComponentValidationException, OSError) as error:

@@ -141,6 +141,11 @@ def test_commands_are_jobs_of_one_process():
         ({"component": "dist.no"}, "stages.a.component: Component `dist.no` not found"),
         ({"component": "no/such.py:f"}, "stages.a.component: .*such.py"),
         ({"component": "mim.ctr", "flags": {"data": "d"}}, "stages.a.flags.out: component mim.ctr needs it"),
+        ({"command": "shop", "job": {"cpu": -1}}, "stages.a.job: --cpu, --gpu and --memMB are at least 0"),
+        (
+            {"component": "mim.csft", "flags": {"data": "d", "out": "o"}, "job": {"j": "0x2"}},
+            "stages.a: component mim.csft: -j 0x2: write",
+        ),
         (
             {"component": "utils.echo", "job": {"gpu": 1}},
             "stages.a.job.gpu: component utils.echo has no such",
