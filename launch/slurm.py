@@ -31,7 +31,6 @@ from torchx.workspace.dir_workspace import _copy_to_dir
 from mim_torchrec.errors import OptionError, SetupError
 from mim_torchrec.launch.jobs import ENDLESS
 from mim_torchrec.launch.refusals import refusals
-from mim_torchrec.launch.refused import JobRefused
 from mim_torchrec.launch.slurm_job import FIRST_NODE, Container, SlurmRequest
 
 OPTIONS = {
@@ -80,7 +79,7 @@ class SlurmScheduler(OfTorchX):
         role = _only_role(app)
         job_dir = cfg.get("job_dir")
         if job_dir and os.path.exists(job_dir):
-            raise JobRefused(f"job_dir {job_dir} exists; name a new one")
+            raise OptionError(f"job_dir {job_dir} exists; name a new one")
         options = {name: str(cfg[name]) for name in (*OF_TORCHX, *OPTIONS) if cfg.get(name) is not None}
         if "dependency" in options:
             options["kill-on-invalid-dep"] = "yes"
@@ -88,7 +87,7 @@ class SlurmScheduler(OfTorchX):
         if role.max_retries and warning:
             limit = _seconds(options["time"]) if "time" in options else None
             if limit is not None and limit <= warning + 60:
-                raise JobRefused(
+                raise OptionError(
                     f"time {options['time']} leaves no time before the warning at the end: give more than "
                     f"{warning + 60} s, or a smaller warning (now {warning} s)"
                 )
@@ -122,7 +121,7 @@ class SlurmScheduler(OfTorchX):
             Its id.
 
         Raises:
-            JobRefused: sbatch refuses it or is not there; the message is Slurm's.
+            OptionError: sbatch refuses it or is not there; the message is Slurm's.
         """
         request = dryrun_info.request
         if request.job_dir is not None:
@@ -132,7 +131,7 @@ class SlurmScheduler(OfTorchX):
         try:
             return _slurm(*request.cmd, script=request.script()).strip().partition(";")[0]
         except SetupError as error:
-            raise JobRefused(str(error)) from None
+            raise OptionError(str(error)) from None
 
     def describe(self, app_id: str) -> DescribeAppResponse | None:
         """State, nodes and restarts of a job, by the controller, or by accounting later."""
@@ -196,13 +195,13 @@ def _only_role(app: AppDef) -> Role:
     """The role of a job.
 
     Raises:
-        JobRefused: a job of another kind, or something of it that Slurm does not have.
+        OptionError: a job of another kind, or something of it that Slurm does not have.
     """
     if len(app.roles) != 1:
-        raise JobRefused(f"{app.name} has {len(app.roles)} roles; on Slurm submit a job for each")
+        raise OptionError(f"{app.name} has {len(app.roles)} roles; on Slurm submit a job for each")
     role = app.roles[0]
     if role.min_replicas is not None and role.min_replicas != role.num_replicas:
-        raise JobRefused(
+        raise OptionError(
             f"-j {role.min_replicas}:{role.num_replicas}x…: jobs on Slurm keep their nodes; give one number. "
             "A job that loses a node is queued again and resumes (--max_retries)"
         )
@@ -226,19 +225,19 @@ def _container(role: Role, kind: str | None) -> Container | None:
         image = role.image if role.image != TORCHX_IMAGE else ""  # the default of TorchX's own components
         for flag, value in (("--image", image), ("--mounts", role.mounts)):
             if value:
-                raise JobRefused(
+                raise OptionError(
                     f"{flag} has no effect on Slurm without containers: leave it out to use the nodes' own "
                     f"environment (MIM_PYTHON), or name them: -cfg container={'|'.join(CONTAINERS)}"
                 )
         return None
     if kind not in CONTAINERS:
-        raise JobRefused(f"container {kind} is unknown; it is one of {', '.join(CONTAINERS)}")
+        raise OptionError(f"container {kind} is unknown; it is one of {', '.join(CONTAINERS)}")
     if not role.image:
-        raise JobRefused(f"container={kind} needs an --image")
+        raise OptionError(f"container={kind} needs an --image")
     mounts = []
     for mount in role.mounts:
         if not isinstance(mount, BindMount):
-            raise JobRefused(f"--mounts {mount}: containers on Slurm have bind mounts only (type=bind)")
+            raise OptionError(f"--mounts {mount}: containers on Slurm have bind mounts only (type=bind)")
         mounts.append(f"{mount.src_path}:{mount.dst_path}" + (":ro" if mount.read_only else ""))
     return Container(kind, role.image, mounts)
 
@@ -248,7 +247,7 @@ def _seconds(limit: str) -> int | None:
     if limit.upper() in ("UNLIMITED", "INFINITE"):
         return None
     if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", limit):
-        raise JobRefused(f"time {limit} is none of minutes, hours:minutes:seconds and days-hours:minutes")
+        raise OptionError(f"time {limit} is none of minutes, hours:minutes:seconds and days-hours:minutes")
     days, _, rest = limit.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
     if days:

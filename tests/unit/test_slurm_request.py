@@ -9,8 +9,8 @@ from torchx.runner import Runner, config, get_runner
 from torchx.schedulers import DEFAULT_SCHEDULER_MODULES, get_scheduler_factories
 from torchx.specs import AppState, CfgVal
 
+from mim_torchrec.errors import OptionError
 from mim_torchrec.launch import slurm_job
-from mim_torchrec.launch.refused import JobRefused
 from mim_torchrec.launch.slurm import SlurmScheduler
 from mim_torchrec.launch.slurm_job import SlurmRequest
 
@@ -65,7 +65,7 @@ def test_what_may_be_tried_again_is_warned_before_its_end(runner):
 
 @pytest.mark.parametrize("limit", ["5", "0:06:00", "6:00", "0-0:6"])
 def test_a_time_limit_within_the_warning_is_refused(runner, limit):
-    with pytest.raises(JobRefused, match="smaller warning"):
+    with pytest.raises(OptionError, match="smaller warning"):
         script(runner, time=limit)
 
 
@@ -91,7 +91,7 @@ def test_a_longer_time_limit_is_none(runner, limit):
     ],
 )
 def test_what_slurm_does_not_do_is_refused(runner, words, config, message):
-    with pytest.raises(JobRefused, match=message):
+    with pytest.raises(OptionError, match=message):
         script(runner, *words, **config)
 
 
@@ -115,7 +115,7 @@ def test_a_dry_run_makes_no_folder(runner, tmp_path):
     assert not folder.exists()
     assert dry.request.cmd[-1] == f"--chdir={folder}" and dry.request.workspace == f"{tmp_path}/code"
     folder.mkdir()
-    with pytest.raises(JobRefused, match="exists"):
+    with pytest.raises(OptionError, match="exists"):
         script(runner, job_dir=str(folder))
 
 
@@ -202,7 +202,7 @@ def test_a_job_that_sbatch_refuses_is_refused_in_its_words(runner, tmp_path, mon
     program(tmp_path, "sbatch", "echo 'error: invalid partition specified: gpu' >&2; exit 1")
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     dry = runner.dryrun_component("mim.ctr", CTR, "slurm", {})
-    with pytest.raises(JobRefused, match="sbatch: error: invalid partition specified: gpu"):
+    with pytest.raises(OptionError, match="sbatch: error: invalid partition specified: gpu"):
         runner.schedule(dry)
 
 
