@@ -12,6 +12,7 @@ from pathlib import Path
 from mim_torchrec.benchmarks.cluster.nodes import wait_until
 from mim_torchrec.benchmarks.cluster.slurm import ENDED, SlurmCluster
 from mim_torchrec.errors import SetupError
+from mim_torchrec.training.checkpoints import checkpoints_in
 
 COMPONENTS = Path(__file__).with_name("components.py")
 PATIENCE = 600.0
@@ -144,13 +145,13 @@ def submit_paused(
     step: int = 2,
     own: Sequence[str] = SMALL,
 ) -> Job:
-    """Submit a training stage whose last rank waits in a step, and wait until it waits.
+    """Submit a training stage whose last rank waits in a step, and wait until it waits behind a checkpoint.
 
     Args:
         slurm: where to.
         folder: from where.
         out: directory of the results.
-        words: flags of the stage.
+        words: flags of the stage, which writes a checkpoint after every step.
         stage: csft or ctr.
         step: from 1.
         own: further arguments of the component.
@@ -163,6 +164,7 @@ def submit_paused(
     job.wait(lambda: file.exists() or job.field("JobState") in ENDED)
     if not file.exists():
         raise SetupError(f"job {job.id} ended before its fault: {job.log()[-3000:]}")
+    job.wait(lambda: checkpoints_in(out / "checkpoints"))  # written in the background
     return job
 
 
