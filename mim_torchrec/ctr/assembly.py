@@ -117,9 +117,16 @@ def live_windows(
 
 
 def open_reader(
-    config: CTRConfig, dataset: Dataset, split: str, context: DistributedContext, training: bool = False
+    config: CTRConfig,
+    dataset: Dataset,
+    split: str,
+    context: DistributedContext,
+    training: bool = False,
+    originals: bool = False,
 ) -> RequestReader:
     """This rank's share of a split; to train on, it is shuffled and cut to equal shares.
+
+    With `originals`, batches hold ids as people know them, too.
 
     Raises:
         OptionError: the batch size is not a multiple of the number of ranks.
@@ -139,6 +146,8 @@ def open_reader(
         on_bad_row=config.on_bad_row,
         drop_remainder=training,
         features=config.features(),
+        conventions=dataset.conventions,
+        originals=originals,
     )
     _check_needs(config, reader.columns, files[0])
     return reader
@@ -177,7 +186,8 @@ def scan_vocabularies(
             return
         earlier = load_vocabularies(config.warm_start) if config.warm_start is not None else {}
         with atomic_directory(folder) as partial:
-            for name, new in scan_ids(dataset.requests("train"), config.features()).items():
+            found = scan_ids(dataset.requests("train"), config.features(), dataset.conventions)
+            for name, new in found.items():
                 ids = np.union1d(new, earlier[name].ids.numpy()) if name in earlier else new
                 Vocabulary.build(ids, spare_rows=config.spare_rows).save(partial / f"{name}.npz")
 

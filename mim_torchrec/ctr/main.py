@@ -22,6 +22,7 @@ from mim_torchrec.ctr.assembly import (
 )
 from mim_torchrec.ctr.config import CTRConfig, parse
 from mim_torchrec.ctr.predictions import predict, summarize
+from mim_torchrec.ctr.sharding import check_model
 from mim_torchrec.ctr.task import CTRTask, load_model
 from mim_torchrec.ctr.warm_start import warm_start
 from mim_torchrec.ctr.windows import LiveWindows
@@ -29,11 +30,12 @@ from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.requests import label_classes
 from mim_torchrec.data.schema import SPLITS, Dataset
+from mim_torchrec.domains import check_domains
 from mim_torchrec.embeddings.collective import on_all_ranks
 from mim_torchrec.embeddings.sharded.load import table_digest
 from mim_torchrec.embeddings.table.reader import read_manifest
 from mim_torchrec.embeddings.windows.window import WindowGap
-from mim_torchrec.errors import OptionError, check_sizes
+from mim_torchrec.errors import OptionError
 from mim_torchrec.training.checkpoints import Checkpoints
 from mim_torchrec.training.distributed import DistributedContext, distributed
 from mim_torchrec.training.loop import fit
@@ -44,11 +46,10 @@ log = logging.getLogger("mim_torchrec.ctr.main")  # also where it runs as __main
 
 def train_and_evaluate(config: CTRConfig, context: DistributedContext) -> dict[str, Any]:
     """Run the stage on an initialized process group; returns what metrics.json holds."""
-    check_sizes(config, 1, "batch_size", "epochs", "max_behaviors", "log_every", "patience", "embedding_dim")
-    check_sizes(config, 1, "content_dim", "windows_every")
-    check_sizes(config, 0, "seed", "warmup_steps", "spare_rows")
+    check_domains(config)
     if config.mim == "on" and config.table is None:
         raise OptionError("--mim on needs --table; train Base with --mim off")
+    check_model(config, context)
     run = RunDirectory(config.out)
     with run.writing(context):
         return _train_and_evaluate(config, run, context)
@@ -77,7 +78,7 @@ def refuse_one_class(dataset: Dataset, context: DistributedContext) -> None:
 
     def look() -> None:
         if context.is_main:
-            classes = label_classes(dataset.requests("validation"))
+            classes = label_classes(dataset.requests("validation"), dataset.conventions)
             if len(classes) < 2:
                 found = ", ".join(map(str, sorted(classes))) or "none"
                 raise DataError(
@@ -93,10 +94,13 @@ def _train_and_evaluate(config: CTRConfig, run: RunDirectory, context: Distribut
     started = time.time()
     fingerprint, version = resume_fingerprint(config)
     run.refuse_other(config.checkpoint, fingerprint)
-    dataset = Dataset(config.data)
+    dataset = Dataset(config.data, config.days())
     items = ItemStore.open(dataset, config.item_cache or config.out / "items")
     readers = {
-        split: open_reader(config, dataset, split, context, training=split == "train") for split in SPLITS
+        split: open_reader(
+            config, dataset, split, context, training=split == "train", originals=split == "test"
+        )
+        for split in SPLITS
     }
     refuse_one_class(dataset, context)
     resumes = context.all_gather_objects(run.resumes(config.checkpoint))[0]
@@ -188,6 +192,7 @@ def check_table(
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `mim ctr`."""
     config = parse(argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
+    check_domains(config)  # before processes wait for each other
     program.log_to_stderr()
     with distributed(config.seed, config.timeout) as context:
         train_and_evaluate(config, context)

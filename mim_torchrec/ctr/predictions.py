@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from mim_torchrec.data.ages import NUM_AGE_SETS, age_sets
+from mim_torchrec.data.batch import RequestBatch
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.requests import RequestReader
@@ -37,7 +38,8 @@ def predict(
 
     Returns:
         Arrays of equal length on every rank, ordered by rank and then as read: `request_id`, `user_id`,
-        `query_id` (where logged), `item_id`, `label` and `score` (a probability).
+        `query_id` (where logged), `item_id`, `label` and `score` (a probability). Ids that are text, UUIDs or
+        uint64 in the log are there, too, as `user_id_original` and so on.
     """
     was_training = model.training
     model.eval()
@@ -56,6 +58,7 @@ def predict(
                 "request_id": batch.request_ids.repeat_interleave(repeats).numpy(),
                 "user_id": users.repeat_interleave(repeats).numpy(),
                 **queries,
+                **_originals(batch, repeats.numpy()),
                 "item_id": candidates.values().numpy(),
                 "label": batch.labels.numpy(),
                 "score": torch.sigmoid(logits.float()).cpu().numpy(),
@@ -67,6 +70,14 @@ def predict(
     if not everyone:
         raise DataError("there is nothing to predict: no rank has read a request; give a split with requests")
     return {name: np.concatenate([share[name] for share in everyone]) for name in everyone[0]}
+
+
+def _originals(batch: RequestBatch, repeats: np.ndarray) -> dict[str, np.ndarray]:
+    """Ids of impressions as people know them, beside those of int64."""
+    return {
+        f"{name}_original": ids if name == "item_id" else ids.repeat(repeats)
+        for name, ids in batch.originals.items()
+    }
 
 
 def summarize(predictions: dict[str, np.ndarray], items: ItemStore, draws: int = 0) -> dict[str, Any]:

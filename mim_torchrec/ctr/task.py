@@ -31,22 +31,26 @@ from mim_torchrec.training.sharded_state import save_state, seal
 from mim_torchrec.training.shared_directory import shared_atomic_directory
 
 
-def global_mean_loss(logits: Tensor, labels: Tensor, world_size: int) -> Tensor:
-    """Binary cross entropy whose mean over ranks is the mean over all candidates of the step.
+def global_mean_loss(
+    logits: Tensor, labels: Tensor, world_size: int, weights: Tensor | None = None
+) -> Tensor:
+    """Binary cross entropy whose mean over ranks is the weighted mean over all candidates of the step.
 
     Ranks hold different numbers of candidates, so a mean of their means would weigh the candidates of a
-    short rank more. Gradients are averaged over ranks, hence: local sum x ranks / global count.
+    short rank more. Gradients are averaged over ranks, hence: local sum x ranks / global sum of weights.
 
     Args:
         logits: (sum_candidates,) of this rank.
         labels: (sum_candidates,) of this rank.
         world_size: number of ranks.
+        weights: (sum_candidates,) how often each candidate counts; None counts each once.
     """
-    count = torch.tensor(float(labels.numel()), device=labels.device)
+    count = torch.tensor(float(labels.numel()), device=labels.device) if weights is None else weights.sum()
     if world_size > 1:
         dist.all_reduce(count)
-    total = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
-    return total * world_size / count.clamp(min=1)  # an auxiliary task may have nothing to compare
+    total = F.binary_cross_entropy_with_logits(logits, labels, weights, reduction="sum")
+    # an auxiliary task may have nothing to compare, and all weights of a step may be 0
+    return total * world_size / torch.where(count > 0, count, 1)
 
 
 class CTRState:
@@ -206,11 +210,12 @@ class CTRTask:
         logits, auxiliary = self.model(batch)
         if self._exchange is not None:
             self._exchange.after_forward()
-        loss = global_mean_loss(logits, batch.labels, self._context.world_size)
+        loss = global_mean_loss(logits, batch.labels, self._context.world_size, batch.weights)
         if auxiliary is None:
             return loss, {}
         targets = batch.labels if auxiliary.targets is None else auxiliary.targets
-        auxiliary_loss = global_mean_loss(auxiliary.logits, targets, self._context.world_size)
+        weights = batch.weights if auxiliary.targets is None else None  # behaviors have none
+        auxiliary_loss = global_mean_loss(auxiliary.logits, targets, self._context.world_size, weights)
         return loss + self._aux_weight * auxiliary_loss, {"auxiliary_loss": auxiliary_loss}
 
     def after_epoch(self, epoch: int) -> dict[str, float]:

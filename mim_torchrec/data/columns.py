@@ -12,9 +12,11 @@ import pyarrow as pa
 
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.features import NO_FEATURES, Feature, Features, Ids, Numbers
-from mim_torchrec.data.schema import is_list
+from mim_torchrec.data.schema import ORIGINAL, WEIGHT, is_list
 
 SCALARS = ("request_id", "user_id", "query_id", "ts")
+ORIGINALS = {f"{name}{ORIGINAL}": name for name in ("request_id", "user_id", "query_id")}
+ORIGINALS_OF_CANDIDATES = {f"candidate_item_ids{ORIGINAL}": "item_id"}
 ROLES = {
     "behavior": {"item_id": "behavior_item_ids", "category": "behavior_categories", "ts": "behavior_ts"},
     "candidate": {"item_id": "candidate_item_ids", "category": "candidate_categories", "label": "labels"},
@@ -86,11 +88,12 @@ def decode(
     """Turn a row group into arrays, checking every row of it.
 
     A row is bad when a value is null, parallel lists differ in length, there is no candidate, a label is not
-    0 or 1, behaviors are not in the order of time, one of them is not strictly before its request, or a
-    dense feature is NaN or infinite.
+    0 or 1, behaviors are not in the order of time, one of them is not strictly before its request, a dense
+    feature is NaN or infinite, or a weight is not a finite number of at least 0. A history that is null is an
+    empty one: nothing is known of a new user.
 
     Args:
-        table: the row group.
+        table: the row group, from `read_row_group`.
         max_behaviors: how many behaviors to keep, the last ones.
         on_bad_row: "fail" or "skip".
         file: for the message.
@@ -106,7 +109,9 @@ def decode(
     bad: list[tuple[np.ndarray, str, str]] = []
     present = table.column_names
     scalars = {}
-    for name in (*SCALARS, *(feature.name for feature in features.numbers(of_candidates=False))):
+    lists = {name for name in present if is_list(table.schema.field(name).type)}
+    further = (feature.name for feature in features.numbers(of_candidates=False))
+    for name in (*SCALARS, *further, *({WEIGHT} - lists)):
         if name in present:
             column = table[name].combine_chunks()
             bad.append((_nulls(column), name, "is null"))
@@ -116,13 +121,16 @@ def decode(
         columns = {name: column for name, column in columns.items() if column in present}
         if role == "candidate":
             columns |= {name: name for name, feature in features.by_name.items() if feature.of_candidates}
-        jagged[role] = _lists(table, columns, bad, features)
+            columns |= {name: name for name in lists & {WEIGHT}}
+        jagged[role] = _lists(table, columns, bad, features, may_be_null=role == "behavior")
+    _take_originals(table, scalars, jagged["candidate"])
     ids = {
         feature.name: _ids(table[feature.name].combine_chunks(), feature, bad)
         for feature in features.ids(of_candidates=False)
     }
     _check_dense(scalars, jagged["candidate"], features, bad)
     _check_labels(jagged["candidate"], bad)
+    _check_weights(scalars, jagged["candidate"], bad)
     _check_times(jagged["behavior"], scalars.get("ts"), bad)
 
     is_bad = np.logical_or.reduce([mask for mask, _, _ in bad])
@@ -140,14 +148,16 @@ def _lists(
     columns: dict[str, str],
     bad: list[tuple[np.ndarray, str, str]],
     features: Features,
+    may_be_null: bool,
 ) -> Jagged:
-    """Parallel list columns; those of rows whose lengths differ come out empty."""
+    """Parallel list columns; a null is an empty list, and rows whose lengths differ come out empty."""
     arrays = {name: table[column].combine_chunks() for name, column in columns.items()}
     lengths = {}
     for name, array in arrays.items():
         found = np.diff(array.offsets.to_numpy()).astype(np.int64)
         lengths[name] = np.where(_nulls(array), 0, found)
-        bad.append((_nulls(array), columns[name], "is null"))
+        if not may_be_null:
+            bad.append((_nulls(array), columns[name], "is null"))
     common = lengths["item_id"]
     uneven = np.zeros(len(common), bool)
     for name in arrays:
@@ -198,6 +208,36 @@ def _check_labels(candidates: Jagged, bad: list[tuple[np.ndarray, str, str]]) ->
     bad.append((wrong, ROLES["candidate"]["label"], "a label is neither 0 nor 1"))
 
 
+def _take_originals(table: pa.Table, scalars: dict[str, np.ndarray], candidates: Jagged) -> None:
+    """Add ids as people know them, where the table has them; rows with a null or an uneven list are bad."""
+    for column in ORIGINALS.keys() & set(table.column_names):
+        scalars[column] = _as_known(table[column].combine_chunks())
+    for column, name in ORIGINALS_OF_CANDIDATES.items():
+        if column in table.column_names:
+            array = table[column].combine_chunks()
+            lengths = np.where(_nulls(array), 0, np.diff(array.offsets.to_numpy()))
+            values = _as_known(array.flatten())
+            candidates.values[name + ORIGINAL] = values[np.repeat(candidates.lengths == lengths, lengths)]
+
+
+def _as_known(ids: pa.Array) -> np.ndarray:
+    """Texts as objects, or integers, which NumPy would make floats of where one is null."""
+    ids = ids.fill_null(0) if pa.types.is_integer(ids.type) else ids
+    return ids.to_numpy(zero_copy_only=False)
+
+
+def _check_weights(
+    scalars: dict[str, np.ndarray], candidates: Jagged, bad: list[tuple[np.ndarray, str, str]]
+) -> None:
+    """Give the weight of a request to all its candidates, and check those of candidates."""
+    if WEIGHT in scalars:
+        candidates.values[WEIGHT] = np.repeat(scalars.pop(WEIGHT), candidates.lengths)
+    if WEIGHT in candidates.values:
+        weights = candidates.values[WEIGHT]
+        wrong = _any_of(~(np.isfinite(weights) & (weights >= 0)), candidates.lengths)
+        bad.append((wrong, WEIGHT, "a weight is no finite number of at least 0"))
+
+
 def _check_times(
     behaviors: Jagged, request_ts: np.ndarray | None, bad: list[tuple[np.ndarray, str, str]]
 ) -> None:
@@ -239,7 +279,7 @@ def _values(column: str, array: pa.Array, features: Features) -> np.ndarray:
     """Values of a column by its kind."""
     if column in features.by_name:
         return _without_nulls(array, features.by_name[column].kind)
-    if column == "labels":
+    if column in ("labels", WEIGHT):
         return _without_nulls(array, Numbers())
     return _without_nulls(array, Ids() if column.endswith("categories") else _Integers())
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from mim_torchrec.data.conventions import Conventions
 from mim_torchrec.data.errors import DataError, Location
 from mim_torchrec.data.images import decode_image
 from mim_torchrec.data.schema import (
@@ -19,6 +20,7 @@ from mim_torchrec.data.schema import (
     ITEMS_REQUIRED,
     TIME,
     Dataset,
+    TableFile,
     open_parquet,
     present_columns,
     read_row_group,
@@ -73,9 +75,9 @@ class ItemStore:
             DataError: a file is malformed, or an id is missing or there twice.
         """
         index = Path(cache) / "items.arrow"
-        source = _describe(dataset.items())
+        source = _describe(dataset.items(), dataset.conventions)
         if not index.is_file() or _source_of(pa.ipc.open_file(pa.memory_map(str(index))).schema) != source:
-            _build(source, index)
+            _build(source, index, dataset.conventions)
         return cls(index)
 
     def __len__(self) -> int:
@@ -169,11 +171,13 @@ class ItemStore:
         )
 
 
-def _describe(files: list[Path]) -> dict:
+def _describe(files: list[Path], conventions: Conventions) -> dict:
     """What an index is made from: it is built again when this changes."""
     units, columns = [], None
     for file in files:
-        parquet = open_parquet(file, ITEMS, ITEMS_REQUIRED)
+        parquet = open_parquet(file, ITEMS, ITEMS_REQUIRED, conventions)
+        if parquet.is_empty:
+            continue
         found = present_columns(parquet, ITEMS)
         if columns is not None and columns != found:
             problem = f"has columns {', '.join(found)}, {files[0]} has {', '.join(columns)}"
@@ -184,32 +188,33 @@ def _describe(files: list[Path]) -> dict:
             {"file": str(file), "row_group": k, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
             for k in range(parquet.num_row_groups)
         ]
-    return {"columns": list(columns or ()), "units": units}
+    if columns is None:
+        raise DataError("no file has a row; write the items again", file=files[0])
+    found = {"columns": list(columns), "units": units}
+    return found if conventions.time_unit is None else found | {"time_unit": conventions.time_unit}
 
 
 def _source_of(schema: pa.Schema) -> dict:
     return json.loads((schema.metadata or {}).get(_SOURCE, b"{}"))
 
 
-def _build(source: dict, index: Path) -> None:
+def _build(source: dict, index: Path, conventions: Conventions) -> None:
     schema = pa.schema([(name, _STORED[name]) for name in source["columns"]])
     schema = schema.with_metadata({_SOURCE: json.dumps(source).encode()})
     index.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(index) as file:
         with pa.ipc.new_file(file, schema) as writer:
-            opened: tuple[str, object] | None = None
+            opened: tuple[str, TableFile] | None = None
             for unit in source["units"]:
                 file, group = unit["file"], unit["row_group"]
                 if opened is None or opened[0] != file:
-                    opened = (file, open_parquet(file, ITEMS, ITEMS_REQUIRED))
+                    opened = (file, open_parquet(file, ITEMS, ITEMS_REQUIRED, conventions))
                 table = read_row_group(opened[1], group, source["columns"], file)
                 if table["item_id"].null_count:
                     row = int(np.flatnonzero(table["item_id"].is_null().to_numpy())[0])
                     raise DataError(
                         "is null; give the item an id, or leave the row out", file, group, row, "item_id"
                     )
-                # unsafe only in that times finer than a microsecond lose what is finer
-                arrays = [table[name].cast(_STORED[name], safe=name != "listed_at").combine_chunks()
-                          for name in source["columns"]]  # fmt: skip
+                arrays = [table[name].cast(_STORED[name]).combine_chunks() for name in source["columns"]]
                 writer.write_batch(pa.record_batch(arrays, schema=schema))
     log.info("item index %s: %d row groups", index, len(source["units"]))

@@ -12,16 +12,17 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from torch.utils.data import Dataset as TorchDataset
 
+from mim_torchrec.data.conventions import Conventions
 from mim_torchrec.data.errors import DataError, Location
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.schema import (
+    ORIGINAL,
     PAIRS,
     PAIRS_REQUIRED,
     SIGNALS,
-    TIME,
+    TableFile,
     open_parquet,
     present_columns,
     read_row_group,
@@ -46,6 +47,7 @@ class PairDataset(TorchDataset):
         seed: of the sampled hard negatives, with the epoch and the index of the pair.
         on_bad_row: what happens to a pair that names no item, or one that is not in the store: "fail" raises
             an error, "skip" leaves it out and counts it in `skipped`.
+        conventions: of the data set, with which the files are compared; by default with each other only.
 
     `query_ids`, `item_ids` (num_pairs,) int64 and `query_is_item` (num_pairs,) bool are there for those who
     work with vectors computed once per query and item.
@@ -62,11 +64,15 @@ class PairDataset(TorchDataset):
         signal: str | None = None,
         seed: int = 0,
         on_bad_row: Literal["fail", "skip"] = "fail",
+        conventions: Conventions | None = None,
     ) -> None:
         if signal is not None and signal not in SIGNALS:
             raise OptionError(f"signal {signal!r} is not one of {', '.join(SIGNALS)}")
         self._items, self._seed, self._epoch = items, seed, 0
-        read = [part for file in files for part in _read(Path(file), items, signal, on_bad_row == "skip")]
+        shared = Conventions() if conventions is None else conventions
+        read = [
+            part for file in files for part in _read(Path(file), items, signal, on_bad_row == "skip", shared)
+        ]
         parts = [part for part in read if len(part["item_id"])]
         self.skipped: int = sum(part["skipped"] for part in read)
         if not parts:
@@ -198,8 +204,12 @@ class PairDataset(TorchDataset):
         return bool((~np.isin(members, list(excluded))).any())
 
 
-def _read(file: Path, items: ItemStore, signal: str | None, skip: bool) -> list[dict]:
-    parquet = open_parquet(file, PAIRS, PAIRS_REQUIRED)
+def _read(
+    file: Path, items: ItemStore, signal: str | None, skip: bool, conventions: Conventions
+) -> list[dict]:
+    parquet = open_parquet(file, PAIRS, PAIRS_REQUIRED, conventions, originals=True)
+    if parquet.is_empty:
+        return []
     columns = present_columns(parquet, PAIRS)
     if signal is not None and "signal" not in columns:
         problem = f"the column is missing, so pairs of signal {signal!r} cannot be told"
@@ -211,7 +221,7 @@ def _read(file: Path, items: ItemStore, signal: str | None, skip: bool) -> list[
 
 
 def _read_group(
-    parquet: pq.ParquetFile,
+    parquet: TableFile,
     file: Path,
     group: int,
     columns: Sequence[str],
@@ -247,7 +257,9 @@ def _read_group(
     def refuse(found: np.ndarray, name: str, problem: str) -> None:
         if found.any() and not skip:
             first = int(np.argmax(found))
-            shown = f"{problem.format(ids[name][first])}; --on-bad-row skip leaves such pairs out"
+            known = name + ORIGINAL in table.column_names
+            item = table[name + ORIGINAL][first].as_py() if known else ids[name][first]
+            shown = f"{problem.format(item)}; --on-bad-row skip leaves such pairs out"
             raise DataError(shown, file, group, int(rows[first]), name)
         bad[found] = True
 
@@ -263,7 +275,7 @@ def _read_group(
     refuse(given & (ids["hard_negative_item_id"] == ids["item_id"]), "hard_negative_item_id",
            "item {} is the positive itself")  # fmt: skip
     if "ts" in columns:
-        ts = table["ts"].cast(TIME).cast(pa.int64()).fill_null(_NO_TIME).to_numpy()
+        ts = table["ts"].cast(pa.int64()).fill_null(_NO_TIME).to_numpy()
     else:
         ts = np.full(len(rows), _NO_TIME)
     good = np.flatnonzero(~bad)

@@ -22,12 +22,16 @@ from torch.utils.data import IterableDataset, get_worker_info
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mim_torchrec.data.batch import RequestBatch
-from mim_torchrec.data.columns import RequestColumns, concatenate, decode
+from mim_torchrec.data.columns import ORIGINALS, RequestColumns, concatenate, decode
+from mim_torchrec.data.conventions import Conventions
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.features import NO_FEATURES, Feature, Features, tower_numbers
 from mim_torchrec.data.schema import (
+    ORIGINAL,
     REQUESTS,
     REQUESTS_REQUIRED,
+    WEIGHT,
+    TableFile,
     open_parquet,
     present_columns,
     read_row_group,
@@ -63,9 +67,12 @@ class RequestReader(IterableDataset):
         drop_remainder: leave out the last rows of an epoch so that all ranks have equally many requests;
             otherwise the numbers of requests, not of batches, differ by one.
         features: further columns that the batches hold.
+        conventions: of the data set, with which the files are compared; by default with each other only.
+        originals: whether batches hold ids as people know them, too.
 
     Raises:
-        DataError: a file is malformed, files differ in columns, or there are fewer requests than ranks.
+        DataError: a file is malformed, files differ in columns or in what compared columns hold, or there are
+            fewer requests than ranks.
     """
 
     def __init__(
@@ -81,6 +88,8 @@ class RequestReader(IterableDataset):
         on_bad_row: Literal["fail", "skip"] = "fail",
         drop_remainder: bool = False,
         features: Features = NO_FEATURES,
+        conventions: Conventions | None = None,
+        originals: bool = False,
     ) -> None:
         if batch_size < 1 or max_behaviors < 1 or not 0 <= rank < world_size:
             raise OptionError(
@@ -93,8 +102,10 @@ class RequestReader(IterableDataset):
         self._max_behaviors, self._on_bad_row = max_behaviors, on_bad_row
         self._drop_remainder = drop_remainder
         self._features = features
+        self._conventions = Conventions() if conventions is None else conventions
+        self._originals = originals
         self._columns: tuple[str, ...] = ()
-        self._opened: tuple[Path, pq.ParquetFile] | None = None
+        self._opened: tuple[Path, TableFile] | None = None
         self.skipped = 0
         """Malformed rows of all files; 0 where they fail."""
         self._units = self._scan([Path(file) for file in files])
@@ -105,6 +116,8 @@ class RequestReader(IterableDataset):
         """Good requests of all ranks."""
         self.num_candidates = sum(unit.candidates for unit in self._units)
         """Candidates of these requests."""
+        if not self._units and not self.skipped:
+            raise DataError("no file has a row; write the data again", file=files[0] if files else None)
         if self.num_requests < world_size:
             problem = f"{self.num_requests} good requests cannot be divided over {world_size} ranks"
             raise DataError(f"{problem}; start fewer ranks", file=files[0] if files else None)
@@ -153,9 +166,12 @@ class RequestReader(IterableDataset):
     def _scan(self, files: list[Path]) -> list[_Unit]:
         units = []
         for file in files:
-            parquet = open_parquet(file, REQUESTS, REQUESTS_REQUIRED)
+            parquet = open_parquet(file, REQUESTS, REQUESTS_REQUIRED, self._conventions)
+            if parquet.is_empty:
+                continue
             self._features.check(parquet, file)
-            columns = present_columns(parquet, REQUESTS) + self._features.names
+            weights = tuple({WEIGHT}.intersection(parquet.schema_arrow.names))
+            columns = present_columns(parquet, REQUESTS) + weights + self._features.names
             if self._columns and columns != self._columns:
                 problem = f"has columns {', '.join(columns)}, but {files[0]} has {', '.join(self._columns)}"
                 raise DataError(f"{problem}; write all files with the same columns", file=file)
@@ -172,6 +188,8 @@ class RequestReader(IterableDataset):
                     self.skipped += bad
                 else:
                     units.append(_Unit(file, group, *_counts(parquet, group, file)))
+        if WEIGHT in self._columns and self._rank == 0:
+            log.info("the loss and the metrics are weighted by the column %r", WEIGHT)
         if self.skipped and self._rank == 0:
             log.warning("%d malformed requests skipped of %d", self.skipped,
                         self.skipped + sum(unit.rows for unit in units))  # fmt: skip
@@ -254,7 +272,10 @@ class RequestReader(IterableDataset):
 
     def _read(self, file: Path, row_group: int) -> tuple[RequestColumns, int]:
         if self._opened is None or self._opened[0] != file:
-            self._opened = (file, open_parquet(file, REQUESTS, REQUESTS_REQUIRED))
+            parquet = open_parquet(
+                file, REQUESTS, REQUESTS_REQUIRED, self._conventions, originals=self._originals
+            )
+            self._opened = (file, parquet)
         table = read_row_group(self._opened[1], row_group, self._columns, file)
         return decode(table, self._max_behaviors, self._on_bad_row, file, row_group, self._features)
 
@@ -318,6 +339,15 @@ def _to_batch(requests: RequestColumns, wanted: Features) -> RequestBatch:
         request_ids=torch.from_numpy(requests.scalars["request_id"]),
         request_ts=None if request_ts is None else torch.from_numpy(request_ts),
         behavior_ts=None if behavior_ts is None else torch.from_numpy(behavior_ts),
+        weights=None if (weights := candidates.values.get(WEIGHT)) is None else torch.from_numpy(weights),
+        originals={
+            **{name: requests.scalars[key] for key, name in ORIGINALS.items() if key in requests.scalars},
+            **{
+                name: candidates.values[name + ORIGINAL]
+                for name in ("item_id",)
+                if name + ORIGINAL in candidates.values
+            },
+        },
         request_dense=_dense(requests.scalars, wanted.numbers(of_candidates=False)),
         candidate_dense=_dense(candidates.values, wanted.numbers(of_candidates=True)),
     )
@@ -327,18 +357,18 @@ def _dense(values: Mapping[str, np.ndarray], features: Sequence[Feature]) -> tor
     return tower_numbers(features, {f.name: torch.from_numpy(values[f.name]) for f in features})
 
 
-def label_classes(files: Sequence[str | Path]) -> set[int]:
-    """Labels that request files have; reading ends when there are two.
+def label_classes(files: Sequence[str | Path], conventions: Conventions | None = None) -> set[int]:
+    """Labels that request files have, 0 and 1; reading ends when there are two.
 
     Raises:
         DataError: a file is malformed.
     """
     found: set[int] = set()
     for file in files:
-        parquet = open_parquet(file, REQUESTS, REQUESTS_REQUIRED)
+        parquet = open_parquet(file, REQUESTS, REQUESTS_REQUIRED, conventions)
         for group in range(parquet.num_row_groups):
             labels = pc.list_flatten(read_row_group(parquet, group, ["labels"], file)["labels"])
-            found |= {int(label) for label in pc.unique(labels).to_pylist() if label is not None}
+            found |= {int(label) for label in pc.unique(labels).to_pylist() if label in (0, 1)}
             if len(found) > 1:
                 return found
     return found

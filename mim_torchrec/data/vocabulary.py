@@ -16,6 +16,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mim_torchrec.data.batch import RequestBatch
+from mim_torchrec.data.conventions import Conventions
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.features import NO_FEATURES, Features, Ids
 from mim_torchrec.data.schema import (
@@ -90,12 +91,15 @@ class Vocabulary:
             return cls(torch.from_numpy(stored["ids"]), int(stored["num_embeddings"]))
 
 
-def scan_ids(files: Sequence[str | Path], features: Features = NO_FEATURES) -> dict[str, np.ndarray]:
+def scan_ids(
+    files: Sequence[str | Path], features: Features = NO_FEATURES, conventions: Conventions | None = None
+) -> dict[str, np.ndarray]:
     """Distinct ids of request files, for vocabularies; give it the training part only.
 
     Args:
         files: Parquet files of requests.
         features: further columns.
+        conventions: of the data set, with which the files are compared.
 
     Returns:
         Name of a vocabulary → (n,) int64, ascending. Names whose columns the files do not have are left
@@ -108,7 +112,7 @@ def scan_ids(files: Sequence[str | Path], features: Features = NO_FEATURES) -> d
     columns = {**COLUMNS, **{name: (name,) for name in further}}
     found: dict[str, list[np.ndarray]] = {}
     for file in files:
-        parquet = open_parquet(file, REQUESTS, REQUESTS_REQUIRED)
+        parquet = open_parquet(file, REQUESTS, REQUESTS_REQUIRED, conventions)
         present = set(parquet.schema_arrow.names)
         wanted = [column for names in columns.values() for column in names if column in present]
         for group in range(parquet.num_row_groups):

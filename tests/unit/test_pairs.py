@@ -7,9 +7,10 @@ import pyarrow as pa
 import pytest
 
 from mim_torchrec.data.errors import DataError, Location
+from mim_torchrec.data.ids import stable_ids
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.pairs import PairDataset
-from mim_torchrec.data.schema import PAIRS
+from mim_torchrec.data.schema import ITEMS, PAIRS, Dataset
 from tests.datasets import (
     CATEGORIES,
     Rows,
@@ -255,3 +256,24 @@ def test_narrower_ids_and_large_images_give_the_same_pairs(tmp_path, items):
     other = PairDataset([write_rows(tmp_path / "other.parquet", pair_rows(), schema)], items)
     pairs = pairs_of(tmp_path, items)
     assert [other[k] for k in range(len(other))] == [pairs[k] for k in range(len(pairs))]
+
+
+def test_pairs_and_items_may_have_ids_of_text(tmp_path):
+    rows = [row | {"item_id": f"sku-{row['item_id']}"} for row in item_rows()]
+    schema = pa.schema([pa.field("item_id", pa.string()) if f.name == "item_id" else f for f in ITEMS])
+    write_rows(tmp_path / "items" / "i.parquet", rows, schema)
+    items = ItemStore.open(Dataset(tmp_path), tmp_path / "cache")
+    pairs = pair_rows()
+    for row in pairs:
+        row |= {"item_id": f"sku-{row['item_id']}", "query_id": f"q{row['query_id']}"}
+    text = {"item_id", "query_id"}
+    schema = pa.schema([pa.field(f.name, pa.string()) if f.name in text else f for f in PAIRS])
+    file = write_rows(tmp_path / "p.parquet", pairs, schema)
+    found = PairDataset([file], items)
+    wanted = [row["item_id"] for row in pairs]
+    assert found.item_ids.tolist() == stable_ids(pa.array(wanted)).to_pylist()
+    assert items.titles(items.rows_of(found.item_ids)) == [f"item {w.removeprefix('sku-10')}" for w in wanted]
+    pairs[3]["item_id"] = "sku-of-nobody"
+    file = write_rows(tmp_path / "q.parquet", pairs, schema)
+    with pytest.raises(DataError, match="row 3, column item_id: item sku-of-nobody is not in the item table"):
+        PairDataset([file], items)
