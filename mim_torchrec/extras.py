@@ -19,6 +19,8 @@ EXTRAS = {
     "kubernetes": ("kubernetes",),
     "mlflow": ("alembic", "mlflow", "sqlalchemy"),
     "redis": ("redis",),
+    "prepare": ("duckdb", "ibis"),
+    "spark": ("ibis", "pyspark"),
     "report": ("jinja2", "matplotlib"),
 }
 """Modules that our code imports of each extra."""
