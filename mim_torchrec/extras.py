@@ -21,6 +21,7 @@ EXTRAS = {
     "redis": ("redis",),
     "prepare": ("duckdb", "ibis"),
     "spark": ("ibis", "pyspark"),
+    "s3": ("s3fs",),
     "report": ("jinja2", "matplotlib"),
 }
 """Modules that our code imports of each extra."""
