@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mim_torchrec.embeddings.stable_ids import IdCollision, holds_ids, is_text_id, stable_ids
-from mim_torchrec.embeddings.table.external import as_delivered, batch_rows, delivered_dtype
+from mim_torchrec.embeddings.table.external import as_delivered, batch_rows, delivered_dtype, type_name
 from mim_torchrec.embeddings.table.manifest import TableError
 from mim_torchrec.embeddings.table.shards import CHUNK
 
@@ -27,6 +27,7 @@ VALUE_TYPES = {
     pa.uint16(): torch.uint16,
     pa.int32(): torch.int32,
 }
+VALUES = ", ".join(map(type_name, VALUE_TYPES.values()))
 USUAL = (pa.int8(), pa.float16(), pa.float32(), pa.float64())  # lists of other integers may be something else
 
 
@@ -65,7 +66,7 @@ class ParquetSource:
         else:
             has_usual = any(_is_usual_vector(field.type) for field in schema)
             fits = _is_usual_vector if vector_column is None and has_usual else _is_vector
-            types = f"lists of {', '.join(map(str, VALUE_TYPES))}"
+            types = f"lists of {VALUES}"
             self.columns = (
                 ids, _column(path, schema, vector_column, fits, "vectors", types, "--vector-column")
             )  # fmt: skip
@@ -185,7 +186,7 @@ def _wide_columns(path: Path, schema: pa.Schema, pattern: str) -> list[str]:
     if len(kinds) > 1 or kinds - VALUE_TYPES.keys():
         raise TableError(
             f"{path}: the columns {pattern!r} are {', '.join(sorted(map(str, kinds)))}, expected one type of "
-            f"{', '.join(map(str, VALUE_TYPES))}; convert them"
+            f"{VALUES}; convert them"
         )
     return names
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.features import NO_FEATURES, Feature, Features, Ids, Numbers
-from mim_torchrec.data.schema import ORIGINAL, WEIGHT, is_list
+from mim_torchrec.data.schema import ORIGINAL, WEIGHT, WEIGHTS, is_list
 
 SCALARS = ("request_id", "user_id", "query_id", "ts")
 ORIGINALS = {f"{name}{ORIGINAL}": name for name in ("request_id", "user_id", "query_id")}
@@ -109,9 +109,8 @@ def decode(
     bad: list[tuple[np.ndarray, str, str]] = []
     present = table.column_names
     scalars = {}
-    lists = {name for name in present if is_list(table.schema.field(name).type)}
     further = (feature.name for feature in features.numbers(of_candidates=False))
-    for name in (*SCALARS, *further, *({WEIGHT} - lists)):
+    for name in (*SCALARS, WEIGHT, *further):
         if name in present:
             column = table[name].combine_chunks()
             bad.append((_nulls(column), name, "is null"))
@@ -121,7 +120,7 @@ def decode(
         columns = {name: column for name, column in columns.items() if column in present}
         if role == "candidate":
             columns |= {name: name for name, feature in features.by_name.items() if feature.of_candidates}
-            columns |= {name: name for name in lists & {WEIGHT}}
+            columns |= {WEIGHT: WEIGHTS} if WEIGHTS in present else {}
         jagged[role] = _lists(table, columns, bad, features, may_be_null=role == "behavior")
     _take_originals(table, scalars, jagged["candidate"])
     ids = {
@@ -230,12 +229,13 @@ def _check_weights(
     scalars: dict[str, np.ndarray], candidates: Jagged, bad: list[tuple[np.ndarray, str, str]]
 ) -> None:
     """Give the weight of a request to all its candidates, and check those of candidates."""
+    column = WEIGHT if WEIGHT in scalars else WEIGHTS
     if WEIGHT in scalars:
         candidates.values[WEIGHT] = np.repeat(scalars.pop(WEIGHT), candidates.lengths)
     if WEIGHT in candidates.values:
         weights = candidates.values[WEIGHT]
         wrong = _any_of(~(np.isfinite(weights) & (weights >= 0)), candidates.lengths)
-        bad.append((wrong, WEIGHT, "a weight is no finite number of at least 0"))
+        bad.append((wrong, column, "a weight is no finite number of at least 0"))
 
 
 def _check_times(
@@ -279,7 +279,7 @@ def _values(column: str, array: pa.Array, features: Features) -> np.ndarray:
     """Values of a column by its kind."""
     if column in features.by_name:
         return _without_nulls(array, features.by_name[column].kind)
-    if column in ("labels", WEIGHT):
+    if column in ("labels", WEIGHT, WEIGHTS):
         return _without_nulls(array, Numbers())
     return _without_nulls(array, Ids() if column.endswith("categories") else _Integers())
 

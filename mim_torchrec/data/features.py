@@ -23,13 +23,13 @@ from torch import Tensor
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.forms import holds_text, value_type
 from mim_torchrec.data.ids import holds_ids, stable_ids
-from mim_torchrec.data.schema import REQUESTS, WEIGHT, TableFile, category_ids, is_list
+from mim_torchrec.data.schema import REQUESTS, WEIGHT, WEIGHTS, TableFile, category_ids, is_list
 from mim_torchrec.errors import OptionError
 from mim_torchrec.extensions import load_class
 
 OF_CANDIDATES = "candidate_"
 RESERVED = {
-    *REQUESTS.names, WEIGHT, "item_id", "category", "mm",
+    *REQUESTS.names, WEIGHT, WEIGHTS, "item_id", "category", "mm",
     *(f"{role}_{name}" for role in ("candidate", "behavior") for name in ("item_id", "category", "mm")),
 }  # fmt: skip
 
@@ -227,11 +227,7 @@ class Features:
                 file of the data set.
         """
         schema = parquet.schema_arrow
-        if (at := schema.get_field_index(WEIGHT)) >= 0:
-            kind = value_type(schema.types[at])
-            if not (Numbers().accepts(kind) or pa.types.is_null(kind)):
-                problem = f"expected numbers, found {kind}; convert the column"
-                raise DataError(problem, file=file, column=WEIGHT)
+        _check_weights(schema, file)
         for name, feature in self.by_name.items():
             if schema.get_field_index(name) < 0:
                 there = ", ".join(schema.names)
@@ -251,6 +247,18 @@ class Features:
                 raise DataError(problem, file=file, column=name)
         ids = {name: name for name, feature in self.by_name.items() if isinstance(feature.kind, Ids)}
         parquet.conventions.compare(schema, file, ids)
+
+
+def _check_weights(schema: pa.Schema, file: str | Path) -> None:
+    both = [name for name in (WEIGHT, WEIGHTS) if schema.get_field_index(name) >= 0]
+    if len(both) > 1:
+        raise DataError(f"is there beside {WEIGHT}; drop one of the two", file=file, column=WEIGHTS)
+    for name in both:
+        found = schema.field(name).type
+        fits = is_list(found) == (name == WEIGHTS) and Numbers().accepts(value_type(found))
+        if not (fits or pa.types.is_null(found)):
+            form = "a list of numbers, one a candidate" if name == WEIGHTS else "one number a request"
+            raise DataError(f"expected {form}; found {found}; convert the column", file=file, column=name)
 
 
 NO_FEATURES = Features()

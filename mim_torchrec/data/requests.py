@@ -31,6 +31,7 @@ from mim_torchrec.data.schema import (
     REQUESTS,
     REQUESTS_REQUIRED,
     WEIGHT,
+    WEIGHTS,
     TableFile,
     open_parquet,
     present_columns,
@@ -170,7 +171,7 @@ class RequestReader(IterableDataset):
             if parquet.is_empty:
                 continue
             self._features.check(parquet, file)
-            weights = tuple({WEIGHT}.intersection(parquet.schema_arrow.names))
+            weights = tuple(n for n in (WEIGHT, WEIGHTS) if parquet.schema_arrow.get_field_index(n) >= 0)
             columns = present_columns(parquet, REQUESTS) + weights + self._features.names
             if self._columns and columns != self._columns:
                 problem = f"has columns {', '.join(columns)}, but {files[0]} has {', '.join(self._columns)}"
@@ -188,8 +189,8 @@ class RequestReader(IterableDataset):
                     self.skipped += bad
                 else:
                     units.append(_Unit(file, group, *_counts(parquet, group, file)))
-        if WEIGHT in self._columns and self._rank == 0:
-            log.info("the loss and the metrics are weighted by the column %r", WEIGHT)
+        if weights := {WEIGHT, WEIGHTS}.intersection(self._columns):
+            log.info("the loss is weighted by the column %s", *weights)
         if self.skipped and self._rank == 0:
             log.warning("%d malformed requests skipped of %d", self.skipped,
                         self.skipped + sum(unit.rows for unit in units))  # fmt: skip

@@ -31,8 +31,8 @@ from mim_torchrec.data.layout import SPLITS, Dataset
 
 __all__ = [
     "ITEMS", "ITEMS_REQUIRED", "ORIGINAL", "PAIRS", "PAIRS_REQUIRED", "REQUESTS", "REQUESTS_REQUIRED",
-    "SHOWN", "SIGNALS", "SPLITS", "TIME", "TRUTH", "WEIGHT", "Dataset", "TableFile", "category_ids",
-    "computed", "is_list", "open_parquet", "present_columns", "read_row_group",
+    "SHOWN", "SIGNALS", "SPLITS", "TIME", "TRUTH", "WEIGHT", "WEIGHTS", "Dataset", "TableFile",
+    "category_ids", "computed", "is_list", "open_parquet", "present_columns", "read_row_group",
 ]  # fmt: skip
 
 ITEMS = pa.schema(
@@ -78,9 +78,9 @@ REQUESTS_REQUIRED = ("request_id", "user_id", "behavior_item_ids", "candidate_it
 TRUTH = pa.schema([("request_id", pa.int64()), ("click_probability", pa.list_(pa.float32()))])
 
 
-WEIGHT = "weight"
-"""Optional column of requests: how often each counts in the loss and in metrics, one number a request, or a
-list parallel to the candidates. It restores the calibration of a log whose negatives were sampled."""
+WEIGHT, WEIGHTS = "weight", "candidate_weights"
+"""Optional columns of requests, one of the two: how often a request counts in the loss, or each candidate.
+They restore the calibration of a log whose negatives were sampled."""
 IDS = {name for schema in (ITEMS, PAIRS, REQUESTS) for name in schema.names if name.endswith(("_id", "_ids"))}
 ORIGINAL = ":original"
 """What the names of columns with ids as people know them end with, beside the columns of int64."""

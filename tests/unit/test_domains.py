@@ -21,7 +21,8 @@ def configurations() -> list[type]:
     for module in {name: import_module(name) for name, _ in COMMANDS.values()}.values():
         named = [value for name, value in vars(module).items() if name.endswith("Config")]
         named += [get_args(command)[0] for command in get_args(getattr(module, "Command", None))]
-        found += [value for value in named if isinstance(value, type) and is_dataclass(value)]
+        own = (value for value in named if isinstance(value, type) and is_dataclass(value))
+        found += [value for value in own if value.__module__.startswith("mim_torchrec")]
     for one in found:
         for hint in get_type_hints(one).values():
             found += [hint] if is_dataclass(hint) and hint not in found else []

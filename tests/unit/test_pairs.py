@@ -266,7 +266,7 @@ def test_pairs_and_items_may_have_ids_of_text(tmp_path):
     pairs = pair_rows()
     for row in pairs:
         row |= {"item_id": f"sku-{row['item_id']}", "query_id": f"q{row['query_id']}"}
-    text = {"item_id", "query_id"}
+    text = {"item_id", "query_id", "hard_negative_item_id"}
     schema = pa.schema([pa.field(f.name, pa.string()) if f.name in text else f for f in PAIRS])
     file = write_rows(tmp_path / "p.parquet", pairs, schema)
     found = PairDataset([file], items)

@@ -1,4 +1,4 @@
-"""The column `weight` of requests multiplies the loss, and may be given per request or per candidate."""
+"""Weights multiply the loss: those of requests (`weight`) or of candidates (`candidate_weights`)."""
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,10 +14,14 @@ from tests.datasets import request_rows, write_requests
 from tests.request_rows import as_rows, expected, read
 
 
-def weighted(path, values, name="weight"):
+def weighted(path, values, *more):
     """The default requests with a column of weights."""
+    name = "candidate_weights" if pa.types.is_list(values.type) else "weight"
     table = pq.read_table(write_requests(path))
-    pq.write_table(table.append_column(name, values), path, row_group_size=4)
+    table = table.append_column(name, values)
+    for other in more:
+        table = table.append_column(*other)
+    pq.write_table(table, path, row_group_size=4)
     return path
 
 
@@ -63,13 +67,20 @@ def test_weights_of_another_length_than_the_candidates_are_refused(tmp_path):
     values = of_candidates(request_rows())
     values[6] = values[6][:-1] + [1.0, 1.0]
     file = weighted(tmp_path / "r.parquet", pa.array(values))
-    with pytest.raises(DataError, match="row group 1, row 2, column weight: its length is not that of"):
+    with pytest.raises(DataError, match="row 2, column candidate_weights: its length is not that of"):
         read([file])
 
 
 def test_weights_of_text_are_refused(tmp_path):
     file = weighted(tmp_path / "r.parquet", pa.array(["1"] * 12))
-    with pytest.raises(DataError, match=r"r\.parquet, column weight: expected numbers, found string"):
+    with pytest.raises(DataError, match=r"column weight: expected one number a request; found string"):
+        read([file])
+
+
+def test_weights_of_requests_and_of_candidates_are_not_mixed(tmp_path):
+    lists = ("candidate_weights", pa.array(of_candidates(request_rows())))
+    file = weighted(tmp_path / "r.parquet", pa.array([1.0] * 12), lists)
+    with pytest.raises(DataError, match="column candidate_weights: is there beside weight"):
         read([file])
 
 
