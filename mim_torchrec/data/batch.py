@@ -1,7 +1,7 @@
 """A batch of requests: what readers yield and what CTR models take."""
 
 from dataclasses import dataclass, field, fields, replace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -49,11 +49,10 @@ class RequestBatch(Pipelineable):
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "RequestBatch":
         """The same batch on another device."""
-        return replace(
-            self,
-            sparse=self.sparse.to(device, non_blocking=non_blocking),
-            **{name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self._tensors()},
-        )
+        moved: dict[str, Any] = {
+            name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self._tensors()
+        }
+        return replace(self, sparse=self.sparse.to(device, non_blocking=non_blocking), **moved)
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory until the stream has used it; on a CPU there is no stream to wait for."""
@@ -80,11 +79,8 @@ class RequestBatch(Pipelineable):
 
     def pin_memory(self) -> "RequestBatch":
         """The same batch in page-locked memory."""
-        return replace(
-            self,
-            sparse=self.sparse.pin_memory(),
-            **{name: tensor.pin_memory() for name, tensor in self._tensors()},
-        )
+        pinned: dict[str, Any] = {name: tensor.pin_memory() for name, tensor in self._tensors()}
+        return replace(self, sparse=self.sparse.pin_memory(), **pinned)
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
         """What is there besides ids."""

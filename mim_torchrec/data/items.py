@@ -190,8 +190,8 @@ def _describe(files: list[Path], conventions: Conventions) -> dict:
         ]
     if columns is None:
         raise DataError("no file has a row; write the items again", file=files[0])
-    found = {"columns": list(columns), "units": units}
-    return found if conventions.time_unit is None else found | {"time_unit": conventions.time_unit}
+    source: dict = {"columns": list(columns), "units": units}
+    return source if conventions.time_unit is None else source | {"time_unit": conventions.time_unit}
 
 
 def _source_of(schema: pa.Schema) -> dict:
