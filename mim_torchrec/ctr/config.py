@@ -174,7 +174,7 @@ class CTRConfig(ModelConfig):
     a cache on the device; the last two on GPUs only."""
     table_memory: Memory = "device"
     """Where the multi-modal table is, likewise."""
-    load_factor: float = 0.2
+    load_factor: Annotated[float, Domain(above=0, most=1)] = 0.2
     """Rows of the cache on the device per row, for tables in uvm_caching."""
     pipeline: Literal["auto", "on", "off"] = "auto"
     """Exchange the ids of the next batch between ranks while the current one is computed (TorchRec's train
