@@ -17,9 +17,9 @@ import tyro
 from mim_torchrec import program
 from mim_torchrec.ctr.assembly import TrainedRun, assemble, live_windows, open_reader
 from mim_torchrec.ctr.config import CTRConfig
-from mim_torchrec.ctr.predictions import predict, summarize
+from mim_torchrec.ctr.predictions import PredictionFile, collect, predict
+from mim_torchrec.ctr.report import COLUMNS, read_items, summarize
 from mim_torchrec.ctr.task import load_model
-from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.schema import Dataset
 from mim_torchrec.errors import check_sizes
 from mim_torchrec.training.distributed import DistributedContext, Timeouts, distributed
@@ -57,8 +57,6 @@ class EvaluationConfig:
     on_bad_row: Literal["fail", "skip"] = "fail"
     """Stop at a malformed request, or skip and count it."""
     timeout: Timeouts = field(default_factory=Timeouts)
-    item_cache: Path | None = None
-    """Folder of the item index; by default one inside `out`."""
 
 
 def evaluate(config: EvaluationConfig, context: DistributedContext) -> dict[str, Any]:
@@ -96,7 +94,7 @@ def _evaluate(
     context: DistributedContext,
 ) -> dict[str, Any]:
     dataset = Dataset(settings.data)
-    items = ItemStore.open(dataset, config.item_cache or config.out / "items")
+    items = read_items(dataset, context)
     reader = open_reader(settings, dataset, config.split, context)
     assembled = assemble(settings, run.vocabularies, context)
     load_model(assembled.model, run.weights)
@@ -105,8 +103,9 @@ def _evaluate(
         windows.catch_up()
         assert assembled.facts is not None  # a model without a table has no windows
         assembled.facts["seq_after"] = windows.seq
-    predictions = predict(assembled.model, reader, assembled.mapper, context)
-    report = summarize(predictions, items, config.draws) | {
+    file = PredictionFile(out.predictions, context)
+    scored = file.written(predict(assembled.model, reader, assembled.mapper, context.device))
+    report = summarize(collect(scored, COLUMNS, context), items, context, config.draws) | {
         "model": str(config.model),
         "checkpoint": str(run.weights),
         "data": str(settings.data),
@@ -118,7 +117,7 @@ def _evaluate(
         "world_size": context.world_size,
         "skipped_rows": reader.skipped,
     }
-    out.write_results(report, context, predictions)
+    out.write_results(report, context, file.joined())
     if context.is_main:
         log.info("%s: auc %s %s, gauc %s, ne %s, %d impressions", config.split, report["auc"],
                  report.get("ci", {}).get("auc", ""), report["gauc"], report["ne"], report["n"])  # fmt: skip

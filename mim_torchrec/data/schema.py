@@ -148,6 +148,12 @@ def read_row_group(
         raise DataError(
             f"cannot be read ({error}); copy or write it again", file=file, row_group=row_group
         ) from None
+    check_text(table, file, row_group)
+    return table
+
+
+def check_text(table: pa.Table, file: str | Path, row_group: int) -> None:
+    """See that the text of columns read from a row group is UTF-8. Raises DataError if it is not."""
     for name in table.column_names:
         if _holds_text(table.schema.field(name).type):
             try:
@@ -155,7 +161,6 @@ def read_row_group(
             except pa.ArrowException as error:
                 problem = f"cannot be read ({error}); write the text as UTF-8"
                 raise DataError(problem, file, row_group, column=name) from None
-    return table
 
 
 def present_columns(parquet: pq.ParquetFile, expected: pa.Schema) -> tuple[str, ...]:
