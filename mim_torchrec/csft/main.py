@@ -32,6 +32,7 @@ from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.pairs import PairDataset
 from mim_torchrec.data.schema import Dataset
 from mim_torchrec.domains import check_domains
+from mim_torchrec.embeddings.collective import rank_0_first
 from mim_torchrec.encoders.checkpoint import encoder_version, load_encoder, towers_in_place_of
 from mim_torchrec.encoders.item_encoder import ItemEncoder
 from mim_torchrec.encoders.text import learns_tokenizer, train_tokenizer
@@ -63,11 +64,14 @@ def _fine_tune(config: CSFTConfig, run: RunDirectory, context: DistributedContex
     started = time.perf_counter()
     run.refuse_other(config.checkpoint, config.resume_fingerprint(), whole=False)  # before anything is read
     dataset = Dataset(config.data)
-    items = ItemStore.open(dataset, config.item_cache or config.out / "items")
+    cache = config.item_cache or config.out / "items"
+    items = rank_0_first(lambda: ItemStore.open(dataset, cache))
     signal = None if config.interest_signal in ("all", "category") else config.interest_signal
-    pairs = PairDataset(
-        dataset.pairs(), items, signal=signal, seed=config.seed, on_bad_row=config.on_bad_row,
-        conventions=dataset.conventions,
+    pairs = rank_0_first(
+        lambda: PairDataset(
+            dataset.pairs(), items, signal=signal, seed=config.seed, on_bad_row=config.on_bad_row,
+            cache=cache, conventions=dataset.conventions,
+        )
     )  # fmt: skip
     readable = leave_out_unreadable(items, pairs) if config.on_bad_row == "skip" else None
     times = pairs.times() if config.validation_fraction else np.arange(len(pairs))

@@ -22,6 +22,7 @@ from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.pairs import PairDataset
 from mim_torchrec.data.schema import Dataset
 from mim_torchrec.domains import Count, Domain, Natural, check_domains
+from mim_torchrec.embeddings.collective import rank_0_first
 from mim_torchrec.encoders.checkpoint import load_encoder
 from mim_torchrec.errors import OptionError
 from mim_torchrec.representation.plain import PLAIN, PlainTowers
@@ -70,24 +71,32 @@ def retrieve(config: RetrieveConfig, context: DistributedContext) -> dict[str, A
     """
     check_domains(config)
     dataset = Dataset(config.data)
-    items = ItemStore.open(dataset, config.item_cache or config.out / "items")
+    cache = config.item_cache or config.out / "items"
+    items = rank_0_first(lambda: ItemStore.open(dataset, cache))
     signal = None if config.interest_signal == "all" else config.interest_signal
-    pairs = PairDataset(
-        dataset.pairs(), items, signal=signal, on_bad_row=config.on_bad_row, conventions=dataset.conventions
+    pairs = rank_0_first(
+        lambda: PairDataset(
+            dataset.pairs(),
+            items,
+            signal=signal,
+            on_bad_row=config.on_bad_row,
+            cache=cache,
+            conventions=dataset.conventions,
+        )
     )
     readable = leave_out_unreadable(items, pairs) if config.on_bad_row == "skip" else None
     catalog = SearchContent(items, pairs, readable)
     _, held_out = split_by_time(pairs.times(), config.held_out_fraction)
     if not len(held_out):
         raise OptionError(f"--held-out-fraction {config.held_out_fraction} of {len(pairs)} pairs is none")
-    cache = config.feature_cache or config.out / "features"
+    features_cache = config.feature_cache or config.out / "features"
     if config.encoder.startswith(PLAIN):
         towers = PlainTowers(config.encoder, config.image_size, context.device)
-        image = frozen_features(catalog, towers, cache, config.encode_batch_size, context).image
+        image = frozen_features(catalog, towers, features_cache, config.encode_batch_size, context).image
         query, vectors = image[torch.from_numpy(catalog.query_image_row[held_out])], image[: len(items)]
     else:
         encoder = load_encoder(config.encoder, context.device)
-        features = frozen_features(catalog, encoder, cache, config.encode_batch_size, context)
+        features = frozen_features(catalog, encoder, features_cache, config.encode_batch_size, context)
         query, vectors = encode(encoder.head, features, held_out, catalog, config.encode_batch_size, context)
     found = find(query, vectors, held_out, catalog)
     report = evaluate(found, held_out, catalog, items)

@@ -188,16 +188,26 @@ class CTRConfig(ModelConfig):
     """Standard deviation of the initial embeddings; by default uniform within 1 / sqrt(rows)."""
     max_behaviors: Count = 50
     """Most recent behaviors of a request that are used."""
+    buffer_rows: Count | None = None
+    """Training requests that are shuffled together and lie in memory, of each rank; by default those of eight
+    row groups, but at most 262,144."""
+    prefetch: Natural = 4
+    """Batches that a thread reads ahead and maps to embedding rows, of each rank; 0 reads when a batch is
+    needed."""
     spare_rows: Weight = 0.0
     """Spare rows of the ID tables, as a fraction of the ids seen in training."""
+    min_count: Count = 1
+    """Occurrences in the training requests that an id needs for a row of its own; rarer ids share row 0, the
+    one of unknown ids."""
     max_unknown: Share = 0.5
     """Fraction of unknown ids of one kind above which a warning is logged."""
     on_bad_row: Literal["fail", "skip"] = "fail"
     """Stop at a malformed request, or skip and count it."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     timeout: Timeouts = field(default_factory=Timeouts)
-    item_cache: Path | None = None
-    """Folder of the item index; by default one inside `out`."""
+    id_cache: Path | None = None
+    """Folder of the ids found in training requests, which runs on the same files share; by default one inside
+    `out`."""
     log_every: Count = 20
     """Steps between two lines of the log."""
 
@@ -208,7 +218,7 @@ class CTRConfig(ModelConfig):
     def resume_fingerprint(self) -> dict[str, Any]:
         """The fields that must be equal for a run to resume; it may get more epochs."""
         free = {"out", "preset", "pipeline", "index_dedup", "checkpoint", "timeout", "log_every",
-                "item_cache", "epochs", "sparse_memory", "table_memory", "load_factor"}  # fmt: skip
+                "prefetch", "id_cache", "epochs", "sparse_memory", "table_memory", "load_factor"}  # fmt: skip
         free.add("windows")  # their log may move
         return {name: value for name, value in asdict(self).items() if name not in free}
 

@@ -17,9 +17,9 @@ import tyro
 from mim_torchrec import program
 from mim_torchrec.ctr.assembly import TrainedRun, assemble, live_windows, open_reader
 from mim_torchrec.ctr.config import CTRConfig
-from mim_torchrec.ctr.predictions import predict, summarize
+from mim_torchrec.ctr.predictions import PredictionFile, collect, predict
+from mim_torchrec.ctr.report import COLUMNS, read_items, summarize
 from mim_torchrec.ctr.task import load_model
-from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.schema import Dataset
 from mim_torchrec.domains import Count, Natural, check_domains
 from mim_torchrec.training.distributed import DistributedContext, Timeouts, distributed
@@ -60,8 +60,6 @@ class EvaluationConfig:
     on_bad_row: Literal["fail", "skip"] = "fail"
     """Stop at a malformed request, or skip and count it."""
     timeout: Timeouts = field(default_factory=Timeouts)
-    item_cache: Path | None = None
-    """Folder of the item index; by default one inside `out`."""
 
 
 def evaluate(config: EvaluationConfig, context: DistributedContext) -> dict[str, Any]:
@@ -99,7 +97,7 @@ def _evaluate(
 ) -> dict[str, Any]:
     days = run.config.days() if config.data is None else {}
     dataset = Dataset(settings.data, days if config.days is None else {config.split: config.days})
-    items = ItemStore.open(dataset, config.item_cache or config.out / "items")
+    items = read_items(dataset, context)
     reader = open_reader(settings, dataset, config.split, context, originals=True)
     assembled = assemble(settings, run.vocabularies, context)
     load_model(assembled.model, run.weights)
@@ -108,8 +106,9 @@ def _evaluate(
         windows.catch_up()
         assert assembled.facts is not None  # a model without a table has no windows
         assembled.facts["seq_after"] = windows.seq
-    predictions = predict(assembled.model, reader, assembled.mapper, context)
-    report = summarize(predictions, items, config.draws) | {
+    file = PredictionFile(out.predictions, context)
+    scored = file.written(predict(assembled.model, reader, assembled.mapper, context.device))
+    report = summarize(collect(scored, COLUMNS, context), items, context, config.draws) | {
         "model": str(config.model),
         "checkpoint": str(run.weights),
         "data": str(settings.data),
@@ -121,7 +120,7 @@ def _evaluate(
         "world_size": context.world_size,
         "skipped_rows": reader.skipped,
     }
-    out.write_results(report, context, predictions)
+    out.write_results(report, context, file.joined())
     if context.is_main:
         log.info("%s: auc %s %s, gauc %s, ne %s, %d impressions", config.split, report["auc"],
                  report.get("ci", {}).get("auc", ""), report["gauc"], report["ne"], report["n"])  # fmt: skip

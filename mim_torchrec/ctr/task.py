@@ -1,7 +1,6 @@
 """CTR training as a task of the shared loop: batches, loss, validation, checkpoint."""
 
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +16,16 @@ from torchrec.optim.warmup import WarmupOptimizer
 
 from mim_torchrec.ctr.parameters import load_trainable_state, trainable_state
 from mim_torchrec.ctr.pipeline import SparseExchange
-from mim_torchrec.ctr.predictions import predict
+from mim_torchrec.ctr.predictions import collect, predict
+from mim_torchrec.ctr.report import EPOCH_COLUMNS, epoch_metrics
 from mim_torchrec.ctr.sharding import set_sparse_iterations, sparse_iterations
 from mim_torchrec.ctr.windows import LiveWindows
 from mim_torchrec.data.batch import RequestBatch
+from mim_torchrec.data.prefetch import prefetched
 from mim_torchrec.data.requests import RequestReader
 from mim_torchrec.data.vocabulary import IdMapper
 from mim_torchrec.embeddings.collective import on_all_ranks
 from mim_torchrec.errors import OptionError
-from mim_torchrec.training import metrics
 from mim_torchrec.training.distributed import DistributedContext
 from mim_torchrec.training.model_record import write_model_record
 from mim_torchrec.training.sharded_state import save_state, seal
@@ -139,6 +139,7 @@ class CTRTask:
         pipeline: exchange the ids of the next batch while this one is computed.
         windows: of new items, None for none.
         record: what `model.json` beside the weights says, see `describe_model`.
+        prefetch: batches that a thread reads ahead.
 
     Raises:
         OptionError: `id_dropout` is no probability below 1.
@@ -158,6 +159,7 @@ class CTRTask:
         pipeline: bool = False,
         windows: LiveWindows | None = None,
         record: dict[str, Any] | None = None,
+        prefetch: int = 4,
     ) -> None:
         if not 0 <= id_dropout < 1:
             raise OptionError(f"id dropout is {id_dropout}; it has to be at least 0 and below 1")
@@ -170,7 +172,7 @@ class CTRTask:
         self._aux_weight = aux_weight
         self._id_dropout, self._seed = id_dropout, seed
         self._exchange = SparseExchange(model, optimizer, context.device) if pipeline else None
-        self._windows, self._record = windows, record
+        self._windows, self._record, self._prefetch = windows, record, prefetch
         self.state = CTRState(model, optimizer, windows)
 
     def num_batches(self, epoch: int) -> int:
@@ -182,20 +184,25 @@ class CTRTask:
         """Batches of an epoch from `first` on, ids mapped to rows and on the rank's device."""
         if self._windows is not None:  # before the first batch is mapped
             self._windows.before_step(self.state.steps)
-        batches = self._mapped(epoch, first)
+        self._train.set_epoch(epoch, self.state.done(epoch))
+        batches = self._train.batches(first)
+        if self._windows is None:
+            batches = prefetched(self._mapped(batches, epoch, first), self._prefetch)
+        else:  # ids are mapped when a batch is asked for: by then windows may have made more of them known
+            batches = self._mapped(prefetched(batches, self._prefetch), epoch, first)
         if self._exchange is not None:
             return self._exchange.exchanged(batches)
-        return (batch.to(self._context.device) for batch in batches)
+        return (batch.to(self._context.device, non_blocking=True) for batch in batches)
 
-    def _mapped(self, epoch: int, first: int) -> Iterator[RequestBatch]:
-        self._train.set_epoch(epoch, self.state.done(epoch))
-        for place, batch in enumerate(islice(self._train, first, None), first):
+    def _mapped(self, batches: Iterator[RequestBatch], epoch: int, first: int) -> Iterator[RequestBatch]:
+        """Batches with rows for ids, in page-locked memory where they go to a GPU."""
+        for place, batch in enumerate(batches, first):
             rows = self._mapper(batch)
             if self._id_dropout:
                 rng = np.random.default_rng((self._seed, epoch, place, self._context.rank))
                 hidden = rng.random(rows.num_candidates) < self._id_dropout
                 rows = rows.with_hidden_candidates(torch.from_numpy(hidden))
-            yield rows
+            yield rows.pin_memory() if self._context.device.type == "cuda" else rows
 
     def num_samples(self, batch: RequestBatch) -> int:
         """Candidates in a batch."""
@@ -223,14 +230,10 @@ class CTRTask:
 
     def after_epoch(self, epoch: int) -> dict[str, float]:
         """Validation metrics, the same on every rank; a metric that is undefined is left out."""
-        predictions = predict(self.model, self._validation, self._mapper, self._context)
-        labels, scores = predictions["label"], predictions["score"]
-        values = {
-            "auc": metrics.auc(labels, scores),
-            "gauc": metrics.grouped_auc(labels, scores, predictions["user_id"]),
-            "ne": metrics.normalized_entropy(labels, scores),
-        }
-        return {name: value for name, value in values.items() if value is not None}
+        predictions = predict(
+            self.model, self._validation, self._mapper, self._context.device, self._prefetch
+        )
+        return epoch_metrics(collect(predictions, EPOCH_COLUMNS, self._context), self._context)
 
     def save(self, path: Path) -> None:
         """Write the trainable state, see `save_model`."""

@@ -17,6 +17,7 @@ are left alone. Columns that are compared must hold the same kind of thing (`con
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -97,18 +98,31 @@ class TableFile(pq.ParquetFile):
         expected: names and types of columns, see `open_parquet`.
         conventions: of its data set.
         originals: whether row groups have ids as people know them, too.
+        options: of `ParquetFile`.
     """
 
     def __init__(
-        self, file: str | Path, expected: pa.Schema, conventions: Conventions, originals: bool = False
+        self,
+        file: str | Path,
+        expected: pa.Schema,
+        conventions: Conventions,
+        originals: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__(file, page_checksum_verification=True)
+        super().__init__(file, page_checksum_verification=True, **options)
+        self._file = file
         self.expected, self.conventions, self.originals = expected, conventions, originals
 
     @property
     def is_empty(self) -> bool:
         """Whether it has no rows, as one part of many may have; its columns are not checked then."""
         return not self.metadata.num_rows
+
+    def reopened(self, **options: Any) -> "TableFile":
+        """The same file, opened in another way."""
+        return TableFile(
+            self._file, self.expected, self.conventions, self.originals, metadata=self.metadata, **options
+        )
 
     @property
     def num_row_groups(self) -> int:

@@ -21,7 +21,7 @@ from mim_torchrec import program
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.schema import Dataset
 from mim_torchrec.domains import check_domains
-from mim_torchrec.embeddings.collective import on_all_ranks
+from mim_torchrec.embeddings.collective import on_all_ranks, rank_0_first
 from mim_torchrec.encoders.checkpoint import (
     Towers,
     load_towers,
@@ -76,7 +76,9 @@ def pretrain(config: PretrainConfig, context: DistributedContext) -> dict[str, A
 def _pretrain(config: PretrainConfig, run: RunDirectory, context: DistributedContext) -> dict[str, Any]:
     for name in config.phases:
         run.part(name).refuse_other(config.checkpoint, config.resume_fingerprint())
-    items = ItemStore.open(Dataset(config.data), config.item_cache or config.out / "items")
+    items = rank_0_first(
+        lambda: ItemStore.open(Dataset(config.data), config.item_cache or config.out / "items")
+    )
     order = np.random.default_rng(config.seed).permutation(len(items))
     cut = round(len(items) * config.validation_fraction)
     held_out, train = np.sort(order[:cut]), np.sort(order[cut:])

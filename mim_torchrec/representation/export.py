@@ -28,6 +28,7 @@ from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.schema import Dataset
 from mim_torchrec.domains import check_domains
+from mim_torchrec.embeddings.collective import rank_0_first
 from mim_torchrec.embeddings.progress import Progress
 from mim_torchrec.embeddings.table.format import Manifest, TableWriter
 from mim_torchrec.encoders.checkpoint import encoder_version, load_encoder
@@ -116,7 +117,9 @@ def export(config: ExportConfig, context: DistributedContext) -> Manifest:
 
 
 def _export(config: ExportConfig, context: DistributedContext) -> Manifest:
-    items = ItemStore.open(Dataset(config.data), config.item_cache or Path(f"{config.out}.items"))
+    items = rank_0_first(
+        lambda: ItemStore.open(Dataset(config.data), config.item_cache or Path(f"{config.out}.items"))
+    )
     rows = rows_of_rank(len(items), context)
     skipped: list[int] = []
     started = time.perf_counter()

@@ -15,10 +15,10 @@ from mim_torchrec.data.conventions import Conventions
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.features import Features
 from mim_torchrec.data.forms import PER_SECOND
+from mim_torchrec.data.id_scan import scan_ids
 from mim_torchrec.data.ids import stable_ids
 from mim_torchrec.data.requests import RequestReader, label_classes
 from mim_torchrec.data.schema import REQUESTS, read_row_group
-from mim_torchrec.data.vocabulary import scan_ids
 from tests.datasets import Rows, request_rows, write_requests
 from tests.request_rows import as_rows, expected, read
 

@@ -8,11 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from mim_torchrec.data.errors import DataError
+from mim_torchrec.data.id_scan import scan_ids
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.pairs import PairDataset
 from mim_torchrec.data.requests import RequestReader
 from mim_torchrec.data.schema import ITEMS, REQUESTS, REQUESTS_REQUIRED, Dataset
-from mim_torchrec.data.vocabulary import scan_ids
 from mim_torchrec.data.writing import DatasetWriter
 from mim_torchrec.errors import OutputExists
 from tests.datasets import (

@@ -14,9 +14,10 @@ from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.sharding import build_model
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.features import Features
+from mim_torchrec.data.id_scan import scan_ids
 from mim_torchrec.data.requests import RequestReader
 from mim_torchrec.data.schema import REQUESTS, category_ids
-from mim_torchrec.data.vocabulary import IdMapper, Vocabulary, scan_ids
+from mim_torchrec.data.vocabulary import IdMapper, Vocabulary
 from tests.datasets import request_rows
 
 FEATURES = Features(
