@@ -19,8 +19,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -264,7 +264,7 @@ def targets(config: InputConfig, report: dict[str, Any]) -> list[dict[str, Any]]
     """What the figures are to show."""
     reader = report["reader"]
     memory = list(reader["peak_mib_by_row_group"].values())
-    spread = max(memory) / memory[min(1, len(memory) - 1)]
+    spread = max(memory) / max(memory[min(1, len(memory) - 1)], 1.0)
     found = []
     if str(LIKE_FOR_LIKE) in reader["cpu_over_raw"]:
         ratio = reader["cpu_over_raw"][str(LIKE_FOR_LIKE)]
