@@ -6,6 +6,7 @@ A data set is a directory:
     items/*.parquet                               ITEMS
     pairs/*.parquet                               PAIRS: searches by image and what was bought, training time
     requests/{train,validation,test}/*.parquet    REQUESTS: one row a request, with its history and candidates
+    requests/split=train/dt=2026-11-01/*.parquet  or in folders of Hive's form, as `mim prepare` writes them
     truth/{train,validation,test}/*.parquet       TRUTH (synthetic data only)
 
 Integers may be of any width up to int64, timestamps of any unit; more columns than these are left alone.
@@ -20,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mim_torchrec.data.errors import DataError
+from mim_torchrec.embeddings.listing import data_files
 from mim_torchrec.errors import OptionError
 
 SPLITS = ("train", "validation", "test")
@@ -95,10 +97,11 @@ class Dataset:
         """Files of the requests of "train", "validation" or "test", sorted. Raises DataError if none."""
         if split not in SPLITS:
             raise OptionError(f"split {split!r} is not one of {', '.join(SPLITS)}")
-        return self._files(f"requests/{split}")
+        partitioned = f"requests/split={split}"
+        return self._files(partitioned if (self.root / partitioned).is_dir() else f"requests/{split}")
 
     def _files(self, folder: str) -> list[Path]:
-        files = sorted((self.root / folder).glob("*.parquet"))
+        files = data_files(self.root / folder)
         if not files:
             raise DataError(
                 "no *.parquet file there; check the path of the data set", file=self.root / folder
