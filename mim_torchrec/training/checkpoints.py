@@ -176,8 +176,8 @@ class Checkpoints:
         if self._config.asynchronous:
             staged = BlockingAsyncStager(cache_staged_state_dict=False)  # the default knows no ShardedTensor
             group = self._own_group()
-            saved = dcp.async_save(shared, storage_writer=writer, process_group=group, async_stager=staged)
-            wait = cast("Future[object]", saved).result  # this stager gives a future
+            begun = dcp.async_save(shared, storage_writer=writer, process_group=group, async_stager=staged)
+            wait = cast("Future[object]", begun).result  # this stager gives a future
             self._pending = path, self._writer.submit(self._finish, path, wait)
         else:
             # in this thread, whose device and stream the tensors are of
