@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from mim_torchrec.data.id_scan import COLUMNS
 from mim_torchrec.data.schema import category_ids, is_list
-from mim_torchrec.data.vocabulary import COLUMNS
 from mim_torchrec.embeddings.files import full_disk_reported, sha256
 
 GROUPS_PER_FILE = 8
