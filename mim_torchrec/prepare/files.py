@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import fsspec
 import pyarrow as pa
@@ -25,13 +24,13 @@ class Files:
     Args:
         place: of the table in the mapping, for messages.
         paths: local paths or URLs, sorted.
-        kind: their format.
+        kind: "parquet" or "csv".
         schema: names and types of the columns; those of CSV are all text.
     """
 
     place: str
     paths: Sequence[str]
-    kind: Literal["parquet", "csv"]
+    kind: str
     schema: pa.Schema
 
     def type_of(self, column: str, role: str) -> pa.DataType:
@@ -74,13 +73,13 @@ def find_files(place: str, path: str | list[str], base: Path, columns: Sequence[
             problem = f"{place}: the header is not that of {paths[0]}; write all files with the same columns"
             raise DataError(problem, file=file)
         for column in columns:
-            own, first = (s.field(column).type if column in s.names else None for s in (schema, schemas[0]))
-            if own != first:
-                what = (
-                    f"{place}: the column is {own or 'missing'} here and {first or 'missing'} in {paths[0]}"
-                )
+            here, there = (
+                str(s.field(column).type) if column in s.names else "missing" for s in (schema, schemas[0])
+            )
+            if here != there:
+                what = f"{place}: the column is {here} here and {there} in {paths[0]}"
                 raise DataError(f"{what}; write all files with the same columns", file=file, column=column)
-    return Files(place, paths, kind, schemas[0])  # type: ignore[arg-type]
+    return Files(place, paths, kind, schemas[0])
 
 
 def is_url(path: str) -> bool:

@@ -4,7 +4,6 @@ A wall clock repeats an hour in autumn; the first one is meant. In spring it ski
 from the offset before. Both are the rule of Python's `datetime` (fold = 0).
 """
 
-import bisect
 import datetime
 import zoneinfo
 from dataclasses import dataclass
@@ -67,7 +66,7 @@ class LocalTime:
 
     @property
     def _start(self) -> int:
-        return self.first - 2 * DAY
+        return (self.first // DAY - 2) * DAY
 
     def _changes(self) -> list[tuple[int, int, int]]:
         """Changes of the offset: when (UTC), and the offsets before and after."""
@@ -76,12 +75,19 @@ class LocalTime:
         for start in days:
             before, after = self._offset(start), self._offset(start + DAY)
             if before != after:
-                seconds = range(1, DAY // SECOND + 1)
-                at = bisect.bisect_left(
-                    seconds, True, key=lambda s, a=start, b=before: self._offset(a + s * SECOND) != b
-                )
-                found.append((start + seconds[at] * SECOND, before, after))
+                found.append((self._change_after(start, before), before, after))
         return found
+
+    def _change_after(self, start: int, before: int) -> int:
+        """The second from which the offset is another one; there is one within a day."""
+        low, high = 0, DAY // SECOND
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self._offset(start + middle * SECOND) == before:
+                low = middle
+            else:
+                high = middle
+        return start + high * SECOND
 
     def _offset(self, utc: int) -> int:
         moment = (EPOCH + datetime.timedelta(microseconds=utc)).astimezone(zoneinfo.ZoneInfo(self.name))

@@ -74,10 +74,11 @@ def naive_utc(local: datetime.datetime, zone: str) -> int:
     "zone", ["Europe/Berlin", "America/New_York", "Asia/Shanghai", "Australia/Lord_Howe"]
 )
 def test_wall_clocks_become_utc_as_in_python(engine, tmp_path, zone):
-    start = datetime.datetime(2025, 9, 20)
+    start = datetime.datetime(2025, 9, 20, microsecond=123_456)
     moments = [start + datetime.timedelta(minutes=17 * k) for k in range(0, 33_000, 7)]
     for change in (datetime.datetime(2025, 10, 26, 0), datetime.datetime(2026, 3, 29, 0)):
         moments += [change + datetime.timedelta(minutes=k) for k in range(0, 240, 10)]
+        moments += [change + datetime.timedelta(minutes=k, microseconds=-1) for k in range(0, 240, 60)]
     found = read(engine, tmp_path, pa.array(moments, pa.timestamp("us")), timezone=zone)
     assert found == [naive_utc(moment, zone) for moment in moments]
 
