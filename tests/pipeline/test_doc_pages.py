@@ -78,6 +78,12 @@ def test_own_data(tmp_path):
     assert auc["my-mim"] > auc["my-base"]
 
 
+def test_your_own_logs(tmp_path):
+    printed = run_page("tutorials/your_own_data.md", tmp_path)
+    assert "'too_young_for_their_label'" in printed and (tmp_path / "runs" / "bundle").is_dir()
+    assert json.loads((tmp_path / "runs" / "mine" / "metrics.json").read_text())["auc"] > 0.6
+
+
 def test_updates_of_a_frozen_table(tmp_path):
     run_page("frozen_tables_manual.md", tmp_path)
 
