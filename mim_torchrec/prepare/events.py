@@ -38,15 +38,12 @@ def shown_items(impressions: Table) -> Table:
     """Items of each request: one row a request and item, from the first time that it was shown.
 
     Returns:
-        `request`, `item`, `user`, `last_user` (another one where a request has two), `ts`, `position`,
-        `query`.
+        `request`, `item`, `user`, `last_user` (another one where a request has two), `ts`, and `position` and
+        `query` where impressions have them.
     """
+    more = {name: _[name].min() for name in ("position", "query") if name in impressions.columns}
     return impressions.group_by("request", "item").agg(
-        user=_.user.min(),
-        last_user=_.user.max(),
-        ts=_.ts.min(),
-        position=_.position.min(),
-        query=_.query.min(),
+        user=_.user.min(), last_user=_.user.max(), ts=_.ts.min(), **more
     )
 
 
