@@ -5,11 +5,12 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
-from mim_torchrec.errors import OptionError, check_sizes
+from mim_torchrec.domains import Count, Domain, Natural, check_domains
+from mim_torchrec.errors import OptionError
 
 SECOND = 1_000_000
 DAY = 86_400 * SECOND
@@ -30,51 +31,48 @@ class PrepareConfig:
     """DuckDB in this process, or Spark: the session of spark-submit or a local one (extra `spark`)."""
     memory: str = "4GB"
     """Memory of the engine; DuckDB spills to --scratch beyond it."""
-    threads: int = len(os.sched_getaffinity(0))
+    threads: Count = len(os.sched_getaffinity(0))
     """Threads of the engine."""
     scratch: Path | None = None
     """Folder for intermediate results, removed at the end; by default beside --out. Executors of Spark must
     see it."""
     label: Action = "click"
     """The action that makes the label 1."""
-    label_window: int = 3600
+    label_window: Count = 3600
     """Seconds after an impression in which the action counts. A request whose window had not ended when the
     log did is left out."""
     log_end: str | None = None
     """When the log ends, ISO 8601 (UTC where it has no offset); by default the time of the last event."""
-    log_lag: int = 60
+    log_lag: Natural = 60
     """Seconds until the serving system knows an event. A history holds what was known strictly before the
     request."""
     behaviors: tuple[Action, ...] = ("click", "purchase")
     """Actions that histories are made of."""
-    max_behaviors: int = 50
+    max_behaviors: Count = 50
     """Longest history of a request, the last behaviors."""
     validation_from: str | None = None
     """When the validation part begins, ISO 8601; by default after 80 percent of the requests."""
     test_from: str | None = None
     """When the test part begins; by default after 90 percent of the requests."""
-    negative_rate: float = 1.0
+    negative_rate: Annotated[float, Domain(above=0, most=1)] = 1.0
     """Fraction of the training part's negatives that is kept; `candidate_weights` is 1 / rate for those."""
-    pair_window: int = 7 * 86_400
+    pair_window: Natural = 7 * 86_400
     """Seconds after an image search in which a purchase or click makes a pair."""
     hard_negatives: Literal["sold", "category"] = "sold"
     """Hard negatives of pairs: of the same category, from the items of other pairs (drawn by `mim csft`, each
     epoch anew), or from all items of the category that were listed at the time (the paper's form)."""
     partition: Literal["day", "none"] = "day"
     """Folders of requests by day (`dt=2026-11-01/`), or none."""
-    row_group_rows: int = 20_000
+    row_group_rows: Count = 20_000
     """Requests of a row group."""
-    image_threads: int = 16
+    image_threads: Count = 16
     """Images that are read at a time."""
-    seed: int = 0
+    seed: Natural = 0
     """Seed of the sampling and of hard negatives."""
 
     def check(self) -> None:
         """Refuse options that cannot be used. Raises OptionError."""
-        check_sizes(self, 1, "threads", "max_behaviors", "row_group_rows", "image_threads", "label_window")
-        check_sizes(self, 0, "log_lag", "pair_window", "seed")
-        if not 0 < self.negative_rate <= 1:
-            raise OptionError(f"--negative-rate is {self.negative_rate}; it must be in (0, 1]")
+        check_domains(self)
         if not self.behaviors:
             raise OptionError("--behaviors is empty; name click, purchase or both")
         if (self.validation_from is None) != (self.test_from is None):

@@ -9,12 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mim_torchrec.data.id_scan import scan_ids
 from mim_torchrec.data.ids import stable_ids
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.pairs import PairDataset
 from mim_torchrec.data.requests import RequestReader
 from mim_torchrec.data.schema import SPLITS, Dataset
-from mim_torchrec.data.vocabulary import scan_ids
 from mim_torchrec.prepare import splits
 from mim_torchrec.prepare.config import PrepareConfig
 from mim_torchrec.prepare.run import prepare
