@@ -29,8 +29,9 @@ def once(events: Table, by_id: bool) -> Table:
     if not by_id:
         keys = [name for name in events.columns if name != "known_at"]
         return events.group_by(keys).agg(known_at=_.known_at.min())
-    order = [events[name] for name in ("known_at", "ts", *events.columns) if name != "id"]
-    copy = ibis.row_number().over(ibis.window(group_by="id", order_by=list(dict.fromkeys(order))))
+    order = dict.fromkeys(("known_at", "ts", *events.columns))
+    by = [events[name] for name in order if name != "id"]
+    copy = ibis.row_number().over(ibis.window(group_by="id", order_by=by))
     return events.mutate(copy=copy).filter(_.copy == 0).drop("copy", "id")
 
 

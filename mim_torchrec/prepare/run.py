@@ -174,8 +174,9 @@ class Preparation:
 
     def _actions(self, kind: str, items: Items) -> Table:
         source = self._source(kind)
-        raw = self._read(f"events.{kind}", source, ACTED)
-        whole = events.complete(raw.table, ACTED)
+        needed = ACTED if source.id is None else (*ACTED, "id")
+        raw = self._read(f"events.{kind}", source, needed)
+        whole = events.complete(raw.table, needed)
         lag = self.config.log_lag * SECOND
         seen = whole.ts
         if source.arrived is not None:
