@@ -18,7 +18,7 @@ export MIM_PYTHON := $(ENVIRONMENT)/bin/python
 export PYTHONPATH :=
 export PYTHONUNBUFFERED := 1
 
-.PHONY: help install demo prepare-demo bench-prepare test test-fast faults movielens ablation-csft figure5 table2 ablation-ciubm coldstart abtest table6 bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving bench-rim-latency bench-scaling bench-export-throughput bench-input chaos cluster torchrec-parity bench benchmark-report docs doctor image lint types lock wheel release-check clean
+.PHONY: help install demo prepare-demo test test-fast faults movielens ablation-csft figure5 table2 ablation-ciubm coldstart abtest table6 bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving bench-rim-latency bench-scaling bench-export-throughput bench-input bench-prepare chaos cluster torchrec-parity bench benchmark-report docs doctor image lint types lock wheel release-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 20

@@ -6,7 +6,6 @@ A data set is a directory:
     items/*.parquet                               ITEMS
     pairs/*.parquet                               PAIRS: searches by image and what was bought, training time
     requests/{train,validation,test}/*.parquet    REQUESTS: one row a request, with its history and candidates
-    requests/split=train/dt=2026-11-01/*.parquet  or in folders of Hive's form, as `mim prepare` writes them
     truth/{train,validation,test}/*.parquet       TRUTH (synthetic data only)
 
 `layout.py` says how the files may be partitioned. Ids may be integers, text or UUIDs, and become int64

@@ -73,8 +73,6 @@ class PrepareConfig:
     def check(self) -> None:
         """Refuse options that cannot be used. Raises OptionError."""
         check_domains(self)
-        if not 0 < self.negative_rate <= 1:
-            raise OptionError(f"--negative-rate is {self.negative_rate}; it must be in (0, 1]")
         if not self.behaviors:
             raise OptionError("--behaviors is empty; name click, purchase or both")
         if (self.validation_from is None) != (self.test_from is None):

@@ -29,8 +29,9 @@ def once(events: Table, by_id: bool) -> Table:
     if not by_id:
         keys = [name for name in events.columns if name != "known_at"]
         return events.group_by(keys).agg(known_at=_.known_at.min())
-    order = [events[name] for name in ("known_at", "ts", *events.columns) if name != "id"]
-    copy = ibis.row_number().over(ibis.window(group_by="id", order_by=list(dict.fromkeys(order))))
+    order = dict.fromkeys(("known_at", "ts", *events.columns))
+    by = [events[name] for name in order if name != "id"]
+    copy = ibis.row_number().over(ibis.window(group_by="id", order_by=by))
     return events.mutate(copy=copy).filter(_.copy == 0).drop("copy", "id")
 
 
@@ -38,15 +39,12 @@ def shown_items(impressions: Table) -> Table:
     """Items of each request: one row a request and item, from the first time that it was shown.
 
     Returns:
-        `request`, `item`, `user`, `last_user` (another one where a request has two), `ts`, `position`,
-        `query`.
+        `request`, `item`, `user`, `last_user` (another one where a request has two), `ts`, and `position` and
+        `query` where impressions have them.
     """
+    more = {name: _[name].min() for name in ("position", "query") if name in impressions.columns}
     return impressions.group_by("request", "item").agg(
-        user=_.user.min(),
-        last_user=_.user.max(),
-        ts=_.ts.min(),
-        position=_.position.min(),
-        query=_.query.min(),
+        user=_.user.min(), last_user=_.user.max(), ts=_.ts.min(), **more
     )
 
 

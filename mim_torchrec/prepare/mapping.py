@@ -82,8 +82,8 @@ class Events(Source):
         user: who.
         ts: when it happened.
         request: the request or search that it belongs to.
-        id: of the event; copies that were delivered more than once share it. Without one, copies are equal
-            in all mapped columns but `arrived`.
+        id: of the event; copies that were delivered more than once share it, and an event without one is
+            incomplete. Where none is mapped, copies are equal in all mapped columns but `arrived`.
         arrived: when the log got the event; before that it was not known to anyone.
     """
 

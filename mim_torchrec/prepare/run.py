@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 Counts = dict[str, Any]
 SHOWN = ("request", "user", "item", "ts")
 ACTED = ("user", "item", "ts")
+OPTIONAL = {"position": "int64", "query": "string"}
 
 
 def prepare(config: PrepareConfig) -> Counts:
@@ -162,21 +163,20 @@ class Preparation:
         table, counts = raw.table, raw.counts
         if source.request is None:  # what a user is shown at one moment is a request
             table = table.mutate(request=table.user.cast("string") + "@" + table.ts.cast("string"))
-        for name, kind in (("position", "int64"), ("query", "string")):
-            if name not in table.columns:
-                table = table.mutate(**{name: ibis.null(kind)})
         whole = events.complete(table, SHOWN)
         once = self.engine.keep(events.shown_items(whole), "shown")
         distinct = count(self.engine, once)
         self.report["input"]["impression"] = counts | {
             "incomplete": counts["rows"] - raw.complete, "repeated": raw.complete - distinct,
         }  # fmt: skip
-        return once
+        missing = {name: kind for name, kind in OPTIONAL.items() if name not in once.columns}
+        return once.mutate(**{name: ibis.null(kind) for name, kind in missing.items()})
 
     def _actions(self, kind: str, items: Items) -> Table:
         source = self._source(kind)
-        raw = self._read(f"events.{kind}", source, ACTED)
-        whole = events.complete(raw.table, ACTED)
+        needed = ACTED if source.id is None else (*ACTED, "id")
+        raw = self._read(f"events.{kind}", source, needed)
+        whole = events.complete(raw.table, needed)
         lag = self.config.log_lag * SECOND
         seen = whole.ts
         if source.arrived is not None:

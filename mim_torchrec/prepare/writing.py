@@ -13,13 +13,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mim_torchrec.data.id_scan import COLUMNS
+from mim_torchrec.data.id_scan import COLUMNS, IdCounts
 from mim_torchrec.data.schema import category_ids, is_list
 from mim_torchrec.embeddings.files import full_disk_reported, sha256
 
 GROUPS_PER_FILE = 8
 DICTIONARY_BYTES = 16 * 2**20
-MERGED_IDS = 1_000_000
 IMAGE_ROWS = 1000
 
 
@@ -104,7 +103,7 @@ class FolderWriter:
 
 
 class Vocabularies:
-    """Distinct ids of the training part and how often each occurs, as `data.vocabulary.scan_ids` finds them.
+    """Distinct ids of the training part and how often each occurs, as `data.id_scan.scan_ids` finds them.
 
     Args:
         columns: of the requests.
@@ -113,8 +112,8 @@ class Vocabularies:
     def __init__(self, columns: list[str]) -> None:
         present = {name: [c for c in of if c in columns] for name, of in COLUMNS.items()}
         self._columns = {name: of for name, of in present.items() if of}
-        self._counters = {name: Counter(1) for name in self._columns}
-        self._items = Counter(2)
+        self._counts = {name: IdCounts() for name in self._columns}
+        self._shown, self._positive = IdCounts(), IdCounts()
 
     def add(self, requests: pa.Table) -> None:
         """Count the ids of requests that are written."""
@@ -124,7 +123,7 @@ class Vocabularies:
                 if len(values):
                     counted = pc.value_counts(values)
                     ids, counts = category_ids(counted.field("values")), counted.field("counts")
-                    self._counters[name].add(ids, counts.to_numpy()[:, None])
+                    self._counts[name].add(ids, counts.to_numpy())
 
     def add_popularity(self, requests: pa.Table) -> None:
         """Count what was shown and what had the label 1, before any is left out by sampling."""
@@ -132,49 +131,15 @@ class Vocabularies:
         ids, place = np.unique(items, return_inverse=True)
         shown = np.bincount(place, minlength=len(ids))
         positive = np.bincount(place, weights=labels, minlength=len(ids)).astype(np.int64)
-        self._items.add(ids, np.stack([shown, positive], axis=1))
+        self._shown.add(ids, shown)
+        self._positive.add(ids, positive)
 
     def tables(self) -> Iterator[tuple[str, pa.Table]]:
         """By name, `id` (int64, ascending) and `count`; `popularity` has `id`, `shown`, `positive`."""
-        for name, counter in self._counters.items():
-            ids, counts = counter.result()
-            yield name, pa.table({"id": ids, "count": counts[:, 0]})
-        ids, counts = self._items.result()
-        yield "popularity", pa.table({"id": ids, "shown": counts[:, 0], "positive": counts[:, 1]})
-
-
-class Counter:
-    """Sums of numbers by id; takes 8 bytes an id and number, and as much for what is not merged yet.
-
-    Args:
-        width: numbers of an id.
-    """
-
-    def __init__(self, width: int) -> None:
-        self._ids, self._sums = np.empty(0, np.int64), np.empty((0, width), np.int64)
-        self._waiting: list[tuple[np.ndarray, np.ndarray]] = []
-        self._count = 0
-
-    def add(self, ids: np.ndarray, numbers: np.ndarray) -> None:
-        """Add numbers (n, width) to those of ids (n,)."""
-        self._waiting.append((ids, numbers))
-        self._count += len(ids)
-        if self._count > max(len(self._ids), MERGED_IDS):
-            self._merge()
-
-    def result(self) -> tuple[np.ndarray, np.ndarray]:
-        """Ids (m,), ascending, and their sums (m, width)."""
-        self._merge()
-        return self._ids, self._sums
-
-    def _merge(self) -> None:
-        parts = [(self._ids, self._sums), *self._waiting]
-        ids, place = np.unique(np.concatenate([part[0] for part in parts]), return_inverse=True)
-        numbers = np.concatenate([part[1] for part in parts])
-        order = np.argsort(place, kind="stable")
-        starts = np.searchsorted(place[order], np.arange(len(ids)))
-        self._sums = np.add.reduceat(numbers[order], starts, axis=0) if len(ids) else numbers
-        self._ids, self._waiting, self._count = ids, [], 0
+        for name, found in self._counts.items():
+            yield name, pa.table({"id": found.ids, "count": found.counts})
+        columns = {"id": self._shown.ids, "shown": self._shown.counts, "positive": self._positive.counts}
+        yield "popularity", pa.table(columns)
 
 
 def _flat(column: pa.ChunkedArray) -> pa.Array:

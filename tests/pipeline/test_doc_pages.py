@@ -79,9 +79,15 @@ def test_own_data(tmp_path):
 
 
 def test_your_own_logs(tmp_path):
-    printed = run_page("tutorials/your_own_data.md", tmp_path)
-    assert "'too_young_for_their_label'" in printed and (tmp_path / "runs" / "bundle").is_dir()
+    port = free_port()
+    printed = run_page("tutorials/your_own_data.md", tmp_path, {
+        "mim serve": f"mim serve --port {port}",
+        "localhost:8080": f"localhost:{port}",
+    })  # fmt: skip
+    assert "'too_young_for_their_label'" in printed
     assert json.loads((tmp_path / "runs" / "mine" / "metrics.json").read_text())["auc"] > 0.6
+    answer, _ = json.JSONDecoder().raw_decode(printed[printed.index('{"model_name"') :])
+    assert [len(tensor["data"]) for tensor in answer["outputs"]] == [5]
 
 
 def test_updates_of_a_frozen_table(tmp_path):

@@ -20,7 +20,8 @@ from mim_torchrec.prepare.config import PrepareConfig
 from mim_torchrec.prepare.run import prepare
 from tests.datasets import png
 from tests.naive_prepare import Requests, naive, naive_pairs
-from tests.raw_logs import SECOND, START, Log, add_versions, make_log, write_log
+from tests.raw_logs import SECOND, START, TYPES, Log, add_versions, make_log, write_log
+from tests.raw_logs import table as raw_table
 
 OPTIONS = {"max_behaviors": 4, "threads": 1, "memory": "500MB", "row_group_rows": 8}
 
@@ -87,6 +88,41 @@ def assert_same_sets(found: dict[int, dict[str, Any]], expected: Requests) -> No
         assert own["user_id"] == hashed("user", row["user_id"])
         assert own["labels"] == row["labels"] and own["behavior_ts"] == row["behavior_ts"]
         assert own["candidate_item_ids"] == [hashed("item", item) for item in row["candidate_item_ids"]]
+
+
+def one_log(log: Log, folder: Path) -> Path:
+    """The log as one file of all events, whose copies share an id; returns its mapping."""
+    rows = [
+        row | {"event": kind, "id": repr(sorted((k, str(v)) for k, v in row.items() if k != "arrived"))}
+        for kind, own in log.events.items() for row in own
+    ]  # fmt: skip
+    folder.mkdir()
+    columns = [name for name in TYPES if any(name in row for row in rows)]
+    made = raw_table(rows, columns).append_column("id", pa.array([row["id"] for row in rows]))
+    pq.write_table(made, folder / "events.parquet")
+    pq.write_table(raw_table(log.catalog, ["item", "category"]), folder / "catalog.parquet")
+    lines = ['name = "one"']
+    for kind in ("impression", "click", "purchase"):
+        lines += [
+            f"[events.{kind}]",
+            'path = "events.parquet"',
+            'time_unit = "us"',
+            'id = "id"',
+            f'where = {{ event = "{kind}" }}',
+            'position = "position"' if kind == "impression" else "",
+        ]
+        lines += [f'{name} = "{name}"' for name in ("request", "user", "item", "ts", "arrived")]
+    lines += ["[catalog]", 'path = "catalog.parquet"', 'item = "item"', 'category = "category"']
+    (folder / "prepare.toml").write_text("\n".join(lines))
+    return folder / "prepare.toml"
+
+
+def test_one_log_of_all_events_whose_copies_share_an_id(tmp_path):
+    log = make_log()
+    options = config(one_log(log, tmp_path / "raw"), tmp_path / "out")
+    prepare(options)
+    del log.events["image_search"][:]
+    assert_same(rows_of(tmp_path / "out"), naive(log, options), as_they_are)
 
 
 def test_categories_are_those_of_the_time_of_the_event(tmp_path):

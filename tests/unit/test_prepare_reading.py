@@ -102,6 +102,7 @@ def test_times_with_and_without_a_zone_are_refused_together(tmp_path):
         pq.write_table(table.set_column(place, "ts", table["ts"].cast(pa.timestamp("us"))), file)
     with pytest.raises(DataError, match="events.click.ts .* has times without a zone, .*catalog.*timezone"):
         prepare(PrepareConfig(mapping=mapping, out=tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["raw"]  # nothing half-made, no scratch
 
 
 def test_uint64_ids_are_kept_as_the_readers_keep_them(engine, tmp_path):
