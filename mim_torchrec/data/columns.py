@@ -13,6 +13,7 @@ import pyarrow as pa
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.features import NO_FEATURES, Feature, Features, Ids, Numbers
 from mim_torchrec.data.schema import is_list
+from mim_torchrec.embeddings.remote.places import Url
 
 SCALARS = ("request_id", "user_id", "query_id", "ts")
 ROLES = {
@@ -79,7 +80,7 @@ def decode(
     table: pa.Table,
     max_behaviors: int,
     on_bad_row: str,
-    file: str | Path,
+    file: str | Path | Url,
     row_group: int,
     features: Features = NO_FEATURES,
 ) -> tuple[RequestColumns, int]:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.schema import REQUESTS, category_ids, is_list
+from mim_torchrec.embeddings.remote.places import Url
 from mim_torchrec.errors import OptionError
 from mim_torchrec.extensions import load_class
 
@@ -162,7 +163,7 @@ class Features:
         """Numbers that the tower gets for a candidate."""
         return sum(f.kind.width for f in self.by_name.values() if isinstance(f.kind, Numbers))
 
-    def check(self, parquet: pq.ParquetFile, file: str | Path) -> None:
+    def check(self, parquet: pq.ParquetFile, file: str | Path | Url) -> None:
         """See that a file of requests has the columns, with types that can be read.
 
         Raises:

@@ -24,6 +24,7 @@ from mim_torchrec.data.schema import (
     read_row_group,
 )
 from mim_torchrec.embeddings.files import atomic_file
+from mim_torchrec.embeddings.remote.places import Url
 from mim_torchrec.extras import needs
 
 with needs("train"):
@@ -169,7 +170,7 @@ class ItemStore:
         )
 
 
-def _describe(files: list[Path]) -> dict:
+def _describe(files: list[Path | Url]) -> dict:
     """What an index is made from: it is built again when this changes."""
     units, columns = [], None
     for file in files:
@@ -179,11 +180,13 @@ def _describe(files: list[Path]) -> dict:
             problem = f"has columns {', '.join(found)}, {files[0]} has {', '.join(columns)}"
             raise DataError(f"{problem}; write all files with the same columns", file=file)
         columns = found
-        stat = file.stat()
-        units += [
-            {"file": str(file), "row_group": k, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-            for k in range(parquet.num_row_groups)
-        ]
+        if isinstance(file, Url):
+            found_there = file.stat()
+            facts: dict = {"bytes": found_there.size, "mark": found_there.mark}
+        else:
+            stat = file.stat()
+            facts = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        units += [{"file": str(file), "row_group": k, **facts} for k in range(parquet.num_row_groups)]
     return {"columns": list(columns or ()), "units": units}
 
 

@@ -26,6 +26,7 @@ from mim_torchrec.data.schema import (
     present_columns,
     read_row_group,
 )
+from mim_torchrec.embeddings.remote.places import Url, place
 from mim_torchrec.errors import OptionError
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ class PairDataset(TorchDataset):
 
     def __init__(
         self,
-        files: Sequence[str | Path],
+        files: Sequence[str | Path | Url],
         items: ItemStore,
         *,
         signal: str | None = None,
@@ -66,7 +67,7 @@ class PairDataset(TorchDataset):
         if signal is not None and signal not in SIGNALS:
             raise OptionError(f"signal {signal!r} is not one of {', '.join(SIGNALS)}")
         self._items, self._seed, self._epoch = items, seed, 0
-        read = [part for file in files for part in _read(Path(file), items, signal, on_bad_row == "skip")]
+        read = [part for file in files for part in _read(place(file), items, signal, on_bad_row == "skip")]
         parts = [part for part in read if len(part["item_id"])]
         self.skipped: int = sum(part["skipped"] for part in read)
         if not parts:
@@ -198,7 +199,7 @@ class PairDataset(TorchDataset):
         return bool((~np.isin(members, list(excluded))).any())
 
 
-def _read(file: Path, items: ItemStore, signal: str | None, skip: bool) -> list[dict]:
+def _read(file: Path | Url, items: ItemStore, signal: str | None, skip: bool) -> list[dict]:
     parquet = open_parquet(file, PAIRS, PAIRS_REQUIRED)
     columns = present_columns(parquet, PAIRS)
     if signal is not None and "signal" not in columns:
@@ -212,7 +213,7 @@ def _read(file: Path, items: ItemStore, signal: str | None, skip: bool) -> list[
 
 def _read_group(
     parquet: pq.ParquetFile,
-    file: Path,
+    file: Path | Url,
     group: int,
     columns: Sequence[str],
     items: ItemStore,

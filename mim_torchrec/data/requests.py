@@ -32,6 +32,7 @@ from mim_torchrec.data.schema import (
     present_columns,
     read_row_group,
 )
+from mim_torchrec.embeddings.remote.places import Url, place
 from mim_torchrec.errors import OptionError
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ BUFFER_ROW_GROUPS = 8
 
 @dataclass(frozen=True)
 class _Unit:
-    file: Path
+    file: Path | Url
     row_group: int
     rows: int
     candidates: int
@@ -70,7 +71,7 @@ class RequestReader(IterableDataset):
 
     def __init__(
         self,
-        files: Sequence[str | Path],
+        files: Sequence[str | Path | Url],
         *,
         batch_size: int,
         rank: int = 0,
@@ -94,10 +95,10 @@ class RequestReader(IterableDataset):
         self._drop_remainder = drop_remainder
         self._features = features
         self._columns: tuple[str, ...] = ()
-        self._opened: tuple[Path, pq.ParquetFile] | None = None
+        self._opened: tuple[Path | Url, pq.ParquetFile] | None = None
         self.skipped = 0
         """Malformed rows of all files; 0 where they fail."""
-        self._units = self._scan([Path(file) for file in files])
+        self._units = self._scan([place(file) for file in files])
         self._first = np.cumsum([0, *(unit.rows for unit in self._units)])[:-1]
         self._batch_size = batch_size
         self._done: tuple[tuple[int, int], ...] = ()
@@ -150,7 +151,7 @@ class RequestReader(IterableDataset):
                 position += size
                 done += 1
 
-    def _scan(self, files: list[Path]) -> list[_Unit]:
+    def _scan(self, files: list[Path | Url]) -> list[_Unit]:
         units = []
         for file in files:
             parquet = open_parquet(file, REQUESTS, REQUESTS_REQUIRED)
@@ -252,7 +253,7 @@ class RequestReader(IterableDataset):
         starts = np.cumsum([0, *map(len, parts)])[:-1]
         return concatenate(parts).take(starts[of_row] + positions - self._first[units][of_row])
 
-    def _read(self, file: Path, row_group: int) -> tuple[RequestColumns, int]:
+    def _read(self, file: Path | Url, row_group: int) -> tuple[RequestColumns, int]:
         if self._opened is None or self._opened[0] != file:
             self._opened = (file, open_parquet(file, REQUESTS, REQUESTS_REQUIRED))
         table = read_row_group(self._opened[1], row_group, self._columns, file)
@@ -274,7 +275,7 @@ def _between(chunks: Sequence[np.ndarray], start: int, stop: int) -> Iterator[np
             yield chunk[begin:end]
 
 
-def _counts(parquet: pq.ParquetFile, row_group: int, file: Path) -> tuple[int, int]:
+def _counts(parquet: pq.ParquetFile, row_group: int, file: Path | Url) -> tuple[int, int]:
     """Rows and candidates of a row group, from the footer of the file. Raises DataError if it is damaged."""
     try:
         group = parquet.metadata.row_group(row_group)
@@ -327,7 +328,7 @@ def _dense(values: Mapping[str, np.ndarray], features: Sequence[Feature]) -> tor
     return tower_numbers(features, {f.name: torch.from_numpy(values[f.name]) for f in features})
 
 
-def label_classes(files: Sequence[str | Path]) -> set[int]:
+def label_classes(files: Sequence[str | Path | Url]) -> set[int]:
     """Labels that request files have; reading ends when there are two.
 
     Raises:

@@ -8,18 +8,22 @@ A data set is a directory:
     requests/{train,validation,test}/*.parquet    REQUESTS: one row a request, with its history and candidates
     truth/{train,validation,test}/*.parquet       TRUTH (synthetic data only)
 
-Integers may be of any width up to int64, timestamps of any unit; more columns than these are left alone.
+The directory may lie in an object store, where the files are read in place. Integers may be of any width up to int64, timestamps of any unit; more columns than these are left alone.
 """
 
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mim_torchrec.data.errors import DataError
+from mim_torchrec.embeddings.remote.fetching import refuse_half_written
+from mim_torchrec.embeddings.remote.places import NoSuchPlace, Url, place
+from mim_torchrec.embeddings.remote.published import find_index
 from mim_torchrec.errors import OptionError
 
 SPLITS = ("train", "validation", "test")
@@ -72,33 +76,49 @@ class Dataset:
     """Where the files of a data set are.
 
     Args:
-        root: its directory.
+        root: its directory, or the URL of one.
 
     Raises:
         DataError: there is no such directory.
+        FetchError: it is being written.
     """
 
-    def __init__(self, root: str | Path) -> None:
-        self.root = Path(root)
-        if not self.root.is_dir():
-            raise DataError("no such directory; check the path", file=self.root)
+    def __init__(self, root: str | Path | Url) -> None:
+        self.root = place(root)
+        self._index = None
+        if isinstance(self.root, Path):
+            if not self.root.is_dir():
+                raise DataError("no such directory; check the path", file=self.root)
+            return
+        self._index = find_index(self.root)
+        if self._index is None:
+            refuse_half_written(self.root)
 
-    def items(self) -> list[Path]:
+    def items(self) -> list[Path | Url]:
         """Files of the item table, sorted. Raises DataError if there are none."""
         return self._files("items")
 
-    def pairs(self) -> list[Path]:
+    def pairs(self) -> list[Path | Url]:
         """Files of the C-SFT pairs, sorted. Raises DataError if there are none."""
         return self._files("pairs")
 
-    def requests(self, split: str) -> list[Path]:
+    def requests(self, split: str) -> list[Path | Url]:
         """Files of the requests of "train", "validation" or "test", sorted. Raises DataError if none."""
         if split not in SPLITS:
             raise OptionError(f"split {split!r} is not one of {', '.join(SPLITS)}")
         return self._files(f"requests/{split}")
 
-    def _files(self, folder: str) -> list[Path]:
-        files = sorted((self.root / folder).glob("*.parquet"))
+    def _files(self, folder: str) -> list[Path | Url]:
+        files: list[Path | Url]
+        if isinstance(self.root, Path):
+            files = [*sorted((self.root / folder).glob("*.parquet"))]
+        elif self._index is not None:
+            inside = self._index.under(folder)
+            names = sorted(name for name in inside.files if "/" not in name and name.endswith(".parquet"))
+            files = [inside.url_of(name) for name in names]
+        else:
+            names = sorted(name for name in (self.root / folder).list() if name.endswith(".parquet"))
+            files = [self.root / folder / name for name in names]
         if not files:
             raise DataError(
                 "no *.parquet file there; check the path of the data set", file=self.root / folder
@@ -106,23 +126,22 @@ class Dataset:
         return files
 
 
-def open_parquet(file: str | Path, expected: pa.Schema, required: Sequence[str]) -> pq.ParquetFile:
+def open_parquet(file: str | Path | Url, expected: pa.Schema, required: Sequence[str]) -> pq.ParquetFile:
     """Open a file and check its columns and their types, not its rows.
 
     Args:
-        file: the Parquet file.
+        file: the Parquet file, or its URL.
         expected: names and types; a column of `expected` that is present must have a compatible type.
         required: names that must be present.
 
     Raises:
         DataError: no Parquet file, without rows, without a required column, or with a wrong type.
     """
-    if not Path(file).is_file():
-        raise DataError("no such file; check the path", file=file)
+    source, size = _open(file)
     try:
-        parquet = pq.ParquetFile(file)
+        parquet = pq.ParquetFile(source)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        empty = "the file is empty" if Path(file).stat().st_size == 0 else "not a readable Parquet file"
+        empty = "the file is empty" if size == 0 else "not a readable Parquet file"
         raise DataError(f"{empty} ({error}); copy or write it again", file=file) from None
     found = parquet.schema_arrow
     for field in expected:
@@ -138,8 +157,21 @@ def open_parquet(file: str | Path, expected: pa.Schema, required: Sequence[str])
     return parquet
 
 
+def _open(file: str | Path | Url) -> tuple[Path | IO[bytes], int]:
+    """What Arrow reads a file from, and its size. Raises DataError if there is none."""
+    found = place(file)
+    try:
+        if isinstance(found, Url):
+            return found.open(), found.stat().size
+        if found.is_file():
+            return found, found.stat().st_size
+    except NoSuchPlace as error:
+        raise DataError("no such file; check the URL", file=file) from error
+    raise DataError("no such file; check the path", file=file)
+
+
 def read_row_group(
-    parquet: pq.ParquetFile, row_group: int, columns: Sequence[str], file: str | Path
+    parquet: pq.ParquetFile, row_group: int, columns: Sequence[str], file: str | Path | Url
 ) -> pa.Table:
     """Read columns of one row group. Raises DataError if the bytes are damaged or text is not UTF-8."""
     try:

@@ -26,6 +26,7 @@ from mim_torchrec.data.schema import (
     read_row_group,
 )
 from mim_torchrec.embeddings.files import atomic_file
+from mim_torchrec.embeddings.remote.places import Url
 from mim_torchrec.embeddings.sharded.item_index import ItemIndex
 from mim_torchrec.embeddings.table.format import RowIndex
 
@@ -90,7 +91,7 @@ class Vocabulary:
             return cls(torch.from_numpy(stored["ids"]), int(stored["num_embeddings"]))
 
 
-def scan_ids(files: Sequence[str | Path], features: Features = NO_FEATURES) -> dict[str, np.ndarray]:
+def scan_ids(files: Sequence[str | Path | Url], features: Features = NO_FEATURES) -> dict[str, np.ndarray]:
     """Distinct ids of request files, for vocabularies; give it the training part only.
 
     Args:

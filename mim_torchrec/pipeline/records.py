@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from mim_torchrec.embeddings.files import write_json, write_text
+from mim_torchrec.embeddings.holder import Holder
 from mim_torchrec.errors import ExpectedError, Status
 from mim_torchrec.pipeline.spec import Pipeline
-from mim_torchrec.training.lease import Holder
 
 SUBMITTED, RUNNING, DONE, FAILED, CANCELLED = "submitted", "running", "done", "failed", "cancelled"
 ACTIVE = (SUBMITTED, RUNNING)

@@ -15,11 +15,12 @@ from mim_torchrec.ctr.main import main as train
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.schema import Dataset
 from mim_torchrec.data.vocabulary import Vocabulary
+from mim_torchrec.embeddings.holder import LeaseError
 from mim_torchrec.serving.bundle import write_bundle
 from mim_torchrec.training import lease
 from mim_torchrec.training.checkpoints import ResumeError
 from mim_torchrec.training.history import read_history
-from mim_torchrec.training.lease import Lease, LeaseError
+from mim_torchrec.training.lease import Lease
 from mim_torchrec.training.model_record import ModelMismatch
 from mim_torchrec.training.run_directory import RunDirectory
 from tests.pipeline.test_ctr_main import SMALL, write_dataset

@@ -13,6 +13,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from mim_torchrec.ctr.warm_start import WarmStartError
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.embeddings.files import DiskFull
+from mim_torchrec.embeddings.holder import LeaseError
 from mim_torchrec.embeddings.sharded.item_index import SpareRowsExhausted
 from mim_torchrec.embeddings.table.manifest import (
     ChecksumMismatch,
@@ -45,7 +46,6 @@ from mim_torchrec.pipeline.spec import PipelineError
 from mim_torchrec.program import run
 from mim_torchrec.serving.releases import ReleaseError
 from mim_torchrec.training.checkpoints import ResumeError
-from mim_torchrec.training.lease import LeaseError
 from mim_torchrec.training.liveness import RankStalled
 from mim_torchrec.training.loop import Interrupted
 from mim_torchrec.training.model_record import ModelMismatch
