@@ -241,6 +241,18 @@ def place(text: "str | Path | Url") -> "Path | Url":
     return Url(text)
 
 
+def in_object_store(where: str | Path | Url) -> bool:
+    """Whether a place that may also be in Redis, or in a store of one's own, is in one that fsspec knows.
+
+    >>> [in_object_store(where) for where in ("s3://bucket/log", "redis://host/0#log", "runs/log")]
+    [True, False, False]
+    """
+    import fsspec
+
+    found = place(where)
+    return isinstance(found, Url) and found.scheme in fsspec.available_protocols()
+
+
 def local_path(text: str | Path) -> Path:
     """The path that a word names.
 

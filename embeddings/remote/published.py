@@ -223,7 +223,8 @@ def refuse_unsafe(url: Url, creating: Collection[str]) -> None:
     if url.scheme not in creating:
         raise StoreError(
             f"{url}: results can be written to {', '.join(sorted(creating))}; {url.scheme} has no "
-            "conditional writes, so that two writers would mix their results. Write to a local directory and copy it"
+            "conditional writes, so that two writers would mix their results; write to a local directory "
+            "and copy it"
         )
     found = url.walk()
     if found and not any(path.startswith(f"{OWN}/") for path in found):

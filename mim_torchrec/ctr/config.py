@@ -4,7 +4,6 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import tyro
@@ -13,6 +12,7 @@ from mim_torchrec.ciubm.content import Pooling
 from mim_torchrec.ciubm.ubm.interface import UBMOptions
 from mim_torchrec.ciubm.ubm.registry import built_in_models, find_model
 from mim_torchrec.data.features import Features
+from mim_torchrec.embeddings.remote.places import LocalPath, Place
 from mim_torchrec.extras import needs
 from mim_torchrec.training.checkpoints import CheckpointConfig
 from mim_torchrec.training.distributed import Timeouts
@@ -111,11 +111,11 @@ class CTRConfig(ModelConfig):
     predictions.parquet into `out`.
     """
 
-    data: Path
+    data: Place
     """Dataset directory."""
-    out: Path
+    out: Place
     """Directory of the results; made if missing."""
-    table: Path | None = None
+    table: Place | None = None
     """Directory of the multi-modal table; needed when `mim` is on, not read when it is off."""
     table_version: Annotated[str | None, tyro.conf.arg(aliases=["--expected-table-version"])] = None
     """Version that the table must have; another is refused."""
@@ -127,7 +127,7 @@ class CTRConfig(ModelConfig):
     preset: Preset = "paper"
     """Defaults of all other flags: `paper` is the form of the paper; `recommended` has raised the AUC on
     every data set that was measured."""
-    warm_start: Path | None = None
+    warm_start: Place | None = None
     """Directory of an earlier run of `mim ctr`, from whose best weights training starts, for example on the
     data of a new day. Known ids keep their embeddings; new ids and the optimizers start from scratch."""
     seed: int = 0
@@ -173,7 +173,7 @@ class CTRConfig(ModelConfig):
     """Stop at a malformed request, or skip and count it."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     timeout: Timeouts = field(default_factory=Timeouts)
-    item_cache: Path | None = None
+    item_cache: LocalPath | None = None
     """Folder of the item index; by default one inside `out`."""
     log_every: int = 20
     """Steps between two lines of the log."""

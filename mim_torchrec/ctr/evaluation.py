@@ -9,7 +9,6 @@ number of ranks, whatever number the model was trained on.
 
 import logging
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import tyro
@@ -21,6 +20,7 @@ from mim_torchrec.ctr.predictions import predict, summarize
 from mim_torchrec.ctr.task import load_model
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.schema import Dataset
+from mim_torchrec.embeddings.remote.places import LocalPath, Place
 from mim_torchrec.errors import check_sizes
 from mim_torchrec.training.distributed import DistributedContext, Timeouts, distributed
 from mim_torchrec.training.run_directory import RunDirectory
@@ -35,15 +35,15 @@ class EvaluationConfig:
     One process, or several under torchrun. Writes metrics.json and predictions.parquet into `out`.
     """
 
-    model: Path
+    model: Place
     """Directory that `mim ctr` has written."""
-    out: Path
+    out: Place
     """Directory of the results; made if missing."""
     split: Literal["train", "validation", "test"] = "test"
     """Part of the data set that is scored."""
-    data: Path | None = None
+    data: Place | None = None
     """Dataset directory; by default that of the run."""
-    table: Path | None = None
+    table: Place | None = None
     """Directory of the multi-modal table; it must have the version that the model was trained on. By default
     that of the run."""
     windows: str | None = None
@@ -57,7 +57,7 @@ class EvaluationConfig:
     on_bad_row: Literal["fail", "skip"] = "fail"
     """Stop at a malformed request, or skip and count it."""
     timeout: Timeouts = field(default_factory=Timeouts)
-    item_cache: Path | None = None
+    item_cache: LocalPath | None = None
     """Folder of the item index; by default one inside `out`."""
 
 
@@ -96,7 +96,7 @@ def _evaluate(
     context: DistributedContext,
 ) -> dict[str, Any]:
     dataset = Dataset(settings.data)
-    items = ItemStore.open(dataset, config.item_cache or config.out / "items")
+    items = ItemStore.open(dataset, config.item_cache or out.root / "items")
     reader = open_reader(settings, dataset, config.split, context)
     assembled = assemble(settings, run.vocabularies, context)
     load_model(assembled.model, run.weights)
@@ -108,7 +108,7 @@ def _evaluate(
     predictions = predict(assembled.model, reader, assembled.mapper, context)
     report = summarize(predictions, items, config.draws) | {
         "model": str(config.model),
-        "checkpoint": str(run.weights),
+        "checkpoint": run.name,
         "data": str(settings.data),
         "split": config.split,
         "mim": settings.mim,

@@ -94,7 +94,7 @@ def _train_and_evaluate(config: CTRConfig, run: RunDirectory, context: Distribut
     fingerprint, version = resume_fingerprint(config)
     run.refuse_other(config.checkpoint, fingerprint)
     dataset = Dataset(config.data)
-    items = ItemStore.open(dataset, config.item_cache or config.out / "items")
+    items = ItemStore.open(dataset, config.item_cache or run.root / "items")
     readers = {
         split: open_reader(config, dataset, split, context, training=split == "train") for split in SPLITS
     }

@@ -8,7 +8,8 @@ A data set is a directory:
     requests/{train,validation,test}/*.parquet    REQUESTS: one row a request, with its history and candidates
     truth/{train,validation,test}/*.parquet       TRUTH (synthetic data only)
 
-The directory may lie in an object store, where the files are read in place. Integers may be of any width up to int64, timestamps of any unit; more columns than these are left alone.
+The directory may lie in an object store, where the files are read in place. Integers may be of any width up
+to int64, timestamps of any unit; more columns than these are left alone.
 """
 
 import hashlib

@@ -9,7 +9,6 @@ add there is an artifact.
 import logging
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +26,8 @@ from mim_torchrec.data.shop_items import (
 )
 from mim_torchrec.data.shop_log import BROWSED, Crowd, ShopItems, search, simulate
 from mim_torchrec.data.writing import DatasetWriter, lists
+from mim_torchrec.embeddings.remote.outputs import written
+from mim_torchrec.embeddings.remote.places import Place
 from mim_torchrec.errors import OptionError, check_sizes
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ DAY = 86_400_000_000
 class ShopConfig:
     """Write a synthetic shop: items, image searches, requests and the true click probabilities."""
 
-    out: Path
+    out: Place
     """Directory to make; must not exist."""
     items: int = 4000
     """Items, a third of them listed before the first request, the others over the whole time."""
@@ -195,7 +196,7 @@ def make_shop(config: ShopConfig) -> None:
         )
     source = {"command": "mim shop", **asdict(config)}
     source.pop("out")
-    with DatasetWriter(config.out, name="shop", source=source) as writer:
+    with written(config.out) as out, DatasetWriter(out, name="shop", source=source) as writer:
         catalog, crowd = make_catalog(config), make_crowd(config)
         requests, truth = requests_table(config, catalog, crowd)
         count = config.requests

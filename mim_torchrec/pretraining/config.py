@@ -1,9 +1,9 @@
 """Configuration of pre-training; every field is a flag of `mim pretrain`."""
 
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
+from mim_torchrec.embeddings.remote.places import LocalPath, Place
 from mim_torchrec.encoders.text import TextEncoderConfig
 from mim_torchrec.encoders.vision import VisionEncoderConfig
 from mim_torchrec.training.checkpoints import CheckpointConfig
@@ -67,14 +67,14 @@ class PretrainConfig:
     that of the last phase.
     """
 
-    data: Path
+    data: Place
     """Dataset directory; only its items are read."""
-    out: Path
+    out: Place
     """Directory of the results; made if missing."""
     phases: tuple[Phase, ...] = ("dda-vision", "dda-text", "dma")
     """What to do, in this order: adapt the vision tower, adapt the text tower, align both."""
 
-    towers: Path | None = None
+    towers: Place | None = None
     """Directory of towers that this stage wrote, from which it continues, instead of those that --vision and
     --text name."""
     vision: VisionEncoderConfig = field(default_factory=VisionEncoderConfig)
@@ -104,7 +104,7 @@ class PretrainConfig:
 
     image_memory_gib: float = 2.0
     """Memory of every rank for decoded images. If they do not fit, they are decoded again in every epoch."""
-    item_cache: Path | None = None
+    item_cache: LocalPath | None = None
     """Folder of the item index; by default one inside `out`."""
     log_every: int = 20
     """Steps between two entries of the log."""

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from fastapi import FastAPI, Response
 from fastapi.responses import HTMLResponse
 from starlette.exceptions import HTTPException
 
 from mim_torchrec.data.items import ItemStore
-from mim_torchrec.data.schema import TIME, Dataset
+from mim_torchrec.data.schema import REQUESTS, REQUESTS_REQUIRED, TIME, Dataset, open_parquet
 from mim_torchrec.data.schema import category_ids as hashed
+from mim_torchrec.embeddings.remote.places import Url
 from mim_torchrec.serving.scorer import ScoreRequest, Scores
 from mim_torchrec.serving.service import Service
 
@@ -34,12 +34,16 @@ class Page:
         service: what is served.
     """
 
-    def __init__(self, data: Path, cache: Path, service: Service) -> None:
+    def __init__(self, data: Path | Url, cache: Path, service: Service) -> None:
         dataset = Dataset(data)
         self._items = ItemStore.open(dataset, cache)
         self._row_of = {int(item): row for row, item in enumerate(self._items.item_ids)}
         self._service = service
-        rows = pq.ParquetFile(dataset.requests("test")[0]).read_row_group(0).to_pylist()
+        rows = (
+            open_parquet(dataset.requests("test")[0], REQUESTS, REQUESTS_REQUIRED)
+            .read_row_group(0)
+            .to_pylist()
+        )
         newest = {row["user_id"]: row for row in rows if row["behavior_item_ids"]}
         self._requests = dict(list(newest.items())[:USERS])
 
