@@ -39,6 +39,11 @@ class StoreLease:
         self._over = Event()
         self._thread: Thread | None = None
 
+    @property
+    def is_taken(self) -> bool:
+        """Whether `take` has succeeded."""
+        return self._thread is not None
+
     def take(self) -> None:
         """Take the lease, from a process that is dead too.
 

@@ -57,7 +57,7 @@ def written(place: Path | Url, rank: int = 0, replace: bool = False) -> Iterator
         yield path
         on_all_ranks(publish)
     finally:
-        if lease is not None:
+        if lease is not None and lease.is_taken:  # else the local directory is that of the other writer
             forget_working_directory(url)
             lease.give_back()
 
