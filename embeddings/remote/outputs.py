@@ -8,7 +8,7 @@ from mim_torchrec.embeddings.collective import on_all_ranks
 from mim_torchrec.embeddings.remote.fetching import forget_working_directory, working_directory
 from mim_torchrec.embeddings.remote.lease import StoreLease
 from mim_torchrec.embeddings.remote.places import StoreError, Url
-from mim_torchrec.embeddings.remote.published import Publisher, read_index
+from mim_torchrec.embeddings.remote.published import OWN, Publisher, read_index
 from mim_torchrec.errors import OutputExists
 
 
@@ -60,6 +60,23 @@ def written(place: Path | Url, rank: int = 0, replace: bool = False) -> Iterator
         if lease is not None and lease.is_taken:  # else the local directory is that of the other writer
             forget_working_directory(url)
             lease.give_back()
+
+
+def withdraw(url: Url) -> None:
+    """Remove what was published at a URL; nothing where nothing was.
+
+    Raises:
+        LeaseError: another process writes there.
+    """
+    if not any((url / OWN).list()):
+        return
+    lease = StoreLease(url)
+    lease.take()
+    try:
+        publisher = Publisher(url)
+        publisher.withdraw()
+    finally:
+        lease.give_back()
 
 
 def look_for(folder: Path) -> None:

@@ -157,6 +157,14 @@ class Publisher:
         with self._lock:
             self._publish()
 
+    def withdraw(self) -> None:
+        """Remove what was published; the index goes first."""
+        url, before = self.index.url, self.index
+        if before.number:
+            (url / OWN / _name(before.number)).remove()
+        self.index, self._files = Index(url, 0, {}), {}
+        self._remove_leftovers()
+
     def _upload(self, root: Path, parts: Collection[str], as_of: str) -> None:
         url, files = self.index.url, dict(self._files)
         there = {file.object for file in self.index.files.values()} | {f.object for f in files.values()}

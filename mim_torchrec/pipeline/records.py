@@ -9,7 +9,6 @@ them.
 """
 
 import json
-import shutil
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -165,12 +164,3 @@ class Records:
     def write(self, name: str, record: Record) -> None:
         """Replace a record."""
         write_json(self.record_file(name), asdict(record))
-
-
-def remove_output(path: Path) -> None:
-    """Remove an outdated result, and what a writer of it left when it was killed."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-    shutil.rmtree(path.with_name(path.name + ".partial"), ignore_errors=True)
