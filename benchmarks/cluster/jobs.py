@@ -132,40 +132,34 @@ def submit(slurm: SlurmCluster, folder: Path, component: str, *words: str, optio
     return Job(found[1], folder, slurm)
 
 
-MODULES = {"csft": "mim_torchrec.csft.main", "ctr": "mim_torchrec.ctr.main"}
-
-
 def submit_paused(
-    slurm: SlurmCluster,
-    folder: Path,
-    out: Path,
-    words: list[str],
-    *,
-    stage: str = "ctr",
-    step: int = 2,
-    own: Sequence[str] = SMALL,
+    slurm: SlurmCluster, folder: Path, out: Path, words: list[str], *, own: Sequence[str] = SMALL
 ) -> Job:
-    """Submit a training stage whose last rank waits in a step, and wait until it waits behind a checkpoint.
+    """Submit a CTR run whose last rank waits in a step, and wait until it waits behind a checkpoint.
 
     Args:
         slurm: where to.
         folder: from where.
         out: directory of the results.
         words: flags of the stage, which writes a checkpoint after every step.
-        stage: csft or ctr.
-        step: from 1.
         own: further arguments of the component.
     """
-    file = out.with_name(out.name + ".waits")
-    where = ["--stage", stage, "--module", MODULES[stage], "--step", str(step), "--file", str(file)]
-    component = f"{COMPONENTS}:paused"
-    job = submit(slurm, folder, component, *where, *own, "--out", str(out), "--", *words)
+    job = submit(slurm, folder, f"{COMPONENTS}:ctr", *own, "--out", str(out), "--", *words)
+    wait_until_paused(job, out)
+    return job
 
+
+def wait_until_paused(job: Job, out: Path) -> None:
+    """Wait until the last rank of a paused stage waits behind a checkpoint.
+
+    Raises:
+        SetupError: the job ended before.
+    """
+    file = out.with_name(out.name + ".waits")
     job.wait(lambda: file.exists() or job.field("JobState") in ENDED)
     if not file.exists():
         raise SetupError(f"job {job.id} ended before its fault: {job.log()[-3000:]}")
     job.wait(lambda: checkpoints_in(out / "checkpoints"))  # written in the background
-    return job
 
 
 def preempt(job: Job) -> None:

@@ -18,6 +18,7 @@ from mim_torchrec.training.checkpoints import CheckpointConfig
 from mim_torchrec.training.distributed import Timeouts
 
 Preset = Literal["paper", "recommended"]
+Memory = Literal["device", "uvm", "uvm_caching"]
 Sharding = Literal["table_wise", "row_wise", "column_wise"]
 PRESETS: dict[Preset, dict[str, Any]] = {
     "paper": {},
@@ -153,6 +154,13 @@ class CTRConfig(ModelConfig):
     """Sharding types that the planner may choose from, by their estimated cost. On a CPU pooled tables are
     not divided by rows, and one rank holds a whole table. `column_wise` is not possible with row-wise
     Adagrad, whose one number per row would become one per part."""
+    sparse_memory: Memory = "device"
+    """Where the embedding tables are: memory of the device, managed (UVM) memory of the host, or that behind
+    a cache on the device; the last two on GPUs only."""
+    table_memory: Memory = "device"
+    """Where the multi-modal table is, likewise."""
+    load_factor: float = 0.2
+    """Rows of the cache on the device per row, for tables in uvm_caching."""
     pipeline: Literal["auto", "on", "off"] = "auto"
     """Exchange the ids of the next batch between ranks while the current one is computed (TorchRec's train
     pipeline); `auto`: on GPUs only. The results are the same."""
@@ -181,7 +189,7 @@ class CTRConfig(ModelConfig):
     def resume_fingerprint(self) -> dict[str, Any]:
         """The fields that must be equal for a run to resume; it may get more epochs."""
         free = {"out", "preset", "pipeline", "index_dedup", "checkpoint", "timeout", "log_every",
-                "item_cache", "epochs"}  # fmt: skip
+                "item_cache", "epochs", "sparse_memory", "table_memory", "load_factor"}  # fmt: skip
         free.add("windows")  # their log may move
         return {name: value for name, value in asdict(self).items() if name not in free}
 

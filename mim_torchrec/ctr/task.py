@@ -18,6 +18,7 @@ from torchrec.optim.warmup import WarmupOptimizer
 from mim_torchrec.ctr.parameters import load_trainable_state, trainable_state
 from mim_torchrec.ctr.pipeline import SparseExchange
 from mim_torchrec.ctr.predictions import predict
+from mim_torchrec.ctr.sharding import set_sparse_iterations, sparse_iterations
 from mim_torchrec.ctr.windows import LiveWindows
 from mim_torchrec.data.batch import RequestBatch
 from mim_torchrec.data.requests import RequestReader
@@ -97,15 +98,17 @@ class CTRState:
         self._optimizer.load_state_dict(state["optimizer"])
 
     def local(self) -> dict[str, Any]:
-        """What other numbers of ranks have read of the epoch, and the last window that was applied."""
+        """What other numbers of ranks have read of the epoch, counts of steps, and the last window."""
         seq = None if self._windows is None else self._windows.seq
         done = [list(part) for part in self._done]
-        return {"epoch": self._epoch, "done": done, "steps": self.steps, "seq": seq}
+        iterations = sparse_iterations(self._model)
+        return {"epoch": self._epoch, "done": done, "steps": self.steps, "iterations": iterations, "seq": seq}
 
     def load_local(self, state: dict[str, Any]) -> None:
         """Take what `local` gave."""
         self._epoch, self._done = state["epoch"], [(ranks, batches) for ranks, batches in state["done"]]
         self.steps = state["steps"]
+        set_sparse_iterations(self._model, state["iterations"])
         if self._windows is not None and state["seq"] is not None:
             self._windows.catch_up(state["seq"])
 

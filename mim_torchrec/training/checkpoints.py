@@ -184,10 +184,15 @@ class Checkpoints:
             wait = cast("Future[object]", saved).result  # this stager gives a future
             self._pending = path, self._writer.submit(self._finish, path, wait)
         else:
-            self._pending = (
-                path,
-                self._writer.submit(self._finish, path, lambda: dcp.save(shared, storage_writer=writer)),
-            )
+            # in this thread, whose device and stream the tensors are of
+            saved: Future[None] = Future()
+            try:
+                self._finish(path, lambda: dcp.save(shared, storage_writer=writer))
+            except (Exception, CheckpointException) as error:
+                saved.set_exception(error)
+            else:
+                saved.set_result(None)
+            self._pending = path, saved
             self.wait()
 
     def wait(self) -> None:

@@ -350,6 +350,9 @@ def test_an_unknown_preset_is_an_error(capsys):
     (["--sharding", "column_wise"], "row-wise Adagrad keeps a number for each row"),
     (["--sparse-optimizer", "adam"], "fused on GPUs only"),
     (["--index-dedup", "on"], "needs a GPU"),
+    (["--sparse-memory", "uvm"], "--sparse-memory uvm needs a GPU"),
+    (["--table-memory", "uvm_caching"], "--table-memory uvm_caching needs a GPU"),
+    (["--load-factor", "0"], "above 0 and at most 1"),
     (["--id-dropout", "1"], "at least 0 and below 1"),
 ])  # fmt: skip
 def test_what_cannot_be_trained_is_an_error_that_says_so(folder, tmp_path, options, problem):
