@@ -228,8 +228,8 @@ def _client_error() -> type[BaseException]:
 def place(text: "str | Path | Url") -> "Path | Url":
     """The place that a word names.
 
-    >>> place("s3://bucket/shop"), place("file:///tmp/shop"), place("runs/shop")
-    (Url('s3://bucket/shop'), PosixPath('/tmp/shop'), PosixPath('runs/shop'))
+    >>> place("s3://bucket/shop"), place("file:///shop"), place("runs/shop")
+    (Url('s3://bucket/shop'), PosixPath('/shop'), PosixPath('runs/shop'))
     """
     if isinstance(text, Path | Url):
         return text
