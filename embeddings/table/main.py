@@ -3,7 +3,6 @@
 import json
 import uuid
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -13,7 +12,7 @@ from mim_torchrec import program
 from mim_torchrec.embeddings.progress import Progress
 from mim_torchrec.embeddings.remote.fetching import fetched
 from mim_torchrec.embeddings.remote.outputs import written
-from mim_torchrec.embeddings.remote.places import Place
+from mim_torchrec.embeddings.remote.places import LocalPath, Place
 from mim_torchrec.embeddings.table.convert import convert
 from mim_torchrec.embeddings.table.diff import diff
 from mim_torchrec.embeddings.table.format import Manifest, Table
@@ -38,7 +37,7 @@ class Import:
     the vectors, only by 8 bytes a row with the ids.
     """
 
-    sources: tyro.conf.Positional[tuple[Path, ...]]
+    sources: tyro.conf.Positional[tuple[LocalPath, ...]]
     """Files, or directories of Parquet files; all their rows make one table. Or one checkpoint."""
     out: Place
     """Directory of the new table; must not exist."""
@@ -49,7 +48,7 @@ class Import:
     """Column or tensor of the ids; by default the only column of integers, or the tensor "ids"."""
     vector_column: str | None = None
     """Column or tensor of the vectors; by default the only column of lists, or the tensor "vectors"."""
-    ids: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    ids: tyro.conf.UseAppendAction[tuple[LocalPath, ...]] = ()
     """A .npy of ids (num_rows,), once for each .npy of vectors and in their order; or of the rows of a
     checkpoint, which otherwise are kept by number: row r of the table is row r of the checkpoint."""
     key: str | None = None
