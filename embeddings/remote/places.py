@@ -253,6 +253,15 @@ def in_object_store(where: str | Path | Url) -> bool:
     return isinstance(found, Url) and found.scheme in fsspec.available_protocols()
 
 
+def stat_of(file: Path | Url) -> tuple[int, int | str]:
+    """Size of a file in bytes, and what changes with its content."""
+    if isinstance(file, Url):
+        found = file.stat()
+        return found.size, found.mark
+    local = file.stat()
+    return local.st_size, local.st_mtime_ns
+
+
 def local_path(text: str | Path) -> Path:
     """The path that a word names.
 

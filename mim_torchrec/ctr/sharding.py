@@ -120,6 +120,26 @@ def build_model(
     return CTRModel(request_embeddings, item_embeddings, mm_embeddings, config.model())
 
 
+def check_model(config: CTRConfig, context: DistributedContext) -> None:
+    """Build and plan the model with tiny tables, which holds options that contradict each other.
+
+    What it finds would otherwise end a run after all data was read.
+
+    Raises:
+        OptionError: no model can be made of the configuration.
+    """
+    names = ["user_id", "query_id", "item_id", "category"]
+    names += [feature.name for of in (False, True) for feature in config.features().ids(of_candidates=of)]
+    mm = None
+    if config.mim == "on":
+        mm = EmbeddingConfig(
+            name="mm", embedding_dim=4, num_embeddings=8, feature_names=["candidate_mm", "behavior_mm"]
+        )
+    model = build_model(config, dict.fromkeys(names, 8), mm, torch.device("meta"))
+    _constraints(model, config, context)
+    _index_dedup(config, context)
+
+
 def shard(
     model: CTRModel, config: CTRConfig, context: DistributedContext
 ) -> tuple[DistributedModelParallel, CombinedOptimizer]:

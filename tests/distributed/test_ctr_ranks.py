@@ -53,7 +53,8 @@ def make_requests(step: int, first: int, last: int, with_mm: bool, with_features
             lengths[key].append(len(columns[key]))
     count = last - first
     dense = {"request_dense": torch.arange(first, last)[:, None] / (1.0 + step),
-             "candidate_dense": torch.tensor(values["candidate_item_id"])[:, None].cos()}  # fmt: skip
+             "candidate_dense": torch.tensor(values["candidate_item_id"])[:, None].cos(),
+             "weights": 0.5 + torch.tensor(values["candidate_item_id"]) % 3}  # fmt: skip
     return RequestBatch(
         sparse=KeyedJaggedTensor(
             keys=keys,

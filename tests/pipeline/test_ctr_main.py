@@ -18,9 +18,10 @@ from mim_torchrec.ctr.config import parse
 from mim_torchrec.ctr.main import main
 from mim_torchrec.ctr.task import CTRTask
 from mim_torchrec.data.batch import RequestBatch
+from mim_torchrec.data.id_scan import scan_ids
 from mim_torchrec.data.requests import RequestReader
 from mim_torchrec.data.schema import ITEMS, REQUESTS, Dataset
-from mim_torchrec.data.vocabulary import IdMapper, Vocabulary, scan_ids
+from mim_torchrec.data.vocabulary import IdMapper, Vocabulary
 from mim_torchrec.embeddings.table.format import TableWriter, VersionMismatch
 from mim_torchrec.training import metrics
 from mim_torchrec.training.distributed import distributed
