@@ -139,11 +139,8 @@ class Checkpoints:
         self._pending: tuple[Path, Future[None]] | None = None
         self._began = time.monotonic()
         self._warned = False
-        self._when_finished: Callable[[], None] | None = None
-
-    def when_finished(self, do: Callable[[], None]) -> None:
-        """Have rank 0 do something whenever a checkpoint has its name, before the next one is begun."""
-        self._when_finished = do
+        self.when_finished: Callable[[], None] | None = None
+        """What rank 0 does when a checkpoint has its name, before the next one is begun."""
 
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint is to be written after a step of the run."""
@@ -225,8 +222,8 @@ class Checkpoints:
             seal(partial_of(path))
             publish_shared(path)
             self._leave_newest()
-            if self._when_finished is not None:
-                self._when_finished()
+            if self.when_finished is not None:
+                self.when_finished()
             self._compare_with_grace(time.monotonic() - self._began)
 
     def _compare_with_grace(self, seconds: float) -> None:

@@ -133,7 +133,7 @@ def fit(
     run.root.mkdir(parents=True, exist_ok=True)
     history, epoch, first = History(), 0, 0
     if checkpoints is not None:
-        checkpoints.when_finished(run.publish_checkpoint)
+        checkpoints.when_finished = run.publish_checkpoint
     found = checkpoints.restore(task.state) if checkpoints is not None else None
     if found is not None:
         epoch, first, progress = found
