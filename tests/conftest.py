@@ -82,7 +82,8 @@ def object_store(object_store_server, monkeypatch, tmp_path):
     monkeypatch.setenv("MIM_CACHE", str(tmp_path / "cache"))
     object_store_server.puts.clear()
     yield object_store_server
-    object_store_server.refuse, object_store_server.ignore_conditions = None, False
+    object_store_server.refuse = object_store_server.hide = None
+    object_store_server.ignore_conditions = False
 
 
 @pytest.fixture

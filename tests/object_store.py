@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from urllib.parse import parse_qs
 
 import boto3
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
@@ -23,11 +24,13 @@ class ObjectStore:
     Attributes:
         environment: what a process needs in its environment to use it.
         refuse: regular expression of the paths of requests to write that are denied; None denies none.
+        hide: regular expression of the prefixes that may not be listed.
         ignore_conditions: write also where a condition forbids it, as older servers do.
     """
 
     def __init__(self) -> None:
         self.refuse: str | None = None
+        self.hide: str | None = None
         self.ignore_conditions = False
         self.puts: list[str] = []
         self._app = DomainDispatcherApplication(create_backend_app)
@@ -61,6 +64,10 @@ class ObjectStore:
                 return [REFUSED]
             if self.ignore_conditions:
                 environ.pop("HTTP_IF_NONE_MATCH", None)
+        prefix = parse_qs(environ["QUERY_STRING"]).get("prefix", [""])[0]
+        if environ["REQUEST_METHOD"] == "GET" and self.hide is not None and re.search(self.hide, prefix):
+            start_response("403 Forbidden", [("Content-Type", "application/xml")])
+            return [REFUSED]
         return self._app(environ, start_response)
 
 

@@ -100,9 +100,17 @@ def read_index(url: Url) -> Index:
 
 
 def find_index(url: Url) -> Index | None:
-    """What is published at a URL, be it a directory or a folder of one; None where nothing is."""
+    """What is published at a URL, be it a directory or a folder of one; None where nothing is.
+
+    Folders above it that the credentials may not list are not searched.
+    """
     for above in [url, *url.parents]:
-        index = read_index(above)
+        try:
+            index = read_index(above)
+        except StoreError as error:
+            if above == url or not isinstance(error.__cause__, PermissionError):
+                raise
+            return None
         if index.number:
             inside = index if above == url else index.under(str(url).removeprefix(f"{above}/"))
             return inside if inside.files else None

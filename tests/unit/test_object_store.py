@@ -57,6 +57,17 @@ def test_what_is_published_is_fetched(base, store_url, tmp_path):
     assert files_in(fetched(url)) == contents(url) == SECOND
 
 
+def test_credentials_for_a_folder_are_enough_to_read_it(store_url, object_store, tmp_path):
+    publish(f"{store_url}/ours/a", FIRST)
+    fill(tmp_path / "foreign", FIRST)
+    upload(tmp_path / "foreign", f"{store_url}/ours/b")
+    object_store.hide = r"^\.mim/|^[0-9a-f]+/\.mim/"
+    assert files_in(fetched(f"{store_url}/ours/a")) == files_in(fetched(f"{store_url}/ours/b")) == FIRST
+    object_store.hide = r"/ours/"
+    with pytest.raises(StoreError, match="access denied"):
+        fetched(f"{store_url}/ours/a")
+
+
 def test_a_replaced_directory_leaves_no_objects_of_the_old_one(store_url):
     publish(store_url, FIRST)
     publish(store_url, SECOND, replace=True)
