@@ -62,3 +62,31 @@ def redis_cluster(tmp_path_factory):
 def cluster_url(redis_cluster):
     """A URL of the cluster with a name of its own."""
     return f"{redis_cluster.url}#{uuid.uuid4().hex}"
+
+
+@pytest.fixture(scope="session")
+def object_store_server():
+    """A server of the S3 protocol that all tests share."""
+    from tests.object_store import ObjectStore
+
+    server = ObjectStore()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def object_store(object_store_server, monkeypatch, tmp_path):
+    """The server, with credentials in the environment and a local cache of the test's own."""
+    for name, value in object_store_server.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MIM_CACHE", str(tmp_path / "cache"))
+    object_store_server.puts.clear()
+    yield object_store_server
+    object_store_server.refuse = object_store_server.hide = None
+    object_store_server.ignore_conditions = False
+
+
+@pytest.fixture
+def store_url(object_store):
+    """A URL in it with a name of its own."""
+    return f"s3://shops/{uuid.uuid4().hex}"
