@@ -10,6 +10,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402 (it reads the environment when it loads)
 
 from mim_torchrec.benchmarks.harness.redis_server import RedisCluster, RedisServer  # noqa: E402
+from tests.forked import forked_programs  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -34,6 +35,22 @@ def pytest_collection_modifyitems(items):
         return name not in LONG, FOLDERS.index(folder) if folder in FOLDERS else len(FOLDERS)
 
     items.sort(key=rank)
+
+
+@pytest.fixture(scope="session")
+def forked():
+    """Variables of an environment whose `python`, `mim`, `torchrun` and `torchx` come from a fork server."""
+    with forked_programs() as environment:
+        yield environment
+
+
+@pytest.fixture(scope="module")
+def forked_stages(forked):
+    """Lets pipelines of this process start the processes of their stages from the fork server."""
+    with pytest.MonkeyPatch.context() as environment:
+        for name in ("MIM_PYTHON", "PYTHON_EXEC"):
+            environment.setenv(name, forked[name])
+        yield
 
 
 @pytest.fixture(scope="session")
