@@ -15,15 +15,20 @@ from tests.forked import forked_programs  # noqa: E402
 torch.set_num_threads(1)
 
 LONG = (
+    # of two processes the first takes the files on Slurm, which waits most of the time
     "test_slurm_faults",
+    "test_doc_pages",
     "test_slurm_stages",
     "test_demo",
-    "test_doc_pages",
     "test_ctr_benchmarks",
+    "test_image",
     "test_csft_resume",
     "test_chaos",
     "test_rim_main",
+    "test_stage_resume",
+    "test_pretrain_main",
 )
+"""Files that take longest, in the order in which they begin."""
 FOLDERS = ("cluster", "pipeline", "distributed", "unit")
 
 
@@ -32,7 +37,8 @@ def pytest_collection_modifyitems(items):
 
     def rank(item):
         name, folder = item.path.stem, item.path.parent.name
-        return name not in LONG, FOLDERS.index(folder) if folder in FOLDERS else len(FOLDERS)
+        place = LONG.index(name) if name in LONG else len(LONG)
+        return place, FOLDERS.index(folder) if folder in FOLDERS else len(FOLDERS)
 
     items.sort(key=rank)
 

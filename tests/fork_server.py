@@ -1,10 +1,12 @@
-"""Runs Python programs in processes that have already imported what they need: `fork_server.py SOCKET`.
+"""Runs Python programs in processes that have already imported libraries: `fork_server.py SOCKET`.
 
-Each is a process of its own, forked from one that has loaded torch, torchrec and this package: the seconds
-that a process needs for that are spent once. `fork_client.py` says what a command is. The server ends, and
-all commands with it, when its standard input does.
+Each is a process of its own, forked from one that has loaded torch, torchrec and the like: the seconds that a
+process needs for that are spent once. `fork_client.py` says what a command is. The server ends, and
+all commands with it, when its standard input does. Coverage is not measured here: tests that call the same
+programs in their own process measure it.
 """
 
+import ast
 import gc
 import io
 import json
@@ -14,7 +16,6 @@ import selectors
 import signal
 import socket
 import sys
-import warnings
 from collections.abc import Iterable
 from contextlib import suppress
 from importlib import import_module
@@ -24,8 +25,10 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 SIZE = 4
-MODULES = ("mim_torchrec.training.agent", "torchx.cli.main", "torch.distributed.run", "coverage")
-"""What is loaded beside the commands of mim."""
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("mim_torchrec", "embeddings", "launch")
+ALSO = ("torch.distributed.run", "torchx.cli.main")
+LEFT_OUT = ("mim_torchrec", "mlflow")
 AFTER_FORK = "jemalloc_bg_thd"
 """A thread that starts again in a forked process: of pyarrow's memory."""
 
@@ -39,22 +42,35 @@ def main(place: str) -> None:
 
 
 def load() -> None:
-    """Import what programs need.
+    """Import what the package imports of others. Itself it is imported by every process, as it always is.
 
     Raises:
         SystemExit: an import has started a thread, which a forked process would lack.
     """
-    from mim_torchrec.cli import COMMANDS
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for module in (*(module for module, _ in COMMANDS.values()), *MODULES):
-            import_module(module)
+    for module, names in sorted(foreign_imports()):
+        found = import_module(module)
+        for name in names:  # some packages load what is in them when it is asked for
+            getattr(found, name, None)
     names = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
     if others := [name for name in names if name != AFTER_FORK][1:]:
         raise SystemExit(f"an import has started threads, {others}: this process cannot be forked")
     gc.collect()
     gc.freeze()  # a collection in a forked process would copy all pages
+
+
+def foreign_imports() -> set[tuple[str, tuple[str, ...]]]:
+    """Modules of other packages that ours import when they are imported, and the names that they take."""
+    found: set[tuple[str, tuple[str, ...]]] = {(module, ()) for module in ALSO}
+    for folder in FOLDERS:
+        for path in (ROOT / folder).rglob("*.py"):
+            body = ast.parse(path.read_text()).body
+            body += [line for part in body if isinstance(part, ast.With) for line in part.body]
+            for line in body:
+                if isinstance(line, ast.Import):
+                    found |= {(alias.name, ()) for alias in line.names}
+                elif isinstance(line, ast.ImportFrom) and line.module is not None:
+                    found.add((line.module, tuple(alias.name for alias in line.names)))
+    return {one for one in found if one[0].partition(".")[0] not in LEFT_OUT}
 
 
 def serve(place: str) -> dict[str, Any] | None:
@@ -159,10 +175,6 @@ def start(request: dict[str, Any]) -> NoReturn:
     reseed()
     added = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     sys.path[1:1] = added
-    if os.environ.get("COVERAGE_PROCESS_CONFIG"):
-        import coverage
-
-        coverage.process_startup()
     if request["name"] == "python":
         run_python(words)
     run_installed(request["name"], request["path"], words)
