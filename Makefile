@@ -19,7 +19,7 @@ export PYTHONPATH :=
 export PYTHONUNBUFFERED := 1
 export PYTHONDONTWRITEBYTECODE :=  # the processes of tests would compile the package again and again
 
-.PHONY: help install demo test test-fast faults movielens ablation-csft figure5 table2 ablation-ciubm coldstart abtest table6 bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving bench-rim-latency bench-scaling bench-export-throughput chaos cluster torchrec-parity bench benchmark-report docs doctor image lint types lock wheel release-check clean
+.PHONY: help install demo test test-fast faults movielens ablation-csft figure5 table2 ablation-ciubm coldstart abtest table6 bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving bench-rim-latency bench-scaling bench-export-throughput bench-input chaos cluster torchrec-parity bench benchmark-report docs doctor image lint types lock wheel release-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
@@ -69,6 +69,9 @@ bench-serving: install  ## what a score costs at serving, alone and over HTTP, b
 
 bench-scaling: install  ## how a training step grows with history, batch, table and ranks; the paper's scale planned
 	$(BIN)/python -m mim_torchrec.benchmarks.speed.scaling --out runs/scaling
+
+bench-input: install  ## reading beside a raw scan, waiting for data, start-up by the size of the data
+	$(BIN)/python -m mim_torchrec.benchmarks.speed.input --out runs/input
 
 bench: install  ## every benchmark of cost at a small size, and what moved; RECORD=1 records it
 	$(BIN)/python -m mim_torchrec.benchmarks.records.bench --out runs/bench $(if $(RECORD),--record)

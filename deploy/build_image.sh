@@ -44,9 +44,15 @@ if [ -z "$base" ]; then
     fi
 fi
 
-# pip's settings, from its files and from the environment, as one file
+# pip's settings, from the environment and its files, as one file: of an option set twice the first counts
 install -m 600 /dev/null "$work/pip.conf"
-{ echo "[global]"; "$python" -m pip config list | sed -n "s/^[^.]*\.\(.*\)='\(.*\)'$/\1 = \2/p"; } >>"$work/pip.conf"
+pip_says=$("$python" -m pip config list)
+{
+    echo "[global]"
+    for level in :env: site user global; do
+        echo "$pip_says" | sed -n "s/^$level\.\(.*\)='\(.*\)'$/\1 = \2/p"
+    done | awk '!seen[$1]++'
+} >>"$work/pip.conf"
 mounts="--volume $work/pip.conf:/etc/pip.conf:ro"
 for path in $(sed -n 's/^\(cert\|find-links\) = \(\/.*\)$/\2/p' "$work/pip.conf"); do
     [ ! -e "$path" ] || mounts="$mounts --volume $path:$path:ro"

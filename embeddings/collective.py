@@ -42,6 +42,17 @@ def on_all_ranks(work: Callable[[], T], group: dist.ProcessGroup | None = None) 
     return cast(T, result)
 
 
+def rank_0_first(work: Callable[[], T]) -> T:
+    """Do work on rank 0, and then on the others, which find what rank 0 has made.
+
+    Raises:
+        OSError, ValueError: as of `on_all_ranks`.
+    """
+    is_first = not dist.is_initialized() or dist.get_rank() == 0
+    found = on_all_ranks(lambda: [work()] if is_first else [])
+    return on_all_ranks(lambda: found[0] if found else work())
+
+
 def _of_rank(rank: int, error: OSError | ValueError) -> OSError | ValueError:
     text = f"rank {rank}: {error}"
     try:

@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -151,16 +151,22 @@ def write_tensors(
             file.write(flat.view(torch.uint8).numpy().data)
 
 
-def replace_files(contents: dict[Path, bytes]) -> None:
+def replace_files(contents: Mapping[Path, bytes | Path]) -> None:
     """Replace files together, in this order; where one cannot be, all stay.
 
     A kill between two of the renames leaves the old versions under names that end in `.old`.
+
+    Args:
+        contents: by the name of each file its bytes, or a file beside it that has them and loses its name.
     """
-    partials = {path: beside(path) for path in contents}
+    partials = {path: data if isinstance(data, Path) else beside(path) for path, data in contents.items()}
     olds: dict[Path, Path] = {}
     done: list[Path] = []
     try:
         for path, data in contents.items():
+            if isinstance(data, Path):
+                fsync(data)
+                continue
             with full_disk_reported(path, len(data)), partials[path].open("xb") as file:
                 file.write(data)
                 file.flush()

@@ -11,7 +11,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from typing import Annotated, Literal, cast
 
 import torch
 import tyro
@@ -40,6 +40,7 @@ from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
+from mim_torchrec.domains import Count, Domain, Fraction, Positive, Weight, check_domains
 from mim_torchrec.embeddings.sharded.frozen import DATA_TYPES, FrozenEmbeddingCollection
 from mim_torchrec.embeddings.sharded.placement import Copy
 from mim_torchrec.embeddings.sharded.pricing import FrozenEnumerator
@@ -61,29 +62,29 @@ FROZEN = "frozen"
 class PlanConfig:
     """Say where a frozen table and trainable tables go on a cluster, without a GPU."""
 
-    rows: int
+    rows: Count
     """Rows of the frozen table, with its spare rows."""
-    dim: int = 128
+    dim: Count = 128
     """Length of its vectors."""
     dtype: Literal["float32", "float16", "bfloat16", "int8", "int4"] = "float16"
     """How its vectors are stored."""
     trainable: tuple[str, ...] = ()
     """Trainable float32 tables with row-wise Adagrad, each ROWSxDIM, such as 100000000x64."""
-    world_size: int = 8
+    world_size: Count = 8
     """GPUs."""
-    local_world_size: int = 8
+    local_world_size: Count = 8
     """GPUs of one machine; they share its host memory."""
-    hbm_gb: float = 80.0
+    hbm_gb: Positive = 80.0
     """Memory of a GPU, in GiB."""
-    ddr_gb: float = 1024.0
+    ddr_gb: Weight = 1024.0
     """Host memory of a machine, in GiB."""
-    reserve: float = 0.15
+    reserve: Fraction = 0.15
     """Share of all memory that is kept free for batches, activations and the dense part."""
     memory: Literal["any", "device", "uvm", "uvm_caching"] = "any"
     """Kind of memory of the frozen table; any lets the planner choose."""
     copy: Copy = "world"
     """One copy of the frozen table in the world, one a node (rows stay within nodes), or one a rank."""
-    load_factor: float = CACHE_LOAD_FACTOR
+    load_factor: Annotated[float, Domain(above=0, most=1)] = CACHE_LOAD_FACTOR
     """Rows of the cache in HBM per row, for uvm_caching."""
     json: bool = False
     """Print the plan as JSON."""
@@ -116,8 +117,7 @@ def simulate(config: PlanConfig) -> list[Placement]:
         OptionError: a size is impossible, or the tables do not fit.
     """
     shapes = {f"trainable_{k}": _shape(text) for k, text in enumerate(config.trainable)}
-    if min(config.rows, config.dim, config.world_size, config.local_world_size) < 1:
-        raise OptionError("--rows, --dim, --world-size and --local-world-size are at least 1")
+    check_domains(config)
     if config.world_size > config.local_world_size and config.world_size % config.local_world_size:
         raise OptionError(f"{config.world_size} GPUs do not make machines of {config.local_world_size}")
     model, constraints = nn.Module(), {}

@@ -19,6 +19,7 @@ from dataclasses import asdict
 from importlib.metadata import distributions
 from pathlib import Path
 
+from mim_torchrec import doctor_gpus
 from mim_torchrec.builds import FBGEMM, PACKAGES, conflict
 from mim_torchrec.errors import Status
 from mim_torchrec.extras import EXTRAS, is_installed
@@ -73,6 +74,9 @@ def check_versions(packages: Mapping[str, str], driver: bool) -> Finding:
     if builds == ["fbgemm-gpu"] and not driver:
         lone = f"python -m pip uninstall -y fbgemm-gpu, then {fix}"
         return Finding(name, False, f"{text}: the CUDA build cannot load without an NVIDIA driver", lone)
+    if builds == ["fbgemm-gpu-cpu"] and driver:
+        lone = f"python -m pip uninstall -y fbgemm-gpu-cpu, then {fix}"
+        return Finding(name, False, f"{text}: the CPU build of fbgemm, but there is an NVIDIA driver", lone)
     if problem is not None:
         return Finding(name, False, f"{text} are {problem}", fix)
     return Finding(name, True, text)
@@ -275,6 +279,7 @@ def has_driver() -> bool:
 def examine() -> Iterable[Finding]:
     """All checks, one after the other."""
     driver = has_driver()
+    of_driver = doctor_gpus.ask_driver() if driver else None
     yield check_python()
     yield check_versions(installed(), driver)
     yield check_extras()
@@ -284,8 +289,11 @@ def examine() -> Iterable[Finding]:
     yield check_script("package", PACKAGE, RELINK)
     devices, gpus = check_devices(driver)
     yield devices
+    if of_driver:
+        yield from doctor_gpus.examine(of_driver)
     yield check_group("gloo", 2)
     if gpus:
+        yield doctor_gpus.check_training(gpus, lambda device: outcome(start(doctor_gpus.TRAINING, device)))
         yield check_group("nccl", min(gpus, 2))
     yield check_disk(shutil.disk_usage(Path.cwd()).free, Path.cwd())
     if platform.system() == "Linux":

@@ -19,6 +19,9 @@ EXTRAS = {
     "kubernetes": ("kubernetes",),
     "mlflow": ("alembic", "mlflow", "sqlalchemy"),
     "redis": ("redis",),
+    "prepare": ("duckdb", "ibis"),
+    "spark": ("ibis", "pyspark"),
+    "s3": ("s3fs",),
     "report": ("jinja2", "matplotlib"),
 }
 """Modules that our code imports of each extra."""

@@ -29,6 +29,7 @@ from mim_torchrec import program
 from mim_torchrec.benchmarks.harness.fault_injection import ABSENT, KINDS, Outcome, Writer, try_all
 from mim_torchrec.csft.image_search import write as write_retrieval
 from mim_torchrec.ctr.config import CTRConfig
+from mim_torchrec.ctr.predictions import PredictionFile
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.schema import ITEMS, Dataset
 from mim_torchrec.data.vocabulary import Vocabulary
@@ -293,8 +294,14 @@ def run_writers() -> Iterator[Writer]:
         return value
 
     def results(value: int) -> Callable[[Path], None]:
-        scores = {"score": np.full(100, float(value))}
-        return lambda root: RunDirectory(root).write_results({"auc": value}, ONE, scores)
+        def write(root: Path) -> None:
+            run = RunDirectory(root)
+            file = PredictionFile(run.predictions, ONE)
+            for _ in file.written([{"score": np.full(100, float(value))}]):
+                pass
+            run.write_results({"auc": value}, ONE, file.joined())
+
+        return write
 
     def read_results(root: Path) -> object:
         metrics, predictions = RunDirectory(root).read_results()

@@ -142,42 +142,42 @@ def submit(
     return Job(found[1], folder, slurm)
 
 
-MODULES = {"csft": "mim_torchrec.csft.main", "ctr": "mim_torchrec.ctr.main"}
-
-
 def submit_paused(
     slurm: SlurmCluster,
     folder: Path,
     out: Path,
     words: list[str],
     *,
-    stage: str = "ctr",
-    step: int = 2,
     own: Sequence[str] = SMALL,
     environment: Mapping[str, str] | None = None,
 ) -> Job:
-    """Submit a training stage whose last rank waits in a step, and wait until it waits behind a checkpoint.
+    """Submit a CTR run whose last rank waits in a step, and wait until it waits behind a checkpoint.
 
     Args:
         slurm: where to.
         folder: from where.
         out: directory of the results.
         words: flags of the stage, which writes a checkpoint after every step.
-        stage: csft or ctr.
-        step: from 1.
         own: further arguments of the component.
         environment: variables of the job, beyond those of this process.
     """
+    flags = [*own, "--out", str(out), "--", *words]
+    job = submit(slurm, folder, f"{COMPONENTS}:ctr", *flags, environment=environment)
+    wait_until_paused(job, out)
+    return job
+
+
+def wait_until_paused(job: Job, out: Path) -> None:
+    """Wait until the last rank of a paused stage waits behind a checkpoint.
+
+    Raises:
+        SetupError: the job ended before.
+    """
     file = out.with_name(out.name + ".waits")
-    where = ["--stage", stage, "--module", MODULES[stage], "--step", str(step), "--file", str(file)]
-    component = f"{COMPONENTS}:paused"
-    flags = [*where, *own, "--out", str(out), "--", *words]
-    job = submit(slurm, folder, component, *flags, environment=environment)
     job.wait(lambda: file.exists() or job.field("JobState") in ENDED)
     if not file.exists():
         raise SetupError(f"job {job.id} ended before its fault: {job.log()[-3000:]}")
     job.wait(lambda: checkpoints_in(out / "checkpoints"))  # written in the background
-    return job
 
 
 def preempt(job: Job) -> None:

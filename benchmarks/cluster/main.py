@@ -1,14 +1,18 @@
-"""The demo's stages on a real Slurm of two nodes, while a rank dies, a job is preempted, a node is lost and a
-time limit is reached: `make cluster`, as root.
+"""The demo's pipeline on a real Slurm of two nodes, under faults: `make cluster`, as root.
 
-Every stage runs twice: undisturbed with two ranks on one node, in a chain of dependent jobs, and with a rank
-on each of two nodes under the faults. The predictions of both must be the same bytes. The exit status is 3 if
-a job did not resume, hung, or lost its store to another job, or if a result differs.
+A rank dies, a job is preempted, a node is lost and a time limit is reached.
+
+`mim pipeline run` submits the stages (stages.toml) twice: undisturbed with two ranks on one node, and with a
+rank on each of two nodes under the faults. The predictions of both must be the same bytes. The exit status is
+3 if a job did not resume, hung, or lost its store to another job, or if a result differs.
 """
 
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -19,22 +23,25 @@ import tyro
 
 from mim_torchrec import program
 from mim_torchrec.benchmarks.cluster.jobs import (
+    COMPONENTS,
     HungJob,
     Job,
     lose_node,
     preempt,
     reach_time_limit,
-    submit,
-    submit_paused,
+    wait_until_paused,
 )
+from mim_torchrec.benchmarks.cluster.nodes import wait_until
 from mim_torchrec.benchmarks.cluster.slurm import SlurmCluster
-from mim_torchrec.benchmarks.paper.shop import CTR, ENCODER
 from mim_torchrec.data.shop import main as make_shop
 from mim_torchrec.embeddings.files import write_json
 from mim_torchrec.errors import SetupError, Status
+from mim_torchrec.pipeline.records import Records
 
-RESOURCES = ("--cpu", "1", "--memMB", "3072", "--env", "OMP_NUM_THREADS=1")  # sums depend on the threads
-TWO_NODES = ("-j", "2x1", *RESOURCES)
+STAGES = Path(__file__).with_name("stages.toml")
+NAMES = ("encoder", "table", "base", "mim", "evaluation")
+PATIENCE = 900.0
+"""Seconds until a job is submitted, or a pipeline has ended, many times what it takes on an idle machine."""
 FAULTS = 4
 """How many are done to jobs."""
 CLASH = ("the nodes of this job do not meet", "Address already in use")
@@ -74,106 +81,121 @@ class Outcome:
     resumed: bool
 
 
-def _flags(options: dict[str, Any]) -> list[str]:
-    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
-
-
-def stages(config: ClusterConfig, shop: Path) -> dict[str, tuple[list[str], list[str]]]:
-    """Arguments of the components and flags of the stages, in their order; paths are relative."""
-    csft = {"epochs": config.epochs, "batch-size": 128, "seed": config.seed, **ENCODER}
-    ctr = {"epochs": config.epochs, "batch-size": 256, "seed": config.seed, **CTR}
-    every = {"checkpoint.every": 1}
-    data = ["--data", str(shop)]
-    return {
-        "csft": ([*data, "--out", "csft"], _flags(csft | every)),
-        "export": ([*data, "--encoder", "csft/encoder", "--out", "table"], []),
-        "base": ([*data, "--out", "base"], _flags(ctr | every | {"mim": "off"})),
-        "mim": ([*data, "--out", "mim", "--table", "table"], _flags(ctr | every)),
-        "evaluate": (["--model", "mim", "--out", "evaluation"], []),
-    }
-
-
-COMPONENT = {"base": "ctr", "mim": "ctr"}
-AFTER = {"export": ("csft",), "mim": ("export",), "evaluate": ("mim",)}
-
-
-def undisturbed(config: ClusterConfig, slurm: SlurmCluster, shop: Path, folder: Path) -> dict[str, Job]:
-    """Submit all stages at once, on one node each; those that need others wait for them."""
-    jobs: dict[str, Job] = {}
-    for name, (own, flags) in stages(config, shop).items():
-        before = [jobs[other].id for other in AFTER.get(name, ())]
-        jobs[name] = submit(
-            slurm, folder, f"mim.{COMPONENT.get(name, name)}", *own, "-j", "1x2", *RESOURCES, "--", *flags,
-            options=f"dependency=afterok:{':'.join(before)}" if before else "",
-        )  # fmt: skip
-    return jobs
-
-
-class Disturbed:
-    """All stages on two nodes, each fault in the middle of one.
+class PipelineRun:
+    """`mim pipeline run` of the stages on Slurm, in a process of its own.
 
     Args:
-        config: of the run.
         slurm: where it runs.
-        shop: the data.
-        folder: gets the results.
+        folder: gets the logs of the jobs; the results are in `folder / "run"`.
+        parameters: of stages.toml.
+    """
+
+    def __init__(self, slurm: SlurmCluster, folder: Path, parameters: dict[str, object]) -> None:
+        folder.mkdir(parents=True)
+        self._slurm, self._folder = slurm, folder
+        self.root = folder / "run"
+        self._records = Records(self.root)
+        words = ["-m", "mim_torchrec.cli", "pipeline", "run", str(STAGES), "--out", str(self.root)]
+        words += ["--scheduler", "slurm", "--set", *(f"{name}={value}" for name, value in parameters.items())]
+        self._log = folder / "pipeline.log"
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, *words], cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                env={**os.environ, **slurm.environment, "MIM_PYTHON": sys.executable},
+            )  # fmt: skip
+
+    def job(self, stage: str) -> Job:
+        """The job of a stage, as soon as it is submitted.
+
+        Raises:
+            SetupError: the pipeline ended before, or does not submit it.
+        """
+        wait_until(lambda: self._handle(stage) or self._process.poll() is not None, patience=PATIENCE)
+        handle = self._handle(stage)
+        if handle is None:
+            raise SetupError(f"the pipeline ended before it submitted {stage}: {self.said()[-3000:]}")
+        return Job(handle.rpartition("/")[2], self._folder, self._slurm)
+
+    def jobs(self) -> dict[str, Job]:
+        """The jobs that were submitted, by stage."""
+        handles = {name: self._handle(name) for name in NAMES}
+        return {name: self.job(name) for name, handle in handles.items() if handle is not None}
+
+    def end(self) -> None:
+        """Wait until the pipeline has ended.
+
+        Raises:
+            HungJob: it does not.
+            SetupError: one of its stages failed.
+        """
+        try:
+            status = self._process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            raise HungJob(f"the pipeline in {self._folder} does not end: {self.said()[-3000:]}") from None
+        if status:
+            raise SetupError(f"the pipeline in {self._folder} ended with {status}: {self.said()[-3000:]}")
+
+    def cancel(self) -> None:
+        """End the pipeline, which cancels its jobs, if it still runs."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            self._process.wait()
+
+    def said(self) -> str:
+        """What the pipeline has printed."""
+        return self._log.read_text(errors="replace")
+
+    def _handle(self, stage: str) -> str | None:
+        record = self._records.read(stage)
+        return None if record is None else record.handle
+
+
+class Faults:
+    """Faults in the middle of stages, and what becomes of their jobs.
+
+    Args:
+        run: of the pipeline whose csft and ctr wait for a fault.
         say: prints a line.
     """
 
-    def __init__(
-        self, config: ClusterConfig, slurm: SlurmCluster, shop: Path, folder: Path, say: Callable[[str], None]
-    ) -> None:
-        self._slurm, self._folder, self._say = slurm, folder, say
-        self._planned = stages(config, shop)
+    def __init__(self, run: PipelineRun, say: Callable[[str], None]) -> None:
+        self._run, self._say = run, say
         self._hits: dict[str, tuple[str, float]] = {}
-        self.jobs: dict[str, Job] = {}
         self.outcomes: list[Outcome] = []
 
-    def run(self) -> None:
-        """Run everything.
+    def inject(self) -> None:
+        """Do all of them, and wait for the jobs.
 
         Raises:
             HungJob: a job did not end.
             SetupError: a job did not come back.
         """
-        self._start("csft", paused=True)
-        self._hit("csft", "preempted", preempt)
-        self._finish("csft")
-        self._start("export")
-        self._finish("export")
-        self._start("base", paused=True)
-        self._start("mim", paused=True)  # on the same nodes at the same time
+        self._hit("encoder", "preempted", preempt)
+        self._finish("encoder")
+        self._finish("table")
+        self._pause("mim")  # on the same nodes at the same time
         self._hit("base", "time limit", reach_time_limit)
         self._hit("mim", "rank killed", lambda job: job.signal_rank(1, signal.SIGKILL))
         self._finish("base")
         self._finish("mim")
-        job = self._start("evaluate")
+        job = self._run.job("evaluation")
         job.wait(lambda: job.has_rank(1))
-        self._hit("evaluate", "node lost", lose_node)
-        self._finish("evaluate")
+        self._hit("evaluation", "node lost", lose_node, is_paused=False)
+        self._finish("evaluation")
 
-    def _start(self, name: str, paused: bool = False) -> Job:
-        own, flags = self._planned[name]
-        stage = COMPONENT.get(name, name)
-        if paused:
-            rest = [*own, *flags]
-            at = rest.index("--out")
-            rest[at : at + 2] = []  # an argument of the component of its own
-            self.jobs[name] = submit_paused(
-                self._slurm, self._folder, self._folder / name, rest, stage=stage, own=TWO_NODES
-            )
-        else:
-            words = [*own, *TWO_NODES, "--", *flags]
-            self.jobs[name] = submit(self._slurm, self._folder, f"mim.{stage}", *words)
-        return self.jobs[name]
+    def _pause(self, name: str) -> Job:
+        job = self._run.job(name)
+        wait_until_paused(job, self._run.root / name)
+        return job
 
-    def _hit(self, name: str, fault: str, act: Callable[[Job], None]) -> None:
+    def _hit(self, name: str, fault: str, act: Callable[[Job], None], is_paused: bool = True) -> None:
+        job = self._pause(name) if is_paused else self._run.job(name)
         self._say(f"{name}: {fault}")
         self._hits[name] = fault, time.monotonic()
-        act(self.jobs[name])
+        act(job)
 
     def _finish(self, name: str) -> None:
-        job = self.jobs[name]
+        job = self._run.job(name)
         state = job.end()
         if name in self._hits:
             fault, since = self._hits[name]
@@ -206,8 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     if root.exists():
         shutil.rmtree(root)
     one, two = root / "one-node", root / "two-nodes"
-    for folder in (one, two):
-        folder.mkdir(parents=True)
+    root.mkdir(parents=True)
     began = time.monotonic()
 
     def say(line: str) -> None:
@@ -215,28 +236,38 @@ def main(argv: list[str] | None = None) -> None:
 
     sizes = {"items": config.items, "users": config.users, "requests": config.requests,
              "searches": config.searches, "seed": config.seed, "browsing": 3 * config.requests}  # fmt: skip
-    make_shop(["--out", str(root / "shop"), *_flags(sizes)])
+    make_shop(["--out", str(root / "shop"), *(w for k, v in sizes.items() for w in (f"--{k}", str(v)))])
+    common = {"shop": root / "shop", "epochs": config.epochs, "seed": config.seed}
+    paused = {name: f"{COMPONENTS}:{name}" for name in ("csft", "ctr")}
     hung = 0
     with SlurmCluster(root / "slurm") as slurm:
         say(f"Slurm with {', '.join(slurm.nodes)}")
-        two_nodes = Disturbed(config, slurm, root / "shop", two, say)
-        alone = undisturbed(config, slurm, root / "shop", one)
+        runs = [
+            PipelineRun(slurm, one, common | {"ranks": "1x2"}),
+            PipelineRun(slurm, two, common | {"ranks": "2x1"} | paused),
+        ]
+        faults = Faults(runs[1], say)
         try:
-            ends = {name: job.end() for name, job in alone.items()}
-            say(f"one node: {', '.join(f'{name} {state}' for name, state in ends.items())}")
-            two_nodes.run()
+            runs[0].end()
+            say("one node: all stages done")
+            faults.inject()
+            runs[1].end()
         except HungJob as error:
             say(str(error))
             hung = 1
-        logs = "".join(job.log() for job in [*alone.values(), *two_nodes.jobs.values()])
-        restarts = [job.field("Restarts") for job in alone.values()]
-    same = identical(one, two)
+        finally:
+            for run in runs:
+                run.cancel()
+        jobs = [job for run in runs for job in run.jobs().values()]
+        logs = "".join(job.log() for job in jobs)
+        restarts = [job.field("Restarts") for job in runs[0].jobs().values()]
+    same = identical(runs[0].root, runs[1].root)
     report = {
-        "jobs": len(alone) + len(two_nodes.jobs),
-        "faults": len(two_nodes.outcomes),
-        "resumed": sum(outcome.resumed for outcome in two_nodes.outcomes),
+        "jobs": len(jobs),
+        "faults": len(faults.outcomes),
+        "resumed": sum(outcome.resumed for outcome in faults.outcomes),
         "identical": all(same.values()),
-        "outcomes": [asdict(outcome) for outcome in two_nodes.outcomes],
+        "outcomes": [asdict(outcome) for outcome in faults.outcomes],
         "predictions": same,
         "hung": hung,
         "clashes": sum(logs.count(words) for words in CLASH) + sum(count != "0" for count in restarts),

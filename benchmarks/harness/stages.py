@@ -121,7 +121,6 @@ def ctr_stage(
 ) -> Stage:
     """A run of the CTR stage: MIM on `table`, Base where it is None. The table must be there already."""
     flags: dict[str, Value] = {"data": data.out, "out": root / "ctr" / name, "seed": seed}
-    flags["item-cache"] = root / "items" / data.name
     if table is None:
         flags["mim"] = "off"
     else:

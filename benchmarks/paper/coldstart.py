@@ -43,7 +43,7 @@ class ColdStartConfig(ModelsConfig):
 def by_age(run: Run, runs: ModelRuns) -> list[dict[str, Any]]:
     """Figure 6: of every set, AUC of both models and what MIM gains, S1 the newest."""
     data = runs.data_set.data
-    items = ItemStore.open(Dataset(data.out), run.root / "items" / data.name)
+    items = ItemStore.read(Dataset(data.out), ("item_id", "listed_at"))
     of_item = age_sets(items)
     base, mim, hidden = (runs.runs[name] for name in ("base", "mim", HIDDEN))
     sets = comparison.cold_start(base, mim)

@@ -206,8 +206,8 @@ def _copy_optimizer(old: Any, made: Any, keys: set[str]) -> None:
     for key in keys & set(after):
         for name, state in after[key].items():
             _copy_shards(before[key][name], state)
-    steps = {table.name: kernel for kernel in _kernels(old) for table in kernel._config.embedding_tables}
-    for kernel in _kernels(made):
+    steps = {table.name: kernel for kernel in fused_kernels(old) for table in kernel._config.embedding_tables}
+    for kernel in fused_kernels(made):
         names = [table.name for table in kernel._config.embedding_tables if table.name in steps]
         sources = {id(steps[name]): steps[name] for name in names}
         for source in sources.values():
@@ -221,7 +221,8 @@ def _copy_optimizer(old: Any, made: Any, keys: set[str]) -> None:
             kernel.fused_optimizer.step()
 
 
-def _kernels(module: Any) -> list[Any]:
+def fused_kernels(module: Any) -> list[Any]:
+    """The kernels of a sharded trainable collection on this rank; `emb_module` of each is fbgemm's."""
     return [kernel for lookup in module._lookups for kernel in lookup._emb_modules]
 
 

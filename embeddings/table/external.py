@@ -1,9 +1,10 @@
 """Vectors of another team: what a file of them gives, and the checks that all files share.
 
-A source gives ids as int64 and vectors in their own type (float64 as float32), a batch of rows at a time, and
-refuses by file, row, id and column what cannot be imported. ``external_parquet.py``, ``external_tensors.py``
-and ``external_dcp.py`` know the files. Not here: text formats, sparse vectors, and int8 vectors that
-come with a scale.
+A source gives ids as int64 and vectors in their own type (float64, and integers other than int8, as float32),
+a batch of rows at a time, and refuses by file, row, id and column what cannot be imported.
+``external_parquet.py``, ``external_tensors.py`` and ``external_dcp.py`` know the files.
+``stable_ids.py`` says which numbers ids of text, UUIDs and uint64 become. Not here: text formats, sparse
+vectors, and int8 vectors that come with a scale.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,17 +14,18 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mim_torchrec.embeddings.table.manifest import NonFiniteVector, TableError
+from mim_torchrec.embeddings.table.manifest import NonFiniteVector
 from mim_torchrec.embeddings.table.shards import CHUNK, check_loss
 
 BATCH_BYTES = 32 << 20  # of a batch's vectors as float32
+KEPT = (torch.int8, torch.float16, torch.bfloat16, torch.float32)  # types that sources give as they are
 
 
 class ExternalVectors(Protocol):
     """One file of ids and vectors.
 
     ``dtype`` is the type of the vectors as :meth:`read` gives them; ``columns`` names the column or tensor of
-    the ids and that of the vectors.
+    the ids and that of the vectors; ``has_text_ids`` says whether the ids are text in the file.
     """
 
     path: Path
@@ -32,6 +34,7 @@ class ExternalVectors(Protocol):
     rows: int
     dim: int
     dtype: torch.dtype
+    has_text_ids: bool
 
     def ids(self) -> Iterator[Tensor]:
         """Give the ids in the order of the file: int64 (num_rows,), a batch at a time."""
@@ -70,24 +73,7 @@ def type_name(dtype: torch.dtype) -> str:
 
 def delivered_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the type in which a source gives vectors that lie in its file as ``dtype``."""
-    return torch.float32 if dtype == torch.float64 else dtype
-
-
-def as_int64(source: ExternalVectors, ids: Tensor, start: int) -> Tensor:
-    """Return ids (num_rows,) of the rows of ``source`` from ``start`` as int64.
-
-    Raises:
-        TableError: an id of uint64 does not fit.
-    """
-    made = ids.to(torch.int64)  # a uint64 that does not fit becomes negative
-    if ids.dtype == torch.uint64 and (wrong := (made < 0).nonzero()).numel():
-        row = int(wrong[0])
-        raise TableError(
-            f"{source.place(start + row)}, column {source.columns[0]!r}: item id "
-            f"{int(made[row]) + (1 << 64)} is above {(1 << 63) - 1} and does not fit int64; map such ids to "
-            f"smaller ones"
-        )
-    return made
+    return dtype if dtype in KEPT else torch.float32
 
 
 def as_delivered(source: ExternalVectors, ids: Tensor, vectors: Tensor, start: int) -> Tensor:

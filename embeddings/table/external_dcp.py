@@ -21,7 +21,6 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from mim_torchrec.embeddings.table.external import (
     as_delivered,
-    as_int64,
     batch_rows,
     delivered_dtype,
     type_name,
@@ -50,6 +49,7 @@ class CheckpointSource:
     """
 
     format = "dcp"
+    has_text_ids = False
 
     def __init__(self, path: Path, key: str | None, ids: Path | None = None) -> None:
         self.path = path
@@ -100,7 +100,7 @@ class CheckpointSource:
     def _ids_of(self, start: int, stop: int) -> Tensor:
         if self._ids is None:
             return torch.arange(start, stop)
-        return as_int64(self, self._ids[start:stop], start)
+        return self._ids[start:stop].to(torch.int64)  # uint64: two's complement
 
     def _values(self, start: int, stop: int) -> Tensor:
         out = torch.empty(stop - start, self.dim, dtype=self._blocks[0][2].dtype)

@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mim_torchrec.embeddings.listing import data_files
 from mim_torchrec.embeddings.progress import Progress
 from mim_torchrec.embeddings.table.arranging import Buckets
 from mim_torchrec.embeddings.table.convert import SHARD_BYTES, shard_rows
 from mim_torchrec.embeddings.table.external import ExternalVectors, places, type_name
 from mim_torchrec.embeddings.table.external_dcp import CheckpointSource, is_checkpoint
 from mim_torchrec.embeddings.table.external_parquet import ParquetSource
-from mim_torchrec.embeddings.table.external_tensors import open_npy, open_safetensors
+from mim_torchrec.embeddings.table.external_tensors import open_npy, open_npz, open_safetensors
 from mim_torchrec.embeddings.table.manifest import DuplicateId, Manifest, NonFiniteVector, TableError
 from mim_torchrec.embeddings.table.quantize import DTYPES, encode, finite_rows, fuse_codes, stored_width
 from mim_torchrec.embeddings.table.shards import check_loss
@@ -54,15 +55,15 @@ def import_vectors(
     their vectors in ``<out>.partial``, given back as the shards are written.
 
     Args:
-        paths: ``.parquet``, ``.npy`` or ``.safetensors`` files, or directories of Parquet files; or the
-            directory of one distributed checkpoint (DCP).
+        paths: ``.parquet``, ``.npy``, ``.npz`` or ``.safetensors`` files, or directories of Parquet files,
+            also nested; or the directory of one distributed checkpoint (DCP).
         out: directory of the new table; must not exist.
         dtype: "float32", "float16", "bfloat16", "int8" or "int4"; ``None`` is int8 for int8
             vectors, the type of the rows for a checkpoint, else float16.
-        id_column: column (Parquet) or tensor (safetensors) of the ids. ``None``: the only column of integers,
-            or the tensor ``ids``.
-        vector_column: likewise of the vectors. ``None``: the only column of lists of numbers, or the tensor
-            ``vectors``.
+        id_column: column (Parquet) or tensor (safetensors, npz) of the ids: integers, text or UUIDs, see
+            :func:`stable_ids.stable_ids`. ``None``: the only column of integers, or the tensor ``ids``.
+        vector_column: likewise of the vectors; ``v*`` takes the columns v0, v1, … of a number each. ``None``:
+            the only column of lists of floats or int8, or the tensor ``vectors``.
         ids: for each ``.npy`` of vectors, the ``.npy`` of its ids (num_rows,); for a checkpoint, that of the
             ids of its rows. None for a checkpoint keeps its rows by number: row r of a live table is row r of
             the checkpoint, row 0 too.
@@ -268,8 +269,9 @@ def _open(
     for file in files:
         if file.suffix == ".npy":
             source: ExternalVectors = open_npy(file, next(ids_left))
-        elif file.suffix == ".safetensors":
-            source = open_safetensors(file, id_column or "ids", vector_column or "vectors")
+        elif file.suffix in (".safetensors", ".npz"):
+            open_named = open_npz if file.suffix == ".npz" else open_safetensors
+            source = open_named(file, id_column or "ids", vector_column or "vectors")
         else:
             source = ParquetSource(file, *names)
             names = source.columns
@@ -286,6 +288,11 @@ def _open(
                 f"{source.path}: vectors of {source.dim} values, those of {first.path} have {first.dim}; "
                 f"import them into two tables"
             )
+        if source.has_text_ids != first.has_text_ids:
+            own, other = ("text" if one.has_text_ids else "integers" for one in (source, first))
+            raise TableError(
+                f"{source.path}: ids are {own}, those of {first.path} are {other}; write all of one type"
+            )
         if (source.dtype == torch.int8) != (first.dtype == torch.int8):
             raise TableError(
                 f"{source.path}: vectors are {type_name(source.dtype)}, those of {first.path} "
@@ -296,14 +303,14 @@ def _open(
 
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
-        if files := sorted(path.rglob("*.parquet")):
+        if files := data_files(path):
             return files
         raise TableError(f"{path}: there are no .parquet files in this directory")
     if not path.is_file():
         raise TableError(f"{path}: not found")
-    if path.suffix not in (".parquet", ".npy", ".safetensors"):
+    if path.suffix not in (".parquet", ".npy", ".npz", ".safetensors"):
         raise TableError(
-            f"{path}: not a .parquet, .npy or .safetensors file, nor a directory of Parquet files or of a "
-            f"checkpoint"
+            f"{path}: not a .parquet, .npy, .npz or .safetensors file, nor a directory of Parquet files or "
+            f"of a checkpoint"
         )
     return [path]

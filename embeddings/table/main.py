@@ -10,6 +10,7 @@ import torch
 import tyro
 
 from mim_torchrec import program
+from mim_torchrec.domains import Domain, Natural, Weight, check_domains
 from mim_torchrec.embeddings.progress import Progress
 from mim_torchrec.embeddings.table.convert import convert
 from mim_torchrec.embeddings.table.diff import diff
@@ -21,6 +22,7 @@ from mim_torchrec.embeddings.table.shards import CHUNK
 from mim_torchrec.embeddings.windows.compact import compact
 from mim_torchrec.embeddings.windows.transport import open_log
 
+ItemId = Annotated[int, Domain(least=-(2**63), most=2**63 - 1)]
 Dtype = Literal["float32", "float16", "bfloat16", "int8", "int4"]
 
 
@@ -28,11 +30,12 @@ Dtype = Literal["float32", "float16", "bfloat16", "int8", "int4"]
 class Import:
     """Import vectors that others have made into a table.
 
-    Sources are Parquet files with a column of integer ids and one of lists of numbers, directories of such
-    files, .npy files (num_rows, dim) with --ids, .safetensors files with a tensor of each, and one table of a
-    directory of torch.distributed.checkpoint (--key), whose rows are kept by number. Rows may come in any
-    order; arranging them takes as much disk again as the vectors while it lasts. Memory does not grow with
-    the vectors, only by 8 bytes a row with the ids.
+    Sources are Parquet files with a column of ids and one of lists of numbers (or many columns of a number
+    each), directories of such files, .npy files (num_rows, dim) with --ids, .npz and .safetensors files with
+    an array of each, and one table of a directory of torch.distributed.checkpoint (--key), whose rows are
+    kept by number. Ids are integers, text or UUIDs; the manual says which numbers the latter become. Rows may
+    come in any order; arranging them takes as much disk again as the vectors while it lasts. Memory does not
+    grow with the vectors, only by 8 bytes a row with the ids, and with the arrays of an .npz.
     """
 
     sources: tyro.conf.Positional[tuple[Path, ...]]
@@ -43,9 +46,11 @@ class Import:
     """Type stored; by default int8 for int8 vectors, which keeps them exactly, and else float16. A table of a
     checkpoint keeps its own. A vector that the type would change by more than 1% (int8 10%) is an error."""
     id_column: str | None = None
-    """Column or tensor of the ids; by default the only column of integers, or the tensor "ids"."""
+    """Column or tensor of the ids: integers, text or UUIDs; by default the only column of integers, or the
+    tensor "ids"."""
     vector_column: str | None = None
-    """Column or tensor of the vectors; by default the only column of lists, or the tensor "vectors"."""
+    """Column or tensor of the vectors; by default the only column of lists of floats or int8, or the tensor
+    "vectors". A name with a star takes wide columns: 'v*' is v0, v1, ..., in the order of their numbers."""
     ids: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
     """A .npy of ids (num_rows,), once for each .npy of vectors and in their order; or of the rows of a
     checkpoint, which otherwise are kept by number: row r of the table is row r of the checkpoint."""
@@ -53,7 +58,7 @@ class Import:
     """Name of the table in a checkpoint; a wrong one lists them. By default the only one there is."""
     table_version: str | None = None
     """Name of what made the vectors. By default it is a hash of them, for which they are read once more."""
-    spare_rows: int = 0
+    spare_rows: Natural = 0
     """Rows that stay free for new items in a live table made from this one."""
 
     def run(self) -> None:
@@ -164,7 +169,7 @@ class Grow:
     """The table to copy."""
     out: Path
     """Directory of the new table; must not exist."""
-    spare_rows: int
+    spare_rows: Natural
     """Spare rows of the new table in all; more than the table has."""
     link: bool = False
     """Link the shards instead of copying them (on one file system): at once, but the bytes are shared."""
@@ -183,7 +188,7 @@ class Compact:
     """Directory or URL of the windows."""
     out: Path
     """Directory of the new table; must not exist."""
-    forget_hours: float | None = None
+    forget_hours: Weight | None = None
     """Then remove from the log the windows that the new table holds and that are older than this. Readers
     that lag further behind have to load the new table. By default all are kept."""
 
@@ -216,7 +221,7 @@ class Diff:
 class Delete:
     """Delete items: append a window with their tombstones to the log."""
 
-    items: tyro.conf.Positional[tuple[int, ...]]
+    items: tyro.conf.Positional[tuple[ItemId, ...]]
     """Item ids."""
     log: str
     """Directory or URL of the window log."""
@@ -241,7 +246,7 @@ class Permute:
     """The table to copy."""
     out: Path
     """Directory of the permuted table; must not exist."""
-    seed: int = 0
+    seed: Natural = 0
     """Seed of the permutation."""
 
     def run(self) -> None:
@@ -291,7 +296,9 @@ Command = (
 def main(argv: list[str] | None = None) -> None:
     """Run ``mim table`` with the arguments ``argv`` (``None``: those of the process)."""
     program.log_to_stderr()
-    tyro.cli(Command, args=argv, prog="mim table").run()
+    command = tyro.cli(Command, args=argv, prog="mim table")
+    check_domains(command)
+    command.run()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from mim_torchrec.domains import Count, Fraction, Natural, Share, Temperature, Weight
 from mim_torchrec.encoders.item_encoder import HeadConfig, ItemEncoderConfig
 from mim_torchrec.encoders.text import TextEncoderConfig
 from mim_torchrec.encoders.vision import VisionEncoderConfig
@@ -45,52 +46,52 @@ class CSFTConfig:
     """Pairs that are trained on (Table 4): those that ended in a purchase, those that ended in a click, or
     all, also of files without a column `signal`. `category` takes all pairs and trains the encoder to tell
     the category of an item; it needs --loss cross_entropy."""
-    alpha: float = 0.5
+    alpha: Weight = 0.5
     """Weight of the query against titles (Eq. 6)."""
-    beta: float = 0.5
+    beta: Weight = 0.5
     """Weight of the query against images (Eq. 6)."""
-    gamma: float = 0.0
+    gamma: Weight = 0.0
     """Weight of a level beyond the paper: h^MM of the query against h^MM of the item. The queries must be
     items."""
-    temperature: float | None = None
+    temperature: Temperature | None = None
     """Fixed temperature; 1 is Eq. 5 as printed. By default learned, from 0.07."""
     mask_same_item: bool = True
     """Exclude from the negatives the query's own item, and the positive item where it occurs again."""
     hard_negatives: bool = True
     """Give every query an item of the positive's category as a further negative (ST-NSG)."""
-    queue_batches: int = 0
+    queue_batches: Natural = 0
     """Number of earlier batches whose items are negatives too (k in ST-NSG); 0 is none. Each takes 1.5 KiB
     per pair on its rank, for three levels of vectors of 128."""
-    queue_start_step: int = 0
+    queue_start_step: Natural = 0
     """Steps before the queue is used; it is filled from the first step."""
     balance_queue: bool = True
     """Push an item away from the other queries of its own batch k + 1 times as strongly. Queued items have no
     gradient: without this, an item is pulled by its query in full and pushed away in one of k + 1 batches.
     The value of the loss is the same."""
 
-    epochs: int = 8
+    epochs: Count = 8
     """Passes over the pairs; the best by recall@10 of held-out pairs is kept."""
-    patience: int | None = None
+    patience: Count | None = None
     """Stop after this many epochs without a better recall@10."""
-    batch_size: int = 512
+    batch_size: Count = 512
     """Pairs in a step, over all ranks (N x P)."""
-    lr: float = 1e-3
+    lr: Weight = 1e-3
     """Highest learning rate of the head (AdamW)."""
-    tower_lr: float | None = None
+    tower_lr: Weight | None = None
     """Highest learning rate of towers that are not frozen; by default `lr`."""
-    weight_decay: float = 0.01
+    weight_decay: Weight = 0.01
     """Weight decay of matrices; biases, norms and the temperature have none."""
-    warmup: float = 0.1
+    warmup: Share = 0.1
     """Fraction of the steps in which the learning rate rises; after them it falls to 0 along a cosine."""
-    validation_fraction: float = 0.05
+    validation_fraction: Fraction = 0.05
     """Fraction of the pairs, the last by time, that are held out; with 0 the last epoch is kept."""
-    drawn_queries: int = 8
+    drawn_queries: Natural = 8
     """Held-out queries that `retrieval.png` shows with the items that they find."""
     on_bad_row: Literal["fail", "skip"] = "fail"
     """Stop at a bad pair, or leave it out and count it (`skip`): a pair without an item, with an item that is
     not in the item table, or with an image that cannot be decoded. Such items are not used as hard negatives
     either. `skip` decodes all images first."""
-    seed: int = 0
+    seed: Natural = 0
     """Seed of the initial weights, of the order of the pairs, of hard negatives and of dropout."""
 
     parallel: Parallel = "ddp"
@@ -98,20 +99,20 @@ class CSFTConfig:
     ranks."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision in which towers compute; heads and losses always use float32."""
-    chunk_size: int | None = None
+    chunk_size: Count | None = None
     """Images or titles that a trained tower processes at a time. They are computed again in the backward
     pass, so that a whole batch takes the memory of one chunk (GradCache, Gao et al. 2021)."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     timeout: Timeouts = field(default_factory=Timeouts)
 
-    image_memory_gib: float = 2.0
+    image_memory_gib: Weight = 2.0
     """Memory of every rank for decoded images. If they do not fit, they are decoded again in every epoch.
     Only for towers that are not frozen."""
-    encode_batch_size: int = 64
+    encode_batch_size: Count = 64
     """Images or titles that a tower processes at a time where no gradient is needed."""
     item_cache: Path | None = None
     """Folder of the item index; by default one inside `out`."""
-    log_every: int = 20
+    log_every: Count = 20
     """Steps between two entries of the log."""
 
     def resume_fingerprint(self) -> dict[str, Any]:

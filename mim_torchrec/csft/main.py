@@ -31,10 +31,12 @@ from mim_torchrec.csft.task import RECALL_AT, CSFTTask
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.pairs import PairDataset
 from mim_torchrec.data.schema import Dataset
+from mim_torchrec.domains import check_domains
+from mim_torchrec.embeddings.collective import rank_0_first
 from mim_torchrec.encoders.checkpoint import encoder_version, load_encoder, towers_in_place_of
 from mim_torchrec.encoders.item_encoder import ItemEncoder
 from mim_torchrec.encoders.text import learns_tokenizer, train_tokenizer
-from mim_torchrec.errors import OptionError, check_sizes
+from mim_torchrec.errors import OptionError
 from mim_torchrec.training.checkpoints import Checkpoints
 from mim_torchrec.training.distributed import DistributedContext, distributed
 from mim_torchrec.training.loop import fit
@@ -45,11 +47,7 @@ log = logging.getLogger("mim_torchrec.csft")  # also where this file is __main__
 
 def fine_tune(config: CSFTConfig, context: DistributedContext) -> dict[str, Any]:
     """Run the stage on an initialized process group; returns what metrics.json holds."""
-    check_sizes(config, 1, "batch_size", "epochs", "encode_batch_size", "log_every", "patience")
-    check_sizes(config, 0, "seed", "drawn_queries", "queue_batches", "queue_start_step", "head.principal_dim")
-    check_sizes(
-        config, 1, "head.dim", "head.fusion_dim", "head.lmf_rank", "head.hidden_dim", "text.max_length"
-    )
+    check_domains(config)
     if config.batch_size % context.world_size:
         raise OptionError(f"--batch-size {config.batch_size} is not a multiple of {context.world_size} ranks")
     if config.init == "pca" and not config.freeze_towers:
@@ -57,8 +55,6 @@ def fine_tune(config: CSFTConfig, context: DistributedContext) -> dict[str, Any]
     if config.head.principal_dim and (config.init == "random" or not config.freeze_towers):
         raise OptionError("--head.principal-dim needs --freeze-towers True and --init pca or auto")
     check_objective(config)
-    if not 0 <= config.validation_fraction < 1:
-        raise OptionError(f"--validation-fraction is {config.validation_fraction}; it must be in [0, 1)")
     run = RunDirectory(config.out)
     with run.writing(context):
         return _fine_tune(config, run, context)
@@ -68,9 +64,15 @@ def _fine_tune(config: CSFTConfig, run: RunDirectory, context: DistributedContex
     started = time.perf_counter()
     run.refuse_other(config.checkpoint, config.resume_fingerprint(), whole=False)  # before anything is read
     dataset = Dataset(config.data)
-    items = ItemStore.open(dataset, config.item_cache or config.out / "items")
+    cache = config.item_cache or config.out / "items"
+    items = rank_0_first(lambda: ItemStore.open(dataset, cache))
     signal = None if config.interest_signal in ("all", "category") else config.interest_signal
-    pairs = PairDataset(dataset.pairs(), items, signal=signal, seed=config.seed, on_bad_row=config.on_bad_row)
+    pairs = rank_0_first(
+        lambda: PairDataset(
+            dataset.pairs(), items, signal=signal, seed=config.seed, on_bad_row=config.on_bad_row,
+            cache=cache, conventions=dataset.conventions,
+        )
+    )  # fmt: skip
     readable = leave_out_unreadable(items, pairs) if config.on_bad_row == "skip" else None
     times = pairs.times() if config.validation_fraction else np.arange(len(pairs))
     train, held_out = split_by_time(times, config.validation_fraction)
@@ -180,6 +182,7 @@ def _inputs(
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `mim csft`."""
     config = tyro.cli(CSFTConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
+    check_domains(config)  # before processes wait for each other
     program.log_to_stderr()
     with distributed(config.seed, config.timeout) as context:
         logging.getLogger("mim_torchrec").setLevel(logging.INFO if context.is_main else logging.WARNING)

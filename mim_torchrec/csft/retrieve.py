@@ -10,7 +10,7 @@ does at its end.
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -21,8 +21,10 @@ from mim_torchrec.csft.inputs import SearchContent, frozen_features, leave_out_u
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.pairs import PairDataset
 from mim_torchrec.data.schema import Dataset
+from mim_torchrec.domains import Count, Domain, Natural, check_domains
+from mim_torchrec.embeddings.collective import rank_0_first
 from mim_torchrec.encoders.checkpoint import load_encoder
-from mim_torchrec.errors import OptionError, check_sizes
+from mim_torchrec.errors import OptionError
 from mim_torchrec.representation.plain import PLAIN, PlainTowers
 from mim_torchrec.training.distributed import DistributedContext, Timeouts, distributed
 
@@ -42,15 +44,15 @@ class RetrieveConfig:
     """Directory of the results; made if missing."""
     interest_signal: Literal["purchase", "click", "all"] = "purchase"
     """Pairs whose items are searched for, as in `mim csft`."""
-    held_out_fraction: float = 0.05
+    held_out_fraction: Annotated[float, Domain(above=0, most=1)] = 0.05
     """Fraction of the pairs, the last by time, whose queries are used; 1 takes all."""
-    drawn_queries: int = 8
+    drawn_queries: Natural = 8
     """Queries that `retrieval.png` shows with the items that they find."""
     on_bad_row: Literal["fail", "skip"] = "fail"
     """Stop at a bad pair, or leave it out and count it, as `mim csft` does."""
-    image_size: int | None = None
+    image_size: Count | None = None
     """Side of the images in pixels, only for `plain:<vision>+<text>`; by default the tower's own."""
-    encode_batch_size: int = 64
+    encode_batch_size: Count = 64
     """Images or titles that a tower takes at a time."""
     feature_cache: Path | None = None
     """Folder where features of towers are kept for other runs; by default one inside `out`."""
@@ -67,27 +69,34 @@ def retrieve(config: RetrieveConfig, context: DistributedContext) -> dict[str, A
         DataError: data is damaged.
         CheckpointError: the encoder is.
     """
-    check_sizes(config, 1, "encode_batch_size", "image_size")
-    check_sizes(config, 0, "drawn_queries")
-    if not 0 < config.held_out_fraction <= 1:
-        raise OptionError(f"--held-out-fraction is {config.held_out_fraction}; it must be in (0, 1]")
+    check_domains(config)
     dataset = Dataset(config.data)
-    items = ItemStore.open(dataset, config.item_cache or config.out / "items")
+    cache = config.item_cache or config.out / "items"
+    items = rank_0_first(lambda: ItemStore.open(dataset, cache))
     signal = None if config.interest_signal == "all" else config.interest_signal
-    pairs = PairDataset(dataset.pairs(), items, signal=signal, on_bad_row=config.on_bad_row)
+    pairs = rank_0_first(
+        lambda: PairDataset(
+            dataset.pairs(),
+            items,
+            signal=signal,
+            on_bad_row=config.on_bad_row,
+            cache=cache,
+            conventions=dataset.conventions,
+        )
+    )
     readable = leave_out_unreadable(items, pairs) if config.on_bad_row == "skip" else None
     catalog = SearchContent(items, pairs, readable)
     _, held_out = split_by_time(pairs.times(), config.held_out_fraction)
     if not len(held_out):
         raise OptionError(f"--held-out-fraction {config.held_out_fraction} of {len(pairs)} pairs is none")
-    cache = config.feature_cache or config.out / "features"
+    features_cache = config.feature_cache or config.out / "features"
     if config.encoder.startswith(PLAIN):
         towers = PlainTowers(config.encoder, config.image_size, context.device)
-        image = frozen_features(catalog, towers, cache, config.encode_batch_size, context).image
+        image = frozen_features(catalog, towers, features_cache, config.encode_batch_size, context).image
         query, vectors = image[torch.from_numpy(catalog.query_image_row[held_out])], image[: len(items)]
     else:
         encoder = load_encoder(config.encoder, context.device)
-        features = frozen_features(catalog, encoder, cache, config.encode_batch_size, context)
+        features = frozen_features(catalog, encoder, features_cache, config.encode_batch_size, context)
         query, vectors = encode(encoder.head, features, held_out, catalog, config.encode_batch_size, context)
     found = find(query, vectors, held_out, catalog)
     report = evaluate(found, held_out, catalog, items)
@@ -103,6 +112,7 @@ def retrieve(config: RetrieveConfig, context: DistributedContext) -> dict[str, A
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `mim retrieve`."""
     config = tyro.cli(RetrieveConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
+    check_domains(config)  # before processes wait for each other
     program.log_to_stderr()
     with distributed(seed=0, timeouts=config.timeout) as context:  # nothing here is drawn
         logging.getLogger("mim_torchrec").setLevel(logging.INFO if context.is_main else logging.WARNING)

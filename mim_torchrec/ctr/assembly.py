@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -15,13 +14,14 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from mim_torchrec.ctr.config import CTRConfig, from_values
 from mim_torchrec.ctr.sharding import build_model, shard
+from mim_torchrec.ctr.vocabularies import load_vocabularies
 from mim_torchrec.ctr.windows import LiveWindows
 from mim_torchrec.data.errors import DataError
+from mim_torchrec.data.request_files import GoodRows, count_good_rows
 from mim_torchrec.data.requests import RequestReader
 from mim_torchrec.data.schema import Dataset
-from mim_torchrec.data.vocabulary import IdMapper, Vocabulary, scan_ids
+from mim_torchrec.data.vocabulary import IdMapper, Vocabulary
 from mim_torchrec.embeddings.collective import on_all_ranks
-from mim_torchrec.embeddings.files import atomic_directory
 from mim_torchrec.embeddings.sharded.frozen import frozen_config
 from mim_torchrec.embeddings.sharded.item_index import ItemIndex
 from mim_torchrec.embeddings.sharded.load import load_table, open_table, table_digest
@@ -117,9 +117,16 @@ def live_windows(
 
 
 def open_reader(
-    config: CTRConfig, dataset: Dataset, split: str, context: DistributedContext, training: bool = False
+    config: CTRConfig,
+    dataset: Dataset,
+    split: str,
+    context: DistributedContext,
+    training: bool = False,
+    originals: bool = False,
 ) -> RequestReader:
     """This rank's share of a split; to train on, it is shuffled and cut to equal shares.
+
+    With `originals`, batches hold ids as people know them, too.
 
     Raises:
         OptionError: the batch size is not a multiple of the number of ranks.
@@ -128,6 +135,14 @@ def open_reader(
     if config.batch_size % context.world_size:
         raise OptionError(f"--batch-size {config.batch_size} is not a multiple of {context.world_size} ranks")
     files = dataset.requests(split)
+    good_rows: GoodRows | None = None
+    if config.on_bad_row == "skip":  # all rows are read, by all ranks together
+        mine = on_all_ranks(
+            lambda: count_good_rows(
+                files, config.features(), context.rank, context.world_size, dataset.conventions
+            )
+        )
+        good_rows = {k: counts for part in context.all_gather_objects(mine) for k, counts in part.items()}
     reader = RequestReader(
         files,
         batch_size=config.batch_size // context.world_size,
@@ -135,10 +150,14 @@ def open_reader(
         world_size=context.world_size,
         seed=config.seed,
         shuffle=training,
+        buffer_rows=config.buffer_rows if training else None,
         max_behaviors=config.max_behaviors,
         on_bad_row=config.on_bad_row,
         drop_remainder=training,
         features=config.features(),
+        conventions=dataset.conventions,
+        originals=originals,
+        good_rows=good_rows,
     )
     _check_needs(config, reader.columns, files[0])
     return reader
@@ -161,34 +180,6 @@ def _check_needs(config: CTRConfig, columns: Sequence[str], file: Path) -> None:
                 f"(missing: {', '.join(missing)})",
                 file=file,
             )
-
-
-def scan_vocabularies(
-    dataset: Dataset, config: CTRConfig, context: DistributedContext, resumes: bool
-) -> dict[str, Vocabulary]:
-    """Vocabularies of the training requests, and of the run that a warm start begins from.
-
-    Scanned by one rank, kept in the run, read by all. A run that resumes keeps those that it has.
-    """
-    folder = RunDirectory(config.out).vocabulary
-
-    def scan() -> None:
-        if not context.is_main or (resumes and folder.is_dir()):
-            return
-        earlier = load_vocabularies(config.warm_start) if config.warm_start is not None else {}
-        with atomic_directory(folder) as partial:
-            for name, new in scan_ids(dataset.requests("train"), config.features()).items():
-                ids = np.union1d(new, earlier[name].ids.numpy()) if name in earlier else new
-                Vocabulary.build(ids, spare_rows=config.spare_rows).save(partial / f"{name}.npz")
-
-    on_all_ranks(scan)
-    return load_vocabularies(config.out)
-
-
-def load_vocabularies(run: Path) -> dict[str, Vocabulary]:
-    """Vocabularies of a run, by name."""
-    folder = RunDirectory(run).vocabulary
-    return {path.stem: Vocabulary.load(path) for path in sorted(folder.glob("*.npz"))}
 
 
 def read_config(run: Path) -> CTRConfig:

@@ -13,11 +13,13 @@ from mim_torchrec.ciubm.content import Pooling
 from mim_torchrec.ciubm.ubm.interface import UBMOptions
 from mim_torchrec.ciubm.ubm.registry import built_in_models, find_model
 from mim_torchrec.data.features import Features
+from mim_torchrec.domains import Count, Domain, Fraction, Natural, Positive, Share, Temperature, Weight
 from mim_torchrec.extras import needs
 from mim_torchrec.training.checkpoints import CheckpointConfig
 from mim_torchrec.training.distributed import Timeouts
 
 Preset = Literal["paper", "recommended"]
+Memory = Literal["device", "uvm", "uvm_caching"]
 Sharding = Literal["table_wise", "row_wise", "column_wise"]
 PRESETS: dict[Preset, dict[str, Any]] = {
     "paper": {},
@@ -49,46 +51,49 @@ class ModelConfig:
     """Content and fusion interest: the paper's sum over behaviors, or their mean."""
     content_projection: Literal["none", "layer_norm", "linear"] = "none"
     """What the content interest passes before the tower; `linear` is a layer norm and a linear layer."""
-    content_dim: int = 32
+    content_dim: Count = 32
     """Size of the content interest after a linear projection."""
     similarity_interest: bool = False
     """Feed the tower how the relevance of the behaviors is distributed: counts by tier, maximum,
     recency-weighted mean; beyond the paper."""
-    similarity_tiers: int = 20
+    similarity_tiers: Count = 20
     """Equal parts of [-1, 1] in which the similarity interest counts behaviors."""
-    similarity_spans: tuple[int, ...] = (5, 0)
+    similarity_spans: tuple[Natural, ...] = (5, 0)
     """Spans that the similarity interest describes, each a number of most recent behaviors; 0 is all of
     them."""
-    content_temperature: float | None = None
+    content_temperature: Temperature | None = None
     """Weigh behaviors by softmax(relevance / temperature), with a learnable temperature that starts here;
     beyond the paper, which weighs them by the relevance."""
-    content_dropout: float = 0.0
+    content_dropout: Fraction = 0.0
     """Fraction of the candidates that are trained as if they had no vector; beyond the paper."""
-    id_dropout: float = 0.0
+    id_dropout: Fraction = 0.0
     """Fraction of the candidates that are trained with a hidden item id, as if they were new; beyond the
     paper."""
     dot_product_features: bool = False
     """Feed the tower the inner product of each interest with the target as well."""
-    embedding_dim: int = 16
+    embedding_dim: Annotated[int, Domain(least=4, multiple=4)] = 16
     """Size of the embeddings of users, queries, items, categories and sparse features."""
     sparse_features: tuple[str, ...] = ()
     """Further columns of ids. A column whose name begins with `candidate_` is parallel to the candidates. Any
     other has one id per request, or a list of ids, whose embeddings are averaged."""
     dense_features: tuple[str, ...] = ()
     """Further columns of numbers, likewise; the tower gets sign(x) log(1 + |x|)."""
+    bucket_features: dict[str, str] = field(default_factory=dict)
+    """Further columns of numbers, each as COLUMN BOUNDARIES such as `price 0,10,100`: every range between two
+    boundaries has an embedding."""
     other_features: dict[str, str] = field(default_factory=dict)
     """Further columns of a kind of your own, as COLUMN package.module:ClassName; see
     mim_torchrec.data.features."""
     recency: Literal["time", "order"] = "time"
     """How BST, SIM and TWIN measure how far a behavior lies back: by its time, or by the number of later
     behaviors, for data without times."""
-    aux_weight: float = 1.0
+    aux_weight: Weight = 1.0
     """Weight of the auxiliary loss of DIEN and of SIM's soft search; 0 leaves it out."""
-    tower: tuple[int, ...] = (200, 80)
+    tower: tuple[Count, ...] = (200, 80)
     """Hidden layers of the deepCTR tower."""
     batch_norm: bool = True
     """Batch normalization in the tower, over the batch of all ranks."""
-    dropout: float = 0.0
+    dropout: Fraction = 0.0
     """Dropout in the tower and in BST."""
 
     def __post_init__(self) -> None:
@@ -100,7 +105,10 @@ class ModelConfig:
 
     def features(self) -> Features:
         """Columns beyond those that all requests have."""
-        return Features(sparse=self.sparse_features, dense=self.dense_features, other=self.other_features)
+        return Features(
+            sparse=self.sparse_features, dense=self.dense_features, buckets=self.bucket_features,
+            other=self.other_features,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +123,14 @@ class CTRConfig(ModelConfig):
     """Dataset directory."""
     out: Path
     """Directory of the results; made if missing."""
+    train_days: str | None = None
+    """Days whose requests are trained on, as 2026-11-01..2026-11-20 (both included) or one day, of requests
+    in folders of days (`dt=2026-11-01`). By default all of requests/train. Where requests/ has no folders of
+    splits, each split is a range of days."""
+    validation_days: str | None = None
+    """Likewise, of the validation requests."""
+    test_days: str | None = None
+    """Likewise, of the test requests."""
     table: Path | None = None
     """Directory of the multi-modal table; needed when `mim` is on, not read when it is off."""
     table_version: Annotated[str | None, tyro.conf.arg(aliases=["--expected-table-version"])] = None
@@ -122,7 +138,7 @@ class CTRConfig(ModelConfig):
     windows: str | None = None
     """Window log of the table, a directory or a Redis URL. New items that `mim rim` publishes enter the table
     during training. By default the table does not change."""
-    windows_every: int = 100
+    windows_every: Count = 100
     """Steps between two reads of the window log."""
     preset: Preset = "paper"
     """Defaults of all other flags: `paper` is the form of the paper; `recommended` has raised the AUC on
@@ -130,22 +146,22 @@ class CTRConfig(ModelConfig):
     warm_start: Path | None = None
     """Directory of an earlier run of `mim ctr`, from whose best weights training starts, for example on the
     data of a new day. Known ids keep their embeddings; new ids and the optimizers start from scratch."""
-    seed: int = 0
+    seed: Natural = 0
     """Seed of the initial weights, of the order of the requests and of dropout."""
-    epochs: int = 4
+    epochs: Count = 4
     """Passes over the training requests; the best by validation AUC is kept. A finished run that is started
     again with more epochs trains the additional ones."""
-    patience: int | None = None
+    patience: Count | None = None
     """Stop after this many epochs without a better validation AUC."""
-    batch_size: int = 1024
+    batch_size: Count = 1024
     """Candidates in a step, over all ranks."""
-    lr: float = 5e-3
+    lr: Weight = 5e-3
     """Learning rate of the dense part (AdamW); the paper's is 0.005."""
-    weight_decay: float = 0.0
+    weight_decay: Weight = 0.0
     """Weight decay of the dense part."""
-    sparse_lr: float = 0.02
+    sparse_lr: Weight = 0.02
     """Learning rate of the embedding tables."""
-    warmup_steps: int = 0
+    warmup_steps: Natural = 0
     """Steps over which both learning rates rise linearly to their values."""
     sparse_optimizer: Literal["rowwise_adagrad", "adagrad", "adam", "sgd"] = "rowwise_adagrad"
     """Optimizer of the embedding tables, fused into the backward pass; Adam on GPUs only."""
@@ -153,35 +169,56 @@ class CTRConfig(ModelConfig):
     """Sharding types that the planner may choose from, by their estimated cost. On a CPU pooled tables are
     not divided by rows, and one rank holds a whole table. `column_wise` is not possible with row-wise
     Adagrad, whose one number per row would become one per part."""
+    sparse_memory: Memory = "device"
+    """Where the embedding tables are: memory of the device, managed (UVM) memory of the host, or that behind
+    a cache on the device; the last two on GPUs only."""
+    table_memory: Memory = "device"
+    """Where the multi-modal table is, likewise."""
+    load_factor: Annotated[float, Domain(above=0, most=1)] = 0.2
+    """Rows of the cache on the device per row, for tables in uvm_caching."""
     pipeline: Literal["auto", "on", "off"] = "auto"
     """Exchange the ids of the next batch between ranks while the current one is computed (TorchRec's train
     pipeline); `auto`: on GPUs only. The results are the same."""
     index_dedup: Literal["auto", "on", "off"] = "auto"
     """Look up every distinct item and category of a batch once; `auto`: on GPUs, as only they have the
     kernel. Multi-modal vectors are always looked up this way."""
-    sparse_weight_decay: float = 0.0
+    sparse_weight_decay: Weight = 0.0
     """L2 regularization of the embedding rows that a step touches (row-wise Adagrad and SGD)."""
-    embedding_init_std: float | None = None
+    embedding_init_std: Positive | None = None
     """Standard deviation of the initial embeddings; by default uniform within 1 / sqrt(rows)."""
-    max_behaviors: int = 50
+    max_behaviors: Count = 50
     """Most recent behaviors of a request that are used."""
-    spare_rows: float = 0.0
+    buffer_rows: Count | None = None
+    """Training requests that are shuffled together and lie in memory, of each rank; by default those of eight
+    row groups, but at most 262,144."""
+    prefetch: Natural = 4
+    """Batches that a thread reads ahead and maps to embedding rows, of each rank; 0 reads when a batch is
+    needed."""
+    spare_rows: Weight = 0.0
     """Spare rows of the ID tables, as a fraction of the ids seen in training."""
-    max_unknown: float = 0.5
+    min_count: Count = 1
+    """Occurrences in the training requests that an id needs for a row of its own; rarer ids share row 0, the
+    one of unknown ids."""
+    max_unknown: Share = 0.5
     """Fraction of unknown ids of one kind above which a warning is logged."""
     on_bad_row: Literal["fail", "skip"] = "fail"
     """Stop at a malformed request, or skip and count it."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     timeout: Timeouts = field(default_factory=Timeouts)
-    item_cache: Path | None = None
-    """Folder of the item index; by default one inside `out`."""
-    log_every: int = 20
+    id_cache: Path | None = None
+    """Folder of the ids found in training requests, which runs on the same files share; by default one inside
+    `out`."""
+    log_every: Count = 20
     """Steps between two lines of the log."""
+
+    def days(self) -> dict[str, str | None]:
+        """Ranges of days by split, as `Dataset` takes them."""
+        return {"train": self.train_days, "validation": self.validation_days, "test": self.test_days}
 
     def resume_fingerprint(self) -> dict[str, Any]:
         """The fields that must be equal for a run to resume; it may get more epochs."""
         free = {"out", "preset", "pipeline", "index_dedup", "checkpoint", "timeout", "log_every",
-                "item_cache", "epochs"}  # fmt: skip
+                "prefetch", "id_cache", "epochs", "sparse_memory", "table_memory", "load_factor"}  # fmt: skip
         free.add("windows")  # their log may move
         return {name: value for name, value in asdict(self).items() if name not in free}
 

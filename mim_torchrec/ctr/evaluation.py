@@ -17,11 +17,11 @@ import tyro
 from mim_torchrec import program
 from mim_torchrec.ctr.assembly import TrainedRun, assemble, live_windows, open_reader
 from mim_torchrec.ctr.config import CTRConfig
-from mim_torchrec.ctr.predictions import predict, summarize
+from mim_torchrec.ctr.predictions import PredictionFile, collect, predict
+from mim_torchrec.ctr.report import COLUMNS, read_items, summarize
 from mim_torchrec.ctr.task import load_model
-from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.schema import Dataset
-from mim_torchrec.errors import check_sizes
+from mim_torchrec.domains import Count, Natural, check_domains
 from mim_torchrec.training.distributed import DistributedContext, Timeouts, distributed
 from mim_torchrec.training.run_directory import RunDirectory
 
@@ -43,6 +43,9 @@ class EvaluationConfig:
     """Part of the data set that is scored."""
     data: Path | None = None
     """Dataset directory; by default that of the run."""
+    days: str | None = None
+    """Days whose requests are scored, as 2026-11-01..2026-11-20 or one day, of requests in folders of days;
+    by default those of the split in the run, or with `data` all."""
     table: Path | None = None
     """Directory of the multi-modal table; it must have the version that the model was trained on. By default
     that of the run."""
@@ -50,15 +53,13 @@ class EvaluationConfig:
     """Window log, a directory or a Redis URL, that is applied to the table; by default that of the run."""
     checkpoint: str = "best"
     """`best`, or one of the names in the run's `checkpoints`, or the directory of a checkpoint."""
-    draws: int = 200
+    draws: Natural = 200
     """Bootstrap draws of users for the confidence intervals; 0 computes none."""
-    batch_size: int = 4096
+    batch_size: Count = 4096
     """Candidates in a batch, over all ranks."""
     on_bad_row: Literal["fail", "skip"] = "fail"
     """Stop at a malformed request, or skip and count it."""
     timeout: Timeouts = field(default_factory=Timeouts)
-    item_cache: Path | None = None
-    """Folder of the item index; by default one inside `out`."""
 
 
 def evaluate(config: EvaluationConfig, context: DistributedContext) -> dict[str, Any]:
@@ -71,8 +72,7 @@ def evaluate(config: EvaluationConfig, context: DistributedContext) -> dict[str,
         VersionMismatch: the table is of another version than the model was trained on.
         DataError: `model` is no run, or data is malformed.
     """
-    check_sizes(config, 1, "batch_size")
-    check_sizes(config, 0, "draws")
+    check_domains(config)
     run = TrainedRun.open(config.model, config.checkpoint)
     trained = run.config
     settings = replace(
@@ -95,9 +95,10 @@ def _evaluate(
     out: RunDirectory,
     context: DistributedContext,
 ) -> dict[str, Any]:
-    dataset = Dataset(settings.data)
-    items = ItemStore.open(dataset, config.item_cache or config.out / "items")
-    reader = open_reader(settings, dataset, config.split, context)
+    days = run.config.days() if config.data is None else {}
+    dataset = Dataset(settings.data, days if config.days is None else {config.split: config.days})
+    items = read_items(dataset, context)
+    reader = open_reader(settings, dataset, config.split, context, originals=True)
     assembled = assemble(settings, run.vocabularies, context)
     load_model(assembled.model, run.weights)
     windows = live_windows(settings, assembled, context)
@@ -105,8 +106,9 @@ def _evaluate(
         windows.catch_up()
         assert assembled.facts is not None  # a model without a table has no windows
         assembled.facts["seq_after"] = windows.seq
-    predictions = predict(assembled.model, reader, assembled.mapper, context)
-    report = summarize(predictions, items, config.draws) | {
+    file = PredictionFile(out.predictions, context)
+    scored = file.written(predict(assembled.model, reader, assembled.mapper, context.device))
+    report = summarize(collect(scored, COLUMNS, context), items, context, config.draws) | {
         "model": str(config.model),
         "checkpoint": str(run.weights),
         "data": str(settings.data),
@@ -118,7 +120,7 @@ def _evaluate(
         "world_size": context.world_size,
         "skipped_rows": reader.skipped,
     }
-    out.write_results(report, context, predictions)
+    out.write_results(report, context, file.joined())
     if context.is_main:
         log.info("%s: auc %s %s, gauc %s, ne %s, %d impressions", config.split, report["auc"],
                  report.get("ci", {}).get("auc", ""), report["gauc"], report["ne"], report["n"])  # fmt: skip
@@ -128,6 +130,7 @@ def _evaluate(
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `mim evaluate`."""
     config = tyro.cli(EvaluationConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
+    check_domains(config)  # before processes wait for each other
     program.log_to_stderr()
     with distributed(
         seed=0, timeouts=config.timeout

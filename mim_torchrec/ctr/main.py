@@ -6,7 +6,7 @@ python -m torch.distributed.run --nproc_per_node 2 -m mim_torchrec.ctr.main --da
 
 import logging
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import tyro
@@ -18,22 +18,25 @@ from mim_torchrec.ctr.assembly import (
     describe_model,
     live_windows,
     open_reader,
-    scan_vocabularies,
 )
 from mim_torchrec.ctr.config import CTRConfig, parse
-from mim_torchrec.ctr.predictions import predict, summarize
+from mim_torchrec.ctr.predictions import PredictionFile, collect, predict
+from mim_torchrec.ctr.report import COLUMNS, read_items, summarize
+from mim_torchrec.ctr.sharding import check_model
 from mim_torchrec.ctr.task import CTRTask, load_model
+from mim_torchrec.ctr.vocabularies import scan_vocabularies
 from mim_torchrec.ctr.warm_start import warm_start
 from mim_torchrec.ctr.windows import LiveWindows
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.items import ItemStore
-from mim_torchrec.data.requests import label_classes
+from mim_torchrec.data.requests import RequestReader, label_classes
 from mim_torchrec.data.schema import SPLITS, Dataset
+from mim_torchrec.domains import check_domains
 from mim_torchrec.embeddings.collective import on_all_ranks
 from mim_torchrec.embeddings.sharded.load import table_digest
 from mim_torchrec.embeddings.table.reader import read_manifest
 from mim_torchrec.embeddings.windows.window import WindowGap
-from mim_torchrec.errors import OptionError, check_sizes
+from mim_torchrec.errors import OptionError
 from mim_torchrec.training.checkpoints import Checkpoints
 from mim_torchrec.training.distributed import DistributedContext, distributed
 from mim_torchrec.training.loop import fit
@@ -44,11 +47,10 @@ log = logging.getLogger("mim_torchrec.ctr.main")  # also where it runs as __main
 
 def train_and_evaluate(config: CTRConfig, context: DistributedContext) -> dict[str, Any]:
     """Run the stage on an initialized process group; returns what metrics.json holds."""
-    check_sizes(config, 1, "batch_size", "epochs", "max_behaviors", "log_every", "patience", "embedding_dim")
-    check_sizes(config, 1, "content_dim", "windows_every")
-    check_sizes(config, 0, "seed", "warmup_steps", "spare_rows")
+    check_domains(config)
     if config.mim == "on" and config.table is None:
         raise OptionError("--mim on needs --table; train Base with --mim off")
+    check_model(config, context)
     run = RunDirectory(config.out)
     with run.writing(context):
         return _train_and_evaluate(config, run, context)
@@ -77,7 +79,7 @@ def refuse_one_class(dataset: Dataset, context: DistributedContext) -> None:
 
     def look() -> None:
         if context.is_main:
-            classes = label_classes(dataset.requests("validation"))
+            classes = label_classes(dataset.requests("validation"), dataset.conventions)
             if len(classes) < 2:
                 found = ", ".join(map(str, sorted(classes))) or "none"
                 raise DataError(
@@ -89,14 +91,30 @@ def refuse_one_class(dataset: Dataset, context: DistributedContext) -> None:
     on_all_ranks(look)
 
 
-def _train_and_evaluate(config: CTRConfig, run: RunDirectory, context: DistributedContext) -> dict[str, Any]:
-    started = time.time()
+@dataclass(frozen=True)
+class Prepared:
+    """All that is there before the first step."""
+
+    items: ItemStore | None
+    readers: dict[str, RequestReader]
+    assembled: Assembled
+    windows: LiveWindows | None
+    task: CTRTask
+    fingerprint: dict[str, Any]
+    record: dict[str, Any]
+
+
+def prepare(config: CTRConfig, run: RunDirectory, context: DistributedContext) -> Prepared:
+    """See that the run can be done, begin its directory, and build its model; every rank calls it."""
     fingerprint, version = resume_fingerprint(config)
     run.refuse_other(config.checkpoint, fingerprint)
-    dataset = Dataset(config.data)
-    items = ItemStore.open(dataset, config.item_cache or config.out / "items")
+    dataset = Dataset(config.data, config.days())
+    items = read_items(dataset, context)
     readers = {
-        split: open_reader(config, dataset, split, context, training=split == "train") for split in SPLITS
+        split: open_reader(
+            config, dataset, split, context, training=split == "train", originals=split == "test"
+        )
+        for split in SPLITS
     }
     refuse_one_class(dataset, context)
     resumes = context.all_gather_objects(run.resumes(config.checkpoint))[0]
@@ -104,26 +122,39 @@ def _train_and_evaluate(config: CTRConfig, run: RunDirectory, context: Distribut
     vocabularies = scan_vocabularies(dataset, config, context, resumes)
     record = describe_model(replace(config, table_version=version), vocabularies)
     assembled = assemble(config, vocabularies, context)
-    model, mapper, facts = assembled.model, assembled.mapper, assembled.facts
+    model = assembled.model
     if config.warm_start is not None:
         warm_start(model, config, config.warm_start, vocabularies, version)
     windows = live_windows(config, assembled, context, begin=True)
     pipeline = config.pipeline == "on" or (config.pipeline == "auto" and context.device.type == "cuda")
-    task = CTRTask(model, assembled.optimizer, readers["train"], readers["validation"], mapper, context,
-                   config.aux_weight, config.id_dropout, config.seed, pipeline, windows, record)  # fmt: skip
+    task = CTRTask(model, assembled.optimizer, readers["train"], readers["validation"], assembled.mapper,
+                   context, config.aux_weight, config.id_dropout, config.seed, pipeline, windows, record,
+                   config.prefetch)  # fmt: skip
+    return Prepared(items, readers, assembled, windows, task, fingerprint, record)
+
+
+def _train_and_evaluate(config: CTRConfig, run: RunDirectory, context: DistributedContext) -> dict[str, Any]:
+    started = time.time()
+    prepared = prepare(config, run, context)
+    startup = time.time() - started
+    readers, assembled, windows = prepared.readers, prepared.assembled, prepared.windows
+    model, mapper, facts = assembled.model, assembled.mapper, assembled.facts
     history = fit(
-        task,
+        prepared.task,
         epochs=config.epochs,
         run=run,
         context=context,
         select="auc",
         patience=config.patience,
         log_every=config.log_every,
-        checkpoints=Checkpoints(run.checkpoints, config.checkpoint, fingerprint, context, record),
+        checkpoints=Checkpoints(
+            run.checkpoints, config.checkpoint, prepared.fingerprint, context, prepared.record
+        ),
     )
     load_model(model, run.best)
-    predictions = predict(model, readers["test"], mapper, context)
-    report = summarize(predictions, items)
+    file = PredictionFile(run.predictions, context)
+    scored = file.written(predict(model, readers["test"], mapper, context.device, config.prefetch))
+    report = summarize(collect(scored, COLUMNS, context), prepared.items, context)
     if facts is not None:
         facts |= check_table(config, assembled, windows)
     unknown = mapper.unknown_fractions()
@@ -140,9 +171,10 @@ def _train_and_evaluate(config: CTRConfig, run: RunDirectory, context: Distribut
         "unknown_ids": unknown,
         "world_size": context.world_size,
         "skipped_rows": {split: reader.skipped for split, reader in readers.items()},
+        "startup_seconds": startup,
         "seconds": time.time() - started,
     }
-    run.write_results(report, context, predictions)
+    run.write_results(report, context, file.joined())
     if context.is_main:
         log.info(
             "test: auc %.4f, gauc %s, ne %s, %d impressions",
@@ -188,6 +220,7 @@ def check_table(
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `mim ctr`."""
     config = parse(argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
+    check_domains(config)  # before processes wait for each other
     program.log_to_stderr()
     with distributed(config.seed, config.timeout) as context:
         train_and_evaluate(config, context)

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import nn
 from torchrec.distributed.comm import get_local_size
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
-from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
@@ -25,7 +24,7 @@ from torchrec.distributed.planner.types import (
     TopologyFactory,
     TrainerConfig,
 )
-from torchrec.distributed.types import ShardingType
+from torchrec.distributed.types import CacheParams, ShardingType
 from torchrec.modules.embedding_configs import (
     DataType,
     EmbeddingBagConfig,
@@ -43,7 +42,8 @@ from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.model import CTRModel
 from mim_torchrec.ctr.parameters import id_tables, trainable_state
 from mim_torchrec.embeddings.sharded.frozen import FrozenEmbeddingCollection
-from mim_torchrec.embeddings.sharded.sharder import FrozenEmbeddingCollectionSharder
+from mim_torchrec.embeddings.sharded.sharder import KERNELS, FrozenEmbeddingCollectionSharder, Memory
+from mim_torchrec.embeddings.sharded.trained import fused_kernels
 from mim_torchrec.errors import OptionError
 from mim_torchrec.extras import needs
 from mim_torchrec.training.distributed import DistributedContext
@@ -118,6 +118,26 @@ def build_model(
         )
     torch.manual_seed(config.seed)
     return CTRModel(request_embeddings, item_embeddings, mm_embeddings, config.model())
+
+
+def check_model(config: CTRConfig, context: DistributedContext) -> None:
+    """Build and plan the model with tiny tables, which holds options that contradict each other.
+
+    What it finds would otherwise end a run after all data was read.
+
+    Raises:
+        OptionError: no model can be made of the configuration.
+    """
+    names = ["user_id", "query_id", "item_id", "category"]
+    names += [feature.name for of in (False, True) for feature in config.features().ids(of_candidates=of)]
+    mm = None
+    if config.mim == "on":
+        mm = EmbeddingConfig(
+            name="mm", embedding_dim=4, num_embeddings=8, feature_names=["candidate_mm", "behavior_mm"]
+        )
+    model = build_model(config, dict.fromkeys(names, 8), mm, torch.device("meta"))
+    _constraints(model, config, context)
+    _index_dedup(config, context)
 
 
 def shard(
@@ -204,6 +224,11 @@ def _constraints(
     on_gpu = context.device.type == "cuda"
     if config.sparse_optimizer == "adam" and not on_gpu:
         raise OptionError("--sparse-optimizer adam is fused on GPUs only; on a CPU take rowwise_adagrad")
+    for flag, memory in (("sparse", config.sparse_memory), ("table", config.table_memory)):
+        if memory != "device" and not on_gpu:
+            raise OptionError(f"--{flag}-memory {memory} needs a GPU; on a CPU all tables are in its memory")
+    if not 0 < config.load_factor <= 1:
+        raise OptionError(f"--load-factor is {config.load_factor}; it must be above 0 and at most 1")
     # on one rank rows would be put into buckets for nothing
     allowed: list[str] = list(config.sharding) if context.world_size > 1 else [ShardingType.TABLE_WISE.value]
     pooled = [kind for kind in allowed if on_gpu or kind != ShardingType.ROW_WISE.value]
@@ -212,15 +237,20 @@ def _constraints(
            for t in model.request_embeddings.embedding_bag_configs()},
         **{t.name: allowed for t in model.item_embeddings.embedding_configs()},
     }  # fmt: skip
+    memories: dict[str, Memory] = dict.fromkeys(of_tables, config.sparse_memory)
     if model.mm_embeddings is not None:
-        by_rows = [ShardingType.ROW_WISE.value]
-        of_tables |= {table.name: by_rows for table in model.mm_embeddings.embedding_configs()}
+        for table in model.mm_embeddings.embedding_configs():
+            of_tables[table.name] = [ShardingType.ROW_WISE.value]
+            memories[table.name] = config.table_memory
     # as many parts as ranks where columns are divided; fused kernels take multiples of 4
     columns = min(4 * math.ceil(config.embedding_dim / context.world_size / 4), config.embedding_dim)
     return {
         name: ParameterConstraints(
             sharding_types=kinds,
-            compute_kernels=[EmbeddingComputeKernel.FUSED.value],
+            compute_kernels=[KERNELS[memories[name]].value],
+            cache_params=CacheParams(load_factor=config.load_factor)
+            if memories[name] == "uvm_caching"
+            else None,
             min_partition=columns,
         )
         for name, kinds in of_tables.items()
@@ -240,6 +270,24 @@ def _topology(context: DistributedContext) -> Topology:
         ),
         kernel_config=KernelConfig(compute_device=context.device.type),
     )
+
+
+def sparse_iterations(model: DistributedModelParallel) -> int:
+    """Lookups of the embedding tables so far, by which fused Adam corrects its averages."""
+    return max((int(table.iter.item()) for table in _tables(model)), default=0)
+
+
+def set_sparse_iterations(model: DistributedModelParallel, iterations: int) -> None:
+    """Take what `sparse_iterations` gave; the state of the tables' optimizers does not hold it."""
+    for table in _tables(model):
+        table.iter.fill_(iterations)
+        table.iter_cpu.fill_(iterations)  # the copy that updates read
+
+
+def _tables(model: DistributedModelParallel) -> list[Any]:
+    """What fbgemm makes of the trainable tables on this rank."""
+    collections = (model.module.request_embeddings, model.module.item_embeddings)
+    return [kernel.emb_module for one in collections for kernel in fused_kernels(one)]
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 """CTR training as a task of the shared loop: batches, loss, validation, checkpoint."""
 
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,36 +16,42 @@ from torchrec.optim.warmup import WarmupOptimizer
 
 from mim_torchrec.ctr.parameters import load_trainable_state, trainable_state
 from mim_torchrec.ctr.pipeline import SparseExchange
-from mim_torchrec.ctr.predictions import predict
+from mim_torchrec.ctr.predictions import collect, predict
+from mim_torchrec.ctr.report import EPOCH_COLUMNS, epoch_metrics
+from mim_torchrec.ctr.sharding import set_sparse_iterations, sparse_iterations
 from mim_torchrec.ctr.windows import LiveWindows
 from mim_torchrec.data.batch import RequestBatch
+from mim_torchrec.data.prefetch import prefetched
 from mim_torchrec.data.requests import RequestReader
 from mim_torchrec.data.vocabulary import IdMapper
 from mim_torchrec.embeddings.collective import on_all_ranks
 from mim_torchrec.errors import OptionError
-from mim_torchrec.training import metrics
 from mim_torchrec.training.distributed import DistributedContext
 from mim_torchrec.training.model_record import write_model_record
 from mim_torchrec.training.sharded_state import save_state, seal
 from mim_torchrec.training.shared_directory import shared_atomic_directory
 
 
-def global_mean_loss(logits: Tensor, labels: Tensor, world_size: int) -> Tensor:
-    """Binary cross entropy whose mean over ranks is the mean over all candidates of the step.
+def global_mean_loss(
+    logits: Tensor, labels: Tensor, world_size: int, weights: Tensor | None = None
+) -> Tensor:
+    """Binary cross entropy whose mean over ranks is the weighted mean over all candidates of the step.
 
     Ranks hold different numbers of candidates, so a mean of their means would weigh the candidates of a
-    short rank more. Gradients are averaged over ranks, hence: local sum x ranks / global count.
+    short rank more. Gradients are averaged over ranks, hence: local sum x ranks / global sum of weights.
 
     Args:
         logits: (sum_candidates,) of this rank.
         labels: (sum_candidates,) of this rank.
         world_size: number of ranks.
+        weights: (sum_candidates,) how often each candidate counts; None counts each once.
     """
-    count = torch.tensor(float(labels.numel()), device=labels.device)
+    count = torch.tensor(float(labels.numel()), device=labels.device) if weights is None else weights.sum()
     if world_size > 1:
         dist.all_reduce(count)
-    total = F.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
-    return total * world_size / count.clamp(min=1)  # an auxiliary task may have nothing to compare
+    total = F.binary_cross_entropy_with_logits(logits, labels, weights, reduction="sum")
+    # an auxiliary task may have nothing to compare, and all weights of a step may be 0
+    return total * world_size / torch.where(count > 0, count, 1)
 
 
 class CTRState:
@@ -97,15 +102,17 @@ class CTRState:
         self._optimizer.load_state_dict(state["optimizer"])
 
     def local(self) -> dict[str, Any]:
-        """What other numbers of ranks have read of the epoch, and the last window that was applied."""
+        """What other numbers of ranks have read of the epoch, counts of steps, and the last window."""
         seq = None if self._windows is None else self._windows.seq
         done = [list(part) for part in self._done]
-        return {"epoch": self._epoch, "done": done, "steps": self.steps, "seq": seq}
+        iterations = sparse_iterations(self._model)
+        return {"epoch": self._epoch, "done": done, "steps": self.steps, "iterations": iterations, "seq": seq}
 
     def load_local(self, state: dict[str, Any]) -> None:
         """Take what `local` gave."""
         self._epoch, self._done = state["epoch"], [(ranks, batches) for ranks, batches in state["done"]]
         self.steps = state["steps"]
+        set_sparse_iterations(self._model, state["iterations"])
         if self._windows is not None and state["seq"] is not None:
             self._windows.catch_up(state["seq"])
 
@@ -132,6 +139,7 @@ class CTRTask:
         pipeline: exchange the ids of the next batch while this one is computed.
         windows: of new items, None for none.
         record: what `model.json` beside the weights says, see `describe_model`.
+        prefetch: batches that a thread reads ahead.
 
     Raises:
         OptionError: `id_dropout` is no probability below 1.
@@ -151,6 +159,7 @@ class CTRTask:
         pipeline: bool = False,
         windows: LiveWindows | None = None,
         record: dict[str, Any] | None = None,
+        prefetch: int = 4,
     ) -> None:
         if not 0 <= id_dropout < 1:
             raise OptionError(f"id dropout is {id_dropout}; it has to be at least 0 and below 1")
@@ -163,7 +172,7 @@ class CTRTask:
         self._aux_weight = aux_weight
         self._id_dropout, self._seed = id_dropout, seed
         self._exchange = SparseExchange(model, optimizer, context.device) if pipeline else None
-        self._windows, self._record = windows, record
+        self._windows, self._record, self._prefetch = windows, record, prefetch
         self.state = CTRState(model, optimizer, windows)
 
     def num_batches(self, epoch: int) -> int:
@@ -175,20 +184,25 @@ class CTRTask:
         """Batches of an epoch from `first` on, ids mapped to rows and on the rank's device."""
         if self._windows is not None:  # before the first batch is mapped
             self._windows.before_step(self.state.steps)
-        batches = self._mapped(epoch, first)
+        self._train.set_epoch(epoch, self.state.done(epoch))
+        batches = self._train.batches(first)
+        if self._windows is None:
+            batches = prefetched(self._mapped(batches, epoch, first), self._prefetch)
+        else:  # ids are mapped when a batch is asked for: by then windows may have made more of them known
+            batches = self._mapped(prefetched(batches, self._prefetch), epoch, first)
         if self._exchange is not None:
             return self._exchange.exchanged(batches)
-        return (batch.to(self._context.device) for batch in batches)
+        return (batch.to(self._context.device, non_blocking=True) for batch in batches)
 
-    def _mapped(self, epoch: int, first: int) -> Iterator[RequestBatch]:
-        self._train.set_epoch(epoch, self.state.done(epoch))
-        for place, batch in enumerate(islice(self._train, first, None), first):
+    def _mapped(self, batches: Iterator[RequestBatch], epoch: int, first: int) -> Iterator[RequestBatch]:
+        """Batches with rows for ids, in page-locked memory where they go to a GPU."""
+        for place, batch in enumerate(batches, first):
             rows = self._mapper(batch)
             if self._id_dropout:
                 rng = np.random.default_rng((self._seed, epoch, place, self._context.rank))
                 hidden = rng.random(rows.num_candidates) < self._id_dropout
                 rows = rows.with_hidden_candidates(torch.from_numpy(hidden))
-            yield rows
+            yield rows.pin_memory() if self._context.device.type == "cuda" else rows
 
     def num_samples(self, batch: RequestBatch) -> int:
         """Candidates in a batch."""
@@ -206,23 +220,20 @@ class CTRTask:
         logits, auxiliary = self.model(batch)
         if self._exchange is not None:
             self._exchange.after_forward()
-        loss = global_mean_loss(logits, batch.labels, self._context.world_size)
+        loss = global_mean_loss(logits, batch.labels, self._context.world_size, batch.weights)
         if auxiliary is None:
             return loss, {}
         targets = batch.labels if auxiliary.targets is None else auxiliary.targets
-        auxiliary_loss = global_mean_loss(auxiliary.logits, targets, self._context.world_size)
+        weights = batch.weights if auxiliary.targets is None else None  # behaviors have none
+        auxiliary_loss = global_mean_loss(auxiliary.logits, targets, self._context.world_size, weights)
         return loss + self._aux_weight * auxiliary_loss, {"auxiliary_loss": auxiliary_loss}
 
     def after_epoch(self, epoch: int) -> dict[str, float]:
         """Validation metrics, the same on every rank; a metric that is undefined is left out."""
-        predictions = predict(self.model, self._validation, self._mapper, self._context)
-        labels, scores = predictions["label"], predictions["score"]
-        values = {
-            "auc": metrics.auc(labels, scores),
-            "gauc": metrics.grouped_auc(labels, scores, predictions["user_id"]),
-            "ne": metrics.normalized_entropy(labels, scores),
-        }
-        return {name: value for name, value in values.items() if value is not None}
+        predictions = predict(
+            self.model, self._validation, self._mapper, self._context.device, self._prefetch
+        )
+        return epoch_metrics(collect(predictions, EPOCH_COLUMNS, self._context), self._context)
 
     def save(self, path: Path) -> None:
         """Write the trainable state, see `save_model`."""

@@ -1,8 +1,9 @@
 """A batch of requests: what readers yield and what CTR models take."""
 
-from dataclasses import dataclass, fields, replace
-from typing import cast
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
@@ -23,6 +24,9 @@ class RequestBatch(Pipelineable):
         behavior_ts: (sum_behaviors,) int64 likewise, in the order of `behavior_item_id`.
         request_dense: (B, num_features) float32, None where there are none.
         candidate_dense: (sum_candidates, num_features) float32 likewise.
+        weights: (sum_candidates,) float32, how often each candidate counts; None counts each once.
+        originals: ids as people know them, where they are no int64 and the reader was asked for them:
+            `request_id`, `user_id`, `query_id` (B,) and `item_id` (sum_candidates,); they stay on the CPU.
     """
 
     sparse: KeyedJaggedTensor
@@ -32,6 +36,8 @@ class RequestBatch(Pipelineable):
     behavior_ts: Tensor | None = None
     request_dense: Tensor | None = None
     candidate_dense: Tensor | None = None
+    weights: Tensor | None = None
+    originals: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def num_requests(self) -> int:
@@ -43,11 +49,10 @@ class RequestBatch(Pipelineable):
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "RequestBatch":
         """The same batch on another device."""
-        return replace(
-            self,
-            sparse=self.sparse.to(device, non_blocking=non_blocking),
-            **{name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self._tensors()},
-        )
+        moved: dict[str, Any] = {
+            name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self._tensors()
+        }
+        return replace(self, sparse=self.sparse.to(device, non_blocking=non_blocking), **moved)
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory until the stream has used it; on a CPU there is no stream to wait for."""
@@ -74,13 +79,10 @@ class RequestBatch(Pipelineable):
 
     def pin_memory(self) -> "RequestBatch":
         """The same batch in page-locked memory."""
-        return replace(
-            self,
-            sparse=self.sparse.pin_memory(),
-            **{name: tensor.pin_memory() for name, tensor in self._tensors()},
-        )
+        pinned: dict[str, Any] = {name: tensor.pin_memory() for name, tensor in self._tensors()}
+        return replace(self, sparse=self.sparse.pin_memory(), **pinned)
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
         """What is there besides ids."""
-        named = [(field.name, getattr(self, field.name)) for field in fields(self) if field.name != "sparse"]
-        return [(name, tensor) for name, tensor in named if tensor is not None]
+        named = [(one.name, getattr(self, one.name)) for one in fields(self) if one.name != "sparse"]
+        return [(name, value) for name, value in named if isinstance(value, Tensor)]

@@ -5,6 +5,7 @@ Nothing here loops over rows: a list column is its flat values and the lengths o
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,11 @@ import pyarrow as pa
 
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.features import NO_FEATURES, Feature, Features, Ids, Numbers
-from mim_torchrec.data.schema import is_list
+from mim_torchrec.data.schema import ORIGINAL, WEIGHT, WEIGHTS, is_list
 
 SCALARS = ("request_id", "user_id", "query_id", "ts")
+ORIGINALS = {f"{name}{ORIGINAL}": name for name in ("request_id", "user_id", "query_id")}
+ORIGINALS_OF_CANDIDATES = {f"candidate_item_ids{ORIGINAL}": "item_id"}
 ROLES = {
     "behavior": {"item_id": "behavior_item_ids", "category": "behavior_categories", "ts": "behavior_ts"},
     "candidate": {"item_id": "candidate_item_ids", "category": "candidate_categories", "label": "labels"},
@@ -28,14 +31,20 @@ class Jagged:
     lengths: np.ndarray
     values: dict[str, np.ndarray]
 
+    @cached_property
+    def stops(self) -> np.ndarray:
+        """(num_requests,) where each list ends."""
+        return np.cumsum(self.lengths)
+
     def take(self, rows: np.ndarray, last: int | None = None) -> "Jagged":
         """The lists of some rows, of each only the `last` values where given."""
-        lengths = self.lengths[rows]
-        stops = np.cumsum(self.lengths)[rows]
+        lengths, stops = self.lengths.take(rows), self.stops.take(rows)
         if last is not None:
             lengths = np.minimum(lengths, last)
-        index = np.repeat(stops - np.cumsum(lengths), lengths) + np.arange(lengths.sum())
-        return Jagged(lengths, {name: values[index] for name, values in self.values.items()})
+        own_stops = np.cumsum(lengths)
+        index = np.repeat(stops - own_stops, lengths)
+        index += np.arange(len(index))
+        return Jagged(lengths, {name: values.take(index) for name, values in self.values.items()})
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,7 @@ class RequestColumns:
 
     def take(self, rows: np.ndarray, max_behaviors: int | None = None) -> "RequestColumns":
         """Some rows in the order given, each with its last `max_behaviors` behaviors."""
-        scalars = {name: values[rows] for name, values in self.scalars.items()}
+        scalars = {name: values.take(rows) for name, values in self.scalars.items()}
         ids = {name: jagged.take(rows) for name, jagged in self.ids.items()}
         return RequestColumns(
             scalars, self.behavior.take(rows, max_behaviors), self.candidate.take(rows), ids
@@ -82,20 +91,23 @@ def decode(
     file: str | Path,
     row_group: int,
     features: Features = NO_FEATURES,
+    first_row: int = 0,
 ) -> tuple[RequestColumns, int]:
-    """Turn a row group into arrays, checking every row of it.
+    """Turn a row group, or rows of it that follow one another, into arrays, checking every row.
 
     A row is bad when a value is null, parallel lists differ in length, there is no candidate, a label is not
-    0 or 1, behaviors are not in the order of time, one of them is not strictly before its request, or a
-    dense feature is NaN or infinite.
+    0 or 1, behaviors are not in the order of time, one of them is not strictly before its request, a dense
+    feature is NaN or infinite, or a weight is not a finite number of at least 0. A history that is null is an
+    empty one: nothing is known of a new user.
 
     Args:
-        table: the row group.
+        table: the row group, from `read_row_group`.
         max_behaviors: how many behaviors to keep, the last ones.
         on_bad_row: "fail" or "skip".
         file: for the message.
         row_group: likewise.
         features: further columns, see `data.features`.
+        first_row: number of the first row in the row group, for the message.
 
     Returns:
         The good rows, and how many were bad.
@@ -103,114 +115,186 @@ def decode(
     Raises:
         DataError: a row is bad and `on_bad_row` is "fail".
     """
-    bad: list[tuple[np.ndarray, str, str]] = []
+    bad = _Bad(len(table))
     present = table.column_names
     scalars = {}
-    for name in (*SCALARS, *(feature.name for feature in features.numbers(of_candidates=False))):
+    further = (feature.name for feature in features.numbers(of_candidates=False))
+    for name in (*SCALARS, WEIGHT, *further):
         if name in present:
-            column = table[name].combine_chunks()
-            bad.append((_nulls(column), name, "is null"))
+            column = _whole(table[name])
+            bad.add_nulls(column, name)
             scalars[name] = _values(name, column, features)
     jagged = {}
     for role, columns in ROLES.items():
         columns = {name: column for name, column in columns.items() if column in present}
         if role == "candidate":
             columns |= {name: name for name, feature in features.by_name.items() if feature.of_candidates}
-        jagged[role] = _lists(table, columns, bad, features)
+            columns |= {WEIGHT: WEIGHTS} if WEIGHTS in present else {}
+        jagged[role] = _lists(table, columns, bad, features, may_be_null=role == "behavior")
+    _take_originals(table, scalars, jagged["candidate"])
     ids = {
-        feature.name: _ids(table[feature.name].combine_chunks(), feature, bad)
+        feature.name: _ids(_whole(table[feature.name]), feature, bad)
         for feature in features.ids(of_candidates=False)
     }
     _check_dense(scalars, jagged["candidate"], features, bad)
     _check_labels(jagged["candidate"], bad)
+    _check_weights(scalars, jagged["candidate"], bad)
     _check_times(jagged["behavior"], scalars.get("ts"), bad)
 
-    is_bad = np.logical_or.reduce([mask for mask, _, _ in bad])
-    if on_bad_row == "fail" and is_bad.any():
-        row = int(np.argmax(is_bad))
-        _, column, problem = next(check for check in bad if check[0][row])
-        remedy = "fix the row, or leave such rows out with --on-bad-row skip"
-        raise DataError(f"{problem}; {remedy}", file, row_group, row, column)
     requests = RequestColumns(scalars, jagged["behavior"], jagged["candidate"], ids)
-    return requests.take(np.flatnonzero(~is_bad), max_behaviors), int(is_bad.sum())
+    good = bad.good_rows(on_bad_row, file, row_group, first_row)
+    longest = int(requests.behavior.lengths.max(initial=0))
+    if good is None and longest <= max_behaviors:
+        return requests, 0
+    kept = np.arange(len(requests)) if good is None else good
+    return requests.take(kept, max_behaviors), len(requests) - len(kept)
+
+
+class _Bad:
+    """What is wrong with rows, each with its column; where nothing is, nothing is computed."""
+
+    def __init__(self, num_rows: int) -> None:
+        self._num_rows = num_rows
+        self._found: list[tuple[np.ndarray, str, str]] = []
+
+    def add(self, is_bad: np.ndarray, column: str, problem: str) -> None:
+        """Note rows (num_rows,) that are bad."""
+        if is_bad.any():
+            self._found.append((is_bad, column, problem))
+
+    def add_nulls(self, array: pa.Array, column: str) -> None:
+        """Note rows that are null."""
+        if array.null_count:
+            self.add(_nulls(array), column, "is null")
+
+    def add_lists(self, is_bad: np.ndarray, lengths: np.ndarray, column: str, problem: str) -> None:
+        """Note rows that have a bad value (sum(lengths),) in their list."""
+        if is_bad.any():
+            self.add(_any_of(is_bad, lengths), column, problem)
+
+    def good_rows(
+        self, on_bad_row: str, file: str | Path, row_group: int, first_row: int
+    ) -> np.ndarray | None:
+        """Rows that are not bad; None where none is. Raises DataError where one is, and shall fail."""
+        if not self._found:
+            return None
+        is_bad = np.logical_or.reduce([rows for rows, _, _ in self._found])
+        if on_bad_row == "fail":
+            row = int(np.argmax(is_bad))
+            _, column, problem = next(check for check in self._found if check[0][row])
+            remedy = "fix the row, or leave such rows out with --on-bad-row skip"
+            raise DataError(f"{problem}; {remedy}", file, row_group, first_row + row, column)
+        return np.flatnonzero(~is_bad)
+
+
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    """A column in one piece; `combine_chunks` would copy the piece that it has."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def _lists(
-    table: pa.Table,
-    columns: dict[str, str],
-    bad: list[tuple[np.ndarray, str, str]],
-    features: Features,
+    table: pa.Table, columns: dict[str, str], bad: _Bad, features: Features, may_be_null: bool
 ) -> Jagged:
-    """Parallel list columns; those of rows whose lengths differ come out empty."""
-    arrays = {name: table[column].combine_chunks() for name, column in columns.items()}
+    """Parallel list columns; a null is an empty list, and rows whose lengths differ come out empty."""
+    arrays = {name: _whole(table[column]) for name, column in columns.items()}
     lengths = {}
     for name, array in arrays.items():
         found = np.diff(array.offsets.to_numpy()).astype(np.int64)
-        lengths[name] = np.where(_nulls(array), 0, found)
-        bad.append((_nulls(array), columns[name], "is null"))
+        lengths[name] = np.where(_nulls(array), 0, found) if array.null_count else found
+        if not may_be_null:
+            bad.add_nulls(array, columns[name])
     common = lengths["item_id"]
     uneven = np.zeros(len(common), bool)
     for name in arrays:
         differs = lengths[name] != common
-        bad.append((differs, columns[name], f"its length is not that of {columns['item_id']}"))
+        bad.add(differs, columns[name], f"its length is not that of {columns['item_id']}")
         uneven |= differs
+    is_uneven = uneven.any()
     values = {}
     for name, array in arrays.items():
         flat = array.flatten()  # without the values of null lists
-        missing = _nulls(flat)
-        if missing.any():
-            rows = np.repeat(np.arange(len(common)), lengths[name])[missing]
-            bad.append((np.isin(np.arange(len(common)), rows), columns[name], "a value in the list is null"))
+        if flat.null_count:
+            bad.add_lists(_nulls(flat), lengths[name], columns[name], "a value in the list is null")
         own = _values(columns[name], flat, features)
-        values[name] = own[np.repeat(~uneven, lengths[name])] if uneven.any() else own
-    return Jagged(np.where(uneven, 0, common), values)
+        values[name] = own[np.repeat(~uneven, lengths[name])] if is_uneven else own
+    return Jagged(np.where(uneven, 0, common) if is_uneven else common, values)
 
 
-def _ids(array: pa.Array, feature: Feature, bad: list[tuple[np.ndarray, str, str]]) -> Jagged:
+def _ids(array: pa.Array, feature: Feature, bad: _Bad) -> Jagged:
     """Ids of each request, one or a list; without those that are null."""
     missing = _nulls(array)
     if not is_list(array.type):
         return Jagged((~missing).astype(np.int64), {"id": feature.kind.read(array.drop_null())})
     lengths = np.where(missing, 0, np.diff(array.offsets.to_numpy()).astype(np.int64))
     flat = array.flatten()
-    bad.append((_any_of(_nulls(flat), lengths), feature.name, "a value in the list is null"))
+    if flat.null_count:
+        bad.add_lists(_nulls(flat), lengths, feature.name, "a value in the list is null")
     return Jagged(lengths, {"id": _without_nulls(flat, feature.kind)})
 
 
-def _check_dense(
-    scalars: dict[str, np.ndarray],
-    candidates: Jagged,
-    features: Features,
-    bad: list[tuple[np.ndarray, str, str]],
-) -> None:
+def _check_dense(scalars: dict[str, np.ndarray], candidates: Jagged, features: Features, bad: _Bad) -> None:
     for feature in features.numbers(of_candidates=False):
-        problem = "is NaN, infinite or beyond float32"
-        bad.append((~np.isfinite(scalars[feature.name]), feature.name, problem))
+        bad.add(~np.isfinite(scalars[feature.name]), feature.name, "is NaN, infinite or beyond float32")
     for feature in features.numbers(of_candidates=True):
-        wrong = _any_of(~np.isfinite(candidates.values[feature.name]), candidates.lengths)
-        bad.append((wrong, feature.name, "a value in the list is NaN, infinite or beyond float32"))
+        bad.add_lists(~np.isfinite(candidates.values[feature.name]), candidates.lengths, feature.name,
+                      "a value in the list is NaN, infinite or beyond float32")  # fmt: skip
 
 
-def _check_labels(candidates: Jagged, bad: list[tuple[np.ndarray, str, str]]) -> None:
-    bad.append((candidates.lengths == 0, ROLES["candidate"]["item_id"], "there is no candidate"))
+def _check_labels(candidates: Jagged, bad: _Bad) -> None:
+    bad.add(candidates.lengths == 0, ROLES["candidate"]["item_id"], "there is no candidate")
     labels = candidates.values["label"]
-    wrong = _any_of((labels != 0) & (labels != 1), candidates.lengths)
-    bad.append((wrong, ROLES["candidate"]["label"], "a label is neither 0 nor 1"))
+    wrong = (labels != 0) & (labels != 1)
+    bad.add_lists(wrong, candidates.lengths, ROLES["candidate"]["label"], "a label is neither 0 nor 1")
 
 
-def _check_times(
-    behaviors: Jagged, request_ts: np.ndarray | None, bad: list[tuple[np.ndarray, str, str]]
-) -> None:
+def _take_originals(table: pa.Table, scalars: dict[str, np.ndarray], candidates: Jagged) -> None:
+    """Add ids as people know them, where the table has them; rows with a null or an uneven list are bad."""
+    for column in ORIGINALS.keys() & set(table.column_names):
+        scalars[column] = _as_known(_whole(table[column]))
+    for column, name in ORIGINALS_OF_CANDIDATES.items():
+        if column in table.column_names:
+            array = _whole(table[column])
+            lengths = np.where(_nulls(array), 0, np.diff(array.offsets.to_numpy()))
+            values = _as_known(array.flatten())
+            candidates.values[name + ORIGINAL] = values[np.repeat(candidates.lengths == lengths, lengths)]
+
+
+def _as_known(ids: pa.Array) -> np.ndarray:
+    """Texts as objects, or integers, which NumPy would make floats of where one is null."""
+    ids = ids.fill_null(0) if pa.types.is_integer(ids.type) else ids
+    return ids.to_numpy(zero_copy_only=False)
+
+
+def _check_weights(scalars: dict[str, np.ndarray], candidates: Jagged, bad: _Bad) -> None:
+    """Give the weight of a request to all its candidates, and check those of candidates."""
+    column = WEIGHT if WEIGHT in scalars else WEIGHTS
+    if WEIGHT in scalars:
+        candidates.values[WEIGHT] = np.repeat(scalars.pop(WEIGHT), candidates.lengths)
+    if WEIGHT in candidates.values:
+        weights = candidates.values[WEIGHT]
+        wrong = ~(np.isfinite(weights) & (weights >= 0))
+        bad.add_lists(wrong, candidates.lengths, column, "a weight is no finite number of at least 0")
+
+
+def _check_times(behaviors: Jagged, request_ts: np.ndarray | None, bad: _Bad) -> None:
     if "ts" not in behaviors.values:
         return
     times, lengths, column = behaviors.values["ts"], behaviors.lengths, ROLES["behavior"]["ts"]
+    stops, some = behaviors.stops, lengths > 0
+    back = np.flatnonzero(times[1:] < times[:-1]) + 1  # most often where the list of another request begins
+    back = back[stops[np.searchsorted(stops, back)] != back]
     if request_ts is not None:
-        late = times >= np.repeat(request_ts, lengths)
-        bad.append((_any_of(late, lengths), column, "a behavior is not before its request (column ts)"))
-    request = np.repeat(np.arange(len(lengths)), lengths)
-    back = np.zeros(len(times), bool)
-    back[1:] = (times[1:] < times[:-1]) & (request[1:] == request[:-1])
-    bad.append((_any_of(back, lengths), column, "the behaviors are not in the order of time"))
+        late = "a behavior is not before its request (column ts)"
+        if len(back):
+            bad.add_lists(times >= np.repeat(request_ts, lengths), lengths, column, late)
+        else:  # the last behavior is the latest
+            is_late = np.zeros(len(lengths), bool)
+            is_late[some] = times[stops[some] - 1] >= request_ts[some]
+            bad.add(is_late, column, late)
+    if len(back):
+        wrong = np.zeros(len(times), bool)
+        wrong[back] = True
+        bad.add_lists(wrong, lengths, column, "the behaviors are not in the order of time")
 
 
 def _any_of(flags: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -239,7 +323,7 @@ def _values(column: str, array: pa.Array, features: Features) -> np.ndarray:
     """Values of a column by its kind."""
     if column in features.by_name:
         return _without_nulls(array, features.by_name[column].kind)
-    if column == "labels":
+    if column in ("labels", WEIGHT, WEIGHTS):
         return _without_nulls(array, Numbers())
     return _without_nulls(array, Ids() if column.endswith("categories") else _Integers())
 

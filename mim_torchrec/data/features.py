@@ -17,18 +17,19 @@ from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from mim_torchrec.data.errors import DataError
-from mim_torchrec.data.schema import REQUESTS, category_ids, is_list
+from mim_torchrec.data.forms import holds_text, value_type
+from mim_torchrec.data.ids import holds_ids, stable_ids
+from mim_torchrec.data.schema import REQUESTS, WEIGHT, WEIGHTS, TableFile, category_ids, is_list
 from mim_torchrec.errors import OptionError
 from mim_torchrec.extensions import load_class
 
 OF_CANDIDATES = "candidate_"
 RESERVED = {
-    *REQUESTS.names, "item_id", "category", "mm",
+    *REQUESTS.names, WEIGHT, WEIGHTS, "item_id", "category", "mm",
     *(f"{role}_{name}" for role in ("candidate", "behavior") for name in ("item_id", "category", "mm")),
 }  # fmt: skip
 
@@ -47,12 +48,62 @@ class Ids:
         """Whether columns, or tensors of a request to the server, may hold values of a type."""
         if pa.types.is_dictionary(value):
             value = value.value_type
-        text = pa.types.is_string(value) or pa.types.is_large_string(value)
-        return text or (pa.types.is_integer(value) and not pa.types.is_uint64(value))
+        return holds_text(value) or pa.types.is_integer(value)
 
     def read(self, values: pa.Array) -> np.ndarray:
         """Ids (n,) int64 of values (n,) of an accepted type without nulls."""
         return category_ids(values)
+
+
+class StableIds(Ids):
+    """Ids of users, items, requests and queries: integers, text or UUIDs, see `stable_ids`."""
+
+    def accepts(self, value: pa.DataType) -> bool:
+        return holds_ids(value)
+
+    def read(self, values: pa.Array) -> np.ndarray:
+        return stable_ids(values).to_numpy(zero_copy_only=False)
+
+
+class Buckets(Ids):
+    """Numbers in ranges; each range has an embedding, and so has NaN.
+
+    Args:
+        boundaries: finite and ascending. The first range ends before the first boundary, the last begins at
+            the last one.
+
+    >>> Buckets((0.0, 10.0)).read(pa.array([-1.0, 0.0, 9.5, 10.0, float("nan")])).tolist()
+    [0, 1, 1, 2, 3]
+    """
+
+    expected: ClassVar[str] = "numbers"
+
+    def __init__(self, boundaries: tuple[float, ...]) -> None:
+        self.boundaries = boundaries
+
+    @classmethod
+    def parse(cls, text: str) -> "Buckets":
+        """Read `0,10,100`.
+
+        Raises:
+            OptionError: it is no list of finite, ascending numbers.
+        """
+        try:
+            boundaries = tuple(float(word) for word in text.split(","))
+        except ValueError:
+            boundaries = ()
+        steps = np.diff(boundaries)
+        if not boundaries or not np.isfinite(boundaries).all() or (steps <= 0).any():
+            raise OptionError(f"--bucket-features: {text!r} is no list of ascending numbers such as 0,10,100")
+        return cls(boundaries)
+
+    def accepts(self, value: pa.DataType) -> bool:
+        return Numbers().accepts(value)
+
+    def read(self, values: pa.Array) -> np.ndarray:
+        numbers = values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+        found = np.searchsorted(np.array(self.boundaries), numbers, side="right")
+        return np.where(np.isnan(numbers), len(self.boundaries) + 1, found).astype(np.int64)
 
 
 class Numbers:
@@ -69,7 +120,8 @@ class Numbers:
 
     def accepts(self, value: pa.DataType) -> bool:
         """Whether columns, or tensors of a request to the server, may hold values of a type."""
-        return pa.types.is_floating(value) or pa.types.is_integer(value) or pa.types.is_boolean(value)
+        whole = pa.types.is_integer(value) or pa.types.is_boolean(value)
+        return whole or pa.types.is_floating(value) or pa.types.is_decimal(value)
 
     def read(self, values: pa.Array) -> np.ndarray:
         """Numbers (n,) float32 of values (n,) of an accepted type without nulls."""
@@ -105,6 +157,7 @@ class Features:
     Args:
         sparse: names of columns of `Ids`.
         dense: names of columns of `Numbers`.
+        buckets: names of columns of `Buckets`, with their boundaries, as "0,10,100".
         other: names of columns of any other kind, with `package.module:ClassName` of the kind.
 
     Raises:
@@ -117,14 +170,17 @@ class Features:
 
     sparse: tuple[str, ...] = ()
     dense: tuple[str, ...] = ()
+    buckets: Mapping[str, str] = field(default_factory=dict)
     other: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        names = (*self.sparse, *self.dense, *self.other)
+        names = (*self.sparse, *self.dense, *self.buckets, *self.other)
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise OptionError(f"features named more than once: {', '.join(repeated)}")
         if reserved := sorted(RESERVED.intersection(names)):
             raise OptionError(f"{', '.join(reserved)}: requests have it anyway, it is no further feature")
+        for boundaries in self.buckets.values():
+            Buckets.parse(boundaries)
         for name, kind in self.other.items():
             if not issubclass(load_class(kind), Ids | Numbers):
                 raise OptionError(
@@ -135,6 +191,7 @@ class Features:
     def by_name(self) -> dict[str, Feature]:
         """All of them."""
         kinds = (dict.fromkeys(self.sparse, Ids()) | dict.fromkeys(self.dense, Numbers())
+                 | {name: Buckets.parse(text) for name, text in self.buckets.items()}
                  | {name: load_class(kind)() for name, kind in self.other.items()})  # fmt: skip
         return {name: Feature(name, kind) for name, kind in kinds.items()}
 
@@ -162,28 +219,46 @@ class Features:
         """Numbers that the tower gets for a candidate."""
         return sum(f.kind.width for f in self.by_name.values() if isinstance(f.kind, Numbers))
 
-    def check(self, parquet: pq.ParquetFile, file: str | Path) -> None:
-        """See that a file of requests has the columns, with types that can be read.
+    def check(self, parquet: TableFile, file: str | Path) -> None:
+        """See that a file of requests has the columns, and numbers if it has weights.
 
         Raises:
-            DataError: a column is missing or of another type.
+            DataError: a column is missing or of another type, or holds something else than that of another
+                file of the data set.
         """
         schema = parquet.schema_arrow
+        _check_weights(schema, file)
         for name, feature in self.by_name.items():
             if schema.get_field_index(name) < 0:
                 there = ", ".join(schema.names)
                 problem = f"the column is missing; add it, or name columns that are there: {there}"
                 raise DataError(problem, file=file, column=name)
             found = schema.field(name).type
+            if pa.types.is_null(found):
+                continue
             one_a_request = isinstance(feature.kind, Numbers) and not feature.of_candidates
             any_form = not (feature.of_candidates or one_a_request)
             form_fits = any_form or is_list(found) == feature.of_candidates
-            if not form_fits or not feature.kind.accepts(found.value_type if is_list(found) else found):
+            if not form_fits or not feature.kind.accepts(value_type(found)):
                 form = "one a request" if one_a_request else "or lists of them"
                 form = "one a candidate" if feature.of_candidates else form
                 remedy = "convert the column, or use the other of --sparse-features and --dense-features"
                 problem = f"expected {feature.kind.expected}, {form}; found {found}; {remedy}"
                 raise DataError(problem, file=file, column=name)
+        ids = {name: name for name, feature in self.by_name.items() if isinstance(feature.kind, Ids)}
+        parquet.conventions.compare(schema, file, ids)
+
+
+def _check_weights(schema: pa.Schema, file: str | Path) -> None:
+    both = [name for name in (WEIGHT, WEIGHTS) if schema.get_field_index(name) >= 0]
+    if len(both) > 1:
+        raise DataError(f"is there beside {WEIGHT}; drop one of the two", file=file, column=WEIGHTS)
+    for name in both:
+        found = schema.field(name).type
+        fits = is_list(found) == (name == WEIGHTS) and Numbers().accepts(value_type(found))
+        if not (fits or pa.types.is_null(found)):
+            form = "a list of numbers, one a candidate" if name == WEIGHTS else "one number a request"
+            raise DataError(f"expected {form}; found {found}; convert the column", file=file, column=name)
 
 
 NO_FEATURES = Features()

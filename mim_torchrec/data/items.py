@@ -7,11 +7,14 @@ group; ids are sorted when it is opened. Ranks of one machine share its pages.
 import hashlib
 import json
 import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from mim_torchrec.data.conventions import Conventions
 from mim_torchrec.data.errors import DataError, Location
 from mim_torchrec.data.images import decode_image
 from mim_torchrec.data.schema import (
@@ -19,6 +22,7 @@ from mim_torchrec.data.schema import (
     ITEMS_REQUIRED,
     TIME,
     Dataset,
+    TableFile,
     open_parquet,
     present_columns,
     read_row_group,
@@ -42,12 +46,9 @@ class ItemStore:
     Open it with :meth:`open`. `item_ids` is (num_items,) int64, strictly ascending.
     """
 
-    def __init__(self, file: Path) -> None:
-        self._reader = pa.ipc.open_file(pa.memory_map(str(file)))
-        self._batches = [self._reader.get_batch(k) for k in range(self._reader.num_record_batches)]
-        self._units: list[tuple[str, int]] = [
-            (unit["file"], unit["row_group"]) for unit in _source_of(self._reader.schema)["units"]
-        ]
+    def __init__(self, batches: list[pa.RecordBatch], source: dict) -> None:
+        self._batches = batches
+        self._units: list[tuple[str, int]] = [(unit["file"], unit["row_group"]) for unit in source["units"]]
         self._starts = np.cumsum([0] + [batch.num_rows for batch in self._batches])
         stored = np.concatenate([batch.column("item_id").to_numpy() for batch in self._batches])
         self._stored_at = np.argsort(stored, kind="stable")
@@ -73,10 +74,27 @@ class ItemStore:
             DataError: a file is malformed, or an id is missing or there twice.
         """
         index = Path(cache) / "items.arrow"
-        source = _describe(dataset.items())
+        source = _describe(dataset.items(), dataset.conventions)
         if not index.is_file() or _source_of(pa.ipc.open_file(pa.memory_map(str(index))).schema) != source:
-            _build(source, index)
-        return cls(index)
+            _build(source, index, dataset.conventions)
+        reader = pa.ipc.open_file(pa.memory_map(str(index)))
+        batches = [reader.get_batch(k) for k in range(reader.num_record_batches)]
+        return cls(batches, source)
+
+    @classmethod
+    def read(cls, dataset: Dataset, columns: Sequence[str]) -> "ItemStore":
+        """Read some columns of a data set into memory; the others seem not to be there.
+
+        Args:
+            dataset: the data set.
+            columns: names, `item_id` among them; those that the files lack are left out.
+
+        Raises:
+            DataError: a file is malformed, or an id is missing or there twice.
+        """
+        source = _describe(dataset.items(), dataset.conventions)
+        source["columns"] = [name for name in source["columns"] if name in columns]
+        return cls(list(_record_batches(source, dataset.conventions)), source)
 
     def __len__(self) -> int:
         return len(self.item_ids)
@@ -94,6 +112,12 @@ class ItemStore:
             )
         return rows
 
+    def has(self, ids: np.ndarray) -> np.ndarray:
+        """Whether item ids (any shape, int64) are those of items; bool in their shape."""
+        ids = np.asarray(ids, np.int64)
+        rows = np.searchsorted(self.item_ids, ids).clip(max=max(len(self) - 1, 0))
+        return self.item_ids[rows] == ids
+
     def titles(self, rows: np.ndarray) -> list[str]:
         """Titles; that of an item without one is empty."""
         return [title or "" for title in self._column("title", rows)]
@@ -101,6 +125,12 @@ class ItemStore:
     def categories(self, rows: np.ndarray) -> list[str]:
         """Categories; that of an item without one is empty."""
         return [category or "" for category in self._column("category", rows)]
+
+    def category_codes(self) -> np.ndarray:
+        """(num_items,) int64 by row, equal for equal categories; items without one have one code."""
+        column = pa.chunked_array([batch.column(self._index("category")) for batch in self._batches])
+        codes = pc.fill_null(column, "").combine_chunks().dictionary_encode().indices
+        return codes.to_numpy().astype(np.int64)[self._stored_at]
 
     def image_bytes(self, rows: np.ndarray) -> list[bytes]:
         """Encoded images. Raises DataError for an item without one."""
@@ -146,7 +176,7 @@ class ItemStore:
         return unit, int(stored - self._starts[unit])
 
     def _index(self, column: str) -> int:
-        index = self._reader.schema.get_field_index(column)
+        index = self._batches[0].schema.get_field_index(column)
         if index < 0:
             raise DataError(
                 "the item table has no such column; add it", file=self._units[0][0], column=column
@@ -169,11 +199,13 @@ class ItemStore:
         )
 
 
-def _describe(files: list[Path]) -> dict:
+def _describe(files: list[Path], conventions: Conventions) -> dict:
     """What an index is made from: it is built again when this changes."""
     units, columns = [], None
     for file in files:
-        parquet = open_parquet(file, ITEMS, ITEMS_REQUIRED)
+        parquet = open_parquet(file, ITEMS, ITEMS_REQUIRED, conventions)
+        if parquet.is_empty:
+            continue
         found = present_columns(parquet, ITEMS)
         if columns is not None and columns != found:
             problem = f"has columns {', '.join(found)}, {files[0]} has {', '.join(columns)}"
@@ -184,32 +216,40 @@ def _describe(files: list[Path]) -> dict:
             {"file": str(file), "row_group": k, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
             for k in range(parquet.num_row_groups)
         ]
-    return {"columns": list(columns or ()), "units": units}
+    if columns is None:
+        raise DataError("no file has a row; write the items again", file=files[0])
+    source: dict = {"columns": list(columns), "units": units}
+    return source if conventions.time_unit is None else source | {"time_unit": conventions.time_unit}
 
 
 def _source_of(schema: pa.Schema) -> dict:
     return json.loads((schema.metadata or {}).get(_SOURCE, b"{}"))
 
 
-def _build(source: dict, index: Path) -> None:
+def _schema(source: dict) -> pa.Schema:
     schema = pa.schema([(name, _STORED[name]) for name in source["columns"]])
-    schema = schema.with_metadata({_SOURCE: json.dumps(source).encode()})
+    return schema.with_metadata({_SOURCE: json.dumps(source).encode()})
+
+
+def _record_batches(source: dict, conventions: Conventions) -> Iterator[pa.RecordBatch]:
+    """The columns of every row group."""
+    opened: tuple[str, TableFile] | None = None
+    for unit in source["units"]:
+        file, group = unit["file"], unit["row_group"]
+        if opened is None or opened[0] != file:
+            opened = (file, open_parquet(file, ITEMS, ITEMS_REQUIRED, conventions))
+        table = read_row_group(opened[1], group, source["columns"], file)
+        if table["item_id"].null_count:
+            row = int(np.flatnonzero(table["item_id"].is_null().to_numpy())[0])
+            raise DataError("is null; give the item an id, or leave the row out", file, group, row, "item_id")
+        arrays = [table[name].cast(_STORED[name]).combine_chunks() for name in source["columns"]]
+        yield pa.record_batch(arrays, schema=_schema(source))
+
+
+def _build(source: dict, index: Path, conventions: Conventions) -> None:
     index.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(index) as file:
-        with pa.ipc.new_file(file, schema) as writer:
-            opened: tuple[str, object] | None = None
-            for unit in source["units"]:
-                file, group = unit["file"], unit["row_group"]
-                if opened is None or opened[0] != file:
-                    opened = (file, open_parquet(file, ITEMS, ITEMS_REQUIRED))
-                table = read_row_group(opened[1], group, source["columns"], file)
-                if table["item_id"].null_count:
-                    row = int(np.flatnonzero(table["item_id"].is_null().to_numpy())[0])
-                    raise DataError(
-                        "is null; give the item an id, or leave the row out", file, group, row, "item_id"
-                    )
-                # unsafe only in that times finer than a microsecond lose what is finer
-                arrays = [table[name].cast(_STORED[name], safe=name != "listed_at").combine_chunks()
-                          for name in source["columns"]]  # fmt: skip
-                writer.write_batch(pa.record_batch(arrays, schema=schema))
+        with pa.ipc.new_file(file, _schema(source)) as writer:
+            for batch in _record_batches(source, conventions):
+                writer.write_batch(batch)
     log.info("item index %s: %d row groups", index, len(source["units"]))

@@ -12,7 +12,7 @@ category is its first genre. Ratings below 4 only keep a film out of the negativ
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -33,7 +33,8 @@ from mim_torchrec.data.schema import (
     read_row_group,
 )
 from mim_torchrec.data.writing import DatasetWriter, lists
-from mim_torchrec.errors import OptionError, check_sizes
+from mim_torchrec.domains import Count, Domain, Natural, check_domains
+from mim_torchrec.errors import OptionError
 
 log = logging.getLogger(__name__)
 
@@ -59,13 +60,13 @@ class MovieLensConfig:
     split: Literal["user", "global"] = "user"
     """How positives are divided by time into train, validation and test (80, 10, 10 percent): those of every
     user, or those of all users at two common times."""
-    min_rating: float = 4.0
+    min_rating: Annotated[float, Domain()] = 4.0
     """Lowest rating that is a positive."""
-    negatives: int = 4
+    negatives: Count = 4
     """Negatives of a request."""
-    max_behaviors: int = 50
+    max_behaviors: Count = 50
     """Longest history of a request."""
-    seed: int = 0
+    seed: Natural = 0
     """Seed of the negatives."""
 
 
@@ -274,8 +275,7 @@ def convert(config: MovieLensConfig) -> dict[str, int]:
         OutputExists: `out` exists.
         OptionError: an option is impossible.
     """
-    check_sizes(config, 1, "negatives", "max_behaviors")
-    check_sizes(config, 0, "seed")
+    check_domains(config)
     options = {name: value for name, value in asdict(config).items() if name not in INPUTS}
     source = {"command": "mim import movielens", **options}
     with DatasetWriter(config.out, name="movielens", source=source) as writer:

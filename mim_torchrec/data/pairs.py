@@ -6,22 +6,25 @@ what does not, which is easy, and is no interest.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 from torch.utils.data import Dataset as TorchDataset
 
+from mim_torchrec.data.conventions import Conventions
 from mim_torchrec.data.errors import DataError, Location
 from mim_torchrec.data.items import ItemStore
+from mim_torchrec.data.query_images import QueryImages
 from mim_torchrec.data.schema import (
+    ORIGINAL,
     PAIRS,
     PAIRS_REQUIRED,
     SIGNALS,
-    TIME,
+    TableFile,
     open_parquet,
     present_columns,
     read_row_group,
@@ -34,7 +37,7 @@ _NO_TIME = np.iinfo(np.int64).min
 
 
 class PairDataset(TorchDataset):
-    """Pairs by index, held in memory.
+    """Pairs by index: their ids are held in memory, images are read when they are asked for.
 
     An entry is a dict of `query_image` (bytes), `query_id`, `item_id` and `hard_negative_item_id` (ints). A
     pair whose `query_image` is null or not logged is a search with the image of the item `query_id`.
@@ -46,6 +49,8 @@ class PairDataset(TorchDataset):
         seed: of the sampled hard negatives, with the epoch and the index of the pair.
         on_bad_row: what happens to a pair that names no item, or one that is not in the store: "fail" raises
             an error, "skip" leaves it out and counts it in `skipped`.
+        cache: folder for an index of the query images, see `QueryImages`; None reads row groups again.
+        conventions: of the data set, with which the files are compared; by default with each other only.
 
     `query_ids`, `item_ids` (num_pairs,) int64 and `query_is_item` (num_pairs,) bool are there for those who
     work with vectors computed once per query and item.
@@ -62,11 +67,19 @@ class PairDataset(TorchDataset):
         signal: str | None = None,
         seed: int = 0,
         on_bad_row: Literal["fail", "skip"] = "fail",
+        cache: Path | None = None,
+        conventions: Conventions | None = None,
     ) -> None:
         if signal is not None and signal not in SIGNALS:
             raise OptionError(f"signal {signal!r} is not one of {', '.join(SIGNALS)}")
         self._items, self._seed, self._epoch = items, seed, 0
-        read = [part for file in files for part in _read(Path(file), items, signal, on_bad_row == "skip")]
+        shared = Conventions() if conventions is None else conventions
+        groups = {
+            Path(file): open_parquet(file, PAIRS, PAIRS_REQUIRED, shared).num_row_groups for file in files
+        }
+        self._units = [(file, group) for file, count in groups.items() for group in range(count)]
+        self._images = QueryImages(self._units, cache, shared)
+        read = list(_read(self._units, items, signal, on_bad_row == "skip", self._images, shared))
         parts = [part for part in read if len(part["item_id"])]
         self.skipped: int = sum(part["skipped"] for part in read)
         if not parts:
@@ -80,13 +93,12 @@ class PairDataset(TorchDataset):
             log.warning("%d of %d pairs are left out: they name no item, or one that is not there",
                         self.skipped, self.skipped + sum(len(part["item_id"]) for part in parts))  # fmt: skip
         self._usable: np.ndarray = items.item_ids
-        self._images = pa.chunked_array([part["query_image"] for part in parts])
-        self._origin = [origin for part in parts for origin in part["origin"]]
+        self._unit, self._row = (np.concatenate([part[name] for part in parts]) for name in ("unit", "row"))
         self.query_ids: np.ndarray = np.concatenate([part["query_id"] for part in parts])
         self.item_ids: np.ndarray = np.concatenate([part["item_id"] for part in parts])
         self._logged: np.ndarray = np.concatenate([part["hard_negative_item_id"] for part in parts])
         self._has_logged: np.ndarray = np.concatenate([part["has_hard_negative"] for part in parts])
-        self.query_is_item: np.ndarray = self._images.is_null().to_numpy()
+        self.query_is_item: np.ndarray = np.concatenate([part["is_item"] for part in parts])
         self._times: np.ndarray = np.concatenate([part["ts"] for part in parts])
         if len(items) < 3:
             raise DataError(
@@ -114,11 +126,9 @@ class PairDataset(TorchDataset):
         if not keep.any() or len(usable_items) < 3:
             found = f"{int(keep.sum())} pairs and {len(usable_items)} items are left"
             raise DataError(f"{found}; at least 1 and 3 with readable images are needed")
-        index = np.flatnonzero(keep)
-        self._images = self._images.take(pa.array(index))
-        self._origin = [self._origin[i] for i in index]
-        for name in ("query_ids", "item_ids", "_logged", "_has_logged", "query_is_item", "_times"):
-            setattr(self, name, getattr(self, name)[index])
+        for name in ("query_ids", "item_ids", "_logged", "_has_logged", "query_is_item", "_times", "_unit",
+                     "_row"):  # fmt: skip
+            setattr(self, name, getattr(self, name)[keep])
         self._usable = usable_items
         self._members = self._members_by_category()
 
@@ -130,9 +140,10 @@ class PairDataset(TorchDataset):
         """(num_pairs,) int64, microseconds since 1970. Raises DataError where a pair has no time."""
         missing = np.flatnonzero(self._times == _NO_TIME)
         if len(missing):
-            file, row_group, row = self._origin[missing[0]]
+            where = self._place(int(missing[0]), "ts")
             problem = "is null or not there, so the last pairs cannot be held out"
-            raise DataError(f"{problem}; --validation-fraction 0 trains on all", file, row_group, row, "ts")
+            raise DataError(f"{problem}; --validation-fraction 0 trains on all", where.file, where.row_group,
+                            where.row, where.column)  # fmt: skip
         return self._times
 
     def __getitem__(self, index: int) -> dict[str, bytes | int]:
@@ -148,14 +159,13 @@ class PairDataset(TorchDataset):
         """Encoded image of the query."""
         if self.query_is_item[index]:
             return self._items.image_bytes(self._items.rows_of(self.query_ids[index : index + 1]))[0]
-        return self._images[index].as_py()
+        return self._images.image(int(self._unit[index]), int(self._row[index]))
 
     def query_location(self, index: int) -> Location:
         """Where the query image comes from, for the message about one that cannot be decoded."""
         if self.query_is_item[index]:
             return self._items.location(int(self._items.rows_of(self.query_ids[index])), "image")
-        file, row_group, row = self._origin[index]
-        return Location(file, row_group, row, "query_image")
+        return self._place(index, "query_image")
 
     def hard_negative(self, index: int) -> int:
         """Item id of the hard negative: the logged one, or a draw of (seed, epoch, index).
@@ -180,8 +190,7 @@ class PairDataset(TorchDataset):
                 return drawn
 
     def _members_by_category(self) -> list[np.ndarray]:
-        names = self._items.categories(np.arange(len(self._items)))
-        _, self._category_of = np.unique(np.asarray(names, dtype=object).astype(str), return_inverse=True)
+        self._category_of = self._items.category_codes()
         bought = self._category_of[self._items.rows_of(self.item_ids)]
         order = np.argsort(bought, kind="stable")
         count = np.bincount(bought, minlength=self._category_of.max() + 1)
@@ -191,6 +200,9 @@ class PairDataset(TorchDataset):
             log.info("%d categories have pairs of one item only; their hard negatives are of any", alone)
         return members
 
+    def _place(self, index: int, column: str) -> Location:
+        return Location(*self._units[self._unit[index]], int(self._row[index]), column)
+
     @staticmethod
     def _has_others(members: np.ndarray, excluded: set[int]) -> bool:
         if any(int(member) not in excluded for member in members[:8]):
@@ -198,37 +210,48 @@ class PairDataset(TorchDataset):
         return bool((~np.isin(members, list(excluded))).any())
 
 
-def _read(file: Path, items: ItemStore, signal: str | None, skip: bool) -> list[dict]:
-    parquet = open_parquet(file, PAIRS, PAIRS_REQUIRED)
-    columns = present_columns(parquet, PAIRS)
-    if signal is not None and "signal" not in columns:
-        problem = f"the column is missing, so pairs of signal {signal!r} cannot be told"
-        raise DataError(f"{problem}; --interest-signal all takes all pairs", file, column="signal")
-    return [
-        _read_group(parquet, file, group, columns, items, signal, skip)
-        for group in range(parquet.num_row_groups)
-    ]
-
-
-def _read_group(
-    parquet: pq.ParquetFile,
-    file: Path,
-    group: int,
-    columns: Sequence[str],
+def _read(
+    units: Sequence[tuple[Path, int]],
     items: ItemStore,
     signal: str | None,
     skip: bool,
+    images: QueryImages,
+    conventions: Conventions,
+) -> Iterator[dict]:
+    """The pairs of each row group, without their images."""
+    opened: tuple[Path, TableFile] | None = None
+    for unit, (file, group) in enumerate(units):
+        if opened is None or opened[0] != file:
+            opened = file, open_parquet(file, PAIRS, PAIRS_REQUIRED, conventions, originals=True)
+        columns = tuple(name for name in present_columns(opened[1], PAIRS) if name != "query_image")
+        if signal is not None and "signal" not in columns:
+            problem = f"the column is missing, so pairs of signal {signal!r} cannot be told"
+            raise DataError(f"{problem}; --interest-signal all takes all pairs", file, column="signal")
+        table = read_row_group(opened[1], group, columns, file)
+        yield _pairs(table, unit, file, group, items, signal, skip, images)
+
+
+def _pairs(
+    table: pa.Table,
+    unit: int,
+    file: Path,
+    group: int,
+    items: ItemStore,
+    signal: str | None,
+    skip: bool,
+    images: QueryImages,
 ) -> dict:
-    table = read_row_group(parquet, group, columns, file)
+    columns = table.column_names
     rows = np.arange(len(table))
     if "signal" in columns:
-        signals = table["signal"].to_pylist()
-        for row, found in enumerate(signals):
-            if found not in SIGNALS:
-                problem = f"{found!r} is not one of {', '.join(SIGNALS)}; fix the value, or leave the row out"
-                raise DataError(problem, file, group, row, "signal")
+        known = pc.index_in(table["signal"].cast(pa.string()), pa.array(SIGNALS)).combine_chunks()
+        if known.null_count:
+            row = int(np.flatnonzero(known.is_null().to_numpy(zero_copy_only=False))[0])
+            found = table["signal"][row].as_py()
+            problem = f"{found!r} is not one of {', '.join(SIGNALS)}; fix the value, or leave the row out"
+            raise DataError(problem, file, group, row, "signal")
         if signal is not None:
-            rows = np.flatnonzero(np.array([found == signal for found in signals], bool))
+            rows = np.flatnonzero(known.to_numpy() == SIGNALS.index(signal))
     table = table.take(pa.array(rows))
 
     ids: dict[str, np.ndarray] = {}
@@ -237,41 +260,39 @@ def _read_group(
         values = table[name] if name in columns else pa.chunked_array([pa.nulls(len(rows), pa.int64())])
         missing[name] = values.is_null().to_numpy()
         ids[name] = values.fill_null(0).cast(pa.int64()).to_numpy()
-    if "query_image" in columns:
-        images = table["query_image"].cast(pa.large_binary()).combine_chunks()
-    else:
-        images = pa.nulls(len(rows), pa.large_binary())
-
     bad = np.zeros(len(rows), bool)
 
     def refuse(found: np.ndarray, name: str, problem: str) -> None:
         if found.any() and not skip:
             first = int(np.argmax(found))
-            shown = f"{problem.format(ids[name][first])}; --on-bad-row skip leaves such pairs out"
+            known = name + ORIGINAL in table.column_names
+            item = table[name + ORIGINAL][first].as_py() if known else ids[name][first]
+            shown = f"{problem.format(item)}; --on-bad-row skip leaves such pairs out"
             raise DataError(shown, file, group, int(rows[first]), name)
         bad[found] = True
 
     for name in ("query_id", "item_id"):
         refuse(missing[name], name, "is null")
-    is_item = images.is_null().to_numpy(zero_copy_only=False)
-    refuse(~np.isin(ids["item_id"], items.item_ids), "item_id", "item {} is not in the item table")
-    refuse(is_item & ~np.isin(ids["query_id"], items.item_ids), "query_id",
+    is_item = images.are_null(unit)[rows]
+    refuse(~items.has(ids["item_id"]), "item_id", "item {} is not in the item table")
+    refuse(is_item & ~items.has(ids["query_id"]), "query_id",
            "item {} is not in the item table, and there is no query_image")  # fmt: skip
     given = ~missing["hard_negative_item_id"]
-    refuse(given & ~np.isin(ids["hard_negative_item_id"], items.item_ids), "hard_negative_item_id",
+    refuse(given & ~items.has(ids["hard_negative_item_id"]), "hard_negative_item_id",
            "item {} is not in the item table")  # fmt: skip
     refuse(given & (ids["hard_negative_item_id"] == ids["item_id"]), "hard_negative_item_id",
            "item {} is the positive itself")  # fmt: skip
     if "ts" in columns:
-        ts = table["ts"].cast(TIME).cast(pa.int64()).fill_null(_NO_TIME).to_numpy()
+        ts = table["ts"].cast(pa.int64()).fill_null(_NO_TIME).to_numpy()
     else:
         ts = np.full(len(rows), _NO_TIME)
     good = np.flatnonzero(~bad)
     return {
         **{name: values[good] for name, values in ids.items()},
         "has_hard_negative": given[good],
-        "query_image": images.take(pa.array(good)),
+        "is_item": is_item[good],
         "ts": ts[good],
-        "origin": [(file, group, int(row)) for row in rows[good]],
+        "unit": np.full(len(good), unit, np.int32),
+        "row": rows[good].astype(np.int32),
         "skipped": int(bad.sum()),
     }

@@ -2,28 +2,39 @@
 
 A data set is a directory:
 
-    dataset.json                                  name, source, counts
+    dataset.json                                  name, source, counts; time_unit of times that are integers
     items/*.parquet                               ITEMS
     pairs/*.parquet                               PAIRS: searches by image and what was bought, training time
     requests/{train,validation,test}/*.parquet    REQUESTS: one row a request, with its history and candidates
     truth/{train,validation,test}/*.parquet       TRUTH (synthetic data only)
 
-Integers may be of any width up to int64, timestamps of any unit; more columns than these are left alone.
+`layout.py` says how the files may be partitioned. Ids may be integers, text or UUIDs, and become int64
+(`ids.py`). Times may be timestamps of any unit, dates, or integers of the unit that dataset.json states.
+Lists, text and numbers may be of any type of Arrow. A null history is an empty one. More columns than these
+are left alone. Columns that are compared must hold the same kind of thing (`conventions.py`).
 """
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mim_torchrec.data import forms
+from mim_torchrec.data.conventions import Conventions
 from mim_torchrec.data.errors import DataError
-from mim_torchrec.errors import OptionError
+from mim_torchrec.data.forms import TIME, holds_text, is_list
+from mim_torchrec.data.ids import holds_ids, stable_ids
+from mim_torchrec.data.layout import SPLITS, Dataset
 
-SPLITS = ("train", "validation", "test")
-TIME = pa.timestamp("us")
+__all__ = [
+    "ITEMS", "ITEMS_REQUIRED", "ORIGINAL", "PAIRS", "PAIRS_REQUIRED", "REQUESTS", "REQUESTS_REQUIRED",
+    "SHOWN", "SIGNALS", "SPLITS", "TIME", "TRUTH", "WEIGHT", "WEIGHTS", "Dataset", "TableFile",
+    "category_ids", "computed", "is_list", "open_parquet", "present_columns", "read_row_group",
+]  # fmt: skip
 
 ITEMS = pa.schema(
     [
@@ -68,104 +79,153 @@ REQUESTS_REQUIRED = ("request_id", "user_id", "behavior_item_ids", "candidate_it
 TRUTH = pa.schema([("request_id", pa.int64()), ("click_probability", pa.list_(pa.float32()))])
 
 
-class Dataset:
-    """Where the files of a data set are.
+WEIGHT, WEIGHTS = "weight", "candidate_weights"
+"""Optional columns of requests, one of the two: how often a request counts in the loss, or each candidate.
+They restore the calibration of a log whose negatives were sampled."""
+IDS = {name for schema in (ITEMS, PAIRS, REQUESTS) for name in schema.names if name.endswith(("_id", "_ids"))}
+ORIGINAL = ":original"
+"""What the names of columns with ids as people know them end with, beside the columns of int64."""
+SHOWN = ("request_id", "user_id", "query_id", "item_id", "candidate_item_ids")
+"""Columns of ids that people see as they know them, in predictions and messages."""
+_UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
+
+
+class TableFile(pq.ParquetFile):
+    """A Parquet file whose columns were checked. Checksums of its pages are verified where it has them.
 
     Args:
-        root: its directory.
-
-    Raises:
-        DataError: there is no such directory.
+        file: its path.
+        expected: names and types of columns, see `open_parquet`.
+        conventions: of its data set.
+        originals: whether row groups have ids as people know them, too.
+        options: of `ParquetFile`.
     """
 
-    def __init__(self, root: str | Path) -> None:
-        self.root = Path(root)
-        if not self.root.is_dir():
-            raise DataError("no such directory; check the path", file=self.root)
+    def __init__(
+        self,
+        file: str | Path,
+        expected: pa.Schema,
+        conventions: Conventions,
+        originals: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(file, page_checksum_verification=True, **options)
+        self._file = file
+        self.expected, self.conventions, self.originals = expected, conventions, originals
 
-    def items(self) -> list[Path]:
-        """Files of the item table, sorted. Raises DataError if there are none."""
-        return self._files("items")
+    @property
+    def is_empty(self) -> bool:
+        """Whether it has no rows, as one part of many may have; its columns are not checked then."""
+        return not self.metadata.num_rows
 
-    def pairs(self) -> list[Path]:
-        """Files of the C-SFT pairs, sorted. Raises DataError if there are none."""
-        return self._files("pairs")
+    def reopened(self, **options: Any) -> "TableFile":
+        """The same file, opened in another way."""
+        return TableFile(
+            self._file, self.expected, self.conventions, self.originals, metadata=self.metadata, **options
+        )
 
-    def requests(self, split: str) -> list[Path]:
-        """Files of the requests of "train", "validation" or "test", sorted. Raises DataError if none."""
-        if split not in SPLITS:
-            raise OptionError(f"split {split!r} is not one of {', '.join(SPLITS)}")
-        return self._files(f"requests/{split}")
-
-    def _files(self, folder: str) -> list[Path]:
-        files = sorted((self.root / folder).glob("*.parquet"))
-        if not files:
-            raise DataError(
-                "no *.parquet file there; check the path of the data set", file=self.root / folder
-            )
-        return files
+    @property
+    def num_row_groups(self) -> int:
+        """Row groups, none where there are no rows."""
+        return 0 if self.is_empty else super().num_row_groups
 
 
-def open_parquet(file: str | Path, expected: pa.Schema, required: Sequence[str]) -> pq.ParquetFile:
+def open_parquet(
+    file: str | Path,
+    expected: pa.Schema,
+    required: Sequence[str],
+    conventions: Conventions | None = None,
+    originals: bool = False,
+) -> TableFile:
     """Open a file and check its columns and their types, not its rows.
 
     Args:
         file: the Parquet file.
         expected: names and types; a column of `expected` that is present must have a compatible type.
         required: names that must be present.
+        conventions: of its data set; None knows of no other file and of no integer times.
+        originals: whether row groups have ids as people know them, too, see `read_row_group`.
+
+    Returns:
+        The file. One without rows has no row groups, and its columns are not checked.
 
     Raises:
-        DataError: no Parquet file, without rows, without a required column, or with a wrong type.
+        DataError: no Parquet file, without a required column, with a wrong type, or with a column that holds
+            something else than those it is compared with.
     """
     if not Path(file).is_file():
         raise DataError("no such file; check the path", file=file)
+    conventions = Conventions() if conventions is None else conventions
     try:
-        parquet = pq.ParquetFile(file)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        parquet = TableFile(file, expected, conventions, originals)
+    except _UNREADABLE as error:
         empty = "the file is empty" if Path(file).stat().st_size == 0 else "not a readable Parquet file"
         raise DataError(f"{empty} ({error}); copy or write it again", file=file) from None
+    if parquet.is_empty:
+        return parquet
     found = parquet.schema_arrow
     for field in expected:
-        if found.get_field_index(field.name) < 0:
+        count = found.names.count(field.name)
+        if count > 1:
+            problem = f"{count} columns have this name; drop or rename all but one"
+            raise DataError(problem, file=file, column=field.name)
+        if not count:
             if field.name in required:
                 problem = f"the column is missing; add it to the file, which has {', '.join(found.names)}"
                 raise DataError(problem, file=file, column=field.name)
-        elif not _compatible(found.field(field.name).type, field):
-            problem = f"expected {field.type}, found {found.field(field.name).type}; convert the column"
-            raise DataError(problem, file=file, column=field.name)
-    if parquet.metadata.num_rows == 0:
-        raise DataError("the file has no rows; remove it or write it again", file=file)
+        elif not _compatible(kind := found.field(field.name).type, field, conventions.time_unit):
+            remedy = "convert the column"
+            if pa.types.is_timestamp(forms.value_type(field.type)):
+                remedy += ', or state the unit of such times in dataset.json, as {"time_unit": "s"}'
+            raise DataError(f"expected {field.type}, found {kind}; {remedy}", file=file, column=field.name)
+    conventions.compare(found, file)
     return parquet
 
 
-def read_row_group(
-    parquet: pq.ParquetFile, row_group: int, columns: Sequence[str], file: str | Path
-) -> pa.Table:
-    """Read columns of one row group. Raises DataError if the bytes are damaged or text is not UTF-8."""
+def read_row_group(parquet: TableFile, row_group: int, columns: Sequence[str], file: str | Path) -> pa.Table:
+    """Read columns of one row group: ids as int64, times in microseconds, the rest plain (`forms.py`).
+
+    Returns:
+        The columns. Of a file with `originals`, each of the columns `SHOWN` that people know as something
+        else than the int64 is followed by one of that, its name with `ORIGINAL` at the end.
+
+    Raises:
+        DataError: the bytes are damaged, text is not UTF-8, or a value cannot be converted.
+    """
     try:
         table = parquet.read_row_group(row_group, columns=list(columns), use_threads=False)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except _UNREADABLE as error:
         raise DataError(
             f"cannot be read ({error}); copy or write it again", file=file, row_group=row_group
         ) from None
+    return computed(table, parquet, file, row_group)
+
+
+def computed(table: pa.Table, parquet: TableFile, file: str | Path, row_group: int) -> pa.Table:
+    """Columns as read from a file, in the forms that `read_row_group` gives, which calls this.
+
+    Raises:
+        DataError: text is not UTF-8, or a value cannot be converted.
+    """
+    made: dict[str, pa.ChunkedArray] = {}
     for name in table.column_names:
-        if _holds_text(table.schema.field(name).type):
+        column = table[name]
+        if holds_text(column.type):
             try:
-                table[name].validate(full=True)
+                column.validate(full=True)
             except pa.ArrowException as error:
                 problem = f"cannot be read ({error}); write the text as UTF-8"
                 raise DataError(problem, file, row_group, column=name) from None
-    return table
+        try:
+            made |= _computed(name, column, parquet)
+        except (ValueError, pa.ArrowException) as error:  # an IdCollision is a ValueError
+            raise DataError(str(error), file, row_group, column=name) from None
+    return pa.table(made)
 
 
 def present_columns(parquet: pq.ParquetFile, expected: pa.Schema) -> tuple[str, ...]:
     """Names of `expected` that the file has, in the order of `expected`."""
     return tuple(name for name in expected.names if parquet.schema_arrow.get_field_index(name) >= 0)
-
-
-def is_list(kind: pa.DataType) -> bool:
-    """Whether a column holds lists."""
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
 
 
 def category_ids(values: pa.Array) -> np.ndarray:
@@ -175,52 +235,60 @@ def category_ids(values: pa.Array) -> np.ndarray:
         values: (n,) strings or integers without nulls.
 
     Returns:
-        (n,) int64, of a string the first 63 bits of its BLAKE2b hash.
+        (n,) int64, of a string the first 63 bits of its hash, see `stable_ids`.
 
     >>> category_ids(pa.array([7, 2])).tolist()
     [7, 2]
     """
-    if pa.types.is_integer(values.type):
-        return values.cast(pa.int64()).to_numpy(zero_copy_only=False)
-    encoded = values if pa.types.is_dictionary(values.type) else values.dictionary_encode()
-    hashes = [_hash(text) for text in encoded.dictionary.to_pylist()]
-    return np.asarray(hashes, np.int64)[encoded.indices.to_numpy(zero_copy_only=False)]
+    numbers = stable_ids(values).to_numpy(zero_copy_only=False)
+    return (numbers.view(np.uint64) >> np.uint64(1)).view(np.int64) if holds_text(values.type) else numbers
 
 
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+def _computed(name: str, column: pa.ChunkedArray, parquet: TableFile) -> dict[str, pa.ChunkedArray]:
+    """A column as the readers compute with it, and where it is asked for, as people know it."""
+    at = parquet.expected.get_field_index(name)
+    expected = parquet.expected.field(at).type if at >= 0 else pa.null()
+    lists = is_list(expected) or (at < 0 and name.startswith("candidate_"))
+    column = _each_chunk(partial(forms.plain, lists=lists), column)
+    if at < 0:
+        return {name: column}
+    if pa.types.is_timestamp(forms.value_type(expected)):
+        return {name: _each_chunk(partial(forms.times, unit=parquet.conventions.time_unit), column)}
+    if name not in IDS:
+        return {name: column}
+    made = {name: _each_chunk(forms.ids, column)}
+    if parquet.originals and name in SHOWN and forms.have_originals(column.type):
+        made[name + ORIGINAL] = _each_chunk(forms.originals, column)
+    return made
 
 
-def _compatible(found: pa.DataType, field: pa.Field) -> bool:
+def _each_chunk(convert: Callable[[pa.Array], pa.Array], column: pa.ChunkedArray) -> pa.ChunkedArray:
+    chunks = column.chunks or [pa.nulls(0, column.type)]
+    return pa.chunked_array([convert(chunk) for chunk in chunks])
+
+
+def _compatible(found: pa.DataType, field: pa.Field, time_unit: str | None) -> bool:
     expected = field.type
+    if pa.types.is_null(found):
+        return True
     if pa.types.is_list(expected):
-        if not is_list(found):
-            return False
-        return _compatible(found.value_type, field.with_type(expected.value_type))
+        of_values = field.with_type(expected.value_type)
+        return is_list(found) and _compatible(found.value_type, of_values, time_unit)
     if pa.types.is_dictionary(found):
         found = found.value_type
     if field.name.endswith(("category", "categories")):
-        return _is_text(found) or _is_int64(found)
+        return holds_text(found) or pa.types.is_integer(found)
     if pa.types.is_int8(expected):  # labels
-        return _is_int64(found) or pa.types.is_boolean(found) or pa.types.is_floating(found)
+        whole = pa.types.is_integer(found) or pa.types.is_boolean(found)
+        return whole or pa.types.is_floating(found) or pa.types.is_decimal(found)
     if pa.types.is_integer(expected):
-        return _is_int64(found)
+        if field.name in IDS:
+            return holds_ids(found)
+        return pa.types.is_integer(found) and not pa.types.is_uint64(found)
     if pa.types.is_timestamp(expected):
-        return pa.types.is_timestamp(found)
+        of_unit = pa.types.is_integer(found) and time_unit is not None
+        return pa.types.is_timestamp(found) or pa.types.is_date(found) or of_unit
     if pa.types.is_binary(expected):
-        return pa.types.is_binary(found) or pa.types.is_large_binary(found)
-    return _is_text(found)
-
-
-def _holds_text(found: pa.DataType) -> bool:
-    if is_list(found) or pa.types.is_dictionary(found):
-        return _holds_text(found.value_type)
-    return _is_text(found)
-
-
-def _is_text(found: pa.DataType) -> bool:
-    return pa.types.is_string(found) or pa.types.is_large_string(found)
-
-
-def _is_int64(found: pa.DataType) -> bool:
-    return pa.types.is_integer(found) and not pa.types.is_uint64(found)
+        view = pa.types.is_binary_view(found)
+        return pa.types.is_binary(found) or pa.types.is_large_binary(found) or view
+    return holds_text(found)

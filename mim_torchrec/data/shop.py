@@ -10,6 +10,7 @@ import logging
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +28,8 @@ from mim_torchrec.data.shop_items import (
 )
 from mim_torchrec.data.shop_log import BROWSED, Crowd, ShopItems, search, simulate
 from mim_torchrec.data.writing import DatasetWriter, lists
-from mim_torchrec.errors import OptionError, check_sizes
+from mim_torchrec.domains import Count, Domain, Natural, Weight, check_domains
+from mim_torchrec.errors import OptionError
 
 log = logging.getLogger(__name__)
 
@@ -41,31 +43,31 @@ class ShopConfig:
 
     out: Path
     """Directory to make; must not exist."""
-    items: int = 4000
+    items: Count = 4000
     """Items, a third of them listed before the first request, the others over the whole time."""
-    users: int = 3000
+    users: Count = 3000
     """Users."""
-    requests: int = 20_000
+    requests: Annotated[int, Domain(least=10)] = 20_000
     """Requests, divided by time into train, validation and test (80, 10, 10 percent)."""
-    candidates: int = 5
+    candidates: Count = 5
     """Items shown in a request."""
-    searches: int = 4000
+    searches: Count = 4000
     """Searches by image in training time, each a pair of a purchase and a pair of a click."""
-    browsing: int = 60_000
+    browsing: Natural = 60_000
     """Clicks outside the requests, which fill the histories."""
-    max_behaviors: int = 50
+    max_behaviors: Count = 50
     """Longest history of a request."""
-    categories: int = 12
+    categories: Count = 12
     """Categories of items."""
-    days: int = 60
+    days: Count = 60
     """Length of the log."""
-    style_weight: float = 1.0
+    style_weight: Weight = 1.0
     """How much users care for style; 0 is the negative control."""
-    image_size: int = 64
+    image_size: Annotated[int, Domain(least=10)] = 64
     """Height and width of images in pixels."""
-    first_item_id: int = 1_000_000
+    first_item_id: Annotated[int, Domain(least=-(2**62), most=2**62)] = 1_000_000
     """Smallest item id that may occur; ids lie within 10 times `items` of it."""
-    seed: int = 0
+    seed: Natural = 0
     """Seed; equal arguments give equal bytes."""
 
 
@@ -184,9 +186,7 @@ def make_shop(config: ShopConfig) -> None:
         OutputExists: `out` exists.
         OptionError: the sizes do not make a shop.
     """
-    check_sizes(config, 0, "browsing", "seed")
-    check_sizes(config, 1, "users", "candidates", "searches", "max_behaviors", "categories", "days")
-    check_sizes(config, 10, "requests", "image_size")
+    check_domains(config)
     stock = 2 * max(config.candidates, BROWSED)
     if config.items // 3 < stock:
         raise OptionError(

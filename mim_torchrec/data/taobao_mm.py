@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -30,8 +30,9 @@ from mim_torchrec import program
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.schema import open_parquet
 from mim_torchrec.data.writing import DatasetWriter, lists
+from mim_torchrec.domains import Count, Domain, Natural, check_domains
+from mim_torchrec.embeddings.listing import data_files
 from mim_torchrec.embeddings.table.importing import import_vectors
-from mim_torchrec.errors import OptionError, check_sizes
 
 log = logging.getLogger("mim_torchrec.data.taobao_mm")  # also where it runs as __main__
 
@@ -52,27 +53,27 @@ class TaobaoMMConfig:
     """Directory to make; must not exist. The table is `table` in it."""
     dtype: Literal["int8", "float16", "float32"] = "int8"
     """Storage type of the table; the vectors are int8."""
-    max_behaviors: int = 1000
+    max_behaviors: Count = 1000
     """Longest history of a request, the newest behaviors."""
     newest: Literal["last", "first"] = "last"
     """End of a history at which the newest behavior stands; the data set does not say."""
-    max_candidates: int = 50
+    max_candidates: Count = 50
     """Most samples of a user in a request."""
-    validation_fraction: float = 0.05
+    validation_fraction: Annotated[float, Domain(above=0, below=1)] = 0.05
     """Fraction of the training samples, drawn at random, that becomes the validation part."""
     label_order: Literal["not_clicked_first", "clicked_first"] = "not_clicked_first"
     """Meaning of the two numbers of `label_0`."""
     on_bad_row: Literal["fail", "skip"] = "fail"
     """Stop at a sample whose user or item is missing, or leave it out and count it."""
-    partitions: int = 64
+    partitions: Count = 64
     """Parts in which samples and users are joined; more take less memory."""
-    seed: int = 0
+    seed: Natural = 0
     """Seed of the validation part."""
 
 
 def find(source: Path, name: str) -> list[Path]:
     """Files of a table, `<name>*.parquet` or all in `<name>/`. Raises DataError if there are none."""
-    files = sorted((source / name).glob("*.parquet")) or sorted(source.glob(f"{name}*.parquet"))
+    files = data_files(source / name) or sorted(source.glob(f"{name}*.parquet"))
     if not files:
         raise DataError(
             f"neither {name}*.parquet nor {name}/*.parquet is there; put all files of the data set there",
@@ -268,10 +269,7 @@ def convert(config: TaobaoMMConfig) -> dict[str, Any]:
             are clicks, which no advertising has.
         TableError: the vectors cannot be imported.
     """
-    if not 0 < config.validation_fraction < 1:
-        raise OptionError(f"--validation-fraction is {config.validation_fraction}; it must be in (0, 1)")
-    check_sizes(config, 1, "partitions", "max_behaviors", "max_candidates")
-    check_sizes(config, 0, "seed")
+    check_domains(config)
     source = {"command": "mim import taobao-mm", "of": "arXiv 2512.07216", "newest": config.newest}
     with DatasetWriter(config.out, name="taobao-mm", source=source) as writer:
         items = write_items(config, writer)

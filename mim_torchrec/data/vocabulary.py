@@ -5,38 +5,25 @@ Readers hand out ids as they are in the log; what is unknown is decided here, so
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mim_torchrec.data.batch import RequestBatch
 from mim_torchrec.data.errors import DataError
-from mim_torchrec.data.features import NO_FEATURES, Features, Ids
-from mim_torchrec.data.schema import (
-    REQUESTS,
-    REQUESTS_REQUIRED,
-    is_list,
-    open_parquet,
-    read_row_group,
-)
+from mim_torchrec.data.id_buckets import IdBuckets
 from mim_torchrec.embeddings.files import atomic_file
 from mim_torchrec.embeddings.sharded.item_index import ItemIndex
 from mim_torchrec.embeddings.table.format import RowIndex
 
 log = logging.getLogger(__name__)
 
-COLUMNS: Mapping[str, tuple[str, ...]] = {
-    "user_id": ("user_id",),
-    "query_id": ("query_id",),
-    "item_id": ("candidate_item_ids", "behavior_item_ids"),
-    "category": ("candidate_categories", "behavior_categories"),
-}
 ALARM_IDS = 100_000
 
 
@@ -66,6 +53,12 @@ class Vocabulary:
         unique = torch.from_numpy(np.unique(np.asarray(ids, np.int64)))
         return cls(unique, 1 + math.ceil(unique.numel() * (1.0 + spare_rows)))
 
+    @cached_property
+    def _buckets(self) -> IdBuckets | None:
+        """What finds ids without a search; None where it would be slower."""
+        buckets = IdBuckets(self.ids.numpy()) if self.ids.numel() else None
+        return buckets if buckets is not None and buckets.pays else None
+
     @property
     def ids(self) -> Tensor:
         """(n,) int64, ascending; the id at position k has row k + 1."""
@@ -73,7 +66,12 @@ class Vocabulary:
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of ids, in their shape; counts ids in `seen` and those without a row in `unknown`."""
-        rows = self._index.rows(ids)
+        if self._buckets is not None and ids.dtype == torch.int64 and ids.device.type == "cpu":
+            places = self._buckets.places(ids.reshape(-1).numpy())
+            places += 1
+            rows = torch.from_numpy(places).view(ids.shape)
+        else:
+            rows = self._index.rows(ids)
         self.seen += ids.numel()
         self.unknown += ids.numel() - int(torch.count_nonzero(rows))
         return rows
@@ -88,38 +86,6 @@ class Vocabulary:
         """Read what :meth:`save` wrote."""
         with np.load(path) as stored:
             return cls(torch.from_numpy(stored["ids"]), int(stored["num_embeddings"]))
-
-
-def scan_ids(files: Sequence[str | Path], features: Features = NO_FEATURES) -> dict[str, np.ndarray]:
-    """Distinct ids of request files, for vocabularies; give it the training part only.
-
-    Args:
-        files: Parquet files of requests.
-        features: further columns.
-
-    Returns:
-        Name of a vocabulary → (n,) int64, ascending. Names whose columns the files do not have are left
-        out.
-
-    Raises:
-        DataError: a file is malformed.
-    """
-    further = {f.name: f.kind for f in features.by_name.values() if isinstance(f.kind, Ids)}
-    columns = {**COLUMNS, **{name: (name,) for name in further}}
-    found: dict[str, list[np.ndarray]] = {}
-    for file in files:
-        parquet = open_parquet(file, REQUESTS, REQUESTS_REQUIRED)
-        present = set(parquet.schema_arrow.names)
-        wanted = [column for names in columns.values() for column in names if column in present]
-        for group in range(parquet.num_row_groups):
-            table = read_row_group(parquet, group, wanted, file)
-            for name, sources in columns.items():
-                for column in present.intersection(sources):
-                    values = table[column].combine_chunks()
-                    values = values.flatten() if is_list(values.type) else values
-                    ids = further.get(column, Ids()).read(pc.unique(values).drop_null())
-                    found.setdefault(name, []).append(ids)
-    return {name: np.unique(np.concatenate(parts)) for name, parts in found.items()}
 
 
 class IdMapper:
@@ -150,24 +116,23 @@ class IdMapper:
         Raises:
             DataError: the batch has a feature that the vocabularies lack.
         """
-        sparse = batch.sparse
-        features = {key: sparse[key] for key in sparse.keys()}  # noqa: SIM118  a KJT is no mapping
-        values, lengths = [], []
-        for key, feature in features.items():
+        keys, ends, stride = list(batch.sparse.keys()), batch.sparse.offset_per_key(), batch.sparse.stride()
+        ids = dict(zip(keys, torch.split(batch.sparse.values(), np.diff(ends).tolist()), strict=True))
+        values = []
+        for key in keys:
             shared = key.removeprefix("candidate_").removeprefix("behavior_")
             name = key if key in self.vocabularies else shared
             if name not in self.vocabularies:
                 problem = "the requests have it, those of training did not; leave it out, or train with it"
                 raise DataError(problem, column=key)
-            values.append(self._rows(name, self.vocabularies[name], feature.values()))
-            lengths.append(feature.lengths())
-        keys = list(features)
+            values.append(self._rows(name, self.vocabularies[name], ids[key]))
+        lengths = [batch.sparse.lengths()]
         if self._mm is not None:
             for role in ("candidate", "behavior"):
-                feature = features[f"{role}_item_id"]
+                place = keys.index(f"{role}_item_id") * stride
                 keys.append(f"{role}_mm")
-                values.append(self._rows("mm", self._mm, feature.values()))
-                lengths.append(feature.lengths())
+                values.append(self._rows("mm", self._mm, ids[f"{role}_item_id"]))
+                lengths.append(batch.sparse.lengths()[place : place + stride])
         mapped = KeyedJaggedTensor(keys=keys, values=torch.cat(values), lengths=torch.cat(lengths))
         return replace(batch, sparse=mapped)
 

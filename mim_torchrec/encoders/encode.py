@@ -71,8 +71,6 @@ def encode(
 
 
 def _open(image: ImageSource, place: int) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image
-    if isinstance(image, bytes):
+    if isinstance(image, bytes | Image.Image):
         return decode_image(image, f"image {place}")
     return decode_image(Path(image).read_bytes(), str(image))

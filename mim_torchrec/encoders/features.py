@@ -1,6 +1,7 @@
 """Features of frozen towers on disk, where every stage that needs them finds them again.
 
-A file is named by a hash of what made it: the version of the towers and the content they saw.
+A file is named by a hash of what made it: the version of the decoder of pictures, that of the towers, and the
+content they saw.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mim_torchrec.data.images import DECODER
 from mim_torchrec.embeddings.collective import on_all_ranks
 from mim_torchrec.embeddings.files import write_tensors
 from mim_torchrec.embeddings.progress import Progress
@@ -93,5 +95,5 @@ def compute_features(
 
 
 def _file(cache: Path, *facts: str) -> Path:
-    key = hashlib.sha256(" ".join(facts).encode()).hexdigest()[:16]
+    key = hashlib.sha256(" ".join((DECODER, *facts)).encode()).hexdigest()[:16]
     return cache / key / "features.safetensors"

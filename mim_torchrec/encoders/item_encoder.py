@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mim_torchrec.domains import Count, Fraction, Natural
 from mim_torchrec.encoders.fusion import ConcatFusion, LowRankFusion, TensorFusion
 from mim_torchrec.encoders.principal import principal_components
 from mim_torchrec.encoders.text import TextEncoder, TextEncoderConfig
@@ -21,19 +22,19 @@ from mim_torchrec.encoders.vision import VisionEncoder, VisionEncoderConfig
 class HeadConfig:
     """What is above the towers."""
 
-    dim: int = 128
+    dim: Count = 128
     """Size of every vector that leaves the encoder."""
     fusion: Literal["tfn", "lmf", "concat"] = "tfn"
     """How images and titles are fused: tensor fusion (Eq. 3–4), its low-rank form, or an MLP of both."""
-    fusion_dim: int = 64
+    fusion_dim: Count = 64
     """Size of each side of the outer product (Eq. 3); the MLP reads (fusion_dim + 1)^2 products."""
-    lmf_rank: int = 4
+    lmf_rank: Count = 4
     """Factors of the low-rank form (`lmf`)."""
-    hidden_dim: int = 256
+    hidden_dim: Count = 256
     """Hidden layer of the MLP (Eq. 4)."""
-    dropout: float = 0.2
+    dropout: Fraction = 0.2
     """Dropout on the towers' features and on the hidden layer of the MLP."""
-    principal_dim: int = 0
+    principal_dim: Natural = 0
     """Beyond the paper: so many principal components of the towers' features stand in the table beside
     h^MM, fixed, each of the two parts of length 1. Needs `--init pca`."""
 

@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from mim_torchrec.domains import Count
 from mim_torchrec.encoders.beit3 import Beit3TextConfig, Beit3TextModel
 from mim_torchrec.encoders.foundation import TEXT
 from mim_torchrec.errors import OptionError
@@ -53,7 +54,7 @@ class TextEncoderConfig:
     original weights), or `random`; models named above then learn a tokenizer from the titles."""
     tokenizer: str | None = None
     """Local directory or hub name of the tokenizer; by default that of the weights."""
-    max_length: int = 32
+    max_length: Count = 32
     """Tokens of a title that are read."""
     pooling: Pooling = "auto"
     """How tokens make one vector: their mean, the first (`cls`) or the last; `auto` is what the model was

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mim_torchrec.domains import Count
 from mim_torchrec.encoders.foundation import SHORT
 from mim_torchrec.errors import OptionError
 from mim_torchrec.extras import needs
@@ -36,7 +37,7 @@ class VisionEncoderConfig:
     weights: str = "pretrained"
     """`pretrained` (cached by timm, or from its hub), `random`, or a local file of weights (.safetensors or
     .pth, converted as timm does) or directory with one."""
-    image_size: int | None = None
+    image_size: Count | None = None
     """Side of the images in pixels; by default the model's own."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them."""

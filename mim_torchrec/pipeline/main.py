@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 
 from mim_torchrec import program
+from mim_torchrec.domains import Count, check_domains
 from mim_torchrec.errors import OptionError
 from mim_torchrec.pipeline import overview
 from mim_torchrec.pipeline.execution import RunOptions
@@ -35,7 +36,7 @@ class Run:
     """Scheduler of TorchX: local_cwd, slurm, kubernetes, ..."""
     scheduler_args: str = ""
     """Options of the scheduler, key=value,key=value; those of .torchxconfig stand below them."""
-    jobs: int | None = None
+    jobs: Count | None = None
     """Stages side by side; by default one on local_cwd, all that can run elsewhere."""
     parameters: Parameters = ()
     """Parameters of the file with other values."""
@@ -151,7 +152,9 @@ def _given(words: Sequence[str]) -> dict[str, str | int | float | bool]:
 
 def main(argv: list[str] | None = None) -> None:
     """Run ``mim pipeline`` with the arguments ``argv`` (``None``: those of the process)."""
-    tyro.cli(Command, args=argv, prog="mim pipeline", description=__doc__).run()
+    command = tyro.cli(Command, args=argv, prog="mim pipeline", description=__doc__)
+    check_domains(command)
+    command.run()
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from mim_torchrec.domains import Count, Domain, Fraction, Natural, Share, Temperature, Weight
 from mim_torchrec.encoders.text import TextEncoderConfig
 from mim_torchrec.encoders.vision import VisionEncoderConfig
 from mim_torchrec.training.checkpoints import CheckpointConfig
@@ -16,13 +17,13 @@ Phase = Literal["dda-vision", "dda-text", "dma"]
 class PhaseConfig:
     """What every phase has of its own."""
 
-    epochs: int = 1
+    epochs: Count = 1
     """Passes over the items; the best by the loss of held-out items is kept."""
-    batch_size: int = 256
+    batch_size: Count = 256
     """Items in a step, over all ranks."""
-    lr: float = 1e-4
+    lr: Weight = 1e-4
     """Highest learning rate of the towers (AdamW)."""
-    head_lr: float = 1e-3
+    head_lr: Weight = 1e-3
     """Highest learning rate of the layers above the towers. They start at random and are not saved."""
 
 
@@ -30,9 +31,9 @@ class PhaseConfig:
 class ImageAdaptionConfig(PhaseConfig):
     """Masked image modelling."""
 
-    mask_size: int = 32
+    mask_size: Count = 32
     """Side of the square patches that are masked, in pixels."""
-    mask_ratio: float = 0.6
+    mask_ratio: Annotated[float, Domain(above=0, below=1)] = 0.6
     """Fraction of the patches that are masked."""
 
 
@@ -42,7 +43,7 @@ class TextAdaptionConfig(PhaseConfig):
 
     objective: Literal["auto", "mlm", "causal"] = "auto"
     """`mlm`: predict masked tokens. `causal`: predict the next token. `auto`: what the model was made for."""
-    mask_ratio: float = 0.15
+    mask_ratio: Annotated[float, Domain(above=0, below=1)] = 0.15
     """Fraction of the tokens that are masked (`mlm` only)."""
 
 
@@ -50,9 +51,9 @@ class TextAdaptionConfig(PhaseConfig):
 class AlignmentConfig(PhaseConfig):
     """Contrast of images with titles."""
 
-    dim: int = 128
+    dim: Count = 128
     """Size of the projections that are compared."""
-    temperature: float | None = None
+    temperature: Temperature | None = None
     """Fixed temperature. By default learned, from 0.07."""
     mask_same_item: bool = True
     """Exclude the same item from the negatives."""
@@ -84,29 +85,29 @@ class PretrainConfig:
     dda_text: TextAdaptionConfig = field(default_factory=TextAdaptionConfig)
     dma: AlignmentConfig = field(default_factory=AlignmentConfig)
 
-    weight_decay: float = 0.01
+    weight_decay: Weight = 0.01
     """Weight decay of matrices; biases, norms and the temperature have none."""
-    warmup: float = 0.1
+    warmup: Share = 0.1
     """Fraction of the steps in which the learning rate rises; after them it falls to 0 along a cosine."""
     fix_batch_norm: bool | None = None
     """Keep the pretrained statistics of batch normalization. Statistics of masked images differ from those of
     whole ones, and every rank would compute its own. By default they are kept, unless the vision tower starts
     with random weights."""
-    patience: int | None = None
+    patience: Count | None = None
     """Stop a phase after this many epochs without a lower loss of held-out items."""
-    validation_fraction: float = 0.05
+    validation_fraction: Fraction = 0.05
     """Fraction of the items that are held out, the same in every phase."""
-    seed: int = 0
+    seed: Natural = 0
     """Seed of the initial weights, of the order of the items, of masks and of dropout."""
 
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     timeout: Timeouts = field(default_factory=Timeouts)
 
-    image_memory_gib: float = 2.0
+    image_memory_gib: Weight = 2.0
     """Memory of every rank for decoded images. If they do not fit, they are decoded again in every epoch."""
     item_cache: Path | None = None
     """Folder of the item index; by default one inside `out`."""
-    log_every: int = 20
+    log_every: Count = 20
     """Steps between two entries of the log."""
 
     def resume_fingerprint(self) -> dict[str, Any]:

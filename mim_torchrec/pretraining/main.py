@@ -20,7 +20,8 @@ from torch import Tensor
 from mim_torchrec import program
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.schema import Dataset
-from mim_torchrec.embeddings.collective import on_all_ranks
+from mim_torchrec.domains import check_domains
+from mim_torchrec.embeddings.collective import on_all_ranks, rank_0_first
 from mim_torchrec.encoders.checkpoint import (
     Towers,
     load_towers,
@@ -31,7 +32,7 @@ from mim_torchrec.encoders.checkpoint import (
 from mim_torchrec.encoders.pixels import PixelInputs
 from mim_torchrec.encoders.text import TextEncoder, learns_tokenizer, train_tokenizer
 from mim_torchrec.encoders.vision import VisionEncoder
-from mim_torchrec.errors import OptionError, check_sizes
+from mim_torchrec.errors import OptionError
 from mim_torchrec.pretraining.alignment import ImageTextModel
 from mim_torchrec.pretraining.config import PhaseConfig, PretrainConfig
 from mim_torchrec.pretraining.objective import PretrainingObjective
@@ -64,14 +65,9 @@ class ItemCatalog:
 
 def pretrain(config: PretrainConfig, context: DistributedContext) -> dict[str, Any]:
     """Run the stage on an initialized process group; returns what metrics.json holds."""
-    check_sizes(config, 1, "log_every", "patience", "text.max_length", "dda_vision.mask_size", "dma.dim")
-    for phase in ("dda_vision", "dda_text", "dma"):
-        check_sizes(config, 1, f"{phase}.epochs", f"{phase}.batch_size")
-    check_sizes(config, 0, "seed")
+    check_domains(config)
     if not config.phases or len(set(config.phases)) < len(config.phases):
         raise OptionError(f"--phases {' '.join(config.phases)}: name at least one, and each once")
-    if not 0 <= config.validation_fraction < 1:
-        raise OptionError(f"--validation-fraction is {config.validation_fraction}; it must be in [0, 1)")
     run = RunDirectory(config.out)
     with run.writing(context):
         return _pretrain(config, run, context)
@@ -80,7 +76,9 @@ def pretrain(config: PretrainConfig, context: DistributedContext) -> dict[str, A
 def _pretrain(config: PretrainConfig, run: RunDirectory, context: DistributedContext) -> dict[str, Any]:
     for name in config.phases:
         run.part(name).refuse_other(config.checkpoint, config.resume_fingerprint())
-    items = ItemStore.open(Dataset(config.data), config.item_cache or config.out / "items")
+    items = rank_0_first(
+        lambda: ItemStore.open(Dataset(config.data), config.item_cache or config.out / "items")
+    )
     order = np.random.default_rng(config.seed).permutation(len(items))
     cut = round(len(items) * config.validation_fraction)
     held_out, train = np.sort(order[:cut]), np.sort(order[cut:])
@@ -184,6 +182,7 @@ def _objective(
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `mim pretrain`."""
     config = tyro.cli(PretrainConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
+    check_domains(config)  # before processes wait for each other
     program.log_to_stderr()
     with distributed(config.seed, config.timeout) as context:
         logging.getLogger("mim_torchrec").setLevel(logging.INFO if context.is_main else logging.WARNING)

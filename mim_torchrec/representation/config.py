@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from mim_torchrec.domains import Count, Natural
 from mim_torchrec.training.distributed import Timeouts
 
 
@@ -20,19 +21,19 @@ class ExportConfig:
     """Directory of the table; must not exist."""
     dtype: Literal["float16", "float32"] = "float16"
     """Type the vectors are stored in."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Items encoded at a time on a rank."""
-    decode_threads: int = 2
+    decode_threads: Natural = 2
     """Threads of a rank that decode images while the encoder computes; with 0 the two take turns."""
-    shard_rows: int = 65536
+    shard_rows: Count = 65536
     """Rows of a shard file, at most."""
     on_bad_row: Literal["fail", "skip"] = "fail"
     """Stop at an item whose image cannot be decoded, or leave it out and count it."""
-    dim: int = 128
+    dim: Count = 128
     """Length of a vector; only for ``plain:``, an encoder has its own."""
-    pca_items: int = 50_000
+    pca_items: Count = 50_000
     """Items the PCA is computed from, at most; only for ``plain:``."""
-    image_size: int | None = None
+    image_size: Count | None = None
     """Side of the images in pixels; ``None`` is the tower's own; only for ``plain:<vision>+<text>``."""
     feature_cache: Path | None = None
     """Folder in which C-SFT with frozen towers, or ``mim retrieve``, has kept the features of the same items.

@@ -27,13 +27,15 @@ from mim_torchrec import program
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.schema import Dataset
+from mim_torchrec.domains import check_domains
+from mim_torchrec.embeddings.collective import rank_0_first
 from mim_torchrec.embeddings.progress import Progress
 from mim_torchrec.embeddings.table.format import Manifest, TableWriter
 from mim_torchrec.encoders.checkpoint import encoder_version, load_encoder
 from mim_torchrec.encoders.features import item_features_file
 from mim_torchrec.encoders.pixels import HasTowers, rows_of_rank
 from mim_torchrec.encoders.vision import VisionEncoder
-from mim_torchrec.errors import OutputExists, check_sizes
+from mim_torchrec.errors import OutputExists
 from mim_torchrec.representation.ahead import ahead
 from mim_torchrec.representation.config import ExportConfig
 from mim_torchrec.representation.plain import PLAIN, PlainTowers, fit_projection
@@ -107,8 +109,7 @@ def export(config: ExportConfig, context: DistributedContext) -> Manifest:
         OutputExists: ``out`` exists.
         LeaseError: another process writes it.
     """
-    check_sizes(config, 1, "batch_size", "shard_rows", "dim", "pca_items", "image_size")
-    check_sizes(config, 0, "decode_threads")
+    check_domains(config)
     if config.out.exists():
         raise OutputExists(f"{config.out} exists; choose another directory or remove it")
     with leased_by_rank_0(Path(f"{config.out}.lease.json"), context):
@@ -116,7 +117,9 @@ def export(config: ExportConfig, context: DistributedContext) -> Manifest:
 
 
 def _export(config: ExportConfig, context: DistributedContext) -> Manifest:
-    items = ItemStore.open(Dataset(config.data), config.item_cache or Path(f"{config.out}.items"))
+    items = rank_0_first(
+        lambda: ItemStore.open(Dataset(config.data), config.item_cache or Path(f"{config.out}.items"))
+    )
     rows = rows_of_rank(len(items), context)
     skipped: list[int] = []
     started = time.perf_counter()
@@ -267,6 +270,7 @@ def _write(
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``mim export``."""
     config = tyro.cli(ExportConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
+    check_domains(config)  # before processes wait for each other
     program.log_to_stderr()
     with distributed(seed=0, timeouts=config.timeout) as context:  # nothing here is drawn
         # not by basicConfig, which does nothing where fbgemm has given the root a handler

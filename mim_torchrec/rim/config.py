@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from mim_torchrec.domains import Count, Weight
+
 
 @dataclass(frozen=True, kw_only=True)
 class RIMConfig:
@@ -11,7 +13,8 @@ class RIMConfig:
     source: str
     """Where items come from. A directory into which whole Parquet files are moved, with the columns of a
     dataset's items and optionally `removed` (bool). Or a Redis URL with the name of a stream after #, whose
-    entries have the fields item_id, title and image, or item_id and removed."""
+    entries have the fields item_id, title and image, or item_id and removed. Ids that are text are in
+    item_id_text instead of item_id."""
     encoder: Path
     """Directory of the encoder that C-SFT wrote, and that the table was exported with."""
     table: Path
@@ -20,16 +23,16 @@ class RIMConfig:
     """Window log, a directory or a Redis URL with its name after #."""
     out: Path
     """Directory of dead-letter.jsonl (items that could not be encoded, and why) and rim.json (counts)."""
-    window_items: int = 1000
+    window_items: Count = 1000
     """Items of a window, at most."""
-    window_seconds: float = 0.5
+    window_seconds: Weight = 0.5
     """Seconds after the first item of a window at which it is closed, even if it holds few items."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Items encoded at a time."""
-    threads: int = 1
+    threads: Count = 1
     """Threads that one operation of the encoder uses on a CPU. More threads encode faster on free cores. On
     busy cores they wait for each other, up to seconds per item."""
-    max_image_bytes: int = 20_000_000
+    max_image_bytes: Count = 20_000_000
     """Larger images go to the dead-letter file."""
     name: str = ""
     """Name of the source in the log; needed where several sources feed one log."""

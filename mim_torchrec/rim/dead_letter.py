@@ -42,7 +42,10 @@ class DeadLetterFile:
         if not new:
             return
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        facts = [{"place": a.place, "item_id": a.item_id, "reason": reason, "at": now} for a, reason in new]
+        facts = [
+            {"place": a.place, "item_id": a.item_name or a.item_id, "reason": reason, "at": now}
+            for a, reason in new
+        ]
         lines = [json.dumps(entry, ensure_ascii=False) for entry in facts]
         append_lines(self._path, lines)
         for arrival, reason in new:

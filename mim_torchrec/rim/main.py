@@ -26,6 +26,7 @@ from torch import Tensor
 from mim_torchrec import program
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.images import decode_image
+from mim_torchrec.domains import check_domains
 from mim_torchrec.embeddings.files import write_json
 from mim_torchrec.embeddings.table.manifest import VersionMismatch
 from mim_torchrec.embeddings.table.quantize import LOSS_LIMIT, encode, finite_rows, relative_errors
@@ -33,7 +34,6 @@ from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.windows.log import LogMoved
 from mim_torchrec.embeddings.windows.redis_address import is_redis
 from mim_torchrec.embeddings.windows.transport import Transport, open_log
-from mim_torchrec.errors import check_sizes
 from mim_torchrec.representation.export import TrainedEncoder
 from mim_torchrec.rim.config import RIMConfig
 from mim_torchrec.rim.dead_letter import DeadLetterFile
@@ -305,8 +305,7 @@ def main(argv: list[str] | None = None) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    check_sizes(config, 1, "window_items", "batch_size", "threads", "max_image_bytes")
-    check_sizes(config, 0, "window_seconds")
+    check_domains(config)
     torch.set_num_threads(config.threads)
     with leased(config.out / "lease.json"):
         counts = RIM(config, device).run(stop)

@@ -12,10 +12,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mim_torchrec.data.errors import DataError
-from mim_torchrec.data.schema import ITEMS, ITEMS_REQUIRED, open_parquet, present_columns
+from mim_torchrec.data.ids import stable_ids
+from mim_torchrec.data.schema import (
+    ITEMS,
+    ITEMS_REQUIRED,
+    ORIGINAL,
+    TableFile,
+    computed,
+    open_parquet,
+    present_columns,
+)
+from mim_torchrec.embeddings.listing import data_files
 from mim_torchrec.embeddings.windows.redis_address import locate
 
 LOOK_EVERY = 0.05  # seconds between two looks into the directory
@@ -34,6 +43,7 @@ class Arrival:
         position: in the unit, behind this arrival.
         place: for people.
         item_id: None where there was none that could be read.
+        item_name: the id as people know it, where that is text.
         title: likewise.
         image: encoded, likewise.
         removed: whether the item was deleted.
@@ -44,6 +54,7 @@ class Arrival:
     position: str
     place: str
     item_id: int | None = None
+    item_name: str | None = None
     title: str | None = None
     image: bytes | None = None
     removed: bool = False
@@ -65,7 +76,9 @@ class ItemSource(Protocol):
 
 
 class DirectorySource:
-    """Parquet files of a directory, in the order of their names as far as they are there.
+    """Parquet files of a directory and of those in it, in the order of their paths as far as they are there.
+
+    Files and directories whose names begin with `.` or `_` are left alone: they are being written.
 
     Args:
         root: directory.
@@ -101,20 +114,21 @@ class DirectorySource:
         # not `yield from`, which would end the rows of a file together with this generator
         for arrival in self._current:  # noqa: UP028
             yield arrival
-        for path in sorted(self._root.glob("*.parquet")):
+        for path in data_files(self._root):
             stat = path.stat()
             known = (stat.st_size, stat.st_mtime_ns)
-            if self._done.get(path.name) != known:
-                self._done[path.name] = known
+            if self._done.get(str(path)) != known:
+                self._done[str(path)] = known
                 self._current = self._rows(path)
                 for arrival in self._current:  # noqa: UP028
                     yield arrival
 
     def _rows(self, path: Path) -> Iterator[Arrival]:
-        unit = f"{self._name}/{path.name}" if self._name else path.name
+        within = path.relative_to(self._root).as_posix()
+        unit = f"{self._name}/{within}" if self._name else within
         first = int(self._positions.get(unit, 0))
         try:
-            parquet = open_parquet(path, ITEMS, ITEMS_REQUIRED)
+            parquet = open_parquet(path, ITEMS, ITEMS_REQUIRED, originals=True)
             columns = [c for c in present_columns(parquet, ITEMS) if c in ("item_id", "title", "image")]
             removed = parquet.schema_arrow.get_field_index(REMOVED)
             if removed >= 0 and not pa.types.is_boolean(parquet.schema_arrow.field(removed).type):
@@ -128,6 +142,8 @@ class DirectorySource:
                         if row >= first:
                             self._positions[unit] = str(row + 1)
                             item[REMOVED] = bool(item.get(REMOVED))
+                            name = item.pop(f"item_id{ORIGINAL}", None)
+                            item["item_name"] = None if name is None else str(name)
                             yield Arrival(
                                 unit=unit, position=str(row + 1), place=f"{path}, row {row}", **item
                             )
@@ -137,11 +153,11 @@ class DirectorySource:
             yield Arrival(unit="", position="", place=str(path), problem=str(error))
 
 
-def _items(parquet: pq.ParquetFile, group: int, columns: list[str], path: Path) -> Iterator[dict]:
+def _items(parquet: TableFile, group: int, columns: list[str], path: Path) -> Iterator[dict]:
     """Rows of a row group, a few at a time, because images are large."""
     try:
         for batch in parquet.iter_batches(BATCH, row_groups=[group], columns=columns, use_threads=False):
-            yield from batch.to_pylist()
+            yield from computed(pa.Table.from_batches([batch]), parquet, path, group).to_pylist()
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot be read ({error}); write it again", file=path, row_group=group) from None
 
@@ -184,13 +200,17 @@ class StreamSource:
     def _arrival(self, entry: str, fields: dict[bytes, bytes]) -> Arrival:
         known: dict[str, Any] = {"unit": self._unit, "position": entry, "place": f"{self._at} entry {entry}"}
         try:
-            item_id = int(fields[b"item_id"])
+            text = fields[b"item_id_text"].decode() if b"item_id_text" in fields else None
+            item_id = int(fields[b"item_id"]) if text is None else stable_ids(pa.array([text]))[0].as_py()
             title = fields[b"title"].decode() if b"title" in fields else None
         except KeyError:
-            return Arrival(**known, problem="there is no item_id")
+            return Arrival(**known, problem="there is no item_id, nor item_id_text")
         except ValueError as error:
             return Arrival(**known, problem=str(error))
         removed = fields.get(REMOVED.encode(), b"0") not in (b"0", b"", b"false")
-        if not -(2**63) <= item_id < 2**63:
+        if not -(2**63) <= item_id < 2**64:
             return Arrival(**known, problem=f"item_id {item_id} is beyond 64 bits")
-        return Arrival(**known, item_id=item_id, title=title, image=fields.get(b"image"), removed=removed)
+        if item_id >= 2**63:
+            item_id -= 2**64  # as `stable_ids` has it
+        image = fields.get(b"image")
+        return Arrival(**known, item_id=item_id, item_name=text, title=title, image=image, removed=removed)

@@ -2,23 +2,26 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from mim_torchrec.domains import Count, Domain, Natural
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """Sizes beyond which a request is refused."""
 
-    max_body_bytes: int = 8_000_000
+    max_body_bytes: Count = 8_000_000
     """Bytes of a request."""
-    max_candidates: int = 10_000
+    max_candidates: Count = 10_000
     """Candidates of a request."""
-    max_behaviors: int = 50_000
+    max_behaviors: Count = 50_000
     """Behaviors of a request; the model uses its `max_behaviors` last ones."""
-    max_queue: int = 256
+    max_queue: Count = 256
     """Requests that wait; further ones are answered 503."""
-    deadline_ms: float = 1000.0
+    deadline_ms: Annotated[float, Domain(least=1)] = 1000.0
     """A request that has waited this long is answered 504 and not scored; a request may ask for less."""
-    batch_pairs: int = 100_000
+    batch_pairs: Count = 100_000
     """Pairs of candidate and behavior up to which waiting requests are scored together."""
 
 
@@ -44,13 +47,13 @@ class ServeConfig:
     """Name of the model in addresses."""
     host: str = "127.0.0.1"
     """Address to bind to; beyond loopback --token-file is needed."""
-    port: int = 8080
+    port: Annotated[int, Domain(least=0, most=65535)] = 8080
     """Port to bind to; 0 takes a free one, which is printed."""
     token_file: Path | None = None
     """File with tokens, a line each; a request must carry one as `Authorization: Bearer`."""
-    cache: int = 1000
+    cache: Natural = 1000
     """Users' histories whose computed matrices are kept in memory."""
-    threads: int = 0
+    threads: Natural = 0
     """Threads that score; 0 is the number of cores."""
     limits: Limits = Limits()
     """Sizes beyond which a request is refused."""

@@ -15,7 +15,6 @@ import signal
 import socket
 import tempfile
 import threading
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -23,7 +22,8 @@ import tyro
 import uvicorn
 
 from mim_torchrec import program
-from mim_torchrec.errors import OptionError, check_sizes
+from mim_torchrec.domains import check_domains
+from mim_torchrec.errors import OptionError
 from mim_torchrec.hosts import is_loopback
 from mim_torchrec.serving.app import make_app
 from mim_torchrec.serving.config import ServeConfig
@@ -105,10 +105,7 @@ def keep_freed_memory() -> None:
 
 def serve(config: ServeConfig) -> None:
     """Run the server until SIGTERM."""
-    check_sizes(config, 0, "port", "cache", "threads")
-    check_sizes(config, 1, *(f"limits.{field.name}" for field in fields(config.limits)))
-    if config.port > 65535:
-        raise OptionError(f"--port is {config.port}; it must be at most 65535")
+    check_domains(config)
     keep_freed_memory()
     torch.set_num_threads(config.threads or os.cpu_count() or 1)
     tokens = read_tokens(config)

@@ -6,14 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from fastapi import FastAPI, Response
 from fastapi.responses import HTMLResponse
 from starlette.exceptions import HTTPException
 
 from mim_torchrec.data.items import ItemStore
-from mim_torchrec.data.schema import TIME, Dataset
+from mim_torchrec.data.schema import (
+    ORIGINAL,
+    REQUESTS,
+    REQUESTS_REQUIRED,
+    TIME,
+    Dataset,
+    open_parquet,
+    present_columns,
+    read_row_group,
+)
 from mim_torchrec.data.schema import category_ids as hashed
 from mim_torchrec.serving.scorer import ScoreRequest, Scores
 from mim_torchrec.serving.service import Service
@@ -39,8 +47,8 @@ class Page:
         self._items = ItemStore.open(dataset, cache)
         self._row_of = {int(item): row for row, item in enumerate(self._items.item_ids)}
         self._service = service
-        rows = pq.ParquetFile(dataset.requests("test")[0]).read_row_group(0).to_pylist()
-        newest = {row["user_id"]: row for row in rows if row["behavior_item_ids"]}
+        # ids are text for the page: JavaScript would round large integers
+        newest = {str(row.get(f"user_id{ORIGINAL}", row["user_id"])): row for row in _some_requests(dataset)}
         self._requests = dict(list(newest.items())[:USERS])
 
     def __call__(self, app: FastAPI, score: Score) -> None:
@@ -51,15 +59,15 @@ class Page:
             return HTML.read_text(encoding="utf-8")
 
         @app.get("/demo/users", include_in_schema=False)
-        async def users() -> list[dict[str, int]]:
+        async def users() -> list[dict[str, str | int]]:
             return [{"user_id": user, "behaviors": len(row["behavior_item_ids"])}
                     for user, row in self._requests.items()]  # fmt: skip
 
-        @app.get("/demo/users/{user}", include_in_schema=False)
-        async def user(user: int) -> dict[str, Any]:
+        @app.get("/demo/users/{user:path}", include_in_schema=False)
+        async def user(user: str) -> dict[str, Any]:
             if user not in self._requests:
                 raise HTTPException(404, f"there is no user {user}")
-            return await self._ranked(self._requests[user], score)
+            return {"user_id": user, **await self._ranked(self._requests[user], score)}
 
         @app.get("/demo/items/{item}/image", include_in_schema=False)
         async def image(item: int) -> Response:
@@ -79,13 +87,15 @@ class Page:
             sent, history = torch.tensor(candidates), torch.tensor(behaviors)
             places, cosines = await asyncio.to_thread(served.scorer.nearest, sent, history, ALIKE)
             alike = [
-                [{"item_id": behaviors[place], "cosine": cosine} for place, cosine in zip(*pair, strict=True)]
+                [
+                    {"item_id": str(behaviors[place]), "cosine": cosine}
+                    for place, cosine in zip(*pair, strict=True)
+                ]
                 for pair in zip(places.tolist(), cosines.tolist(), strict=True)
             ]
         contribution = found.contribution if found.contribution is not None else torch.zeros(len(candidates))
         ranked = sorted(range(len(candidates)), key=lambda k: -float(found.scores[k]))[:SHOWN]
         return {
-            "user_id": row["user_id"],
             "model_version": served.model_version,
             "table_version": served.scorer.bundle.table_version,
             "history": [self._about(item) for item in reversed(behaviors[-SHOWN:])],
@@ -118,7 +128,17 @@ class Page:
         row = self._row_of.get(item)
         where = torch.tensor([row]).numpy() if row is not None else None
         title = self._items.titles(where)[0] if where is not None else "unknown item"
-        return {"item_id": item, "title": title, "known": where is not None}
+        return {"item_id": str(item), "title": title, "known": where is not None}
+
+
+def _some_requests(dataset: Dataset) -> list[dict[str, Any]]:
+    """Rows of the first test requests that have behaviors, the oldest first."""
+    for file in dataset.requests("test"):
+        parquet = open_parquet(file, REQUESTS, REQUESTS_REQUIRED, dataset.conventions, originals=True)
+        if not parquet.is_empty:
+            rows = read_row_group(parquet, 0, present_columns(parquet, REQUESTS), file).to_pylist()
+            return [row for row in rows if row["behavior_item_ids"]]
+    return []
 
 
 def _micro(moment: Any) -> int:

@@ -1,9 +1,10 @@
 """The Open Inference Protocol v2: from JSON tensors to a request, and from scores to JSON tensors.
 
 Inputs by name: `user_id` (1), `candidate_item_id` (n) and `behavior_item_id` (m, oldest first). If the model
-was trained with them: `query_id` (1), `candidate_category` and `behavior_category` (n, m; BYTES or INT64),
-`request_ts` (1) and `behavior_ts` (m, microseconds since 1970), and further features by name. Outputs:
-`score` (n), and on request `content_contribution` (n).
+was trained with them: `query_id` (1), `candidate_category` and `behavior_category` (n, m), `request_ts` (1)
+and `behavior_ts` (m, microseconds since 1970), and further features by name. Ids and categories are sent as
+the log has them: BYTES where they are text or UUIDs, else INT64, INT32 or UINT64. Outputs: `score` (n), and
+on request `content_contribution` (n).
 """
 
 from math import isfinite, prod
@@ -14,16 +15,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr
 from torch import Tensor
 
-from mim_torchrec.data.features import Ids, Numbers
+from mim_torchrec.data.features import Ids, Numbers, StableIds
 from mim_torchrec.serving.config import Limits
 from mim_torchrec.serving.scorer import BadRequest, Scorer, ScoreRequest, Scores
 
 SCORE, CONTRIBUTION = "score", "content_contribution"
-INTEGERS = ("INT64", "INT32")
-DATATYPES = {
-    "FP32": pa.float32(), "FP64": pa.float64(), "INT64": pa.int64(), "INT32": pa.int32(),
-    "BYTES": pa.string(),
-}  # fmt: skip
+INTEGERS = {"INT64": pa.int64(), "INT32": pa.int32(), "UINT64": pa.uint64()}
+DATATYPES = {"FP32": pa.float32(), "FP64": pa.float64(), **INTEGERS, "BYTES": pa.string()}
 TIMES = ("request_ts", "behavior_ts")
 LONGEST_NAME = 128
 Name = Annotated[str, Field(min_length=1, max_length=LONGEST_NAME)]
@@ -40,7 +38,7 @@ class InferInput(Strict):
 
     name: Name
     shape: Annotated[list[Annotated[StrictInt, Field(ge=0, le=10**9)]], Field(min_length=1, max_length=2)]
-    datatype: Literal["INT64", "INT32", "FP32", "FP64", "BYTES"]
+    datatype: Literal["INT64", "INT32", "UINT64", "FP32", "FP64", "BYTES"]
     data: Annotated[list[StrictInt | StrictFloat | StrictStr], Field(max_length=200_000)]
     parameters: dict[str, Any] | None = None
 
@@ -81,7 +79,8 @@ def inputs_of(scorer: Scorer) -> dict[str, Ids | Numbers]:
     """The inputs of a model by name, and what each holds."""
     names = [*scorer.of_requests, *scorer.of_candidates, *_lists(scorer)]
     kinds = {name: feature.kind for name, feature in scorer.features.by_name.items()}
-    return {**dict.fromkeys(names, Ids()), **dict.fromkeys(TIMES, _Times()), **kinds}
+    own = {name: Ids() if name.endswith("_category") else StableIds() for name in names}
+    return {**own, **dict.fromkeys(TIMES, _Times()), **kinds}
 
 
 def datatypes(kind: Ids | Numbers) -> list[str]:
@@ -147,9 +146,10 @@ def _tensor(given: InferInput, kind: Ids | Numbers) -> Tensor:
             raise BadRequest(f"the tensor {name} is BYTES: its values are strings")
         stored = pa.string()
     elif given.datatype in INTEGERS and isinstance(kind, Ids):
-        if not all(isinstance(value, int) and -(2**63) <= value < 2**63 for value in data):
+        least, most = (0, 2**64) if given.datatype == "UINT64" else (-(2**63), 2**63)
+        if not all(isinstance(value, int) and least <= value < most for value in data):
             raise BadRequest(f"the tensor {name}: its values are integers of 64 bits")
-        stored = pa.int64()
+        stored = pa.uint64() if least == 0 else pa.int64()
     else:
         if not all(isinstance(v, int | float) and abs(v) < 3e38 and isfinite(v) for v in data):
             raise BadRequest(f"the tensor {name}: its values are finite numbers within float32")

@@ -17,6 +17,7 @@ import torch
 import tyro
 from torch import Tensor
 
+from mim_torchrec.domains import Natural, check_domains
 from mim_torchrec.embeddings.files import write_json
 from mim_torchrec.embeddings.stores.store import is_remote
 from mim_torchrec.embeddings.table.manifest import VersionMismatch
@@ -228,7 +229,7 @@ class Promote:
     """Folder of the releases."""
     name: str
     """Name of the release."""
-    allow_missing: int = 0
+    allow_missing: Natural = 0
     """Number of items of the current release that the new one may lack."""
 
     def run(self) -> None:
@@ -257,7 +258,9 @@ Command = (
 
 def main(argv: list[str] | None = None) -> None:
     """Run ``mim release`` with the arguments ``argv`` (``None``: those of the process)."""
-    tyro.cli(Command, args=argv, prog="mim release").run()
+    command = tyro.cli(Command, args=argv, prog="mim release")
+    check_domains(command)
+    command.run()
 
 
 if __name__ == "__main__":

@@ -26,6 +26,18 @@ from mim_torchrec.serving.grid import pairs_of
 from mim_torchrec.serving.matrix import MatrixCache, MatrixCiUBM, is_linear
 
 ROLES = ("candidate", "behavior")
+_KINDS = {"user_id": "user", "query_id": "query"} | {
+    f"{role}_{name}": kind for role in ROLES for name, kind in (("item_id", "item"), ("category", "category"))
+}
+
+
+def kind_of(feature: str) -> str:
+    """What unknown ids of a feature are counted as: a further feature by its own name.
+
+    >>> kind_of("behavior_category"), kind_of("candidate_brand")
+    ('category', 'candidate_brand')
+    """
+    return _KINDS.get(feature, feature)
 
 
 class BadRequest(ValueError):
@@ -143,6 +155,12 @@ class Scorer:
         return tuple(name for name in ("item_id", "category") if name in self._ids)
 
     @property
+    def _counted(self) -> list[str]:
+        """Kinds of ids whose unknown ones are counted."""
+        names = (*self.of_requests, *(f"candidate_{name}" for name in self.of_items), *self.of_candidates)
+        return list(dict.fromkeys(["user", "item", "vector", *map(kind_of, names)]))
+
+    @property
     def _needs_times(self) -> bool:
         config = self.config
         return config.id_interest and config.recency == "time" and "recency" in config.ubm_options.needs
@@ -166,7 +184,7 @@ class Scorer:
         if self._needs_times and any(r.request_ts is None or r.behavior_ts is None for r in requests):
             raise BadRequest("the model needs the features request_ts and behavior_ts")
         counts = [request.num_candidates for request in requests]
-        lookups = [dict.fromkeys(("user", "item", "vector"), 0) for _ in requests]
+        lookups = [dict.fromkeys(self._counted, 0) for _ in requests]
         generation = self.cache.generation
         given, keys = self._known_matrices(requests)
         rows, known = self._rows(requests, lookups)
@@ -256,8 +274,7 @@ class Scorer:
             parts = zip(features, flat, both.split(sizes), found.split(sizes), strict=True)
             for feature, (_, lengths), own, is_there in parts:
                 rows[feature], known[feature] = JaggedTensor(own, lengths=lengths), is_there
-                if table == "item_id":
-                    self._count("item", is_there, lengths, lookups)
+                self._count(kind_of(feature), is_there, lengths, lookups)
         return rows, known
 
     def _vectors(
@@ -288,8 +305,7 @@ class Scorer:
             ids, lengths = self._flat(name, requests)
             rows, found = self._ids[name].lookup(ids)
             rows[~found] = self._unknown[name]
-            if name == "user_id":
-                self._count("user", found, lengths, lookups)
+            self._count(kind_of(name), found, lengths, lookups)
             owner = torch.arange(len(requests)).repeat_interleave(lengths)
             total = rows.new_zeros(len(requests), rows.shape[1]).index_add(0, owner, rows)
             is_mean = name in self.features.by_name

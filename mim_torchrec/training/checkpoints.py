@@ -31,6 +31,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
+from mim_torchrec.domains import Count, Natural, Weight
 from mim_torchrec.embeddings.collective import on_all_ranks
 from mim_torchrec.embeddings.files import (
     clear_leftovers,
@@ -58,11 +59,11 @@ NAME = re.compile(r"epoch-\d{4,}-step-\d{8,}")
 class CheckpointConfig:
     """Checkpoints of the run."""
 
-    every: int = 0
+    every: Natural = 0
     """Steps between two checkpoints; 0 saves only at the end of every epoch and at SIGTERM."""
-    minutes: float = 0.0
+    minutes: Weight = 0.0
     """Minutes between two checkpoints, of whatever kind; 0 saves none by time."""
-    keep: int = 2
+    keep: Count = 2
     """Number of checkpoints that are kept, the newest."""
     asynchronous: bool = True
     """Continue training while a copy of the state is written. The copy takes as much memory as the state."""
@@ -175,14 +176,19 @@ class Checkpoints:
         if self._config.asynchronous:
             staged = BlockingAsyncStager(cache_staged_state_dict=False)  # the default knows no ShardedTensor
             group = self._own_group()
-            saved = dcp.async_save(shared, storage_writer=writer, process_group=group, async_stager=staged)
-            wait = cast("Future[object]", saved).result  # this stager gives a future
+            begun = dcp.async_save(shared, storage_writer=writer, process_group=group, async_stager=staged)
+            wait = cast("Future[object]", begun).result  # this stager gives a future
             self._pending = path, self._writer.submit(self._finish, path, wait)
         else:
-            self._pending = (
-                path,
-                self._writer.submit(self._finish, path, lambda: dcp.save(shared, storage_writer=writer)),
-            )
+            # in this thread, whose device and stream the tensors are of
+            saved: Future[None] = Future()
+            try:
+                self._finish(path, lambda: dcp.save(shared, storage_writer=writer))
+            except (Exception, CheckpointException) as error:
+                saved.set_exception(error)
+            else:
+                saved.set_result(None)
+            self._pending = path, saved
             self.wait()
 
     def wait(self) -> None:

@@ -4,7 +4,7 @@ AUC counts ties as one half, unlike windowed streaming metrics that order them a
 is undefined (one class only) it is None, never 0 or 0.5.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,8 +53,17 @@ class GroupedAUC:
 
     def __call__(self, weights: np.ndarray | None = None) -> np.ndarray:
         """(num_groups,) AUC with the i-th impression counted `weights[i]` times; NaN without both classes."""
+        return auc_of_sums(self.sums(weights))
+
+    def sums(self, weights: np.ndarray | None = None) -> np.ndarray:
+        """What the AUC is computed from, so that ranks can add theirs up, see `merge_sums`.
+
+        Returns:
+            (3, num_groups): positives, negatives, and pairs of both that are in the right order, where a tie
+            is half a pair.
+        """
         if not len(self._order):
-            return np.full(self.num_groups, np.nan)
+            return np.zeros((3, self.num_groups))
         w = np.ones(len(self._order)) if weights is None else weights[self._order].astype(np.float64)
         positive = np.add.reduceat(w * self._label, self._run)
         negative = np.add.reduceat(w * (1 - self._label), self._run)
@@ -62,8 +71,31 @@ class GroupedAUC:
         before = np.concatenate(([0.0], np.cumsum(sums[1])[:-1]))  # negatives of the groups ahead
         below = np.cumsum(negative) - negative - before[self._group]
         wins = np.bincount(self._group, weights=positive * (below + negative / 2), minlength=self.num_groups)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(sums[0] * sums[1] > 0, wins / (sums[0] * sums[1]), np.nan)
+        return np.stack([*sums, wins])
+
+
+def merge_sums(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Sums of impressions from those of ranges of their scores.
+
+    Args:
+        parts: `GroupedAUC.sums` (3, num_groups) of each range, the lowest scores first; equal scores are in
+            one range.
+
+    Returns:
+        (3, num_groups), what `GroupedAUC.sums` of all impressions is.
+    """
+    total = np.zeros_like(parts[0])
+    for part in parts:
+        total[2] += part[2] + part[0] * total[1]
+        total[:2] += part[:2]
+    return total
+
+
+def auc_of_sums(sums: np.ndarray) -> np.ndarray:
+    """(num_groups,) AUC of `GroupedAUC.sums`; NaN without both classes."""
+    positive, negative, wins = sums
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(positive * negative > 0, wins / (positive * negative), np.nan)
 
 
 def group_codes(groups: np.ndarray) -> tuple[np.ndarray, int]:
@@ -94,12 +126,21 @@ def mean_of_groups(values: np.ndarray, weights: np.ndarray) -> float | None:
     return float(np.average(values[defined], weights=weights[defined])) if defined.any() else None
 
 
+def clipped(probabilities: np.ndarray) -> np.ndarray:
+    """Probabilities (n,), kept 1e-7 away from 0 and 1, so that their logarithms are finite."""
+    return np.clip(np.asarray(probabilities, np.float64), 1e-7, 1 - 1e-7)
+
+
+def losses(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """(n,) binary cross entropy of each impression in nats, of probabilities that `clipped` gave."""
+    return -np.where(np.asarray(labels) > 0, np.log(probabilities), np.log1p(-probabilities))
+
+
 def log_loss(labels: np.ndarray, probabilities: np.ndarray) -> float | None:
     """Mean binary cross entropy in nats; probabilities are kept 1e-7 away from 0 and 1."""
     if len(labels) == 0:
         return None
-    p = np.clip(np.asarray(probabilities, np.float64), 1e-7, 1 - 1e-7)
-    return float(-np.mean(np.where(np.asarray(labels) > 0, np.log(p), np.log1p(-p))))
+    return float(np.mean(losses(labels, clipped(probabilities))))
 
 
 def normalized_entropy(labels: np.ndarray, probabilities: np.ndarray) -> float | None:
@@ -127,19 +168,49 @@ def calibration(labels: np.ndarray, probabilities: np.ndarray, bins: int = 10) -
         calibration error, the mean over impressions of the distance of their bin's mean probability and click
         rate; and `bins`, of each its `n`, `predicted` and `observed`.
     """
+    return calibration_of_sums(calibration_sums(labels, probabilities, bins, 0, len(labels)))
+
+
+def calibration_sums(
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    bins: int,
+    first: int,
+    total: int,
+    weights: np.ndarray | None = None,
+) -> np.ndarray:
+    """What `calibration` is computed from, of impressions that are `first`, `first` + 1, … of `total` ones.
+
+    Args:
+        labels: (n,) zeros and ones.
+        probabilities: (n,); in the order of all impressions by probability, these come one after another.
+        bins: see `calibration`.
+        first: impressions with lower probabilities elsewhere.
+        total: all impressions.
+        weights: (n,) how often each impression counts; None counts each once.
+
+    Returns:
+        (bins, 3): impressions of each bin, as they count, and the sums of their probabilities and labels.
+    """
     labels, probabilities = np.asarray(labels, np.float64), np.asarray(probabilities, np.float64)
-    if not len(labels):
-        return None
+    w = np.ones(len(labels)) if weights is None else np.asarray(weights, np.float64)
     order = np.argsort(probabilities, kind="stable")
-    parts = [part for part in np.array_split(order, bins) if len(part)]
-    rows = [
-        {"n": len(part), "predicted": float(probabilities[part].mean()),
-         "observed": float(labels[part].mean())}
-        for part in parts
-    ]  # fmt: skip
-    error = sum(row["n"] * abs(row["predicted"] - row["observed"]) for row in rows) / len(labels)
-    rate = labels.mean()
-    return {"ratio": float(probabilities.mean() / rate) if rate else None, "ece": error, "bins": rows}
+    sizes = np.full(bins, total // bins) + (np.arange(bins) < total % bins)
+    edges = np.clip(np.cumsum([0, *sizes]) - first, 0, len(labels))
+    return np.array([
+        [np.sum(w[part]), np.sum(w[part] * probabilities[part]), np.sum(w[part] * labels[part])]
+        for part in (order[start:stop] for start, stop in zip(edges[:-1], edges[1:], strict=True))
+    ])  # fmt: skip
+
+
+def calibration_of_sums(sums: np.ndarray) -> dict[str, Any] | None:
+    """`calibration` of the sum of `calibration_sums` over disjoint impressions."""
+    total, predicted, clicks = sums.sum(axis=0)
+    if not total:
+        return None
+    rows = [{"n": round(n), "predicted": float(p / n), "observed": float(c / n)} for n, p, c in sums if n]
+    error = sum(row["n"] * abs(row["predicted"] - row["observed"]) for row in rows) / total
+    return {"ratio": float(predicted / clicks) if clicks else None, "ece": float(error), "bins": rows}
 
 
 def draw_groups(groups: np.ndarray, n: int, seed: int) -> Iterator[np.ndarray]:
@@ -151,9 +222,15 @@ def draw_groups(groups: np.ndarray, n: int, seed: int) -> Iterator[np.ndarray]:
         seed: of the draws.
     """
     codes, count = group_codes(groups)
+    for counts in draw_counts(count, n, seed):
+        yield counts[codes]
+
+
+def draw_counts(count: int, n: int, seed: int) -> Iterator[np.ndarray]:
+    """Bootstrap draws: how often each of `count` groups is drawn, (count,) int64, n times."""
     rng = np.random.default_rng(seed)
     for _ in range(n):
-        yield np.bincount(rng.integers(count, size=count), minlength=count)[codes]
+        yield np.bincount(rng.integers(count, size=count), minlength=count)
 
 
 def interval(draws: np.ndarray, confidence: float = 0.95) -> list[float] | None:

@@ -12,7 +12,6 @@ A run that may not be resumed is refused before a byte is changed. Not here: wha
 weights (`encoder/`, `towers/`).
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -20,20 +19,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.embeddings.collective import on_all_ranks
 from mim_torchrec.embeddings.files import (
     atomic_directory,
     clear_leftovers,
+    discard_directory,
     json_text,
     remove_directory,
     replace_files,
     sha256,
-    to_bytes,
     write_json,
 )
 from mim_torchrec.training.checkpoints import (
@@ -44,6 +39,7 @@ from mim_torchrec.training.checkpoints import (
 )
 from mim_torchrec.training.distributed import DistributedContext, is_restarted
 from mim_torchrec.training.lease import Lease, leased_by_rank_0
+from mim_torchrec.training.shared_directory import partial_of
 
 
 class RunDirectory:
@@ -213,20 +209,27 @@ class RunDirectory:
         self,
         metrics: dict[str, Any],
         context: DistributedContext,
-        predictions: dict[str, np.ndarray] | None = None,
+        predictions: Path | None = None,
     ) -> None:
-        """Write metrics.json and, where there are any, predictions.parquet; every rank calls it."""
+        """Write metrics.json and, where there are any, predictions.parquet; every rank calls it.
+
+        Args:
+            metrics: what the stage reports.
+            context: the process group.
+            predictions: a file on the same file system that takes the name, on rank 0.
+        """
 
         def write() -> None:
             if not context.is_main:
                 return
             self.root.mkdir(parents=True, exist_ok=True)
-            contents, facts = {}, dict(metrics)
+            contents: dict[Path, bytes | Path] = {}
+            facts = dict(metrics)
             if predictions is not None:
-                data = to_bytes(lambda file: pq.write_table(pa.table(predictions), file))
-                contents[self.predictions] = data
-                facts["predictions_sha256"] = hashlib.sha256(data).hexdigest()
+                contents[self.predictions] = predictions
+                facts["predictions_sha256"] = sha256(predictions)
             replace_files(contents | {self.metrics: json_text(facts).encode()})
+            discard_directory(partial_of(self.predictions))
 
         self.check_lease()
         on_all_ranks(write)

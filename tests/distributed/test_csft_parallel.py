@@ -91,7 +91,7 @@ def test_bfloat16_towers_learn_alike(shop, ddp, tmp_path):
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"chunk_size": "8", "freeze_towers": "True", "init": "random"}, "for towers that are trained"),
-    ({"chunk_size": "0"}, "must be positive"),
+    ({"chunk_size": "0"}, "must be at least 1"),
     ({"chunk_size": "8", "vision__name": "test_resnet"}, "test_resnet has batch normalization"),
     ({"chunk_size": "8", "parallel": "fsdp"}, "needs --parallel ddp"),
 ])  # fmt: skip

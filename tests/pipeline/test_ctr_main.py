@@ -18,9 +18,10 @@ from mim_torchrec.ctr.config import parse
 from mim_torchrec.ctr.main import main
 from mim_torchrec.ctr.task import CTRTask
 from mim_torchrec.data.batch import RequestBatch
+from mim_torchrec.data.id_scan import scan_ids
 from mim_torchrec.data.requests import RequestReader
 from mim_torchrec.data.schema import ITEMS, REQUESTS, Dataset
-from mim_torchrec.data.vocabulary import IdMapper, Vocabulary, scan_ids
+from mim_torchrec.data.vocabulary import IdMapper, Vocabulary
 from mim_torchrec.embeddings.table.format import TableWriter, VersionMismatch
 from mim_torchrec.training import metrics
 from mim_torchrec.training.distributed import distributed
@@ -350,6 +351,9 @@ def test_an_unknown_preset_is_an_error(capsys):
     (["--sharding", "column_wise"], "row-wise Adagrad keeps a number for each row"),
     (["--sparse-optimizer", "adam"], "fused on GPUs only"),
     (["--index-dedup", "on"], "needs a GPU"),
+    (["--sparse-memory", "uvm"], "--sparse-memory uvm needs a GPU"),
+    (["--table-memory", "uvm_caching"], "--table-memory uvm_caching needs a GPU"),
+    (["--load-factor", "0"], "above 0 and at most 1"),
     (["--id-dropout", "1"], "at least 0 and below 1"),
 ])  # fmt: skip
 def test_what_cannot_be_trained_is_an_error_that_says_so(folder, tmp_path, options, problem):

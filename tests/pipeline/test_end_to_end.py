@@ -19,10 +19,11 @@ from mim_torchrec.benchmarks.paper.efficiency.encoders_in_step import (
 from mim_torchrec.ciubm.ubm.sim import SIMOptions
 from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.sharding import build_model, shard
+from mim_torchrec.data.id_scan import scan_ids
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.requests import RequestReader
 from mim_torchrec.data.schema import Dataset
-from mim_torchrec.data.vocabulary import IdMapper, Vocabulary, scan_ids
+from mim_torchrec.data.vocabulary import IdMapper, Vocabulary
 from mim_torchrec.embeddings.sharded.frozen import frozen_config
 from mim_torchrec.embeddings.sharded.item_index import ItemIndex
 from mim_torchrec.embeddings.sharded.load import load_table, open_table

@@ -17,7 +17,8 @@ from tests.pipeline.test_ctr_main import SMALL, write_dataset
 from tests.pipeline.test_evaluate_main import write_table
 from tests.ranks import run_ranks
 
-FLAGS = ["--sparse-features", "candidate_brand", "mood", "--dense-features", "candidate_price", "hour"]
+FLAGS = ["--sparse-features", "candidate_brand", "mood", "--dense-features", "candidate_price",
+         "--bucket-features", "hour", "6,12,18"]  # fmt: skip
 MORE = {
     "candidate_brand": pa.list_(pa.string()), "mood": pa.int64(),
     "candidate_price": pa.list_(pa.float64()), "hour": pa.float64(),

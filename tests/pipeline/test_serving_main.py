@@ -84,7 +84,8 @@ def test_what_the_protocol_asks_for(client, folder, sent):
                        {"name": "content_contribution"}]}).json()  # fmt: skip
     assert (body["id"], body["model_name"], body["model_version"]) == ("a1", "mim", version)
     assert [o["name"] for o in body["outputs"]] == ["score", "content_contribution"]
-    assert body["parameters"] == {"unknown_user": 0, "unknown_item": 0, "unknown_vector": 0}
+    kinds = ("user", "item", "vector", "query", "category")
+    assert body["parameters"] == {f"unknown_{kind}": 0 for kind in kinds}
     again = client.post(f"/v2/models/mim/versions/{version}/infer", json=sent[0])
     assert output(again.json()) == output(body)
 
@@ -126,12 +127,15 @@ def test_bad_requests_are_told_what_is_wrong(client, sent):
     assert client.get("/nowhere").json() == {"error": "Not Found"}
 
 
-def test_unknown_users_and_items_are_scored_and_counted(client, sent):
+def test_unknown_ids_of_every_kind_are_scored_and_counted(client, sent):
     message = changed(changed(sent[0], "user_id", data=[-1]), "candidate_item_id", data=[-1, -2, 1000, 1007])
+    message = changed(changed(message, "query_id", data=[-5]), "candidate_category", data=[*"?!??"])
     body = client.post(INFER, json=message).json()
-    assert body["parameters"] == {"unknown_user": 1, "unknown_item": 2, "unknown_vector": 2}
+    unknown = {"user": 1, "item": 2, "vector": 2, "query": 1, "category": 4}
+    assert body["parameters"] == {f"unknown_{kind}": count for kind, count in unknown.items()}
     assert len(output(body)) == 4
     said = client.get("/metrics").text
+    assert 'mim_unknown_ids_total{kind="category"} 4.0' in said and 'kind="query"} 1.0' in said
     assert 'mim_unknown_ids_total{kind="item"} 2.0' in said and 'mim_requests_total{status="200"}' in said
 
 

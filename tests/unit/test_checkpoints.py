@@ -341,3 +341,18 @@ def test_what_goes_wrong_in_the_background_is_raised_by_the_next_save(tmp_path, 
         with pytest.raises(OSError, match="step-00000006 could not be written: .*full"):
             store.save(state, 0, 7, {})
     assert names(tmp_path) == ["epoch-0000-step-00000005"]
+
+
+def test_one_that_is_not_asynchronous_is_written_by_the_calling_thread(tmp_path, ranks, monkeypatch):
+    threads = []
+    plain = module.dcp.save
+
+    def save(*arguments, **words):
+        threads.append(threading.current_thread())
+        return plain(*arguments, **words)
+
+    monkeypatch.setattr(module.dcp, "save", save)
+    store = Checkpoints(tmp_path, CheckpointConfig(asynchronous=False), {}, ranks)
+    store.save(make_state(0)[2], 0, 1, {})
+    assert threads == [threading.current_thread()]
+    assert names(tmp_path) == ["epoch-0000-step-00000001"]

@@ -8,11 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from mim_torchrec.data.errors import DataError
+from mim_torchrec.data.id_scan import scan_ids
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.pairs import PairDataset
 from mim_torchrec.data.requests import RequestReader
 from mim_torchrec.data.schema import ITEMS, REQUESTS, REQUESTS_REQUIRED, Dataset
-from mim_torchrec.data.vocabulary import scan_ids
 from mim_torchrec.data.writing import DatasetWriter
 from mim_torchrec.errors import OutputExists
 from tests.datasets import (
@@ -91,13 +91,13 @@ def test_a_missing_column_of_pairs_names_file_and_column(tmp_path, column):
 @pytest.mark.parametrize(
     "column, kind",
     [
-        ("user_id", pa.string()),
         ("user_id", pa.float64()),
-        ("user_id", pa.uint64()),
+        ("user_id", pa.decimal128(10, 2)),
+        ("user_id", pa.binary()),
         ("ts", pa.int64()),
         ("behavior_ts", pa.list_(pa.int64())),
         ("behavior_item_ids", pa.int64()),
-        ("candidate_item_ids", pa.list_(pa.string())),
+        ("candidate_item_ids", pa.list_(pa.float32())),
         ("candidate_categories", pa.list_(pa.float32())),
         ("labels", pa.list_(pa.string())),
     ],
@@ -112,7 +112,7 @@ def test_a_wrong_type_names_file_column_and_both_types(tmp_path, column, kind):
 
 
 @pytest.mark.parametrize(
-    "column, kind", [("image", pa.string()), ("title", pa.int64()), ("item_id", pa.string())]
+    "column, kind", [("image", pa.string()), ("title", pa.int64()), ("item_id", pa.float64())]
 )
 def test_a_wrong_type_of_items_names_file_and_column(tmp_path, column, kind):
     file = replaced_type(write_items(tmp_path / "items" / "i.parquet"), column, kind)
@@ -139,9 +139,9 @@ def test_a_file_cut_in_the_middle_is_called_no_parquet(tmp_path):
         read(file)
 
 
-def test_a_file_without_rows_is_refused(tmp_path):
+def test_files_without_rows_are_refused_where_there_are_no_others(tmp_path):
     pq.write_table(REQUESTS.empty_table(), tmp_path / "r.parquet")
-    with pytest.raises(DataError, match=r"r\.parquet: the file has no rows"):
+    with pytest.raises(DataError, match=r"r\.parquet: no file has a row"):
         read(tmp_path / "r.parquet")
 
 
@@ -238,9 +238,19 @@ def test_a_label_of_floats_neither_0_nor_1_is_refused(tmp_path, label):
         read(file)
 
 
-@pytest.mark.parametrize("column", REQUESTS.names)
+@pytest.mark.parametrize("column", [name for name in REQUESTS.names if not name.startswith("behavior")])
 def test_a_null_names_file_row_group_row_and_column(tmp_path, column):
     refuse_request(tmp_path, column, "is null", **{column: None})
+
+
+@pytest.mark.parametrize("column", ["behavior_categories", "behavior_ts"])
+def test_a_null_beside_behaviors_is_refused(tmp_path, column):
+    refuse_request(tmp_path, column, "its length is not that of behavior_item_ids", **{column: None})
+
+
+def test_behaviors_of_no_item_are_refused(tmp_path):
+    problem = "its length is not that of behavior_item_ids"
+    refuse_request(tmp_path, "behavior_categories", problem, behavior_item_ids=None)
 
 
 @pytest.mark.parametrize("column", [field.name for field in REQUESTS if pa.types.is_list(field.type)])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mim_torchrec import cli, doctor
+from mim_torchrec import cli, doctor, doctor_gpus
 from mim_torchrec.doctor import Finding
 
 TRIPLE = {"torch": "2.14.1", "torchrec": "1.9.2", "fbgemm-gpu-cpu": "1.9.0"}
@@ -59,6 +59,7 @@ def test_the_pinned_versions_go_together():
         ({"fbgemm-gpu-cpu": None, "fbgemm-gpu": "1.9.0"}, False, "cannot load without an NVIDIA driver"),
         ({"fbgemm-gpu-cpu": None}, False, "fbgemm none"),
         ({"torchrec": None}, True, "torchrec none"),
+        ({}, True, "the CPU build of fbgemm, but there is an NVIDIA driver"),
     ],
 )
 def test_versions_that_do_not_go_together_are_named(change, driver, problem):
@@ -72,6 +73,49 @@ def test_versions_that_do_not_go_together_are_named(change, driver, problem):
 def test_the_cuda_build_is_right_where_there_is_a_driver():
     packages = {"torch": "2.14.1+cu130", "torchrec": "1.9.2", "fbgemm-gpu": "1.9.0"}
     assert doctor.check_versions(packages, driver=True).ok
+
+
+def nvidia_smi(folder: Path, monkeypatch, answer: str) -> None:
+    """Put a driver that answers so on PATH."""
+    program = folder / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\ncat <<'END'\n{answer}\nEND\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+
+
+@pytest.mark.parametrize(
+    "driver, capability, faults",
+    [
+        ("580.95.05", "9.0", {}),
+        ("580.95.05", "8.6", {}),
+        ("550.54.14", "8.0", {"driver": "driver 550.54.14; CUDA 13 needs 580 or later"}),
+        ("580.95.05", "7.5", {"capability": "T4, a card (0) has 7.5; the wheel of fbgemm-gpu"}),
+        ("590.1", "12.0", {"capability": "compiled for sm_80, sm_90, sm_100"}),
+    ],
+)
+def test_gpus_and_drivers_that_cannot_work_are_named(driver, capability, faults, tmp_path, monkeypatch):
+    nvidia_smi(tmp_path, monkeypatch, f"0, {driver}, {capability}, T4, a card")
+    gpus = doctor_gpus.ask_driver()
+    assert gpus is not None
+    found = {finding.check: finding for finding in doctor_gpus.examine(gpus)}
+    assert {check for check, finding in found.items() if not finding.ok} == set(faults)
+    for check, words in faults.items():
+        assert words in found[check].detail and found[check].fix
+
+
+def test_a_driver_that_does_not_answer_is_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor_gpus.ask_driver() is None
+
+
+def test_a_gpu_that_computes_wrong_is_named():
+    finding = doctor_gpus.check_training(2, lambda device: (device == "cuda:0", "a lookup failed"))
+    assert not finding.ok and finding.detail == "cuda:1: a lookup failed"
+
+
+@pytest.mark.slow
+def test_the_training_step_of_a_gpu_runs_on_a_cpu_too():
+    assert doctor.outcome(doctor.start(doctor_gpus.TRAINING, "cpu")) == (True, "")
 
 
 @pytest.mark.slow

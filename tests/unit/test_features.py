@@ -14,9 +14,10 @@ from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.sharding import build_model
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.features import Features
+from mim_torchrec.data.id_scan import scan_ids
 from mim_torchrec.data.requests import RequestReader
 from mim_torchrec.data.schema import REQUESTS, category_ids
-from mim_torchrec.data.vocabulary import IdMapper, Vocabulary, scan_ids
+from mim_torchrec.data.vocabulary import IdMapper, Vocabulary
 from tests.datasets import request_rows
 
 FEATURES = Features(
@@ -134,7 +135,7 @@ def test_a_malformed_value_is_an_error_that_names_it_or_skipped(tmp_path, column
         ("age", pa.string(), "old", "expected numbers"),
         ("age", pa.list_(pa.float32()), [1.0], "one a request"),
         ("candidate_price", pa.float32(), 1.0, "one a candidate"),
-        ("city", pa.uint64(), 1, "integers or strings"),
+        ("city", pa.binary(), b"x", "integers or strings"),
     ],
 )
 def test_a_wrong_type_is_an_error_that_names_both(tmp_path, column, kind, value, problem):
@@ -159,11 +160,30 @@ def test_a_missing_column_is_an_error_that_lists_what_is_there(tmp_path):
         ({"sparse": ("city",), "dense": ("city",)}, "more than once: city"),
         ({"sparse": ("user_id",)}, "user_id: requests have it anyway"),
         ({"dense": ("candidate_item_id",)}, "candidate_item_id: requests have it anyway"),
+        ({"dense": ("age",), "buckets": {"age": "0"}}, "more than once: age"),
+        ({"buckets": {"age": "0,x"}}, "'0,x' is no list of ascending numbers"),
+        ({"buckets": {"age": "5,5"}}, "'5,5' is no list of ascending numbers"),
+        ({"buckets": {"age": "0,inf"}}, "'0,inf' is no list of ascending numbers"),
+        ({"buckets": {"age": ""}}, "'' is no list of ascending numbers"),
     ],
 )
 def test_names_that_cannot_be_features_are_errors(words, problem):
     with pytest.raises(ValueError, match=problem):
         Features(**words)
+
+
+def test_numbers_are_divided_into_ranges(tmp_path):
+    made = rows()
+    for row, age in zip(made, [-5, 0, 9.9, 10, 1e9, None, float("nan"), 3, 4, 10.5, -0.1, 11], strict=True):
+        row["age"] = age
+    features = Features(buckets={"age": "0,10", "candidate_price": "20"})
+    file = write(tmp_path / "a.parquet", made)
+    batches = read(file, features)
+    found = [part.tolist() for batch in batches for part in batch.sparse["age"].to_dense()]
+    assert found == [[0], [1], [1], [2], [2], [], [3], [1], [1], [2], [0], [2]]
+    prices = [part.tolist() for batch in batches for part in batch.sparse["candidate_price"].to_dense()]
+    assert prices == [[int(price >= 20) for price in row["candidate_price"]] for row in made]
+    assert scan_ids([file], features)["age"].tolist() == [0, 1, 2, 3]
 
 
 def scanned(file: Path) -> dict[str, Vocabulary]:

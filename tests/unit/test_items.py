@@ -257,3 +257,28 @@ def test_times_finer_than_a_microsecond_are_cut_off(tmp_path):
     items = ItemStore.open(Dataset(tmp_path), tmp_path / "cache")
     row = items.rows_of(np.array([103]))
     assert items.listed_at(row).tolist() == [START + 3 * SECOND]
+
+
+def test_some_columns_are_read_without_an_index(tmp_path):
+    write_parts(tmp_path)
+    items = ItemStore.read(Dataset(tmp_path), ("item_id", "category", "listed_at"))
+    expected = sorted(item_rows(NUM_ITEMS), key=lambda row: row["item_id"])
+    rows = np.arange(len(items))
+    assert items.item_ids.tolist() == [row["item_id"] for row in expected]
+    assert items.categories(rows) == [row["category"] for row in expected]
+    assert items.listed_at(rows).tolist() == [row["listed_at"] for row in expected]
+    with pytest.raises(DataError, match="column image: the item table has no such column"):
+        items.image_bytes(rows)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_what_is_read_without_an_index_is_checked_and_has_its_place(tmp_path):
+    rows = item_rows(9)
+    rows[7] |= {"listed_at": None}
+    write_items(tmp_path / "items" / "part-0.parquet", rows, row_group_size=5)
+    items = ItemStore.read(Dataset(tmp_path), ("item_id", "listed_at"))
+    with pytest.raises(DataError, match=r"part-0\.parquet, row group 1, row 2, column listed_at: is null"):
+        items.listed_at(np.arange(9))
+    write_items(tmp_path / "items" / "part-1.parquet", rows[:1])
+    with pytest.raises(DataError, match="is there twice"):
+        ItemStore.read(Dataset(tmp_path), ("item_id",))

@@ -26,7 +26,7 @@ FOLDERS = {
     "launch": "mim_torchrec.launch",
 }
 STAGES = {"pretraining", "csft", "representation", "ctr"}
-BASE = {"errors", "program", "progress", "quiet"}
+BASE = {"domains", "errors", "program", "progress", "quiet"}
 PARTS = {"encoders", "losses", "ciubm", "data", "training"}
 SERVICES = {"rim", "serving"}
 TOP = {"launch", "pipeline", "cli", "doctor", "doctor_nodes"}

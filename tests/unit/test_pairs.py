@@ -7,9 +7,10 @@ import pyarrow as pa
 import pytest
 
 from mim_torchrec.data.errors import DataError, Location
+from mim_torchrec.data.ids import stable_ids
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.pairs import PairDataset
-from mim_torchrec.data.schema import PAIRS
+from mim_torchrec.data.schema import ITEMS, PAIRS, Dataset
 from tests.datasets import (
     CATEGORIES,
     Rows,
@@ -255,3 +256,55 @@ def test_narrower_ids_and_large_images_give_the_same_pairs(tmp_path, items):
     other = PairDataset([write_rows(tmp_path / "other.parquet", pair_rows(), schema)], items)
     pairs = pairs_of(tmp_path, items)
     assert [other[k] for k in range(len(other))] == [pairs[k] for k in range(len(pairs))]
+
+
+def test_pairs_and_items_may_have_ids_of_text(tmp_path):
+    rows = [row | {"item_id": f"sku-{row['item_id']}"} for row in item_rows()]
+    schema = pa.schema([pa.field("item_id", pa.string()) if f.name == "item_id" else f for f in ITEMS])
+    write_rows(tmp_path / "items" / "i.parquet", rows, schema)
+    items = ItemStore.open(Dataset(tmp_path), tmp_path / "cache")
+    pairs = pair_rows()
+    for row in pairs:
+        row |= {"item_id": f"sku-{row['item_id']}", "query_id": f"q{row['query_id']}"}
+    text = {"item_id", "query_id", "hard_negative_item_id"}
+    schema = pa.schema([pa.field(f.name, pa.string()) if f.name in text else f for f in PAIRS])
+    file = write_rows(tmp_path / "p.parquet", pairs, schema)
+    found = PairDataset([file], items)
+    wanted = [row["item_id"] for row in pairs]
+    assert found.item_ids.tolist() == stable_ids(pa.array(wanted)).to_pylist()
+    assert items.titles(items.rows_of(found.item_ids)) == [f"item {w.removeprefix('sku-10')}" for w in wanted]
+    pairs[3]["item_id"] = "sku-of-nobody"
+    file = write_rows(tmp_path / "q.parquet", pairs, schema)
+    with pytest.raises(DataError, match="row 3, column item_id: item sku-of-nobody is not in the item table"):
+        PairDataset([file], items)
+
+
+@pytest.mark.parametrize("absent", [(), ("query_image",)], ids=["images", "no images"])
+def test_an_index_of_query_images_gives_what_the_files_have(tmp_path, items, absent):
+    rows = [row | {"query_id": 100 + k % 10} for k, row in enumerate(without(pair_rows(11), *absent))]
+    if not absent:
+        rows[3]["query_image"] = rows[9]["query_image"] = None
+    files = [write_pairs(tmp_path / "0.parquet", rows[:6]), write_pairs(tmp_path / "1.parquet", rows[6:])]
+    plain, mapped = (PairDataset(files, items, cache=cache) for cache in (None, tmp_path / "cache"))
+    assert [mapped[k] for k in range(11)] == [plain[k] for k in range(11)]
+    assert mapped.query_is_item.tolist() == [row.get("query_image") is None for row in rows]
+    assert (tmp_path / "cache" / "pairs.arrow").exists() == (not absent)
+
+
+def test_an_index_of_query_images_is_made_again_only_when_a_file_changes(tmp_path, items):
+    file = write_pairs(tmp_path / "p.parquet")
+    first = PairDataset([file], items, cache=tmp_path / "cache")
+    before = (tmp_path / "cache" / "pairs.arrow").stat().st_ino
+    PairDataset([file], items, cache=tmp_path / "cache")
+    assert (tmp_path / "cache" / "pairs.arrow").stat().st_ino == before
+    rows = [row | {"query_image": png(7)} for row in pair_rows()]
+    changed = pairs_of(tmp_path, items, rows, cache=tmp_path / "cache")
+    assert (tmp_path / "cache" / "pairs.arrow").stat().st_ino != before
+    assert (first.query_image(2), changed.query_image(2)) == (png(202), png(7))
+
+
+def test_pairs_that_are_left_out_take_their_images_with_them(tmp_path, items):
+    pairs = pairs_of(tmp_path, items, cache=tmp_path / "cache")
+    pairs.select(np.arange(8) % 2 == 1, np.arange(100, 110))
+    assert [pairs.query_image(k) for k in range(4)] == [png(201 + 2 * k) for k in range(4)]
+    assert pairs.query_location(3) == Location(tmp_path / "p.parquet", 1, 3, "query_image")

@@ -73,7 +73,7 @@ def test_what_does_not_fit_is_refused_with_a_way_out():
     ("wrong", "problem"),
     [
         ({"trainable": ("5",)}, "'5' is not ROWSxDIM"),
-        ({"rows": 0}, "are at least 1"),
+        ({"rows": 0}, "--rows is 0; it must be at least 1"),
         ({"world_size": 9}, "9 GPUs do not make machines of 8"),
     ],
 )

@@ -14,6 +14,7 @@ from mim_torchrec.ctr.warm_start import WarmStartError
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.embeddings.files import DiskFull
 from mim_torchrec.embeddings.sharded.item_index import SpareRowsExhausted
+from mim_torchrec.embeddings.stable_ids import IdCollision
 from mim_torchrec.embeddings.table.manifest import (
     ChecksumMismatch,
     DuplicateId,
@@ -54,7 +55,8 @@ ROOT = Path(__file__).resolve().parents[2]
 OURS = {
     OptionError: 2, PipelineError: 2,
     DataError: 3, CheckpointError: 3, Diverged: 3, TableError: 3, ChecksumMismatch: 3, IncompleteTable: 3,
-    DuplicateId: 3, LossyVector: 3, NonFiniteVector: 3, SpareRowsExhausted: 3, MalformedWindow: 3,
+    DuplicateId: 3, LossyVector: 3, IdCollision: 3, NonFiniteVector: 3, SpareRowsExhausted: 3,
+    MalformedWindow: 3,
     StageError: 3, MissingInput: 3, ReferenceFailed: 3,
     VersionMismatch: 4, ModelMismatch: 4, WarmStartError: 4, WindowGap: 4,
     OutputExists: 5, LeaseError: 5, ResumeError: 5, ReleaseError: 5, LogMoved: 5,

@@ -126,7 +126,7 @@ def test_unknown_ids_are_scored_as_the_trainer_does_and_counted(din, folder):
     ids = sent.ids | {"user_id": torch.tensor([-9]), "candidate_item_id": torch.tensor([-1, -2, 1000])}
     ids["candidate_category"] = sent.ids["candidate_category"][:3]
     (found,) = scorer(din).score([ScoreRequest(ids=ids)])
-    assert found.unknown == {"user": 1, "item": 2, "vector": 2}
+    assert found.unknown == {"user": 1, "item": 2, "vector": 2, "query": 0, "category": 0}
     assert found.scores[0] != found.scores[2]
 
 

@@ -11,9 +11,10 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mim_torchrec.data.batch import RequestBatch
 from mim_torchrec.data.errors import DataError
+from mim_torchrec.data.id_scan import scan_ids
 from mim_torchrec.data.requests import RequestReader
 from mim_torchrec.data.schema import REQUESTS, category_ids
-from mim_torchrec.data.vocabulary import ALARM_IDS, IdMapper, Vocabulary, scan_ids
+from mim_torchrec.data.vocabulary import ALARM_IDS, IdMapper, Vocabulary
 from mim_torchrec.embeddings.sharded.item_index import ItemIndex
 from tests.datasets import CATEGORIES, request_rows, without, write_requests, write_rows
 

@@ -37,6 +37,7 @@ from mim_torchrec.ciubm.ubm.interface import (
     UserBehaviorModel,
     recency_buckets,
 )
+from mim_torchrec.domains import Count
 from mim_torchrec.errors import OptionError
 
 GROUP_STEP = 8
@@ -221,9 +222,9 @@ class BSTOptions(UBMOptions):
 
     name = "bst"
 
-    heads: int = 4
+    heads: Count = 4
     """Attention heads; each takes its fraction of the embeddings of an item."""
-    max_positions: int = 50
+    max_positions: Count = 50
     """Most recent behaviors that are used."""
 
     @property

@@ -21,6 +21,7 @@ from mim_torchrec.ciubm.jagged import RequestPairs
 from mim_torchrec.ciubm.packed import sum_by_behavior, sum_by_candidate
 from mim_torchrec.ciubm.ubm.activation import Activation, blocks, build_activation
 from mim_torchrec.ciubm.ubm.interface import BehaviorContext, Interest, UBMOptions, UserBehaviorModel
+from mim_torchrec.domains import Count
 from mim_torchrec.errors import OptionError
 
 
@@ -132,7 +133,7 @@ class DINOptions(UBMOptions):
 
     name = "din"
 
-    attention: tuple[int, ...] = (36,)
+    attention: tuple[Count, ...] = (36,)
     """Hidden layers of the attention unit."""
     attention_activation: Activation = "prelu"
     """Activation of the attention unit."""

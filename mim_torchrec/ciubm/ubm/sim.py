@@ -32,6 +32,7 @@ from mim_torchrec.ciubm.ubm.interface import (
     UserBehaviorModel,
     recency_buckets,
 )
+from mim_torchrec.domains import Count
 from mim_torchrec.errors import OptionError
 
 Search = Literal["soft", "hard"]
@@ -145,9 +146,9 @@ class SIMOptions(UBMOptions):
 
     search: Search = "soft"
     """General search: by relevance, or among the behaviors of the candidate's category."""
-    top_k: int = 50
+    top_k: Count = 50
     """Behaviors that the general search keeps."""
-    heads: int = 4
+    heads: Count = 4
     """Attention heads; each takes its fraction of the embeddings of an item."""
 
     @property

@@ -32,6 +32,7 @@ from mim_torchrec.ciubm.ubm.interface import (
     UserBehaviorModel,
     recency_buckets,
 )
+from mim_torchrec.domains import Count
 from mim_torchrec.errors import OptionError
 
 
@@ -103,9 +104,9 @@ class TWINOptions(UBMOptions):
 
     name = "twin"
 
-    top_k: int = 50
+    top_k: Count = 50
     """Behaviors that a head attends to."""
-    heads: int = 4
+    heads: Count = 4
     """Attention heads; each takes its fraction of the embeddings of an item."""
 
     @property
