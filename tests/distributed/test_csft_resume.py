@@ -50,7 +50,7 @@ class Job(subprocess.Popen):
         self._copies.start()
 
     def _copy(self) -> None:
-        with self.log.open("w") as file:
+        with self.log.open("w") as file, self.stdout:
             for line in self.stdout:
                 file.write(line)
                 file.flush()
