@@ -17,6 +17,7 @@ export PATH := $(ENVIRONMENT)/bin:$(PATH)
 export MIM_PYTHON := $(ENVIRONMENT)/bin/python
 export PYTHONPATH :=
 export PYTHONUNBUFFERED := 1
+export PYTHONDONTWRITEBYTECODE :=  # the processes of tests would compile the package again and again
 
 .PHONY: help install demo prepare-demo test test-fast faults movielens ablation-csft figure5 table2 ablation-ciubm coldstart abtest table6 bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving bench-rim-latency bench-scaling bench-export-throughput bench-input bench-prepare chaos cluster torchrec-parity bench benchmark-report docs doctor image lint types lock wheel release-check clean
 

@@ -15,7 +15,12 @@ def data_files(folder: Path, suffix: str = ".parquet") -> list[Path]:
         suffix: of the names of data files.
     """
     found = (path for path in folder.rglob(f"*{suffix}") if path.is_file())
-    return sorted(path for path in found if not any(map(_hidden, path.relative_to(folder).parts)))
+    return sorted(path for path in found if is_data(path.relative_to(folder).as_posix(), suffix))
+
+
+def is_data(path: str, suffix: str = ".parquet") -> bool:
+    """Whether a path in a folder is that of a data file, as `data_files` says."""
+    return path.endswith(suffix) and not any(map(_hidden, path.split("/")))
 
 
 def _hidden(name: str) -> bool:

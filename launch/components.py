@@ -29,8 +29,8 @@ def pretrain(*script_args: str, data: str, out: str) -> specs.AppDef:
 
     Args:
         script_args: further flags of the stage, after a lone --
-        data: dataset directory
-        out: directory of the towers, metrics and config
+        data: dataset directory, or its URL
+        out: directory or URL of the towers, metrics and config
     """
     return process("pretrain", "mim_torchrec.pretraining.main", script_args, data=data, out=out)
 
@@ -42,8 +42,8 @@ def csft(*script_args: str, data: str, out: str) -> specs.AppDef:
 
     Args:
         script_args: further flags of the stage, after a lone --
-        data: dataset directory
-        out: directory of the encoder, history and config
+        data: dataset directory, or its URL
+        out: directory or URL of the encoder, history and config
     """
     return process("csft", "mim_torchrec.csft.main", script_args, data=data, out=out)
 
@@ -55,9 +55,9 @@ def export(*script_args: str, data: str, encoder: str, out: str) -> specs.AppDef
 
     Args:
         script_args: further flags of the stage, after a lone --
-        data: dataset directory
+        data: dataset directory, or its URL
         encoder: encoder directory written by csft, or plain:<vision>+<text>, or plain:<directory of towers>
-        out: directory of the table; must not exist
+        out: directory or URL of the table; must not exist
     """
     module = "mim_torchrec.representation.export"
     return process("export", module, script_args, data=data, encoder=encoder, out=out)
@@ -70,9 +70,9 @@ def ctr(*script_args: str, data: str, out: str, table: Optional[str] = None) -> 
 
     Args:
         script_args: further flags of the stage, after a lone --
-        data: dataset directory
-        out: directory of the metrics, predictions and checkpoint
-        table: directory of the multi-modal table; needed unless --mim is off
+        data: dataset directory, or its URL
+        out: directory or URL of the metrics, predictions and checkpoint
+        table: directory or URL of the multi-modal table; needed unless --mim is off
     """
     if table is None and _flag(script_args, "--mim") != "off":
         raise OptionError("mim.ctr needs --table DIR, which mim.export writes; Base needs none: -- --mim off")
@@ -86,8 +86,8 @@ def evaluate(*script_args: str, model: str, out: str) -> specs.AppDef:
 
     Args:
         script_args: further flags of the stage, after a lone --
-        model: directory that ctr has written
-        out: directory of the metrics and predictions
+        model: directory that ctr has written, or its URL
+        out: directory or URL of the metrics and predictions
     """
     return process("evaluate", "mim_torchrec.ctr.evaluation", script_args, model=model, out=out)
 

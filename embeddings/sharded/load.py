@@ -17,6 +17,7 @@ from torch import nn
 
 from mim_torchrec.embeddings.collective import gather, on_all_ranks
 from mim_torchrec.embeddings.progress import Progress
+from mim_torchrec.embeddings.remote.places import Url
 from mim_torchrec.embeddings.sharded.frozen import (
     DATA_TYPES,
     FrozenModule,
@@ -46,12 +47,12 @@ class LoadReport:
 
 
 def open_table(
-    path: str | Path, expected_version: str | None = None, group: dist.ProcessGroup | None = None
+    path: str | Path | Url, expected_version: str | None = None, group: dist.ProcessGroup | None = None
 ) -> Table:
     """Open a table on all ranks together: each verifies its share of the checksums.
 
     Args:
-        path: the table's directory, the same on every rank.
+        path: the table's directory or URL, the same on every rank.
         expected_version: as in :meth:`Table.open`.
         group: the ranks; ``None`` is the default group, or this process alone where there is none.
 

@@ -3,7 +3,6 @@
 import json
 import signal
 from dataclasses import dataclass
-from pathlib import Path
 from threading import Event
 from typing import Annotated
 
@@ -12,6 +11,7 @@ import tyro
 
 from mim_torchrec import program
 from mim_torchrec.embeddings.progress import Progress
+from mim_torchrec.embeddings.remote.places import Place
 from mim_torchrec.embeddings.stores.redis_store import RedisStore
 from mim_torchrec.embeddings.stores.store import catch_up, follow, open_store
 from mim_torchrec.embeddings.table.quantize import decode
@@ -27,7 +27,7 @@ CHUNK = 10_000
 class Load:
     """Write a table into Redis or Valkey; it replaces an older base table of the same table_version."""
 
-    table: tyro.conf.Positional[Path]
+    table: tyro.conf.Positional[Place]
     """The base table's directory."""
     store: str
     """URL: redis://, rediss:// (TLS) or unix://. +cluster after the scheme selects a cluster. #NAME is the
@@ -74,7 +74,7 @@ class Follow:
 class Check:
     """Compare every row of a store with a table and the windows of a log; exit status 3 if any differs."""
 
-    table: tyro.conf.Positional[Path]
+    table: tyro.conf.Positional[Place]
     """The base table's directory."""
     store: str
     """URL of the store, see mim store load, or directory of another table."""

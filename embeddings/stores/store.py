@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from mim_torchrec.embeddings.remote.fetching import fetched
+from mim_torchrec.embeddings.remote.places import in_object_store
 from mim_torchrec.embeddings.stores.embedded import EmbeddedStore
 from mim_torchrec.embeddings.windows.transport import Transport
 from mim_torchrec.embeddings.windows.window import Window
@@ -86,16 +88,16 @@ def follow(store: ParameterStore, windows: Transport, stop: Event) -> None:
 
 def is_remote(where: str | Path) -> bool:
     """Whether a place is the URL of a store, which others keep up, and not the directory of a table."""
-    return "://" in str(where)
+    return "://" in str(where) and not in_object_store(where)
 
 
 def open_store(where: str | Path, table_version: str | None = None) -> ParameterStore:
     """Open a store.
 
     Args:
-        where: directory of a table; or URL of Redis into which a table was loaded; or a URL whose scheme is
-            `package.module:ClassName` of a store of your own, with a class method
-            `open(where, table_version)`.
+        where: directory of a table, or its URL in an object store; or URL of Redis into which a table was
+            loaded; or a URL whose scheme is `package.module:ClassName` of a store of your own, with a class
+            method `open(where, table_version)`.
         table_version: that it must have; a store behind a URL holds any number of them.
 
     Raises:
@@ -105,7 +107,7 @@ def open_store(where: str | Path, table_version: str | None = None) -> Parameter
         MissingExtra: a URL of Redis, and the extra `redis` is not installed.
     """
     if not is_remote(where):
-        return EmbeddedStore.open(where, table_version)
+        return EmbeddedStore.open(fetched(where), table_version)
     if table_version is None:
         raise OptionError(f"{where} may hold several versions: say which table_version is meant")
     scheme = str(where).partition("://")[0]

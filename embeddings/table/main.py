@@ -3,7 +3,6 @@
 import json
 import uuid
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -12,6 +11,9 @@ import tyro
 from mim_torchrec import program
 from mim_torchrec.domains import Domain, Natural, Weight, check_domains
 from mim_torchrec.embeddings.progress import Progress
+from mim_torchrec.embeddings.remote.fetching import fetched
+from mim_torchrec.embeddings.remote.outputs import written
+from mim_torchrec.embeddings.remote.places import LocalPath, Place
 from mim_torchrec.embeddings.table.convert import convert
 from mim_torchrec.embeddings.table.diff import diff
 from mim_torchrec.embeddings.table.format import Manifest, Table
@@ -38,9 +40,9 @@ class Import:
     grow with the vectors, only by 8 bytes a row with the ids, and with the arrays of an .npz.
     """
 
-    sources: tyro.conf.Positional[tuple[Path, ...]]
+    sources: tyro.conf.Positional[tuple[LocalPath, ...]]
     """Files, or directories of Parquet files; all their rows make one table. Or one checkpoint."""
-    out: Path
+    out: Place
     """Directory of the new table; must not exist."""
     dtype: Dtype | None = None
     """Type stored; by default int8 for int8 vectors, which keeps them exactly, and else float16. A table of a
@@ -51,7 +53,7 @@ class Import:
     vector_column: str | None = None
     """Column or tensor of the vectors; by default the only column of lists of floats or int8, or the tensor
     "vectors". A name with a star takes wide columns: 'v*' is v0, v1, ..., in the order of their numbers."""
-    ids: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    ids: tyro.conf.UseAppendAction[tuple[LocalPath, ...]] = ()
     """A .npy of ids (num_rows,), once for each .npy of vectors and in their order; or of the rows of a
     checkpoint, which otherwise are kept by number: row r of the table is row r of the checkpoint."""
     key: str | None = None
@@ -62,11 +64,12 @@ class Import:
     """Rows that stay free for new items in a live table made from this one."""
 
     def run(self) -> None:
-        made = import_vectors(
-            self.sources, self.out, dtype=self.dtype, id_column=self.id_column,
-            vector_column=self.vector_column, ids=self.ids, key=self.key, table_version=self.table_version,
-            spare_rows=self.spare_rows, show_progress=True,
-        )  # fmt: skip
+        with written(self.out) as out:
+            made = import_vectors(
+                self.sources, out, dtype=self.dtype, id_column=self.id_column,
+                vector_column=self.vector_column, ids=self.ids, key=self.key,
+                table_version=self.table_version, spare_rows=self.spare_rows, show_progress=True,
+            )  # fmt: skip
         origin = made.encoder["imported"]
         print(
             f"{self.out}: ids from {origin['columns']['id']!r}, vectors from {origin['columns']['vector']!r} "
@@ -78,7 +81,7 @@ class Import:
 class Info:
     """Print the manifest of a table, as JSON, and with it how large the table is."""
 
-    table: tyro.conf.Positional[Path]
+    table: tyro.conf.Positional[Place]
     """The table's directory."""
     log: str | None = None
     """Window log whose windows are listed, a directory or a Redis URL."""
@@ -104,7 +107,7 @@ class Info:
 class Verify:
     """Check every checksum, id and vector of a table."""
 
-    table: tyro.conf.Positional[Path]
+    table: tyro.conf.Positional[Place]
     """The table's directory."""
     table_version: str | None = None
     """The version that the table must have."""
@@ -143,17 +146,18 @@ class Convert:
     cosine error against the table converted is printed and kept in the manifest.
     """
 
-    table: tyro.conf.Positional[Path]
+    table: tyro.conf.Positional[Place]
     """The table to copy."""
-    out: Path
+    out: Place
     """Directory of the new table; must not exist."""
     dtype: Dtype
     """Type the vectors are stored in; the table's own puts shards in order and changes no vector."""
 
     def run(self) -> None:
-        rows = Table.open(self.table, verify=False).manifest.rows
-        with Progress(rows, "convert", "row", scale=True) as bar:
-            made = convert(self.table, self.out, self.dtype, progress=bar.update)
+        table = fetched(self.table)
+        rows = Table.open(table, verify=False).manifest.rows
+        with written(self.out) as out, Progress(rows, "convert", "row", scale=True) as bar:
+            made = convert(table, out, self.dtype, progress=bar.update)
         print(
             f"{self.out}: {rows} rows as {self.dtype}, {made.manifest.row_bytes} bytes a row, table_version "
             f"{made.manifest.table_version}, cosine error {made.mean_cosine_error:.2e} (mean), "
@@ -165,9 +169,9 @@ class Convert:
 class Grow:
     """Write a copy with more spare rows for new items, which keeps every row, byte, table_version and seq."""
 
-    table: tyro.conf.Positional[Path]
+    table: tyro.conf.Positional[Place]
     """The table to copy."""
-    out: Path
+    out: Place
     """Directory of the new table; must not exist."""
     spare_rows: Natural
     """Spare rows of the new table in all; more than the table has."""
@@ -175,25 +179,28 @@ class Grow:
     """Link the shards instead of copying them (on one file system): at once, but the bytes are shared."""
 
     def run(self) -> None:
-        print(f"{self.out}: {summary(grow(self.table, self.out, self.spare_rows, link=self.link))}")
+        with written(self.out) as out:
+            made = grow(fetched(self.table), out, self.spare_rows, link=self.link)
+        print(f"{self.out}: {summary(made)}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compact:
     """Apply the windows of a log to a table; write the result as a new table, with the seq of the last."""
 
-    table: tyro.conf.Positional[Path]
+    table: tyro.conf.Positional[Place]
     """The table that the windows change."""
     log: str
     """Directory or URL of the windows."""
-    out: Path
+    out: Place
     """Directory of the new table; must not exist."""
     forget_hours: Weight | None = None
     """Then remove from the log the windows that the new table holds and that are older than this. Readers
     that lag further behind have to load the new table. By default all are kept."""
 
     def run(self) -> None:
-        made = compact(self.table, self.log, self.out)
+        with written(self.out) as out:
+            made = compact(fetched(self.table), self.log, out)
         print(f"{self.out}: windows up to {made.seq}; {summary(made)}")
         if self.forget_hours is not None:
             log = open_log(self.log, made.table_version)
@@ -208,13 +215,13 @@ class Diff:
     encoder covers that of the old one.
     """
 
-    table: tyro.conf.Positional[Path]
+    table: tyro.conf.Positional[Place]
     """A table's directory."""
-    other: tyro.conf.Positional[Path]
+    other: tyro.conf.Positional[Place]
     """The other's."""
 
     def run(self) -> None:
-        print(json.dumps(asdict(diff(self.table, self.other)), indent=2))
+        print(json.dumps(asdict(diff(fetched(self.table), fetched(self.other))), indent=2))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +232,7 @@ class Delete:
     """Item ids."""
     log: str
     """Directory or URL of the window log."""
-    table: Path
+    table: Place
     """A base table of the log's version."""
 
     def run(self) -> None:
@@ -242,15 +249,16 @@ class Delete:
 class Permute:
     """Write a copy whose vectors are permuted among the ids (negative control)."""
 
-    table: tyro.conf.Positional[Path]
+    table: tyro.conf.Positional[Place]
     """The table to copy."""
-    out: Path
+    out: Place
     """Directory of the permuted table; must not exist."""
     seed: Natural = 0
     """Seed of the permutation."""
 
     def run(self) -> None:
-        manifest = permute(self.table, self.out, self.seed)
+        with written(self.out) as out:
+            manifest = permute(fetched(self.table), out, self.seed)
         print(f"{self.out}: {manifest.rows} rows, table_version {manifest.table_version}")
 
 

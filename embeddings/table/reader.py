@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mim_torchrec.embeddings.remote.fetching import fetched
+from mim_torchrec.embeddings.remote.places import Url
 from mim_torchrec.embeddings.table.manifest import (
     MANIFEST,
     DuplicateId,
@@ -64,11 +66,13 @@ class Table:
                 )
 
     @classmethod
-    def open(cls, path: str | Path, expected_version: str | None = None, verify: bool = True) -> "Table":
+    def open(
+        cls, path: str | Path | Url, expected_version: str | None = None, verify: bool = True
+    ) -> "Table":
         """Open a table.
 
         Args:
-            path: the table's directory.
+            path: the table's directory, or its URL, from which it is fetched.
             expected_version: the ``table_version`` that the reader is for; ``None`` accepts any.
             verify: compare the SHA-256 of every shard, which reads all of it. Ranks that load one together
                 share this work through :func:`mim_torchrec.embeddings.sharded.load.open_table`.
@@ -78,7 +82,7 @@ class Table:
             VersionMismatch: it is of another version.
             ChecksumMismatch: a shard was changed or truncated.
         """
-        path = Path(path)
+        path = fetched(path)
         manifest = read_manifest(path, expected_version)
         if verify:
             for info in manifest.shards:
@@ -219,14 +223,14 @@ class Table:
             raise DuplicateId(f"item id {item} has more than one vector: {', '.join(sorted(found))}")
 
 
-def read_manifest(path: str | Path, expected_version: str | None = None) -> Manifest:
+def read_manifest(path: str | Path | Url, expected_version: str | None = None) -> Manifest:
     """What a finished table says of itself; none of its shards is opened.
 
     Raises:
         IncompleteTable: there is no finished table at ``path``.
         VersionMismatch: it is of another version than ``expected_version``.
     """
-    path = Path(path)
+    path = fetched(path)
     if not (path / MANIFEST).is_file():
         if partial_path(path).exists():
             raise IncompleteTable(

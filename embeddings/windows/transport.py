@@ -6,9 +6,11 @@ from typing import Protocol
 
 from torch import Tensor
 
+from mim_torchrec.embeddings.remote.places import in_object_store
 from mim_torchrec.embeddings.windows.log import WindowLog
 from mim_torchrec.embeddings.windows.redis_address import is_redis
 from mim_torchrec.embeddings.windows.window import Window
+from mim_torchrec.errors import OptionError
 
 
 class Transport(Protocol):
@@ -48,9 +50,15 @@ def open_log(where: str | Path, table_version: str, start: int | None = None) ->
     Raises:
         VersionMismatch: the log is of another version.
         TableError: there is no log.
+        OptionError: it is in an object store.
         RedisUnavailable: the server does not answer.
         MissingExtra: a URL, and the extra `redis` is not installed.
     """
+    if in_object_store(where):
+        raise OptionError(
+            f"{where}: a window log lies in a directory, where a hard link gives a window its number, or in "
+            "Redis; an object store has no link. Give a directory that all see, or a Redis URL"
+        )
     if is_redis(str(where)):
         from mim_torchrec.embeddings.windows.redis_log import RedisWindowLog  # needs the extra `redis`
 

@@ -1,10 +1,10 @@
 """Configuration of content-interest-aware fine-tuning; every field is a flag of `mim csft`."""
 
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from mim_torchrec.domains import Count, Fraction, Natural, Share, Temperature, Weight
+from mim_torchrec.embeddings.remote.places import LocalPath, Place
 from mim_torchrec.encoders.item_encoder import HeadConfig, ItemEncoderConfig
 from mim_torchrec.encoders.text import TextEncoderConfig
 from mim_torchrec.encoders.vision import VisionEncoderConfig
@@ -22,12 +22,12 @@ class CSFTConfig:
     TensorBoard's files into `out`.
     """
 
-    data: Path
+    data: Place
     """Dataset directory."""
-    out: Path
+    out: Place
     """Directory of the results; made if missing."""
 
-    towers: Path | None = None
+    towers: Place | None = None
     """Directory of towers that `mim pretrain` wrote, instead of those that --vision and --text name."""
     vision: VisionEncoderConfig = field(default_factory=VisionEncoderConfig)
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
@@ -37,7 +37,7 @@ class CSFTConfig:
     or at random; `auto` is `pca` for frozen towers."""
     freeze_towers: bool = True
     """Train the head only, on features of the towers that are computed once."""
-    feature_cache: Path | None = None
+    feature_cache: LocalPath | None = None
     """Folder where features of frozen towers are kept for other runs; by default one inside `out`."""
 
     loss: Literal["contrastive", "cross_entropy"] = "contrastive"
@@ -110,7 +110,7 @@ class CSFTConfig:
     Only for towers that are not frozen."""
     encode_batch_size: Count = 64
     """Images or titles that a tower processes at a time where no gradient is needed."""
-    item_cache: Path | None = None
+    item_cache: LocalPath | None = None
     """Folder of the item index; by default one inside `out`."""
     log_every: Count = 20
     """Steps between two entries of the log."""

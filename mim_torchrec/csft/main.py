@@ -64,7 +64,7 @@ def _fine_tune(config: CSFTConfig, run: RunDirectory, context: DistributedContex
     started = time.perf_counter()
     run.refuse_other(config.checkpoint, config.resume_fingerprint(), whole=False)  # before anything is read
     dataset = Dataset(config.data)
-    cache = config.item_cache or config.out / "items"
+    cache = config.item_cache or run.root / "items"
     items = rank_0_first(lambda: ItemStore.open(dataset, cache))
     signal = None if config.interest_signal in ("all", "category") else config.interest_signal
     pairs = rank_0_first(
@@ -89,7 +89,7 @@ def _fine_tune(config: CSFTConfig, run: RunDirectory, context: DistributedContex
              len(train), len(held_out), catalog.num_images - len(items))  # fmt: skip
 
     encoder = _build_encoder(config, items).to(context.device)
-    inputs = _inputs(config, encoder, catalog, context)
+    inputs = _inputs(config, encoder, catalog, run, context)
     torch.manual_seed(config.seed + 1 + context.rank)  # dropout differs from rank to rank
     task = CSFTTask(config, encoder, inputs, items, pairs, catalog, train, held_out, context)
     history = fit(
@@ -103,7 +103,7 @@ def _fine_tune(config: CSFTConfig, run: RunDirectory, context: DistributedContex
         checkpoints=Checkpoints(run.checkpoints, config.checkpoint, resume_fingerprint, context),
     )
     kept = run.promote_best("encoder", context)
-    found = _search(config, inputs, held_out, catalog, items, context)
+    found = _search(config, run, inputs, held_out, catalog, items, context)
     best = history.best()
     metrics = {name: value for name, value in best.items() if name not in ("epoch", "seconds")} | {
         "chance": RECALL_AT / len(items),
@@ -132,6 +132,7 @@ def _digest(*ids: np.ndarray) -> str:
 
 def _search(
     config: CSFTConfig,
+    run: RunDirectory,
     inputs: Inputs,
     held_out: np.ndarray,
     catalog: SearchContent,
@@ -141,13 +142,13 @@ def _search(
     """Image search with the encoder that was kept; None where no pairs are held out."""
     if not len(held_out):
         return None
-    encoder = load_encoder(config.out / "encoder", context.device)
+    encoder = load_encoder(run.root / "encoder", context.device)
     model = encoder.head if config.freeze_towers else encoder
     query, items_mm = encode(model, inputs, held_out, catalog, config.encode_batch_size, context)
     found = find(query, items_mm, held_out, catalog)
     report = evaluate(found, held_out, catalog, items)
     if context.is_main:
-        write(report, draw(held_out, found, catalog, config.drawn_queries), config.out)
+        write(report, draw(held_out, found, catalog, config.drawn_queries), run.root)
     return report
 
 
@@ -163,7 +164,11 @@ def _build_encoder(config: CSFTConfig, items: ItemStore) -> ItemEncoder:
 
 
 def _inputs(
-    config: CSFTConfig, encoder: ItemEncoder, catalog: SearchContent, context: DistributedContext
+    config: CSFTConfig,
+    encoder: ItemEncoder,
+    catalog: SearchContent,
+    run: RunDirectory,
+    context: DistributedContext,
 ) -> Inputs:
     if not config.freeze_towers:
         return PixelInputs(catalog, encoder, config.image_memory_gib, context)
@@ -171,7 +176,7 @@ def _inputs(
         log.warning("a tower with random weights is frozen: it sees nothing. Train it, --freeze-towers False")
     encoder.vision.eval().requires_grad_(False)
     encoder.text.eval().requires_grad_(False)
-    cache = config.feature_cache or config.out / "features"
+    cache = config.feature_cache or run.root / "features"
     features: FeatureInputs = frozen_features(catalog, encoder, cache, config.encode_batch_size, context)
     if config.init != "random":
         encoder.head.cpu().init_pca(features.image[: catalog.num_items], features.text)

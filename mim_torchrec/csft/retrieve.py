@@ -23,10 +23,12 @@ from mim_torchrec.data.pairs import PairDataset
 from mim_torchrec.data.schema import Dataset
 from mim_torchrec.domains import Count, Domain, Natural, check_domains
 from mim_torchrec.embeddings.collective import rank_0_first
+from mim_torchrec.embeddings.remote.places import LocalPath, Place
 from mim_torchrec.encoders.checkpoint import load_encoder
 from mim_torchrec.errors import OptionError
 from mim_torchrec.representation.plain import PLAIN, PlainTowers
 from mim_torchrec.training.distributed import DistributedContext, Timeouts, distributed
+from mim_torchrec.training.run_directory import RunDirectory
 
 log = logging.getLogger("mim_torchrec.csft.retrieve")  # also where this file is __main__
 
@@ -35,12 +37,12 @@ log = logging.getLogger("mim_torchrec.csft.retrieve")  # also where this file is
 class RetrieveConfig:
     """Find the bought item among all items by the query image."""
 
-    data: Path
+    data: Place
     """Dataset directory."""
     encoder: str
     """Directory of an encoder that C-SFT wrote; or towers alone, `plain:<vision>+<text>` or
     `plain:<directory>`."""
-    out: Path
+    out: Place
     """Directory of the results; made if missing."""
     interest_signal: Literal["purchase", "click", "all"] = "purchase"
     """Pairs whose items are searched for, as in `mim csft`."""
@@ -54,10 +56,10 @@ class RetrieveConfig:
     """Side of the images in pixels, only for `plain:<vision>+<text>`; by default the tower's own."""
     encode_batch_size: Count = 64
     """Images or titles that a tower takes at a time."""
-    feature_cache: Path | None = None
+    feature_cache: LocalPath | None = None
     """Folder where features of towers are kept for other runs; by default one inside `out`."""
     timeout: Timeouts = field(default_factory=Timeouts)
-    item_cache: Path | None = None
+    item_cache: LocalPath | None = None
     """Folder of the item index; by default one inside `out`."""
 
 
@@ -68,10 +70,17 @@ def retrieve(config: RetrieveConfig, context: DistributedContext) -> dict[str, A
         OptionError: no pairs are asked for.
         DataError: data is damaged.
         CheckpointError: the encoder is.
+        LeaseError: another process writes into `out`.
     """
     check_domains(config)
+    run = RunDirectory(config.out)
+    with run.writing(context):
+        return _retrieve(config, run.root, context)
+
+
+def _retrieve(config: RetrieveConfig, out: Path, context: DistributedContext) -> dict[str, Any]:
     dataset = Dataset(config.data)
-    cache = config.item_cache or config.out / "items"
+    cache = config.item_cache or out / "items"
     items = rank_0_first(lambda: ItemStore.open(dataset, cache))
     signal = None if config.interest_signal == "all" else config.interest_signal
     pairs = rank_0_first(
@@ -89,7 +98,7 @@ def retrieve(config: RetrieveConfig, context: DistributedContext) -> dict[str, A
     _, held_out = split_by_time(pairs.times(), config.held_out_fraction)
     if not len(held_out):
         raise OptionError(f"--held-out-fraction {config.held_out_fraction} of {len(pairs)} pairs is none")
-    features_cache = config.feature_cache or config.out / "features"
+    features_cache = config.feature_cache or out / "features"
     if config.encoder.startswith(PLAIN):
         towers = PlainTowers(config.encoder, config.image_size, context.device)
         image = frozen_features(catalog, towers, features_cache, config.encode_batch_size, context).image
@@ -102,7 +111,7 @@ def retrieve(config: RetrieveConfig, context: DistributedContext) -> dict[str, A
     report = evaluate(found, held_out, catalog, items)
     report["skipped_pairs"] = pairs.skipped
     if context.is_main:
-        write(report, draw(held_out, found, catalog, config.drawn_queries), config.out)
+        write(report, draw(held_out, found, catalog, config.drawn_queries), out)
         log.info("recall@10 %.4f (chance %.4f), mean rank %.1f of %d, %d queries", report["recall_at_10"],
                  report["chance_at_10"], report["mean_rank"], len(items), report["n"])  # fmt: skip
     context.barrier()

@@ -22,6 +22,8 @@ from mim_torchrec.data.requests import RequestReader
 from mim_torchrec.data.schema import Dataset
 from mim_torchrec.data.vocabulary import IdMapper, Vocabulary
 from mim_torchrec.embeddings.collective import on_all_ranks
+from mim_torchrec.embeddings.remote.fetching import fetched
+from mim_torchrec.embeddings.remote.places import Url
 from mim_torchrec.embeddings.sharded.frozen import frozen_config
 from mim_torchrec.embeddings.sharded.item_index import ItemIndex
 from mim_torchrec.embeddings.sharded.load import load_table, open_table, table_digest
@@ -32,6 +34,9 @@ from mim_torchrec.training.distributed import DistributedContext
 from mim_torchrec.training.model_record import check_model_record
 from mim_torchrec.training.run_directory import RunDirectory
 from mim_torchrec.training.sharded_state import damage
+
+PARTS = ("config.json", "vocabulary", "best")
+"""What is read of an earlier run."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +168,7 @@ def open_reader(
     return reader
 
 
-def _check_needs(config: CTRConfig, columns: Sequence[str], file: Path) -> None:
+def _check_needs(config: CTRConfig, columns: Sequence[str], file: Path | Url) -> None:
     """See before training that the requests have what the user behavior model reads besides ids."""
     needs = config.ubm_options.needs if config.id_interest else frozenset()
     if "recency" in needs and config.recency == "time":
@@ -223,18 +228,20 @@ class TrainedRun:
         config: it was trained with.
         vocabularies: of its ids.
         weights: directory of a checkpoint.
+        name: of the weights in reports: where they lie, also if that is a URL.
     """
 
     config: CTRConfig
     vocabularies: dict[str, Vocabulary]
     weights: Path
+    name: str
 
     @classmethod
-    def open(cls, run: Path, checkpoint: str = "best") -> "TrainedRun":
+    def open(cls, run: Path | Url, checkpoint: str = "best") -> "TrainedRun":
         """Open a run; its ranks compare the digests of the weights together.
 
         Args:
-            run: directory that `mim ctr` has written.
+            run: directory that `mim ctr` has written, or its URL.
             checkpoint: `best`, or one of the names in the run's `checkpoints`, or the directory of one.
 
         Raises:
@@ -242,6 +249,7 @@ class TrainedRun:
             OptionError: it has no such checkpoint.
             ModelMismatch: the weights are of another configuration or vocabulary than the run has.
         """
+        place, run = run, fetched(run, (*PARTS, checkpoint, f"checkpoints/{checkpoint}"))
         config, vocabularies = read_config(run), load_vocabularies(run)
         weights = find_checkpoint(run, checkpoint)
         check_model_record(weights, describe_model(config, vocabularies))
@@ -253,7 +261,8 @@ class TrainedRun:
                 raise DataError(f"{problem}; take another --checkpoint, or train again", file=weights)
 
         on_all_ranks(verify)
-        return cls(config, vocabularies, weights)
+        name = f"{place}/{weights.relative_to(run)}" if weights.is_relative_to(run) else str(weights)
+        return cls(config, vocabularies, weights, name)
 
 
 def find_checkpoint(run: Path, name: str) -> Path:

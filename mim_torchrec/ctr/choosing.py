@@ -12,10 +12,14 @@ import tyro
 
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.embeddings.files import atomic_directory, write_json
+from mim_torchrec.embeddings.remote.fetching import fetched
+from mim_torchrec.embeddings.remote.outputs import written
+from mim_torchrec.embeddings.remote.places import Place, Url
 from mim_torchrec.program import run
 from mim_torchrec.training.history import read_history
 from mim_torchrec.training.run_directory import RunDirectory
 
+READ = ("config.json", "history.jsonl")
 LOWER_IS_BETTER = ("ne", "logloss")
 
 
@@ -23,15 +27,15 @@ LOWER_IS_BETTER = ("ne", "logloss")
 class ChooseConfig:
     """Choose the best of several click models on validation."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: tyro.conf.Positional[tuple[Place, ...]]
     """Directories that `mim ctr` has written."""
-    out: Path
+    out: Place
     """Directory for best.json: run, value, values (of all runs) and config (of the best)."""
     metric: Literal["auc", "gauc", "ne", "logloss"] = "auc"
     """Validation metric of a run's best epoch; ne and logloss are best when lowest."""
 
 
-def best_of(runs: tuple[Path, ...], metric: str) -> dict[str, Any]:
+def best_of(runs: tuple[Path | Url, ...], metric: str) -> dict[str, Any]:
     """The best run; of equal ones the first.
 
     Args:
@@ -52,12 +56,12 @@ def best_of(runs: tuple[Path, ...], metric: str) -> dict[str, Any]:
         "metric": metric,
         "value": values[best],
         "values": values,
-        "config": json.loads(RunDirectory(runs[best]).config.read_text()),
+        "config": json.loads(RunDirectory(fetched(runs[best], READ)).config.read_text()),
     }
 
 
-def _value(path: Path, metric: str) -> float:
-    history = read_history(RunDirectory(path).history)
+def _value(path: Path | Url, metric: str) -> float:
+    history = read_history(RunDirectory(fetched(path, READ)).history)
     value = None if history.best_epoch is None else history.best().get(metric)
     if value is None:
         raise DataError(f"{path}: no epoch has a validation {metric}")
@@ -68,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of ``mim choose``."""
     config = tyro.cli(ChooseConfig, args=argv, prog="mim choose", description=__doc__)
     found = best_of(config.runs, config.metric)
-    with atomic_directory(config.out) as folder:
+    with written(config.out, replace=True) as out, atomic_directory(out) as folder:
         write_json(folder / "best.json", found)
     print(f"{found['run']}: validation {config.metric} {found['value']:.4f}, the best of {len(config.runs)}")
 

@@ -4,7 +4,6 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import tyro
@@ -14,6 +13,7 @@ from mim_torchrec.ciubm.ubm.interface import UBMOptions
 from mim_torchrec.ciubm.ubm.registry import built_in_models, find_model
 from mim_torchrec.data.features import Features
 from mim_torchrec.domains import Count, Domain, Fraction, Natural, Positive, Share, Temperature, Weight
+from mim_torchrec.embeddings.remote.places import LocalPath, Place
 from mim_torchrec.extras import needs
 from mim_torchrec.training.checkpoints import CheckpointConfig
 from mim_torchrec.training.distributed import Timeouts
@@ -119,9 +119,9 @@ class CTRConfig(ModelConfig):
     predictions.parquet into `out`.
     """
 
-    data: Path
+    data: Place
     """Dataset directory."""
-    out: Path
+    out: Place
     """Directory of the results; made if missing."""
     train_days: str | None = None
     """Days whose requests are trained on, as 2026-11-01..2026-11-20 (both included) or one day, of requests
@@ -131,7 +131,7 @@ class CTRConfig(ModelConfig):
     """Likewise, of the validation requests."""
     test_days: str | None = None
     """Likewise, of the test requests."""
-    table: Path | None = None
+    table: Place | None = None
     """Directory of the multi-modal table; needed when `mim` is on, not read when it is off."""
     table_version: Annotated[str | None, tyro.conf.arg(aliases=["--expected-table-version"])] = None
     """Version that the table must have; another is refused."""
@@ -143,7 +143,7 @@ class CTRConfig(ModelConfig):
     preset: Preset = "paper"
     """Defaults of all other flags: `paper` is the form of the paper; `recommended` has raised the AUC on
     every data set that was measured."""
-    warm_start: Path | None = None
+    warm_start: Place | None = None
     """Directory of an earlier run of `mim ctr`, from whose best weights training starts, for example on the
     data of a new day. Known ids keep their embeddings; new ids and the optimizers start from scratch."""
     seed: Natural = 0
@@ -205,7 +205,7 @@ class CTRConfig(ModelConfig):
     """Stop at a malformed request, or skip and count it."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     timeout: Timeouts = field(default_factory=Timeouts)
-    id_cache: Path | None = None
+    id_cache: LocalPath | None = None
     """Folder of the ids found in training requests, which runs on the same files share; by default one inside
     `out`."""
     log_every: Count = 20

@@ -9,7 +9,6 @@ number of ranks, whatever number the model was trained on.
 
 import logging
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import tyro
@@ -22,6 +21,7 @@ from mim_torchrec.ctr.report import COLUMNS, read_items, summarize
 from mim_torchrec.ctr.task import load_model
 from mim_torchrec.data.schema import Dataset
 from mim_torchrec.domains import Count, Natural, check_domains
+from mim_torchrec.embeddings.remote.places import Place
 from mim_torchrec.training.distributed import DistributedContext, Timeouts, distributed
 from mim_torchrec.training.run_directory import RunDirectory
 
@@ -35,18 +35,18 @@ class EvaluationConfig:
     One process, or several under torchrun. Writes metrics.json and predictions.parquet into `out`.
     """
 
-    model: Path
+    model: Place
     """Directory that `mim ctr` has written."""
-    out: Path
+    out: Place
     """Directory of the results; made if missing."""
     split: Literal["train", "validation", "test"] = "test"
     """Part of the data set that is scored."""
-    data: Path | None = None
+    data: Place | None = None
     """Dataset directory; by default that of the run."""
     days: str | None = None
     """Days whose requests are scored, as 2026-11-01..2026-11-20 or one day, of requests in folders of days;
     by default those of the split in the run, or with `data` all."""
-    table: Path | None = None
+    table: Place | None = None
     """Directory of the multi-modal table; it must have the version that the model was trained on. By default
     that of the run."""
     windows: str | None = None
@@ -110,7 +110,7 @@ def _evaluate(
     scored = file.written(predict(assembled.model, reader, assembled.mapper, context.device))
     report = summarize(collect(scored, COLUMNS, context), items, context, config.draws) | {
         "model": str(config.model),
-        "checkpoint": str(run.weights),
+        "checkpoint": run.name,
         "data": str(settings.data),
         "split": config.split,
         "mim": settings.mim,

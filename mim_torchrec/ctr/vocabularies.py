@@ -14,6 +14,7 @@ from mim_torchrec.data.schema import Dataset
 from mim_torchrec.data.vocabulary import Vocabulary
 from mim_torchrec.embeddings.collective import on_all_ranks
 from mim_torchrec.embeddings.files import atomic_directory
+from mim_torchrec.embeddings.remote.fetching import fetched
 from mim_torchrec.training.distributed import DistributedContext
 from mim_torchrec.training.row_exchange import exchange_rows, owners_by_id
 from mim_torchrec.training.run_directory import RunDirectory
@@ -36,7 +37,7 @@ def scan_vocabularies(
     if not (resumes and context.broadcast_object(folder.is_dir())):
         scan = _scan(dataset, config, context)
         on_all_ranks(lambda: _write(scan, config, folder) if context.is_main else None)
-    return load_vocabularies(config.out)
+    return load_vocabularies(RunDirectory(config.out).root)
 
 
 def load_vocabularies(run: Path) -> dict[str, Vocabulary]:
@@ -46,7 +47,8 @@ def load_vocabularies(run: Path) -> dict[str, Vocabulary]:
 
 
 def _write(scan: Scan, config: CTRConfig, folder: Path) -> None:
-    earlier = load_vocabularies(config.warm_start) if config.warm_start is not None else {}
+    begun = config.warm_start
+    earlier = {} if begun is None else load_vocabularies(fetched(begun, ["vocabulary"]))
     with atomic_directory(folder) as partial:
         for name, (ids, counts) in scan.items():
             kept = ids[counts >= config.min_count]
@@ -63,7 +65,7 @@ def _scan(dataset: Dataset, config: CTRConfig, context: DistributedContext) -> S
     files, features = dataset.requests("train"), config.features()
 
     def known() -> Path | None:
-        place = (config.id_cache or config.out / "ids") / fingerprint(files, features)
+        place = (config.id_cache or RunDirectory(config.out).root / "ids") / fingerprint(files, features)
         return place if context.is_main else None
 
     place = on_all_ranks(known)

@@ -19,6 +19,7 @@ from mim_torchrec.ctr.assembly import TrainedRun
 from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.parameters import id_tables, load_trainable_state, trainable_state
 from mim_torchrec.data.vocabulary import Vocabulary
+from mim_torchrec.embeddings.remote.places import Url
 from mim_torchrec.errors import ExpectedError, Status
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class WarmStartError(ExpectedError, ValueError):
 def warm_start(
     model: DistributedModelParallel,
     config: CTRConfig,
-    run: Path,
+    run: Path | Url,
     vocabularies: dict[str, Vocabulary],
     table_version: str | None,
 ) -> None:
@@ -45,7 +46,7 @@ def warm_start(
     Args:
         model: sharded, over any number of ranks.
         config: of the run that starts.
-        run: directory that `mim ctr` has written; its best weights are taken.
+        run: directory that `mim ctr` has written, or its URL; its best weights are taken.
         vocabularies: of the run that starts; they hold all ids that the earlier run knows.
         table_version: of the multi-modal table of the run that starts, None for Base.
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.features import NO_FEATURES, Feature, Features, Ids, Numbers
 from mim_torchrec.data.schema import ORIGINAL, WEIGHT, WEIGHTS, is_list
+from mim_torchrec.embeddings.remote.places import Url
 
 SCALARS = ("request_id", "user_id", "query_id", "ts")
 ORIGINALS = {f"{name}{ORIGINAL}": name for name in ("request_id", "user_id", "query_id")}
@@ -88,7 +89,7 @@ def decode(
     table: pa.Table,
     max_behaviors: int,
     on_bad_row: str,
-    file: str | Path,
+    file: str | Path | Url,
     row_group: int,
     features: Features = NO_FEATURES,
     first_row: int = 0,
@@ -173,7 +174,7 @@ class _Bad:
             self.add(_any_of(is_bad, lengths), column, problem)
 
     def good_rows(
-        self, on_bad_row: str, file: str | Path, row_group: int, first_row: int
+        self, on_bad_row: str, file: str | Path | Url, row_group: int, first_row: int
     ) -> np.ndarray | None:
         """Rows that are not bad; None where none is. Raises DataError where one is, and shall fail."""
         if not self._found:

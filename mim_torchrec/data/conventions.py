@@ -14,6 +14,7 @@ import pyarrow as pa
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.forms import PER_SECOND, holds_text, value_type
 from mim_torchrec.data.ids import is_text_id
+from mim_torchrec.embeddings.remote.places import Url, place
 
 COMPARED: Mapping[str, str] = {
     "ts": "times", "behavior_ts": "times", "listed_at": "times of listing",
@@ -50,9 +51,11 @@ class Conventions:
                 f"time_unit of dataset.json is {time_unit!r}, expected one of {', '.join(PER_SECOND)}"
             )
         self.time_unit = time_unit
-        self._first: dict[str, tuple[str, Path, str]] = {}
+        self._first: dict[str, tuple[str, Path | Url, str]] = {}
 
-    def compare(self, schema: pa.Schema, file: str | Path, columns: Mapping[str, str] = COMPARED) -> None:
+    def compare(
+        self, schema: pa.Schema, file: str | Path | Url, columns: Mapping[str, str] = COMPARED
+    ) -> None:
         """See that columns of a file hold what those hold that they are compared with.
 
         Args:
@@ -70,7 +73,7 @@ class Conventions:
                 continue
             if kind == "integers" and group.startswith("times"):
                 kind = "an instant"  # since 1970 in UTC
-            first = self._first.setdefault(group, (kind, Path(file), column))
+            first = self._first.setdefault(group, (kind, place(file), column))
             if first[0] != kind:
                 other = f"column {first[2]} of {first[1]}"
                 problem = f"holds {kind}, but {other}, with which it is compared, holds {first[0]}"

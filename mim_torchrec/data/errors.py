@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from mim_torchrec.embeddings.remote.places import Url
 from mim_torchrec.errors import ExpectedError
 
 
@@ -14,7 +15,7 @@ class Location:
     'items/part-0.parquet, row group 1, row 3, column image'
     """
 
-    file: str | Path | None = None
+    file: str | Path | Url | None = None
     row_group: int | None = None
     row: int | None = None
     column: str | None = None
@@ -46,7 +47,7 @@ class DataError(ExpectedError, ValueError):
     def __init__(
         self,
         problem: str,
-        file: str | Path | None = None,
+        file: str | Path | Url | None = None,
         row_group: int | None = None,
         row: int | None = None,
         column: str | None = None,

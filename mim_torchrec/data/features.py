@@ -24,6 +24,7 @@ from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.forms import holds_text, value_type
 from mim_torchrec.data.ids import holds_ids, stable_ids
 from mim_torchrec.data.schema import REQUESTS, WEIGHT, WEIGHTS, TableFile, category_ids, is_list
+from mim_torchrec.embeddings.remote.places import Url
 from mim_torchrec.errors import OptionError
 from mim_torchrec.extensions import load_class
 
@@ -219,7 +220,7 @@ class Features:
         """Numbers that the tower gets for a candidate."""
         return sum(f.kind.width for f in self.by_name.values() if isinstance(f.kind, Numbers))
 
-    def check(self, parquet: TableFile, file: str | Path) -> None:
+    def check(self, parquet: TableFile, file: str | Path | Url) -> None:
         """See that a file of requests has the columns, and numbers if it has weights.
 
         Raises:
@@ -249,7 +250,7 @@ class Features:
         parquet.conventions.compare(schema, file, ids)
 
 
-def _check_weights(schema: pa.Schema, file: str | Path) -> None:
+def _check_weights(schema: pa.Schema, file: str | Path | Url) -> None:
     both = [name for name in (WEIGHT, WEIGHTS) if schema.get_field_index(name) >= 0]
     if len(both) > 1:
         raise DataError(f"is there beside {WEIGHT}; drop one of the two", file=file, column=WEIGHTS)

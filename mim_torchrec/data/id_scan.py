@@ -22,6 +22,7 @@ from mim_torchrec.data.schema import (
     open_parquet,
     read_row_group,
 )
+from mim_torchrec.embeddings.remote.places import Url, stat_of
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "user_id": ("user_id",),
@@ -83,7 +84,9 @@ class IdCounts:
 
 
 def scan_ids(
-    files: Sequence[str | Path], features: Features = NO_FEATURES, conventions: Conventions | None = None
+    files: Sequence[str | Path | Url],
+    features: Features = NO_FEATURES,
+    conventions: Conventions | None = None,
 ) -> dict[str, np.ndarray]:
     """Distinct ids of request files, for vocabularies; give it the training part only.
 
@@ -104,7 +107,7 @@ def scan_ids(
 
 
 def count_ids(
-    files: Sequence[str | Path],
+    files: Sequence[str | Path | Url],
     features: Features = NO_FEATURES,
     rank: int = 0,
     world_size: int = 1,
@@ -148,9 +151,9 @@ def count_ids(
     return found
 
 
-def fingerprint(files: Sequence[Path], features: Features) -> str:
+def fingerprint(files: Sequence[Path | Url], features: Features) -> str:
     """Of all that `count_ids` depends on: it changes where a file does, by its size or its time."""
-    known = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    known = [(str(file.absolute() if isinstance(file, Path) else file), *stat_of(file)) for file in files]
     kinds = {
         name: f"{type(one.kind).__module__}.{type(one.kind).__qualname__} {vars(one.kind)}"
         for name, one in features.by_name.items()

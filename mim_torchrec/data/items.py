@@ -28,6 +28,7 @@ from mim_torchrec.data.schema import (
     read_row_group,
 )
 from mim_torchrec.embeddings.files import atomic_file
+from mim_torchrec.embeddings.remote.places import Url, stat_of
 from mim_torchrec.extras import needs
 
 with needs("train"):
@@ -199,7 +200,7 @@ class ItemStore:
         )
 
 
-def _describe(files: list[Path], conventions: Conventions) -> dict:
+def _describe(files: Sequence[Path | Url], conventions: Conventions) -> dict:
     """What an index is made from: it is built again when this changes."""
     units, columns = [], None
     for file in files:
@@ -211,9 +212,9 @@ def _describe(files: list[Path], conventions: Conventions) -> dict:
             problem = f"has columns {', '.join(found)}, {files[0]} has {', '.join(columns)}"
             raise DataError(f"{problem}; write all files with the same columns", file=file)
         columns = found
-        stat = file.stat()
+        size, mark = stat_of(file)
         units += [
-            {"file": str(file), "row_group": k, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+            {"file": str(file), "row_group": k, "bytes": size, "mtime_ns": mark}
             for k in range(parquet.num_row_groups)
         ]
     if columns is None:

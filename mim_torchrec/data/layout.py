@@ -17,7 +17,10 @@ from pathlib import Path
 
 from mim_torchrec.data.conventions import Conventions
 from mim_torchrec.data.errors import DataError
-from mim_torchrec.embeddings.listing import data_files
+from mim_torchrec.embeddings.listing import data_files, is_data
+from mim_torchrec.embeddings.remote.fetching import refuse_half_written
+from mim_torchrec.embeddings.remote.places import Url, place
+from mim_torchrec.embeddings.remote.published import find_index
 from mim_torchrec.errors import OptionError
 
 SPLITS = ("train", "validation", "test")
@@ -66,7 +69,7 @@ class Dataset:
     """Where the files of a data set are, and what they have in common.
 
     Args:
-        root: its directory.
+        root: its directory, or the URL of one.
         days: ranges of days by split, as "2026-11-01..2026-11-20", of which the requests are read; None or a
             split that is not there reads all.
 
@@ -78,24 +81,27 @@ class Dataset:
         OptionError: a range of days is none.
     """
 
-    def __init__(self, root: str | Path, days: Mapping[str, str | None] | None = None) -> None:
-        self.root = Path(root)
-        if not self.root.is_dir():
+    def __init__(self, root: str | Path | Url, days: Mapping[str, str | None] | None = None) -> None:
+        self.root = place(root)
+        self._published: dict[str, Url] | None = None  # data files at a URL, by path
+        if isinstance(self.root, Url):
+            self._published = _listed(self.root)
+        elif not self.root.is_dir():
             raise DataError("no such directory; check the path", file=self.root)
         self._days = {
             split: Days.parse(text, f"--{split}-days") for split, text in (days or {}).items() if text
         }
         self.conventions = Conventions(self._time_unit())
 
-    def items(self) -> list[Path]:
+    def items(self) -> list[Path | Url]:
         """Files of the item table, sorted. Raises DataError if there are none."""
-        return _files(self.root / "items")
+        return self._files("items")
 
-    def pairs(self) -> list[Path]:
+    def pairs(self) -> list[Path | Url]:
         """Files of the C-SFT pairs, sorted. Raises DataError if there are none."""
-        return _files(self.root / "pairs")
+        return self._files("pairs")
 
-    def requests(self, split: str) -> list[Path]:
+    def requests(self, split: str) -> list[Path | Url]:
         """Files of the requests of "train", "validation" or "test", sorted.
 
         Raises:
@@ -104,13 +110,16 @@ class Dataset:
         if split not in SPLITS:
             raise OptionError(f"split {split!r} is not one of {', '.join(SPLITS)}")
         whole = self.root / "requests"
-        folders = [folder for folder in (whole / split, whole / f"split={split}") if folder.is_dir()]
+        there = self._folders("requests")
+        folders = [name for name in (split, f"split={split}") if name in there]
         if len(folders) > 1:
-            raise DataError(f"is there beside {folders[1]}; remove one of the two", file=folders[0])
+            raise DataError(
+                f"is there beside {whole / folders[1]}; remove one of the two", file=whole / folders[0]
+            )
         days = self._days.get(split)
-        if folders or not any(_DAY.fullmatch(part.name) for part in whole.glob("*")):
-            files = _files(folders[0] if folders else whole / split)
-            return files if days is None else _of_days(files, days, folders[0])
+        if folders or not any(_DAY.fullmatch(name) for name in there):
+            folder = f"requests/{folders[0] if folders else split}"
+            return self._files(folder) if days is None else self._of_days(folder, days)
         if days is None:
             problem = f"is divided by days, not into splits: say which are those of {split}"
             raise DataError(f"{problem}, as --{split}-days 2026-11-01..2026-11-20", file=whole)
@@ -119,39 +128,85 @@ class Dataset:
                 raise OptionError(
                     f"--{split}-days {days} and --{other}-days {others} share days; a request is in one split"
                 )
-        return _of_days(_files(whole), days, whole)
+        return self._of_days("requests", days)
+
+    def _folders(self, folder: str) -> set[str]:
+        """Names of folders and files directly in a folder."""
+        if self._published is not None:
+            inside = (
+                path.removeprefix(f"{folder}/") for path in self._published if path.startswith(f"{folder}/")
+            )
+            return {path.partition("/")[0] for path in inside}
+        assert isinstance(self.root, Path)
+        return {part.name for part in (self.root / folder).glob("*")}
+
+    def _by_path(self, folder: str) -> dict[str, Path | Url]:
+        """Data files in a folder, by their path in it, in order. Raises DataError if there are none."""
+        found: dict[str, Path | Url]
+        if self._published is not None:
+            inside = {p.removeprefix(f"{folder}/"): u for p, u in self._published.items()
+                      if p.startswith(f"{folder}/")}  # fmt: skip
+            found = {path: inside[path] for path in sorted(inside)}
+        else:
+            assert isinstance(self.root, Path)
+            top = self.root / folder
+            found = {file.relative_to(top).as_posix(): file for file in data_files(top)}
+        if not found:
+            raise DataError(
+                "no *.parquet file there; check the path of the data set", file=self.root / folder
+            )
+        return found
+
+    def _files(self, folder: str) -> list[Path | Url]:
+        return list(self._by_path(folder).values())
+
+    def _of_days(self, folder: str, days: Days) -> list[Path | Url]:
+        by_day = [(_day(path, file), file) for path, file in self._by_path(folder).items()]
+        found = [file for day, file in by_day if day in days]
+        if not found:
+            there = sorted(day for day, _ in by_day)
+            raise DataError(
+                f"no file of the days {days}; there are {there[0]} to {there[-1]}", file=self.root / folder
+            )
+        return found
 
     def _time_unit(self) -> str | None:
-        file = self.root / "dataset.json"
-        if not file.is_file():
+        file: Path | Url = self.root / "dataset.json"
+        if self._published is not None:
+            if "dataset.json" not in self._published:
+                return None
+            file = self._published["dataset.json"]
+        elif isinstance(file, Path) and not file.is_file():
             return None
         try:
-            facts = json.loads(file.read_text(encoding="utf-8"))
+            facts = json.loads(file.read_bytes().decode())
             unit = facts.get("time_unit")
         except (ValueError, AttributeError) as error:
             raise DataError(f"is no JSON object ({error}); write it again, or remove it", file=file) from None
         return unit
 
 
-def _files(folder: Path) -> list[Path]:
-    files = data_files(folder)
-    if not files:
-        raise DataError("no *.parquet file there; check the path of the data set", file=folder)
-    return files
+def _listed(root: Url) -> dict[str, Url]:
+    """Data files at a URL, by path: as they were published, or as they lie there.
 
-
-def _of_days(files: list[Path], days: Days, folder: Path) -> list[Path]:
-    by_day = [(_day(file, folder), file) for file in files]
-    found = [file for day, file in by_day if day in days]
+    Raises:
+        DataError: there is nothing.
+        FetchError: the data set is being written.
+    """
+    index = find_index(root)
+    if index is None:
+        refuse_half_written(root)
+        found = {path: root / path for path in root.walk()}
+    else:
+        found = {path: index.url_of(path) for path in index.files}
     if not found:
-        there = sorted(day for day, _ in by_day)
-        raise DataError(f"no file of the days {days}; there are {there[0]} to {there[-1]}", file=folder)
-    return found
+        raise DataError("no such directory; check the URL", file=root)
+    return {path: url for path, url in found.items() if path == "dataset.json" or is_data(path)}
 
 
-def _day(file: Path, folder: Path) -> date:
-    """The day of the partition that a file is in."""
-    for part in file.relative_to(folder).parts[:-1]:
+def _day(path: str, file: Path | Url) -> date:
+    """The day of the partition that a file is in, by its path in the data set."""
+    for part in path.split("/")[:-1]:
         if (found := _DAY.fullmatch(part)) is not None:
             try:
                 return date.fromisoformat(found[2])

@@ -34,6 +34,8 @@ from mim_torchrec.data.schema import (
 )
 from mim_torchrec.data.writing import DatasetWriter, lists
 from mim_torchrec.domains import Count, Domain, Natural, check_domains
+from mim_torchrec.embeddings.remote.outputs import written
+from mim_torchrec.embeddings.remote.places import LocalPath, Place
 from mim_torchrec.errors import OptionError
 
 log = logging.getLogger(__name__)
@@ -51,11 +53,11 @@ INPUTS = ("ratings", "posters", "out")
 class MovieLensConfig:
     """Convert MovieLens and posters: films as items, ratings of 4 and more as clicks."""
 
-    ratings: Path
+    ratings: LocalPath
     """Folder with ratings.csv and movies.csv, as GroupLens publishes them."""
-    posters: Path
+    posters: LocalPath
     """Parquet file of posters: movieId and image (JPEG, PNG or WebP bytes)."""
-    out: Path
+    out: Place
     """Directory to make; must not exist."""
     split: Literal["user", "global"] = "user"
     """How positives are divided by time into train, validation and test (80, 10, 10 percent): those of every
@@ -278,7 +280,7 @@ def convert(config: MovieLensConfig) -> dict[str, int]:
     check_domains(config)
     options = {name: value for name, value in asdict(config).items() if name not in INPUTS}
     source = {"command": "mim import movielens", **options}
-    with DatasetWriter(config.out, name="movielens", source=source) as writer:
+    with written(config.out) as out, DatasetWriter(out, name="movielens", source=source) as writer:
         ratings = read_csv(config.ratings / "ratings.csv", RATINGS)
         movies = read_csv(config.ratings / "movies.csv", MOVIES)
         posters = read_posters(config.posters)

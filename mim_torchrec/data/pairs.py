@@ -29,6 +29,7 @@ from mim_torchrec.data.schema import (
     present_columns,
     read_row_group,
 )
+from mim_torchrec.embeddings.remote.places import Url, place
 from mim_torchrec.errors import OptionError
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class PairDataset(TorchDataset):
 
     def __init__(
         self,
-        files: Sequence[str | Path],
+        files: Sequence[str | Path | Url],
         items: ItemStore,
         *,
         signal: str | None = None,
@@ -75,7 +76,7 @@ class PairDataset(TorchDataset):
         self._items, self._seed, self._epoch = items, seed, 0
         shared = Conventions() if conventions is None else conventions
         groups = {
-            Path(file): open_parquet(file, PAIRS, PAIRS_REQUIRED, shared).num_row_groups for file in files
+            place(file): open_parquet(file, PAIRS, PAIRS_REQUIRED, shared).num_row_groups for file in files
         }
         self._units = [(file, group) for file, count in groups.items() for group in range(count)]
         self._images = QueryImages(self._units, cache, shared)
@@ -211,7 +212,7 @@ class PairDataset(TorchDataset):
 
 
 def _read(
-    units: Sequence[tuple[Path, int]],
+    units: Sequence[tuple[Path | Url, int]],
     items: ItemStore,
     signal: str | None,
     skip: bool,
@@ -219,7 +220,7 @@ def _read(
     conventions: Conventions,
 ) -> Iterator[dict]:
     """The pairs of each row group, without their images."""
-    opened: tuple[Path, TableFile] | None = None
+    opened: tuple[Path | Url, TableFile] | None = None
     for unit, (file, group) in enumerate(units):
         if opened is None or opened[0] != file:
             opened = file, open_parquet(file, PAIRS, PAIRS_REQUIRED, conventions, originals=True)
@@ -234,7 +235,7 @@ def _read(
 def _pairs(
     table: pa.Table,
     unit: int,
-    file: Path,
+    file: Path | Url,
     group: int,
     items: ItemStore,
     signal: str | None,

@@ -15,6 +15,7 @@ import pyarrow as pa
 from mim_torchrec.data.conventions import Conventions
 from mim_torchrec.data.schema import PAIRS, PAIRS_REQUIRED, TableFile, open_parquet, read_row_group
 from mim_torchrec.embeddings.files import atomic_file
+from mim_torchrec.embeddings.remote.places import Url, stat_of
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class QueryImages:
 
     def __init__(
         self,
-        units: Sequence[tuple[Path, int]],
+        units: Sequence[tuple[Path | Url, int]],
         cache: Path | None = None,
         conventions: Conventions | None = None,
     ) -> None:
@@ -77,7 +78,7 @@ class QueryImages:
         column = read_row_group(parquet, group, [COLUMN], file)[COLUMN]
         return column.cast(pa.large_binary()).combine_chunks()
 
-    def _opened(self, file: Path) -> TableFile:
+    def _opened(self, file: Path | Url) -> TableFile:
         return open_parquet(file, PAIRS, PAIRS_REQUIRED, self._conventions)
 
     def _build(self, index: Path, source: str) -> None:
@@ -89,11 +90,10 @@ class QueryImages:
         log.info("index of query images %s: %d row groups", index, len(self._units))
 
 
-def _describe(units: Sequence[tuple[Path, int]]) -> str:
+def _describe(units: Sequence[tuple[Path | Url, int]]) -> str:
     """What the Arrow file is made from: it is made again when this changes."""
-    stats = {file: file.stat() for file, _ in units}
-    return json.dumps([[str(file), group, stats[file].st_size, stats[file].st_mtime_ns]
-                       for file, group in units])  # fmt: skip
+    stats = {file: stat_of(file) for file, _ in units}
+    return json.dumps([[str(file), group, *stats[file]] for file, group in units])
 
 
 def _source_of(index: Path) -> str:

@@ -28,6 +28,7 @@ from mim_torchrec.data.schema import (
     present_columns,
     read_row_group,
 )
+from mim_torchrec.embeddings.remote.places import StoreError, Url
 
 OPEN_FILES = 32
 """Files that stay open, those that were read last."""
@@ -53,7 +54,7 @@ class Unit:
         candidates: of these rows.
     """
 
-    file: Path
+    file: Path | Url
     row_group: int
     in_blocks: bool
     rows: int
@@ -94,7 +95,7 @@ class RequestFiles:
 
     def __init__(
         self,
-        files: Sequence[Path],
+        files: Sequence[Path | Url],
         max_behaviors: int,
         on_bad_row: Literal["fail", "skip"],
         features: Features,
@@ -106,7 +107,7 @@ class RequestFiles:
         self._originals = originals
         self._max_behaviors, self._on_bad_row = max_behaviors, on_bad_row
         self._features = features
-        self._opened: dict[Path, TableFile] = {}
+        self._opened: dict[Path | Url, TableFile] = {}
         self._cursor: _Cursor | None = None
         self.columns: tuple[str, ...] = ()
         self.skipped = 0
@@ -156,7 +157,7 @@ class RequestFiles:
                 return found, offset
             cursor.block, cursor.first = next(cursor.blocks)[0], end
 
-    def _scan(self, files: Sequence[Path]) -> Iterator[Unit]:
+    def _scan(self, files: Sequence[Path | Url]) -> Iterator[Unit]:
         for file in files:
             parquet = open_parquet(file, REQUESTS, REQUESTS_REQUIRED, self._conventions)
             if parquet.is_empty:
@@ -186,7 +187,9 @@ class RequestFiles:
             found[k] = tuple(counts.tolist())
         return found
 
-    def _decoded(self, file: Path, row_group: int, in_blocks: bool) -> Iterator[tuple[RequestColumns, int]]:
+    def _decoded(
+        self, file: Path | Url, row_group: int, in_blocks: bool
+    ) -> Iterator[tuple[RequestColumns, int]]:
         """The good rows of a row group in blocks, or in one, and how many were bad."""
         if in_blocks:
             tables = _blocks(self._open(file, READ_BYTES), row_group, self.columns, file)
@@ -201,7 +204,7 @@ class RequestFiles:
             yield decode(table, self._max_behaviors, self._on_bad_row, file, row_group, self._features, first)
             first += len(table)
 
-    def _open(self, file: Path, buffer_size: int = 0) -> TableFile:
+    def _open(self, file: Path | Url, buffer_size: int = 0) -> TableFile:
         """A file whose text is read as its dictionaries, which are all that is hashed."""
         checked = open_parquet(
             file, REQUESTS, REQUESTS_REQUIRED, self._conventions, originals=self._originals
@@ -215,7 +218,7 @@ class RequestFiles:
 
 
 def count_good_rows(
-    files: Sequence[Path],
+    files: Sequence[Path | Url],
     features: Features,
     rank: int = 0,
     world_size: int = 1,
@@ -235,12 +238,16 @@ def count_good_rows(
     return found._good_rows(range(rank, len(found.units), world_size))
 
 
-def _blocks(parquet: TableFile, row_group: int, columns: Sequence[str], file: Path) -> Iterator[pa.Table]:
+def _blocks(
+    parquet: TableFile, row_group: int, columns: Sequence[str], file: Path | Url
+) -> Iterator[pa.Table]:
     """Columns of a row group, `BLOCK_ROWS` rows at a time. Raises DataError if its bytes are damaged."""
     batches = parquet.iter_batches(BLOCK_ROWS, [row_group], list(columns), use_threads=False)
     while True:
         try:
             batch = next(batches, None)
+        except StoreError:
+            raise
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataError(
                 f"cannot be read ({error}); copy or write it again", file=file, row_group=row_group
@@ -250,7 +257,7 @@ def _blocks(parquet: TableFile, row_group: int, columns: Sequence[str], file: Pa
         yield computed(pa.Table.from_batches([batch]), parquet, file, row_group)
 
 
-def _counts(parquet: pq.ParquetFile, row_group: int, file: Path) -> tuple[int, int]:
+def _counts(parquet: pq.ParquetFile, row_group: int, file: Path | Url) -> tuple[int, int]:
     """Rows and candidates of a row group, from the footer of the file. Raises DataError if it is damaged."""
     try:
         group = parquet.metadata.row_group(row_group)

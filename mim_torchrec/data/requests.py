@@ -33,6 +33,7 @@ from mim_torchrec.data.schema import (
     open_parquet,
     read_row_group,
 )
+from mim_torchrec.embeddings.remote.places import Url, place
 from mim_torchrec.errors import OptionError
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class RequestReader(IterableDataset):
 
     def __init__(
         self,
-        files: Sequence[str | Path],
+        files: Sequence[str | Path | Url],
         *,
         batch_size: int,
         rank: int = 0,
@@ -93,7 +94,7 @@ class RequestReader(IterableDataset):
             raise OptionError(f'on_bad_row is {on_bad_row!r}, not "fail" or "skip"')
         self._features = features
         self._files = RequestFiles(
-            [Path(file) for file in files],
+            [place(file) for file in files],
             max_behaviors,
             on_bad_row,
             features,
@@ -224,7 +225,7 @@ def _dense(values: Mapping[str, np.ndarray], features: Sequence[Feature]) -> tor
     return tower_numbers(features, {f.name: torch.from_numpy(values[f.name]) for f in features})
 
 
-def label_classes(files: Sequence[str | Path], conventions: Conventions | None = None) -> set[int]:
+def label_classes(files: Sequence[str | Path | Url], conventions: Conventions | None = None) -> set[int]:
     """Labels that request files have, 0 and 1; reading ends when there are two.
 
     Raises:

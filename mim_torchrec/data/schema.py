@@ -8,7 +8,8 @@ A data set is a directory:
     requests/{train,validation,test}/*.parquet    REQUESTS: one row a request, with its history and candidates
     truth/{train,validation,test}/*.parquet       TRUTH (synthetic data only)
 
-`layout.py` says how the files may be partitioned. Ids may be integers, text or UUIDs, and become int64
+`layout.py` says how the files may be partitioned. They may lie in an object store, where they are read in
+place. Ids may be integers, text or UUIDs, and become int64
 (`ids.py`). Times may be timestamps of any unit, dates, or integers of the unit that dataset.json states.
 Lists, text and numbers may be of any type of Arrow. A null history is an empty one. More columns than these
 are left alone. Columns that are compared must hold the same kind of thing (`conventions.py`).
@@ -29,6 +30,7 @@ from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.forms import TIME, holds_text, is_list
 from mim_torchrec.data.ids import holds_ids, stable_ids
 from mim_torchrec.data.layout import SPLITS, Dataset
+from mim_torchrec.embeddings.remote.places import NoSuchPlace, StoreError, Url, place, stat_of
 
 __all__ = [
     "ITEMS", "ITEMS_REQUIRED", "ORIGINAL", "PAIRS", "PAIRS_REQUIRED", "REQUESTS", "REQUESTS_REQUIRED",
@@ -94,7 +96,7 @@ class TableFile(pq.ParquetFile):
     """A Parquet file whose columns were checked. Checksums of its pages are verified where it has them.
 
     Args:
-        file: its path.
+        file: its path or URL.
         expected: names and types of columns, see `open_parquet`.
         conventions: of its data set.
         originals: whether row groups have ids as people know them, too.
@@ -103,13 +105,15 @@ class TableFile(pq.ParquetFile):
 
     def __init__(
         self,
-        file: str | Path,
+        file: str | Path | Url,
         expected: pa.Schema,
         conventions: Conventions,
         originals: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__(file, page_checksum_verification=True, **options)
+        found = place(file)
+        source = found.open() if isinstance(found, Url) else found
+        super().__init__(source, page_checksum_verification=True, **options)
         self._file = file
         self.expected, self.conventions, self.originals = expected, conventions, originals
 
@@ -131,7 +135,7 @@ class TableFile(pq.ParquetFile):
 
 
 def open_parquet(
-    file: str | Path,
+    file: str | Path | Url,
     expected: pa.Schema,
     required: Sequence[str],
     conventions: Conventions | None = None,
@@ -140,7 +144,7 @@ def open_parquet(
     """Open a file and check its columns and their types, not its rows.
 
     Args:
-        file: the Parquet file.
+        file: the Parquet file, or its URL.
         expected: names and types; a column of `expected` that is present must have a compatible type.
         required: names that must be present.
         conventions: of its data set; None knows of no other file and of no integer times.
@@ -153,13 +157,18 @@ def open_parquet(
         DataError: no Parquet file, without a required column, with a wrong type, or with a column that holds
             something else than those it is compared with.
     """
-    if not Path(file).is_file():
+    found_at = place(file)
+    if isinstance(found_at, Path) and not found_at.is_file():
         raise DataError("no such file; check the path", file=file)
     conventions = Conventions() if conventions is None else conventions
     try:
         parquet = TableFile(file, expected, conventions, originals)
+    except NoSuchPlace as error:
+        raise DataError("no such file; check the URL", file=file) from error
+    except StoreError:
+        raise
     except _UNREADABLE as error:
-        empty = "the file is empty" if Path(file).stat().st_size == 0 else "not a readable Parquet file"
+        empty = "the file is empty" if not stat_of(found_at)[0] else "not a readable Parquet file"
         raise DataError(f"{empty} ({error}); copy or write it again", file=file) from None
     if parquet.is_empty:
         return parquet
@@ -182,7 +191,9 @@ def open_parquet(
     return parquet
 
 
-def read_row_group(parquet: TableFile, row_group: int, columns: Sequence[str], file: str | Path) -> pa.Table:
+def read_row_group(
+    parquet: TableFile, row_group: int, columns: Sequence[str], file: str | Path | Url
+) -> pa.Table:
     """Read columns of one row group: ids as int64, times in microseconds, the rest plain (`forms.py`).
 
     Returns:
@@ -194,6 +205,8 @@ def read_row_group(parquet: TableFile, row_group: int, columns: Sequence[str], f
     """
     try:
         table = parquet.read_row_group(row_group, columns=list(columns), use_threads=False)
+    except StoreError:
+        raise
     except _UNREADABLE as error:
         raise DataError(
             f"cannot be read ({error}); copy or write it again", file=file, row_group=row_group
@@ -201,7 +214,7 @@ def read_row_group(parquet: TableFile, row_group: int, columns: Sequence[str], f
     return computed(table, parquet, file, row_group)
 
 
-def computed(table: pa.Table, parquet: TableFile, file: str | Path, row_group: int) -> pa.Table:
+def computed(table: pa.Table, parquet: TableFile, file: str | Path | Url, row_group: int) -> pa.Table:
     """Columns as read from a file, in the forms that `read_row_group` gives, which calls this.
 
     Raises:

@@ -31,6 +31,8 @@ from mim_torchrec.data.shop_log import BROWSED, Crowd, Log, ShopItems, search, s
 from mim_torchrec.data.shop_raw import RawTables, write_raw
 from mim_torchrec.data.writing import DatasetWriter, lists
 from mim_torchrec.domains import Count, Domain, Natural, Weight, check_domains
+from mim_torchrec.embeddings.remote.outputs import written
+from mim_torchrec.embeddings.remote.places import Place
 from mim_torchrec.errors import OptionError, OutputExists
 
 log = logging.getLogger(__name__)
@@ -43,7 +45,7 @@ DAY = 86_400_000_000
 class ShopConfig:
     """Write a synthetic shop: items, image searches, requests and the true click probabilities."""
 
-    out: Path | None = None
+    out: Place | None = None
     """Directory of the data set; must not exist."""
     raw: Path | None = None
     """Directory for raw logs, of which `mim prepare` makes the same data set; must not exist."""
@@ -223,7 +225,8 @@ def make_shop(config: ShopConfig) -> None:
     with ExitStack() as stack:
         writer = None
         if config.out is not None:
-            writer = stack.enter_context(DatasetWriter(config.out, name="shop", source=source))
+            out = stack.enter_context(written(config.out))
+            writer = stack.enter_context(DatasetWriter(out, name="shop", source=source))
         catalog, crowd = make_catalog(config), make_crowd(config)
         run = run_shop(config, catalog, crowd)
         requests, truth = requests_table(config, catalog, crowd, run)

@@ -32,6 +32,8 @@ from mim_torchrec.data.schema import open_parquet
 from mim_torchrec.data.writing import DatasetWriter, lists
 from mim_torchrec.domains import Count, Domain, Natural, check_domains
 from mim_torchrec.embeddings.listing import data_files
+from mim_torchrec.embeddings.remote.outputs import written
+from mim_torchrec.embeddings.remote.places import LocalPath, Place
 from mim_torchrec.embeddings.table.importing import import_vectors
 
 log = logging.getLogger("mim_torchrec.data.taobao_mm")  # also where it runs as __main__
@@ -47,9 +49,9 @@ SOME_ROWS, MANY_ROWS = 8192, 1_000_000
 class TaobaoMMConfig:
     """Convert TAOBAO-MM: samples of display advertising as requests, vectors as a frozen table."""
 
-    source: Path
+    source: LocalPath
     """Folder with the data set's Parquet files, each a file or a folder of files of that name."""
-    out: Path
+    out: Place
     """Directory to make; must not exist. The table is `table` in it."""
     dtype: Literal["int8", "float16", "float32"] = "int8"
     """Storage type of the table; the vectors are int8."""
@@ -271,7 +273,7 @@ def convert(config: TaobaoMMConfig) -> dict[str, Any]:
     """
     check_domains(config)
     source = {"command": "mim import taobao-mm", "of": "arXiv 2512.07216", "newest": config.newest}
-    with DatasetWriter(config.out, name="taobao-mm", source=source) as writer:
+    with written(config.out) as out, DatasetWriter(out, name="taobao-mm", source=source) as writer:
         items = write_items(config, writer)
         requests = RequestsWriter(config, items)
         scratch = Path(tempfile.mkdtemp(prefix="parts-", dir=writer.partial))

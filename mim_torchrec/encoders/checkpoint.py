@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mim_torchrec.embeddings.files import atomic_directory, write_json, write_tensors
+from mim_torchrec.embeddings.remote.fetching import fetched
+from mim_torchrec.embeddings.remote.places import Url
 from mim_torchrec.encoders.item_encoder import HeadConfig, ItemEncoder, ItemEncoderConfig
 from mim_torchrec.encoders.text import TextEncoder, TextEncoderConfig
 from mim_torchrec.encoders.vision import VisionEncoder, VisionEncoderConfig
@@ -50,11 +52,11 @@ def save_encoder(encoder: ItemEncoder, path: Path) -> str:
     return config["encoder_version"]
 
 
-def load_encoder(path: Path | str, device: torch.device | str = "cpu") -> ItemEncoder:
+def load_encoder(path: Path | str | Url, device: torch.device | str = "cpu") -> ItemEncoder:
     """Read an item encoder that `mim csft` or `save_encoder` wrote.
 
     Args:
-        path: the checkpoint's directory, such as `<out>/encoder` of a run of `mim csft`.
+        path: the checkpoint's directory or URL, such as `<out>/encoder` of a run of `mim csft`.
         device: where the encoder goes.
 
     Returns:
@@ -63,7 +65,7 @@ def load_encoder(path: Path | str, device: torch.device | str = "cpu") -> ItemEn
     Raises:
         CheckpointError: it is not there, of another format, or its content is not what its version says.
     """
-    path = Path(path)
+    path = fetched(path)
     config = _read_config(path, "encoder_version")
     vision, text = _build_towers(config, path)
     settings = ItemEncoderConfig(vision=vision.config, text=text.config, head=HeadConfig(**config["head"]))
@@ -73,9 +75,9 @@ def load_encoder(path: Path | str, device: torch.device | str = "cpu") -> ItemEn
     return encoder.to(device).eval()
 
 
-def encoder_version(path: Path | str) -> str:
+def encoder_version(path: Path | str | Url) -> str:
     """Version of a checkpoint, which tables of its vectors carry: a hash of all they depend on."""
-    return _read_config(Path(path), "encoder_version")["encoder_version"]
+    return _read_config(fetched(path), "encoder_version")["encoder_version"]
 
 
 def save_towers(vision: VisionEncoder, text: TextEncoder, path: Path) -> str:
@@ -91,12 +93,12 @@ def save_towers(vision: VisionEncoder, text: TextEncoder, path: Path) -> str:
 
 
 def load_towers(
-    path: Path | str, vision: VisionEncoderConfig | None = None, text: TextEncoderConfig | None = None
+    path: Path | str | Url, vision: VisionEncoderConfig | None = None, text: TextEncoderConfig | None = None
 ) -> Towers:
     """Read two towers.
 
     Args:
-        path: what `save_towers` wrote.
+        path: what `save_towers` wrote, or the URL of it.
         vision: options besides the name, the weights and the sizes, which are those in `path`.
         text: likewise.
 
@@ -106,7 +108,7 @@ def load_towers(
     Raises:
         CheckpointError: they are not there, of another format, or not what their version says.
     """
-    path = Path(path)
+    path = fetched(path)
     config = _read_config(path, "towers_version")
     towers = _build_towers(config, path, vision, text)
     _load_weights(towers.vision, path / "vision.safetensors")
@@ -115,7 +117,7 @@ def load_towers(
     return Towers(towers.vision.eval(), towers.text.eval())
 
 
-def towers_in_place_of(path: Path, vision: VisionEncoderConfig, text: TextEncoderConfig) -> Towers:
+def towers_in_place_of(path: Path | Url, vision: VisionEncoderConfig, text: TextEncoderConfig) -> Towers:
     """`load_towers` for a stage whose flags could name towers as well.
 
     Raises:

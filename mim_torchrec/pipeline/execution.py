@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torchx.specs as specs
@@ -14,6 +15,7 @@ from torchx.specs.api import AppState
 from mim_torchrec.errors import ExpectedError, SetupError
 from mim_torchrec.extras import require
 from mim_torchrec.pipeline import submission
+from mim_torchrec.pipeline.outputs import is_there, remove_output
 from mim_torchrec.pipeline.planning import KEEP, RESUME, Planner, Step
 from mim_torchrec.pipeline.records import (
     CANCELLED,
@@ -23,7 +25,6 @@ from mim_torchrec.pipeline.records import (
     SUBMITTED,
     Record,
     Records,
-    remove_output,
 )
 from mim_torchrec.pipeline.reporting import StageResult, end_of_log, write_report
 from mim_torchrec.pipeline.resolving import Resolver
@@ -214,7 +215,8 @@ class Execution:
         if out is not None:
             if not resumed:
                 remove_output(out)
-            out.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(out, Path):
+                out.parent.mkdir(parents=True, exist_ok=True)
         record = Record(
             digest=step.digest,
             fingerprint=step.fingerprint,
@@ -276,7 +278,7 @@ class Execution:
             error = f"stage {name} failed {status.why}; see {log}"
             print(f"end of {log}:\n{end_of_log(log.read_text(errors='replace').splitlines())}",
                   file=sys.stderr, flush=True)  # fmt: skip
-        elif out is not None and not out.exists():
+        elif out is not None and not is_there(out):
             error = f"stage {name} ended without an error but made no {out}; log: {log}"
         if error is None:
             record = self._write(name, state=DONE, seconds=seconds)

@@ -13,6 +13,8 @@ from typing import Any
 
 from torchx.specs.finder import get_component
 
+from mim_torchrec.embeddings.remote.places import Url, place
+from mim_torchrec.embeddings.remote.published import find_index
 from mim_torchrec.errors import ExpectedError
 from mim_torchrec.pipeline.resolving import Resolver
 from mim_torchrec.pipeline.spec import Stage
@@ -70,7 +72,7 @@ def fingerprint(resolver: Resolver, name: str, of_others: Mapping[str, str]) -> 
         "env": dict(stage.job.env),
         "values": resolver.values(name),
         "stages": {other: of_others[other] for other in resolver.pipeline.dependencies[name]},
-        "files": {file: _stat(name, Path(file)) for file in stage.files},
+        "files": {file: _stat(name, file) for file in stage.files},
         "source": source_of(stage),
     }
 
@@ -108,12 +110,28 @@ def _shown(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def _stat(name: str, file: Path) -> list[int]:
+def _stat(name: str, file: str) -> list[int | str]:
+    where = place(file)
     try:
-        found = file.stat()
+        if isinstance(where, Url):
+            return _stat_at_url(where)
+        found = where.stat()
     except FileNotFoundError:
         raise MissingInput(f"stages.{name}.files: {file} does not exist") from None
     return [found.st_size, found.st_mtime_ns]
+
+
+def _stat_at_url(url: Url) -> list[int | str]:
+    """Of an object its size and mark; of a directory the hash of what it holds."""
+    index = find_index(url)
+    if index is not None:
+        return [len(index.files), index.digest]
+    found = url.walk()
+    if found:
+        text = json.dumps([[path, stat.size, stat.mark] for path, stat in sorted(found.items())])
+        return [len(found), hashlib.sha256(text.encode()).hexdigest()]
+    stat = url.stat()
+    return [stat.size, stat.mark]
 
 
 def source_of(stage: Stage) -> str:

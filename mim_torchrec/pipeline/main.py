@@ -9,6 +9,7 @@ import tyro
 
 from mim_torchrec import program
 from mim_torchrec.domains import Count, check_domains
+from mim_torchrec.embeddings.remote.places import LocalPath
 from mim_torchrec.errors import OptionError
 from mim_torchrec.pipeline import overview
 from mim_torchrec.pipeline.execution import RunOptions
@@ -28,9 +29,9 @@ Parameters = Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="NAME=
 class Run:
     """Run a pipeline; what is done and unchanged is kept, what was interrupted is resumed."""
 
-    file: tyro.conf.Positional[Path]
+    file: tyro.conf.Positional[LocalPath]
     """TOML file of the stages; docs/pipeline.md describes it."""
-    out: Path
+    out: LocalPath
     """Directory of the run."""
     scheduler: str = LOCAL
     """Scheduler of TorchX: local_cwd, slurm, kubernetes, ..."""
@@ -64,9 +65,9 @@ class Run:
 class Plan:
     """Say what a run would do and why; nothing is written."""
 
-    file: tyro.conf.Positional[Path]
+    file: tyro.conf.Positional[LocalPath]
     """TOML file of the stages."""
-    out: Path
+    out: LocalPath
     """Directory of the run; it need not exist."""
     scheduler: str = LOCAL
     """Scheduler of TorchX."""
@@ -87,7 +88,7 @@ class Plan:
 class Status:
     """Show the states of the stages of a run."""
 
-    out: tyro.conf.Positional[Path]
+    out: tyro.conf.Positional[LocalPath]
     """Directory of the run."""
 
     def run(self) -> None:
@@ -103,7 +104,7 @@ class Status:
 class Cancel:
     """End a run and cancel its jobs, those of a run that was killed too."""
 
-    out: tyro.conf.Positional[Path]
+    out: tyro.conf.Positional[LocalPath]
     """Directory of the run."""
 
     def run(self) -> None:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from torchx.runner import Runner, get_runner
 
+from mim_torchrec.embeddings.holder import EXPIRY, LeaseError
 from mim_torchrec.pipeline import local_processes, submission
 from mim_torchrec.pipeline.records import CANCELLED, Record, Records
 from mim_torchrec.pipeline.reporting import StageResult
 from mim_torchrec.pipeline.resolving import Resolver
-from mim_torchrec.training.lease import EXPIRY, LeaseError, leased
+from mim_torchrec.training.lease import leased
 
 PATIENCE = EXPIRY + 2 * local_processes.GRACE
 """Seconds in which a run that was asked to end has ended, or has given no sign of life for so long."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mim_torchrec.pipeline.fingerprints import difference, digest, fingerprint
+from mim_torchrec.pipeline.outputs import is_there
 from mim_torchrec.pipeline.records import DONE, Record, Records
 from mim_torchrec.pipeline.resolving import Resolver
 from mim_torchrec.pipeline.spec import Stage
@@ -78,11 +79,11 @@ class Planner:
             changed = difference(record.fingerprint, parts) or "its record is of another version"
             return RUN, changed
         if record.state == DONE:
-            if out is not None and not out.exists():
+            if out is not None and not is_there(out):
                 return RUN, f"{out} is gone"
             return KEEP, f"already there ({record.seconds:.0f} s)"
         how = {"failed": "failed", "cancelled": "was cancelled"}.get(record.state, "was interrupted")
-        if can_resume(self._resolver.pipeline.stages[name]) and out is not None and out.exists():
+        if can_resume(self._resolver.pipeline.stages[name]) and out is not None and is_there(out):
             return RESUME, f"it {how}"
         return RUN, f"it {how}"
 

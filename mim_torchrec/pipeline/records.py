@@ -9,15 +9,14 @@ them.
 """
 
 import json
-import shutil
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mim_torchrec.embeddings.files import write_json, write_text
+from mim_torchrec.embeddings.holder import Holder
 from mim_torchrec.errors import ExpectedError, Status
 from mim_torchrec.pipeline.spec import Pipeline
-from mim_torchrec.training.lease import Holder
 
 SUBMITTED, RUNNING, DONE, FAILED, CANCELLED = "submitted", "running", "done", "failed", "cancelled"
 ACTIVE = (SUBMITTED, RUNNING)
@@ -165,12 +164,3 @@ class Records:
     def write(self, name: str, record: Record) -> None:
         """Replace a record."""
         write_json(self.record_file(name), asdict(record))
-
-
-def remove_output(path: Path) -> None:
-    """Remove an outdated result, and what a writer of it left when it was killed."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-    shutil.rmtree(path.with_name(path.name + ".partial"), ignore_errors=True)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mim_torchrec.embeddings.files import write_json
+from mim_torchrec.embeddings.remote.places import Url
+from mim_torchrec.pipeline.outputs import local_files
 from mim_torchrec.pipeline.records import Records
 from mim_torchrec.pipeline.spec import Pipeline
 
@@ -38,16 +40,17 @@ class StageResult:
     why: str = ""
     handle: str | None = None
     command: str = ""
-    out: Path | None = None
+    out: Path | Url | None = None
 
     def metrics(self) -> dict[str, float]:
         """The numbers of `metrics.json` in the output; empty without one."""
         return metrics_of(self.out)
 
 
-def metrics_of(out: Path | None) -> dict[str, float]:
+def metrics_of(out: Path | Url | None) -> dict[str, float]:
     """The numbers of `metrics.json` in a directory; empty where there is none."""
-    file = None if out is None else out / "metrics.json"
+    folder = None if out is None else local_files(out, "metrics.json")
+    file = None if folder is None else folder / "metrics.json"
     if file is None or not file.is_file():
         return {}
     content = read_json(file)

@@ -4,7 +4,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from mim_torchrec.embeddings.remote.places import Url
 from mim_torchrec.errors import ExpectedError
+from mim_torchrec.pipeline.outputs import read_text
 from mim_torchrec.pipeline.spec import OUT, REFERENCE, RUN, Pipeline, Stage, Value, references
 
 
@@ -24,10 +26,10 @@ class Resolver:
     pipeline: Pipeline
     root: Path
 
-    def output(self, name: str) -> Path | None:
-        """Absolute path of an output; None where the stage has none."""
+    def output(self, name: str) -> Path | Url | None:
+        """Absolute path of an output, or its URL; None where the stage has none."""
         out = self.pipeline.output(name)
-        return None if out is None else self.root / out
+        return out if out is None or isinstance(out, Url) else self.root / out
 
     def stage(self, name: str, foresee: bool = False) -> Stage:
         """A stage without references, its output among its flags.
@@ -94,12 +96,12 @@ class Resolver:
         assert out is not None  # the pipeline has been checked
         where = f"stages.{name}: ${{{head}/{file}#{key}}}"
         try:
-            value = json.loads((out / file).read_text())
+            value = json.loads(read_text(out, file))
         except (OSError, ValueError) as error:
-            raise ReferenceFailed(f"{where}: {out / file} cannot be read: {error}") from None
+            raise ReferenceFailed(f"{where}: {out}/{file} cannot be read: {error}") from None
         for part in key.split("."):
             if not isinstance(value, dict) or part not in value:
-                raise ReferenceFailed(f"{where}: {out / file} has no {part!r} (of {key})")
+                raise ReferenceFailed(f"{where}: {out}/{file} has no {part!r} (of {key})")
             value = value[part]
         if not isinstance(value, str | int | float | bool):
             raise ReferenceFailed(f"{where}: it is {value!r} and neither a string, a number nor a boolean")

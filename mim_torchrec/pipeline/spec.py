@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from mim_torchrec import toml_files
+from mim_torchrec.embeddings.remote.places import Url
 from mim_torchrec.errors import OptionError
 from mim_torchrec.toml_files import Strict, did_you_mean
 
@@ -73,8 +74,8 @@ class Stage(Strict):
         command: words after `mim`, such as `import movielens`.
         arguments: positional arguments.
         flags: by name, without dashes; a list gives several words.
-        out: what the stage writes, a path in the run directory; its name by default, False for none. It is
-            passed as `--out` unless a flag or an argument holds `${out}`.
+        out: what the stage writes, a path in the run directory or a URL; its name by default, False for none.
+            It is passed as `--out` unless a flag or an argument holds `${out}`.
         job: resources.
         after: stages that come before, beyond those that are referred to.
         files: files from outside the run that are read; a change makes the result outdated.
@@ -170,9 +171,16 @@ class Pipeline(Strict):
 
     def _check_outputs(self) -> None:
         owners: dict[PurePosixPath, str] = {}
+        urls: dict[str, str] = {}
         for name in self.stages:
             out = self.output(name)
             if out is None:
+                continue
+            if isinstance(out, Url):
+                for other_url, owner in urls.items():
+                    if f"{out}/".startswith(f"{other_url}/") or f"{other_url}/".startswith(f"{out}/"):
+                        raise ValueError(f"stages.{name}.out: {out} and {other_url} of {owner} overlap")
+                urls[str(out)] = name
                 continue
             if out.is_absolute() or ".." in out.parts or out in (PurePosixPath(""), PurePosixPath(".")):
                 raise ValueError(f"stages.{name}.out: {str(out)!r} is not a path in the run directory")
@@ -194,9 +202,11 @@ class Pipeline(Strict):
             found[name] = list(dict.fromkeys(n for n in [*stage.after, *heads] if n not in (RUN, OUT)))
         return found
 
-    def output(self, name: str) -> PurePosixPath | None:
-        """Path of an output in the run directory; None where the stage has none."""
+    def output(self, name: str) -> PurePosixPath | Url | None:
+        """Path of an output in the run directory, or its URL; None where the stage has none."""
         out = self.stages[name].out
+        if isinstance(out, str) and "://" in out:
+            return Url(out)
         return None if out is False else PurePosixPath(name if out is None else out)
 
     def closure(self, names: list[str]) -> list[str]:

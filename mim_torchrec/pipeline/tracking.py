@@ -15,6 +15,7 @@ from typing import Any
 from mim_torchrec.embeddings.files import write_json
 from mim_torchrec.errors import SetupError
 from mim_torchrec.extras import needs
+from mim_torchrec.pipeline.outputs import local_files
 from mim_torchrec.pipeline.records import Records
 from mim_torchrec.pipeline.reporting import StageResult, read_json
 from mim_torchrec.pipeline.resolving import Resolver
@@ -119,7 +120,8 @@ class Tracker:
         now = int(time.time() * 1000)
         found = [Metric(key, value, now, 0) for key, value in result.metrics().items()]
         found.append(Metric("seconds", result.seconds, now, 0))
-        history = None if result.out is None else result.out / "history.jsonl"
+        folder = None if result.out is None else local_files(result.out, "history.jsonl")
+        history = None if folder is None else folder / "history.jsonl"
         if history is not None and history.is_file():
             for number, epoch in enumerate(read_history(history).epochs):
                 found += [Metric(f"epoch/{key}", value, now, number) for key, value in _numbers(epoch)]
@@ -128,8 +130,9 @@ class Tracker:
 
     def _artifacts(self, result: StageResult) -> list[Path]:
         found = [self._records.log(result.name)]
-        if result.out is not None:
-            found += [result.out / name for name in ARTIFACTS]
+        folder = None if result.out is None else local_files(result.out, *ARTIFACTS)
+        if folder is not None:
+            found += [folder / name for name in ARTIFACTS]
         return [file for file in found if file.is_file()]
 
     @contextmanager

@@ -1,10 +1,10 @@
 """Configuration of pre-training; every field is a flag of `mim pretrain`."""
 
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from mim_torchrec.domains import Count, Domain, Fraction, Natural, Share, Temperature, Weight
+from mim_torchrec.embeddings.remote.places import LocalPath, Place
 from mim_torchrec.encoders.text import TextEncoderConfig
 from mim_torchrec.encoders.vision import VisionEncoderConfig
 from mim_torchrec.training.checkpoints import CheckpointConfig
@@ -68,14 +68,14 @@ class PretrainConfig:
     that of the last phase.
     """
 
-    data: Path
+    data: Place
     """Dataset directory; only its items are read."""
-    out: Path
+    out: Place
     """Directory of the results; made if missing."""
     phases: tuple[Phase, ...] = ("dda-vision", "dda-text", "dma")
     """What to do, in this order: adapt the vision tower, adapt the text tower, align both."""
 
-    towers: Path | None = None
+    towers: Place | None = None
     """Directory of towers that this stage wrote, from which it continues, instead of those that --vision and
     --text name."""
     vision: VisionEncoderConfig = field(default_factory=VisionEncoderConfig)
@@ -105,7 +105,7 @@ class PretrainConfig:
 
     image_memory_gib: Weight = 2.0
     """Memory of every rank for decoded images. If they do not fit, they are decoded again in every epoch."""
-    item_cache: Path | None = None
+    item_cache: LocalPath | None = None
     """Folder of the item index; by default one inside `out`."""
     log_every: Count = 20
     """Steps between two entries of the log."""

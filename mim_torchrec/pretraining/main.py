@@ -77,7 +77,7 @@ def _pretrain(config: PretrainConfig, run: RunDirectory, context: DistributedCon
     for name in config.phases:
         run.part(name).refuse_other(config.checkpoint, config.resume_fingerprint())
     items = rank_0_first(
-        lambda: ItemStore.open(Dataset(config.data), config.item_cache or config.out / "items")
+        lambda: ItemStore.open(Dataset(config.data), config.item_cache or run.root / "items")
     )
     order = np.random.default_rng(config.seed).permutation(len(items))
     cut = round(len(items) * config.validation_fraction)
@@ -96,7 +96,7 @@ def _pretrain(config: PretrainConfig, run: RunDirectory, context: DistributedCon
         metrics["phases"][name] = _run_phase(
             config, run.part(name), name, towers, inputs, train, held_out, items.item_ids, context
         )
-    path = config.out / "towers"
+    path = run.root / "towers"
     metrics["towers_version"] = towers_version(*towers)
     run.check_lease()
     on_all_ranks(lambda: save_towers(*towers, path) if context.is_main else None)

@@ -1,10 +1,10 @@
 """Configuration of the export; every field is a flag of ``mim export``."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from mim_torchrec.domains import Count, Natural
+from mim_torchrec.embeddings.remote.places import LocalPath, Place
 from mim_torchrec.training.distributed import Timeouts
 
 
@@ -12,12 +12,12 @@ from mim_torchrec.training.distributed import Timeouts
 class ExportConfig:
     """Encode every item and write the multi-modal table."""
 
-    data: Path
+    data: Place
     """Dataset directory."""
     encoder: str
     """Directory of an encoder that C-SFT wrote; or towers alone, projected by PCA: ``plain:<vision>+<text>``
     as they are pretrained, or ``plain:<directory>`` as ``mim pretrain`` left them."""
-    out: Path
+    out: Place
     """Directory of the table; must not exist."""
     dtype: Literal["float16", "float32"] = "float16"
     """Type the vectors are stored in."""
@@ -35,9 +35,9 @@ class ExportConfig:
     """Items the PCA is computed from, at most; only for ``plain:``."""
     image_size: Count | None = None
     """Side of the images in pixels; ``None`` is the tower's own; only for ``plain:<vision>+<text>``."""
-    feature_cache: Path | None = None
+    feature_cache: LocalPath | None = None
     """Folder in which C-SFT with frozen towers, or ``mim retrieve``, has kept the features of the same items.
     They are read instead of computed again."""
     timeout: Timeouts = field(default_factory=Timeouts)
-    item_cache: Path | None = None
+    item_cache: LocalPath | None = None
     """Folder of the item index; by default ``<out>.items``."""

@@ -30,6 +30,8 @@ from mim_torchrec.data.schema import Dataset
 from mim_torchrec.domains import check_domains
 from mim_torchrec.embeddings.collective import rank_0_first
 from mim_torchrec.embeddings.progress import Progress
+from mim_torchrec.embeddings.remote.fetching import fetched
+from mim_torchrec.embeddings.remote.outputs import written
 from mim_torchrec.embeddings.table.format import Manifest, TableWriter
 from mim_torchrec.encoders.checkpoint import encoder_version, load_encoder
 from mim_torchrec.encoders.features import item_features_file
@@ -65,11 +67,12 @@ class TrainedEncoder:
     """h^MM of an encoder that C-SFT wrote.
 
     Args:
-        path: the encoder's directory.
+        path: the encoder's directory or URL.
         device: where it runs.
     """
 
     def __init__(self, path: str, device: torch.device) -> None:
+        path = str(fetched(path))  # once, so that the version is that of the weights
         self.encoder = load_encoder(path, device)
         self.vision = self.encoder.vision
         self.device, self.dim, self.version = device, self.encoder.table_dim, encoder_version(path)
@@ -110,15 +113,16 @@ def export(config: ExportConfig, context: DistributedContext) -> Manifest:
         LeaseError: another process writes it.
     """
     check_domains(config)
-    if config.out.exists():
-        raise OutputExists(f"{config.out} exists; choose another directory or remove it")
-    with leased_by_rank_0(Path(f"{config.out}.lease.json"), context):
-        return _export(config, context)
+    with written(config.out, context.rank) as out:
+        if out.exists():
+            raise OutputExists(f"{config.out} exists; choose another directory or remove it")
+        with leased_by_rank_0(Path(f"{out}.lease.json"), context):
+            return _export(config, out, context)
 
 
-def _export(config: ExportConfig, context: DistributedContext) -> Manifest:
+def _export(config: ExportConfig, out: Path, context: DistributedContext) -> Manifest:
     items = rank_0_first(
-        lambda: ItemStore.open(Dataset(config.data), config.item_cache or Path(f"{config.out}.items"))
+        lambda: ItemStore.open(Dataset(config.data), config.item_cache or Path(f"{out}.items"))
     )
     rows = rows_of_rank(len(items), context)
     skipped: list[int] = []
@@ -136,14 +140,14 @@ def _export(config: ExportConfig, context: DistributedContext) -> Manifest:
         version, dim, description = encoder.version, encoder.dim, encoder.description
         known = _known_features(config.feature_cache, encoder.encoder, items, context)
         batches = _encode(items, rows, encoder, known, config, context, skipped)
-    written = _write(batches, version, dim, description, config, context, skipped)
+    made = _write(batches, version, dim, description, config, out, context, skipped)
     seconds = time.perf_counter() - started
     log.info(
         "%s: %d items x %d %s in %.1f s (%.1f items/s on %d ranks), %d items left out, table_version %s",
-        config.out, written.rows, dim, config.dtype, seconds, written.rows / seconds, context.world_size,
-        written.encoder["items_left_out"], version,
+        config.out, made.rows, dim, config.dtype, seconds, made.rows / seconds, context.world_size,
+        made.encoder["items_left_out"], version,
     )  # fmt: skip
-    return written
+    return made
 
 
 def _known_features(
@@ -235,13 +239,14 @@ def _write(
     dim: int,
     description: dict[str, Any],
     config: ExportConfig,
+    out: Path,
     context: DistributedContext,
     skipped: list[int],
 ) -> Manifest:
     if not context.is_main:
         context.barrier()  # rank 0 makes the directory, and clears what a crash has left, before others write
     table = TableWriter(
-        config.out, table_version=version, dim=dim, dtype=config.dtype, encoder=description, rank=context.rank
+        out, table_version=version, dim=dim, dtype=config.dtype, encoder=description, rank=context.rank
     )
     if context.is_main:
         context.barrier()
@@ -264,7 +269,7 @@ def _write(
     if context.is_main:
         table.finish([shard for shards, _ in every for shard in shards])
     context.barrier()
-    return Manifest.load(config.out / "manifest.json")
+    return Manifest.load(out / "manifest.json")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mim_torchrec.embeddings.remote.places import in_object_store
 from mim_torchrec.encoders.checkpoint import load_towers, module_version
 from mim_torchrec.encoders.principal import principal_components
 from mim_torchrec.encoders.text import TextEncoder, TextEncoderConfig
@@ -39,7 +40,7 @@ class PlainTowers:
     def __init__(self, spec: str, image_size: int | None, device: torch.device) -> None:
         place = spec.removeprefix(PLAIN)
         names = place.split("+")
-        if Path(place).is_dir():
+        if in_object_store(place) or Path(place).is_dir():
             if image_size is not None:
                 raise OptionError(f"--image-size: the towers in {place} have theirs, leave it out")
             vision, text = load_towers(place)

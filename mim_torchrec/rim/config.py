@@ -1,9 +1,9 @@
 """Configuration of RIM; every field is a flag of ``mim rim``."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from mim_torchrec.domains import Count, Weight
+from mim_torchrec.embeddings.remote.places import LocalPath, Place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,13 +15,13 @@ class RIMConfig:
     dataset's items and optionally `removed` (bool). Or a Redis URL with the name of a stream after #, whose
     entries have the fields item_id, title and image, or item_id and removed. Ids that are text are in
     item_id_text instead of item_id."""
-    encoder: Path
+    encoder: Place
     """Directory of the encoder that C-SFT wrote, and that the table was exported with."""
-    table: Path
+    table: Place
     """The base table, for its table_version, its type and the seq at which a new log begins."""
     log: str
     """Window log, a directory or a Redis URL with its name after #."""
-    out: Path
+    out: LocalPath
     """Directory of dead-letter.jsonl (items that could not be encoded, and why) and rim.json (counts)."""
     window_items: Count = 1000
     """Items of a window, at most."""

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from threading import Event
 from typing import TypeVar
 
@@ -28,6 +27,7 @@ from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.images import decode_image
 from mim_torchrec.domains import check_domains
 from mim_torchrec.embeddings.files import write_json
+from mim_torchrec.embeddings.remote.places import local_path
 from mim_torchrec.embeddings.table.manifest import VersionMismatch
 from mim_torchrec.embeddings.table.quantize import LOSS_LIMIT, encode, finite_rows, relative_errors
 from mim_torchrec.embeddings.table.reader import Table
@@ -114,7 +114,7 @@ class RIM:
         self._source: ItemSource = (
             StreamSource(config.source, config.name)
             if is_redis(config.source)
-            else DirectorySource(Path(config.source), config.name)
+            else DirectorySource(local_path(config.source), config.name)
         )
         self.counts = Counts()
         self._window = _Open()

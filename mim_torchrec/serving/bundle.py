@@ -34,6 +34,9 @@ from mim_torchrec.ctr.parameters import id_tables, is_dense, load_trainable_stat
 from mim_torchrec.ctr.sharding import build_model
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.embeddings.files import atomic_directory, write_json, write_tensors
+from mim_torchrec.embeddings.remote.fetching import fetched
+from mim_torchrec.embeddings.remote.outputs import written
+from mim_torchrec.embeddings.remote.places import Place, Url
 from mim_torchrec.embeddings.table.manifest import VersionMismatch
 from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.table.shards import CHUNK
@@ -68,13 +71,13 @@ class Bundle:
     tables: tuple[str, ...]
 
     @classmethod
-    def open(cls, path: str | Path) -> "Bundle":
+    def open(cls, path: str | Path | Url) -> "Bundle":
         """Open a bundle.
 
         Raises:
             DataError: there is none, or it is of another format.
         """
-        path = Path(path)
+        path = fetched(path)
         try:
             found = json.loads((path / ABOUT).read_text())
             if (version := found["format_version"]) != FORMAT_VERSION:
@@ -118,11 +121,11 @@ class Bundle:
         return model.eval(), unknown
 
 
-def write_bundle(run: Path, out: Path, checkpoint: str = "best") -> Bundle:
+def write_bundle(run: Path | Url, out: Path, checkpoint: str = "best") -> Bundle:
     """Write a bundle of a run of `mim ctr`; memory holds one ID table at a time.
 
     Args:
-        run: directory of the run.
+        run: directory of the run, or its URL.
         out: directory of the bundle; one that is there is replaced when the new one is whole.
         checkpoint: as of `mim evaluate`.
 
@@ -217,9 +220,9 @@ def _digest(dense: dict[str, Tensor], config: CTRConfig, table_version: str | No
 class BundleConfig:
     """Write what a server loads of a trained model: dense weights, and its ID tables by id."""
 
-    run: Path
+    run: Place
     """Directory that `mim ctr` has written."""
-    out: Path
+    out: Place
     """Directory of the bundle."""
     checkpoint: str = "best"
     """`best`, or one of the names in the run's `checkpoints`, or the directory of a checkpoint."""
@@ -228,8 +231,9 @@ class BundleConfig:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``mim bundle``."""
     config = tyro.cli(BundleConfig, args=argv, prog="mim bundle")
-    made = write_bundle(config.run, config.out, config.checkpoint)
-    print(f"{made.path}: model {made.model_version}, of table_version {made.table_version}, tables "
+    with written(config.out, replace=True) as out:
+        made = write_bundle(config.run, out, config.checkpoint)
+    print(f"{config.out}: model {made.model_version}, of table_version {made.table_version}, tables "
           f"{', '.join(made.tables)}")  # fmt: skip
 
 

@@ -1,10 +1,10 @@
 """Configuration of the server; every field is a flag of ``mim serve``."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 from mim_torchrec.domains import Count, Domain, Natural
+from mim_torchrec.embeddings.remote.places import LocalPath, Place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +29,9 @@ class Limits:
 class ServeConfig:
     """Answer requests for scores over HTTP, by the Open Inference Protocol v2."""
 
-    release: Path | None = None
+    release: LocalPath | None = None
     """Folder of releases (`mim release`). The current release is served; a promotion takes effect at once."""
-    bundle: Path | None = None
+    bundle: Place | None = None
     """Instead of --release: directory that `mim bundle` has written."""
     store: str | None = None
     """With --bundle: directory of the multi-modal table, or URL of a store that holds it. Base needs none."""
@@ -41,7 +41,7 @@ class ServeConfig:
     windows: str | None = None
     """With --bundle: window log to follow, a directory or a Redis URL. Not needed if another process applies
     it to the store."""
-    data: Path | None = None
+    data: Place | None = None
     """Dataset directory, whose users and images the page at / shows; without it there is no page."""
     name: str = "mim"
     """Name of the model in addresses."""
@@ -49,7 +49,7 @@ class ServeConfig:
     """Address to bind to; beyond loopback --token-file is needed."""
     port: Annotated[int, Domain(least=0, most=65535)] = 8080
     """Port to bind to; 0 takes a free one, which is printed."""
-    token_file: Path | None = None
+    token_file: LocalPath | None = None
     """File with tokens, a line each; a request must carry one as `Authorization: Bearer`."""
     cache: Natural = 1000
     """Users' histories whose computed matrices are kept in memory."""

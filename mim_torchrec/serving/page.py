@@ -23,6 +23,7 @@ from mim_torchrec.data.schema import (
     read_row_group,
 )
 from mim_torchrec.data.schema import category_ids as hashed
+from mim_torchrec.embeddings.remote.places import Url
 from mim_torchrec.serving.scorer import ScoreRequest, Scores
 from mim_torchrec.serving.service import Service
 
@@ -42,7 +43,7 @@ class Page:
         service: what is served.
     """
 
-    def __init__(self, data: Path, cache: Path, service: Service) -> None:
+    def __init__(self, data: Path | Url, cache: Path, service: Service) -> None:
         dataset = Dataset(data)
         self._items = ItemStore.open(dataset, cache)
         self._row_of = {int(item): row for row, item in enumerate(self._items.item_ids)}

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mim_torchrec.domains import Natural, check_domains
 from mim_torchrec.embeddings.files import write_json
+from mim_torchrec.embeddings.remote.places import LocalPath, place
 from mim_torchrec.embeddings.stores.store import is_remote
 from mim_torchrec.embeddings.table.manifest import VersionMismatch
 from mim_torchrec.embeddings.table.reader import Table
@@ -44,8 +45,8 @@ class Release:
     """A model, its table and what keeps it up.
 
     Args:
-        bundle: directory of the model.
-        table: directory of the base table; None for Base.
+        bundle: directory or URL of the model.
+        table: directory or URL of the base table; None for Base.
         store: URL of the store that the table was loaded into, None to read the table itself.
         id_store: URL of the store with the ID tables, None to read those of the bundle.
         windows: directory or URL of the log of the table, None for none.
@@ -60,7 +61,7 @@ class Release:
     def deployment(self) -> Deployment:
         """What a server opens; a remote store is kept up by others."""
         remote = self.store is not None and is_remote(self.store)
-        return Deployment(bundle=Path(self.bundle), store=self.store or self.table, id_store=self.id_store,
+        return Deployment(bundle=place(self.bundle), store=self.store or self.table, id_store=self.id_store,
                     windows=None if remote else self.windows)  # fmt: skip
 
     def items(self) -> Tensor:
@@ -186,7 +187,7 @@ class Releases:
 class Stage:
     """Stage a release: a model and the vectors that it was trained on."""
 
-    root: Path
+    root: LocalPath
     """Folder of the releases."""
     name: str
     """Name of the release."""
@@ -212,7 +213,7 @@ class Stage:
 class Check:
     """Print, as JSON, the items of the current release that another one lacks."""
 
-    root: Path
+    root: LocalPath
     """Folder of the releases."""
     name: str
     """Name of the release."""
@@ -225,7 +226,7 @@ class Check:
 class Promote:
     """Make a release the current one; servers that follow the folder swap model and vectors together."""
 
-    root: Path
+    root: LocalPath
     """Folder of the releases."""
     name: str
     """Name of the release."""
@@ -241,7 +242,7 @@ class Promote:
 class Rollback:
     """Make the release before the current one current again."""
 
-    root: Path
+    root: LocalPath
     """Folder of the releases."""
 
     def run(self) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from mim_torchrec.embeddings.remote.places import Url
 from mim_torchrec.embeddings.stores.store import ParameterStore, catch_up, follow
 from mim_torchrec.embeddings.windows.transport import Transport, open_log
 from mim_torchrec.embeddings.windows.window import Window
@@ -27,13 +28,13 @@ class Deployment:
     """What is served together: a model and its vectors.
 
     Args:
-        bundle: directory.
-        store: directory of the table, or URL of the store; None for Base.
+        bundle: directory or URL.
+        store: directory or URL of the table, or URL of the store; None for Base.
         id_store: URL of the store with the ID tables, None for those of the bundle.
         windows: directory or URL of the log to follow, None for a store that others keep up.
     """
 
-    bundle: Path
+    bundle: Path | Url
     store: str | None = None
     id_store: str | None = None
     windows: str | None = None

@@ -139,6 +139,8 @@ class Checkpoints:
         self._pending: tuple[Path, Future[None]] | None = None
         self._began = time.monotonic()
         self._warned = False
+        self.when_finished: Callable[[], None] | None = None
+        """What rank 0 does when a checkpoint has its name, before the next one is begun."""
 
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint is to be written after a step of the run."""
@@ -220,6 +222,8 @@ class Checkpoints:
             seal(partial_of(path))
             publish_shared(path)
             self._leave_newest()
+            if self.when_finished is not None:
+                self.when_finished()
             self._compare_with_grace(time.monotonic() - self._began)
 
     def _compare_with_grace(self, seconds: float) -> None:

@@ -7,67 +7,18 @@ Times are compared by the clock of the file system, so machines need not agree o
 
 import json
 import os
-import socket
-import time
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from threading import Event, Thread
 
 from mim_torchrec.embeddings.collective import on_all_ranks
 from mim_torchrec.embeddings.files import beside, create_file
-from mim_torchrec.errors import ExpectedError, Status
+from mim_torchrec.embeddings.holder import EXPIRY, HEARTBEAT, Holder, LeaseError
+from mim_torchrec.embeddings.remote.lease import StoreLease
+from mim_torchrec.embeddings.remote.places import Url
 from mim_torchrec.training.distributed import DistributedContext
-
-HEARTBEAT = 10.0  # seconds between two signs of life
-EXPIRY = 120.0  # seconds without one after which a lease may be taken over
-JOBS = ("TORCHX_JOB_ID", "SLURM_JOB_ID", "TORCHELASTIC_RUN_ID")
-
-
-class LeaseError(ExpectedError, ValueError):
-    """Another process writes into the directory."""
-
-    status = Status.STATE
-
-
-@dataclass(frozen=True)
-class Holder:
-    """A process that writes into a directory.
-
-    Attributes:
-        host: name of the machine.
-        machine: its boot, and the process namespace; process ids of two of them are not comparable.
-        pid: of the process.
-        began: when the process began, in the machine's own count: process ids are used again.
-        job: of a launcher, "" without one.
-        since: when the lease was taken, for people.
-        token: one for each lease.
-    """
-
-    host: str
-    machine: str
-    pid: int
-    began: str
-    job: str
-    since: str
-    token: str
-
-    @classmethod
-    def this(cls) -> "Holder":
-        """This process."""
-        job = next((name for name in map(os.environ.get, JOBS) if name not in (None, "", "none")), "")
-        return cls(socket.gethostname(), _machine(), os.getpid(), _began(os.getpid()) or "", job,
-                   time.strftime("%Y-%m-%d %H:%M:%S %z"), uuid.uuid4().hex)  # fmt: skip
-
-    def __str__(self) -> str:
-        job = f" of job {self.job}" if self.job else ""
-        return f"process {self.pid} on {self.host}{job}, since {self.since}"
-
-    def is_dead(self) -> bool:
-        """Whether the process is known to have ended; of another machine nothing is known."""
-        return self.machine == _machine() and _began(self.pid) != self.began
 
 
 class Lease:
@@ -184,30 +135,23 @@ def leased(file: Path) -> Iterator[Lease]:
 
 
 @contextmanager
-def leased_by_rank_0(file: Path, context: DistributedContext) -> Iterator[Lease | None]:
+def leased_by_rank_0(place: Path | Url, context: DistributedContext) -> Iterator[Lease | StoreLease | None]:
     """Hold a lease for a block that all ranks enter; rank 0 has it, for all.
+
+    Args:
+        place: file of the lease, or the URL of the directory that it is for.
+        context: the process group.
 
     Raises:
         LeaseError: another process has it; on all ranks.
+        StoreError: the store at the URL cannot tell two writers apart; on all ranks.
     """
-    lease = Lease(file) if context.is_main else None
+    lease: Lease | StoreLease | None = None
+    if context.is_main:
+        lease = Lease(place) if isinstance(place, Path) else StoreLease(place)
     try:
         on_all_ranks(lease.take if lease is not None else lambda: None)
         yield lease
     finally:
         if lease is not None:
             lease.give_back()
-
-
-def _machine() -> str:
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-
-
-def _began(pid: int) -> str | None:
-    """When a process began, in clock ticks since the machine did; None where there is none, or a dead one."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return None if fields[0] in "ZX" else fields[19]

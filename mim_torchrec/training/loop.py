@@ -132,6 +132,8 @@ def fit(
         raise OptionError(f"epochs is {epochs}: nothing to train")
     run.root.mkdir(parents=True, exist_ok=True)
     history, epoch, first = History(), 0, 0
+    if checkpoints is not None:
+        checkpoints.when_finished = run.publish_checkpoint
     found = checkpoints.restore(task.state) if checkpoints is not None else None
     if found is not None:
         epoch, first, progress = found
@@ -160,6 +162,7 @@ def fit(
                     history.best_epoch = epoch
                     run.check_lease()
                     task.save(run.best)
+                    on_all_ranks(lambda: run.upload(run.best.name))
                 history.epochs.append(entry)
                 history.loss_sum, history.loss_count = 0.0, 0
                 if log_file is not None:

@@ -13,10 +13,12 @@ weights (`encoder/`, `towers/`).
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from mim_torchrec.data.errors import DataError
@@ -31,6 +33,12 @@ from mim_torchrec.embeddings.files import (
     sha256,
     write_json,
 )
+from mim_torchrec.embeddings.remote.fetching import working_directory
+from mim_torchrec.embeddings.remote.lease import StoreLease
+from mim_torchrec.embeddings.remote.outputs import look_for
+from mim_torchrec.embeddings.remote.places import Url
+from mim_torchrec.embeddings.remote.published import Publisher
+from mim_torchrec.embeddings.remote.restoring import restore
 from mim_torchrec.training.checkpoints import (
     CheckpointConfig,
     checkpoints_in,
@@ -41,17 +49,31 @@ from mim_torchrec.training.distributed import DistributedContext, is_restarted
 from mim_torchrec.training.lease import Lease, leased_by_rank_0
 from mim_torchrec.training.shared_directory import partial_of
 
+log = logging.getLogger(__name__)
+
+CACHES = ("items", "ids", "features", "lease.json")
+"""What is of this host only, and is not published."""
+
 
 class RunDirectory:
     """The directory that a stage writes its results into.
 
+    One at a URL is made in a local directory, which begins as what was published there. It is published as a
+    whole with every checkpoint, and at the end; see `embeddings/remote/published.py`.
+
     Args:
-        root: its path.
+        place: its path, or the URL of one.
+
+    Attributes:
+        root: the local directory.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self._lease: Lease | None = None
+    def __init__(self, place: Path | Url) -> None:
+        self.place = place
+        self.root: Path = place if isinstance(place, Path) else working_directory(place)
+        self._lease: Lease | StoreLease | None = None
+        self._publisher: Publisher | None = None
+        self._as_of = ""
 
     @property
     def config(self) -> Path:
@@ -96,7 +118,8 @@ class RunDirectory:
     def part(self, name: str) -> "RunDirectory":
         """The directory of a phase, under the lease of the whole."""
         part = RunDirectory(self.root / name)
-        part._lease = self._lease
+        part._lease, part._publisher = self._lease, self._publisher
+        part._as_of = f"{self._as_of}{name}/"
         return part
 
     @contextmanager
@@ -106,12 +129,53 @@ class RunDirectory:
         Raises:
             LeaseError: another process writes; the message names it.
         """
-        with leased_by_rank_0(self.root / "lease.json", context) as self._lease:
+        at_url = isinstance(self.place, Url)
+        leased = self.place if isinstance(self.place, Url) else self.root / "lease.json"
+        with leased_by_rank_0(leased, context) as self._lease:
+            on_all_ranks(lambda: self._begin_at_url() if context.is_main and at_url else None)
+            on_all_ranks(lambda: look_for(self.root) if at_url else None)
             on_all_ranks(lambda: clear_leftovers(self.root) if context.is_main else None)
             try:
                 yield
+                if at_url:
+                    self.check_lease()
+                    on_all_ranks(self._publish_all)
             finally:
-                self._lease = None
+                self._lease = self._publisher = None
+
+    def _begin_at_url(self) -> None:
+        """Make the local directory what was published; only caches of an earlier run on this host stay."""
+        assert isinstance(self.place, Url)
+        self._publisher = Publisher(self.place)
+        restore(self._publisher.index, self.root, keep=CACHES)
+
+    def upload(self, *names: str) -> None:
+        """Upload files and folders that the next `publish` makes visible; only rank 0 at a URL does anything.
+
+        Raises:
+            StoreError: a file could not be written; what was published stays.
+        """
+        if self._publisher is not None:
+            self._publisher.upload(self.root, names, self._as_of)
+
+    def publish_checkpoint(self) -> None:
+        """Publish a checkpoint that was finished, with all that a run is resumed from; as `upload`."""
+        if self._publisher is None:
+            return
+        with TemporaryDirectory(dir=self.root) as name:  # a copy of what grows
+            folder = Path(name)
+            for file in (self.config, self.history):
+                if file.is_file():
+                    shutil.copyfile(file, folder / file.name)
+            self._publisher.upload(folder, [self.config.name, self.history.name], self._as_of)
+        self.upload(self.vocabulary.name, self.checkpoints.name)
+        self._publisher.publish()
+
+    def _publish_all(self) -> None:
+        if self._publisher is not None:
+            self._publisher.upload_all(self.root, leave_out=CACHES)
+            self._publisher.publish()
+            log.info("published at %s", self.place)
 
     def check_lease(self) -> None:
         """See that no other process has taken the directory over; all ranks raise if one has.

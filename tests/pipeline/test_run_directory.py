@@ -15,11 +15,12 @@ from mim_torchrec.ctr.main import main as train
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.schema import Dataset
 from mim_torchrec.data.vocabulary import Vocabulary
+from mim_torchrec.embeddings import holder
+from mim_torchrec.embeddings.holder import LeaseError
 from mim_torchrec.serving.bundle import write_bundle
-from mim_torchrec.training import lease
 from mim_torchrec.training.checkpoints import ResumeError
 from mim_torchrec.training.history import read_history
-from mim_torchrec.training.lease import Lease, LeaseError
+from mim_torchrec.training.lease import Lease
 from mim_torchrec.training.model_record import ModelMismatch
 from mim_torchrec.training.run_directory import RunDirectory
 from tests.pipeline.test_ctr_main import SMALL, write_dataset
@@ -158,9 +159,9 @@ def test_a_run_that_is_killed_at_any_moment_is_resumed_and_ends_as_if_it_had_not
     total = len(counted.calls)
     for number in np.linspace(1, total, 7).astype(int):
         out = tmp_path / f"{number}"
-        monkeypatch.setattr(lease, "_began", lambda pid, number=number: f"before the kill at {number}")
+        monkeypatch.setattr(holder, "_began", lambda pid, number=number: f"before the kill at {number}")
         with Kill(out, int(number), None).injected(), pytest.raises((Killed, OSError)):
             train(words(data, out, *command))
-        monkeypatch.setattr(lease, "_began", lambda pid, number=number: f"after the kill at {number}")
+        monkeypatch.setattr(holder, "_began", lambda pid, number=number: f"after the kill at {number}")
         train(words(data, out, *command))
         assert predictions(out).equals(predictions(whole)), counted.calls[number - 1]

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mim_torchrec.training.lease import Lease, LeaseError, leased
+from mim_torchrec.embeddings.holder import LeaseError
+from mim_torchrec.training.lease import Lease, leased
 
 HOLD = """
 import sys

@@ -13,6 +13,10 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from mim_torchrec.ctr.warm_start import WarmStartError
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.embeddings.files import DiskFull
+from mim_torchrec.embeddings.holder import LeaseError
+from mim_torchrec.embeddings.remote.fetching import FetchError
+from mim_torchrec.embeddings.remote.places import NoSuchPlace, StoreError
+from mim_torchrec.embeddings.remote.published import PublishedError
 from mim_torchrec.embeddings.sharded.item_index import SpareRowsExhausted
 from mim_torchrec.embeddings.stable_ids import IdCollision
 from mim_torchrec.embeddings.table.manifest import (
@@ -46,7 +50,6 @@ from mim_torchrec.pipeline.spec import PipelineError
 from mim_torchrec.program import run
 from mim_torchrec.serving.releases import ReleaseError
 from mim_torchrec.training.checkpoints import ResumeError
-from mim_torchrec.training.lease import LeaseError
 from mim_torchrec.training.liveness import RankStalled
 from mim_torchrec.training.loop import Interrupted
 from mim_torchrec.training.model_record import ModelMismatch
@@ -57,11 +60,12 @@ OURS = {
     DataError: 3, CheckpointError: 3, Diverged: 3, TableError: 3, ChecksumMismatch: 3, IncompleteTable: 3,
     DuplicateId: 3, LossyVector: 3, IdCollision: 3, NonFiniteVector: 3, SpareRowsExhausted: 3,
     MalformedWindow: 3,
-    StageError: 3, MissingInput: 3, ReferenceFailed: 3,
+    StageError: 3, MissingInput: 3, ReferenceFailed: 3, NoSuchPlace: 3, FetchError: 3,
     VersionMismatch: 4, ModelMismatch: 4, WarmStartError: 4, WindowGap: 4,
     OutputExists: 5, LeaseError: 5, ResumeError: 5, ReleaseError: 5, LogMoved: 5,
-    RecordError: 5,
+    RecordError: 5, PublishedError: 5,
     SetupError: 6, RankStalled: 6, DiskFull: 6, MissingExtra: 6, RedisUnavailable: 6, RedisFull: 6,
+    StoreError: 6,
     RunInterrupted: 143,
 }  # fmt: skip
 GLOO = "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234"
