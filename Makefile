@@ -17,8 +17,9 @@ export PATH := $(ENVIRONMENT)/bin:$(PATH)
 export MIM_PYTHON := $(ENVIRONMENT)/bin/python
 export PYTHONPATH :=
 export PYTHONUNBUFFERED := 1
+export PYTHONDONTWRITEBYTECODE :=  # the processes of tests would compile the package again and again
 
-.PHONY: help install demo test test-fast faults movielens ablation-csft figure5 table2 ablation-ciubm coldstart abtest table6 bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving bench-rim-latency bench-scaling bench-export-throughput bench-input chaos cluster torchrec-parity bench benchmark-report docs doctor image lint types lock wheel release-check clean
+.PHONY: help install demo prepare-demo test test-fast faults movielens ablation-csft figure5 table2 ablation-ciubm coldstart abtest table6 bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving bench-rim-latency bench-scaling bench-export-throughput bench-input bench-prepare chaos cluster torchrec-parity bench benchmark-report docs doctor image lint types lock wheel release-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
@@ -53,6 +54,12 @@ abtest: install  ## a simulated online test: CTR and revenue of rankings by Base
 
 table6: install  ## operations, memory and speed without a representation center, end to end, and of MIM
 	$(BIN)/python -m mim_torchrec.benchmarks.paper.efficiency.main --out runs/table6
+
+prepare-demo: install  ## raw logs of a shop through `mim prepare` to the demo's models: same rows, same AUC
+	$(BIN)/python -m mim_torchrec.benchmarks.paper.prepare_demo --out runs/prepare_demo
+
+bench-prepare: install  ## preparation of raw logs beside a query that reads and sorts them; Spark beside DuckDB
+	$(BIN)/python -m mim_torchrec.benchmarks.speed.prepare --out runs/prepare
 
 bench-frozen-table: install  ## a frozen sharded table beside trainable and unsharded ones
 	$(BIN)/python -m mim_torchrec.benchmarks.speed.frozen_table --out runs/frozen_table

@@ -7,6 +7,7 @@ Two texts share a number with probability 2^-64; among a billion ids that is a c
 import hashlib
 import uuid
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
@@ -96,9 +97,14 @@ def _is_uuid(kind: pa.DataType) -> bool:
     return kind == pa.uuid() or (pa.types.is_fixed_size_binary(kind) and kind.byte_width == 16)
 
 
+@lru_cache(maxsize=1 << 16)  # row groups have much the same categories
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()
+
+
 def _hashes(texts: Sequence[str | None]) -> np.ndarray:
     """(n,) int64 of different texts."""
-    digests = [hashlib.blake2b((text or "").encode(), digest_size=8).digest() for text in texts]
+    digests = [_digest(text or "") for text in texts]
     numbers = np.frombuffer(b"".join(digests), ">i8").astype(np.int64)
     order = np.argsort(numbers, kind="stable")
     twice = np.flatnonzero(numbers[order][1:] == numbers[order][:-1])

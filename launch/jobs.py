@@ -222,7 +222,8 @@ def _meeting(nodes: int, port: int) -> Tuple[str, str]:  # noqa: UP006
     only the first replica hosts the store, and it never joins one that is there already.
     """
     if nodes == 1:
-        return "localhost:0", ""  # torchrun chooses a free port
+        # torchrun chooses a free port; ranks meet without a name that a container may not resolve
+        return "localhost:0", "--local_addr localhost "
     of_id = f"$(($(printf %s {macros.app_id} | cksum | cut -d' ' -f1) % {PORTS} + {FIRST_PORT}))"
     host = f"is_host=$((!{macros.replica_id}))"
     return f'"$${{{macros.rank0_env}:=localhost}}:{port or of_id}"', f"--rdzv_conf {host} "

@@ -12,6 +12,7 @@ from mim_torchrec.program import DEBUG, run
 COMMANDS = {
     "doctor": ("mim_torchrec.doctor", "check the installation and say how to fix it"),
     "shop": ("mim_torchrec.data.shop", "write a synthetic shop"),
+    "prepare": ("mim_torchrec.prepare.main", "make a data set of event logs and a catalogue"),
     "import movielens": ("mim_torchrec.data.movielens", "convert MovieLens and posters"),
     "import taobao-mm": ("mim_torchrec.data.taobao_mm", "convert TAOBAO-MM, vectors and all"),
     "pretrain": ("mim_torchrec.pretraining.main", "adapt the towers to the items, align them"),

@@ -19,7 +19,7 @@ EXTRAS = {
     "kubernetes": ("kubernetes",),
     "mlflow": ("alembic", "mlflow", "sqlalchemy"),
     "redis": ("redis",),
-    "prepare": ("duckdb", "ibis"),
+    "prepare": ("duckdb", "ibis", "pydantic"),
     "spark": ("ibis", "pyspark"),
     "s3": ("s3fs",),
     "report": ("jinja2", "matplotlib"),

@@ -10,19 +10,25 @@ import pytest  # noqa: E402
 import torch  # noqa: E402 (it reads the environment when it loads)
 
 from mim_torchrec.benchmarks.harness.redis_server import RedisCluster, RedisServer  # noqa: E402
+from tests.forked import forked_programs  # noqa: E402
 
 torch.set_num_threads(1)
 
 LONG = (
+    # of two processes the first takes the files on Slurm, which waits most of the time
     "test_slurm_faults",
+    "test_doc_pages",
     "test_slurm_stages",
     "test_demo",
-    "test_doc_pages",
     "test_ctr_benchmarks",
+    "test_image",
     "test_csft_resume",
     "test_chaos",
     "test_rim_main",
+    "test_stage_resume",
+    "test_pretrain_main",
 )
+"""Files that take longest, in the order in which they begin."""
 FOLDERS = ("cluster", "pipeline", "distributed", "unit")
 
 
@@ -31,9 +37,26 @@ def pytest_collection_modifyitems(items):
 
     def rank(item):
         name, folder = item.path.stem, item.path.parent.name
-        return name not in LONG, FOLDERS.index(folder) if folder in FOLDERS else len(FOLDERS)
+        place = LONG.index(name) if name in LONG else len(LONG)
+        return place, FOLDERS.index(folder) if folder in FOLDERS else len(FOLDERS)
 
     items.sort(key=rank)
+
+
+@pytest.fixture(scope="session")
+def forked():
+    """Variables of an environment whose `python`, `mim`, `torchrun` and `torchx` come from a fork server."""
+    with forked_programs() as environment:
+        yield environment
+
+
+@pytest.fixture(scope="module")
+def forked_stages(forked):
+    """Lets pipelines of this process start the processes of their stages from the fork server."""
+    with pytest.MonkeyPatch.context() as environment:
+        for name in ("MIM_PYTHON", "PYTHON_EXEC"):
+            environment.setenv(name, forked[name])
+        yield
 
 
 @pytest.fixture(scope="session")

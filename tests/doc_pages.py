@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -32,12 +31,15 @@ def script(page: Path) -> str:
     return "\n".join(program.format(code) if kind == "python" else code for kind, code in parts)
 
 
-def run_page(page: str, folder: Path, replace: Mapping[str, str] | None = None) -> str:
+def run_page(
+    page: str, folder: Path, environment: Mapping[str, str], replace: Mapping[str, str] | None = None
+) -> str:
     """Run a page of `docs/` in a folder, and end every process that it leaves.
 
     Args:
         page: path below `docs/`.
         folder: the working directory; `examples/` of the checkout is linked into it.
+        environment: variables with which `python`, `mim` and `torchx` are found, as of `tests.forked`.
         replace: text of the page that differs here, such as ports, and what stands for it.
 
     Returns:
@@ -53,9 +55,8 @@ def run_page(page: str, folder: Path, replace: Mapping[str, str] | None = None) 
         code = code.replace(old, new)
     if not (folder / "examples").exists():
         (folder / "examples").symlink_to(ROOT / "examples")
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     shell = subprocess.Popen(
-        ["bash", "-x", "-euo", "pipefail", "-c", code], cwd=folder, env=os.environ | {"PATH": path},
+        ["bash", "-x", "-euo", "pipefail", "-c", code], cwd=folder, env={**os.environ, **environment},
         text=True, start_new_session=True, stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip

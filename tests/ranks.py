@@ -1,7 +1,7 @@
 """Run a function on several gloo ranks, each a real process.
 
-The processes come from a fork server that has loaded torchrec once, so that only the first call of a test
-session waits for it.
+The processes come from a fork server that has loaded torchrec and the stages once, so that only the first
+call of a test session waits for it.
 """
 
 import os
@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+STAGES = ("csft.main", "ctr.evaluation", "pretraining.main", "representation.export")
+PRELOADED = ["pytest", "torchrec", *(f"mim_torchrec.{stage}" for stage in STAGES)]
 TIMEOUT = timedelta(minutes=10)  # a rank takes long to start where other tests run
 
 
@@ -32,7 +34,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
         RankError: a rank raised. The tracebacks of all that did are in the message, the first one first:
             the others may only have lost it. Those that still ran are ended.
     """
-    set_forkserver_preload(["torchrec"])
+    set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         try:

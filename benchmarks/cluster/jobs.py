@@ -17,6 +17,8 @@ from mim_torchrec.training.checkpoints import checkpoints_in
 COMPONENTS = Path(__file__).with_name("components.py")
 PATIENCE = 600.0
 """Seconds that anything of a job may take, many times what it takes on an idle machine."""
+TORCHX = (sys.executable, "-m", "torchx.cli.main")
+"""The command `torchx`."""
 SMALL = ("-j", "2x1", "--cpu", "1", "--memMB", "2048")
 """A job of two nodes that leaves room for three more on them."""
 
@@ -77,7 +79,7 @@ class Job:
 
     def rank(self, rank: int) -> int:
         """The process of a rank, in the numbers of this machine."""
-        wanted = {f"SLURM_JOB_ID={self.id}", f"RANK={rank}"}
+        wanted = {f"SLURM_CONF={self.slurm.configuration}", f"SLURM_JOB_ID={self.id}", f"RANK={rank}"}
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 environment = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
@@ -106,12 +108,19 @@ def torchx(
     """Run `torchx <words>` in a folder, with this interpreter for its jobs."""
     known = {**os.environ, **slurm.environment, "MIM_PYTHON": sys.executable, **(environment or {})}
     return subprocess.run(
-        [sys.executable, "-m", "torchx.cli.main", "--log_level", "WARNING", *words],
+        [*TORCHX, "--log_level", "WARNING", *words],
         cwd=folder, env=known, stdin=subprocess.DEVNULL, capture_output=True, text=True,
     )  # fmt: skip
 
 
-def submit(slurm: SlurmCluster, folder: Path, component: str, *words: str, options: str = "") -> Job:
+def submit(
+    slurm: SlurmCluster,
+    folder: Path,
+    component: str,
+    *words: str,
+    options: str = "",
+    environment: Mapping[str, str] | None = None,
+) -> Job:
     """Submit a job by `torchx run -s slurm`.
 
     Args:
@@ -120,12 +129,13 @@ def submit(slurm: SlurmCluster, folder: Path, component: str, *words: str, optio
         component: its name, or file:function.
         words: its arguments.
         options: of the run, `name=value,…`.
+        environment: variables of the job, beyond those of this process.
 
     Raises:
         SetupError: it is refused.
     """
     start = ["run", "-s", "slurm", *(["-cfg", options] if options else [])]
-    done = torchx(slurm, folder, *start, component, *words)
+    done = torchx(slurm, folder, *start, component, *words, environment=environment)
     found = re.search(r"^slurm://torchx/(\d+)$", done.stdout, re.MULTILINE)
     if done.returncode or found is None:
         raise SetupError(f"torchx run {component} ended with {done.returncode}: {done.stdout}{done.stderr}")
@@ -133,7 +143,13 @@ def submit(slurm: SlurmCluster, folder: Path, component: str, *words: str, optio
 
 
 def submit_paused(
-    slurm: SlurmCluster, folder: Path, out: Path, words: list[str], *, own: Sequence[str] = SMALL
+    slurm: SlurmCluster,
+    folder: Path,
+    out: Path,
+    words: list[str],
+    *,
+    own: Sequence[str] = SMALL,
+    environment: Mapping[str, str] | None = None,
 ) -> Job:
     """Submit a CTR run whose last rank waits in a step, and wait until it waits behind a checkpoint.
 
@@ -143,8 +159,10 @@ def submit_paused(
         out: directory of the results.
         words: flags of the stage, which writes a checkpoint after every step.
         own: further arguments of the component.
+        environment: variables of the job, beyond those of this process.
     """
-    job = submit(slurm, folder, f"{COMPONENTS}:ctr", *own, "--out", str(out), "--", *words)
+    flags = [*own, "--out", str(out), "--", *words]
+    job = submit(slurm, folder, f"{COMPONENTS}:ctr", *flags, environment=environment)
     wait_until_paused(job, out)
     return job
 

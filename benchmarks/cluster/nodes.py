@@ -70,6 +70,10 @@ class Node:
         """A process in its network."""
         return self._process.pid
 
+    def entered(self) -> list[str]:
+        """Words before a command that run it on this machine."""
+        return ["nsenter", f"--target={self._first()}", "--net", "--uts", "--mount", "--pid", "--"]
+
     def go(self) -> None:
         """Let the command start."""
         assert self._process.stdin is not None
@@ -84,10 +88,13 @@ class Node:
         """End everything on it at once, without a word to anybody: a power cut."""
         if not self.is_up():
             return
-        first = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
-        for process in [int(word) for word in first] or [self.pid]:  # the first, with which all end
-            os.kill(process, signal.SIGKILL)
+        os.kill(self._first(), signal.SIGKILL)  # with which all end
         self._process.wait()
+
+    def _first(self) -> int:
+        """Its first process."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        return int(children[0]) if children else self.pid
 
 
 class Network:

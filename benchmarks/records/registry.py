@@ -191,6 +191,7 @@ BENCHMARKS: Sequence[Benchmark] = (
 
 EXPERIMENTS: Sequence[Experiment] = (
     Experiment("demo", "demo", "Every stage on a synthetic shop: Base, MIM, negative controls"),
+    Experiment("prepare_demo", "prepare-demo", "Raw logs of a shop, prepared: the same rows, the same AUC"),
     Experiment("movielens", "movielens DATA=<folder>", "The real job on films and posters"),
     Experiment("table2", "table2 [DATA=<folder>]", "Table 2: six user behavior models with and without MIM"),
     Experiment("ablation_csft", "ablation-csft", "Tables 3, 4, 5: pre-training, C-SFT and its parts"),
@@ -198,6 +199,12 @@ EXPERIMENTS: Sequence[Experiment] = (
     Experiment("figure5", "figure5 [DATA=<folder>]", "Figure 5: foundation models by cost and by AUC"),
     Experiment("coldstart", "coldstart [DATA=<folder>]", "Figure 6: gains by the age of an item"),
     Experiment("abtest", "abtest", "Table 7: a simulated online test"),
+    Experiment(
+        "prepare",
+        "bench-prepare",
+        "Raw logs prepared, beside a query that reads and sorts them",
+        room="speed",
+    ),
     Experiment("disk_faults", "faults", "Every call of every writer fails once", room="chaos"),
     Experiment(
         "torchrec_parity", "torchrec-parity", "Frozen collections beside TorchRec's own", room="parity"

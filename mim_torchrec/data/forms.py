@@ -115,8 +115,10 @@ def times(array: pa.Array, unit: str | None) -> pa.Array:
 def _is_plain(kind: pa.DataType) -> bool:
     if is_plain_list(kind):
         return _is_plain(kind.value_type)
+    if pa.types.is_dictionary(kind):
+        return holds_text(kind) and _is_plain(kind.value_type)
     views = pa.types.is_string_view(kind) or pa.types.is_binary_view(kind)
-    return not (is_list(kind) or views or pa.types.is_null(kind) or pa.types.is_dictionary(kind))
+    return not (is_list(kind) or views or pa.types.is_null(kind))
 
 
 def _from_epoch(array: pa.Array, unit: str) -> pa.Array:

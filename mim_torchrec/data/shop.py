@@ -8,7 +8,9 @@ add there is an artifact.
 
 import logging
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -25,12 +27,13 @@ from mim_torchrec.data.shop_items import (
     draw_styles,
     draw_titles,
 )
-from mim_torchrec.data.shop_log import BROWSED, Crowd, ShopItems, search, simulate
+from mim_torchrec.data.shop_log import BROWSED, Crowd, Log, ShopItems, search, simulate
+from mim_torchrec.data.shop_raw import RawTables, write_raw
 from mim_torchrec.data.writing import DatasetWriter, lists
 from mim_torchrec.domains import Count, Domain, Natural, Weight, check_domains
 from mim_torchrec.embeddings.remote.outputs import written
 from mim_torchrec.embeddings.remote.places import Place
-from mim_torchrec.errors import OptionError
+from mim_torchrec.errors import OptionError, OutputExists
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +45,10 @@ DAY = 86_400_000_000
 class ShopConfig:
     """Write a synthetic shop: items, image searches, requests and the true click probabilities."""
 
-    out: Place
-    """Directory to make; must not exist."""
+    out: Place | None = None
+    """Directory of the data set; must not exist."""
+    raw: Path | None = None
+    """Directory for raw logs, of which `mim prepare` makes the same data set; must not exist."""
     items: Count = 4000
     """Items, a third of them listed before the first request, the others over the whole time."""
     users: Count = 3000
@@ -143,13 +148,19 @@ def pairs_table(config: ShopConfig, catalog: ShopItems, crowd: Crowd) -> pa.Tabl
     )
 
 
-def requests_table(config: ShopConfig, catalog: ShopItems, crowd: Crowd) -> tuple[pa.Table, pa.Table]:
-    """Simulate the log; returns the requests in order of time and the truth about them."""
-    rng = np.random.default_rng((config.seed, 5))
-    run = simulate(
+def run_shop(config: ShopConfig, catalog: ShopItems, crowd: Crowd) -> Log:
+    """Simulate the log."""
+    return simulate(
         catalog, crowd, requests=config.requests, candidates=config.candidates, browsing=config.browsing,
-        start=START, stop=START + config.days * DAY, style_weight=config.style_weight, rng=rng,
+        start=START, stop=START + config.days * DAY, style_weight=config.style_weight,
+        rng=np.random.default_rng((config.seed, 5)),
     )  # fmt: skip
+
+
+def requests_table(
+    config: ShopConfig, catalog: ShopItems, crowd: Crowd, run: Log
+) -> tuple[pa.Table, pa.Table]:
+    """The requests of a log in order of time, and the truth about them."""
     names = category_names(config)
     lengths, behaviors, behavior_ts = histories(*run.clicks, run.user, run.ts, config.max_behaviors)
     candidates, shown = run.items.reshape(-1), np.full(config.requests, config.candidates)
@@ -173,6 +184,16 @@ def requests_table(config: ShopConfig, catalog: ShopItems, crowd: Crowd) -> tupl
     return table, pa.table([ids, lists(probability, shown, pa.float32())], schema=TRUTH)
 
 
+def clicks_table(catalog: ShopItems, crowd: Crowd, run: Log) -> pa.Table:
+    """All clicks: `request` (null outside of requests), `user`, `item`, `ts` (us)."""
+    user, item, ts = run.clicks
+    browsing = run.request_of_click < 0
+    return pa.table({
+        "request": pa.array(1 + run.request_of_click, mask=browsing),
+        "user": crowd.ids[user], "item": catalog.ids[item], "ts": ts,
+    })  # fmt: skip
+
+
 def category_names(config: ShopConfig) -> np.ndarray:
     """(num_categories,) names, a noun each and a number where nouns repeat."""
     names = [NOUNS[k % len(NOUNS)] + (f" {k // len(NOUNS) + 1}" if k >= len(NOUNS) else "")
@@ -181,12 +202,14 @@ def category_names(config: ShopConfig) -> np.ndarray:
 
 
 def make_shop(config: ShopConfig) -> None:
-    """Write the data set.
+    """Write the data set, or raw logs, or both.
 
     Raises:
-        OutputExists: `out` exists.
-        OptionError: the sizes do not make a shop.
+        OutputExists: `out` or `raw` exists.
+        OptionError: the sizes do not make a shop, or neither `out` nor `raw` is given.
     """
+    if config.out is None and config.raw is None:
+        raise OptionError("give --out for a data set, --raw for raw logs, or both")
     check_domains(config)
     stock = 2 * max(config.candidates, BROWSED)
     if config.items // 3 < stock:
@@ -196,16 +219,29 @@ def make_shop(config: ShopConfig) -> None:
         )
     source = {"command": "mim shop", **asdict(config)}
     source.pop("out")
-    with written(config.out) as out, DatasetWriter(out, name="shop", source=source) as writer:
+    source.pop("raw")
+    if config.raw is not None and config.raw.exists():
+        raise OutputExists(f"{config.raw} exists; choose another directory or remove it")
+    with ExitStack() as stack:
+        writer = None
+        if config.out is not None:
+            out = stack.enter_context(written(config.out))
+            writer = stack.enter_context(DatasetWriter(out, name="shop", source=source))
         catalog, crowd = make_catalog(config), make_crowd(config)
-        requests, truth = requests_table(config, catalog, crowd)
-        count = config.requests
-        bounds = [0, count * 8 // 10, count * 9 // 10, count]
-        for split, start, stop in zip(SPLITS, bounds, bounds[1:], strict=False):
-            writer.write(f"requests/{split}", requests.slice(start, stop - start))
-            writer.write(f"truth/{split}", truth.slice(start, stop - start))
-        writer.write("items", items_table(config, catalog))
-        writer.write("pairs", pairs_table(config, catalog, crowd))
+        run = run_shop(config, catalog, crowd)
+        requests, truth = requests_table(config, catalog, crowd, run)
+        items, pairs = items_table(config, catalog), pairs_table(config, catalog, crowd)
+        if config.raw is not None:
+            clicks = clicks_table(catalog, crowd, run)
+            write_raw(RawTables(items, pairs, requests, clicks, config.seed), config.raw)
+        if writer is not None:
+            count = config.requests
+            bounds = [0, count * 8 // 10, count * 9 // 10, count]
+            for split, start, stop in zip(SPLITS, bounds, bounds[1:], strict=False):
+                writer.write(f"requests/{split}", requests.slice(start, stop - start))
+                writer.write(f"truth/{split}", truth.slice(start, stop - start))
+            writer.write("items", items)
+            writer.write("pairs", pairs)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -214,7 +250,7 @@ def main(argv: list[str] | None = None) -> None:
     program.log_to_stderr()
     started = time.time()
     make_shop(config)
-    log.info("%s: %d items, %d requests, %d image searches in %.1f s", config.out, config.items,
+    log.info("%s: %d items, %d requests, %d image searches in %.1f s", config.out or config.raw, config.items,
              config.requests, config.searches, time.time() - started)  # fmt: skip
 
 

@@ -56,6 +56,7 @@ class Log:
     """Requests in order of time: user, ts, category asked for (n,); items, probability, clicked (n, k).
 
     Users and items are positions, not ids. `clicks` is all clicks, of requests and browsing: user, item, ts.
+    `request_of_click` is the position of the request that each belongs to, -1 for browsing.
     """
 
     user: np.ndarray
@@ -65,6 +66,7 @@ class Log:
     probability: np.ndarray
     clicked: np.ndarray
     clicks: tuple[np.ndarray, np.ndarray, np.ndarray]
+    request_of_click: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def simulate(
         raise OptionError(f"{stock} items in stock at the start are too few for {candidates} candidates")
     edges = np.linspace(start, stop, BLOCKS + 1).astype(np.int64)
     recent = np.zeros(len(catalog.ids))
-    shown, clicks = [], []
+    shown, clicks, request_of_click = [], [], []
     for block in range(BLOCKS):
         shelf = _Shelf(catalog, recent, edges[block] + 1, stop - start)
         sizes = [total * (block + 1) // BLOCKS - total * block // BLOCKS for total in (requests, browsing)]
@@ -155,17 +157,22 @@ def simulate(
         user, ts, category, items, logits = visit(sizes[0], candidates)
         probability = 1 / (1 + np.exp(-logits))
         clicked = rng.random(logits.shape) < probability
-        shown.append((user, ts, category, items, probability, clicked))
         row, column = np.nonzero(clicked)
+        request_of_click.append(sum(len(part[0]) for part in shown) + row)
+        shown.append((user, ts, category, items, probability, clicked))
         delay = rng.integers(1_000_000, 60_000_000, len(row))
         clicks.append((user[row], items[row, column], ts[row] + delay))
         user, ts, _, items, logits = visit(sizes[1], BROWSED)
         best = np.argmax(2 * logits + rng.gumbel(size=logits.shape), axis=1)
         clicks.append((user, items[np.arange(len(user)), best], ts))
+        request_of_click.append(np.full(len(user), -1))
         recent = 0.97 * recent + sum(np.bincount(c[1], minlength=len(recent)) for c in clicks[-2:])
     user, ts, category, items, probability, clicked = (np.concatenate(p) for p in zip(*shown, strict=True))
     user_of_click, item_of_click, ts_of_click = (np.concatenate(p) for p in zip(*clicks, strict=True))
-    return Log(user, ts, category, items, probability, clicked, (user_of_click, item_of_click, ts_of_click))
+    return Log(
+        user, ts, category, items, probability, clicked, (user_of_click, item_of_click, ts_of_click),
+        np.concatenate(request_of_click),
+    )  # fmt: skip
 
 
 def _logits(

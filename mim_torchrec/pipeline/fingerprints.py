@@ -24,6 +24,7 @@ CTR = (*COMMON, "ctr", "ciubm", "embeddings")
 SOURCES: dict[str, tuple[str, ...]] = {
     "shop": ("data",),
     "import": ("data",),
+    "prepare": ("data", "prepare"),
     "table": ("embeddings.table",),
     "pretrain": (*COMMON, "pretraining", "encoders", "losses"),
     "csft": (*COMMON, "csft", "encoders", "losses"),

@@ -1,11 +1,7 @@
-"""Pipelines from TOML files: parameters that a command line can set, and templates of stages.
-
-TOML, because Python reads it without a package, its values have types, and a comment can say why.
-"""
+"""Pipelines from TOML files: parameters that a command line can set, and templates of stages."""
 
 import itertools
 import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -13,6 +9,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 
 from mim_torchrec.pipeline.spec import REFERENCE, Pipeline, PipelineError, Value, explained
+from mim_torchrec.toml_files import read_toml
 
 MERGED = ("flags", "job", "env")
 """Tables of a stage that a template's are merged with, key by key; all else replaces."""
@@ -31,10 +28,7 @@ def load(file: str | Path, parameters: Mapping[str, Parameter] | None = None) ->
         PipelineError: it is not TOML, or not a pipeline; the message names the file and the place.
     """
     path = Path(file)
-    try:
-        content = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise PipelineError(f"{path}: not TOML: {error}") from None
+    content = read_toml(path, PipelineError)
     try:
         own = _table(content.pop("parameters", {}), "parameters")
         values = _replaced(own, parameters or {})

@@ -6,18 +6,19 @@ value of a JSON file in an output, `${out}` the output of the stage itself, and 
 run. A stage depends on every stage that it refers to.
 """
 
-import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import Field, StringConstraints, ValidationError, model_validator
 
+from mim_torchrec import toml_files
 from mim_torchrec.embeddings.remote.places import Url
 from mim_torchrec.errors import OptionError
+from mim_torchrec.toml_files import Strict, did_you_mean
 
 REFERENCE = re.compile(r"(?<!\$)\$\{([^{}]*)\}")
 PARTS = re.compile(r"(?P<name>[^/#]+)(?:/(?P<file>[^#]+)#(?P<key>.+))?")
@@ -31,12 +32,6 @@ Value = str | int | float | bool
 
 class PipelineError(OptionError):
     """A description of a pipeline is wrong; the message names the file and the place."""
-
-
-class Strict(BaseModel):
-    """Values of the stated types, and no others."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class Job(Strict):
@@ -145,7 +140,9 @@ class Pipeline(Strict):
                 raise ValueError(f"stages.{name}: ${{{name}}} has a meaning of its own; choose another name")
             for other in stage.after:
                 if other not in self.stages:
-                    raise ValueError(f"stages.{name}.after: no stage {other!r}{_like(other, self.stages)}")
+                    raise ValueError(
+                        f"stages.{name}.after: no stage {other!r}{did_you_mean(other, self.stages)}"
+                    )
             for place, text in stage.strings():
                 for head, file, key in references(text):
                     self._check_reference(f"stages.{name}.{place}", stage, head, file, key)
@@ -167,7 +164,7 @@ class Pipeline(Strict):
             raise ValueError(f"{place}: ${{{OUT}}} in a stage that has none (out = false)")
         elif head not in self.stages:
             raise ValueError(
-                f"{place}: ${{{head}}} is neither a parameter nor a stage{_like(head, self.stages)}"
+                f"{place}: ${{{head}}} is neither a parameter nor a stage{did_you_mean(head, self.stages)}"
             )
         elif self.stages[head].out is False:
             raise ValueError(f"{place}: stage {head} has no output (out = false)")
@@ -222,7 +219,7 @@ class Pipeline(Strict):
         while waiting:
             name = waiting.pop()
             if name not in self.stages:
-                raise PipelineError(f"no stage {name!r}{_like(name, self.stages)}")
+                raise PipelineError(f"no stage {name!r}{did_you_mean(name, self.stages)}")
             if name not in needed:
                 needed.add(name)
                 waiting += self.dependencies[name]
@@ -247,31 +244,10 @@ def references(text: str) -> Iterator[tuple[str, str | None, str | None]]:
 
 def explained(error: ValidationError) -> str:
     """Every fault that pydantic has found, each with its place, in one line."""
-    found = []
-    for fault in error.errors():
-        place = ".".join(str(part) for part in fault["loc"] if part not in ("str", "int", "float", "bool"))
-        known = _fields(fault["loc"])
-        match fault["type"]:
-            case "extra_forbidden":
-                text = f"unknown key{_like(str(fault['loc'][-1]), known)}"
-            case "missing":
-                text = "missing"
-            case "value_error":
-                text = str(fault["ctx"]["error"])
-            case "string_pattern_mismatch":
-                text = "a name has letters, digits, dots, dashes and underscores only"
-            case _:
-                text = f"{fault['msg']}, but it is {fault['input']!r}"
-        found.append(f"{place}: {text}" if place else text)
-    return "; ".join(dict.fromkeys(found))
+    return toml_files.explained(error, _fields)
 
 
 def _fields(place: tuple[int | str, ...]) -> list[str]:
     if len(place) <= 1:
         return [*Pipeline.model_fields, "parameters", "templates"]
     return list(Job.model_fields if "job" in place[:-1] else [*Stage.model_fields, "like", "each"])
-
-
-def _like(word: str, known: Mapping[str, Any] | list[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), 1)
-    return f"; did you mean {close[0]!r}?" if close else ""

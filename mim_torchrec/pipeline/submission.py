@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -195,7 +196,7 @@ class Submitter:
         for role in app.roles:
             role.env[local_processes.MARK] = mark
             if self.scheduler in HERE:
-                role.env.setdefault("MIM_PYTHON", sys.executable)
+                role.env.setdefault("MIM_PYTHON", os.environ.get("MIM_PYTHON", sys.executable))
             if self.is_local:  # TorchX puts it before the PATH that it finds
                 role.env["PATH"] = str(Path(sys.executable).parent)
         options = self._options | ({"log_dir": str(self._folder)} if self.is_local else {})

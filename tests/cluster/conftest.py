@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from mim_torchrec.benchmarks.cluster import jobs
 from mim_torchrec.benchmarks.cluster.slurm import SlurmCluster, why_no_slurm
+from tests.forked import forked_programs
 from tests.programs import small_shop
 
 
@@ -17,6 +19,21 @@ def slurm(tmp_path_factory) -> Iterator[SlurmCluster]:
         pytest.skip(reason)
     with SlurmCluster(tmp_path_factory.mktemp("slurm")) as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def submission(forked) -> Iterator[None]:
+    """Jobs are submitted by a `torchx` of the fork server."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(jobs, "TORCHX", (str(Path(forked["MIM_PYTHON"]).with_name("torchx")),))
+        yield
+
+
+@pytest.fixture(scope="session")
+def forked_on_nodes(slurm) -> Iterator[dict[str, str]]:
+    """Variables of jobs whose processes come from a fork server of their node."""
+    with forked_programs({name: slurm.on_node(name) for name in slurm.nodes}) as environment:
+        yield {name: environment[name] for name in ("MIM_PYTHON", "PYTHON_EXEC")}
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """The page about Slurm as a user follows it: stages on two real nodes, beside two ranks of this machine."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from mim_torchrec.representation.export import main as export
 from tests.doc_pages import run_page
 from tests.ranks import run_ranks
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("submission")]
 NAMES = [
     "agents.sbatch",
     "mim-csft",
@@ -35,14 +34,11 @@ def found(slurm: SlurmCluster, folder: Path) -> dict[str, Job]:
 
 
 @pytest.fixture(scope="module")
-def two(slurm, tmp_path_factory) -> tuple[Path, str]:
+def two(slurm, forked, forked_on_nodes, tmp_path_factory) -> tuple[Path, str]:
     """What the page leaves in a folder, by one rank on each of two nodes, and what it prints."""
     folder = tmp_path_factory.mktemp("two")
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in slurm.environment.items():
-            environment.setenv(name, value)
-        environment.setenv("MIM_PYTHON", sys.executable)
-        return folder, run_page("cluster_slurm.md", folder)
+    environment = {"PATH": forked["PATH"], **forked_on_nodes, **slurm.environment}
+    return folder, run_page("cluster_slurm.md", folder, environment)
 
 
 @pytest.fixture(scope="module")

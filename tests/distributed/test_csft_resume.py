@@ -4,10 +4,11 @@ import json
 import os
 import queue
 import re
+import shutil
 import signal
 import subprocess
-import sys
 import threading
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ class Job(subprocess.Popen):
         self._copies.start()
 
     def _copy(self) -> None:
-        with self.log.open("w") as file:
+        with self.log.open("w") as file, self.stdout:
             for line in self.stdout:
                 file.write(line)
                 file.flush()
@@ -63,15 +64,20 @@ class Job(subprocess.Popen):
         return status
 
 
-def launch(data: Path, out: Path, program: str = "mim_torchrec.csft.main", restarts: int = 0) -> Job:
-    """The stage under torchrun on two ranks, in a process group of its own."""
-    line = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
-        "--max_restarts", str(restarts), "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0",
-        "--monitor_interval", "0.1", "-m", program, *command(data, out),
-    ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    return Job(line, out.with_suffix(".log"), env=environment, cwd=ROOT, start_new_session=True)
+@pytest.fixture(scope="module")
+def launch(forked) -> Callable[..., Job]:
+    """Starts the stage under torchrun on two ranks, in a process group of its own."""
+
+    def launch(data: Path, out: Path, program: str = "mim_torchrec.csft.main", restarts: int = 0) -> Job:
+        line = [
+            "torchrun", "--nproc_per_node", "2", "--max_restarts", str(restarts),
+            "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0",
+            "--monitor_interval", "0.1", "-m", program, *command(data, out),
+        ]  # fmt: skip
+        environment = {**os.environ, **forked, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        return Job(line, out.with_suffix(".log"), env=environment, cwd=ROOT, start_new_session=True)
+
+    return launch
 
 
 def finish(process: Job, out: Path) -> None:
@@ -95,13 +101,28 @@ def wait_for_pause(process: Job) -> int:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(shop, tmp_path_factory) -> tuple[list[float], str]:
+def uninterrupted(shop, launch, tmp_path_factory) -> tuple[list[float], str]:
+    """What two ranks give to which nothing happens."""
     out = tmp_path_factory.mktemp("uninterrupted") / "csft"
     finish(launch(shop, out), out)
     return result(out)
 
 
-def test_a_rank_that_is_killed_costs_nothing(shop, uninterrupted, tmp_path):
+@pytest.fixture(scope="module")
+def finished(shop, tmp_path_factory) -> Path:
+    """A run of one process to which nothing has happened."""
+    out = tmp_path_factory.mktemp("finished") / "csft"
+    main(command(shop, out))
+    return out
+
+
+@pytest.fixture
+def again(finished, tmp_path) -> Path:
+    """A copy of it, to be started again."""
+    return shutil.copytree(finished, tmp_path / "csft")
+
+
+def test_a_rank_that_is_killed_costs_nothing(shop, launch, uninterrupted, tmp_path):
     out = tmp_path / "csft"
     process = launch(shop, out, "tests.paused_csft", restarts=1)
     os.kill(wait_for_pause(process), signal.SIGKILL)
@@ -110,7 +131,7 @@ def test_a_rank_that_is_killed_costs_nothing(shop, uninterrupted, tmp_path):
     assert result(out) == uninterrupted
 
 
-def test_sigterm_saves_and_the_same_command_resumes(shop, uninterrupted, tmp_path):
+def test_sigterm_saves_and_the_same_command_resumes(shop, launch, uninterrupted, tmp_path):
     out = tmp_path / "csft"
     process = launch(shop, out, "tests.paused_csft")
     wait_for_pause(process)
@@ -137,34 +158,29 @@ def interrupt(monkeypatch, at: int) -> None:
 
 
 @pytest.mark.parametrize("at", [1, 5, 7])
-def test_one_process_resumes_in_the_middle_of_an_epoch(shop, tmp_path, monkeypatch, at):
-    main(command(shop, tmp_path / "whole"))
+def test_one_process_resumes_in_the_middle_of_an_epoch(shop, finished, tmp_path, monkeypatch, at):
     with monkeypatch.context() as patched, pytest.raises(SystemExit) as stopped:
         interrupt(patched, at)
         main(command(shop, tmp_path / "broken"))
     assert stopped.value.code == 143
     main(command(shop, tmp_path / "broken"))
-    assert result(tmp_path / "broken") == result(tmp_path / "whole")
+    assert result(tmp_path / "broken") == result(finished)
 
 
-def test_a_finished_run_that_is_started_again_gives_the_same(shop, tmp_path, monkeypatch):
-    main(command(shop, tmp_path / "csft"))
-    before = result(tmp_path / "csft")
+def test_a_finished_run_that_is_started_again_gives_the_same(shop, finished, again, monkeypatch):
     monkeypatch.setattr(CSFTTask, "training_forward", None)  # nothing is trained
-    main(command(shop, tmp_path / "csft"))
-    assert result(tmp_path / "csft") == before
+    main(command(shop, again))
+    assert result(again) == result(finished)
 
 
-def test_another_configuration_in_the_same_place_is_refused(shop, tmp_path):
-    main(command(shop, tmp_path / "csft", epochs="1"))
-    with pytest.raises(ResumeError, match=r"epochs 1 \(now 2\).*--checkpoint.resume never"):
-        main(command(shop, tmp_path / "csft", epochs="2"))
-    main(command(shop, tmp_path / "csft", epochs="2", checkpoint__resume="never"))
-    assert len(asdict(read_history(tmp_path / "csft" / "history.jsonl"))["epochs"]) == 2
+def test_another_configuration_in_the_same_place_is_refused(shop, again):
+    with pytest.raises(ResumeError, match=r"epochs 3 \(now 1\).*--checkpoint.resume never"):
+        main(command(shop, again, epochs="1"))
+    main(command(shop, again, epochs="1", checkpoint__resume="never"))
+    assert len(asdict(read_history(again / "history.jsonl"))["epochs"]) == 1
 
 
-def test_another_number_of_ranks_is_refused(shop, tmp_path):
-    main(command(shop, tmp_path / "csft"))
-    process = launch(shop, tmp_path / "csft")
+def test_another_number_of_ranks_is_refused(shop, launch, again):
+    process = launch(shop, again)
     assert process.end(timeout=200) != 0
-    assert "is of 1 ranks, this run has 2" in (tmp_path / "csft.log").read_text()
+    assert "is of 1 ranks, this run has 2" in again.with_suffix(".log").read_text()

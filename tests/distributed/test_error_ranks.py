@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -32,14 +31,14 @@ def damaged(tmp_path: Path) -> Path:
     return shop
 
 
-def test_a_bad_row_of_one_rank_is_named_in_one_line_and_in_the_error_file(damaged, tmp_path):
+def test_a_bad_row_of_one_rank_is_named_in_one_line_and_in_the_error_file(damaged, forked, tmp_path):
     line = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d",
-        "--rdzv_endpoint", "localhost:0", "--monitor_interval", "0.1", "-m", "mim_torchrec.ctr.main",
+        "torchrun", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0",
+        "--monitor_interval", "0.1", "-m", "mim_torchrec.ctr.main",
         "--data", str(damaged), "--out", str(tmp_path / "run"), "--mim", "off", "--batch-size", "16",
     ]  # fmt: skip
     record = tmp_path / "error.json"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHELASTIC_ERROR_FILE": str(record)}
+    environment = {**os.environ, **forked, "TORCHELASTIC_ERROR_FILE": str(record)}
     done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 1, done.stderr[-3000:]  # torchrun's own
 

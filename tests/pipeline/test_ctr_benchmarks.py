@@ -7,7 +7,7 @@ import pytest
 
 from mim_torchrec.benchmarks.paper import ablation_ciubm, abtest, coldstart, table2
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_stages")]
 
 
 SHOP = ["--shop.items", "300", "--shop.users", "100", "--shop.requests", "600", "--shop.searches", "200",

@@ -15,7 +15,7 @@ TINY = (
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory):
+def out(forked_stages, tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     demo.main(["--out", str(folder), *TINY.split()])
     return folder

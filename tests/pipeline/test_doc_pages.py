@@ -36,9 +36,9 @@ def checkout(tmp_path_factory) -> Path:
     return root
 
 
-def test_new_items_and_serving(checkout, redis_server):
+def test_new_items_and_serving(checkout, forked, redis_server):
     port = free_port()
-    out = run_page("new_items_and_serving.md", checkout, {
+    out = run_page("new_items_and_serving.md", checkout, forked, {
         "mim serve": f"mim serve --port {port}",
         "localhost:8080": f"localhost:{port}",
         "redis://127.0.0.1:6379": redis_server.url,
@@ -53,51 +53,59 @@ def test_new_items_and_serving(checkout, redis_server):
     assert '"missing": 200' in out and "monday is current again" in out
 
 
-def test_readme_looks_vectors_up(checkout):
-    assert "torch.Size([2, 16])" in run_page("../README.md", checkout)
+def test_readme_looks_vectors_up(checkout, forked):
+    assert "torch.Size([2, 16])" in run_page("../README.md", checkout, forked)
 
 
-def test_pipeline(tmp_path):
-    printed = run_page("pipeline.md", tmp_path)
+def test_pipeline(forked, tmp_path):
+    printed = run_page("pipeline.md", tmp_path, forked)
     assert "base: done" in printed and "validation: done" in printed
     report = json.loads((tmp_path / "runs" / "small" / "pipeline" / "report.json").read_text())
     assert report["state"] == "done" and report["stages"]["twin"]["metrics"]["auc"] > 0
 
 
-def test_quickstart(tmp_path):
-    run_page("quickstart.md", tmp_path)
+def test_quickstart(forked, tmp_path):
+    run_page("quickstart.md", tmp_path, forked)
     metrics = json.loads((tmp_path / "runs" / "mim" / "metrics.json").read_text())
     assert metrics["table"] is not None
     assert list((tmp_path / "runs" / "mim-validation").iterdir())
 
 
-def test_own_data(tmp_path):
-    run_page("tutorials/own_data.md", tmp_path)
+def test_own_data(forked, tmp_path):
+    run_page("tutorials/own_data.md", tmp_path, forked)
     auc = {run: json.loads((tmp_path / "runs" / run / "metrics.json").read_text())["auc"]
            for run in ("my-base", "my-mim")}  # fmt: skip
     assert auc["my-mim"] > auc["my-base"]
 
 
-def test_updates_of_a_frozen_table(tmp_path):
-    run_page("frozen_tables_manual.md", tmp_path)
+def test_your_own_logs(forked, tmp_path):
+    port = free_port()
+    printed = run_page("tutorials/your_own_data.md", tmp_path, forked, {
+        "mim serve": f"mim serve --port {port}",
+        "localhost:8080": f"localhost:{port}",
+    })  # fmt: skip
+    assert "'too_young_for_their_label'" in printed
+    assert json.loads((tmp_path / "runs" / "mine" / "metrics.json").read_text())["auc"] > 0.6
+    answer, _ = json.JSONDecoder().raw_decode(printed[printed.index('{"model_name"') :])
+    assert [len(tensor["data"]) for tensor in answer["outputs"]] == [5]
 
 
-def test_a_frozen_table_in_a_torchrec_model(tmp_path):
-    assert run_page("frozen_tables.md", tmp_path).count("loss 0.") == 2
+def test_updates_of_a_frozen_table(forked, tmp_path):
+    run_page("frozen_tables_manual.md", tmp_path, forked)
 
 
-def test_a_new_behavior_model(tmp_path):
-    run_page("tutorials/behavior_model.md", tmp_path)
+def test_a_frozen_table_in_a_torchrec_model(forked, tmp_path):
+    assert run_page("frozen_tables.md", tmp_path, forked).count("loss 0.") == 2
+
+
+def test_a_new_behavior_model(forked, tmp_path):
+    run_page("tutorials/behavior_model.md", tmp_path, forked)
     config = json.loads((tmp_path / "runs" / "dot-attention" / "config.json").read_text())
     assert config["ubm"] == "my_models:DotAttentionOptions" and config["ubm_options"] == {"scale": 1.0}
 
 
-def test_a_cluster(tmp_path):
-    # an environment that is shared has no `torchx` beside its interpreter
-    out = run_page("cluster.md", tmp_path, {
-        "torchx run": "python -m torchx.cli.main run",
-        "localhost:29400": f"localhost:{free_port()}",
-    })  # fmt: skip
+def test_a_cluster(forked, tmp_path):
+    out = run_page("cluster.md", tmp_path, forked, {"localhost:29400": f"localhost:{free_port()}"})
     assert out.count("--nproc_per_node 8") >= 1 and "FAIL" not in out
     assert "2 ranks summed a number on cpu" in out
     assert (

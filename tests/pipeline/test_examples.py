@@ -5,7 +5,8 @@ import math
 import os
 import re
 import subprocess
-import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -43,23 +44,25 @@ def test_a_frozen_table_takes_at_most_15_lines(plain, frozen):
     assert 0 < len(added) <= 15
 
 
-def run(example: str, table: Path) -> list[float]:
-    """Losses that an example prints on two ranks."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-             str(EXAMPLES / example), str(table)]  # fmt: skip
-    done = subprocess.run(
-        words, capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+@pytest.fixture
+def run(forked, table) -> Callable[[str], list[float]]:
+    """Runs an example on two ranks, and returns the losses that it prints."""
+    return partial(losses, {**os.environ, **forked}, table)
+
+
+def losses(environment: dict[str, str], table: Path, example: str) -> list[float]:
+    words = ["torchrun", "--standalone", "--nproc_per_node", "2", str(EXAMPLES / example), str(table)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr
-    losses = re.findall(r"rank ([01]): loss (\d\.\d+)", done.stdout)
-    assert sorted(rank for rank, _ in losses) == ["0", "1"]
-    return [float(loss) for _, loss in losses]
+    found = re.findall(r"rank ([01]): loss (\d\.\d+)", done.stdout)
+    assert sorted(rank for rank, _ in found) == ["0", "1"]
+    return [float(loss) for _, loss in found]
 
 
 @pytest.mark.parametrize("example", [name for pair in PAIRS for name in pair])
-def test_it_trains_on_two_ranks(example, table):
-    assert all(loss > 0 for loss in run(example, table))
+def test_it_trains_on_two_ranks(example, run):
+    assert all(loss > 0 for loss in run(example))
 
 
-def test_a_model_of_ones_own_learns_from_the_interests(table):
-    assert max(run("content_interest.py", table)) < 0.5 < math.log(2)
+def test_a_model_of_ones_own_learns_from_the_interests(run):
+    assert max(run("content_interest.py")) < 0.5 < math.log(2)

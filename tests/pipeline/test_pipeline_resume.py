@@ -22,7 +22,7 @@ flags = {{ data = "{data}", mim = "off", epochs = 2, batch-size = 16, dropout = 
 """
 
 
-def test_an_interrupted_training_resumes_to_the_same_bytes(tmp_path, capsys):
+def test_an_interrupted_training_resumes_to_the_same_bytes(forked, monkeypatch, tmp_path, capsys):
     file, out, tag = tmp_path / "run.toml", tmp_path / "run", uuid.uuid4().hex
     file.write_text(CTR.format(data=small_shop(tmp_path, requests=80, users=30, searches=40)))
     words = ["run", str(file), "--out", str(out)]
@@ -32,6 +32,8 @@ def test_an_interrupted_training_resumes_to_the_same_bytes(tmp_path, capsys):
     assert process.wait(timeout=300) == 143
     assert tagged(tag) == []
     assert not (out / "ctr" / "predictions.parquet").exists()
+    for name in ("MIM_PYTHON", "PYTHON_EXEC"):
+        monkeypatch.setenv(name, forked[name])
     main(["plan", *words[1:]])
     assert "resume" in capsys.readouterr().out
     main(words)

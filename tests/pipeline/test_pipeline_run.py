@@ -1,5 +1,7 @@
 """`mim pipeline run`: what is run again, what is kept, what a failure says, and the report."""
 
+import sys
+
 import pytest
 
 from mim_torchrec.cli import COMMANDS
@@ -7,6 +9,8 @@ from mim_torchrec.pipeline.execution import StageError
 from mim_torchrec.pipeline.fingerprints import SOURCES
 from mim_torchrec.pipeline.main import main
 from mim_torchrec.pipeline.reporting import end_of_log
+from mim_torchrec.pipeline.spec import Stage
+from mim_torchrec.pipeline.submission import Submitter, build
 from tests.pipeline_steps import Steps
 
 TWO = """
@@ -176,6 +180,15 @@ def test_a_plan_writes_nothing(steps, capsys):
 def test_some_stages_run_with_those_before_them(steps):
     main([*steps.write(TWO + "[stages.third]\nstep = true\n"), "--stages", "second"])
     assert [steps.times_run(name) for name in ("first", "second", "third")] == [1, 1, 0]
+
+
+def test_jobs_run_the_interpreter_that_a_variable_names(tmp_path, monkeypatch):
+    monkeypatch.delenv("MIM_PYTHON", raising=False)
+    with Submitter("local_cwd", "", tmp_path) as submitter:
+        for python in (sys.executable, "/another/python"):
+            request = submitter.request("shop", build("shop", Stage(command="shop")), "a-mark").request
+            assert request.role_params["shop"][0].env["MIM_PYTHON"] == python
+            monkeypatch.setenv("MIM_PYTHON", "/another/python")
 
 
 def test_the_end_of_a_log_is_what_the_ranks_said():

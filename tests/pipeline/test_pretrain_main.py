@@ -110,8 +110,9 @@ def test_a_phase_runs_alone(shop, tmp_path, phase):
 
 def test_the_same_seed_gives_the_same_towers_and_another_others(shop, tmp_path):
     runs = [("one", "0"), ("again", "0"), ("other", "1")]
+    once = {"dda_vision__epochs": "1", "dda_text__epochs": "1"}
     versions = [
-        metrics_of(run(shop, tmp_path / name, "dda-vision", "dda-text", seed=seed))["towers_version"]
+        metrics_of(run(shop, tmp_path / name, "dda-vision", "dda-text", seed=seed, **once))["towers_version"]
         for name, seed in runs
     ]
     assert versions[0] == versions[1] != versions[2]
@@ -126,15 +127,18 @@ def test_a_later_run_goes_on_from_towers(shop, finished, tmp_path):
 
 def test_images_that_do_not_fit_in_memory_are_decoded_as_needed(shop, tmp_path):
     versions = {
-        metrics_of(run(shop, tmp_path / gib, "dda-vision", image_memory_gib=gib))["towers_version"]
+        metrics_of(run(shop, tmp_path / gib, "dda-vision", image_memory_gib=gib, dda_vision__epochs="1"))[
+            "towers_version"
+        ]
         for gib in ("0", "1")
     }
     assert len(versions) == 1
 
 
 def test_without_held_out_items_the_last_epoch_is_kept(shop, tmp_path):
-    figures = metrics_of(run(shop, tmp_path / "out", "dda-text", validation_fraction="0") / "dda-text")
-    assert figures["before"] == {} and figures["best_epoch"] == 2
+    out = run(shop, tmp_path / "out", "dda-text", validation_fraction="0", dda_text__epochs="2")
+    figures = metrics_of(out / "dda-text")
+    assert figures["before"] == {} and figures["best_epoch"] == 1
 
 
 def test_csft_starts_from_towers_that_were_moved(shop, finished, tmp_path):
@@ -219,7 +223,8 @@ def test_titles_without_any_word_are_refused(shop, tmp_path):
 def test_some_titles_without_words_do_no_harm(shop, tmp_path):
     some = lambda titles: [title if k % 3 else "" for k, title in enumerate(titles)]  # noqa: E731
     data = changed_items(shop, tmp_path / "shop", "title", some)
-    for phase in metrics_of(run(data, tmp_path / "out", "dda-text", "dma"))["phases"].values():
+    out = run(data, tmp_path / "out", "dda-text", "dma", dda_text__epochs="1", dma__epochs="1")
+    for phase in metrics_of(out)["phases"].values():
         assert phase["best"]["validation_loss"] < phase["before"]["validation_loss"]
 
 

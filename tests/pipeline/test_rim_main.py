@@ -34,7 +34,6 @@ from mim_torchrec.rim.config import RIMConfig
 from mim_torchrec.rim.main import RIM, main
 from tests.pipeline.test_export_main import encoder, exported  # noqa: F401  fixtures
 
-ROOT = Path(__file__).parents[2]
 SCHEMA = pa.schema([("item_id", pa.int64()), ("title", pa.string()), ("image", pa.binary()),
                     ("removed", pa.bool_())])  # fmt: skip
 CPU = torch.device("cpu")
@@ -223,7 +222,7 @@ def test_items_of_a_stream(place, redis_url):
 
 def start(place: dict[str, str], *more: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "mim_torchrec.rim.main", *words(place, *more)]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
 KILLED = """
@@ -254,7 +253,7 @@ rim.main(sys.argv[3:])
 
 
 @pytest.mark.parametrize("kind", ["files", "stream"])
-def test_whoever_is_killed_when_every_item_is_in_one_window(place, tmp_path, redis_url, kind):
+def test_whoever_is_killed_when_every_item_is_in_one_window(place, tmp_path, forked, redis_url, kind):
     items = range(500, 590)
     if kind == "files":
         for first in items[::30]:
@@ -264,7 +263,8 @@ def test_whoever_is_killed_when_every_item_is_in_one_window(place, tmp_path, red
         add(place["--source"], *(row(k) for k in items))
     line = words(place, "--window-items", "1", "--once")
     for number, moment in (("2", "before"), ("3", "after"), ("1", "before")):
-        rim = subprocess.run([sys.executable, "-c", KILLED, number, moment, *line], cwd=ROOT, check=False)
+        command, environment = ["python", "-c", KILLED, number, moment, *line], {**os.environ, **forked}
+        rim = subprocess.run(command, env=environment, check=False)
         assert rim.returncode == -signal.SIGKILL
     assert len(windows(place)) == 4
     main(line)

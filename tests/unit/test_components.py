@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from importlib import import_module
 
@@ -42,6 +43,8 @@ SERVICES = {
     "follow": ["--store", "redis://host", "--log", "log", "--table_version", "v1"],
 }
 BENCH = ["--name", "paper.efficiency.main", "--out", "out"]
+A_JOB = f"job-{uuid.uuid4().hex}"
+"""Decides the port: tests that run at the same time have their own."""
 COMPONENTS = STAGES | SERVICES | {"bench": BENCH, "doctor": []}
 
 
@@ -97,8 +100,8 @@ def test_every_argument_is_documented(stage):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_component_launches_its_stage_by_torchrun(stage):
-    expected = 'exec "$${MIM_PYTHON:-python}" -m mim_torchrec.training.agent --rdzv_endpoint localhost:0'
-    assert line(build(stage)).startswith(expected)
+    agent = 'exec "$${MIM_PYTHON:-python}" -m mim_torchrec.training.agent'
+    assert line(build(stage)).startswith(f"{agent} --rdzv_endpoint localhost:0 --local_addr localhost ")
     assert f"-m {MODULES[stage]} {' '.join(STAGES[stage])}" in line(build(stage))
 
 
@@ -154,7 +157,7 @@ def test_jobs_meet_at_ports_of_their_own():
 
 def test_two_nodes_meet():
     app = build("ctr", "-j", "2x1", "--", "--help")
-    nodes = [on_node(app, number, "a-job") for number in (1, 0)]
+    nodes = [on_node(app, number, A_JOB) for number in (1, 0)]
     said = [node.communicate(timeout=120)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said
     assert all("--table" in text for text in said)
@@ -162,8 +165,8 @@ def test_two_nodes_meet():
 
 def test_a_job_refuses_the_store_of_another():
     app = build("ctr", "-j", "2x1", "--", "--help")
-    other = TCPStore("127.0.0.1", port_of(app, "a-job"), is_master=True, wait_for_workers=False)
-    node = on_node(app, 0, "a-job")
+    other = TCPStore("127.0.0.1", port_of(app, A_JOB), is_master=True, wait_for_workers=False)
+    node = on_node(app, 0, A_JOB)
     said, _ = node.communicate(timeout=120)
     assert node.returncode == 6 and "The connection to the C10d store has failed" in said
     assert other.num_keys() <= 1

@@ -25,6 +25,7 @@ PROMISES = {
     ("encoders",): ["encoders"],
     ("encoders", "train"): ["csft", "pretraining", "representation", "rim"],
     ("serving",): ["serving"],
+    ("prepare",): ["prepare"],
     ("launch",): ["launch", "pipeline"],
     ("launch", "mlflow"): ["pipeline"],
     ("all",): ["benchmarks"],
@@ -122,6 +123,7 @@ def test_every_other_room_names_the_extra_that_is_missing():
     of_encoders = ("csft", "encoders", "pretraining", "representation", "rim")
     rooms = {
         **{f"mim_torchrec.{room}": "encoders" for room in of_encoders},
+        "mim_torchrec.prepare": "prepare",
         "mim_torchrec.serving": "serving",
         "mim_torchrec.launch": "launch",
         "mim_torchrec.pipeline": "launch",

@@ -25,12 +25,13 @@ FOLDERS = {
     "embeddings": "mim_torchrec.embeddings",
     "launch": "mim_torchrec.launch",
 }
-STAGES = {"pretraining", "csft", "representation", "ctr"}
+STAGES = {"prepare", "pretraining", "csft", "representation", "ctr"}
 BASE = {"domains", "errors", "program", "progress", "quiet"}
 PARTS = {"encoders", "losses", "ciubm", "data", "training"}
 SERVICES = {"rim", "serving"}
 TOP = {"launch", "pipeline", "cli", "doctor", "doctor_nodes"}
-BOTTOM = {"embeddings", "builds", "extensions", "extras", "findings", "hosts", "lazy", "links", "version"}
+BOTTOM = {"embeddings", "builds", "extensions", "extras", "findings", "hosts", "lazy", "links", "toml_files",
+          "version"}  # fmt: skip
 STANDALONE = {
     f"mim_torchrec{name}"
     for name in ("", ".cli", ".doctor", ".builds", ".errors", ".extras", ".findings", ".lazy", ".program")

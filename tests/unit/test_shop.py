@@ -109,7 +109,7 @@ def test_there_is_as_much_of_everything_as_asked_for(dataset, requests, truth):
 def test_the_description_names_the_settings_and_counts(dataset):
     described = json.loads((dataset.root / "dataset.json").read_text())
     settings = asdict(config(dataset.root))
-    settings.pop("out")
+    del settings["out"], settings["raw"]
     assert described["source"] == {"command": "mim shop", **settings}
     assert described["counts"] == {folder: len(table(dataset, folder)) for folder in FOLDERS}
 

@@ -1,9 +1,9 @@
 """The window log through both transports: the same promises, whoever carries it."""
 
+import os
 import random
 import signal
 import subprocess
-import sys
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event, Thread
@@ -18,7 +18,7 @@ from mim_torchrec.embeddings.windows.redis_address import RedisFull, RedisUnavai
 from mim_torchrec.embeddings.windows.redis_connection import connect
 from mim_torchrec.embeddings.windows.transport import open_log
 from mim_torchrec.embeddings.windows.window import MalformedWindow, WindowGap
-from tests.unit.test_windows import DIM, ROOT, tensor, vectors, window
+from tests.windows import DIM, tensor, vectors, window
 
 
 @pytest.fixture(params=["directory", "redis", "cluster"])
@@ -106,10 +106,10 @@ for k in range(30):
 
 
 @pytest.mark.slow
-def test_a_writer_that_is_killed_again_and_again_adds_every_window_once(where):
-    rng, words = random.Random(0), [sys.executable, "-c", WRITER, where]
+def test_a_writer_that_is_killed_again_and_again_adds_every_window_once(where, forked):
+    rng, words, environment = random.Random(0), ["python", "-c", WRITER, where], {**os.environ, **forked}
     for _ in range(3):
-        writer = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        writer = subprocess.Popen(words, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         before = rng.randrange(1, 14)
         writer.stdin.write(b"\n" * (before + 10))  # it cannot end before it is killed
         writer.stdin.flush()
@@ -118,7 +118,7 @@ def test_a_writer_that_is_killed_again_and_again_adds_every_window_once(where):
         writer.kill()
         writer.communicate()
         assert writer.returncode == -signal.SIGKILL
-    subprocess.run(words, cwd=ROOT, stdin=subprocess.DEVNULL, check=True)
+    subprocess.run(words, env=environment, stdin=subprocess.DEVNULL, check=True)
     found = list(open_log(where, "v1").after(0))
     assert [w.window_id for w in found] == [f"w{k}" for k in range(30)]
     assert [w.seq for w in found] == list(range(1, 31))

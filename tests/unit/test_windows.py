@@ -5,7 +5,7 @@ import os
 import random
 import signal
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,8 +22,6 @@ from mim_torchrec.embeddings.table.format import (
 from mim_torchrec.embeddings.windows.log import WindowLog
 from mim_torchrec.embeddings.windows.window import MalformedWindow, Window, WindowGap, is_due
 from tests.windows import DIM, tensor, vectors, window
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -136,10 +134,16 @@ for k in range(int(sys.argv[2])):
 """
 
 
-def start(root: Path, count: int) -> subprocess.Popen:
-    words = [sys.executable, "-c", WRITER, str(root), str(count)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+@pytest.fixture
+def start(forked, tmp_path) -> Callable[[int], subprocess.Popen]:
+    """Starts a writer of the log."""
+
+    def start(count: int) -> subprocess.Popen:
+        words = ["python", "-c", WRITER, str(tmp_path / "log"), str(count)]
+        environment = {**os.environ, **forked}
+        return subprocess.Popen(words, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    return start
 
 
 def check(root: Path, count: int) -> None:
@@ -153,8 +157,8 @@ def check(root: Path, count: int) -> None:
 
 
 @pytest.mark.slow
-def test_two_who_append_the_same_windows_at_once_make_one_log(tmp_path):
-    writers = [start(tmp_path / "log", 200) for _ in range(2)]
+def test_two_who_append_the_same_windows_at_once_make_one_log(start, tmp_path):
+    writers = [start(200) for _ in range(2)]
     for writer in writers:
         writer.stdin.close()
     for writer in writers:
@@ -165,10 +169,10 @@ def test_two_who_append_the_same_windows_at_once_make_one_log(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_writer_that_is_killed_at_any_moment_loses_and_doubles_nothing(tmp_path):
+def test_a_writer_that_is_killed_at_any_moment_loses_and_doubles_nothing(start, tmp_path):
     rng, count = random.Random(1), 130
     for _ in range(6):
-        writer = start(tmp_path / "log", count)
+        writer = start(count)
         before = rng.randint(1, 60)
         writer.stdin.write(b"\n" * (before + 60))  # it cannot end before it is killed
         writer.stdin.flush()
@@ -177,7 +181,7 @@ def test_a_writer_that_is_killed_at_any_moment_loses_and_doubles_nothing(tmp_pat
         writer.send_signal(signal.SIGKILL)
         writer.communicate()
         assert writer.returncode == -signal.SIGKILL
-    writer = start(tmp_path / "log", count)
+    writer = start(count)
     writer.communicate()
     assert writer.returncode == 0
     check(tmp_path / "log", count)

@@ -1,0 +1,307 @@
+"""`mim prepare` from its mapping to a data set: which rule follows which."""
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ibis
+import numpy as np
+from ibis import _
+from ibis.expr.types import Table
+
+from mim_torchrec.data.schema import SPLITS
+from mim_torchrec.data.writing import DatasetWriter
+from mim_torchrec.embeddings.files import write_json
+from mim_torchrec.errors import OptionError
+from mim_torchrec.prepare import events, histories, labels
+from mim_torchrec.prepare.assembly import KINDS, RequestSchema
+from mim_torchrec.prepare.catalog import Items, make_items
+from mim_torchrec.prepare.config import SECOND, PrepareConfig, as_text
+from mim_torchrec.prepare.content import write_items, write_pairs
+from mim_torchrec.prepare.engines import ENGINES, Engine, count, numbers
+from mim_torchrec.prepare.manifest import write_manifest
+from mim_torchrec.prepare.mapping import Events, Mapping, load_mapping
+from mim_torchrec.prepare.reading import Raw, Reader
+from mim_torchrec.prepare.requests import RequestsWriter, write_users
+from mim_torchrec.prepare.splits import choose_split, pieces
+from mim_torchrec.prepare.writing import FolderWriter
+
+log = logging.getLogger(__name__)
+Counts = dict[str, Any]
+SHOWN = ("request", "user", "item", "ts")
+ACTED = ("user", "item", "ts")
+OPTIONAL = {"position": "int64", "query": "string"}
+
+
+def prepare(config: PrepareConfig) -> Counts:
+    """Make the data set; returns what `prepare.json` holds.
+
+    Raises:
+        OptionError: an option or the mapping cannot be used.
+        DataError: files cannot be read, or nothing is left of a part.
+        OutputExists: `out` exists.
+    """
+    config.check()
+    mapping = load_mapping(config.mapping)
+    for kind in {config.label, *config.behaviors}:
+        if mapping.actions(kind) is None:
+            raise OptionError(f"{config.mapping} has no events.{kind}; --label and --behaviors name others")
+    options = {
+        name: value for name, value in asdict(config).items() if name not in ("out", "scratch", "init")
+    }
+    source = {"command": "mim prepare", **options, "mapping": mapping.model_dump(exclude_none=True)}
+    with DatasetWriter(config.out, name=mapping.name, source=source) as writer:
+        with _scratch(config) as scratch:
+            engine = ENGINES[config.engine](scratch, config.memory, config.threads)
+            try:
+                report = Preparation(config, mapping, engine, scratch, writer.partial).run()
+            finally:
+                engine.close()
+        writer.description["counts"] = report["written"]
+        write_json(writer.partial / "prepare.json", report)
+    return report
+
+
+class Preparation:
+    """One run.
+
+    Args:
+        config: options.
+        mapping: which column holds what.
+        engine: that runs the relational program.
+        scratch: folder for intermediate results.
+        root: of the data set that is being written.
+    """
+
+    def __init__(
+        self, config: PrepareConfig, mapping: Mapping, engine: Engine, scratch: Path, root: Path
+    ) -> None:
+        self.config, self.mapping, self.engine = config, mapping, engine
+        self.scratch, self.root = scratch, root
+        self.base = config.mapping.parent.absolute()
+        self._reader = Reader(engine, self.base, mapping.ids)
+        self._last = 0
+        self.report: Counts = {"input": {}}
+
+    def run(self) -> Counts:
+        """All rules in turn; returns the report."""
+        catalog = self._read("catalog", self.mapping.catalog)
+        items = make_items(catalog, self.engine, self.scratch)
+        self.report["input"]["catalog"] = items.counts
+        shown = self._shown()
+        raw_searches = self._searches()
+        kinds = {*self.config.behaviors, self.config.label}
+        if raw_searches is not None:
+            kinds |= {kind for kind in KINDS if self.mapping.actions(kind) is not None}
+        actions = {kind: self._actions(kind, items) for kind in KINDS if kind in kinds}
+        end = self.config.time("log_end") or self._last
+        self.report["log_end"] = as_text(end)
+        found = {kind: self._attributed(kind, actions[kind], shown)
+                 for kind in KINDS if kind in {*self.config.behaviors, self.config.label}}  # fmt: skip
+        candidates = self._labelled(shown, found[self.config.label], items)
+        requests = self._requests(candidates, end)
+        known, behaviors = self._histories(requests, found)
+
+        ts = np.sort(self._column(requests, "ts"))
+        split = choose_split(ts, self.config)
+        self.report["split"] = {
+            "train_from": as_text(int(ts[0])), "validation_from": as_text(split.validation),
+            "test_from": as_text(split.test), "test_to": as_text(int(ts[-1])),
+        }  # fmt: skip
+        files = FolderWriter(self.root, self.config.row_group_rows)
+        schema = RequestSchema(
+            categories=items.categories,
+            has_query=self.mapping.events.impression.query is not None,
+            has_kinds=len(self.config.behaviors) > 1,
+            by_time=any(self._source(kind).arrived is not None for kind in self.config.behaviors),
+            has_weights=self.config.negative_rate < 1,
+        )
+        writer = RequestsWriter(self.config, schema, split, files)
+        largest = numbers(self.engine, known.agg(n=known.candidates.max()))["n"]
+        spans = pieces(ts, self.config.max_behaviors + largest, self.config.memory_bytes())
+        for start, stop in spans:
+            rows = self._joined(known, candidates, behaviors, start, stop)
+            for batch in self.engine.batches(rows, self.config.row_group_rows):
+                writer.write(batch)
+        self.report |= writer.finish(self.root)
+        self.report["requests"]["pieces"] = len(spans)
+        write_users(self.engine, self.mapping.ids, known, files)
+        self.report["items"] = write_items(self.config, self.mapping, self.base, self.engine, items, files)
+        if raw_searches is not None:
+            self.report["pairs"] = write_pairs(
+                self.config, self.mapping, self.base, self.engine, raw_searches, actions, items,
+                split.validation, files,
+            )  # fmt: skip
+        files.finish()
+        self.report["written"] = written(files)
+        write_manifest(self.root, files, self.report, self.mapping)
+        return self.report
+
+    def _read(self, place: str, source: Any, needed: Sequence[str] = ()) -> Raw:
+        raw = self._reader.read(place, source, needed)
+        self._last = max(self._last, raw.last)
+        log.info("%s: %d rows of %d files", place, raw.counts["rows"], len(raw.files.paths))
+        return raw
+
+    def _source(self, kind: str) -> Events:
+        source = self.mapping.actions(kind)
+        assert source is not None
+        return source
+
+    def _by_request(self, kind: str) -> bool:
+        return self._source(kind).request is not None and self.mapping.events.impression.request is not None
+
+    def _shown(self) -> Table:
+        """What was shown, also items that the catalogue does not have."""
+        source = self.mapping.events.impression
+        raw = self._read("events.impression", source, SHOWN)
+        table, counts = raw.table, raw.counts
+        if source.request is None:  # what a user is shown at one moment is a request
+            table = table.mutate(request=table.user.cast("string") + "@" + table.ts.cast("string"))
+        whole = events.complete(table, SHOWN)
+        once = self.engine.keep(events.shown_items(whole), "shown")
+        distinct = count(self.engine, once)
+        self.report["input"]["impression"] = counts | {
+            "incomplete": counts["rows"] - raw.complete, "repeated": raw.complete - distinct,
+        }  # fmt: skip
+        missing = {name: kind for name, kind in OPTIONAL.items() if name not in once.columns}
+        return once.mutate(**{name: ibis.null(kind) for name, kind in missing.items()})
+
+    def _actions(self, kind: str, items: Items) -> Table:
+        source = self._source(kind)
+        needed = ACTED if source.id is None else (*ACTED, "id")
+        raw = self._read(f"events.{kind}", source, needed)
+        whole = events.complete(raw.table, needed)
+        lag = self.config.log_lag * SECOND
+        seen = whole.ts
+        if source.arrived is not None:
+            seen = ibis.greatest(whole.ts, whole.arrived.fill_null(whole.ts))
+        timed = whole.mutate(known_at=seen + lag)
+        timed = timed.drop("arrived") if source.arrived is not None else timed
+        once = self.engine.keep(events.once(timed, source.id is not None), f"{kind}-once")
+        known = self.engine.keep(
+            events.of_known_items(once, items.versions, items.has_versions), f"{kind}-known"
+        )
+        complete, (distinct, kept) = raw.complete, self._counts(once, known)
+        self.report["input"][kind] = raw.counts | {
+            "incomplete": raw.counts["rows"] - complete, "repeated": complete - distinct,
+            "of_unknown_items": distinct - kept, "kept": kept,
+        }  # fmt: skip
+        return known
+
+    def _searches(self) -> Raw | None:
+        source = self.mapping.events.image_search
+        if source is None:
+            return None
+        raw = self._read("events.image_search", source)
+        self.report["input"]["image_search"] = raw.counts
+        return raw
+
+    def _attributed(self, kind: str, actions: Table, shown: Table) -> Table:
+        """Actions with what they follow from, without those that clocks put before it."""
+        by_request = self._by_request(kind)
+        if not by_request and kind != self.config.label:
+            return actions
+        found = self.engine.keep(labels.attributed(actions, shown, by_request), f"{kind}-attributed")
+        window = self.config.label_window * SECOND
+        delay = found.ts - found.shown_at
+        asked = {
+            "events": found.count(),
+            "without_impression": found.shown_at.isnull().cast("int64").sum(),
+            "before_their_impression": (delay < 0).fill_null(False).cast("int64").sum(),
+            "after_the_window": (delay > window).fill_null(False).cast("int64").sum(),
+        }
+        self.report.setdefault("attribution", {})[kind] = numbers(self.engine, found.agg(**asked))
+        return labels.not_early(found)
+
+    def _labelled(self, shown: Table, found: Table, items: Items) -> Table:
+        by_request = self._by_request(self.config.label)
+        window = self.config.label_window * SECOND
+        known = events.of_known_items(shown, items.versions, items.has_versions)
+        candidates = self.engine.keep(labels.labelled(known, found, window, by_request), "candidates")
+        distinct, kept = self._counts(shown, candidates)
+        self.report["input"]["impression"] |= {"of_unknown_items": distinct - kept, "kept": kept}
+        return candidates
+
+    def _requests(self, candidates: Table, end: int) -> Table:
+        all_requests = self.engine.keep(labels.gathered(candidates), "requests-gathered")
+        one_user = labels.with_one_user(all_requests)
+        kept = labels.old_enough(one_user, self.config.label_window * SECOND, end)
+        gathered, single, old = self._counts(all_requests, one_user, kept)
+        self.report["requests"] = {
+            "gathered": gathered, "of_several_users": gathered - single,
+            "too_young_for_their_label": single - old, "kept": old,
+        }  # fmt: skip
+        return kept
+
+    def _histories(self, requests: Table, found: dict[str, Table]) -> tuple[Table, Table]:
+        """Requests with the number of behaviors that were known; the behaviors by rank."""
+        parts = [
+            found[kind].select("user", "item", "ts", "known_at", "category",
+                               kind=ibis.literal(KINDS.index(kind), "int8"))
+            for kind in self.config.behaviors
+        ]  # fmt: skip
+        behaviors = parts[0].union(*parts[1:]) if len(parts) > 1 else parts[0]
+        both = self.engine.keep(histories.numbered(behaviors, requests), "numbered")
+        counts = histories.known_counts(both)
+        joined = requests.inner_join(counts, "request")
+        known = self.engine.keep(
+            joined.select("request", "user", "ts", "query", "candidates", "known"), "requests"
+        )
+        found_counts = numbers(self.engine, known.agg(
+            known=known.known.sum(), without=(known.known == 0).cast("int64").sum(),
+            longer=(known.known > self.config.max_behaviors).cast("int64").sum(),
+        ))  # fmt: skip
+        self.report["histories"] = {
+            "behaviors": count(self.engine, both.filter(_.is_behavior == 1)),
+            "requests_without": found_counts["without"], "requests_cut_to_the_last": found_counts["longer"],
+        }  # fmt: skip
+        return known, histories.ranked(both)
+
+    def _joined(self, known: Table, candidates: Table, behaviors: Table, start: int, stop: int) -> Table:
+        """Requests of a span of time with their candidates and histories, in order of time."""
+        asked = known.filter((_.ts >= start) & (_.ts < stop))
+        shown = candidates.semi_join(asked, "request")
+        one = ibis.struct({
+            "position": shown.position.fill_null(0), "item": shown.item, "category": shown.category,
+            "label": shown.label,
+        })  # fmt: skip
+        lists = shown.group_by("request").agg(shown=one.collect().sort())
+        joined = asked.inner_join(lists, "request")
+        full = histories.with_histories(joined, behaviors, self.config.max_behaviors)
+        return full.select("request", "user", "ts", "query", "shown", "events").order_by("ts", "request")
+
+    def _column(self, table: Table, name: str) -> np.ndarray:
+        parts = [batch[name].to_numpy() for batch in self.engine.batches(table.select(name), 1_000_000)]
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    def _counts(self, *tables: Table) -> tuple[int, ...]:
+        return tuple(count(self.engine, table) for table in tables)
+
+
+def written(files: FolderWriter) -> dict[str, int]:
+    """Rows by folder; those of requests by split."""
+    counts: dict[str, int] = {}
+    for one in files.files:
+        top, _, rest = one["file"].partition("/")
+        split = rest.split("/")[0].removeprefix("split=")
+        name = f"{top}/{split}" if top == "requests" and split in SPLITS else top
+        counts[name] = counts.get(name, 0) + one["rows"]
+    return counts
+
+
+@contextmanager
+def _scratch(config: PrepareConfig) -> Iterator[Path]:
+    """A folder for intermediate results, removed on every way out."""
+    parent = config.scratch or config.out.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    path = Path(tempfile.mkdtemp(prefix=f"{config.out.name}.scratch-", dir=parent))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
