@@ -250,7 +250,8 @@ def in_object_store(where: str | Path | Url) -> bool:
     import fsspec
 
     found = place(where)
-    return isinstance(found, Url) and found.scheme in fsspec.available_protocols()
+    known = set(fsspec.available_protocols()) - {"http", "https"}
+    return isinstance(found, Url) and found.scheme in known
 
 
 def stat_of(file: Path | Url) -> tuple[int, int | str]:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import numpy as np
 
 from mim_torchrec.domains import Count, Domain, Natural, check_domains
+from mim_torchrec.embeddings.remote.places import LocalPath
 from mim_torchrec.errors import OptionError
 
 SECOND = 1_000_000
@@ -21,11 +22,11 @@ Action = Literal["click", "purchase"]
 class PrepareConfig:
     """Make a data set of event logs and a catalogue."""
 
-    mapping: Path = Path("prepare.toml")
+    mapping: LocalPath = Path("prepare.toml")
     """TOML file that says which file and column holds what; --init writes one."""
-    out: Path = Path("data/prepared")
+    out: LocalPath = Path("data/prepared")
     """Directory to make; must not exist."""
-    init: Path | None = None
+    init: LocalPath | None = None
     """Look at the files in this folder, write --mapping with comments, and stop."""
     engine: Literal["duckdb", "spark"] = "duckdb"
     """DuckDB in this process, or Spark: the session of spark-submit or a local one (extra `spark`)."""
@@ -33,7 +34,7 @@ class PrepareConfig:
     """Memory of the engine; DuckDB spills to --scratch beyond it."""
     threads: Count = len(os.sched_getaffinity(0))
     """Threads of the engine."""
-    scratch: Path | None = None
+    scratch: LocalPath | None = None
     """Folder for intermediate results, removed at the end; by default beside --out. Executors of Spark must
     see it."""
     label: Action = "click"

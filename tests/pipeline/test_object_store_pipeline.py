@@ -16,7 +16,7 @@ name = "remote"
 command = "shop"
 out = "{url}/shop"
 files = ["{url}/settings"]
-flags = {{ items = 60, users = 30, requests = 50, searches = 20, browsing = 100, image-size = 32 }}
+flags = {{ items = 150, users = 40, requests = 100, searches = 50, browsing = 300, image-size = 32 }}
 
 [stages.base]
 component = "mim.ctr"
