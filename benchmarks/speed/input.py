@@ -210,7 +210,7 @@ def start_up(config: InputConfig) -> dict[str, dict[str, float]]:
         root = config.out / f"startup-{size}"
         data = write_dataset(root / "data", config, size * config.startup_requests, LIKE_FOR_LIKE)
         files = sorted((data / "requests" / "train").iterdir())
-        runs = {
+        runs: dict[str, Callable[[], Any]] = {
             "seconds": partial(start, config, data, root / "run"),
             "scan": partial(count_ids, files),
         }

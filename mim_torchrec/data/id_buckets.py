@@ -40,7 +40,7 @@ class IdBuckets:
 
     def places(self, wanted: np.ndarray) -> np.ndarray:
         """(m,) places of ids (m,) int64 in any order, -1 for those that are not there."""
-        at = self._starts.take(self._ranges(wanted))
+        at: np.ndarray = self._starts.take(self._ranges(wanted))
         found = self._ids.take(at)
         places = at.astype(np.int64)
         rest = np.flatnonzero(found != wanted)
@@ -60,4 +60,5 @@ class IdBuckets:
         """(m,) range of each id; those beyond the sorted ones have the last."""
         ranges = ids.view(np.uint64) - self._low  # distances, of smaller ids they are huge
         np.right_shift(ranges, self._shift, out=ranges)
-        return np.minimum(ranges, self._last, out=ranges).view(np.int64)
+        places: np.ndarray = np.minimum(ranges, self._last, out=ranges).view(np.int64)
+        return places

@@ -202,7 +202,8 @@ class PairDataset(TorchDataset):
         return members
 
     def _place(self, index: int, column: str) -> Location:
-        return Location(*self._units[self._unit[index]], int(self._row[index]), column)
+        file, row_group = self._units[self._unit[index]]
+        return Location(file, row_group, int(self._row[index]), column)
 
     @staticmethod
     def _has_others(members: np.ndarray, excluded: set[int]) -> bool:

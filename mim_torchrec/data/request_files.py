@@ -184,7 +184,7 @@ class RequestFiles:
             unit, counts = self.units[k], np.zeros(3, np.int64)
             for requests, bad in self._decoded(unit.file, unit.row_group, unit.in_blocks):
                 counts += (len(requests), requests.candidate.lengths.sum(), bad)
-            found[k] = tuple(counts.tolist())
+            found[k] = (int(counts[0]), int(counts[1]), int(counts[2]))
         return found
 
     def _decoded(
@@ -273,9 +273,12 @@ def _counts(parquet: pq.ParquetFile, row_group: int, file: Path | Url) -> tuple[
 
 def _view(rows: RequestColumns) -> RequestColumns:
     """The same arrays, which can be taken from it and stay in the other."""
-    lists = (Jagged(jagged.lengths, dict(jagged.values)) for jagged in (rows.behavior, rows.candidate))
-    ids = {name: Jagged(jagged.lengths, dict(jagged.values)) for name, jagged in rows.ids.items()}
-    return RequestColumns(dict(rows.scalars), *lists, ids)
+
+    def view(jagged: Jagged) -> Jagged:
+        return Jagged(jagged.lengths, dict(jagged.values))
+
+    ids = {name: view(jagged) for name, jagged in rows.ids.items()}
+    return RequestColumns(dict(rows.scalars), view(rows.behavior), view(rows.candidate), ids)
 
 
 def _joined(parts: list[RequestColumns]) -> RequestColumns:

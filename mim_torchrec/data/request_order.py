@@ -131,7 +131,7 @@ class RequestOrder:
         waiting: list[np.ndarray] = []
         first = room = 0
         for index in order:
-            rows = self._rows[index]
+            rows = self._rows[int(index)]
             begin, end = max(start - first, 0), min(stop - first, rows)
             first += rows
             while begin < end:

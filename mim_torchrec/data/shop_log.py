@@ -138,7 +138,9 @@ def simulate(
         raise OptionError(f"{stock} items in stock at the start are too few for {candidates} candidates")
     edges = np.linspace(start, stop, BLOCKS + 1).astype(np.int64)
     recent = np.zeros(len(catalog.ids))
-    shown, clicks, request_of_click = [], [], []
+    shown: list[tuple[np.ndarray, ...]] = []
+    clicks: list[tuple[np.ndarray, ...]] = []
+    request_of_click: list[np.ndarray] = []
     for block in range(BLOCKS):
         shelf = _Shelf(catalog, recent, edges[block] + 1, stop - start)
         sizes = [total * (block + 1) // BLOCKS - total * block // BLOCKS for total in (requests, browsing)]
@@ -158,7 +160,7 @@ def simulate(
         probability = 1 / (1 + np.exp(-logits))
         clicked = rng.random(logits.shape) < probability
         row, column = np.nonzero(clicked)
-        request_of_click.append(sum(len(part[0]) for part in shown) + row)
+        request_of_click.append(sum([len(part[0]) for part in shown]) + row)
         shown.append((user, ts, category, items, probability, clicked))
         delay = rng.integers(1_000_000, 60_000_000, len(row))
         clicks.append((user[row], items[row, column], ts[row] + delay))

@@ -12,8 +12,9 @@ import pyarrow.compute as pc
 from mim_torchrec.data.ids import stable_ids
 from mim_torchrec.data.schema import TIME
 from mim_torchrec.data.writing import lists
+from mim_torchrec.prepare.config import Action
 
-KINDS = ("click", "purchase")
+KINDS: tuple[Action, ...] = ("click", "purchase")
 WEIGHTS = "candidate_weights"
 
 

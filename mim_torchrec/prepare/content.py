@@ -14,7 +14,7 @@ from mim_torchrec.data.schema import ITEMS, TIME
 from mim_torchrec.prepare import events, pairs
 from mim_torchrec.prepare.assembly import KINDS, uniform
 from mim_torchrec.prepare.catalog import Items
-from mim_torchrec.prepare.config import SECOND, PrepareConfig
+from mim_torchrec.prepare.config import SECOND, Action, PrepareConfig
 from mim_torchrec.prepare.engines import Engine, count
 from mim_torchrec.prepare.files import resolve
 from mim_torchrec.prepare.images import ImageReader, attach, stream_images, with_images
@@ -92,7 +92,7 @@ def write_pairs(
     base: Path,
     engine: Engine,
     raw: Raw,
-    actions: dict[str, Table],
+    actions: dict[Action, Table],
     items: Items,
     before: int,
     files: FolderWriter,
@@ -134,7 +134,7 @@ def write_pairs(
         else:
             parts = with_images(shaped, reader)
         written = 0
-        by_signal = dict.fromkeys(KINDS, 0)
+        by_signal: dict[str, int] = dict.fromkeys(KINDS, 0)
         for part in parts:
             part, _empty = without_empty_images(part, "image")
             part = part.filter(part["image"].is_valid())

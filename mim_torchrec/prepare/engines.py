@@ -50,12 +50,12 @@ class Engine(Protocol):
 
 
 @ibis.udf.scalar.builtin
-def epoch_us(time) -> int:  # type: ignore[no-untyped-def, empty-body]
+def epoch_us(time) -> int:  # type: ignore[empty-body]
     """DuckDB's."""
 
 
 @ibis.udf.scalar.builtin
-def unix_micros(time) -> int:  # type: ignore[no-untyped-def, empty-body]
+def unix_micros(time) -> int:  # type: ignore[empty-body]
     """Spark's."""
 
 
@@ -159,7 +159,12 @@ class Spark:
         if files.kind == "parquet":
             frame = reader.parquet(*files.paths)
         else:
-            options = {"header": True, "inferSchema": False, "multiLine": True, "escape": '"'}
+            options: dict[str, bool | str] = {
+                "header": True,
+                "inferSchema": False,
+                "multiLine": True,
+                "escape": '"',
+            }
             frame = reader.options(**options).csv(list(files.paths))
         return self._view(frame)
 

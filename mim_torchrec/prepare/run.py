@@ -21,7 +21,7 @@ from mim_torchrec.errors import OptionError
 from mim_torchrec.prepare import events, histories, labels
 from mim_torchrec.prepare.assembly import KINDS, RequestSchema
 from mim_torchrec.prepare.catalog import Items, make_items
-from mim_torchrec.prepare.config import SECOND, PrepareConfig, as_text
+from mim_torchrec.prepare.config import SECOND, Action, PrepareConfig, as_text
 from mim_torchrec.prepare.content import write_items, write_pairs
 from mim_torchrec.prepare.engines import ENGINES, Engine, count, numbers
 from mim_torchrec.prepare.manifest import write_manifest
@@ -95,7 +95,7 @@ class Preparation:
         self.report["input"]["catalog"] = items.counts
         shown = self._shown()
         raw_searches = self._searches()
-        kinds = {*self.config.behaviors, self.config.label}
+        kinds: set[Action] = {*self.config.behaviors, self.config.label}
         if raw_searches is not None:
             kinds |= {kind for kind in KINDS if self.mapping.actions(kind) is not None}
         actions = {kind: self._actions(kind, items) for kind in KINDS if kind in kinds}
@@ -239,7 +239,7 @@ class Preparation:
         }  # fmt: skip
         return kept
 
-    def _histories(self, requests: Table, found: dict[str, Table]) -> tuple[Table, Table]:
+    def _histories(self, requests: Table, found: dict[Action, Table]) -> tuple[Table, Table]:
         """Requests with the number of behaviors that were known; the behaviors by rank."""
         parts = [
             found[kind].select("user", "item", "ts", "known_at", "category",

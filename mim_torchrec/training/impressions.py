@@ -94,7 +94,7 @@ class Impressions:
         sizes = self._context.all_gather_objects(len(self._label))
         first = sum(sizes[: self._context.rank])
         sums = metrics.calibration_sums(self._label, self._score, bins, first, sum(sizes), self._weight)
-        return metrics.calibration_of_sums(sum(self._context.all_gather_objects(sums)))
+        return metrics.calibration_of_sums(np.sum(self._context.all_gather_objects(sums), axis=0))
 
     def _numbered(self, ids: np.ndarray) -> np.ndarray:
         """Numbers of ids, by their ascending order among those of all ranks."""
