@@ -29,7 +29,7 @@ STAGES = {"prepare", "pretraining", "csft", "representation", "ctr"}
 BASE = {"domains", "errors", "program", "progress", "quiet"}
 PARTS = {"encoders", "losses", "ciubm", "data", "training"}
 SERVICES = {"rim", "serving"}
-TOP = {"launch", "pipeline", "cli", "doctor", "doctor_nodes"}
+TOP = {"launch", "pipeline", "cli", "doctor", "doctor_gpus", "doctor_nodes"}
 BOTTOM = {"embeddings", "builds", "extensions", "extras", "findings", "hosts", "lazy", "links", "toml_files",
           "version"}  # fmt: skip
 STANDALONE = {
