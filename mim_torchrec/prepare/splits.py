@@ -68,7 +68,7 @@ def pieces(ts: np.ndarray, entries: float, memory: int) -> list[tuple[int, int]]
         memory: bytes.
 
     >>> pieces(np.array([1, 2, 2, 5]), 1.0, 2 * 8 * 64)
-    [(1, 2), (2, 5), (5, 6)]
+    [(1, 2), (2, 6)]
     """
     size = max(1, int(memory / PIECES_OF_MEMORY / (entries * BYTES_PER_ENTRY)))
     bounds = [int(ts[k]) for k in range(0, len(ts), size)] + [int(ts[-1]) + 1]

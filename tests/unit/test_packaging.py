@@ -34,7 +34,18 @@ BOTTOM = {"embeddings", "builds", "extensions", "extras", "findings", "hosts", "
           "version"}  # fmt: skip
 STANDALONE = {
     f"mim_torchrec{name}"
-    for name in ("", ".cli", ".doctor", ".builds", ".errors", ".extras", ".findings", ".lazy", ".program")
+    for name in (
+        "",
+        ".cli",
+        ".doctor",
+        ".doctor_gpus",
+        ".builds",
+        ".errors",
+        ".extras",
+        ".findings",
+        ".lazy",
+        ".program",
+    )
 }
 BENCHMARK_ROOMS = [{"harness", "measures"}, {"paper", "speed", "chaos", "parity"}, {"cluster"}, {"records"}]
 DRAWING = {"matplotlib", "jinja2"}
