@@ -223,8 +223,7 @@ def test_titles_without_any_word_are_refused(shop, tmp_path):
 def test_some_titles_without_words_do_no_harm(shop, tmp_path):
     some = lambda titles: [title if k % 3 else "" for k, title in enumerate(titles)]  # noqa: E731
     data = changed_items(shop, tmp_path / "shop", "title", some)
-    out = run(data, tmp_path / "out", "dda-text", "dma", dda_text__epochs="1", dma__epochs="1")
-    for phase in metrics_of(out)["phases"].values():
+    for phase in metrics_of(run(data, tmp_path / "out", "dda-text", "dma"))["phases"].values():
         assert phase["best"]["validation_loss"] < phase["before"]["validation_loss"]
 
 
