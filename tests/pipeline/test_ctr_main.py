@@ -199,7 +199,7 @@ def test_two_ranks_run_the_stage_as_one_does(folder):
 
 def test_unknown_ids_are_counted_and_alarmed(folder, tmp_path, caplog):
     main(["--data", str(folder / "data"), "--mim", "off", "--out", str(tmp_path), *SMALL, "--epochs", "1",
-          "--max-unknown", "-1"])  # fmt: skip
+          "--max-unknown", "0", "--min-count", "20"])  # fmt: skip
     assert set(report(tmp_path)["unknown_ids"]) == {"user_id", "query_id", "item_id", "category"}
     assert "of the ids of item_id are unknown" in caplog.text
 
