@@ -23,7 +23,8 @@ from mim_torchrec.embeddings.windows.redis_address import RedisFull, locate
 from mim_torchrec.embeddings.windows.redis_connection import connect
 from mim_torchrec.embeddings.windows.transport import open_log
 from mim_torchrec.embeddings.windows.window import Window, WindowGap
-from tests.unit.test_windows import DIM, ROOT, tensor, vectors, window
+from tests.unit.test_packaging import ROOT
+from tests.unit.test_windows import DIM, tensor, vectors, window
 
 ROWS = 500
 
