@@ -47,6 +47,7 @@ from mim_torchrec.pipeline.records import RecordError
 from mim_torchrec.pipeline.resolving import ReferenceFailed
 from mim_torchrec.pipeline.signals import RunInterrupted
 from mim_torchrec.pipeline.spec import PipelineError
+from mim_torchrec.prepare.mapping import MappingError
 from mim_torchrec.program import run
 from mim_torchrec.serving.releases import ReleaseError
 from mim_torchrec.training.checkpoints import ResumeError
@@ -56,7 +57,7 @@ from mim_torchrec.training.model_record import ModelMismatch
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = {
-    OptionError: 2, PipelineError: 2,
+    OptionError: 2, PipelineError: 2, MappingError: 2,
     DataError: 3, CheckpointError: 3, Diverged: 3, TableError: 3, ChecksumMismatch: 3, IncompleteTable: 3,
     DuplicateId: 3, LossyVector: 3, IdCollision: 3, NonFiniteVector: 3, SpareRowsExhausted: 3,
     MalformedWindow: 3,
