@@ -59,8 +59,8 @@ def test_what_is_published_is_fetched(base, store_url, tmp_path):
 
 def test_credentials_for_a_folder_are_enough_to_read_it(store_url, object_store, tmp_path):
     publish(f"{store_url}/ours/a", FIRST)
-    fill(tmp_path / "foreign", FIRST)
-    upload(tmp_path / "foreign", f"{store_url}/ours/b")
+    fill(tmp_path / "external", FIRST)
+    upload(tmp_path / "external", f"{store_url}/ours/b")
     object_store.hide = r"^\.mim/|^[0-9a-f]+/\.mim/"
     assert files_in(fetched(f"{store_url}/ours/a")) == files_in(fetched(f"{store_url}/ours/b")) == FIRST
     object_store.hide = r"/ours/"
@@ -112,8 +112,8 @@ def test_an_output_that_exists_is_refused(store_url):
 
 
 def test_files_of_other_origin_are_not_mixed_with(store_url, tmp_path):
-    fill(tmp_path / "foreign", FIRST)
-    upload(tmp_path / "foreign", store_url)
+    fill(tmp_path / "external", FIRST)
+    upload(tmp_path / "external", store_url)
     with pytest.raises(OutputExists, match=r"by other means, such as a\.txt"):
         publish(store_url, SECOND, replace=True)
     assert files_in(fetched(store_url)) == FIRST

@@ -47,7 +47,7 @@ def milliseconds(column: pa.ChunkedArray) -> pa.Array:
     return pa.array([pa.scalar(t, TIME).value // 1000 for t in column.to_pylist()])
 
 
-def foreign(rows: pa.Table) -> pa.Table:
+def as_others_write(rows: pa.Table) -> pa.Table:
     """The requests with other types; those without behaviors have null histories."""
     ids = pa.array([user(u).bytes for u in rows["user_id"].to_pylist()], pa.binary(16))
     made = {
@@ -67,7 +67,7 @@ def foreign(rows: pa.Table) -> pa.Table:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     torch.set_num_threads(1)
-    root = tmp_path_factory.mktemp("foreign")
+    root = tmp_path_factory.mktemp("external")
     write_dataset(root / "plain")
     data = root / "data"
     items = pq.read_table(root / "plain" / "items").drop_columns("image")
@@ -75,7 +75,7 @@ def folder(tmp_path_factory) -> Path:
     named = pa.array([item(i) for i in items["item_id"].to_pylist()])
     pq.write_table(items.set_column(0, "item_id", named), data / "items" / "shop=eu" / "a.parquet")
     for split in ("train", "validation", "test"):
-        rows = foreign(pq.read_table(root / "plain" / "requests" / split))
+        rows = as_others_write(pq.read_table(root / "plain" / "requests" / split))
         for day, part in enumerate((rows.slice(0, len(rows) // 2), rows.slice(len(rows) // 2)), 1):
             place = data / "requests" / f"split={split}" / f"dt=2024-02-0{day}"
             place.mkdir(parents=True)
