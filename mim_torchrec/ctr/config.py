@@ -69,6 +69,11 @@ class ModelConfig:
     id_dropout: Fraction = 0.0
     """Fraction of the candidates that are trained with a hidden item id, as if they were new; beyond the
     paper."""
+    id_shrinkage: Weight = 0.0
+    """Empirical-Bayes shrinkage of rare ids: embeddings are multiplied by c / (c + k), where k is this number
+    and c counts the training impressions of the id; 0 leaves them as they are; beyond the paper."""
+    id_shrinkage_of: dict[str, Weight] = field(default_factory=dict)
+    """k of some tables, as TABLE NUMBER such as `user_id 1000`; `id_shrinkage` is that of the others."""
     dot_product_features: bool = False
     """Feed the tower the inner product of each interest with the target as well."""
     embedding_dim: Annotated[int, Domain(least=4, multiple=4)] = 16
@@ -102,6 +107,15 @@ class ModelConfig:
             object.__setattr__(self, "ubm_options", expected())
         elif type(self.ubm_options) is not expected:
             raise ValueError(f"the options of {self.ubm} are {expected.__name__}, not {self.ubm_options!r}")
+
+    @property
+    def shrinks_ids(self) -> bool:
+        """Whether embeddings of any table of ids are shrunk."""
+        return self.id_shrinkage > 0 or any(k > 0 for k in self.id_shrinkage_of.values())
+
+    def shrinkage(self, table: str) -> float:
+        """k of a table of ids."""
+        return self.id_shrinkage_of.get(table, self.id_shrinkage)
 
     def features(self) -> Features:
         """Columns beyond those that all requests have."""

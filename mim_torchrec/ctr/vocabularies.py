@@ -15,14 +15,15 @@ from mim_torchrec.data.vocabulary import Vocabulary
 from mim_torchrec.embeddings.collective import on_all_ranks
 from mim_torchrec.embeddings.files import atomic_directory
 from mim_torchrec.embeddings.remote.fetching import fetched
+from mim_torchrec.errors import OptionError
 from mim_torchrec.training.distributed import DistributedContext
 from mim_torchrec.training.row_exchange import exchange_rows, owners_by_id
 from mim_torchrec.training.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
 
-Scan = dict[str, tuple[np.ndarray, np.ndarray]]
-"""By the name of a vocabulary: ids (n,) int64, ascending, and how often each occurs (n,) int64."""
+Scan = dict[str, IdCounts]
+"""By the name of a vocabulary."""
 
 
 def scan_vocabularies(
@@ -40,24 +41,56 @@ def scan_vocabularies(
     return load_vocabularies(RunDirectory(config.out).root)
 
 
-def load_vocabularies(run: Path) -> dict[str, Vocabulary]:
-    """Vocabularies of a run, by name."""
+def load_vocabularies(run: Path, impressions: bool = False) -> dict[str, Vocabulary]:
+    """Vocabularies of a run, by name.
+
+    Args:
+        run: its directory.
+        impressions: read them although there is no shrinkage.
+    """
     folder = RunDirectory(run).vocabulary
-    return {path.stem: Vocabulary.load(path) for path in sorted(folder.glob("*.npz"))}
+    return {path.stem: Vocabulary.load(path, impressions) for path in sorted(folder.glob("*.npz"))}
 
 
 def _write(scan: Scan, config: CTRConfig, folder: Path) -> None:
     begun = config.warm_start
-    earlier = {} if begun is None else load_vocabularies(fetched(begun, ["vocabulary"]))
+    earlier = {} if begun is None else load_vocabularies(fetched(begun, ["vocabulary"]), impressions=True)
+    if unknown := sorted(config.id_shrinkage_of.keys() - scan.keys()):
+        raise OptionError(
+            f"--id-shrinkage-of {', '.join(unknown)}: there is no such table of ids; the requests have "
+            f"{', '.join(sorted(scan))}"
+        )
     with atomic_directory(folder) as partial:
-        for name, (ids, counts) in scan.items():
-            kept = ids[counts >= config.min_count]
+        for name, found in scan.items():
+            ids = found.ids
+            kept = ids[found.counts >= config.min_count]
             if len(kept) < len(ids):
                 log.info("%s: %d of %d ids occur fewer than %d times and have no row of their own", name,
                          len(ids) - len(kept), len(ids), config.min_count)  # fmt: skip
-            if name in earlier:
-                kept = np.union1d(kept, earlier[name].ids.numpy())
-            Vocabulary.build(kept, spare_rows=config.spare_rows).save(partial / f"{name}.npz")
+            before = earlier.get(name)
+            if before is not None:
+                kept = np.union1d(kept, before.ids.numpy())
+            counts = _impressions(kept, found, before)
+            made = Vocabulary.build(kept, config.spare_rows, counts, config.shrinkage(name))
+            made.save(partial / f"{name}.npz")
+
+
+def _impressions(kept: np.ndarray, found: IdCounts, before: Vocabulary | None) -> np.ndarray | None:
+    """Training impressions by row, of this run and of the one that it begins from, whose counts add up.
+
+    Returns:
+        (n + 1,) int64, of row 0 those of ids without a row. None where the earlier run has not counted.
+    """
+    counts = np.zeros(len(kept) + 1, np.int64)
+    has_row = np.isin(found.ids, kept, assume_unique=True)
+    counts[1 + np.searchsorted(kept, found.ids[has_row])] = found.impressions[has_row]
+    counts[0] = found.impressions[~has_row].sum()
+    if before is not None:
+        if before.impressions is None:
+            return None
+        counts[1 + np.searchsorted(kept, before.ids.numpy())] += before.impressions[1:].numpy()
+        counts[0] += int(before.impressions[0])
+    return counts
 
 
 def _scan(dataset: Dataset, config: CTRConfig, context: DistributedContext) -> Scan:
@@ -82,25 +115,27 @@ def _scan(dataset: Dataset, config: CTRConfig, context: DistributedContext) -> S
     return scan if context.is_main else {}
 
 
-def _united(mine: IdCounts, context: DistributedContext) -> tuple[np.ndarray, np.ndarray]:
+def _united(mine: IdCounts, context: DistributedContext) -> IdCounts:
     """The ids of all ranks on rank 0, nothing on others: each rank adds up a part of them by id."""
     for owner in ("by id", "rank 0"):
-        columns = {"id": mine.ids, "count": mine.counts}
+        columns = {"id": mine.ids, "count": mine.counts, "impressions": mine.impressions}
         owners = owners_by_id(mine.ids, context.world_size) if owner == "by id" else np.zeros_like(mine.ids)
         rows, mine = exchange_rows(columns, owners, context), IdCounts()
-        mine.add(rows["id"], rows["count"])
-    return mine.ids, mine.counts
+        mine.add(rows["id"], rows["count"], rows["impressions"])
+    return mine
 
 
 def _save(scan: Scan, place: Path) -> None:
     with atomic_directory(place) as partial:
-        for name, (ids, counts) in scan.items():
-            np.savez(partial / f"{name}.npz", ids=ids, counts=counts)
+        for name, found in scan.items():
+            columns = {"ids": found.ids, "counts": found.counts, "impressions": found.impressions}
+            np.savez(partial / f"{name}.npz", **columns)
 
 
 def _load(place: Path) -> Scan:
     scan = {}
     for path in sorted(place.glob("*.npz")):
         with np.load(path) as stored:
-            scan[path.stem] = stored["ids"], stored["counts"]
+            scan[path.stem] = IdCounts()
+            scan[path.stem].add(stored["ids"], stored["counts"], stored["impressions"])
     return scan

@@ -1,6 +1,8 @@
 """Start a CTR model from one that was trained on an earlier day, with a vocabulary that has grown.
 
 Rows of ids that are known go to their new places, new ids begin as in any run, dense weights are taken over.
+Where embeddings are shrunk by their impressions, which have become more, rows are divided by what their
+factors have grown by: the model begins with the embeddings that the earlier one has ended with.
 Optimizers start from scratch: their state is of another day's losses, and `best` does not hold it.
 """
 
@@ -82,8 +84,17 @@ def warm_start(
         known, ids = before[column].ids, vocabularies[column].ids
         # row 0 of unknown ids stays, row k + 1 is that of the id at place k
         places = torch.cat([torch.zeros(1, dtype=torch.long), 1 + torch.searchsorted(ids, known)])
-        _take_over(state[name], weights[: len(places)], places)
+        weights = weights[: len(places)]
+        if vocabularies[column].shrinkage:
+            weights *= _kept(before[column], vocabularies[column], places)[:, None]
+        _take_over(state[name], weights, places)
         log.info("%s: %d rows taken over, %d new", column, len(known), len(ids) - len(known))
+
+
+def _kept(before: Vocabulary, now: Vocabulary, places: torch.Tensor) -> torch.Tensor:
+    """Factors of the rows (n,) of an earlier vocabulary over those at their places (n,) in a later one."""
+    earlier, later = before.factors(torch.arange(len(places))), now.factors(places)
+    return torch.where(later > 0, earlier / later, 1.0)  # of ids that are not shown both are 0
 
 
 def _take_over(table: ShardedTensor, weights: torch.Tensor, places: torch.Tensor) -> None:

@@ -90,6 +90,25 @@ def test_without_training_it_predicts_what_the_earlier_model_predicts(folder, tm
     assert np.corrcoef(*scores)[0, 1] > 0.98
 
 
+def test_shrunk_embeddings_begin_as_they_ended_though_counts_have_grown(folder, tmp_path):
+    shrink = ["--mim", "off", "--id-shrinkage", "30", "--min-count", "3"]
+    for day, out, more in (("monday", "first", ()), ("tuesday", "second", FROZEN)):
+        begun = ["--warm-start", str(tmp_path / "first")] if more else []
+        main(["--data", str(folder / day), *SMALL, *shrink, *more, *begun, "--out", str(tmp_path / out)])
+    for name in ("item_id", "user_id"):
+        found = []
+        for out in (tmp_path / "first", tmp_path / "second"):
+            vocabulary = Vocabulary.load(out / "vocabulary" / f"{name}.npz")
+            factors = vocabulary.factors(torch.arange(len(vocabulary.ids) + 1))
+            rows = embeddings(out, name)
+            found.append({key: (factor, np.array(rows[key]))
+                          for key, factor in zip(rows, factors.tolist(), strict=True)})  # fmt: skip
+        before, after = found
+        assert any(after[key][0] > factor > 0 for key, (factor, _) in before.items())
+        for key, (factor, row) in before.items():
+            np.testing.assert_allclose(after[key][0] * after[key][1], factor * row, rtol=1e-5, atol=1e-9)
+
+
 def test_training_goes_on_from_there(folder, tmp_path):
     losses = {}
     for name, more in (("warm", ["--warm-start", str(folder / "first")]), ("cold", [])):
