@@ -24,6 +24,7 @@ class RequestBatch(Pipelineable):
         behavior_ts: (sum_behaviors,) int64 likewise, in the order of `behavior_item_id`.
         request_dense: (B, num_features) float32, None where there are none.
         candidate_dense: (sum_candidates, num_features) float32 likewise.
+        behavior_dense: (sum_behaviors, num_features) float32 likewise.
         weights: (sum_candidates,) float32, how often each candidate counts; None counts each once.
         originals: ids as people know them, where they are no int64 and the reader was asked for them:
             `request_id`, `user_id`, `query_id` (B,) and `item_id` (sum_candidates,); they stay on the CPU.
@@ -36,6 +37,7 @@ class RequestBatch(Pipelineable):
     behavior_ts: Tensor | None = None
     request_dense: Tensor | None = None
     candidate_dense: Tensor | None = None
+    behavior_dense: Tensor | None = None
     weights: Tensor | None = None
     originals: dict[str, np.ndarray] = field(default_factory=dict)
 

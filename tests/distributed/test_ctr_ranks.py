@@ -32,7 +32,7 @@ def make_requests(step: int, first: int, last: int, with_mm: bool, with_features
     rng = np.random.default_rng(step)
     keys = ["user_id", "candidate_item_id", "behavior_item_id", "candidate_category", "behavior_category"]
     keys += ["candidate_mm", "behavior_mm"] if with_mm else []
-    keys += ["interests", "candidate_brand"] if with_features else []
+    keys += ["interests", "candidate_brand", "behavior_action"] if with_features else []
     values: dict[str, list[int]] = {key: [] for key in keys}
     lengths: dict[str, list[int]] = {key: [] for key in keys}
     labels: list[float] = []
@@ -44,7 +44,7 @@ def make_requests(step: int, first: int, last: int, with_mm: bool, with_features
             continue
         labels += clicked.tolist()
         columns = {"user_id": np.array([user]), "interests": behaviors[:3] % 7}
-        columns["candidate_brand"] = candidates % 6
+        columns["candidate_brand"], columns["behavior_action"] = candidates % 6, behaviors % 4
         for role, ids in (("candidate", candidates), ("behavior", behaviors)):
             columns[f"{role}_item_id"] = columns[f"{role}_mm"] = ids
             columns[f"{role}_category"] = ids % 5
@@ -54,6 +54,7 @@ def make_requests(step: int, first: int, last: int, with_mm: bool, with_features
     count = last - first
     dense = {"request_dense": torch.arange(first, last)[:, None] / (1.0 + step),
              "candidate_dense": torch.tensor(values["candidate_item_id"])[:, None].cos(),
+             "behavior_dense": torch.tensor(values["behavior_item_id"])[:, None].sin(),
              "weights": 0.5 + torch.tensor(values["candidate_item_id"]) % 3}  # fmt: skip
     return RequestBatch(
         sparse=KeyedJaggedTensor(
@@ -84,12 +85,13 @@ def train(name: str, folder: Path, context) -> dict[str, object]:
         sparse_optimizer="adagrad" if way == "column_wise" else "rowwise_adagrad",
         # DIEN's negatives are drawn from the rank's own histories
         aux_weight=0.0 if name == "dien" else 1.0,
-        sparse_features=("interests", "candidate_brand") if with_features else (),
-        dense_features=("age", "candidate_price") if with_features else (),
+        sparse_features=("interests", "candidate_brand", "behavior_action") if with_features else (),
+        dense_features=("age", "candidate_price", "behavior_price") if with_features else (),
     )  # fmt: skip
     table = Table.open(folder / "table") if with_mm else None
     mm = frozen_config(table, ["candidate_mm", "behavior_mm"], name="mm") if table else None
-    rows = {"user_id": 10, "item_id": ITEMS, "category": 5, "interests": 7, "candidate_brand": 6}
+    rows = {"user_id": 10, "item_id": ITEMS, "category": 5, "interests": 7, "candidate_brand": 6,
+            "behavior_action": 4}  # fmt: skip
     model, optimizer = shard(build_model(config, rows, mm, torch.device("meta")), config, context)
     task = CTRTask(model, optimizer, None, None, None, context, config.aux_weight)
     digests = []
