@@ -79,10 +79,11 @@ class ModelConfig:
     embedding_dim: Annotated[int, Domain(least=4, multiple=4)] = 16
     """Size of the embeddings of users, queries, items, categories and sparse features."""
     sparse_features: tuple[str, ...] = ()
-    """Further columns of ids. A column whose name begins with `candidate_` is parallel to the candidates. Any
-    other has one id per request, or a list of ids, whose embeddings are averaged."""
+    """Further columns of ids. A column whose name begins with `candidate_` is parallel to the candidates. One
+    that begins with `behavior_` is parallel to the behaviors and added to their ID embeddings. Any other has
+    one id per request, or a list of ids, whose embeddings are averaged."""
     dense_features: tuple[str, ...] = ()
-    """Further columns of numbers, likewise; the tower gets sign(x) log(1 + |x|)."""
+    """Further columns of numbers, likewise; the model gets sign(x) log(1 + |x|)."""
     bucket_features: dict[str, str] = field(default_factory=dict)
     """Further columns of numbers, each as COLUMN BOUNDARIES such as `price 0,10,100`: every range between two
     boundaries has an embedding."""

@@ -2,7 +2,8 @@
 
 Inputs by name: `user_id` (1), `candidate_item_id` (n) and `behavior_item_id` (m, oldest first). If the model
 was trained with them: `query_id` (1), `candidate_category` and `behavior_category` (n, m), `request_ts` (1)
-and `behavior_ts` (m, microseconds since 1970), and further features by name. Ids and categories are sent as
+and `behavior_ts` (m, microseconds since 1970), and further features by name: those that begin with
+`candidate_` (n), with `behavior_` (m), and those of the request. Ids and categories are sent as
 the log has them: BYTES where they are text or UUIDs, else INT64, INT32 or UINT64. Outputs: `score` (n), and
 on request `content_contribution` (n).
 """
