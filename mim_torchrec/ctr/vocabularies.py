@@ -128,8 +128,8 @@ def _united(mine: IdCounts, context: DistributedContext) -> IdCounts:
 def _save(scan: Scan, place: Path) -> None:
     with atomic_directory(place) as partial:
         for name, found in scan.items():
-            columns = {"ids": found.ids, "counts": found.counts, "impressions": found.impressions}
-            np.savez(partial / f"{name}.npz", **columns)
+            np.savez(partial / f"{name}.npz", ids=found.ids, counts=found.counts,
+                     impressions=found.impressions)  # fmt: skip
 
 
 def _load(place: Path) -> Scan:

@@ -60,14 +60,15 @@ class IdCounts:
         self._pending: list[Columns] = []
         self._num_pending = 0
 
-    def add(self, ids: np.ndarray, counts: np.ndarray, impressions: np.ndarray) -> None:
+    def add(self, ids: np.ndarray, counts: np.ndarray, impressions: np.ndarray | None = None) -> None:
         """Count ids (n,) int64, repeated or not, in any order.
 
         Args:
             ids: (n,) int64.
             counts: (n,) int64, how often each occurs.
-            impressions: (n,) int64, in how many impressions.
+            impressions: (n,) int64, in how many impressions; None counts none.
         """
+        impressions = np.zeros(len(ids), np.int64) if impressions is None else impressions
         self._pending.append((ids, counts, impressions))
         self._num_pending += len(ids)
         if self._num_pending >= max(PENDING, len(self._columns[0])):

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -134,7 +135,9 @@ class Vocabulary:
 
     def save(self, path: str | Path) -> None:
         """Write an .npz file."""
-        counted = {} if self.impressions is None else {"impressions": self.impressions.numpy()}
+        counted: dict[str, Any] = {}
+        if self.impressions is not None:
+            counted["impressions"] = self.impressions.numpy()
         with atomic_file(path) as file:
             np.savez(
                 file,
