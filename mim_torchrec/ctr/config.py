@@ -214,6 +214,12 @@ class CTRConfig(ModelConfig):
     min_count: Count = 1
     """Occurrences in the training requests that an id needs for a row of its own; rarer ids share row 0, the
     one of unknown ids."""
+    max_ids: dict[str, Count] = field(default_factory=dict)
+    """Ids that get rows of their own in some tables, as TABLE NUMBER such as `item_id 1000000`: the most
+    frequent ones; others share row 0. With `warm_start` it bounds tables that would grow every day."""
+    count_decay: Share = 0.5
+    """What an occurrence in the run of `warm_start` counts beside one in this run, where the most frequent
+    ids are chosen; it decays again with every run."""
     max_unknown: Share = 0.5
     """Fraction of unknown ids of one kind above which a warning is logged."""
     on_bad_row: Literal["fail", "skip"] = "fail"
