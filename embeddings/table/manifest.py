@@ -21,6 +21,10 @@ class TableError(ExpectedError, ValueError):
     """Something is wrong with a table; the message names the file, and the row and id where there is one."""
 
 
+class TableLost(TableError):
+    """A server has no table, or has lost it or a log; it works again when that was loaded."""
+
+
 class VersionMismatch(TableError):
     """The table was written by another encoder than the one its reader expects."""
 

@@ -9,7 +9,7 @@ from mim_torchrec.extras import needs
 
 with needs("redis"):
     import redis
-    from redis.backoff import ExponentialBackoff
+    from redis.backoff import ExponentialBackoff, NoBackoff
     from redis.cluster import RedisCluster
     from redis.exceptions import RedisError
     from redis.retry import Retry
@@ -18,15 +18,24 @@ ATTEMPTS = 3
 TIMEOUT = 5.0  # seconds of one attempt
 
 
-def connect(location: RedisAddress) -> Any:
+def connect(location: RedisAddress, timeout: float | None = None) -> Any:
     """A `redis.Redis` or `RedisCluster` that connects at its first use, and again after a lost connection.
 
     Its type is `Any`: the two share no base class, and redis-py types answers as if they might be decoded.
+
+    Args:
+        location: of the server.
+        timeout: seconds that a command may take. It is sent again once if the connection was lost, and not if
+            the time has passed. None is TIMEOUT, with ATTEMPTS repetitions.
     """
-    retry = Retry(ExponentialBackoff(cap=0.5, base=0.05), ATTEMPTS)
+    if timeout is None:
+        retry = Retry(ExponentialBackoff(cap=0.5, base=0.05), ATTEMPTS)
+    else:
+        retry = Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,))
+    seconds = timeout or TIMEOUT
     make = RedisCluster.from_url if location.cluster else redis.Redis.from_url
     with reachable(location):
-        return make(location.url, socket_timeout=TIMEOUT, socket_connect_timeout=TIMEOUT, retry=retry)
+        return make(location.url, socket_timeout=seconds, socket_connect_timeout=seconds, retry=retry)
 
 
 @contextmanager

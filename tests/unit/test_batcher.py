@@ -33,14 +33,15 @@ def ask(number: int) -> ScoreRequest:
 def test_what_waits_is_scored_together_and_what_is_too_much_or_too_late_refused():
     async def run() -> None:
         batcher, scorer = Batcher(Limits(max_queue=5, batch_pairs=300), Metrics()), Slow()
-        first = asyncio.create_task(batcher.score(scorer, ask(0), None))
+        far = asyncio.get_running_loop().time() + 60
+        first = asyncio.create_task(batcher.score(scorer, ask(0), far))
         await asyncio.to_thread(scorer.begun.wait)
-        late = asyncio.create_task(batcher.score(scorer, ask(9), 0.001))
-        waiting = [asyncio.create_task(batcher.score(scorer, ask(k), 60_000)) for k in (1, 2, 3, 4)]
+        late = asyncio.create_task(batcher.score(scorer, ask(9), asyncio.get_running_loop().time()))
+        waiting = [asyncio.create_task(batcher.score(scorer, ask(k), far)) for k in (1, 2, 3, 4)]
         # tasks run in the order in which they were made, so that this one comes after those that wait
         await asyncio.create_task(asyncio.to_thread(threading.Event().is_set))
         with pytest.raises(QueueFull, match="5 requests wait"):
-            await batcher.score(scorer, ask(5), None)
+            await batcher.score(scorer, ask(5))
         scorer.go.set()
         assert [await task for task in (first, *waiting)] == [0, 1, 2, 3, 4]
         with pytest.raises(DeadlinePassed):
@@ -60,7 +61,7 @@ def test_one_bad_request_of_a_batch_does_not_harm_the_others():
 
     async def run() -> list:
         batcher, scorer = Batcher(Limits(), Metrics()), Picky()
-        tasks = [asyncio.create_task(batcher.score(scorer, ask(k), None)) for k in range(4)]
+        tasks = [asyncio.create_task(batcher.score(scorer, ask(k))) for k in range(4)]
         return await asyncio.gather(*tasks, return_exceptions=True)
 
     found = asyncio.run(run())

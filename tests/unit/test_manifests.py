@@ -11,8 +11,8 @@ import tyro
 import yaml
 from kubernetes import client
 
-from mim_torchrec.serving.app import OPEN
 from mim_torchrec.serving.config import ServeConfig
+from mim_torchrec.serving.guards import OPEN
 from tests.manifests import faults
 
 ROOT = Path(__file__).resolve().parents[2]
