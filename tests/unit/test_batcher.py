@@ -8,6 +8,7 @@ import torch
 
 from mim_torchrec.serving.batcher import Batcher, DeadlinePassed, QueueFull
 from mim_torchrec.serving.config import Limits
+from mim_torchrec.serving.guarded import StoreFailed
 from mim_torchrec.serving.metrics import Metrics
 from mim_torchrec.serving.scorer import ScoreRequest
 
@@ -66,3 +67,26 @@ def test_one_bad_request_of_a_batch_does_not_harm_the_others():
 
     found = asyncio.run(run())
     assert [found[0], found[1], found[3]] == [0, 1, 3] and isinstance(found[2], ValueError)
+
+
+def test_a_batch_is_not_split_where_a_store_fails():
+    class Gone:
+        asked = 0
+
+        def score(self, requests):
+            self.asked += 1
+            if self.asked > 1:
+                raise StoreFailed("gone")
+            return [request.request_ts for request in requests]
+
+    async def run() -> list:
+        batcher, scorer = Batcher(Limits(), Metrics()), Gone()
+        tasks = [asyncio.create_task(batcher.score(scorer, ask(k))) for k in range(4)]
+        found = await asyncio.gather(*tasks, return_exceptions=True)
+        again = [asyncio.create_task(batcher.score(scorer, ask(k))) for k in range(4)]
+        found += await asyncio.gather(*again, return_exceptions=True)
+        return [*found, scorer.asked]
+
+    *found, asked = asyncio.run(run())
+    assert found[:4] == [0, 1, 2, 3] and all(isinstance(error, StoreFailed) for error in found[4:])
+    assert asked == 2
