@@ -11,6 +11,7 @@ with needs("redis"):
     import redis
     from redis.backoff import ExponentialBackoff, NoBackoff
     from redis.cluster import RedisCluster
+    from redis.credentials import CredentialProvider
     from redis.exceptions import RedisError
     from redis.retry import Retry
 
@@ -33,9 +34,22 @@ def connect(location: RedisAddress, timeout: float | None = None) -> Any:
     else:
         retry = Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,))
     seconds = timeout or TIMEOUT
+    credentials = None if location.password() is None else _Credentials(location)
     make = RedisCluster.from_url if location.cluster else redis.Redis.from_url
     with reachable(location):
-        return make(location.url, socket_timeout=seconds, socket_connect_timeout=seconds, retry=retry)
+        return make(location.url, socket_timeout=seconds, socket_connect_timeout=seconds, retry=retry,
+                    credential_provider=credentials)  # fmt: skip
+
+
+class _Credentials(CredentialProvider):
+    """User and password, read again for every new connection."""
+
+    def __init__(self, location: RedisAddress) -> None:
+        self._location = location
+
+    def get_credentials(self) -> tuple[str] | tuple[str, str]:
+        password = self._location.password() or ""
+        return (password,) if self._location.user is None else (self._location.user, password)
 
 
 @contextmanager
@@ -50,7 +64,7 @@ def reachable(location: RedisAddress) -> Iterator[None]:
         yield
     except (redis.ConnectionError, redis.TimeoutError, redis.exceptions.ClusterError) as error:
         if isinstance(error, redis.AuthenticationError):
-            raise
+            raise RedisUnavailable(f"{location} refuses the user or the password: {error}") from error
         raise RedisUnavailable(f"{location} does not answer: {error}") from error
     except redis.exceptions.OutOfMemoryError as error:
         raise RedisFull(f"{location} has no memory left: {error}") from error

@@ -24,7 +24,7 @@ import uvicorn
 
 from mim_torchrec import program
 from mim_torchrec.domains import check_domains
-from mim_torchrec.errors import OptionError
+from mim_torchrec.errors import OptionError, Status
 from mim_torchrec.hosts import is_loopback
 from mim_torchrec.serving.app import make_app
 from mim_torchrec.serving.config import ServeConfig
@@ -39,6 +39,7 @@ from mim_torchrec.serving.tokens import TokenFile
 log = logging.getLogger("mim_torchrec.serving.main")  # also where it runs as __main__
 
 BACKLOG = 2048
+LAST = 1.0  # seconds from the last answer to the end of the process
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
@@ -83,6 +84,13 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**30)
+
+
+def end_soon() -> None:
+    """End the process in LAST seconds: Python waits for threads, and one may wait for a store for ever."""
+    last = threading.Timer(LAST, os._exit, (Status.OK,))
+    last.daemon = True
+    last.start()
 
 
 def serve(config: ServeConfig) -> None:
@@ -135,6 +143,7 @@ def serve(config: ServeConfig) -> None:
             gc.collect()
             gc.freeze()
             server.run(sockets=[listening])
+    end_soon()
 
 
 def main(argv: list[str] | None = None) -> None:

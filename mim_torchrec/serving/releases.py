@@ -24,6 +24,7 @@ from mim_torchrec.embeddings.stores.store import is_remote
 from mim_torchrec.embeddings.table.manifest import VersionMismatch
 from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.windows.compact import changes
+from mim_torchrec.embeddings.windows.redis_address import refuse_password
 from mim_torchrec.embeddings.windows.transport import open_log
 from mim_torchrec.errors import ExpectedError, Status
 from mim_torchrec.program import run
@@ -93,11 +94,15 @@ class Releases:
 
         Raises:
             ReleaseError: the name is taken or reserved.
+            OptionError: a URL holds a password.
             VersionMismatch: the model was trained on vectors of another version.
         """
         path = self._path(name)
         if name == CURRENT or path.exists():
             raise ReleaseError(f"{path} is there already; choose another name")
+        for where in asdict(release).values():
+            if where is not None:
+                refuse_password(where)
         bundle = Bundle.open(release.bundle)
         if (bundle.table_version is None) != (release.table is None):
             needs = "no table" if bundle.table_version is None else "a table"

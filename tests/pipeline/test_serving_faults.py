@@ -6,6 +6,7 @@ import signal
 import socket
 import threading
 
+import httpx
 import pytest
 import torch
 from fastapi.testclient import TestClient
@@ -22,7 +23,7 @@ from mim_torchrec.serving.release_follower import ReleaseFollower, deployment_of
 from mim_torchrec.serving.releases import Release, ReleaseError, Releases
 from mim_torchrec.serving.service import Deployment
 from mim_torchrec.serving.tokens import TokenFile
-from tests.serving import INFER, application, changed, deployment, messages, output, running
+from tests.serving import INFER, application, changed, deployment, messages, output, running, start
 
 
 @pytest.fixture(scope="module")
@@ -278,3 +279,38 @@ def test_a_damaged_release_is_named(releases, damaged):
     (releases.root / "two.json").write_text(damaged)
     with pytest.raises(ReleaseError, match=r"two\.json is damaged"):
         releases.read("two")
+
+
+HANGING = """
+from threading import Event
+from mim_torchrec.embeddings.stores.embedded import EmbeddedStore
+
+class Store(EmbeddedStore):
+    asked = 0
+
+    @classmethod
+    def open(cls, where, table_version):
+        return super().open(where.partition("://")[2], table_version)
+
+    def lookup(self, ids):
+        self.asked += 1
+        if self.asked > 1:  # the first is of the server itself
+            Event().wait()
+        return super().lookup(ids)
+"""
+
+
+def test_a_store_that_never_answers_does_not_keep_the_server_from_ending(
+    serving_folder, sent, tmp_path, monkeypatch
+):
+    (tmp_path / "hanging.py").write_text(HANGING)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    words = ["--bundle", str(serving_folder / "run" / "bundle"), "--limits.deadline-ms", "300"]
+    server, address = start(*words, "--store", f"hanging:Store://{serving_folder / 'table'}")
+    try:
+        assert httpx.post(address + INFER, json=sent[0]).status_code == 504
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(60) == 0
+    finally:
+        server.kill()
+        server.wait()
