@@ -63,6 +63,11 @@ def changed(message: dict, tensor: str, **words) -> dict:
     return made
 
 
+def without(message: dict, name: str) -> dict:
+    """The message without a tensor."""
+    return {"inputs": [given for given in message["inputs"] if given["name"] != name]}
+
+
 def output(body: dict[str, Any], name: str = "score") -> list[float]:
     """An output tensor of an answer."""
     return next(o["data"] for o in body["outputs"] if o["name"] == name)

@@ -213,10 +213,16 @@ def describe_model(config: CTRConfig, vocabularies: dict[str, Vocabulary]) -> di
         f"vocabulary of {name}": hashlib.sha256(found.ids.numpy().tobytes()).hexdigest()
         for name, found in vocabularies.items()
     }
+    digests |= {
+        f"impressions of {name}": hashlib.sha256(found.impressions.numpy().tobytes()).hexdigest()
+        for name, found in vocabularies.items()
+        if found.shrinkage and found.impressions is not None
+    }
     rows = {f"rows of {name}": found.num_embeddings for name, found in vocabularies.items()}
+    shrinkage = {f"shrinkage of {name}": found.shrinkage for name, found in vocabularies.items()}
     return {
         **asdict(config.model()), "table_version": config.table_version,
-        "max_behaviors": config.max_behaviors, **digests, **rows,
+        "max_behaviors": config.max_behaviors, **digests, **rows, **shrinkage,
     }  # fmt: skip
 
 

@@ -5,7 +5,8 @@
     <bundle>/tables/<name>/         one ID table per kind of id, in the format of multi-modal tables
 
 The computation machine holds the dense weights. Rows stay on disk, in the page cache that all processes
-share, or are loaded into Redis (`mim store load`). Ids are the keys, so a server needs no vocabulary.
+share, or are loaded into Redis (`mim store load`). Ids are the keys, so a server needs no vocabulary. Where
+the model shrinks embeddings of rare ids, rows are shrunk already, so it needs no counts either.
 """
 
 import hashlib
@@ -155,7 +156,9 @@ def write_bundle(run: Path | Url, out: Path, checkpoint: str = "best") -> Bundle
         return {name: tensors[sizes[name][0]] for name in names}
 
     def rows_of(name: str) -> Tensor:
-        return read([where[name]])[where[name]]
+        vocabulary, rows = vocabularies[name], read([where[name]])[where[name]]
+        rows = rows[: 1 + vocabulary.ids.numel()]
+        return rows * vocabulary.factors(torch.arange(len(rows)))[:, None] if vocabulary.shrinkage else rows
 
     mm_dim = 0
     if config.mim == "on":
@@ -183,7 +186,7 @@ def save_bundle(
         config: of the model, with the `table_version` it was trained on.
         dense: weights that are not embeddings, by their names in the model.
         tables: of every ID table the ids (n,) int64 ascending, and what gives its rows (1 + n or more, dim),
-            row 0 that of unknown ids.
+            row 0 that of unknown ids, multiplied by their factors where the model shrinks embeddings.
         mm_dim: length of the multi-modal vectors, 0 for Base.
         id_types: see `Bundle`; None where it is not known.
     """

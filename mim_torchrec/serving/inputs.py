@@ -2,20 +2,19 @@
 
 Inputs by name: `user_id` (1), `candidate_item_id` (n) and `behavior_item_id` (m, oldest first). If the model
 was trained with them: `query_id` (1), `candidate_category` and `behavior_category` (n, m), `request_ts` (1)
-and `behavior_ts` (m, microseconds since 1970), and further features by name.
+and `behavior_ts` (m, microseconds since 1970), and further features by name: those that begin with
+`candidate_` (n), with `behavior_` (m), and those of the request.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import pyarrow as pa
 
-from mim_torchrec.data.features import Ids, Numbers, StableIds
+from mim_torchrec.data.features import Ids, Numbers, Role, StableIds
 from mim_torchrec.data.id_types import INTEGERS, TEXT
 from mim_torchrec.serving.scorer import ROLES, Scorer
 from mim_torchrec.serving.tensors import BYTES, DATATYPES
 
-Owner = Literal["request", "candidate", "behavior"]
 SCORE, CONTRIBUTION = "score", "content_contribution"
 OUTPUTS = (SCORE, CONTRIBUTION)
 
@@ -42,7 +41,7 @@ class Input:
 
     name: str
     kind: Ids | Numbers
-    owner: Owner
+    owner: Role
     is_list: bool = False
     id_type: str | None = None
     required: bool = True
@@ -69,7 +68,7 @@ def inputs_of(scorer: Scorer) -> dict[str, Input]:
     found: dict[str, Input] = {}
 
     def add(name: str, kind: Ids | Numbers, *, is_list: bool = False, required: bool = True) -> None:
-        owner: Owner = next((role for role in ROLES if name.startswith(f"{role}_")), "request")
+        owner: Role = next((role for role in ROLES if name.startswith(f"{role}_")), "request")
         shared = name.removeprefix(f"{owner}_")
         id_type = types.get(name if name in tables else shared)
         found[name] = Input(name, kind, owner, is_list, id_type, required)

@@ -173,7 +173,7 @@ def read_request(
     if surplus := sorted(set(names) - known.keys()):
         raise BadRequest(f"the model has no input {surplus[0]!r}; it has {', '.join(sorted(known))}")
     if missing := sorted({name for name, one in known.items() if one.required} - set(names)):
-        raise BadRequest(f"the tensor {missing[0]} is missing; the model needs it")
+        raise BadRequest(f"the tensor {missing[0]} is missing: the model needs the feature {missing[0]}")
     tensors = {given.name: _tensor(given, known[given.name], binary or {}) for given in sent.inputs}
     counts = {role: tensors[f"{role}_item_id"].numel() for role in ("candidate", "behavior")}
     if not counts["candidate"]:

@@ -26,7 +26,7 @@ from mim_torchrec.serving.bundle import Bundle
 from mim_torchrec.serving.config import Limits
 from mim_torchrec.serving.main import main
 from mim_torchrec.serving.tokens import TokenFile
-from tests.serving import INFER, application, changed, deployment, messages, output, start
+from tests.serving import INFER, application, changed, deployment, messages, output, start, without
 
 ROOT = Path(__file__).parents[2]
 
@@ -89,10 +89,6 @@ def test_what_the_protocol_asks_for(client, folder, sent):
     assert body["parameters"] == {f"unknown_{kind}": 0 for kind in kinds}
     again = client.post(f"/v2/models/mim/versions/{version}/infer", json=sent[0])
     assert output(again.json()) == output(body)
-
-
-def without(message: dict, name: str) -> dict:
-    return {"inputs": [given for given in message["inputs"] if given["name"] != name]}
 
 
 def test_bad_requests_are_told_what_is_wrong(client, sent):
