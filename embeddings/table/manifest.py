@@ -196,7 +196,7 @@ def _check_types(raw: Any, types: dict[str, type], path: Path, place: str) -> No
     if not isinstance(raw, dict):
         raise TableError(f"{path}: {place} is {type(raw).__name__}, expected an object")
     for name, kind in types.items():
-        value = raw[name]
+        value: Any = raw[name]
         if type(value) is not kind:
             raise TableError(f"{path}: {place}{name} is {type(value).__name__}, expected {kind.__name__}")
         if kind is int and value < 0:
