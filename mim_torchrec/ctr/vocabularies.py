@@ -3,6 +3,7 @@
 What a scan finds is kept by the fingerprint of the files, so that other runs on the same files read it.
 """
 
+import json
 import logging
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import numpy as np
 
 from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.data.id_scan import IdCounts, count_ids, fingerprint
+from mim_torchrec.data.id_types import id_types
 from mim_torchrec.data.schema import Dataset
 from mim_torchrec.data.vocabulary import Vocabulary
 from mim_torchrec.embeddings.collective import on_all_ranks
-from mim_torchrec.embeddings.files import atomic_directory
+from mim_torchrec.embeddings.files import atomic_directory, write_json
 from mim_torchrec.embeddings.remote.fetching import fetched
 from mim_torchrec.errors import OptionError
 from mim_torchrec.training.distributed import DistributedContext
@@ -21,6 +23,8 @@ from mim_torchrec.training.row_exchange import exchange_rows, owners_by_id
 from mim_torchrec.training.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
+
+TYPES = "types.json"
 
 Scan = dict[str, IdCounts]
 """By the name of a vocabulary."""
@@ -37,7 +41,7 @@ def scan_vocabularies(
     folder = RunDirectory(config.out).vocabulary
     if not (resumes and context.broadcast_object(folder.is_dir())):
         scan = _scan(dataset, config, context)
-        on_all_ranks(lambda: _write(scan, config, folder) if context.is_main else None)
+        on_all_ranks(lambda: _write(scan, dataset, config, folder) if context.is_main else None)
     return load_vocabularies(RunDirectory(config.out).root)
 
 
@@ -52,7 +56,13 @@ def load_vocabularies(run: Path, counts: bool = False) -> dict[str, Vocabulary]:
     return {path.stem: Vocabulary.load(path, counts) for path in sorted(folder.glob("*.npz"))}
 
 
-def _write(scan: Scan, config: CTRConfig, folder: Path) -> None:
+def load_id_types(run: Path) -> dict[str, str]:
+    """What the ids of a run's vocabularies are, see `id_types`; {} of a run that did not record it."""
+    path = RunDirectory(run).vocabulary / TYPES
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _write(scan: Scan, dataset: Dataset, config: CTRConfig, folder: Path) -> None:
     begun = config.warm_start
     earlier = {} if begun is None else load_vocabularies(fetched(begun, ["vocabulary"]), counts=True)
     for flag, named in (("--id-shrinkage-of", config.id_shrinkage_of), ("--max-ids", config.max_ids)):
@@ -64,6 +74,7 @@ def _write(scan: Scan, config: CTRConfig, folder: Path) -> None:
     with atomic_directory(folder) as partial:
         for name, found in scan.items():
             _vocabulary(name, found, earlier.get(name), config).save(partial / f"{name}.npz")
+        write_json(partial / TYPES, id_types(dataset, list(scan)))
 
 
 def _vocabulary(name: str, found: IdCounts, before: Vocabulary | None, config: CTRConfig) -> Vocabulary:
