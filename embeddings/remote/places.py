@@ -214,7 +214,9 @@ def _stat(info: dict[str, Any]) -> Stat:
     mark = next(
         (info[k] for k in ("ETag", "etag", "md5Hash", "mtime", "created", "LastModified") if k in info), ""
     )
-    if isinstance(mark, datetime):  # a store may list seconds, and answer with a time when it is asked for one
+    if isinstance(
+        mark, datetime
+    ):  # a store may list seconds, and answer with a time when it is asked for one
         mark = mark.timestamp()
     return Stat(int(info["size"]), str(mark).strip('"'))
 

@@ -235,12 +235,14 @@ class TrainedRun:
         vocabularies: of its ids.
         weights: directory of a checkpoint.
         name: of the weights in reports: where they lie, also if that is a URL.
+        path: of the run on this host.
     """
 
     config: CTRConfig
     vocabularies: dict[str, Vocabulary]
     weights: Path
     name: str
+    path: Path
 
     @classmethod
     def open(cls, run: Path | Url, checkpoint: str = "best") -> "TrainedRun":
@@ -268,7 +270,7 @@ class TrainedRun:
 
         on_all_ranks(verify)
         name = f"{place}/{weights.relative_to(run)}" if weights.is_relative_to(run) else str(weights)
-        return cls(config, vocabularies, weights, name)
+        return cls(config, vocabularies, weights, name, run)
 
 
 def find_checkpoint(run: Path, name: str) -> Path:

@@ -79,10 +79,11 @@ class ModelConfig:
     embedding_dim: Annotated[int, Domain(least=4, multiple=4)] = 16
     """Size of the embeddings of users, queries, items, categories and sparse features."""
     sparse_features: tuple[str, ...] = ()
-    """Further columns of ids. A column whose name begins with `candidate_` is parallel to the candidates. Any
-    other has one id per request, or a list of ids, whose embeddings are averaged."""
+    """Further columns of ids. A column whose name begins with `candidate_` is parallel to the candidates. One
+    that begins with `behavior_` is parallel to the behaviors and added to their ID embeddings. Any other has
+    one id per request, or a list of ids, whose embeddings are averaged."""
     dense_features: tuple[str, ...] = ()
-    """Further columns of numbers, likewise; the tower gets sign(x) log(1 + |x|)."""
+    """Further columns of numbers, likewise; the model gets sign(x) log(1 + |x|)."""
     bucket_features: dict[str, str] = field(default_factory=dict)
     """Further columns of numbers, each as COLUMN BOUNDARIES such as `price 0,10,100`: every range between two
     boundaries has an embedding."""
@@ -213,6 +214,12 @@ class CTRConfig(ModelConfig):
     min_count: Count = 1
     """Occurrences in the training requests that an id needs for a row of its own; rarer ids share row 0, the
     one of unknown ids."""
+    max_ids: dict[str, Count] = field(default_factory=dict)
+    """Ids that get rows of their own in some tables, as TABLE NUMBER such as `item_id 1000000`: the most
+    frequent ones; others share row 0. With `warm_start` it bounds tables that would grow every day."""
+    count_decay: Share = 0.5
+    """What an occurrence in the run of `warm_start` counts beside one in this run, where the most frequent
+    ids are chosen; it decays again with every run."""
     max_unknown: Share = 0.5
     """Fraction of unknown ids of one kind above which a warning is logged."""
     on_bad_row: Literal["fail", "skip"] = "fail"

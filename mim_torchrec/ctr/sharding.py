@@ -41,6 +41,7 @@ from torchrec.optim.warmup import WarmupOptimizer, WarmupPolicy, WarmupStage
 from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.model import CTRModel
 from mim_torchrec.ctr.parameters import id_tables, trainable_state
+from mim_torchrec.data.features import ROLES
 from mim_torchrec.embeddings.sharded.frozen import FrozenEmbeddingCollection
 from mim_torchrec.embeddings.sharded.sharder import KERNELS, FrozenEmbeddingCollectionSharder, Memory
 from mim_torchrec.embeddings.sharded.trained import fused_kernels
@@ -82,7 +83,7 @@ def build_model(
     """
     dim = config.embedding_dim
     features = config.features()
-    of_requests = [feature.name for feature in features.ids(of_candidates=False)]
+    of_requests = [feature.name for feature in features.ids("request")]
     means = () if config.shrinks_ids else of_requests  # the weights of bags hold their lengths
     request = [
         EmbeddingBagConfig(
@@ -99,7 +100,7 @@ def build_model(
         name: [f"candidate_{name}", f"behavior_{name}"]
         for name in ("item_id", "category")
         if name in num_embeddings
-    } | {feature.name: [feature.name] for feature in features.ids(of_candidates=True)}
+    } | {one.name: [one.name] for one in (*features.ids("candidate"), *features.ids("behavior"))}
     items = [
         EmbeddingConfig(
             name=name,
@@ -130,7 +131,7 @@ def check_model(config: CTRConfig, context: DistributedContext) -> None:
         OptionError: no model can be made of the configuration.
     """
     names = ["user_id", "query_id", "item_id", "category"]
-    names += [feature.name for of in (False, True) for feature in config.features().ids(of_candidates=of)]
+    names += [feature.name for role in ROLES for feature in config.features().ids(role)]
     if unknown := sorted(config.id_shrinkage_of.keys() - names):
         there = ", ".join(names)
         raise OptionError(f"--id-shrinkage-of {', '.join(unknown)}: no table of ids; there are {there}")

@@ -3,6 +3,7 @@
 What a scan finds is kept by the fingerprint of the files, so that other runs on the same files read it.
 """
 
+import json
 import logging
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import numpy as np
 
 from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.data.id_scan import IdCounts, count_ids, fingerprint
+from mim_torchrec.data.id_types import id_types
 from mim_torchrec.data.schema import Dataset
 from mim_torchrec.data.vocabulary import Vocabulary
 from mim_torchrec.embeddings.collective import on_all_ranks
-from mim_torchrec.embeddings.files import atomic_directory
+from mim_torchrec.embeddings.files import atomic_directory, write_json
 from mim_torchrec.embeddings.remote.fetching import fetched
 from mim_torchrec.errors import OptionError
 from mim_torchrec.training.distributed import DistributedContext
@@ -21,6 +23,8 @@ from mim_torchrec.training.row_exchange import exchange_rows, owners_by_id
 from mim_torchrec.training.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
+
+TYPES = "types.json"
 
 Scan = dict[str, IdCounts]
 """By the name of a vocabulary."""
@@ -37,42 +41,89 @@ def scan_vocabularies(
     folder = RunDirectory(config.out).vocabulary
     if not (resumes and context.broadcast_object(folder.is_dir())):
         scan = _scan(dataset, config, context)
-        on_all_ranks(lambda: _write(scan, config, folder) if context.is_main else None)
+        on_all_ranks(lambda: _write(scan, dataset, config, folder) if context.is_main else None)
     return load_vocabularies(RunDirectory(config.out).root)
 
 
-def load_vocabularies(run: Path, impressions: bool = False) -> dict[str, Vocabulary]:
+def load_vocabularies(run: Path, counts: bool = False) -> dict[str, Vocabulary]:
     """Vocabularies of a run, by name.
 
     Args:
         run: its directory.
-        impressions: read them although there is no shrinkage.
+        counts: read all counts of ids, also those that only a warm start needs.
     """
     folder = RunDirectory(run).vocabulary
-    return {path.stem: Vocabulary.load(path, impressions) for path in sorted(folder.glob("*.npz"))}
+    return {path.stem: Vocabulary.load(path, counts) for path in sorted(folder.glob("*.npz"))}
 
 
-def _write(scan: Scan, config: CTRConfig, folder: Path) -> None:
+def load_id_types(run: Path) -> dict[str, str]:
+    """What the ids of a run's vocabularies are, see `id_types`; {} of a run that did not record it."""
+    path = RunDirectory(run).vocabulary / TYPES
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _write(scan: Scan, dataset: Dataset, config: CTRConfig, folder: Path) -> None:
     begun = config.warm_start
-    earlier = {} if begun is None else load_vocabularies(fetched(begun, ["vocabulary"]), impressions=True)
-    if unknown := sorted(config.id_shrinkage_of.keys() - scan.keys()):
-        raise OptionError(
-            f"--id-shrinkage-of {', '.join(unknown)}: there is no such table of ids; the requests have "
-            f"{', '.join(sorted(scan))}"
-        )
+    earlier = {} if begun is None else load_vocabularies(fetched(begun, ["vocabulary"]), counts=True)
+    for flag, named in (("--id-shrinkage-of", config.id_shrinkage_of), ("--max-ids", config.max_ids)):
+        if unknown := sorted(named.keys() - scan.keys()):
+            raise OptionError(
+                f"{flag} {', '.join(unknown)}: there is no such table of ids; the requests have "
+                f"{', '.join(sorted(scan))}"
+            )
     with atomic_directory(folder) as partial:
         for name, found in scan.items():
-            ids = found.ids
-            kept = ids[found.counts >= config.min_count]
-            if len(kept) < len(ids):
-                log.info("%s: %d of %d ids occur fewer than %d times and have no row of their own", name,
-                         len(ids) - len(kept), len(ids), config.min_count)  # fmt: skip
-            before = earlier.get(name)
-            if before is not None:
-                kept = np.union1d(kept, before.ids.numpy())
-            counts = _impressions(kept, found, before)
-            made = Vocabulary.build(kept, config.spare_rows, counts, config.shrinkage(name))
-            made.save(partial / f"{name}.npz")
+            _vocabulary(name, found, earlier.get(name), config).save(partial / f"{name}.npz")
+        write_json(partial / TYPES, id_types(dataset, list(scan)))
+
+
+def _vocabulary(name: str, found: IdCounts, before: Vocabulary | None, config: CTRConfig) -> Vocabulary:
+    """The ids that get rows: frequent enough, known before, and of these the most frequent ones.
+
+    Raises:
+        OptionError: there are too many, and the earlier run has not counted its own.
+    """
+    kept = found.ids[found.counts >= config.min_count]
+    if len(kept) < len(found.ids):
+        log.info("%s: %d of %d ids occur fewer than %d times and have no row of their own", name,
+                 len(found.ids) - len(kept), len(found.ids), config.min_count)  # fmt: skip
+    if before is not None:
+        kept = np.union1d(kept, before.ids.numpy())
+    occurrences = _occurrences(kept, found, before, config.count_decay)
+    limit = config.max_ids.get(name, len(kept))
+    if len(kept) > limit:
+        if occurrences is None:
+            raise OptionError(
+                f"--max-ids {name}: the run of --warm-start has not counted its ids, so the rare ones cannot "
+                "be told; train it again, or start without it"
+            )
+        stay = np.sort(np.lexsort((kept, -occurrences))[:limit])
+        log.info("%s: the %d most frequent of %d ids have rows of their own", name, limit, len(kept))
+        kept, occurrences = kept[stay], occurrences[stay]
+    return Vocabulary.build(
+        kept,
+        config.spare_rows,
+        impressions=_impressions(kept, found, before),
+        shrinkage=config.shrinkage(name),
+        occurrences=occurrences,
+    )
+
+
+def _occurrences(
+    kept: np.ndarray, found: IdCounts, before: Vocabulary | None, decay: float
+) -> np.ndarray | None:
+    """How often ids occur in the training requests, and decayed, in those of the runs before.
+
+    Returns:
+        (n,) float64; None where the earlier run has not counted.
+    """
+    counts = np.zeros(len(kept))
+    _add(counts, kept, found.ids, found.counts)
+    if before is not None:
+        if before.occurrences is None:
+            return None
+        _add(counts, kept, before.ids.numpy(), decay * before.occurrences.numpy())
+    return counts
 
 
 def _impressions(kept: np.ndarray, found: IdCounts, before: Vocabulary | None) -> np.ndarray | None:
@@ -82,15 +133,20 @@ def _impressions(kept: np.ndarray, found: IdCounts, before: Vocabulary | None) -
         (n + 1,) int64, of row 0 those of ids without a row. None where the earlier run has not counted.
     """
     counts = np.zeros(len(kept) + 1, np.int64)
-    has_row = np.isin(found.ids, kept, assume_unique=True)
-    counts[1 + np.searchsorted(kept, found.ids[has_row])] = found.impressions[has_row]
-    counts[0] = found.impressions[~has_row].sum()
+    counts[0] = _add(counts[1:], kept, found.ids, found.impressions)
     if before is not None:
         if before.impressions is None:
             return None
-        counts[1 + np.searchsorted(kept, before.ids.numpy())] += before.impressions[1:].numpy()
-        counts[0] += int(before.impressions[0])
+        shown = before.impressions.numpy()
+        counts[0] += _add(counts[1:], kept, before.ids.numpy(), shown[1:]) + shown[0]
     return counts
+
+
+def _add(to: np.ndarray, kept: np.ndarray, ids: np.ndarray, counts: np.ndarray) -> np.number:
+    """Add counts (m,) of ids (m,) to those (n,) of the ids kept (n,); returns the sum of the other ids'."""
+    has_row = np.isin(ids, kept, assume_unique=True)
+    to[np.searchsorted(kept, ids[has_row])] += counts[has_row]
+    return counts[~has_row].sum()
 
 
 def _scan(dataset: Dataset, config: CTRConfig, context: DistributedContext) -> Scan:

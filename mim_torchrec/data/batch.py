@@ -24,6 +24,7 @@ class RequestBatch(Pipelineable):
         behavior_ts: (sum_behaviors,) int64 likewise, in the order of `behavior_item_id`.
         request_dense: (B, num_features) float32, None where there are none.
         candidate_dense: (sum_candidates, num_features) float32 likewise.
+        behavior_dense: (sum_behaviors, num_features) float32 likewise.
         factors: (num_ids,) float32, by which embeddings of the ids of `sparse` are multiplied, in the order
             of its values and without those of multi-modal rows; None where they are left as they are.
         bags: where there are factors, the features of requests, weighted by them.
@@ -39,6 +40,7 @@ class RequestBatch(Pipelineable):
     behavior_ts: Tensor | None = None
     request_dense: Tensor | None = None
     candidate_dense: Tensor | None = None
+    behavior_dense: Tensor | None = None
     weights: Tensor | None = None
     factors: Tensor | None = None
     bags: KeyedJaggedTensor | None = None

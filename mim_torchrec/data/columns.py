@@ -121,7 +121,7 @@ def decode(
     bad = _Bad(len(table))
     present = table.column_names
     scalars = {}
-    further = (feature.name for feature in features.numbers(of_candidates=False))
+    further = (feature.name for feature in features.numbers("request"))
     for name in (*SCALARS, WEIGHT, *further):
         if name in present:
             column = _whole(table[name])
@@ -130,16 +130,17 @@ def decode(
     jagged = {}
     for role, columns in ROLES.items():
         columns = {name: column for name, column in columns.items() if column in present}
-        if role == "candidate":
-            columns |= {name: name for name, feature in features.by_name.items() if feature.of_candidates}
-            columns |= {WEIGHT: WEIGHTS} if WEIGHTS in present else {}
+        columns |= {
+            feature.name: feature.name for feature in features.by_name.values() if feature.role == role
+        }
+        if role == "candidate" and WEIGHTS in present:
+            columns[WEIGHT] = WEIGHTS
         jagged[role] = _lists(table, columns, bad, features, may_be_null=role == "behavior")
     _take_originals(table, scalars, jagged["candidate"])
     ids = {
-        feature.name: _ids(_whole(table[feature.name]), feature, bad)
-        for feature in features.ids(of_candidates=False)
+        feature.name: _ids(_whole(table[feature.name]), feature, bad) for feature in features.ids("request")
     }
-    _check_dense(scalars, jagged["candidate"], features, bad)
+    _check_dense(scalars, jagged, features, bad)
     _check_labels(jagged["candidate"], bad)
     _check_weights(scalars, jagged["candidate"], bad)
     _check_times(jagged["behavior"], scalars.get("ts"), bad)
@@ -243,11 +244,14 @@ def _ids(array: pa.Array, feature: Feature, bad: _Bad) -> Jagged:
     return Jagged(lengths, {"id": _without_nulls(flat, feature.kind)})
 
 
-def _check_dense(scalars: dict[str, np.ndarray], candidates: Jagged, features: Features, bad: _Bad) -> None:
-    for feature in features.numbers(of_candidates=False):
+def _check_dense(
+    scalars: dict[str, np.ndarray], jagged: dict[str, Jagged], features: Features, bad: _Bad
+) -> None:
+    for feature in features.numbers("request"):
         bad.add(~np.isfinite(scalars[feature.name]), feature.name, "is NaN, infinite or beyond float32")
-    for feature in features.numbers(of_candidates=True):
-        bad.add_lists(~np.isfinite(candidates.values[feature.name]), candidates.lengths, feature.name,
+    for feature in (*features.numbers("candidate"), *features.numbers("behavior")):
+        lists = jagged[feature.role]
+        bad.add_lists(~np.isfinite(lists.values[feature.name]), lists.lengths, feature.name,
                       "a value in the list is NaN, infinite or beyond float32")  # fmt: skip
 
 

@@ -31,6 +31,7 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "category": ("candidate_categories", "behavior_categories"),
 }
 CANDIDATES = "candidate_item_ids"
+OF_BEHAVIORS = ("behavior_item_ids", "behavior_categories")
 PENDING = 1 << 20
 """Ids that wait to be merged, at least."""
 FORMAT = 2
@@ -44,7 +45,8 @@ class IdCounts:
     """Ids, each once and ascending, how often each occurs, and in how many impressions.
 
     An impression is a candidate that was shown. Ids of a candidate occur in its impression; ids of a request
-    occur in those of all its candidates; ids of behaviors occur in none.
+    occur in those of all its candidates; items and categories of behaviors occur in none. Side information of
+    behaviors is of no candidate: there every behavior counts.
 
     >>> counts = IdCounts()
     >>> counts.add(np.array([7, 3]), np.array([1, 5]), np.array([0, 5]))
@@ -204,7 +206,7 @@ def _distinct(name: str, column: pa.ChunkedArray, kind: Ids, shown: np.ndarray) 
         pairs = pc.value_counts(values)
         found, counts = pairs.field("values"), pairs.field("counts")
         nothing = pa.array(np.zeros(len(counts), np.int64))
-        impressions = nothing if name.startswith("behavior_") else counts
+        impressions = nothing if name in OF_BEHAVIORS else counts
     known = found.is_valid()
     numbers = (one.filter(known).to_numpy(zero_copy_only=False) for one in (counts, impressions))
     return kind.read(found.filter(known)), *numbers

@@ -18,10 +18,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mim_torchrec.data.batch import RequestBatch
-from mim_torchrec.data.columns import ORIGINALS, RequestColumns, concatenate
+from mim_torchrec.data.columns import ORIGINALS, Jagged, RequestColumns, concatenate
 from mim_torchrec.data.conventions import Conventions
 from mim_torchrec.data.errors import DataError
-from mim_torchrec.data.features import NO_FEATURES, Feature, Features, tower_numbers
+from mim_torchrec.data.features import NO_FEATURES, Feature, Features, Role, model_numbers
 from mim_torchrec.data.request_files import GoodRows, RequestFiles
 from mim_torchrec.data.request_order import RequestOrder
 from mim_torchrec.data.schema import (
@@ -182,7 +182,8 @@ def _to_batch(requests: RequestColumns, wanted: Features) -> RequestBatch:
     features = [("user_id", requests.scalars["user_id"], ones)]
     if "query_id" in requests.scalars:
         features.append(("query_id", requests.scalars["query_id"], ones))
-    roles = (("candidate", requests.candidate), ("behavior", requests.behavior))
+    candidates, behaviors = requests.candidate, requests.behavior
+    roles: tuple[tuple[Role, Jagged], ...] = (("candidate", candidates), ("behavior", behaviors))
     for name in ("item_id", "category"):
         features += [
             (f"{role}_{name}", jagged.values[name], jagged.lengths.astype(np.int32))
@@ -190,12 +191,12 @@ def _to_batch(requests: RequestColumns, wanted: Features) -> RequestBatch:
             if name in jagged.values
         ]
     features += [(name, ids.values["id"], ids.lengths.astype(np.int32)) for name, ids in requests.ids.items()]
-    candidates = requests.candidate
     features += [
-        (feature.name, candidates.values[feature.name], candidates.lengths.astype(np.int32))
-        for feature in wanted.ids(of_candidates=True)
+        (feature.name, jagged.values[feature.name], jagged.lengths.astype(np.int32))
+        for role, jagged in roles
+        for feature in wanted.ids(role)
     ]
-    behavior_ts = requests.behavior.values.get("ts")
+    behavior_ts = behaviors.values.get("ts")
     request_ts = requests.scalars.get("ts")
     return RequestBatch(
         sparse=KeyedJaggedTensor(
@@ -216,13 +217,14 @@ def _to_batch(requests: RequestColumns, wanted: Features) -> RequestBatch:
                 if name + ORIGINAL in candidates.values
             },
         },
-        request_dense=_dense(requests.scalars, wanted.numbers(of_candidates=False)),
-        candidate_dense=_dense(candidates.values, wanted.numbers(of_candidates=True)),
+        request_dense=_dense(requests.scalars, wanted.numbers("request")),
+        candidate_dense=_dense(candidates.values, wanted.numbers("candidate")),
+        behavior_dense=_dense(behaviors.values, wanted.numbers("behavior")),
     )
 
 
 def _dense(values: Mapping[str, np.ndarray], features: Sequence[Feature]) -> torch.Tensor | None:
-    return tower_numbers(features, {f.name: torch.from_numpy(values[f.name]) for f in features})
+    return model_numbers(features, {f.name: torch.from_numpy(values[f.name]) for f in features})
 
 
 def label_classes(files: Sequence[str | Path | Url], conventions: Conventions | None = None) -> set[int]:

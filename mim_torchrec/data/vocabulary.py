@@ -40,6 +40,8 @@ class Vocabulary:
         impressions: (n + 1,) int64 by row, in how many training impressions the id was shown, as a candidate
             or with one; of row 0, those of ids without a row of their own. None where nobody has counted.
         shrinkage: k of `factors`; 0 shrinks no embedding.
+        occurrences: (n,) float64, how often each id has occurred in training, what is long ago counting less;
+            None where nobody has counted.
 
     Raises:
         ValueError: the sizes do not fit.
@@ -56,11 +58,14 @@ class Vocabulary:
         num_embeddings: int,
         impressions: Tensor | None = None,
         shrinkage: float = 0.0,
+        occurrences: Tensor | None = None,
     ) -> None:
         if num_embeddings < ids.numel() + 1:
             raise ValueError(f"{ids.numel()} ids need {ids.numel() + 1} rows, not {num_embeddings}")
         if impressions is not None and impressions.numel() != ids.numel() + 1:
             raise ValueError(f"{ids.numel()} ids and row 0 have {impressions.numel()} numbers of impressions")
+        if occurrences is not None and occurrences.shape != ids.shape:
+            raise ValueError(f"{ids.numel()} ids have {occurrences.numel()} numbers of occurrences")
         if shrinkage and impressions is None:
             raise OptionError(
                 "--id-shrinkage needs to know in how many training impressions each id was shown, which "
@@ -70,6 +75,7 @@ class Vocabulary:
         self._index = RowIndex(ids)
         self.num_embeddings = num_embeddings
         self.impressions, self.shrinkage = impressions, shrinkage
+        self.occurrences = occurrences
         self.seen = 0
         self.unknown = 0
 
@@ -80,6 +86,7 @@ class Vocabulary:
         spare_rows: float = 0.0,
         impressions: np.ndarray | None = None,
         shrinkage: float = 0.0,
+        occurrences: np.ndarray | None = None,
     ) -> "Vocabulary":
         """Vocabulary of ids (any order, repeated or not), with `spare_rows` times as many spare rows.
 
@@ -88,10 +95,12 @@ class Vocabulary:
             spare_rows: as a fraction of the ids.
             impressions: by row of the distinct ids, ascending, row 0 first.
             shrinkage: as of the class.
+            occurrences: of the distinct ids, ascending.
         """
         unique = torch.from_numpy(np.unique(np.asarray(ids, np.int64)))
-        counts = None if impressions is None else torch.from_numpy(impressions)
-        return cls(unique, 1 + math.ceil(unique.numel() * (1.0 + spare_rows)), counts, shrinkage)
+        shown, occurred = (None if n is None else torch.from_numpy(n) for n in (impressions, occurrences))
+        rows = 1 + math.ceil(unique.numel() * (1.0 + spare_rows))
+        return cls(unique, rows, shown, shrinkage, occurred)
 
     @cached_property
     def _buckets(self) -> IdBuckets | None:
@@ -138,6 +147,8 @@ class Vocabulary:
         counted: dict[str, Any] = {}
         if self.impressions is not None:
             counted["impressions"] = self.impressions.numpy()
+        if self.occurrences is not None:
+            counted["occurrences"] = self.occurrences.numpy()
         with atomic_file(path) as file:
             np.savez(
                 file,
@@ -149,12 +160,12 @@ class Vocabulary:
             )
 
     @classmethod
-    def load(cls, path: str | Path, impressions: bool = False) -> "Vocabulary":
+    def load(cls, path: str | Path, counts: bool = False) -> "Vocabulary":
         """Read what :meth:`save` wrote.
 
         Args:
             path: of the file.
-            impressions: read them although there is no shrinkage; they take 8 bytes per id.
+            counts: read occurrences, and impressions although there is no shrinkage; 8 bytes per id each.
 
         Raises:
             DataError: a later release has written it.
@@ -165,13 +176,13 @@ class Vocabulary:
                 problem = f"format_version {version}, this release reads up to {FORMAT_VERSION}; update it"
                 raise DataError(problem, file=Path(path))
             shrinkage = float(stored["shrinkage"]) if version > 1 else 0.0
-            wanted = "impressions" in stored and (impressions or shrinkage)
-            return cls(
-                torch.from_numpy(stored["ids"]),
-                int(stored["num_embeddings"]),
-                torch.from_numpy(stored["impressions"]) if wanted else None,
-                shrinkage,
-            )
+            wanted = {"impressions": counts or shrinkage, "occurrences": counts}
+            found = {
+                name: torch.from_numpy(stored[name]) if asked and name in stored else None
+                for name, asked in wanted.items()
+            }
+            ids, rows = torch.from_numpy(stored["ids"]), int(stored["num_embeddings"])
+        return cls(ids, rows, shrinkage=shrinkage, **found)
 
 
 class IdMapper:

@@ -15,6 +15,7 @@ from mim_torchrec.ctr.main import main
 from mim_torchrec.ctr.warm_start import WarmStartError
 from mim_torchrec.data.schema import REQUESTS
 from mim_torchrec.data.vocabulary import Vocabulary
+from mim_torchrec.errors import OptionError
 from mim_torchrec.training.history import read_history
 from tests.pipeline.test_ctr_main import SMALL, write_dataset
 from tests.pipeline.test_evaluate_main import write_table
@@ -79,6 +80,23 @@ def test_known_ids_keep_their_embeddings_and_new_ones_begin(folder, tmp_path, ra
     both = (set(before) & set(begun)) - {0}
     assert both and not any(np.allclose(begun[key], before[key]) for key in both)
     assert {5, 999_999} <= set(after) or vocabulary == "user_id"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_bounded_table_leaves_rare_ids_behind(folder, tmp_path, ranks):
+    out, bound = tmp_path / "second", ["--max-ids", "item_id", "12", "--count-decay", "0"]
+    command = [*words(folder, "tuesday"), "--out", str(out), *FROZEN, "--warm-start", str(folder / "first")]
+    run_ranks(main, ranks, [*command, *bound])
+    before, after = (embeddings(run) for run in (folder / "first", out))
+    assert len(after) == 1 + 12 < len(before)
+    stayed = before.keys() & after.keys()
+    assert {0} < stayed < before.keys() and {5, 999_999} <= after.keys() - stayed
+    assert all(after[key] == before[key] for key in stayed)
+
+
+def test_a_limit_of_no_table_is_refused(folder, tmp_path):
+    with pytest.raises(OptionError, match="--max-ids item: there is no such table of ids; .* item_id"):
+        main([*words(folder, "monday"), "--out", str(tmp_path / "out"), "--max-ids", "item", "12"])
 
 
 def test_without_training_it_predicts_what_the_earlier_model_predicts(folder, tmp_path):

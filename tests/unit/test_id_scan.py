@@ -74,6 +74,15 @@ def test_impressions_are_candidates_with_the_id_or_of_requests_with_it(files):
     )
 
 
+def test_side_information_of_behaviors_counts_behaviors(tmp_path):
+    rows = [row | {"behavior_action": [7] * len(row["behavior_item_ids"])} for row in request_rows(12)]
+    schema = pa.schema([*REQUESTS, ("behavior_action", pa.list_(pa.int64()))])
+    file = write_rows(tmp_path / "0.parquet", rows, schema)
+    found = count_ids([file], Features(sparse=("behavior_action",)))["behavior_action"]
+    behaviors = sum(len(row["behavior_item_ids"]) for row in rows)
+    assert (found.ids.tolist(), found.impressions.tolist()) == ([7], [behaviors])
+
+
 def test_an_id_in_a_list_of_a_request_has_the_impressions_of_the_request(tmp_path):
     rows = [row | {"tags": ["a"] * (k % 3) + ["b"] * (k % 2), "age": k / 4}
             for k, row in enumerate(request_rows(12))]  # fmt: skip

@@ -89,12 +89,12 @@ def test_impressions_and_shrinkage_are_saved(tmp_path):
 def test_impressions_that_nothing_needs_are_not_read(tmp_path):
     counted(5, 0, 7, shrinkage=0.0).save(tmp_path / "v.npz")
     assert Vocabulary.load(tmp_path / "v.npz").impressions is None
-    assert Vocabulary.load(tmp_path / "v.npz", impressions=True).impressions.tolist() == [5, 0, 7]
+    assert Vocabulary.load(tmp_path / "v.npz", counts=True).impressions.tolist() == [5, 0, 7]
 
 
 def test_a_vocabulary_of_an_earlier_release_is_read_without_impressions(tmp_path):
     np.savez(tmp_path / "v.npz", ids=np.array([10, 20]), num_embeddings=np.int64(4))
-    loaded = Vocabulary.load(tmp_path / "v.npz", impressions=True)
+    loaded = Vocabulary.load(tmp_path / "v.npz", counts=True)
     assert (loaded.ids.tolist(), loaded.num_embeddings, loaded.impressions) == ([10, 20], 4, None)
     with pytest.raises(OptionError, match="--id-shrinkage needs to know in how many training impressions"):
         Vocabulary(loaded.ids, 4, loaded.impressions, shrinkage=3.0)
