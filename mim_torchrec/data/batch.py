@@ -25,6 +25,7 @@ class RequestBatch(Pipelineable):
         request_dense: (B, num_features) float32, None where there are none.
         candidate_dense: (sum_candidates, num_features) float32 likewise.
         behavior_dense: (sum_behaviors, num_features) float32 likewise.
+        second_labels: (sum_candidates,) float32, 0 or 1, None where there is no second label.
         weights: (sum_candidates,) float32, how often each candidate counts; None counts each once.
         originals: ids as people know them, where they are no int64 and the reader was asked for them:
             `request_id`, `user_id`, `query_id` (B,) and `item_id` (sum_candidates,); they stay on the CPU.
@@ -38,6 +39,7 @@ class RequestBatch(Pipelineable):
     request_dense: Tensor | None = None
     candidate_dense: Tensor | None = None
     behavior_dense: Tensor | None = None
+    second_labels: Tensor | None = None
     weights: Tensor | None = None
     originals: dict[str, np.ndarray] = field(default_factory=dict)
 

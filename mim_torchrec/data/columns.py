@@ -16,6 +16,7 @@ from mim_torchrec.data.features import NO_FEATURES, Feature, Features, Ids, Numb
 from mim_torchrec.data.schema import ORIGINAL, WEIGHT, WEIGHTS, is_list
 from mim_torchrec.embeddings.remote.places import Url
 
+SECOND_LABEL = "second_label"
 SCALARS = ("request_id", "user_id", "query_id", "ts")
 ORIGINALS = {f"{name}{ORIGINAL}": name for name in ("request_id", "user_id", "query_id")}
 ORIGINALS_OF_CANDIDATES = {f"candidate_item_ids{ORIGINAL}": "item_id"}
@@ -98,7 +99,8 @@ def decode(
 
     A row is bad when a value is null, parallel lists differ in length, there is no candidate, a label is not
     0 or 1, behaviors are not in the order of time, one of them is not strictly before its request, a dense
-    feature is NaN or infinite, or a weight is not a finite number of at least 0. A history that is null is an
+    feature is NaN or infinite, a weight is not a finite number of at least 0, or the second label of a
+    candidate that was not clicked is 1. A history that is null is an
     empty one: nothing is known of a new user.
 
     Args:
@@ -133,13 +135,15 @@ def decode(
         }
         if role == "candidate" and WEIGHTS in present:
             columns[WEIGHT] = WEIGHTS
+        if role == "candidate" and features.label_column is not None:
+            columns[SECOND_LABEL] = features.label_column
         jagged[role] = _lists(table, columns, bad, features, may_be_null=role == "behavior")
     _take_originals(table, scalars, jagged["candidate"])
     ids = {
         feature.name: _ids(_whole(table[feature.name]), feature, bad) for feature in features.ids("request")
     }
     _check_dense(scalars, jagged, features, bad)
-    _check_labels(jagged["candidate"], bad)
+    _check_labels(jagged["candidate"], features.label_column, bad)
     _check_weights(scalars, jagged["candidate"], bad)
     _check_times(jagged["behavior"], scalars.get("ts"), bad)
 
@@ -245,11 +249,18 @@ def _check_dense(
                       "a value in the list is NaN, infinite or beyond float32")  # fmt: skip
 
 
-def _check_labels(candidates: Jagged, bad: _Bad) -> None:
+def _check_labels(candidates: Jagged, second: str | None, bad: _Bad) -> None:
     bad.add(candidates.lengths == 0, ROLES["candidate"]["item_id"], "there is no candidate")
-    labels = candidates.values["label"]
-    wrong = (labels != 0) & (labels != 1)
-    bad.add_lists(wrong, candidates.lengths, ROLES["candidate"]["label"], "a label is neither 0 nor 1")
+    columns = {"label": ROLES["candidate"]["label"]} | ({} if second is None else {SECOND_LABEL: second})
+    for name, column in columns.items():
+        labels = candidates.values[name]
+        wrong = (labels != 0) & (labels != 1)
+        bad.add_lists(wrong, candidates.lengths, column, "a label is neither 0 nor 1")
+    if second is not None:
+        without = candidates.values[SECOND_LABEL] > candidates.values["label"]
+        bad.add_lists(
+            without, candidates.lengths, second, "is 1 where labels is 0; it counts after a click only"
+        )
 
 
 def _take_originals(table: pa.Table, scalars: dict[str, np.ndarray], candidates: Jagged) -> None:
@@ -328,7 +339,7 @@ def _values(column: str, array: pa.Array, features: Features) -> np.ndarray:
     """Values of a column by its kind."""
     if column in features.by_name:
         return _without_nulls(array, features.by_name[column].kind)
-    if column in ("labels", WEIGHT, WEIGHTS):
+    if column in ("labels", WEIGHT, WEIGHTS, features.label_column):
         return _without_nulls(array, Numbers())
     return _without_nulls(array, Ids() if column.endswith("categories") else _Integers())
 

@@ -164,7 +164,7 @@ class RequestFiles:
                 continue
             self._features.check(parquet, file)
             weights = tuple(n for n in (WEIGHT, WEIGHTS) if parquet.schema_arrow.get_field_index(n) >= 0)
-            columns = present_columns(parquet, REQUESTS) + weights + self._features.names
+            columns = present_columns(parquet, REQUESTS) + weights + self._features.columns
             if self.columns and columns != self.columns:
                 problem = f"has columns {', '.join(columns)}, but {files[0]} has {', '.join(self.columns)}"
                 raise DataError(f"{problem}; write all files with the same columns", file=file)

@@ -18,7 +18,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mim_torchrec.data.batch import RequestBatch
-from mim_torchrec.data.columns import ORIGINALS, Jagged, RequestColumns, concatenate
+from mim_torchrec.data.columns import ORIGINALS, SECOND_LABEL, Jagged, RequestColumns, concatenate
 from mim_torchrec.data.conventions import Conventions
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.features import NO_FEATURES, Feature, Features, Role, model_numbers
@@ -208,6 +208,9 @@ def _to_batch(requests: RequestColumns, wanted: Features) -> RequestBatch:
         request_ids=torch.from_numpy(requests.scalars["request_id"]),
         request_ts=None if request_ts is None else torch.from_numpy(request_ts),
         behavior_ts=None if behavior_ts is None else torch.from_numpy(behavior_ts),
+        second_labels=None
+        if (second := candidates.values.get(SECOND_LABEL)) is None
+        else torch.from_numpy(second),
         weights=None if (weights := candidates.values.get(WEIGHT)) is None else torch.from_numpy(weights),
         originals={
             **{name: requests.scalars[key] for key, name in ORIGINALS.items() if key in requests.scalars},

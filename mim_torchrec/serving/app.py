@@ -20,7 +20,14 @@ from mim_torchrec.embeddings.windows.redis_address import RedisUnavailable
 from mim_torchrec.serving.batcher import Batcher, DeadlinePassed, QueueFull
 from mim_torchrec.serving.config import Limits
 from mim_torchrec.serving.metrics import Metrics
-from mim_torchrec.serving.protocol import InferRequest, datatypes, inputs_of, read_request, write_response
+from mim_torchrec.serving.protocol import (
+    InferRequest,
+    datatypes,
+    inputs_of,
+    outputs_of,
+    read_request,
+    write_response,
+)
 from mim_torchrec.serving.scorer import BadRequest, Scores
 from mim_torchrec.serving.service import Service
 
@@ -197,7 +204,7 @@ def make_app(
             {"name": i, "datatype": datatypes(kind)[0], "shape": [-1]}
             for i, kind in inputs_of(scorer).items()
         ]
-        outputs = [{"name": o, "datatype": "FP32", "shape": [-1]} for o in ("score", "content_contribution")]
+        outputs = [{"name": o, "datatype": "FP32", "shape": [-1]} for o in outputs_of(scorer)]
         return {
             "name": name,
             "versions": [served.model_version],
@@ -208,6 +215,7 @@ def make_app(
                 "table_version": scorer.bundle.table_version,
                 "window_seq": None if scorer.mm is None else scorer.mm.seq,
                 "max_behaviors": scorer.config.max_behaviors,
+                "second_label": scorer.config.second_label,
             },
         }
 

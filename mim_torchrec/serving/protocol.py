@@ -3,9 +3,9 @@
 Inputs by name: `user_id` (1), `candidate_item_id` (n) and `behavior_item_id` (m, oldest first). If the model
 was trained with them: `query_id` (1), `candidate_category` and `behavior_category` (n, m), `request_ts` (1)
 and `behavior_ts` (m, microseconds since 1970), and further features by name: those that begin with
-`candidate_` (n), with `behavior_` (m), and those of the request. Ids and categories are sent as
-the log has them: BYTES where they are text or UUIDs, else INT64, INT32 or UINT64. Outputs: `score` (n), and
-on request `content_contribution` (n).
+`candidate_` (n), with `behavior_` (m), and those of the request. Ids and categories are sent as the log has
+them: BYTES where they are text or UUIDs, else INT64, INT32 or UINT64. Outputs: `score` (n), of a model with a
+second label `second_score` (n), and on request `second_score_given_click` (n) and `content_contribution` (n).
 """
 
 from math import isfinite, prod
@@ -21,6 +21,7 @@ from mim_torchrec.serving.config import Limits
 from mim_torchrec.serving.scorer import BadRequest, Scorer, ScoreRequest, Scores
 
 SCORE, CONTRIBUTION = "score", "content_contribution"
+SECOND, GIVEN_CLICK = "second_score", "second_score_given_click"
 INTEGERS = {"INT64": pa.int64(), "INT32": pa.int32(), "UINT64": pa.uint64()}
 DATATYPES = {"FP32": pa.float32(), "FP64": pa.float64(), **INTEGERS, "BYTES": pa.string()}
 TIMES = ("request_ts", "behavior_ts")
@@ -47,7 +48,7 @@ class InferInput(Strict):
 class InferOutput(Strict):
     """A tensor that is asked for."""
 
-    name: Literal["score", "content_contribution"]
+    name: Literal["score", "content_contribution", "second_score", "second_score_given_click"]
     parameters: dict[str, Any] | None = None
 
 
@@ -65,7 +66,7 @@ class InferRequest(Strict):
 
     id: Annotated[str, Field(max_length=LONGEST_NAME)] | None = None
     inputs: Annotated[list[InferInput], Field(min_length=1, max_length=64)]
-    outputs: Annotated[list[InferOutput], Field(max_length=2)] | None = None
+    outputs: Annotated[list[InferOutput], Field(max_length=4)] | None = None
     parameters: InferParameters | None = None
 
 
@@ -82,6 +83,11 @@ def inputs_of(scorer: Scorer) -> dict[str, Ids | Numbers]:
     kinds = {name: feature.kind for name, feature in scorer.features.by_name.items()}
     own = {name: Ids() if name.endswith("_category") else StableIds() for name in names}
     return {**own, **dict.fromkeys(TIMES, _Times()), **kinds}
+
+
+def outputs_of(scorer: Scorer) -> list[str]:
+    """The outputs of a model by name."""
+    return [SCORE, CONTRIBUTION, *((SECOND, GIVEN_CLICK) if scorer.config.second_label is not None else ())]
 
 
 def datatypes(kind: Ids | Numbers) -> list[str]:
@@ -106,6 +112,8 @@ def read_request(sent: InferRequest, scorer: Scorer, limits: Limits) -> ScoreReq
     lists = _lists(scorer)
     if surplus := sorted(set(names) - known.keys()):
         raise BadRequest(f"the model has no input {surplus[0]!r}; it has {', '.join(sorted(known))}")
+    if lacking := [one.name for one in sent.outputs or () if one.name not in outputs_of(scorer)]:
+        raise BadRequest(f"the model has no output {lacking[0]!r}; it has {', '.join(outputs_of(scorer))}")
     if missing := sorted({"user_id", "candidate_item_id", "behavior_item_id", *lists} - set(names)):
         raise BadRequest(f"the tensor {missing[0]} is missing")
     tensors = {given.name: _tensor(given, known[given.name]) for given in sent.inputs}
@@ -163,13 +171,16 @@ def _tensor(given: InferInput, kind: Ids | Numbers) -> Tensor:
 
 def write_response(sent: InferRequest, found: Scores, name: str, version: str) -> dict[str, Any]:
     """What is answered."""
-    asked: list[str] = [output.name for output in sent.outputs or ()] or [SCORE]
+    usual = [SCORE] if found.second is None else [SCORE, SECOND]
+    asked: list[str] = [output.name for output in sent.outputs or ()] or usual
     # a model without content interest has nothing that it contributes
     nothing = torch.zeros_like(found.scores)
     values = {
         SCORE: found.scores,
         CONTRIBUTION: nothing if found.contribution is None else found.contribution,
     }
+    if found.second is not None:
+        values |= dict(zip((SECOND, GIVEN_CLICK), found.second, strict=True))
     outputs = []
     for output in asked:
         data = values[output].tolist()
