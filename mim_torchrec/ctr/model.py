@@ -120,10 +120,12 @@ class CTRModel(nn.Module):
         self.mm_embeddings = mm_embeddings
         self.dot_product_features = config.dot_product_features
         self.recency = config.recency
+        self.shrinks_ids = config.shrinks_ids
 
         bags = request_embeddings.embedding_bag_configs()
         request_dim = sum(t.embedding_dim * len(t.feature_names) for t in bags)
         tables = item_embeddings.embedding_configs()
+        self.item_features = [feature for t in tables for feature in t.feature_names]
         self.item_columns = [t.name for t in tables if t.name in ITEM_COLUMNS]
         item_dim = sum(t.embedding_dim for t in tables if t.name in ITEM_COLUMNS)
         dims = {t.name: t.embedding_dim for t in tables}
@@ -184,6 +186,7 @@ class CTRModel(nn.Module):
             self.second_tower = DeepCTR(width, config.tower, config.batch_norm, config.dropout)
         self.list_pairs: Callable[[Tensor, Tensor], RequestPairs] = RequestPairs.build
         self.score = _Untraced(self._score)
+        self.shrink_and_score = _Untraced(self._shrink_and_score)
 
     def forward(self, batch: RequestBatch) -> Prediction:
         """Score the candidates.
@@ -192,14 +195,35 @@ class CTRModel(nn.Module):
             batch: requests whose ids are embedding rows already.
 
         Raises:
-            ValueError: the user behavior model needs times or categories that the batch does not have.
+            ValueError: the user behavior model needs times or categories that the batch does not have, or
+                embeddings are shrunk and it has no factors.
         """
         sparse = batch.sparse
         # start every exchange between ranks before waiting for the first
-        pooled = self.request_embeddings(sparse)
+        pooled = self.request_embeddings(batch.bags if self.shrinks_ids else sparse)
         item_rows = self.item_embeddings(sparse)
         mm_rows = self.mm_embeddings(sparse) if self.mm_embeddings is not None else None
-        return self.score(batch, pooled, item_rows, mm_rows)
+        score = self.shrink_and_score if self.shrinks_ids else self.score
+        return score(batch, pooled, item_rows, mm_rows)
+
+    def _shrink_and_score(
+        self,
+        batch: RequestBatch,
+        pooled: KeyedTensor,
+        item_rows: Mapping[str, JaggedTensor],
+        mm_rows: Mapping[str, JaggedTensor] | None,
+    ) -> Prediction:
+        """Multiply the embeddings of items by their factors; those of requests were weighted when pooled."""
+        if batch.factors is None:
+            raise ValueError("embeddings of ids are shrunk, but the batch does not say by what factors")
+        keys, ends = batch.sparse.keys(), batch.sparse.offset_per_key()
+        shrunk = {}
+        for feature in self.item_features:
+            place = keys.index(feature)
+            factors = batch.factors[ends[place] : ends[place + 1], None]
+            values = item_rows[feature].values() * factors
+            shrunk[feature] = JaggedTensor(values, offsets=batch.sparse[feature].offsets())
+        return self.score(batch, pooled, shrunk, mm_rows)
 
     def _score(
         self,

@@ -84,13 +84,14 @@ def build_model(
     dim = config.embedding_dim
     features = config.features()
     of_requests = [feature.name for feature in features.ids("request")]
+    means = () if config.shrinks_ids else of_requests  # the weights of bags hold their lengths
     request = [
         EmbeddingBagConfig(
             name=name,
             embedding_dim=dim,
             num_embeddings=num_embeddings[name],
             feature_names=[name],
-            pooling=PoolingType.MEAN if name in of_requests else PoolingType.SUM,
+            pooling=PoolingType.MEAN if name in means else PoolingType.SUM,
         )
         for name in ("user_id", "query_id", *of_requests)
         if name in num_embeddings
@@ -110,7 +111,7 @@ def build_model(
         for name, feature_names in of_items.items()
     ]
     # the dense part must not depend on how many random numbers the tables have drawn
-    request_embeddings = EmbeddingBagCollection(tables=request, device=device)
+    request_embeddings = EmbeddingBagCollection(tables=request, device=device, is_weighted=config.shrinks_ids)
     item_embeddings = EmbeddingCollection(tables=items, device=device)
     mm_embeddings = None
     if mm_config is not None:
@@ -131,6 +132,9 @@ def check_model(config: CTRConfig, context: DistributedContext) -> None:
     """
     names = ["user_id", "query_id", "item_id", "category"]
     names += [feature.name for role in ROLES for feature in config.features().ids(role)]
+    if unknown := sorted(config.id_shrinkage_of.keys() - names):
+        there = ", ".join(names)
+        raise OptionError(f"--id-shrinkage-of {', '.join(unknown)}: no table of ids; there are {there}")
     mm = None
     if config.mim == "on":
         mm = EmbeddingConfig(

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from mim_torchrec.data.errors import DataError
+from mim_torchrec.data.errors import DataError, Location, Problems
 from mim_torchrec.data.features import NO_FEATURES, Feature, Features, Ids, Numbers
 from mim_torchrec.data.schema import ORIGINAL, WEIGHT, WEIGHTS, is_list
 from mim_torchrec.embeddings.remote.places import Url
@@ -94,6 +94,7 @@ def decode(
     row_group: int,
     features: Features = NO_FEATURES,
     first_row: int = 0,
+    problems: Problems | None = None,
 ) -> tuple[RequestColumns, int]:
     """Turn a row group, or rows of it that follow one another, into arrays, checking every row.
 
@@ -111,6 +112,7 @@ def decode(
         row_group: likewise.
         features: further columns, see `data.features`.
         first_row: number of the first row in the row group, for the message.
+        problems: where bad rows are skipped, what is wrong with them is added to it.
 
     Returns:
         The good rows, and how many were bad.
@@ -149,6 +151,8 @@ def decode(
 
     requests = RequestColumns(scalars, jagged["behavior"], jagged["candidate"], ids)
     good = bad.good_rows(on_bad_row, file, row_group, first_row)
+    if problems is not None:
+        bad.describe(problems, file, row_group, first_row)
     longest = int(requests.behavior.lengths.max(initial=0))
     if good is None and longest <= max_behaviors:
         return requests, 0
@@ -191,6 +195,12 @@ class _Bad:
             remedy = "fix the row, or leave such rows out with --on-bad-row skip"
             raise DataError(f"{problem}; {remedy}", file, row_group, first_row + row, column)
         return np.flatnonzero(~is_bad)
+
+    def describe(self, problems: Problems, file: str | Path | Url, row_group: int, first_row: int) -> None:
+        """Add what was found."""
+        for rows, column, problem in self._found:
+            first = Location(file, row_group, first_row + int(np.argmax(rows)), column)
+            problems.add(problem, int(rows.sum()), first)
 
 
 def _whole(column: pa.ChunkedArray) -> pa.Array:

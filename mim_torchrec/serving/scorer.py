@@ -4,7 +4,7 @@ A scorer is one model with the stores of its versions. Another scorer replaces i
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
@@ -39,6 +39,10 @@ def kind_of(feature: str) -> str:
     ('category', 'candidate_brand')
     """
     return _KINDS.get(feature, feature)
+
+
+Opener = Callable[[str, str | Path, str], ParameterStore]
+"""Opens a store: what it holds, for messages; where it is; the version of its table."""
 
 
 class BadRequest(ValueError):
@@ -102,6 +106,7 @@ class Scorer:
         id_store: URL of the store with the bundle's ID tables; None reads them from the bundle.
         cache: matrices of histories to keep.
         plain: compute pairs and interests as training does, for comparison.
+        opener: opens the stores; by default `open_store`.
 
     Raises:
         VersionMismatch: the vectors are not those that the model was trained on.
@@ -115,6 +120,7 @@ class Scorer:
         id_store: str | None = None,
         cache: int = 0,
         plain: bool = False,
+        opener: Opener = lambda name, where, version: open_store(where, version),
     ) -> None:
         self.bundle = bundle
         self.config = bundle.config
@@ -128,12 +134,13 @@ class Scorer:
                 raise OptionError(
                     f"{bundle.path} has content interest: say where its vectors are with --store"
                 )
-            self.mm = open_store(store, bundle.table_version)
+            self.mm = opener("vectors", store, bundle.table_version)
             if (dim := self.mm.dim) != bundle.mm_dim:
                 raise VersionMismatch(f"{store} has vectors of {dim}, the model needs {bundle.mm_dim}")
         self._ids: dict[str, ParameterStore] = {}
         for name in bundle.tables:
-            self._ids[name] = open_store(id_store or bundle.path / "tables" / name, bundle.version_of(name))
+            where = id_store or bundle.path / "tables" / name
+            self._ids[name] = opener(name, where, bundle.version_of(name))
         self.cache = MatrixCache(cache)
         self._matrices: MatrixCiUBM | None = None
         if self.mm is not None and is_linear(self._model.ciubm) and not plain:
@@ -141,6 +148,11 @@ class Scorer:
             self._model.ciubm = cast(CiUBM, self._matrices)  # it takes and gives what CiUBM does
         # the similarity interest reads the vectors of a history, whatever else is known of it
         self._keeps = cache > 0 and self._matrices is not None and not self._matrices.inner.tiers
+
+    @property
+    def stores(self) -> list[ParameterStore]:
+        """All stores that scores need."""
+        return [*self._ids.values(), *([] if self.mm is None else [self.mm])]
 
     @property
     def of_requests(self) -> tuple[str, ...]:
@@ -171,7 +183,8 @@ class Scorer:
         return list(dict.fromkeys(["user", "item", "vector", *map(kind_of, names)]))
 
     @property
-    def _needs_times(self) -> bool:
+    def needs_times(self) -> bool:
+        """Whether the model needs the times of requests and behaviors."""
         config = self.config
         return config.id_interest and config.recency == "time" and "recency" in config.ubm_options.needs
 
@@ -188,10 +201,10 @@ class Scorer:
 
         Raises:
             BadRequest: a feature that the model needs is missing.
-            RedisUnavailable: a store cannot be reached.
+            RedisUnavailable: a store cannot be reached; or what else the stores raise.
         """
         requests = [self._recent(request) for request in requests]
-        if self._needs_times and any(r.request_ts is None or r.behavior_ts is None for r in requests):
+        if self.needs_times and any(r.request_ts is None or r.behavior_ts is None for r in requests):
             raise BadRequest("the model needs the features request_ts and behavior_ts")
         self._check_behaviors(requests)
         counts = [request.num_candidates for request in requests]

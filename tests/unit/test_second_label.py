@@ -24,7 +24,8 @@ from mim_torchrec.data.schema import REQUESTS
 from mim_torchrec.data.vocabulary import IdMapper, Vocabulary
 from mim_torchrec.errors import OptionError
 from mim_torchrec.training.distributed import DistributedContext
-from tests.datasets import request_rows
+from mim_torchrec.validate.main import main as validate
+from tests.datasets import request_rows, write_items
 
 FEATURES = Features(second_label="purchase")
 ONE = DistributedContext(0, 1, torch.device("cpu"))
@@ -195,3 +196,16 @@ def test_metrics_without_a_conversion_are_undefined():
     sample["label"] = np.zeros(400, np.float32)
     assert summarize_second(sample, ONE)["auc_given_click"] is None
     assert summarize_second({"label": sample["label"]}, ONE) is None
+
+
+def test_validate_checks_it(tmp_path, capsys):
+    made = rows()
+    made[8]["labels_purchase"] = [1, 0, 0]
+    write_items(tmp_path / "items" / "part-0.parquet")
+    for split in ("train", "validation", "test"):
+        (tmp_path / "requests" / split).mkdir(parents=True)
+        write(tmp_path / "requests" / split / "part-0.parquet", made)
+    validate([str(tmp_path)])
+    with pytest.raises(DataError, match="see above"):
+        validate([str(tmp_path), "--second-label", "purchase"])
+    assert "requests/train: 1 row: is 1 where labels is 0" in capsys.readouterr().out
