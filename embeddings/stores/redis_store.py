@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mim_torchrec.embeddings.table.manifest import TableError
+from mim_torchrec.embeddings.table.manifest import TableError, TableLost
 from mim_torchrec.embeddings.table.quantize import DTYPES, decode, stored_width
 from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.table.shards import CHUNK
@@ -63,28 +63,29 @@ class _Facts:
 class RedisStore:
     """A `ParameterStore` in Redis; open it with `open`, fill it with `load`."""
 
-    def __init__(self, location: RedisAddress, table_version: str) -> None:
+    def __init__(self, location: RedisAddress, table_version: str, timeout: float | None = None) -> None:
         self.table_version = table_version
         self._at = location
-        self._client = connect(location)
+        self._client = connect(location, timeout)
         self._version = hashlib.blake2b(table_version.encode(), digest_size=6).hexdigest()
         self._about = f"{{{location.name}}}:{self._version}"
         self._facts = self._read_facts()
         self.dim = self._facts.dim
 
     @classmethod
-    def open(cls, where: str, table_version: str) -> "RedisStore":
+    def open(cls, where: str, table_version: str, timeout: float | None = None) -> "RedisStore":
         """Open a store that has a table of this version.
 
         Args:
             where: URL, see `redis_address.locate`.
             table_version: of the table.
+            timeout: see `redis_connection.connect`.
 
         Raises:
             RedisUnavailable: the server does not answer; every method raises it, and may be called again.
-            TableError: no table of this version was loaded.
+            TableLost: no table of this version was loaded, or the server has lost it; likewise.
         """
-        return cls(locate(where), table_version)
+        return cls(locate(where), table_version, timeout)
 
     @classmethod
     def load(
@@ -250,7 +251,7 @@ class RedisStore:
         if self._facts != before:  # another base took the place of this one meanwhile
             return self._watermarks()
         if lost:
-            raise TableError(
+            raise TableLost(
                 f"{self._at} has lost shards {lost} of {self.table_version}: load its table again"
             )
         return [int(mark.split(b"+")[0]) for mark in marks if mark is not None]
@@ -259,7 +260,7 @@ class RedisStore:
         with reachable(self._at):
             facts = self._client.hmget(self._about, "base", "dim", "dtype", "shards")
         if None in facts:
-            raise TableError(
+            raise TableLost(
                 f"{self._at} has no table of table_version {self.table_version}: load one with mim store load"
             )
         base, dim, dtype, shards = facts

@@ -1,6 +1,7 @@
 """The interface of a parameter store (§3.5, CMD): look rows up by id, and apply windows."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from threading import Event
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ from torch import Tensor
 from mim_torchrec.embeddings.remote.fetching import fetched
 from mim_torchrec.embeddings.remote.places import in_object_store
 from mim_torchrec.embeddings.stores.embedded import EmbeddedStore
+from mim_torchrec.embeddings.table.manifest import TableLost
 from mim_torchrec.embeddings.windows.transport import Transport
 from mim_torchrec.embeddings.windows.window import Window
 from mim_torchrec.errors import OptionError
@@ -63,8 +65,19 @@ def catch_up(store: ParameterStore, windows: Transport) -> int:
     return sum(store.apply(window) for window in windows.after(store.seq))
 
 
-def follow(store: ParameterStore, windows: Transport, stop: Event) -> None:
-    """Apply windows as they come, until told to stop. A server or disk that is gone or full is waited for.
+def follow(
+    store: ParameterStore, windows: Transport, stop: Event, on_current: Callable[[], None] = lambda: None
+) -> None:
+    """Apply windows as they come, until told to stop.
+
+    A server or disk that is gone or full is waited for, and so is a table or a log that a server has lost: it
+    may be loaded again.
+
+    Args:
+        store: to apply them to.
+        windows: the log.
+        stop: ends it.
+        on_current: called whenever the store has all windows of the log.
 
     Raises:
         WindowGap: the log has forgotten windows that the store lacks: load a newer base table.
@@ -76,10 +89,11 @@ def follow(store: ParameterStore, windows: Transport, stop: Event) -> None:
         try:
             if windows.wait(store.seq, WAIT):
                 catch_up(store, windows)
+            on_current()
             if away:
                 log.warning("reached again; windows applied up to %d", store.seq)
             away = False
-        except OSError as error:  # RedisUnavailable, RedisFull, a directory that is away
+        except (OSError, TableLost) as error:  # RedisUnavailable, RedisFull, a directory that is away
             if not away:
                 log.warning("%s; trying again until it works", error)
             away = True
@@ -91,7 +105,9 @@ def is_remote(where: str | Path) -> bool:
     return "://" in str(where) and not in_object_store(where)
 
 
-def open_store(where: str | Path, table_version: str | None = None) -> ParameterStore:
+def open_store(
+    where: str | Path, table_version: str | None = None, timeout: float | None = None
+) -> ParameterStore:
     """Open a store.
 
     Args:
@@ -99,6 +115,8 @@ def open_store(where: str | Path, table_version: str | None = None) -> Parameter
             loaded; or a URL whose scheme is `package.module:ClassName` of a store of your own, with a class
             method `open(where, table_version)`.
         table_version: that it must have; a store behind a URL holds any number of them.
+        timeout: seconds that Redis may take to answer one command, which is then not sent again; None waits
+            and repeats as long as programs do that nobody waits for. A store of your own has its own.
 
     Raises:
         VersionMismatch: it is of another version.
@@ -113,6 +131,7 @@ def open_store(where: str | Path, table_version: str | None = None) -> Parameter
     scheme = str(where).partition("://")[0]
     if ":" in scheme:
         opener: Any = load_class(scheme)
-    else:
-        from mim_torchrec.embeddings.stores.redis_store import RedisStore as opener  # needs the extra `redis`
-    return opener.open(str(where), table_version)
+        return opener.open(str(where), table_version)
+    from mim_torchrec.embeddings.stores.redis_store import RedisStore  # needs the extra `redis`
+
+    return RedisStore.open(str(where), table_version, timeout)

@@ -21,6 +21,10 @@ class TableError(ExpectedError, ValueError):
     """Something is wrong with a table; the message names the file, and the row and id where there is one."""
 
 
+class TableLost(TableError):
+    """A server has no table, or has lost it or a log; it works again when that was loaded."""
+
+
 class VersionMismatch(TableError):
     """The table was written by another encoder than the one its reader expects."""
 
@@ -121,7 +125,7 @@ class Manifest:
         """
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise TableError(f"{path}: not JSON ({error})") from None
         if not isinstance(raw, dict):
             raise TableError(f"{path}: expected an object, found {type(raw).__name__}")
@@ -135,8 +139,13 @@ class Manifest:
         if raw["format_version"] != BY_NUMBER_VERSION:
             raw.setdefault("first_row", 1)
         _check_keys(raw, cls, path)
-        for shard in raw["shards"]:
+        _check_types(raw, _TYPES, path, "")
+        for number, shard in enumerate(raw["shards"]):
+            _check_types(shard, {}, path, f"shards[{number}]")
             _check_keys(shard, ShardInfo, path)
+            _check_types(shard, _SHARD_TYPES, path, f"shards[{number}].")
+            if not is_inside(shard["file"]):
+                raise TableError(f"{path}: the shard {shard['file']!r} is no name of a file in the table")
         manifest = cls(**{**raw, "shards": tuple(ShardInfo(**shard) for shard in raw["shards"])})
         check_dtype(manifest.dtype, manifest.dim, path)
         if (total := sum(shard.rows for shard in manifest.shards)) != manifest.rows:
@@ -164,6 +173,34 @@ def check_dtype(dtype: str, dim: int, path: Path) -> None:
 def partial_path(path: Path) -> Path:
     """Return where the table of ``path`` is while it is being written."""
     return path.with_name(path.name + ".partial")
+
+
+def is_inside(file: str) -> bool:
+    """Whether the name of a shard is that of a file in the directory of its table.
+
+    >>> is_inside("shard-00000.safetensors"), is_inside("../other/shard"), is_inside("/etc/passwd")
+    (True, False, False)
+    """
+    return file not in ("", ".", "..") and not set("/\\\0") & set(file)
+
+
+_TYPES: dict[str, type] = {
+    "format_version": int, "table_version": str, "rows": int, "capacity": int, "dim": int, "dtype": str,
+    "seq": int, "encoder": dict, "shards": list, "first_row": int,
+}  # fmt: skip
+_SHARD_TYPES: dict[str, type] = {"file": str, "rows": int, "sha256": str}
+
+
+def _check_types(raw: Any, types: dict[str, type], path: Path, place: str) -> None:
+    """See that an object has values of the right types, and that its counts are not negative."""
+    if not isinstance(raw, dict):
+        raise TableError(f"{path}: {place} is {type(raw).__name__}, expected an object")
+    for name, kind in types.items():
+        value: Any = raw[name]
+        if type(value) is not kind:
+            raise TableError(f"{path}: {place}{name} is {type(value).__name__}, expected {kind.__name__}")
+        if kind is int and value < 0:
+            raise TableError(f"{path}: {place}{name} is {value}, which is negative")
 
 
 def _check_keys(raw: dict[str, Any], of: type, path: Path) -> None:

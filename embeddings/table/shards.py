@@ -34,9 +34,7 @@ def map_shard(path: Path, manifest: Manifest, info: ShardInfo) -> tuple[Tensor, 
     Raises:
         TableError: the file is absent, unreadable, or not as its manifest says.
     """
-    file = path / info.file
-    if not file.is_file():
-        raise IncompleteTable(f"{file}: listed in the manifest but not found")
+    file = shard_file(path, info)
     try:
         with safe_open(file, framework="pt") as shard:
             if set(shard.keys()) != {"ids", "vectors"}:
@@ -61,6 +59,21 @@ def map_shard(path: Path, manifest: Manifest, info: ShardInfo) -> tuple[Tensor, 
     return ids, vectors
 
 
+def shard_file(path: Path, info: ShardInfo) -> Path:
+    """The file of a shard of the table at ``path``.
+
+    Raises:
+        IncompleteTable: the file is absent.
+        TableError: it is a link to a file outside the table.
+    """
+    file = path / info.file
+    if not file.is_file():
+        raise IncompleteTable(f"{file}: listed in the manifest but not found")
+    if file.is_symlink() and not file.resolve().is_relative_to(path.resolve()):
+        raise TableError(f"{file}: a link to {file.resolve()}, which is outside the table; copy the file")
+    return file
+
+
 def verify_shard(path: Path, info: ShardInfo) -> None:
     """Compare a shard's bytes with its SHA-256.
 
@@ -68,9 +81,7 @@ def verify_shard(path: Path, info: ShardInfo) -> None:
         IncompleteTable: the file is absent.
         ChecksumMismatch: the bytes differ.
     """
-    file = path / info.file
-    if not file.is_file():
-        raise IncompleteTable(f"{file}: listed in the manifest but not found")
+    file = shard_file(path, info)
     if (found := sha256(file)) != info.sha256:
         raise ChecksumMismatch(
             f"{file}: SHA-256 is {found}, its manifest says {info.sha256}; copy or export it again"

@@ -9,8 +9,9 @@ from mim_torchrec.extras import needs
 
 with needs("redis"):
     import redis
-    from redis.backoff import ExponentialBackoff
+    from redis.backoff import ExponentialBackoff, NoBackoff
     from redis.cluster import RedisCluster
+    from redis.credentials import CredentialProvider
     from redis.exceptions import RedisError
     from redis.retry import Retry
 
@@ -18,15 +19,37 @@ ATTEMPTS = 3
 TIMEOUT = 5.0  # seconds of one attempt
 
 
-def connect(location: RedisAddress) -> Any:
+def connect(location: RedisAddress, timeout: float | None = None) -> Any:
     """A `redis.Redis` or `RedisCluster` that connects at its first use, and again after a lost connection.
 
     Its type is `Any`: the two share no base class, and redis-py types answers as if they might be decoded.
+
+    Args:
+        location: of the server.
+        timeout: seconds that a command may take. It is sent again once if the connection was lost, and not if
+            the time has passed. None is TIMEOUT, with ATTEMPTS repetitions.
     """
-    retry = Retry(ExponentialBackoff(cap=0.5, base=0.05), ATTEMPTS)
+    if timeout is None:
+        retry = Retry(ExponentialBackoff(cap=0.5, base=0.05), ATTEMPTS)
+    else:
+        retry = Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,))
+    seconds = timeout or TIMEOUT
+    credentials = None if location.password() is None else _Credentials(location)
     make = RedisCluster.from_url if location.cluster else redis.Redis.from_url
     with reachable(location):
-        return make(location.url, socket_timeout=TIMEOUT, socket_connect_timeout=TIMEOUT, retry=retry)
+        return make(location.url, socket_timeout=seconds, socket_connect_timeout=seconds, retry=retry,
+                    credential_provider=credentials)  # fmt: skip
+
+
+class _Credentials(CredentialProvider):
+    """User and password, read again for every new connection."""
+
+    def __init__(self, location: RedisAddress) -> None:
+        self._location = location
+
+    def get_credentials(self) -> tuple[str] | tuple[str, str]:
+        password = self._location.password() or ""
+        return (password,) if self._location.user is None else (self._location.user, password)
 
 
 @contextmanager
@@ -41,7 +64,7 @@ def reachable(location: RedisAddress) -> Iterator[None]:
         yield
     except (redis.ConnectionError, redis.TimeoutError, redis.exceptions.ClusterError) as error:
         if isinstance(error, redis.AuthenticationError):
-            raise
+            raise RedisUnavailable(f"{location} refuses the user or the password: {error}") from error
         raise RedisUnavailable(f"{location} does not answer: {error}") from error
     except redis.exceptions.OutOfMemoryError as error:
         raise RedisFull(f"{location} has no memory left: {error}") from error

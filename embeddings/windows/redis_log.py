@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from mim_torchrec.embeddings.table.manifest import TableError, VersionMismatch
+from mim_torchrec.embeddings.table.manifest import TableError, TableLost, VersionMismatch
 from mim_torchrec.embeddings.windows.log import (
     FORMAT_VERSION,
     check_not_behind,
@@ -93,12 +93,12 @@ class RedisWindowLog:
         """Number of the newest window; where the log starts if there never was one.
 
         Raises:
-            TableError: the server has lost the log.
+            TableLost: the server has lost the log.
         """
         with reachable(self._at):
             last = self._client.hget(self._log, "head")
         if last is None:
-            raise TableError(f"{self._at} has lost the window log of this name")
+            raise TableLost(f"{self._at} has lost the window log of this name")
         return int(last)
 
     def first_seq(self) -> int:

@@ -213,10 +213,16 @@ def describe_model(config: CTRConfig, vocabularies: dict[str, Vocabulary]) -> di
         f"vocabulary of {name}": hashlib.sha256(found.ids.numpy().tobytes()).hexdigest()
         for name, found in vocabularies.items()
     }
+    digests |= {
+        f"impressions of {name}": hashlib.sha256(found.impressions.numpy().tobytes()).hexdigest()
+        for name, found in vocabularies.items()
+        if found.shrinkage and found.impressions is not None
+    }
     rows = {f"rows of {name}": found.num_embeddings for name, found in vocabularies.items()}
+    shrinkage = {f"shrinkage of {name}": found.shrinkage for name, found in vocabularies.items()}
     return {
         **asdict(config.model()), "table_version": config.table_version,
-        "max_behaviors": config.max_behaviors, **digests, **rows,
+        "max_behaviors": config.max_behaviors, **digests, **rows, **shrinkage,
     }  # fmt: skip
 
 
@@ -229,12 +235,14 @@ class TrainedRun:
         vocabularies: of its ids.
         weights: directory of a checkpoint.
         name: of the weights in reports: where they lie, also if that is a URL.
+        path: of the run on this host.
     """
 
     config: CTRConfig
     vocabularies: dict[str, Vocabulary]
     weights: Path
     name: str
+    path: Path
 
     @classmethod
     def open(cls, run: Path | Url, checkpoint: str = "best") -> "TrainedRun":
@@ -262,7 +270,7 @@ class TrainedRun:
 
         on_all_ranks(verify)
         name = f"{place}/{weights.relative_to(run)}" if weights.is_relative_to(run) else str(weights)
-        return cls(config, vocabularies, weights, name)
+        return cls(config, vocabularies, weights, name, run)
 
 
 def find_checkpoint(run: Path, name: str) -> Path:

@@ -69,15 +69,21 @@ class ModelConfig:
     id_dropout: Fraction = 0.0
     """Fraction of the candidates that are trained with a hidden item id, as if they were new; beyond the
     paper."""
+    id_shrinkage: Weight = 0.0
+    """Empirical-Bayes shrinkage of rare ids: embeddings are multiplied by c / (c + k), where k is this number
+    and c counts the training impressions of the id; 0 leaves them as they are; beyond the paper."""
+    id_shrinkage_of: dict[str, Weight] = field(default_factory=dict)
+    """k of some tables, as TABLE NUMBER such as `user_id 1000`; `id_shrinkage` is that of the others."""
     dot_product_features: bool = False
     """Feed the tower the inner product of each interest with the target as well."""
     embedding_dim: Annotated[int, Domain(least=4, multiple=4)] = 16
     """Size of the embeddings of users, queries, items, categories and sparse features."""
     sparse_features: tuple[str, ...] = ()
-    """Further columns of ids. A column whose name begins with `candidate_` is parallel to the candidates. Any
-    other has one id per request, or a list of ids, whose embeddings are averaged."""
+    """Further columns of ids. A column whose name begins with `candidate_` is parallel to the candidates. One
+    that begins with `behavior_` is parallel to the behaviors and added to their ID embeddings. Any other has
+    one id per request, or a list of ids, whose embeddings are averaged."""
     dense_features: tuple[str, ...] = ()
-    """Further columns of numbers, likewise; the tower gets sign(x) log(1 + |x|)."""
+    """Further columns of numbers, likewise; the model gets sign(x) log(1 + |x|)."""
     bucket_features: dict[str, str] = field(default_factory=dict)
     """Further columns of numbers, each as COLUMN BOUNDARIES such as `price 0,10,100`: every range between two
     boundaries has an embedding."""
@@ -102,6 +108,15 @@ class ModelConfig:
             object.__setattr__(self, "ubm_options", expected())
         elif type(self.ubm_options) is not expected:
             raise ValueError(f"the options of {self.ubm} are {expected.__name__}, not {self.ubm_options!r}")
+
+    @property
+    def shrinks_ids(self) -> bool:
+        """Whether embeddings of any table of ids are shrunk."""
+        return self.id_shrinkage > 0 or any(k > 0 for k in self.id_shrinkage_of.values())
+
+    def shrinkage(self, table: str) -> float:
+        """k of a table of ids."""
+        return self.id_shrinkage_of.get(table, self.id_shrinkage)
 
     def features(self) -> Features:
         """Columns beyond those that all requests have."""
@@ -199,6 +214,12 @@ class CTRConfig(ModelConfig):
     min_count: Count = 1
     """Occurrences in the training requests that an id needs for a row of its own; rarer ids share row 0, the
     one of unknown ids."""
+    max_ids: dict[str, Count] = field(default_factory=dict)
+    """Ids that get rows of their own in some tables, as TABLE NUMBER such as `item_id 1000000`: the most
+    frequent ones; others share row 0. With `warm_start` it bounds tables that would grow every day."""
+    count_decay: Share = 0.5
+    """What an occurrence in the run of `warm_start` counts beside one in this run, where the most frequent
+    ids are chosen; it decays again with every run."""
     max_unknown: Share = 0.5
     """Fraction of unknown ids of one kind above which a warning is logged."""
     on_bad_row: Literal["fail", "skip"] = "fail"

@@ -17,10 +17,12 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
 
 from mim_torchrec.ciubm.ciubm import CiUBM
 from mim_torchrec.ciubm.jagged import RequestPairs
+from mim_torchrec.ciubm.side_information import SideInformation
 from mim_torchrec.ciubm.ubm.activation import PReLU
 from mim_torchrec.ciubm.ubm.interface import Auxiliary, BehaviorContext
 from mim_torchrec.ctr.config import ModelConfig
 from mim_torchrec.data.batch import RequestBatch
+from mim_torchrec.errors import OptionError
 from mim_torchrec.training.batch_norm import GlobalBatchNorm1d
 
 MICROSECONDS = 1_000_000
@@ -90,13 +92,14 @@ class CTRModel(nn.Module):
             further ones.
         item_embeddings: unpooled; tables `item_id` and, where the data has categories, `category`, each with
             two features: `candidate_item_id` and `behavior_item_id`, `candidate_category` and so on; and
-            tables of candidates only, each with the feature of its name.
+            tables of candidates or of behaviors only, each with the feature of its name.
         mm_embeddings: unpooled frozen multi-modal vectors with the features `candidate_mm` and
             `behavior_mm`; None is the Base model, which knows ids only.
         config: interests, tower and their sizes.
 
     Raises:
         ValueError: `config.mim` and `mm_embeddings` do not agree.
+        OptionError: behaviors have features, and no interest reads them.
     """
 
     def __init__(
@@ -115,19 +118,30 @@ class CTRModel(nn.Module):
         self.mm_embeddings = mm_embeddings
         self.dot_product_features = config.dot_product_features
         self.recency = config.recency
+        self.shrinks_ids = config.shrinks_ids
 
         bags = request_embeddings.embedding_bag_configs()
         request_dim = sum(t.embedding_dim * len(t.feature_names) for t in bags)
         tables = item_embeddings.embedding_configs()
+        self.item_features = [feature for t in tables for feature in t.feature_names]
         self.item_columns = [t.name for t in tables if t.name in ITEM_COLUMNS]
         item_dim = sum(t.embedding_dim for t in tables if t.name in ITEM_COLUMNS)
-        self.candidate_columns = [t.name for t in tables if t.name not in ITEM_COLUMNS]
-        more_dim = sum(t.embedding_dim for t in tables if t.name not in ITEM_COLUMNS)
-        more_dim += config.features().width
+        dims = {t.name: t.embedding_dim for t in tables}
+        further = config.features()
+        self.candidate_columns = [feature.name for feature in further.ids("candidate")]
+        self.behavior_columns = [feature.name for feature in further.ids("behavior")]
+        more_dim = sum(dims[name] for name in self.candidate_columns) + further.width("request", "candidate")
         mm_dim = mm_embeddings.embedding_configs()[0].embedding_dim if mm_embeddings is not None else 0
         content = mm_embeddings is not None and config.content_interest
         fusion = mm_embeddings is not None and config.fusion_interest
         similarity = mm_embeddings is not None and config.similarity_interest
+        of_behaviors = further.of("behavior")
+        if of_behaviors and not (config.id_interest or fusion):
+            names = ", ".join(feature.name for feature in of_behaviors)
+            raise OptionError(
+                f"{names}: only ID and fusion interest read what is known of behaviors; switch one of them "
+                "on, or leave these features out"
+            )
         ubm = None
         if config.id_interest:
             auxiliary = config.aux_weight > 0
@@ -165,8 +179,13 @@ class CTRModel(nn.Module):
             config.batch_norm,
             config.dropout,
         )
+        self.side: SideInformation | None = None
+        if of_behaviors:  # last, so that all else starts as it does without it
+            ids_dim = sum(dims[name] for name in self.behavior_columns)
+            self.side = SideInformation(item_dim, ids_dim, further.width("behavior"), config.batch_norm)
         self.list_pairs: Callable[[Tensor, Tensor], RequestPairs] = RequestPairs.build
         self.score = _Untraced(self._score)
+        self.shrink_and_score = _Untraced(self._shrink_and_score)
 
     def forward(self, batch: RequestBatch) -> Prediction:
         """Score the candidates.
@@ -175,14 +194,35 @@ class CTRModel(nn.Module):
             batch: requests whose ids are embedding rows already.
 
         Raises:
-            ValueError: the user behavior model needs times or categories that the batch does not have.
+            ValueError: the user behavior model needs times or categories that the batch does not have, or
+                embeddings are shrunk and it has no factors.
         """
         sparse = batch.sparse
         # start every exchange between ranks before waiting for the first
-        pooled = self.request_embeddings(sparse)
+        pooled = self.request_embeddings(batch.bags if self.shrinks_ids else sparse)
         item_rows = self.item_embeddings(sparse)
         mm_rows = self.mm_embeddings(sparse) if self.mm_embeddings is not None else None
-        return self.score(batch, pooled, item_rows, mm_rows)
+        score = self.shrink_and_score if self.shrinks_ids else self.score
+        return score(batch, pooled, item_rows, mm_rows)
+
+    def _shrink_and_score(
+        self,
+        batch: RequestBatch,
+        pooled: KeyedTensor,
+        item_rows: Mapping[str, JaggedTensor],
+        mm_rows: Mapping[str, JaggedTensor] | None,
+    ) -> Prediction:
+        """Multiply the embeddings of items by their factors; those of requests were weighted when pooled."""
+        if batch.factors is None:
+            raise ValueError("embeddings of ids are shrunk, but the batch does not say by what factors")
+        keys, ends = batch.sparse.keys(), batch.sparse.offset_per_key()
+        shrunk = {}
+        for feature in self.item_features:
+            place = keys.index(feature)
+            factors = batch.factors[ends[place] : ends[place + 1], None]
+            values = item_rows[feature].values() * factors
+            shrunk[feature] = JaggedTensor(values, offsets=batch.sparse[feature].offsets())
+        return self.score(batch, pooled, shrunk, mm_rows)
 
     def _score(
         self,
@@ -200,6 +240,9 @@ class CTRModel(nn.Module):
             return torch.cat(parts, dim=-1)
 
         candidates, behaviors = item("candidate"), item("behavior")
+        if self.side is not None:
+            of_ids = [item_rows[column].values() for column in self.behavior_columns]
+            behaviors = self.side(behaviors, of_ids, batch.behavior_dense)
         candidates_mm = mm_rows["candidate_mm"].values() if mm_rows is not None else None
         behaviors_mm = mm_rows["behavior_mm"].values() if mm_rows is not None else None
         context = self._context(batch, pairs)
@@ -213,8 +256,8 @@ class CTRModel(nn.Module):
             features.append(batch.candidate_dense)
         if self.dot_product_features:
             # agreement of each interest with the target, as product-based CTR towers feed it
-            of_ids = self.id_product(interests.id) if interests.id is not None else None
-            for interest in (of_ids, interests.fusion):
+            id_product = self.id_product(interests.id) if interests.id is not None else None
+            for interest in (id_product, interests.fusion):
                 if interest is not None:
                     features.append((interest * candidates).sum(-1, keepdim=True))
             if interests.content is not None and candidates_mm is not None:

@@ -41,6 +41,7 @@ from torchrec.optim.warmup import WarmupOptimizer, WarmupPolicy, WarmupStage
 from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.model import CTRModel
 from mim_torchrec.ctr.parameters import id_tables, trainable_state
+from mim_torchrec.data.features import ROLES
 from mim_torchrec.embeddings.sharded.frozen import FrozenEmbeddingCollection
 from mim_torchrec.embeddings.sharded.sharder import KERNELS, FrozenEmbeddingCollectionSharder, Memory
 from mim_torchrec.embeddings.sharded.trained import fused_kernels
@@ -82,14 +83,15 @@ def build_model(
     """
     dim = config.embedding_dim
     features = config.features()
-    of_requests = [feature.name for feature in features.ids(of_candidates=False)]
+    of_requests = [feature.name for feature in features.ids("request")]
+    means = () if config.shrinks_ids else of_requests  # the weights of bags hold their lengths
     request = [
         EmbeddingBagConfig(
             name=name,
             embedding_dim=dim,
             num_embeddings=num_embeddings[name],
             feature_names=[name],
-            pooling=PoolingType.MEAN if name in of_requests else PoolingType.SUM,
+            pooling=PoolingType.MEAN if name in means else PoolingType.SUM,
         )
         for name in ("user_id", "query_id", *of_requests)
         if name in num_embeddings
@@ -98,7 +100,7 @@ def build_model(
         name: [f"candidate_{name}", f"behavior_{name}"]
         for name in ("item_id", "category")
         if name in num_embeddings
-    } | {feature.name: [feature.name] for feature in features.ids(of_candidates=True)}
+    } | {one.name: [one.name] for one in (*features.ids("candidate"), *features.ids("behavior"))}
     items = [
         EmbeddingConfig(
             name=name,
@@ -109,7 +111,7 @@ def build_model(
         for name, feature_names in of_items.items()
     ]
     # the dense part must not depend on how many random numbers the tables have drawn
-    request_embeddings = EmbeddingBagCollection(tables=request, device=device)
+    request_embeddings = EmbeddingBagCollection(tables=request, device=device, is_weighted=config.shrinks_ids)
     item_embeddings = EmbeddingCollection(tables=items, device=device)
     mm_embeddings = None
     if mm_config is not None:
@@ -129,7 +131,10 @@ def check_model(config: CTRConfig, context: DistributedContext) -> None:
         OptionError: no model can be made of the configuration.
     """
     names = ["user_id", "query_id", "item_id", "category"]
-    names += [feature.name for of in (False, True) for feature in config.features().ids(of_candidates=of)]
+    names += [feature.name for role in ROLES for feature in config.features().ids(role)]
+    if unknown := sorted(config.id_shrinkage_of.keys() - names):
+        there = ", ".join(names)
+        raise OptionError(f"--id-shrinkage-of {', '.join(unknown)}: no table of ids; there are {there}")
     mm = None
     if config.mim == "on":
         mm = EmbeddingConfig(

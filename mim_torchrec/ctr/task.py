@@ -201,7 +201,8 @@ class CTRTask:
             if self._id_dropout:
                 rng = np.random.default_rng((self._seed, epoch, place, self._context.rank))
                 hidden = rng.random(rows.num_candidates) < self._id_dropout
-                rows = rows.with_hidden_candidates(torch.from_numpy(hidden))
+                factor = self._mapper.unknown_factor("item_id")
+                rows = rows.with_hidden_candidates(torch.from_numpy(hidden), factor)
             yield rows.pin_memory() if self._context.device.type == "cuda" else rows
 
     def num_samples(self, batch: RequestBatch) -> int:

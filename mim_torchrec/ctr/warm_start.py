@@ -1,6 +1,8 @@
-"""Start a CTR model from one that was trained on an earlier day, with a vocabulary that has grown.
+"""Start a CTR model from one that was trained on an earlier day, with a vocabulary that has changed.
 
-Rows of ids that are known go to their new places, new ids begin as in any run, dense weights are taken over.
+Rows of ids that stay go to their new places, new ids begin as in any run, dense weights are taken over.
+Where embeddings are shrunk by their impressions, which have become more, rows are divided by what their
+factors have grown by: the model begins with the embeddings that the earlier one has ended with.
 Optimizers start from scratch: their state is of another day's losses, and `best` does not hold it.
 """
 
@@ -47,7 +49,7 @@ def warm_start(
         model: sharded, over any number of ranks.
         config: of the run that starts.
         run: directory that `mim ctr` has written, or its URL; its best weights are taken.
-        vocabularies: of the run that starts; they hold all ids that the earlier run knows.
+        vocabularies: of the run that starts; rows of ids that they do not hold are left behind.
         table_version: of the multi-modal table of the run that starts, None for Base.
 
     Raises:
@@ -80,10 +82,23 @@ def warm_start(
         weights = torch.empty(sizes[name].size)
         dcp.load({name: weights}, checkpoint_id=path)
         known, ids = before[column].ids, vocabularies[column].ids
+        stay = torch.isin(known, ids, assume_unique=True)
         # row 0 of unknown ids stays, row k + 1 is that of the id at place k
-        places = torch.cat([torch.zeros(1, dtype=torch.long), 1 + torch.searchsorted(ids, known)])
-        _take_over(state[name], weights[: len(places)], places)
-        log.info("%s: %d rows taken over, %d new", column, len(known), len(ids) - len(known))
+        first = torch.zeros(1, dtype=torch.long)
+        rows = torch.cat([first, 1 + torch.nonzero(stay).view(-1)])
+        places = torch.cat([first, 1 + torch.searchsorted(ids, known[stay])])
+        weights = weights[rows]
+        if vocabularies[column].shrinkage:
+            weights *= _kept(before[column], vocabularies[column], rows, places)[:, None]
+        _take_over(state[name], weights, places)
+        log.info("%s: %d rows taken over, %d left behind, %d new", column, len(rows) - 1,
+                 len(known) + 1 - len(rows), len(ids) + 1 - len(rows))  # fmt: skip
+
+
+def _kept(before: Vocabulary, now: Vocabulary, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Factors of rows (n,) of an earlier vocabulary over those at their places (n,) in a later one."""
+    earlier, later = before.factors(rows), now.factors(places)
+    return torch.where(later > 0, earlier / later, 1.0)  # of ids that are not shown both are 0
 
 
 def _take_over(table: ShardedTensor, weights: torch.Tensor, places: torch.Tensor) -> None:

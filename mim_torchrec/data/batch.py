@@ -30,6 +30,14 @@ class FeatureIds(NamedTuple):
         return self.ids if isinstance(self.ids, Tensor) else torch.from_numpy(self.ids.values)
 
 
+class MappedIds(NamedTuple):
+    """Ids of a batch as rows of embedding tables; see `RequestBatch`, whose attributes they are."""
+
+    sparse: KeyedJaggedTensor
+    factors: Tensor | None = None
+    bags: KeyedJaggedTensor | None = None
+
+
 @dataclass
 class RequestBatch(Pipelineable):
     """B requests, each with one history and some labelled candidates.
@@ -44,6 +52,10 @@ class RequestBatch(Pipelineable):
         behavior_ts: (sum_behaviors,) int64 likewise, in the order of `behavior_item_id`.
         request_dense: (B, num_features) float32, None where there are none.
         candidate_dense: (sum_candidates, num_features) float32 likewise.
+        behavior_dense: (sum_behaviors, num_features) float32 likewise.
+        factors: (num_ids,) float32, by which embeddings of the ids of `sparse` are multiplied, in the order
+            of its values and without those of multi-modal rows; None where they are left as they are.
+        bags: where there are factors, the features of requests, weighted by them.
         weights: (sum_candidates,) float32, how often each candidate counts; None counts each once.
         originals: ids as people know them, where they are no int64 and the reader was asked for them:
             `request_id`, `user_id`, `query_id` (B,) and `item_id` (sum_candidates,); they stay on the CPU.
@@ -56,7 +68,10 @@ class RequestBatch(Pipelineable):
     behavior_ts: Tensor | None = None
     request_dense: Tensor | None = None
     candidate_dense: Tensor | None = None
+    behavior_dense: Tensor | None = None
     weights: Tensor | None = None
+    factors: Tensor | None = None
+    bags: KeyedJaggedTensor | None = None
     originals: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
@@ -72,34 +87,43 @@ class RequestBatch(Pipelineable):
         moved: dict[str, Any] = {
             name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self._tensors()
         }
+        if self.bags is not None:
+            moved["bags"] = self.bags.to(device, non_blocking=non_blocking)
         return replace(self, sparse=self.sparse.to(device, non_blocking=non_blocking), **moved)
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory until the stream has used it; on a CPU there is no stream to wait for."""
         if not self.labels.is_cuda:
             return
-        self.sparse.record_stream(cast(torch.cuda.Stream, stream))
+        for ids in (self.sparse, self.bags):
+            if ids is not None:
+                ids.record_stream(cast(torch.cuda.Stream, stream))
         for _, tensor in self._tensors():
             tensor.record_stream(stream)
 
-    def with_hidden_candidates(self, hidden: Tensor) -> "RequestBatch":
+    def with_hidden_candidates(self, hidden: Tensor, factor: float = 1.0) -> "RequestBatch":
         """The same batch of rows with row 0, that of an unknown id, instead of some candidates' items.
 
         Args:
             hidden: (sum_candidates,) bool. Their categories and vectors stay.
+            factor: of row 0, where the batch has factors.
         """
         keys = self.sparse.keys()
         ends = self.sparse.offset_per_key()
         place = keys.index("candidate_item_id")
         values = self.sparse.values().clone()
         values[ends[place] : ends[place + 1]].masked_fill_(hidden, 0)
-        return replace(
-            self, sparse=KeyedJaggedTensor(keys=keys, values=values, lengths=self.sparse.lengths())
-        )
+        factors = None if self.factors is None else self.factors.clone()
+        if factors is not None:
+            factors[ends[place] : ends[place + 1]].masked_fill_(hidden, factor)
+        sparse = KeyedJaggedTensor(keys=keys, values=values, lengths=self.sparse.lengths())
+        return replace(self, sparse=sparse, factors=factors)
 
     def pin_memory(self) -> "RequestBatch":
         """The same batch in page-locked memory."""
         pinned: dict[str, Any] = {name: tensor.pin_memory() for name, tensor in self._tensors()}
+        if self.bags is not None:
+            pinned["bags"] = self.bags.pin_memory()
         return replace(self, sparse=self.sparse.pin_memory(), **pinned)
 
     def _tensors(self) -> list[tuple[str, Tensor]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from mim_torchrec.data.errors import DataError
+from mim_torchrec.data.errors import DataError, Location, Problems
 from mim_torchrec.data.features import NO_FEATURES, Feature, Features, Ids, Numbers
 from mim_torchrec.data.request_columns import Coded, Jagged, RequestColumns
 from mim_torchrec.data.schema import ORIGINAL, WEIGHT, WEIGHTS, is_list
@@ -31,6 +31,7 @@ def decode(
     row_group: int,
     features: Features = NO_FEATURES,
     first_row: int = 0,
+    problems: Problems | None = None,
 ) -> tuple[RequestColumns, int]:
     """Turn a row group, or rows of it that follow one another, into arrays, checking every row.
 
@@ -47,6 +48,7 @@ def decode(
         row_group: likewise.
         features: further columns, see `data.features`.
         first_row: number of the first row in the row group, for the message.
+        problems: where bad rows are skipped, what is wrong with them is added to it.
 
     Returns:
         The good rows, and how many were bad.
@@ -57,7 +59,7 @@ def decode(
     bad = _Bad(len(table))
     present = table.column_names
     scalars = {}
-    further = (feature.name for feature in features.numbers(of_candidates=False))
+    further = (feature.name for feature in features.numbers("request"))
     for name in (*SCALARS, WEIGHT, *further):
         if name in present:
             column = _whole(table[name])
@@ -66,22 +68,25 @@ def decode(
     jagged = {}
     for role, columns in ROLES.items():
         columns = {name: column for name, column in columns.items() if column in present}
-        if role == "candidate":
-            columns |= {name: name for name, feature in features.by_name.items() if feature.of_candidates}
-            columns |= {WEIGHT: WEIGHTS} if WEIGHTS in present else {}
+        columns |= {
+            feature.name: feature.name for feature in features.by_name.values() if feature.role == role
+        }
+        if role == "candidate" and WEIGHTS in present:
+            columns[WEIGHT] = WEIGHTS
         jagged[role] = _lists(table, columns, bad, features, may_be_null=role == "behavior")
     _take_originals(table, scalars, jagged["candidate"])
     ids = {
-        feature.name: _ids(_whole(table[feature.name]), feature, bad)
-        for feature in features.ids(of_candidates=False)
+        feature.name: _ids(_whole(table[feature.name]), feature, bad) for feature in features.ids("request")
     }
-    _check_dense(scalars, jagged["candidate"], features, bad)
+    _check_dense(scalars, jagged, features, bad)
     _check_labels(jagged["candidate"], bad)
     _check_weights(scalars, jagged["candidate"], bad)
     _check_times(jagged["behavior"], scalars.get("ts"), bad)
 
     requests = RequestColumns(scalars, jagged["behavior"], jagged["candidate"], ids)
     good = bad.good_rows(on_bad_row, file, row_group, first_row)
+    if problems is not None:
+        bad.describe(problems, file, row_group, first_row)
     longest = int(requests.behavior.lengths.max(initial=0))
     if good is None and longest <= max_behaviors:
         return requests, 0
@@ -124,6 +129,12 @@ class _Bad:
             remedy = "fix the row, or leave such rows out with --on-bad-row skip"
             raise DataError(f"{problem}; {remedy}", file, row_group, first_row + row, column)
         return np.flatnonzero(~is_bad)
+
+    def describe(self, problems: Problems, file: str | Path | Url, row_group: int, first_row: int) -> None:
+        """Add what was found."""
+        for rows, column, problem in self._found:
+            first = Location(file, row_group, first_row + int(np.argmax(rows)), column)
+            problems.add(problem, int(rows.sum()), first)
 
 
 def _whole(column: pa.ChunkedArray) -> pa.Array:
@@ -174,11 +185,14 @@ def _ids(array: pa.Array, feature: Feature, bad: _Bad) -> Jagged:
     return Jagged(lengths, {"id": _without_nulls(flat, feature.kind)})
 
 
-def _check_dense(scalars: dict[str, np.ndarray], candidates: Jagged, features: Features, bad: _Bad) -> None:
-    for feature in features.numbers(of_candidates=False):
+def _check_dense(
+    scalars: dict[str, np.ndarray], jagged: dict[str, Jagged], features: Features, bad: _Bad
+) -> None:
+    for feature in features.numbers("request"):
         bad.add(~np.isfinite(scalars[feature.name]), feature.name, "is NaN, infinite or beyond float32")
-    for feature in features.numbers(of_candidates=True):
-        bad.add_lists(~np.isfinite(candidates.values[feature.name]), candidates.lengths, feature.name,
+    for feature in (*features.numbers("candidate"), *features.numbers("behavior")):
+        lists = jagged[feature.role]
+        bad.add_lists(~np.isfinite(lists.values[feature.name]), lists.lengths, feature.name,
                       "a value in the list is NaN, infinite or beyond float32")  # fmt: skip
 
 

@@ -56,3 +56,29 @@ class DataError(ExpectedError, ValueError):
         self.location = Location(file, row_group, row, column)
         where = str(self.location)
         super().__init__(f"{where}: {problem}" if where else problem)
+
+
+class Problems:
+    """What is wrong with rows, by column and problem: how many have it, and where the first one is.
+
+    >>> problems = Problems()
+    >>> problems.add("is null", 2, Location("part-0.parquet", 0, 7, "ts"))
+    >>> problems.add("is null", 1, Location("part-0.parquet", 1, 0, "ts"))
+    >>> print(*problems.lines())
+    3 rows: is null, the first in part-0.parquet, row group 0, row 7, column ts
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[str | None, str], tuple[int, Location]] = {}
+
+    def add(self, problem: str, rows: int, first: Location) -> None:
+        """Count `rows` rows more that have a problem in the column of `first`."""
+        before, where = self.found.get((first.column, problem), (0, first))
+        self.found[first.column, problem] = before + rows, where
+
+    def lines(self) -> list[str]:
+        """A line for each."""
+        return [
+            f"{rows} row{'s'[: rows > 1]}: {problem}, {'the first in ' if rows > 1 else ''}{where}"
+            for (_, problem), (rows, where) in self.found.items()
+        ]

@@ -1,9 +1,10 @@
 """Further columns of requests that a CTR model reads: by name, each of a kind that is described once.
 
 A column whose name begins with `candidate_` says something of every candidate and is a list parallel to
-`candidate_item_ids`. Any other says something of the request: a number, or for ids a number or a list, of
-which the embeddings are averaged. A request without an id, null or an empty list, gets zeros; any other null
-makes it malformed.
+`candidate_item_ids`; one whose name begins with `behavior_` says something of every behavior (its action, its
+price) and is parallel to `behavior_item_ids`. Any other says something of the request: a number, or for ids a
+number or a list, of which the embeddings are averaged. A request without an id, null or an empty list, gets
+zeros; any other null makes it malformed, but that of an empty history.
 
 A kind is a class with `Ids` or `Numbers` as its base. Reader, vocabularies, model and server ask it for what
 they need, and ask nothing else.
@@ -13,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +29,9 @@ from mim_torchrec.embeddings.remote.places import Url
 from mim_torchrec.errors import OptionError
 from mim_torchrec.extensions import load_class
 
-OF_CANDIDATES = "candidate_"
+Role = Literal["request", "candidate", "behavior"]
+"""What a column says something of."""
+ROLES: tuple[Role, ...] = ("request", "candidate", "behavior")
 RESERVED = {
     *REQUESTS.names, WEIGHT, WEIGHTS, "item_id", "category", "mm",
     *(f"{role}_{name}" for role in ("candidate", "behavior") for name in ("item_id", "category", "mm")),
@@ -108,11 +111,11 @@ class Buckets(Ids):
 
 
 class Numbers:
-    """Finite numbers, which the tower gets as sign(x) · log(1 + |x|).
+    """Finite numbers, which the model gets as sign(x) · log(1 + |x|).
 
     Attributes:
         expected: the values that are read, for messages.
-        width: numbers that the tower gets for each value.
+        width: numbers that the model gets for each value.
     """
 
     expected: ClassVar[str] = "numbers"
@@ -129,7 +132,7 @@ class Numbers:
         return values.cast(pa.float32(), safe=False).to_numpy(zero_copy_only=False)
 
     def transform(self, numbers: Tensor) -> Tensor:
-        """What the tower gets of numbers (n,): (n, width) float32."""
+        """What the model gets of numbers (n,): (n, width) float32."""
         return (numbers.sign() * numbers.abs().log1p())[:, None]
 
 
@@ -146,9 +149,10 @@ class Feature:
     kind: Ids | Numbers
 
     @property
-    def of_candidates(self) -> bool:
-        """Whether it says something of each candidate, not of the request."""
-        return self.name.startswith(OF_CANDIDATES)
+    def role(self) -> Role:
+        """What it says something of: each candidate, each behavior, or the request."""
+        parallel: tuple[Role, ...] = ("candidate", "behavior")
+        return next((role for role in parallel if self.name.startswith(f"{role}_")), "request")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +169,7 @@ class Features:
         OptionError: a name is there twice, a column of every request has it, or there is no such kind.
 
     >>> features = Features(sparse=("city", "candidate_brand"), dense=("candidate_price",))
-    >>> [feature.name for feature in features.ids(of_candidates=False)]
+    >>> [feature.name for feature in features.ids("request")]
     ['city']
     """
 
@@ -200,25 +204,25 @@ class Features:
     def names(self) -> tuple[str, ...]:
         return tuple(self.by_name)
 
-    def ids(self, *, of_candidates: bool) -> tuple[Feature, ...]:
-        """Those with a vocabulary and an embedding table, of requests or of candidates."""
-        return self._select(Ids, of_candidates)
+    def ids(self, role: Role) -> tuple[Feature, ...]:
+        """Those of requests, candidates or behaviors that have a vocabulary and an embedding table."""
+        return self._select(Ids, role)
 
-    def numbers(self, *, of_candidates: bool) -> tuple[Feature, ...]:
-        """Those whose numbers the tower gets, of requests or of candidates."""
-        return self._select(Numbers, of_candidates)
+    def numbers(self, role: Role) -> tuple[Feature, ...]:
+        """Those of requests, candidates or behaviors whose numbers the model gets."""
+        return self._select(Numbers, role)
 
-    def _select(self, kind: type, of_candidates: bool) -> tuple[Feature, ...]:
-        return tuple(
-            feature
-            for feature in self.by_name.values()
-            if isinstance(feature.kind, kind) and feature.of_candidates == of_candidates
-        )
+    def of(self, role: Role) -> tuple[Feature, ...]:
+        """Those of requests, candidates or behaviors."""
+        return tuple(feature for feature in self.by_name.values() if feature.role == role)
 
-    @property
-    def width(self) -> int:
-        """Numbers that the tower gets for a candidate."""
-        return sum(f.kind.width for f in self.by_name.values() if isinstance(f.kind, Numbers))
+    def _select(self, kind: type, role: Role) -> tuple[Feature, ...]:
+        return tuple(feature for feature in self.of(role) if isinstance(feature.kind, kind))
+
+    def width(self, *roles: Role) -> int:
+        """Numbers that the model gets for a request, a candidate or a behavior, or for several of them."""
+        numbers = (feature.kind for role in roles for feature in self.numbers(role))
+        return sum(kind.width for kind in numbers if isinstance(kind, Numbers))
 
     def check(self, parquet: TableFile, file: str | Path | Url) -> None:
         """See that a file of requests has the columns, and numbers if it has weights.
@@ -237,12 +241,12 @@ class Features:
             found = schema.field(name).type
             if pa.types.is_null(found):
                 continue
-            one_a_request = isinstance(feature.kind, Numbers) and not feature.of_candidates
-            any_form = not (feature.of_candidates or one_a_request)
-            form_fits = any_form or is_list(found) == feature.of_candidates
+            parallel = feature.role != "request"
+            one_a_request = isinstance(feature.kind, Numbers) and not parallel
+            form_fits = not (parallel or one_a_request) or is_list(found) == parallel
             if not form_fits or not feature.kind.accepts(value_type(found)):
                 form = "one a request" if one_a_request else "or lists of them"
-                form = "one a candidate" if feature.of_candidates else form
+                form = f"one a {feature.role}" if parallel else form
                 remedy = "convert the column, or use the other of --sparse-features and --dense-features"
                 problem = f"expected {feature.kind.expected}, {form}; found {found}; {remedy}"
                 raise DataError(problem, file=file, column=name)
@@ -265,8 +269,8 @@ def _check_weights(schema: pa.Schema, file: str | Path | Url) -> None:
 NO_FEATURES = Features()
 
 
-def tower_numbers(features: Sequence[Feature], values: Mapping[str, Tensor]) -> Tensor | None:
-    """What the tower gets of features of numbers, side by side.
+def model_numbers(features: Sequence[Feature], values: Mapping[str, Tensor]) -> Tensor | None:
+    """What the model gets of features of numbers, side by side.
 
     Args:
         features: from `Features.numbers`.

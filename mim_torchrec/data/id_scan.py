@@ -30,57 +30,79 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "item_id": ("candidate_item_ids", "behavior_item_ids"),
     "category": ("candidate_categories", "behavior_categories"),
 }
+CANDIDATES = "candidate_item_ids"
+OF_BEHAVIORS = ("behavior_item_ids", "behavior_categories")
 PENDING = 1 << 20
 """Ids that wait to be merged, at least."""
+FORMAT = 2
+"""Of what is kept of a scan: 2 has impressions."""
+
+Columns = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Of the same length: ids, how often each occurs, in how many impressions."""
 
 
 class IdCounts:
-    """Ids, each once and ascending, and how often each occurs.
+    """Ids, each once and ascending, how often each occurs, and in how many impressions.
+
+    An impression is a candidate that was shown. Ids of a candidate occur in its impression; ids of a request
+    occur in those of all its candidates; items and categories of behaviors occur in none. Side information of
+    behaviors is of no candidate: there every behavior counts.
 
     >>> counts = IdCounts()
-    >>> counts.add(np.array([7, 3]), np.array([1, 5]))
-    >>> counts.add(np.array([7]), np.array([2]))
-    >>> counts.ids.tolist(), counts.counts.tolist()
-    ([3, 7], [5, 3])
+    >>> counts.add(np.array([7, 3]), np.array([1, 5]), np.array([0, 5]))
+    >>> counts.add(np.array([7]), np.array([2]), np.array([2]))
+    >>> counts.ids.tolist(), counts.counts.tolist(), counts.impressions.tolist()
+    ([3, 7], [5, 3], [5, 2])
     """
 
     def __init__(self) -> None:
-        self._ids, self._counts = np.zeros(0, np.int64), np.zeros(0, np.int64)
-        self._pending: list[tuple[np.ndarray, np.ndarray]] = []
+        self._columns: Columns = (np.zeros(0, np.int64),) * 3
+        self._pending: list[Columns] = []
         self._num_pending = 0
 
-    def add(self, ids: np.ndarray, counts: np.ndarray) -> None:
-        """Count ids (n,) int64, repeated or not, in any order, `counts` (n,) times each."""
-        self._pending.append((ids, counts))
+    def add(self, ids: np.ndarray, counts: np.ndarray, impressions: np.ndarray | None = None) -> None:
+        """Count ids (n,) int64, repeated or not, in any order.
+
+        Args:
+            ids: (n,) int64.
+            counts: (n,) int64, how often each occurs.
+            impressions: (n,) int64, in how many impressions; None counts none.
+        """
+        impressions = np.zeros(len(ids), np.int64) if impressions is None else impressions
+        self._pending.append((ids, counts, impressions))
         self._num_pending += len(ids)
-        if self._num_pending >= max(PENDING, len(self._ids)):
+        if self._num_pending >= max(PENDING, len(self._columns[0])):
             self._merge()
 
     @property
     def ids(self) -> np.ndarray:
         """(n,) int64, strictly ascending."""
-        self._merge()
-        return self._ids
+        return self._merge()[0]
 
     @property
     def counts(self) -> np.ndarray:
         """(n,) int64, in the order of `ids`."""
-        self._merge()
-        return self._counts
+        return self._merge()[1]
 
-    def _merge(self) -> None:
-        if not self._pending:
-            return
-        ids = np.concatenate([self._ids, *(ids for ids, _ in self._pending)])
-        counts = np.concatenate([self._counts, *(counts for _, counts in self._pending)])
-        self._pending, self._num_pending = [], 0
-        order = np.argsort(ids, kind="stable")
-        ids, counts = ids[order], counts[order]
-        is_first = np.ones(len(ids), bool)
-        is_first[1:] = ids[1:] != ids[:-1]
-        starts = np.flatnonzero(is_first)
-        self._ids = ids[starts]
-        self._counts = np.add.reduceat(counts, starts) if len(starts) else counts
+    @property
+    def impressions(self) -> np.ndarray:
+        """(n,) int64, in the order of `ids`."""
+        return self._merge()[2]
+
+    def _merge(self) -> Columns:
+        if self._pending:
+            ids, *sums = map(np.concatenate, zip(self._columns, *self._pending, strict=True))
+            self._pending, self._num_pending = [], 0
+            order = np.argsort(ids, kind="stable")
+            ids = ids[order]
+            is_first = np.ones(len(ids), bool)
+            is_first[1:] = ids[1:] != ids[:-1]
+            starts = np.flatnonzero(is_first)
+            counts, impressions = (
+                np.add.reduceat(column[order], starts) if len(starts) else column for column in sums
+            )
+            self._columns = ids[starts], counts, impressions
+        return self._columns
 
 
 def scan_ids(
@@ -145,9 +167,10 @@ def count_ids(
             if middle * world_size // total != rank:
                 continue
             table = read_row_group(parquet, group, wanted, file)
+            shown = pc.list_value_length(table[CANDIDATES]).fill_null(0).to_numpy()
             for column in wanted:
-                ids, counts = _distinct(table[column], kinds.get(column, Ids()))
-                found.setdefault(vocabularies[column], IdCounts()).add(ids, counts)
+                columns = _distinct(column, table[column], kinds.get(column, Ids()), shown)
+                found.setdefault(vocabularies[column], IdCounts()).add(*columns)
     return found
 
 
@@ -158,13 +181,32 @@ def fingerprint(files: Sequence[Path | Url], features: Features) -> str:
         name: f"{type(one.kind).__module__}.{type(one.kind).__qualname__} {vars(one.kind)}"
         for name, one in features.by_name.items()
     }
-    return hashlib.sha256(json.dumps([known, kinds]).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps([FORMAT, known, kinds]).encode()).hexdigest()[:32]
 
 
-def _distinct(column: pa.ChunkedArray, kind: Ids) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of a column of them, or of lists of them, without nulls, and how often each occurs."""
+def _distinct(name: str, column: pa.ChunkedArray, kind: Ids, shown: np.ndarray) -> Columns:
+    """Ids of a column of them, or of lists of them, without nulls, and their counts.
+
+    Args:
+        name: of the column.
+        column: (num_requests,).
+        kind: of the ids.
+        shown: (num_requests,) candidates of each request.
+    """
     values = column.combine_chunks()
-    found = pc.value_counts(values.flatten() if is_list(values.type) else values)
-    values, counts = found.field("values"), found.field("counts")
-    known = values.is_valid()
-    return kind.read(values.filter(known)), counts.filter(known).to_numpy(zero_copy_only=False)
+    of_request = not name.startswith(("candidate_", "behavior_"))
+    if of_request and is_list(values.type):
+        shown = shown.repeat(pc.list_value_length(values).fill_null(0).to_numpy(zero_copy_only=False))
+    values = values.flatten() if is_list(values.type) else values
+    if of_request:
+        grouped = pa.table({"id": values, "shown": shown}).group_by("id", use_threads=False)
+        sums = grouped.aggregate([([], "count_all"), ("shown", "sum")]).combine_chunks()
+        found, counts, impressions = (sums[one].combine_chunks() for one in ("id", "count_all", "shown_sum"))
+    else:
+        pairs = pc.value_counts(values)
+        found, counts = pairs.field("values"), pairs.field("counts")
+        nothing = pa.array(np.zeros(len(counts), np.int64))
+        impressions = nothing if name in OF_BEHAVIORS else counts
+    known = found.is_valid()
+    numbers = (one.filter(known).to_numpy(zero_copy_only=False) for one in (counts, impressions))
+    return kind.read(found.filter(known)), *numbers

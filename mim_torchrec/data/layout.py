@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 from mim_torchrec.data.conventions import Conventions
 from mim_torchrec.data.errors import DataError
@@ -75,6 +76,8 @@ class Dataset:
 
     Attributes:
         conventions: for `open_parquet`; its unit of times is `time_unit` of dataset.json.
+        text_ids: vocabularies whose ids are text in the log, although the files have their numbers, by
+            `text_ids` of dataset.json.
 
     Raises:
         DataError: there is no such directory, or its dataset.json cannot be read.
@@ -91,7 +94,9 @@ class Dataset:
         self._days = {
             split: Days.parse(text, f"--{split}-days") for split, text in (days or {}).items() if text
         }
-        self.conventions = Conventions(self._time_unit())
+        facts = self._facts()
+        self.conventions = Conventions(facts.get("time_unit"))
+        self.text_ids = frozenset(facts.get("text_ids", ()))
 
     def items(self) -> list[Path | Url]:
         """Files of the item table, sorted. Raises DataError if there are none."""
@@ -170,20 +175,22 @@ class Dataset:
             )
         return found
 
-    def _time_unit(self) -> str | None:
+    def _facts(self) -> dict[str, Any]:
+        """What dataset.json says; nothing where there is none."""
         file: Path | Url = self.root / "dataset.json"
         if self._published is not None:
             if "dataset.json" not in self._published:
-                return None
+                return {}
             file = self._published["dataset.json"]
         elif isinstance(file, Path) and not file.is_file():
-            return None
+            return {}
         try:
             facts = json.loads(file.read_bytes().decode())
-            unit = facts.get("time_unit")
-        except (ValueError, AttributeError) as error:
+            if not isinstance(facts, dict):
+                raise ValueError(f"found {type(facts).__name__}")
+        except ValueError as error:
             raise DataError(f"is no JSON object ({error}); write it again, or remove it", file=file) from None
-        return unit
+        return facts
 
 
 def _listed(root: Url) -> dict[str, Url]:

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from torch.utils.data import Dataset as TorchDataset
 
 from mim_torchrec.data.conventions import Conventions
-from mim_torchrec.data.errors import DataError, Location
+from mim_torchrec.data.errors import DataError, Location, Problems
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.query_images import QueryImages
 from mim_torchrec.data.schema import (
@@ -80,7 +80,10 @@ class PairDataset(TorchDataset):
         }
         self._units = [(file, group) for file, count in groups.items() for group in range(count)]
         self._images = QueryImages(self._units, cache, shared)
-        read = list(_read(self._units, items, signal, on_bad_row == "skip", self._images, shared))
+        self.problems = Problems()
+        """Of the pairs that are left out."""
+        problems = self.problems if on_bad_row == "skip" else None
+        read = list(_read(self._units, items, signal, problems, self._images, shared))
         parts = [part for part in read if len(part["item_id"])]
         self.skipped: int = sum(part["skipped"] for part in read)
         if not parts:
@@ -91,8 +94,9 @@ class PairDataset(TorchDataset):
             )
             raise DataError(f"{what}{left}; {remedy}", file=files[0] if files else None)
         if self.skipped:
-            log.warning("%d of %d pairs are left out: they name no item, or one that is not there",
-                        self.skipped, self.skipped + sum(len(part["item_id"]) for part in parts))  # fmt: skip
+            log.warning("%d of %d pairs are left out: %s",
+                        self.skipped, self.skipped + sum(len(part["item_id"]) for part in parts),
+                        "; ".join(self.problems.lines()))  # fmt: skip
         self._usable: np.ndarray = items.item_ids
         self._unit, self._row = (np.concatenate([part[name] for part in parts]) for name in ("unit", "row"))
         self.query_ids: np.ndarray = np.concatenate([part["query_id"] for part in parts])
@@ -216,7 +220,7 @@ def _read(
     units: Sequence[tuple[Path | Url, int]],
     items: ItemStore,
     signal: str | None,
-    skip: bool,
+    problems: Problems | None,
     images: QueryImages,
     conventions: Conventions,
 ) -> Iterator[dict]:
@@ -230,7 +234,7 @@ def _read(
             problem = f"the column is missing, so pairs of signal {signal!r} cannot be told"
             raise DataError(f"{problem}; --interest-signal all takes all pairs", file, column="signal")
         table = read_row_group(opened[1], group, columns, file)
-        yield _pairs(table, unit, file, group, items, signal, skip, images)
+        yield _pairs(table, unit, file, group, items, signal, problems, images)
 
 
 def _pairs(
@@ -240,7 +244,7 @@ def _pairs(
     group: int,
     items: ItemStore,
     signal: str | None,
-    skip: bool,
+    problems: Problems | None,
     images: QueryImages,
 ) -> dict:
     columns = table.column_names
@@ -265,12 +269,16 @@ def _pairs(
     bad = np.zeros(len(rows), bool)
 
     def refuse(found: np.ndarray, name: str, problem: str) -> None:
-        if found.any() and not skip:
-            first = int(np.argmax(found))
-            known = name + ORIGINAL in table.column_names
-            item = table[name + ORIGINAL][first].as_py() if known else ids[name][first]
+        if not found.any():
+            return
+        first = int(np.argmax(found))
+        known = name + ORIGINAL in table.column_names
+        item = table[name + ORIGINAL][first].as_py() if known else ids[name][first]
+        where = Location(file, group, int(rows[first]), name)
+        if problems is None:
             shown = f"{problem.format(item)}; --on-bad-row skip leaves such pairs out"
-            raise DataError(shown, file, group, int(rows[first]), name)
+            raise DataError(shown, where.file, where.row_group, where.row, name)
+        problems.add(problem.format("of the pair"), int(found.sum()), where)
         bad[found] = True
 
     for name in ("query_id", "item_id"):

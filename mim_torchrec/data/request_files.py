@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from mim_torchrec.data.columns import decode
 from mim_torchrec.data.conventions import Conventions
-from mim_torchrec.data.errors import DataError
+from mim_torchrec.data.errors import DataError, Problems
 from mim_torchrec.data.features import Features
 from mim_torchrec.data.request_columns import RequestColumns, joined
 from mim_torchrec.data.schema import (
@@ -184,6 +184,14 @@ class RequestFiles:
             return None
         return found
 
+    def checked(self, unit: Unit, problems: Problems) -> Iterator[tuple[RequestColumns, int]]:
+        """The good rows of a row group in blocks, and how many were bad, with what is wrong with them.
+
+        Raises:
+            DataError: the row group cannot be read at all.
+        """
+        return self._decoded(unit.file, unit.row_group, unit.in_blocks, problems)
+
     def _rows(self, unit: Unit, start: int, stop: int) -> tuple[list[RequestColumns], int]:
         """Good rows of a row group, at least `start` to `stop`, and the number of the first one."""
         if self._cursor is None or self._cursor.unit != unit or self._cursor.first > start:
@@ -231,7 +239,7 @@ class RequestFiles:
         return found
 
     def _decoded(
-        self, file: Path | Url, row_group: int, in_blocks: bool
+        self, file: Path | Url, row_group: int, in_blocks: bool, problems: Problems | None = None
     ) -> Iterator[tuple[RequestColumns, int]]:
         """The good rows of a row group in blocks, or in one, and how many were bad."""
         if in_blocks:
@@ -240,7 +248,10 @@ class RequestFiles:
             tables = iter([read_row_group(self._kept_open(file), row_group, self.columns, file)])
         first = 0
         for table in tables:
-            yield decode(table, self._max_behaviors, self._on_bad_row, file, row_group, self._features, first)
+            on_bad_row = self._on_bad_row if problems is None else "skip"
+            yield decode(
+                table, self._max_behaviors, on_bad_row, file, row_group, self._features, first, problems
+            )
             first += len(table)
 
     def _kept_open(self, file: Path | Url) -> TableFile:

@@ -17,11 +17,11 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from mim_torchrec.data.batch import FeatureIds, RequestBatch
+from mim_torchrec.data.batch import FeatureIds, MappedIds, RequestBatch
 from mim_torchrec.data.columns import ORIGINALS
 from mim_torchrec.data.conventions import Conventions
 from mim_torchrec.data.errors import DataError
-from mim_torchrec.data.features import NO_FEATURES, Feature, Features, tower_numbers
+from mim_torchrec.data.features import NO_FEATURES, Feature, Features, Role, model_numbers
 from mim_torchrec.data.request_columns import Jagged, RequestColumns, concatenate
 from mim_torchrec.data.request_files import GoodRows, RequestFiles
 from mim_torchrec.data.request_order import RequestOrder
@@ -189,20 +189,22 @@ class RequestReader(IterableDataset):
 def _to_batch(requests: RequestColumns, wanted: Features, mapper: IdMapper | None) -> RequestBatch:
     candidates, behaviors = requests.candidate, requests.behavior
     features = _features(requests, wanted)
+    mapped = _unmapped(features) if mapper is None else mapper.map_features(features)
     behavior_ts, weights = behaviors.values.get("ts"), candidates.values.get(WEIGHT)
     request_ts, item_ids = requests.scalars.get("ts"), candidates.values.get("item_id" + ORIGINAL)
     originals = {name: requests.scalars[key] for key, name in ORIGINALS.items() if key in requests.scalars}
     originals |= {} if item_ids is None else {"item_id": item_ids}
     return RequestBatch(
-        sparse=_unmapped(features) if mapper is None else mapper.map_features(features),
+        **mapped._asdict(),
         labels=torch.from_numpy(candidates.values["label"]),
         request_ids=torch.from_numpy(requests.scalars["request_id"]),
         request_ts=None if request_ts is None else torch.from_numpy(request_ts),
         behavior_ts=None if behavior_ts is None else torch.from_numpy(behavior_ts),
         weights=None if weights is None else torch.from_numpy(weights),
         originals=originals,
-        request_dense=_dense(requests.scalars, wanted.numbers(of_candidates=False)),
-        candidate_dense=_dense(candidates.values, wanted.numbers(of_candidates=True)),
+        request_dense=_dense(requests.scalars, wanted.numbers("request")),
+        candidate_dense=_dense(candidates.values, wanted.numbers("candidate")),
+        behavior_dense=_dense(behaviors.values, wanted.numbers("behavior")),
     )
 
 
@@ -216,16 +218,19 @@ def _features(requests: RequestColumns, wanted: Features) -> list[FeatureIds]:
         ids = jagged.coded[name] if name in jagged.coded else torch.from_numpy(jagged.values[name])
         found.append(FeatureIds(key, ids, lengths))
 
-    roles = [(role, jagged, _lengths(jagged)) for role, jagged in
-             (("candidate", requests.candidate), ("behavior", requests.behavior))]  # fmt: skip
+    roles: list[tuple[Role, Jagged, torch.Tensor]] = [
+        ("candidate", requests.candidate, _lengths(requests.candidate)),
+        ("behavior", requests.behavior, _lengths(requests.behavior)),
+    ]
     for name in ("item_id", "category"):
         for role, jagged, lengths in roles:
             if name in jagged.values or name in jagged.coded:
                 add(f"{role}_{name}", jagged, name, lengths)
     for name, jagged in requests.ids.items():
         add(name, jagged, "id", _lengths(jagged))
-    for feature in wanted.ids(of_candidates=True):
-        add(feature.name, requests.candidate, feature.name, roles[0][2])
+    for role, jagged, lengths in roles:
+        for feature in wanted.ids(role):
+            add(feature.name, jagged, feature.name, lengths)
     return found
 
 
@@ -233,18 +238,19 @@ def _lengths(jagged: Jagged) -> torch.Tensor:
     return torch.from_numpy(jagged.lengths.astype(np.int32))
 
 
-def _unmapped(features: Sequence[FeatureIds]) -> KeyedJaggedTensor:
-    return KeyedJaggedTensor(
+def _unmapped(features: Sequence[FeatureIds]) -> MappedIds:
+    sparse = KeyedJaggedTensor(
         keys=[one.key for one in features],
         values=torch.cat([one.values() for one in features]),
         lengths=torch.cat([one.lengths for one in features]),
         stride=len(features[0].lengths),
         length_per_key=[len(one.ids) for one in features],
     )
+    return MappedIds(sparse)
 
 
 def _dense(values: Mapping[str, np.ndarray], features: Sequence[Feature]) -> torch.Tensor | None:
-    return tower_numbers(features, {f.name: torch.from_numpy(values[f.name]) for f in features})
+    return model_numbers(features, {f.name: torch.from_numpy(values[f.name]) for f in features})
 
 
 def label_classes(files: Sequence[str | Path | Url], conventions: Conventions | None = None) -> set[int]:

@@ -279,7 +279,7 @@ def _computed(name: str, column: pa.ChunkedArray, parquet: TableFile) -> dict[st
     """A column as the readers compute with it, and where it is asked for, as people know it."""
     at = parquet.expected.get_field_index(name)
     expected = parquet.expected.field(at).type if at >= 0 else pa.null()
-    lists = is_list(expected) or (at < 0 and name.startswith("candidate_"))
+    lists = is_list(expected) or (at < 0 and name.startswith(("candidate_", "behavior_")))
     column = _each_chunk(partial(forms.plain, lists=lists), column)
     if at < 0:
         return {name: column}

@@ -10,24 +10,28 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from mim_torchrec.data.batch import FeatureIds, RequestBatch
+from mim_torchrec.data.batch import FeatureIds, MappedIds, RequestBatch
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.id_buckets import IdBuckets
 from mim_torchrec.data.request_columns import Coded
 from mim_torchrec.embeddings.files import atomic_file
 from mim_torchrec.embeddings.sharded.item_index import ItemIndex
 from mim_torchrec.embeddings.table.format import RowIndex
+from mim_torchrec.errors import OptionError
 
 log = logging.getLogger(__name__)
 
 ALARM_IDS = 100_000
 ROLES = ("candidate", "behavior")
+FORMAT_VERSION = 2
+"""Of a vocabulary on the disk: 2 has impressions; 1, which does not say its version, has none."""
 
 
 class Vocabulary:
@@ -36,25 +40,70 @@ class Vocabulary:
     Args:
         ids: (n,) int64, strictly ascending.
         num_embeddings: rows of the table, at least n + 1; more is spare rows for ids to come.
+        impressions: (n + 1,) int64 by row, in how many training impressions the id was shown, as a candidate
+            or with one; of row 0, those of ids without a row of their own. None where nobody has counted.
+        shrinkage: k of `factors`; 0 shrinks no embedding.
+        occurrences: (n,) float64, how often each id has occurred in training, what is long ago counting less;
+            None where nobody has counted.
+
+    Raises:
+        ValueError: the sizes do not fit.
+        OptionError: there are no impressions to shrink by.
 
     >>> vocabulary = Vocabulary.build(np.array([30, 10, 10]))
     >>> vocabulary.rows(torch.tensor([10, 30, 99])).tolist(), vocabulary.num_embeddings
     ([1, 2, 0], 3)
     """
 
-    def __init__(self, ids: Tensor, num_embeddings: int) -> None:
+    def __init__(
+        self,
+        ids: Tensor,
+        num_embeddings: int,
+        impressions: Tensor | None = None,
+        shrinkage: float = 0.0,
+        occurrences: Tensor | None = None,
+    ) -> None:
         if num_embeddings < ids.numel() + 1:
             raise ValueError(f"{ids.numel()} ids need {ids.numel() + 1} rows, not {num_embeddings}")
+        if impressions is not None and impressions.numel() != ids.numel() + 1:
+            raise ValueError(f"{ids.numel()} ids and row 0 have {impressions.numel()} numbers of impressions")
+        if occurrences is not None and occurrences.shape != ids.shape:
+            raise ValueError(f"{ids.numel()} ids have {occurrences.numel()} numbers of occurrences")
+        if shrinkage and impressions is None:
+            raise OptionError(
+                "--id-shrinkage needs to know in how many training impressions each id was shown, which "
+                "vocabularies of earlier releases do not hold: train without --warm-start, or train the "
+                "earlier run again"
+            )
         self._index = RowIndex(ids)
         self.num_embeddings = num_embeddings
+        self.impressions, self.shrinkage = impressions, shrinkage
+        self.occurrences = occurrences
         self.seen = 0
         self.unknown = 0
 
     @classmethod
-    def build(cls, ids: np.ndarray, spare_rows: float = 0.0) -> "Vocabulary":
-        """Vocabulary of ids (any order, repeated or not), with `spare_rows` times as many spare rows."""
+    def build(
+        cls,
+        ids: np.ndarray,
+        spare_rows: float = 0.0,
+        impressions: np.ndarray | None = None,
+        shrinkage: float = 0.0,
+        occurrences: np.ndarray | None = None,
+    ) -> "Vocabulary":
+        """Vocabulary of ids (any order, repeated or not), with `spare_rows` times as many spare rows.
+
+        Args:
+            ids: int64.
+            spare_rows: as a fraction of the ids.
+            impressions: by row of the distinct ids, ascending, row 0 first.
+            shrinkage: as of the class.
+            occurrences: of the distinct ids, ascending.
+        """
         unique = torch.from_numpy(np.unique(np.asarray(ids, np.int64)))
-        return cls(unique, 1 + math.ceil(unique.numel() * (1.0 + spare_rows)))
+        shown, occurred = (None if n is None else torch.from_numpy(n) for n in (impressions, occurrences))
+        rows = 1 + math.ceil(unique.numel() * (1.0 + spare_rows))
+        return cls(unique, rows, shown, shrinkage, occurred)
 
     @cached_property
     def _buckets(self) -> IdBuckets | None:
@@ -85,16 +134,64 @@ class Vocabulary:
         self.unknown += rows.numel() - int(torch.count_nonzero(rows))
         return rows
 
+    def factors(self, rows: Tensor) -> Tensor:
+        r"""By what embeddings are multiplied: $c / (c + k)$, $c$ impressions of a row, $k$ the shrinkage.
+
+        It is the weight of the data in a posterior mean, where the prior mean is 0 and the prior is worth $k$
+        impressions.
+
+        Args:
+            rows: (num_ids,) of the table.
+
+        Returns:
+            (num_ids,) float32; ones without shrinkage.
+        """
+        if not self.shrinkage or self.impressions is None:
+            return torch.ones(rows.shape)
+        counts = self.impressions[rows].double()
+        return (counts / (counts + self.shrinkage)).float()
+
     def save(self, path: str | Path) -> None:
         """Write an .npz file."""
+        counted: dict[str, Any] = {}
+        if self.impressions is not None:
+            counted["impressions"] = self.impressions.numpy()
+        if self.occurrences is not None:
+            counted["occurrences"] = self.occurrences.numpy()
         with atomic_file(path) as file:
-            np.savez(file, ids=self.ids.numpy(), num_embeddings=np.int64(self.num_embeddings))
+            np.savez(
+                file,
+                format_version=np.int64(FORMAT_VERSION),
+                ids=self.ids.numpy(),
+                num_embeddings=np.int64(self.num_embeddings),
+                shrinkage=np.float64(self.shrinkage),
+                **counted,
+            )
 
     @classmethod
-    def load(cls, path: str | Path) -> "Vocabulary":
-        """Read what :meth:`save` wrote."""
+    def load(cls, path: str | Path, counts: bool = False) -> "Vocabulary":
+        """Read what :meth:`save` wrote.
+
+        Args:
+            path: of the file.
+            counts: read occurrences, and impressions although there is no shrinkage; 8 bytes per id each.
+
+        Raises:
+            DataError: a later release has written it.
+        """
         with np.load(path) as stored:
-            return cls(torch.from_numpy(stored["ids"]), int(stored["num_embeddings"]))
+            version = int(stored["format_version"]) if "format_version" in stored else 1
+            if version > FORMAT_VERSION:
+                problem = f"format_version {version}, this release reads up to {FORMAT_VERSION}; update it"
+                raise DataError(problem, file=Path(path))
+            shrinkage = float(stored["shrinkage"]) if version > 1 else 0.0
+            wanted = {"impressions": counts or shrinkage, "occurrences": counts}
+            found = {
+                name: torch.from_numpy(stored[name]) if asked and name in stored else None
+                for name, asked in wanted.items()
+            }
+            ids, rows = torch.from_numpy(stored["ids"]), int(stored["num_embeddings"])
+        return cls(ids, rows, shrinkage=shrinkage, **found)
 
 
 class IdMapper:
@@ -102,7 +199,8 @@ class IdMapper:
 
     `candidate_x` and `behavior_x` share the vocabulary `x`, unless they have one of their own. Where there is
     a multi-modal table, the batch gets the features `candidate_mm` and `behavior_mm`: rows of that table,
-    which knows more items than the training part does.
+    which knows more items than the training part does. Where a vocabulary has a shrinkage, the batch gets
+    `factors` and `bags`.
 
     Args:
         vocabularies: by "user_id", "query_id", "item_id", "category", as far as the batches have them, and by
@@ -117,6 +215,7 @@ class IdMapper:
         self.vocabularies = dict(vocabularies)
         self.max_unknown = max_unknown
         self._mm = mm
+        self._shrinks = any(vocabulary.shrinkage for vocabulary in self.vocabularies.values())
         self._checked: dict[str, tuple[int, int]] = {}
         self._kept: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -130,42 +229,48 @@ class IdMapper:
         ids = torch.split(sparse.values(), sparse.length_per_key())
         lengths = sparse.lengths().view(-1, sparse.stride())
         features = [FeatureIds(*one) for one in zip(sparse.keys(), ids, lengths, strict=True)]
-        return replace(batch, sparse=self.map_features(features))
+        return replace(batch, **self.map_features(features)._asdict())
 
-    def map_features(self, features: Sequence[FeatureIds]) -> KeyedJaggedTensor:
+    def map_features(self, features: Sequence[FeatureIds]) -> MappedIds:
         """Rows for the ids of a batch that is being made.
 
         Args:
             features: of a batch, in the order of its keys.
 
-        Returns:
-            The features, and those of the multi-modal table.
-
         Raises:
             DataError: the vocabularies lack a feature.
         """
         rows: list[Tensor] = []
+        factors: list[Tensor] = []
         for name, group in groupby(features, lambda one: self._name(one.key)):
             own, vocabulary = list(group), self.vocabularies[name]
             coded = [(one.key, one.ids) for one in own if isinstance(one.ids, Coded)]
             if len(coded) == len(own):
-                rows += [self._rows_of_codes(key, ids, vocabulary) for key, ids in coded]
+                found = [self._rows_of_codes(key, ids, vocabulary) for key, ids in coded]
             else:
-                rows.append(vocabulary.rows(_joined(own)))
+                found = list(vocabulary.rows(_joined(own)).split([len(one.ids) for one in own]))
+            rows += found
+            factors += map(vocabulary.factors, found) if self._shrinks else []
             self._check(name, vocabulary)
+        bags = _weighted_bags(features, rows, factors) if self._shrinks else None
         if self._mm is not None:
             by_key = {one.key: one for one in features}
             items = [by_key[f"{role}_item_id"] for role in ROLES]
             rows.append(self._mm.rows(_joined(items)))
             self._check("mm", self._mm)
             features = [*features, *(by_key[f"{role}_item_id"]._replace(key=f"{role}_mm") for role in ROLES)]
-        return KeyedJaggedTensor(
+        sparse = KeyedJaggedTensor(
             keys=[one.key for one in features],
             values=torch.cat(rows),
             lengths=torch.cat([one.lengths for one in features]),
             stride=len(features[0].lengths),
             length_per_key=[len(one.ids) for one in features],
         )
+        return MappedIds(sparse, torch.cat(factors) if self._shrinks else None, bags)
+
+    def unknown_factor(self, name: str) -> float:
+        """The factor of an unknown id of a vocabulary."""
+        return self.vocabularies[name].factors(torch.zeros(1, dtype=torch.int64)).item()
 
     def unknown_fractions(self) -> dict[str, float]:
         """Share of unknown ids so far, by vocabulary ("mm" is the multi-modal table)."""
@@ -204,3 +309,24 @@ def _joined(features: Sequence[FeatureIds]) -> Tensor:
     """Ids of features, one after another."""
     ids = [one.values() for one in features]
     return ids[0] if len(ids) == 1 else torch.cat(ids)
+
+
+def _weighted_bags(
+    features: Sequence[FeatureIds], rows: Sequence[Tensor], factors: Sequence[Tensor]
+) -> KeyedJaggedTensor:
+    """Rows of what a request has, weighted so that their sum is the mean of the shrunk embeddings.
+
+    Args:
+        features: of a batch.
+        rows: of each feature (num_ids,).
+        factors: of each feature (num_ids,).
+    """
+    own = [k for k, one in enumerate(features) if not one.key.startswith(("candidate_", "behavior_"))]
+    lengths = [features[k].lengths for k in own]
+    weights = [factors[k] / each.repeat_interleave(each) for k, each in zip(own, lengths, strict=True)]
+    return KeyedJaggedTensor(
+        keys=[features[k].key for k in own],
+        values=torch.cat([rows[k] for k in own]),
+        weights=torch.cat(weights),
+        lengths=torch.cat(lengths),
+    )

@@ -163,7 +163,7 @@ def module_version(encoder: ItemEncoder | VisionEncoder | TextEncoder) -> str:
 
 def _describe(vision: VisionEncoder, text: TextEncoder) -> dict[str, Any]:
     return {
-        "vision": {"name": vision.config.name} | vision.preprocessing(),
+        "vision": vision.description(),
         "text": {"name": Path(text.config.name).name, "max_length": text.max_length, "pooling": text.pooling},
     }
 
@@ -178,7 +178,8 @@ def _build_towers(
     vision = dataclasses.replace(vision or VisionEncoderConfig(), weights="random", **sizes)
     written = {"pooling": "mean"} | config["text"]  # all there was before there was a choice
     text = dataclasses.replace(text or TextEncoderConfig(), weights="random", **written)
-    return Towers(VisionEncoder(vision, load_weights=False), TextEncoder(text, saved=path / "text"))
+    tower = VisionEncoder(vision, load_weights=False, described=config["vision"])
+    return Towers(tower, TextEncoder(text, saved=path / "text"))
 
 
 def _save_weights(module: nn.Module, file: Path) -> None:

@@ -30,6 +30,16 @@ from transformers import (
 from mim_torchrec.domains import Count
 from mim_torchrec.encoders.beit3 import Beit3TextConfig, Beit3TextModel
 from mim_torchrec.encoders.foundation import TEXT
+from mim_torchrec.encoders.text_files import (
+    check_sizes,
+    check_tokenizer_files,
+    check_vectors,
+    load_model,
+    model_of,
+    place_of,
+    pooling_of,
+    read_config,
+)
 from mim_torchrec.errors import OptionError
 from mim_torchrec.extras import needs
 
@@ -58,7 +68,8 @@ class TextEncoderConfig:
     """Tokens of a title that are read."""
     pooling: Pooling = "auto"
     """How tokens make one vector: their mean, the first (`cls`) or the last; `auto` is what the model was
-    made for: `cls` for BGE, `last` for GPT-2, else `mean`."""
+    made for: what `1_Pooling` of sentence-transformers says, `cls` for BGE, `last` for GPT-2 and CLIP, else
+    `mean`."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them."""
 
@@ -89,6 +100,8 @@ class TextEncoder(nn.Module):
             self.model = AutoModel.from_config(AutoConfig.from_pretrained(saved, local_files_only=True))
         else:
             self.tokenizer, self.model = _build(config, tokenizer)
+            num_tokens = 1 + max(self.tokenizer.get_vocab().values(), default=-1)
+            check_sizes(self.model.config, num_tokens, config.max_length)
         if not self.tokenizer.is_fast:
             raise OptionError(f"the tokenizer of {config.name} has no tokenizer.json")
         if self.tokenizer.pad_token is None:  # padding is masked, so any token will do
@@ -103,6 +116,16 @@ class TextEncoder(nn.Module):
                 raise OptionError(f"{config.name} has no activation checkpointing")
             self.model.activation_checkpointing_enable({"use_reentrant": False})
         self.feature_dim: int = self.model.config.hidden_size
+        if saved is None and config.weights != "random":
+            check_vectors(self._probe(), f"text tower {config.name!r}")
+
+    @torch.no_grad()
+    def _probe(self) -> Tensor:
+        """Vectors of two different titles."""
+        training = self.training
+        vectors = self.eval()(self.tokenize(["a red wool hat", "blue ceramic vases 42"]))
+        self.train(training)
+        return vectors
 
     def tokenize(self, titles: Sequence[str]) -> dict[str, Tensor]:
         """Titles to `input_ids` and `attention_mask`, (n, num_tokens) int64, padded to the longest.
@@ -202,17 +225,19 @@ def _build(config: TextEncoderConfig, tokenizer: str | None) -> Tower:
     known = TEXT.get(config.name)
     try:
         if config.weights == "random":
-            settings = known.config() if known else AutoConfig.from_pretrained(_source(config))
-            return _tokenizer(config, tokenizer), AutoModel.from_config(settings)
+            settings = known.config() if known else read_config(_source(config))
+            return _tokenizer(config, tokenizer), model_of(settings)
         if known is not None and known.hub is None:
             model = Beit3TextModel(cast(Beit3TextConfig, known.config()))
             model.load_original(_beit3_file(config))
             return _tokenizer(config, tokenizer), model
         source = _source(config)
         if known is not None:
-            _check_sizes(AutoConfig.from_pretrained(source), known.config())
-        return _tokenizer(config, tokenizer), AutoModel.from_pretrained(source, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+            _check_sizes(read_config(source), known.config())
+        return _tokenizer(config, tokenizer), load_model(source)
+    except OptionError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
         raise OptionError(
             f"text tower {config.name!r} cannot be loaded ({error}); give a local directory with "
             f"--text.weights, or take `minilm`, `{TINY}` or --text.weights random"
@@ -236,7 +261,7 @@ def _source(config: TextEncoderConfig) -> str:
     if config.name == "minilm":
         return _packaged()
     known = TEXT.get(config.name)
-    return config.name if known is None or known.hub is None else known.hub
+    return place_of(config.name, "--text.name") if known is None or known.hub is None else known.hub
 
 
 def _beit3_file(config: TextEncoderConfig) -> Path:
@@ -249,9 +274,11 @@ def _beit3_file(config: TextEncoderConfig) -> Path:
 
 def _tokenizer(config: TextEncoderConfig, learned: str | None) -> PreTrainedTokenizerFast:
     if not learns_tokenizer(config):
-        return cast(
-            PreTrainedTokenizerFast, AutoTokenizer.from_pretrained(config.tokenizer or _source(config))
-        )
+        given = config.tokenizer
+        source = _source(config) if given is None else place_of(given, "--text.tokenizer")
+        if local := Path(source).is_dir():
+            check_tokenizer_files(Path(source))
+        return cast(PreTrainedTokenizerFast, AutoTokenizer.from_pretrained(source, local_files_only=local))
     if learned is None:
         raise OptionError(f"{config.name} needs a tokenizer, see train_tokenizer")
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(learned), **_SPECIAL)
@@ -260,9 +287,12 @@ def _tokenizer(config: TextEncoderConfig, learned: str | None) -> PreTrainedToke
 def _pooling(config: TextEncoderConfig, model: PreTrainedModel) -> str:
     if config.pooling != "auto":
         return config.pooling
+    source = config.name if config.weights in ("pretrained", "random") else config.weights
+    if (said := pooling_of(_packaged() if source == "minilm" else source)) is not None:
+        return said
     if config.name in TEXT:
         return TEXT[config.name].pooling
-    if model.config.model_type == "gpt2":
+    if model.config.model_type in ("gpt2", "clip_text_model"):
         return "last"
     return "cls" if "bge" in Path(config.name).name.lower() else "mean"
 

@@ -4,7 +4,9 @@ Images are resized to a square as they are, without a crop: the edge of a produc
 until they are on the device, where the module scales them as the weights expect. Not here: pre-training.
 """
 
+import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +16,18 @@ import timm
 import timm.data
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mim_torchrec.domains import Count
 from mim_torchrec.encoders.foundation import SHORT
+from mim_torchrec.encoders.weights import load_strictly, read_weights, weight_files
 from mim_torchrec.errors import OptionError
 from mim_torchrec.extras import needs
 
+SCALING = ("mean", "std", "interpolation")
+INTERPOLATIONS = {
+    name: Image.Resampling[name.upper()] for name in ("bilinear", "bicubic", "lanczos", "nearest")
+}
 PACKAGED = {"efficientnet_lite0": "tf_efficientnet_lite0"}
 """Names whose weights come in a Python package, and timm's names of these models."""
 
@@ -36,7 +42,8 @@ class VisionEncoderConfig:
     [encoders-offline]."""
     weights: str = "pretrained"
     """`pretrained` (cached by timm, or from its hub), `random`, or a local file of weights (.safetensors or
-    .pth, converted as timm does) or directory with one."""
+    .pth, also a checkpoint of timm's training; converted as timm does) or directory with one, where
+    timm's config.json says how pixels are scaled."""
     image_size: Count | None = None
     """Side of the images in pixels; by default the model's own."""
     activation_checkpointing: bool = False
@@ -49,6 +56,7 @@ class VisionEncoder(nn.Module):
     Args:
         config: which model.
         load_weights: False leaves random weights, for a caller who has better ones.
+        described: what `description` gave, of a tower whose weights come from elsewhere.
 
     `feature_dim` is the size of the features, `image_size` the side of the images in pixels.
 
@@ -60,10 +68,21 @@ class VisionEncoder(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, config: VisionEncoderConfig, *, load_weights: bool = True) -> None:
+    def __init__(
+        self,
+        config: VisionEncoderConfig,
+        *,
+        load_weights: bool = True,
+        described: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         name = (PACKAGED | SHORT).get(config.name, config.name)
+        if config.name.startswith(("local-dir:", "hf-hub:")):
+            raise OptionError(
+                f"--vision.name {config.name}: give the architecture as --vision.name and the directory as "
+                "--vision.weights; download what is on a hub into one"
+            )
         if not timm.is_model(name.split(".")[0]):
             close = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8])
             raise OptionError(f"vision tower {config.name!r} is no model of timm; near it: {close or '-'}")
@@ -72,9 +91,15 @@ class VisionEncoder(nn.Module):
         options: dict[str, Any] = {}
         if defaults is not None and defaults.fixed_input_size and config.image_size is not None:
             options["img_size"] = config.image_size
+        from_file = source not in ("pretrained", "random")
+        about = _read_about(Path(source), name) if from_file else None
+        self.model_args: dict[str, Any] = dict((described or about or {}).get("model_args", {}))
+        self.model_args.pop("num_classes", None)
+        options = self.model_args | options
         from_timm = source == "pretrained" and config.name not in PACKAGED
         try:
-            self.model = timm.create_model(name, pretrained=from_timm, num_classes=0, **options)
+            made = name if about is None else f"local-dir:{source}"  # whose config.json timm reads
+            self.model = timm.create_model(made, pretrained=from_timm, num_classes=0, **options)
         except (RuntimeError, OSError) as error:
             if not from_timm:
                 raise
@@ -84,7 +109,7 @@ class VisionEncoder(nn.Module):
             ) from error
         if source == "pretrained" and not from_timm:
             _load_packaged(self.model, config.name)
-        elif source not in ("pretrained", "random"):
+        elif from_file:
             _load_file(self.model, _weights_file(Path(source)))
         if config.activation_checkpointing:
             try:
@@ -92,6 +117,10 @@ class VisionEncoder(nn.Module):
             except (AssertionError, AttributeError) as error:
                 raise OptionError(f"{config.name} has no activation checkpointing") from error
         data = timm.data.resolve_model_data_config(self.model)
+        data |= {key: described[key] for key in SCALING if described and key in described}
+        if data["interpolation"] not in INTERPOLATIONS:
+            known = ", ".join(INTERPOLATIONS)
+            raise OptionError(f"{config.name} resizes by {data['interpolation']!r}; towers do by {known}")
         self.image_size = config.image_size or data["input_size"][1]
         self.interpolation = data["interpolation"]
         # apart from the buffers, which hold nothing on the meta device; rounded as they are
@@ -99,6 +128,8 @@ class VisionEncoder(nn.Module):
         for key in ("mean", "std"):
             self.register_buffer(key, torch.tensor(data[key]).view(1, 3, 1, 1), persistent=False)
         self.feature_dim = self._probe()
+        if source != "random":
+            self._check()
 
     def forward(self, images: Tensor) -> Tensor:
         """Features of images.
@@ -115,15 +146,36 @@ class VisionEncoder(nn.Module):
 
     def transform(self, image: Image.Image) -> Tensor:
         """Image to (3, image_size, image_size) uint8."""
-        modes = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
         size = (self.image_size, self.image_size)
-        resized = image.convert("RGB").resize(size, modes[self.interpolation])
+        resized = image.convert("RGB").resize(size, INTERPOLATIONS[self.interpolation])
         # copied by NumPy: torch would start threads of its own in every thread that decodes
         return torch.from_numpy(np.asarray(resized).transpose(2, 0, 1).copy())
 
     def preprocessing(self) -> dict[str, object]:
         """What the vectors depend on besides the weights."""
         return {"image_size": self.image_size, "interpolation": self.interpolation, **self._scaling}
+
+    def description(self) -> dict[str, object]:
+        """What the tower is built from besides its weights."""
+        args = {"model_args": self.model_args} if self.model_args else {}
+        return {"name": self.config.name} | self.preprocessing() | args
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        """See that two different images have two vectors, and an image and its copy one."""
+        training = self.model.training
+        self.model.eval()
+        shape = (2, 3, self.image_size, self.image_size)
+        images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        one, other, copy = self(torch.cat([images, images[:1]]))
+        self.model.train(training)
+        if not torch.isfinite(one).all() or torch.allclose(one, other, rtol=1e-5, atol=1e-7):
+            raise OptionError(
+                f"vision tower {self.config.name!r} with weights {self.config.weights} gives two different "
+                "images one vector, or none that is finite: the weights are not those of the model"
+            )
+        if not torch.allclose(one, copy, rtol=1e-3, atol=1e-4):
+            raise OptionError(f"vision tower {self.config.name!r} gives an image and its copy two vectors")
 
     @torch.no_grad()
     def _probe(self) -> int:
@@ -148,26 +200,40 @@ def _load_packaged(model: nn.Module, name: str) -> None:
 
 
 def _load_file(model: nn.Module, file: Path) -> None:
-    if file.suffix == ".safetensors":
-        state = load_file(file)
-    else:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+    state = read_weights([file])
     # what timm does to files in the layout of their authors, where the module of the model knows one
     convert = vars(sys.modules[type(model).__module__]).get("checkpoint_filter_fn")
     if convert is not None:
         state = convert(state, model)
+    named = vars(model)["pretrained_cfg"].get("classifier") or ()
+    classifier = tuple(f"{name}." for name in ((named,) if isinstance(named, str) else named))
+    load_strictly(model, state, str(file), lambda name: name.startswith(classifier))
+
+
+def _read_about(folder: Path, name: str) -> dict[str, Any] | None:
+    """timm's config.json of a directory, None where there is none.
+
+    Raises:
+        OptionError: it is of another architecture than the name says.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        return None
     try:
-        missing = model.load_state_dict(state, strict=False).missing_keys  # a classifier more is no harm
-    except RuntimeError as error:
-        raise OptionError(f"vision weights {file}: {error}") from error
-    if missing:
-        raise OptionError(f"vision weights {file} lack {len(missing)} tensors, the first is {missing[0]}")
+        about = json.loads(file.read_text())
+    except ValueError as error:
+        raise OptionError(f"{file} cannot be read: {error}") from None
+    if "architecture" not in about:  # not timm's
+        return None
+    if about["architecture"] != name.split(".")[0]:
+        found = about["architecture"]
+        raise OptionError(f"{folder} holds a {found}, not a {name}; give --vision.name {found}")
+    return about
 
 
 def _weights_file(path: Path) -> Path:
     """The file itself, or the one in a directory."""
-    found = [path] if path.is_file() else sorted(path.glob("*.safetensors"))  # hubs have the same as .bin
-    found = found or sorted(file for pattern in ("*.bin", "*.pth", "*.pt") for file in path.glob(pattern))
+    found = [path] if path.is_file() else weight_files(path)
     if len(found) != 1:
         problem = f"{len(found)} files of weights in it" if path.is_dir() else "no such file"
         raise OptionError(f"vision weights {path}: {problem}; or take `pretrained` or `random`")

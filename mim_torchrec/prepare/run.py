@@ -63,6 +63,9 @@ def prepare(config: PrepareConfig) -> Counts:
             finally:
                 engine.close()
         writer.description["counts"] = report["written"]
+        writer.description["text_ids"] = [
+            f"{name}_id" for name in ("user", "query", "item") if getattr(mapping.ids, name) == "text"
+        ]
         write_json(writer.partial / "prepare.json", report)
     return report
 

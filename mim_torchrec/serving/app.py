@@ -1,128 +1,69 @@
 """HTTP routes of the server: Open Inference Protocol v2, Prometheus metrics, and a page for people."""
 
 import asyncio
-import logging
-import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mim_torchrec.embeddings.windows.redis_address import RedisUnavailable
+from mim_torchrec.serving import bodies
 from mim_torchrec.serving.batcher import Batcher, DeadlinePassed, QueueFull
 from mim_torchrec.serving.config import Limits
+from mim_torchrec.serving.descriptions import (
+    EXTENSIONS,
+    SERVER,
+    AllStatistics,
+    InferOutputs,
+    Live,
+    ModelAbout,
+    ModelConfig,
+    RepositoryEntry,
+    ServerAbout,
+    model_about,
+    model_config,
+    model_statistics,
+)
+from mim_torchrec.serving.guarded import StoreFailed
+from mim_torchrec.serving.guards import Answers, Bodies, Tokens, exchange_of
+from mim_torchrec.serving.health import Health
 from mim_torchrec.serving.metrics import Metrics
-from mim_torchrec.serving.protocol import InferRequest, datatypes, inputs_of, read_request, write_response
-from mim_torchrec.serving.scorer import BadRequest, Scores
-from mim_torchrec.serving.service import Service
+from mim_torchrec.serving.openapi import ERRORS, INFER_BODY, UNREADY, describe
+from mim_torchrec.serving.protocol import InferRequest, read_body, read_request, write_response
+from mim_torchrec.serving.scorer import BadRequest, Scorer, ScoreRequest, Scores
+from mim_torchrec.serving.service import Served, Service
+from mim_torchrec.serving.statistics import Spent
+from mim_torchrec.serving.tokens import TokenFile
 
-log = logging.getLogger(__name__)
-
-OPEN = ("/v2/health/live", "/v2/health/ready")
-STATUS = {BadRequest: 400, QueueFull: 503, DeadlinePassed: 504, RedisUnavailable: 503}
-
-
-class Error(BaseModel):
-    """What is answered where something is wrong."""
-
-    error: str
-
-
-class InferOutputs(BaseModel):
-    """Scores."""
-
-    model_name: str
-    model_version: str
-    id: str | None = None
-    parameters: dict[str, int]
-    outputs: list[dict[str, Any]]
+FAILURES = {
+    BadRequest: (400, "bad_request"), QueueFull: (503, "queue_full"), DeadlinePassed: (504, "deadline"),
+    StoreFailed: (503, "store"),
+}  # fmt: skip
+"""Errors that requests come to: the status of the answer, and its cause in the metrics."""
+MODEL, VERSION = "/v2/models/{model}", "/v2/models/{model}/versions/{version}"
 
 
-ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": Error, "description": "The request cannot be scored."},
-    401: {"model": Error, "description": "The token is missing or wrong."},
-    404: {"model": Error, "description": "There is no such model or version."},
-    409: {"model": Error, "description": "The vectors are of another version than was asked for."},
-    413: {"model": Error, "description": "The request is too large."},
-    503: {"model": Error, "description": "Too many requests wait, or a store does not answer."},
-    504: {"model": Error, "description": "The request has waited too long."},
-}
+class ReleaseAbout(BaseModel):
+    """The release that is current, and the one that is served."""
+
+    wanted: str | None
+    served: str
+    problem: str | None = None
 
 
-class SizeLimit:
-    """Refuses bodies beyond a size while they arrive.
+class Ready(BaseModel):
+    """Whether scores can be given."""
 
-    Args:
-        app: what is behind it.
-        limit: bytes.
-    """
-
-    def __init__(self, app: ASGIApp, limit: int) -> None:
-        self._app, self._limit = app, limit
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        parts: list[bytes] = []
-        size, more = 0, True
-        while more:
-            message = await receive()
-            if message["type"] != "http.request":
-                return
-            size += len(message.get("body", b""))
-            if size > self._limit:
-                answer = JSONResponse({"error": f"the request has more than {self._limit} bytes"}, 413)
-                await answer(scope, receive, send)
-                return
-            parts.append(message.get("body", b""))
-            more = message.get("more_body", False)
-        body = b"".join(parts)
-        given = False
-
-        async def again() -> Message:
-            nonlocal given
-            if given:
-                return await receive()
-            given = True
-            return {"type": "http.request", "body": body, "more_body": False}
-
-        await self._app(scope, again, send)
-
-
-class Tokens:
-    """Lets requests with a known token through.
-
-    Args:
-        app: what is behind it.
-        tokens: that are known; none lets everything through.
-    """
-
-    def __init__(self, app: ASGIApp, tokens: frozenset[str]) -> None:
-        self._app, self._tokens = app, tokens
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not self._tokens or scope["path"] in OPEN:
-            await self._app(scope, receive, send)
-            return
-        said = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
-        token = said.removeprefix("Bearer ").encode()
-        # every token is compared, in constant time
-        known = [secrets.compare_digest(token, one.encode()) for one in self._tokens]
-        if said.startswith("Bearer ") and any(known):
-            await self._app(scope, receive, send)
-            return
-        answer = JSONResponse({"error": "a known token is needed: Authorization: Bearer …"}, 401,
-                              {"WWW-Authenticate": "Bearer"})  # fmt: skip
-        await answer(scope, receive, send)
+    ready: bool
+    name: str | None = None
+    release: ReleaseAbout | None = None
 
 
 def make_app(
@@ -131,7 +72,7 @@ def make_app(
     limits: Limits,
     *,
     name: str = "mim",
-    tokens: frozenset[str] = frozenset(),
+    tokens: TokenFile | None = None,
     page: Callable[[FastAPI, Callable[..., Awaitable[Scores]]], None] | None = None,
 ) -> FastAPI:
     """The application.
@@ -141,145 +82,208 @@ def make_app(
         metrics: are told what happens.
         limits: of requests.
         name: of the model.
-        tokens: that requests must carry one of; none lets all in.
+        tokens: that requests must carry one of; None lets all in.
         page: adds the page for people.
     """
-    batcher = Batcher(limits, metrics)
+    batcher, health = Batcher(limits, metrics), Health(service)
+    reader = ThreadPoolExecutor(1, thread_name_prefix="read")
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         batcher.close()
+        health.close()
+        reader.shutdown(wait=False, cancel_futures=True)
         service.close()
 
-    app = FastAPI(title="mim-torchrec", version="2", lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.add_middleware(SizeLimit, limit=limits.max_body_bytes)
+    app = FastAPI(title=SERVER, version="2", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.add_middleware(Bodies, limits=limits)
     app.add_middleware(Tokens, tokens=tokens)
-
-    @app.exception_handler(RequestValidationError)
-    async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"] if part != "body")
-        return JSONResponse({"error": f"{place}: {first['msg']}" if place else first["msg"]}, 400)
+    app.add_middleware(Answers, metrics=metrics)
+    describe(app, needs_token=tokens is not None)
 
     @app.exception_handler(HTTPException)
     async def refused(_: Request, error: HTTPException) -> JSONResponse:
         return JSONResponse({"error": str(error.detail)}, error.status_code, error.headers)
 
-    async def unable(_: Request, error: Exception) -> JSONResponse:
-        return JSONResponse({"error": str(error)}, STATUS[type(error)])
+    async def unable(request: Request, error: Exception) -> JSONResponse:
+        status, exchange_of(request.scope).cause = FAILURES[type(error)]
+        return JSONResponse({"error": str(error)}, status)
 
-    for kind in STATUS:
+    for kind in FAILURES:
         app.add_exception_handler(kind, unable)
 
-    @app.get("/v2/health/live")
-    async def live() -> dict[str, bool]:
-        """Whether the server runs."""
-        return {"live": True}
+    @app.exception_handler(bodies.BadBody)
+    async def unreadable(_: Request, error: bodies.BadBody) -> JSONResponse:
+        return JSONResponse({"error": str(error)}, error.status)
 
-    @app.get("/v2/health/ready", responses={503: {"model": Error, "description": "Not ready."}})
+    @app.get("/v2/health/live")
+    async def live() -> Live:
+        """Whether the server runs."""
+        return Live(live=True)
+
+    @app.get("/v2/health/ready", responses=UNREADY, response_model=Ready, response_model_exclude_none=True)
     async def ready() -> Any:
         """Whether scores can be given, and vectors are kept up."""
         return await readiness()
 
     @app.get("/v2")
-    async def about() -> dict[str, Any]:
+    async def about() -> ServerAbout:
         """Name, version and extensions of this server."""
-        return {"name": "mim-torchrec", "version": "2", "extensions": []}
+        return ServerAbout(name=SERVER, version="2", extensions=EXTENSIONS)
 
-    @app.get("/v2/models/{model}", responses={404: ERRORS[404]})
-    async def model_about(model: str) -> dict[str, Any]:
-        """Inputs and outputs of the model, and the versions that are served."""
-        known(model)
-        served = service.current
-        scorer = served.scorer
-        inputs = [
-            {"name": i, "datatype": datatypes(kind)[0], "shape": [-1]}
-            for i, kind in inputs_of(scorer).items()
-        ]
-        outputs = [{"name": o, "datatype": "FP32", "shape": [-1]} for o in ("score", "content_contribution")]
-        return {
-            "name": name,
-            "versions": [served.model_version],
-            "platform": "mim-torchrec",
-            "inputs": inputs,
-            "outputs": outputs,
-            "parameters": {
-                "table_version": scorer.bundle.table_version,
-                "window_seq": None if scorer.mm is None else scorer.mm.seq,
-                "max_behaviors": scorer.config.max_behaviors,
-            },
-        }
+    @app.get("/v2/models/stats")
+    async def all_statistics() -> AllStatistics:
+        """Statistics of all versions that were served."""
+        return model_statistics(name, metrics.statistics)
 
-    @app.get("/v2/models/{model}/ready", responses={404: ERRORS[404], 503: ERRORS[503]})
+    @app.get(MODEL, responses=ERRORS.of(404, 503))
+    async def about_model(model: str) -> ModelAbout:
+        """Inputs and outputs of the model, and the version that is served."""
+        return await asyncio.to_thread(model_about, name, find(model, None))
+
+    @app.get(VERSION, responses=ERRORS.of(404, 503))
+    async def about_version(model: str, version: str) -> ModelAbout:
+        """The same, if this version is served."""
+        return await asyncio.to_thread(model_about, name, find(model, version))
+
+    @app.get(f"{MODEL}/config", responses=ERRORS.of(404, 503))
+    async def config(model: str) -> ModelConfig:
+        """The configuration of the model, as Triton describes one."""
+        return await asyncio.to_thread(model_config, name, find(model, None))
+
+    @app.get(f"{VERSION}/config", responses=ERRORS.of(404, 503))
+    async def version_config(model: str, version: str) -> ModelConfig:
+        """The same, if this version is served."""
+        return await asyncio.to_thread(model_config, name, find(model, version))
+
+    @app.get(f"{MODEL}/stats", responses=ERRORS.of(404))
+    async def statistics(model: str) -> AllStatistics:
+        """Statistics of all versions of the model that were served."""
+        find(model, None)
+        return model_statistics(name, metrics.statistics)
+
+    @app.get(f"{VERSION}/stats", responses=ERRORS.of(404))
+    async def version_statistics(model: str, version: str) -> AllStatistics:
+        """Statistics of the version that is served."""
+        find(model, version)
+        return model_statistics(name, metrics.statistics, version)
+
+    @app.post("/v2/repository/index")
+    async def index() -> list[RepositoryEntry]:
+        """The model that is served, and whether it is ready."""
+        problem, version = await health.problem(), service.current.model_version
+        state = "READY" if problem is None else "UNAVAILABLE"
+        return [RepositoryEntry(name=name, version=version, state=state, reason=problem or "")]
+
+    @app.get(f"{MODEL}/ready", responses=ERRORS.of(404) | UNREADY, response_model=Ready,
+             response_model_exclude_none=True)  # fmt: skip
     async def model_ready(model: str) -> Any:
         """Whether the model can give scores."""
-        known(model)
-        return await readiness()
+        find(model, None)
+        return await readiness(name=name)
 
-    @app.post("/v2/models/{model}/infer", responses=ERRORS, response_model=InferOutputs)
-    async def infer(model: str, sent: InferRequest) -> Any:
+    @app.get(f"{VERSION}/ready", responses=ERRORS.of(404) | UNREADY, response_model=Ready,
+             response_model_exclude_none=True)  # fmt: skip
+    async def version_ready(model: str, version: str) -> Any:
+        """Whether this version of the model can give scores."""
+        find(model, version)
+        return await readiness(name=name)
+
+    @app.post(f"{MODEL}/infer", responses=ERRORS.all, response_model=InferOutputs, openapi_extra=INFER_BODY)
+    async def infer(model: str, request: Request) -> Response:
         """Score the candidates of a request."""
-        return await answer(model, None, sent)
+        return await answer(find(model, None), request)
 
-    @app.post("/v2/models/{model}/versions/{version}/infer", responses=ERRORS, response_model=InferOutputs)
-    async def infer_version(model: str, version: str, sent: InferRequest) -> Any:
+    @app.post(f"{VERSION}/infer", responses=ERRORS.all, response_model=InferOutputs, openapi_extra=INFER_BODY)
+    async def infer_version(model: str, version: str, request: Request) -> Response:
         """Score with this version of the model, or not at all."""
-        return await answer(model, version, sent)
+        return await answer(find(model, version), request)
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def prometheus() -> Response:
         """Counters for Prometheus."""
         return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    def known(model: str) -> None:
+    def find(model: str, version: str | None) -> Served:
+        """What is served, if it is this model and this version of it."""
+        served = service.current
         if model != name:
             raise HTTPException(404, f"there is no model {model!r}; there is {name!r}")
+        if version not in (None, served.model_version):
+            raise HTTPException(404, f"version {version!r} is not served; {served.model_version!r} is")
+        return served
 
-    async def readiness() -> Any:
-        served = service.current
-        problem, store = served.problem, served.scorer.mm
-        if problem is None and store is not None:
-            try:
-                await asyncio.to_thread(lambda: store.seq)
-            except RedisUnavailable as error:
-                problem = str(error)
+    async def readiness(**more: Any) -> Any:
+        problem, release = await health.problem(), service.release
+        about = None if release is None else ReleaseAbout(**vars(release))
         if problem is not None:
-            return JSONResponse({"error": problem}, 503)
-        return {"ready": True}
+            said: dict[str, Any] = {"error": problem}
+            return JSONResponse(said if about is None else said | {"release": about.model_dump()}, 503)
+        return Ready(ready=True, release=about, **more)
 
-    async def score(sent: InferRequest) -> tuple[Scores, str]:
-        """Scores of a request, and the version of the model that gave them."""
-        served = service.current
-        table_version = served.scorer.bundle.table_version
-        wanted = None if sent.parameters is None else sent.parameters.table_version
-        if wanted is not None and wanted != table_version:
-            raise HTTPException(409, f"the vectors are of table_version {table_version}, not {wanted}")
-        request = read_request(sent, served.scorer, limits)
-        patience = None if sent.parameters is None else sent.parameters.timeout_ms
-        found = await batcher.score(served.scorer, request, patience)
+    async def answer(served: Served, request: Request) -> Response:
+        exchange, loop, version = exchange_of(request.scope), asyncio.get_running_loop(), served.model_version
+        spent = Spent()
+        try:
+            batcher.check_room()
+            until = exchange.arrived + limits.deadline_ms / 1000
+            sent, wanted = await read(request, served.scorer, until, spent)
+            if sent.model_name not in (None, name):
+                raise BadRequest(f"model_name is {sent.model_name!r}; the address is of {name!r}")
+            said = sent.parameters and sent.parameters.table_version
+            if said and said != served.scorer.bundle.table_version:
+                has = served.scorer.bundle.table_version
+                raise HTTPException(409, f"the vectors are of table_version {has}, not {said}")
+            if sent.patience_ms is not None:
+                until = min(until, exchange.arrived + sent.patience_ms / 1000)
+            found = await batcher.score(served.scorer, wanted, until, spent)
+        except Exception:
+            metrics.statistics.add(version, loop.time() - exchange.arrived, None)
+            raise
+        begun = time.perf_counter()
         if found.was_kept is not None:
             (metrics.cache_hits if found.was_kept else metrics.cache_misses).inc()
         metrics.candidates.inc(len(found.scores))
         for kind, count in found.unknown.items():
             metrics.unknown.labels(kind).inc(count)
-        return found, served.model_version
+        body, json_length = write_response(sent, found, name, version)
+        spent.parts["compute_output"] = time.perf_counter() - begun
+        metrics.statistics.add(version, loop.time() - exchange.arrived, spent, found.was_kept)
+        if json_length is None:
+            return Response(body, media_type="application/json")
+        headers = {"Inference-Header-Content-Length": str(json_length)}
+        return Response(body, media_type="application/octet-stream", headers=headers)
 
-    async def answer(model: str, version: str | None, sent: InferRequest) -> Any:
-        known(model)
-        now = service.current.model_version
-        if version is not None and version != now:
-            raise HTTPException(404, f"version {version!r} is not served; {now!r} is")
-        started = time.perf_counter()
-        try:
-            found, served_version = await score(sent)
-        except tuple(STATUS) as error:
-            metrics.requests.labels(str(STATUS[type(error)])).inc()
-            raise
-        metrics.requests.labels("200").inc()
-        metrics.seconds.observe(time.perf_counter() - started)
-        return JSONResponse(write_response(sent, found, name, served_version))
+    async def read(
+        request: Request, scorer: Scorer, until: float, spent: Spent
+    ) -> tuple[InferRequest, ScoreRequest]:
+        """The message and the request that a body holds; a large one is read by a thread."""
+        body, coding = await request.body(), request.headers.get("content-encoding")
+        length = bodies.header_length(request.headers)
+        begun = time.perf_counter()
+        work = partial(_read, body, coding, length, scorer, limits)
+        if len(body) < bodies.LARGE and coding is None:
+            found = work()
+        else:
+            batcher.reading += 1
+            try:
+                async with asyncio.timeout_at(until):
+                    found = await asyncio.get_running_loop().run_in_executor(reader, work)
+            except TimeoutError:
+                raise DeadlinePassed from None
+            finally:
+                batcher.reading -= 1
+        spent.parts["compute_input"] = time.perf_counter() - begun
+        return found
 
     if page is not None:
         page(app, batcher.score)
     return app
+
+
+def _read(
+    body: bytes, coding: str | None, header_length: int | None, scorer: Scorer, limits: Limits
+) -> tuple[InferRequest, ScoreRequest]:
+    sent, binary = read_body(bodies.decoded(body, coding, limits.max_body_bytes), header_length)
+    return sent, read_request(sent, scorer, limits, binary)

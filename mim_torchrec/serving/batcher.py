@@ -1,7 +1,8 @@
-"""Dynamic batching without added delay.
+"""Dynamic batching without added delay, and deadlines that hold whatever a store does.
 
 One thread scores. Whenever it is free, it takes all requests in the queue, up to a number of pairs. A single
-request is scored at once, and batches grow with the load.
+request is scored at once, and batches grow with the load. The event loop watches the deadlines: a request is
+answered at its deadline also while the thread waits for a store.
 """
 
 import asyncio
@@ -12,8 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mim_torchrec.serving.config import Limits
+from mim_torchrec.serving.guarded import StoreFailed
 from mim_torchrec.serving.metrics import Metrics
 from mim_torchrec.serving.scorer import Scorer, ScoreRequest, Scores
+from mim_torchrec.serving.statistics import Spent
 
 
 class QueueFull(Exception):
@@ -23,12 +26,17 @@ class QueueFull(Exception):
 class DeadlinePassed(Exception):
     """A request has waited too long."""
 
+    def __init__(self) -> None:
+        super().__init__("the request was not scored before its deadline")
+
 
 @dataclass
 class _Waiting:
     scorer: Scorer
     request: ScoreRequest
     until: float
+    since: float
+    spent: Spent
     answer: "asyncio.Future[Scores]"
 
 
@@ -45,25 +53,50 @@ class Batcher:
         self._queue: deque[_Waiting] = deque()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="score")
         self._running: asyncio.Task[None] | None = None
+        self.reading = 0
+        """Requests whose bodies are being read, which will wait as well."""
 
-    async def score(self, scorer: Scorer, request: ScoreRequest, timeout_ms: float | None) -> Scores:
+    def check_room(self) -> None:
+        """See that one more request may wait.
+
+        Raises:
+            QueueFull: too many do.
+        """
+        waiting = len(self._queue) + self.reading
+        if waiting >= self._limits.max_queue:
+            raise QueueFull(f"{waiting} requests wait already")
+
+    async def score(
+        self, scorer: Scorer, request: ScoreRequest, until: float | None = None, spent: Spent | None = None
+    ) -> Scores:
         """Score a request with a model.
+
+        Args:
+            scorer: of the model.
+            request: to score.
+            until: when an answer is not wanted any more, by the clock of the event loop; None waits as long
+                as the limits allow.
+            spent: is told where the time went.
 
         Raises:
             QueueFull: too many wait.
             DeadlinePassed: it waited too long.
             BadRequest: see `Scorer.score`.
-            RedisUnavailable: likewise.
+            StoreFailed: a store gives no rows.
         """
-        if len(self._queue) >= self._limits.max_queue:
-            raise QueueFull(f"{len(self._queue)} requests wait already")
-        patience = min(timeout_ms or self._limits.deadline_ms, self._limits.deadline_ms) / 1000
-        answer: asyncio.Future[Scores] = asyncio.get_running_loop().create_future()
-        self._queue.append(_Waiting(scorer, request, time.monotonic() + patience, answer))
+        self.check_room()
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self._limits.deadline_ms / 1000 if until is None else until
+        answer: asyncio.Future[Scores] = loop.create_future()
+        self._queue.append(_Waiting(scorer, request, until, loop.time(), spent or Spent(), answer))
         self._metrics.waiting.set(len(self._queue))
         if self._running is None:
             self._running = asyncio.create_task(self._work())
-        return await answer
+        try:
+            async with asyncio.timeout_at(until):
+                return await answer
+        except TimeoutError:
+            raise DeadlinePassed from None
 
     def close(self) -> None:
         """Score nothing any more."""
@@ -72,7 +105,7 @@ class Batcher:
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
         while self._queue:
-            batch = self._take()
+            batch = self._take(loop.time())
             if not batch:
                 continue
             try:
@@ -80,7 +113,7 @@ class Batcher:
             except BaseException as error:
                 found = [error] * len(batch)
             for waiting, result in zip(batch, found, strict=True):
-                if waiting.answer.done():  # its client has gone
+                if waiting.answer.done():  # its deadline has passed, or its client has gone
                     continue
                 if isinstance(result, BaseException):
                     waiting.answer.set_exception(result)
@@ -88,24 +121,23 @@ class Batcher:
                     waiting.answer.set_result(result)
         self._running = None
 
-    def _take(self) -> list[_Waiting]:
+    def _take(self, now: float) -> list[_Waiting]:
         """What is scored together: of one model, and not too much."""
         batch: list[_Waiting] = []
         pairs = 0
         while self._queue:
             first = self._queue[0]
-            late = time.monotonic() > first.until
-            if not late and batch:
+            dropped = first.answer.done() or now > first.until
+            if not dropped and batch:
                 if first.scorer is not batch[0].scorer:
                     break
                 if pairs + first.request.num_pairs > self._limits.batch_pairs:
                     break
             self._queue.popleft()
-            if first.answer.done():
-                continue
-            if late:
-                first.answer.set_exception(DeadlinePassed("the request has waited too long"))
-                continue
+            if dropped:
+                continue  # its own timer answers
+            first.spent.parts["queue"] = now - first.since
+            first.spent.leads = not batch
             batch.append(first)
             pairs += first.request.num_pairs
         self._metrics.waiting.set(len(self._queue))
@@ -114,10 +146,20 @@ class Batcher:
     def _score(self, batch: list[_Waiting]) -> list[Any]:
         self._metrics.batch_size.observe(len(batch))
         scorer = batch[0].scorer
+        started = time.perf_counter()
         try:
-            return scorer.score([waiting.request for waiting in batch])
+            found = scorer.score([waiting.request for waiting in batch])
+        except StoreFailed as error:
+            # each of them would fail alike, and wait for the store once more
+            return [error] * len(batch)
         except Exception as error:
             if len(batch) == 1:
                 return [error]
-            # one of them is at fault, and the others are not to suffer
-            return [result for waiting in batch for result in self._score([waiting])]
+            # one of them is at fault, and the others are not to suffer; those that are late are not tried
+            return [
+                DeadlinePassed() if waiting.answer.done() else self._score([waiting])[0] for waiting in batch
+            ]
+        took = time.perf_counter() - started
+        for waiting in batch:
+            waiting.spent.parts["compute_infer"] = took
+        return list(found)

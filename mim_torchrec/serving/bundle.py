@@ -5,14 +5,15 @@
     <bundle>/tables/<name>/         one ID table per kind of id, in the format of multi-modal tables
 
 The computation machine holds the dense weights. Rows stay on disk, in the page cache that all processes
-share, or are loaded into Redis (`mim store load`). Ids are the keys, so a server needs no vocabulary.
+share, or are loaded into Redis (`mim store load`). Ids are the keys, so a server needs no vocabulary. Where
+the model shrinks embeddings of rare ids, rows are shrunk already, so it needs no counts either.
 """
 
 import hashlib
 import json
 import logging
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from mim_torchrec.ctr.config import CTRConfig, from_values
 from mim_torchrec.ctr.model import CTRModel
 from mim_torchrec.ctr.parameters import id_tables, is_dense, load_trainable_state
 from mim_torchrec.ctr.sharding import build_model
+from mim_torchrec.ctr.vocabularies import load_id_types
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.embeddings.files import atomic_directory, write_json, write_tensors
 from mim_torchrec.embeddings.remote.fetching import fetched
@@ -61,6 +63,8 @@ class Bundle:
         table_version: of the multi-modal vectors that the model was trained on; None for Base.
         mm_dim: their length; 0 for Base.
         tables: names of the ID tables.
+        id_types: by name of an ID table whether its ids are "text" or "integers" in the log; a bundle of an
+            older release lacks them.
     """
 
     path: Path
@@ -69,6 +73,7 @@ class Bundle:
     table_version: str | None
     mm_dim: int
     tables: tuple[str, ...]
+    id_types: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: str | Path | Url) -> "Bundle":
@@ -84,7 +89,7 @@ class Bundle:
                 raise ValueError(f"format_version {version}, this release reads {FORMAT_VERSION}")
             config = from_values(found["config"])
             return cls(path, config, found["model_version"], found["table_version"], found["mm_dim"],
-                       tuple(found["tables"]))  # fmt: skip
+                       tuple(found["tables"]), found.get("id_types", {}))  # fmt: skip
         except FileNotFoundError:
             raise DataError(f"is no bundle: it has no {ABOUT}; mim bundle writes one", file=path) from None
         except (KeyError, ValueError) as error:
@@ -151,7 +156,9 @@ def write_bundle(run: Path | Url, out: Path, checkpoint: str = "best") -> Bundle
         return {name: tensors[sizes[name][0]] for name in names}
 
     def rows_of(name: str) -> Tensor:
-        return read([where[name]])[where[name]]
+        vocabulary, rows = vocabularies[name], read([where[name]])[where[name]]
+        rows = rows[: 1 + vocabulary.ids.numel()]
+        return rows * vocabulary.factors(torch.arange(len(rows)))[:, None] if vocabulary.shrinkage else rows
 
     mm_dim = 0
     if config.mim == "on":
@@ -161,7 +168,7 @@ def write_bundle(run: Path | Url, out: Path, checkpoint: str = "best") -> Bundle
     tables: dict[str, tuple[Tensor, Callable[[], Tensor]]] = {
         name: (vocabularies[name].ids, partial(rows_of, name)) for name in where
     }
-    return save_bundle(out, config, dense, tables, mm_dim)
+    return save_bundle(out, config, dense, tables, mm_dim, load_id_types(trained.path))
 
 
 def save_bundle(
@@ -170,6 +177,7 @@ def save_bundle(
     dense: dict[str, Tensor],
     tables: dict[str, tuple[Tensor, Callable[[], Tensor]]],
     mm_dim: int,
+    id_types: Mapping[str, str] | None = None,
 ) -> Bundle:
     """Write a bundle of weights.
 
@@ -178,8 +186,9 @@ def save_bundle(
         config: of the model, with the `table_version` it was trained on.
         dense: weights that are not embeddings, by their names in the model.
         tables: of every ID table the ids (n,) int64 ascending, and what gives its rows (1 + n or more, dim),
-            row 0 that of unknown ids.
+            row 0 that of unknown ids, multiplied by their factors where the model shrinks embeddings.
         mm_dim: length of the multi-modal vectors, 0 for Base.
+        id_types: see `Bundle`; None where it is not known.
     """
     dense = dict(dense)
     for name, (_, get_rows) in tables.items():
@@ -191,6 +200,7 @@ def save_bundle(
         "table_version": config.table_version,
         "mm_dim": mm_dim,
         "tables": list(tables),
+        "id_types": dict(id_types or {}),
         "config": asdict(config),
     }
     with atomic_directory(out) as folder:

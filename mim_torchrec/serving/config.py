@@ -12,7 +12,7 @@ class Limits:
     """Sizes beyond which a request is refused."""
 
     max_body_bytes: Count = 8_000_000
-    """Bytes of a request."""
+    """Bytes of a request, as it is sent and decompressed."""
     max_candidates: Count = 10_000
     """Candidates of a request."""
     max_behaviors: Count = 50_000
@@ -20,7 +20,10 @@ class Limits:
     max_queue: Count = 256
     """Requests that wait; further ones are answered 503."""
     deadline_ms: Annotated[float, Domain(least=1)] = 1000.0
-    """A request that has waited this long is answered 504 and not scored; a request may ask for less."""
+    """Milliseconds from the arrival of a request to its answer: later it is answered 504, or 408 where its
+    body is not there yet. A request may ask for less."""
+    store_timeout_ms: Annotated[float, Domain(least=1)] = 250.0
+    """Milliseconds that Redis may take to answer one command; less than `deadline_ms`."""
     batch_pairs: Count = 100_000
     """Pairs of candidate and behavior up to which waiting requests are scored together."""
 

@@ -3,12 +3,13 @@
     python -m mim_torchrec.serving.main --bundle DIR --store TABLE --windows LOG --data DIR
 
 The server is one process; a load balancer can distribute requests over any number of them. On SIGTERM the
-server completes the requests that have begun. On SIGHUP it reads the current release at once.
+server completes the requests that have begun. On SIGHUP it reads tokens and the current release at once.
 """
 
 import ctypes
 import gc
 import logging
+import math
 import os
 import platform
 import signal
@@ -23,24 +24,27 @@ import uvicorn
 
 from mim_torchrec import program
 from mim_torchrec.domains import check_domains
-from mim_torchrec.errors import OptionError
+from mim_torchrec.errors import OptionError, Status
 from mim_torchrec.hosts import is_loopback
 from mim_torchrec.serving.app import make_app
 from mim_torchrec.serving.config import ServeConfig
 from mim_torchrec.serving.metrics import Metrics
 from mim_torchrec.serving.page import Page
+from mim_torchrec.serving.patience import PatientProtocol
+from mim_torchrec.serving.release_follower import ReleaseFollower, deployment_of
 from mim_torchrec.serving.releases import ReleaseError, Releases
 from mim_torchrec.serving.service import Deployment, Service
+from mim_torchrec.serving.tokens import TokenFile
 
 log = logging.getLogger("mim_torchrec.serving.main")  # also where it runs as __main__
 
-LOOK_EVERY = 1.0  # seconds between two looks at the current release
 BACKLOG = 2048
+LAST = 1.0  # seconds from the last answer to the end of the process
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
-def first_deployment(config: ServeConfig) -> tuple[Deployment, str | None]:
-    """What to serve first, and the name of its release if it is one.
+def first_deployment(config: ServeConfig) -> Deployment:
+    """What to serve first.
 
     Raises:
         OptionError: it is said in two ways or in none, or there is no current release.
@@ -50,46 +54,25 @@ def first_deployment(config: ServeConfig) -> tuple[Deployment, str | None]:
     if config.release is None:
         assert config.bundle is not None
         return Deployment(bundle=config.bundle, store=config.store, id_store=config.id_store,
-                    windows=config.windows), None  # fmt: skip
+                          windows=config.windows)  # fmt: skip
     releases = Releases(config.release)
     name, _ = releases.current()
     if name is None:
         raise ReleaseError(f"{config.release} has no current release: stage one and promote it")
-    return releases.read(name).deployment(), name
+    return deployment_of(releases, name)
 
 
-def follow_release(root: Path, name: str, service: Service, wake: threading.Event) -> None:
-    """Swap the deployment whenever another release becomes current."""
-    releases, refused = Releases(root), None
-    while True:
-        wake.wait(LOOK_EVERY)
-        wake.clear()
-        try:
-            current, _ = releases.current()
-            if current in (None, name, refused):
-                continue
-            service.swap(releases.read(current).deployment())
-            name, refused = current, None
-        except Exception:
-            refused = current
-            log.exception("release %s cannot be served; %s still is", current, name)
-
-
-def read_tokens(config: ServeConfig) -> frozenset[str]:
-    """Tokens that requests must carry one of.
+def open_tokens(config: ServeConfig, metrics: Metrics) -> TokenFile | None:
+    """Tokens that requests must carry one of; None lets all requests in.
 
     Raises:
         OptionError: the address is beyond loopback and there are none.
     """
-    tokens: frozenset[str] = frozenset()
     if config.token_file is not None:
-        lines = config.token_file.read_text(encoding="utf-8").split("\n")
-        tokens = frozenset(line.strip() for line in lines if line.strip())
-        if not tokens:
-            raise OptionError(f"{config.token_file} has no token")
-    if not tokens and not is_loopback(config.host):
+        return TokenFile(config.token_file, metrics.tokens_read.set_to_current_time)
+    if not is_loopback(config.host):
         raise OptionError(f"--host {config.host} can be reached by others: give --token-file")
-    return tokens
+    return None
 
 
 def keep_freed_memory() -> None:
@@ -103,25 +86,37 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**30)
 
 
+def end_soon() -> None:
+    """End the process in LAST seconds: Python waits for threads, and one may wait for a store for ever."""
+    last = threading.Timer(LAST, os._exit, (Status.OK,))
+    last.daemon = True
+    last.start()
+
+
 def serve(config: ServeConfig) -> None:
     """Run the server until SIGTERM."""
     check_domains(config)
+    limits = config.limits
+    if limits.store_timeout_ms >= limits.deadline_ms:
+        raise OptionError(
+            f"--limits.store-timeout-ms is {limits.store_timeout_ms:g}; it must be below "
+            f"--limits.deadline-ms, which is {limits.deadline_ms:g}"
+        )
     keep_freed_memory()
     torch.set_num_threads(config.threads or os.cpu_count() or 1)
-    tokens = read_tokens(config)
-    deployment, name = first_deployment(config)
     metrics = Metrics()
-    service = Service(deployment, config.cache, metrics)
+    tokens = open_tokens(config, metrics)
+    deployment = first_deployment(config)
+    service = Service(deployment, config.cache, metrics, limits.store_timeout_ms / 1000)
+    on_hangup = [] if tokens is None else [tokens.reread]
     with tempfile.TemporaryDirectory() as folder:
         page = None if config.data is None else Page(config.data, Path(folder), service)
-        app = make_app(service, metrics, config.limits, name=config.name, tokens=tokens, page=page)
-        if name is not None:
-            wake = threading.Event()
-            signal.signal(signal.SIGHUP, lambda *_: wake.set())
-            follower = threading.Thread(
-                target=follow_release, args=(config.release, name, service, wake), daemon=True
-            )
-            follower.start()
+        app = make_app(service, metrics, limits, name=config.name, tokens=tokens, page=page)
+        if config.release is not None and deployment.release is not None:
+            follower = ReleaseFollower(Releases(config.release), deployment.release, service, metrics)
+            on_hangup.append(follower.wake)
+            threading.Thread(target=follower.run, daemon=True).start()
+        signal.signal(signal.SIGHUP, lambda *_: [act() for act in on_hangup])
         family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
         # asyncio sends without delay only what it knows to be TCP
         with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listening:
@@ -129,8 +124,11 @@ def serve(config: ServeConfig) -> None:
             listening.bind((config.host, config.port))
             listening.listen(BACKLOG)  # whoever reads the address below can connect to it
             port = listening.getsockname()[1]
-            settings = uvicorn.Config(app, log_level="warning", access_log=False, backlog=BACKLOG,
-                                      timeout_graceful_shutdown=10)  # fmt: skip
+            # what has begun is answered by its deadline; nothing is waited for after that
+            graceful = math.ceil(limits.deadline_ms / 1000)
+            settings = uvicorn.Config(app, http=PatientProtocol, ws="none", log_level="warning",
+                                      access_log=False, backlog=BACKLOG,
+                                      timeout_graceful_shutdown=graceful)  # fmt: skip
             server = uvicorn.Server(settings)
 
             def end(*_: object) -> None:
@@ -145,6 +143,7 @@ def serve(config: ServeConfig) -> None:
             gc.collect()
             gc.freeze()
             server.run(sockets=[listening])
+    end_soon()
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -82,7 +82,7 @@ class Page:
     async def _ranked(self, row: dict[str, Any], score: Score) -> dict[str, Any]:
         served = self._service.current
         candidates, behaviors = row["candidate_item_ids"], row["behavior_item_ids"]
-        found = await score(served.scorer, self._request(row), None)
+        found = await score(served.scorer, self._request(row))
         alike: list[list[dict[str, Any]]] = [[] for _ in candidates]
         if served.scorer.mm is not None:
             sent, history = torch.tensor(candidates), torch.tensor(behaviors)

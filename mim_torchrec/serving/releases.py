@@ -24,6 +24,7 @@ from mim_torchrec.embeddings.stores.store import is_remote
 from mim_torchrec.embeddings.table.manifest import VersionMismatch
 from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.windows.compact import changes
+from mim_torchrec.embeddings.windows.redis_address import refuse_password
 from mim_torchrec.embeddings.windows.transport import open_log
 from mim_torchrec.errors import ExpectedError, Status
 from mim_torchrec.program import run
@@ -93,11 +94,15 @@ class Releases:
 
         Raises:
             ReleaseError: the name is taken or reserved.
+            OptionError: a URL holds a password.
             VersionMismatch: the model was trained on vectors of another version.
         """
         path = self._path(name)
         if name == CURRENT or path.exists():
             raise ReleaseError(f"{path} is there already; choose another name")
+        for where in asdict(release).values():
+            if where is not None:
+                refuse_password(where)
         bundle = Bundle.open(release.bundle)
         if (bundle.table_version is None) != (release.table is None):
             needs = "no table" if bundle.table_version is None else "a table"
@@ -158,29 +163,55 @@ class Releases:
         return before
 
     def current(self) -> tuple[str | None, str | None]:
-        """Names of the current release and of the one before it."""
+        """Names of the current release and of the one before it; None where there is none.
+
+        Raises:
+            ReleaseError: `current.json` is damaged.
+        """
         path = self._path(CURRENT)
         if not path.exists():
             return None, None
-        found = json.loads(path.read_text())
-        return found["name"], found["before"]
+        found = _fields(path)
+        names = found.get("name"), found.get("before")
+        if not isinstance(names[0], str) or not isinstance(names[1], str | None):
+            raise ReleaseError(f"{path} is damaged: it names no release; promote one again")
+        return names[0], names[1]
 
     def read(self, name: str) -> Release:
         """A release by its name.
 
         Raises:
-            ReleaseError: there is none.
+            ReleaseError: there is none, or its file is damaged.
         """
         path = self._path(name)
         if name == CURRENT or not path.is_file():
             names = sorted(p.stem for p in self.root.glob("*.json") if p.stem != CURRENT)
             raise ReleaseError(f"{self.root} has no release {name!r}; it has {', '.join(names) or 'none'}")
-        return Release(**json.loads(path.read_text()))
+        found = _fields(path)
+        wrong = [key for key, value in found.items() if not isinstance(value, str | None)]
+        if wrong or found.get("bundle") is None or found.keys() - Release.__dataclass_fields__.keys():
+            raise ReleaseError(f"{path} is damaged: it is no release; stage it again")
+        return Release(**found)
 
     def _path(self, name: str) -> Path:
         if not name or "/" in name or name.startswith("."):
             raise ReleaseError(f"{name!r} is no name of a release")
         return self.root / f"{name}.json"
+
+
+def _fields(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ReleaseError: there is none in it.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"found {type(found).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise ReleaseError(f"{path} is damaged: it is no JSON object ({error})") from None
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

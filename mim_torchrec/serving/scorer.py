@@ -4,8 +4,8 @@ A scorer is one model with the stores of its versions. Another scorer replaces i
 """
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -16,7 +16,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, Keyed
 
 from mim_torchrec.ciubm.ciubm import CiUBM
 from mim_torchrec.data.batch import RequestBatch
-from mim_torchrec.data.features import Feature, tower_numbers
+from mim_torchrec.data.features import Feature, model_numbers
 from mim_torchrec.embeddings.stores.store import ParameterStore, open_store
 from mim_torchrec.embeddings.table.manifest import VersionMismatch
 from mim_torchrec.embeddings.windows.window import Window
@@ -38,6 +38,10 @@ def kind_of(feature: str) -> str:
     ('category', 'candidate_brand')
     """
     return _KINDS.get(feature, feature)
+
+
+Opener = Callable[[str, str | Path, str], ParameterStore]
+"""Opens a store: what it holds, for messages; where it is; the version of its table."""
 
 
 class BadRequest(ValueError):
@@ -98,6 +102,7 @@ class Scorer:
         id_store: URL of the store with the bundle's ID tables; None reads them from the bundle.
         cache: matrices of histories to keep.
         plain: compute pairs and interests as training does, for comparison.
+        opener: opens the stores; by default `open_store`.
 
     Raises:
         VersionMismatch: the vectors are not those that the model was trained on.
@@ -111,6 +116,7 @@ class Scorer:
         id_store: str | None = None,
         cache: int = 0,
         plain: bool = False,
+        opener: Opener = lambda name, where, version: open_store(where, version),
     ) -> None:
         self.bundle = bundle
         self.config = bundle.config
@@ -124,12 +130,13 @@ class Scorer:
                 raise OptionError(
                     f"{bundle.path} has content interest: say where its vectors are with --store"
                 )
-            self.mm = open_store(store, bundle.table_version)
+            self.mm = opener("vectors", store, bundle.table_version)
             if (dim := self.mm.dim) != bundle.mm_dim:
                 raise VersionMismatch(f"{store} has vectors of {dim}, the model needs {bundle.mm_dim}")
         self._ids: dict[str, ParameterStore] = {}
         for name in bundle.tables:
-            self._ids[name] = open_store(id_store or bundle.path / "tables" / name, bundle.version_of(name))
+            where = id_store or bundle.path / "tables" / name
+            self._ids[name] = opener(name, where, bundle.version_of(name))
         self.cache = MatrixCache(cache)
         self._matrices: MatrixCiUBM | None = None
         if self.mm is not None and is_linear(self._model.ciubm) and not plain:
@@ -139,15 +146,25 @@ class Scorer:
         self._keeps = cache > 0 and self._matrices is not None and not self._matrices.inner.tiers
 
     @property
+    def stores(self) -> list[ParameterStore]:
+        """All stores that scores need."""
+        return [*self._ids.values(), *([] if self.mm is None else [self.mm])]
+
+    @property
     def of_requests(self) -> tuple[str, ...]:
         """Ids that a request has besides behaviors and candidates."""
         own = tuple(name for name in ("user_id", "query_id") if name in self._ids)
-        return own + tuple(feature.name for feature in self.features.ids(of_candidates=False))
+        return own + tuple(feature.name for feature in self.features.ids("request"))
 
     @property
     def of_candidates(self) -> tuple[str, ...]:
         """Further ids of candidates."""
-        return tuple(feature.name for feature in self.features.ids(of_candidates=True))
+        return tuple(feature.name for feature in self.features.ids("candidate"))
+
+    @property
+    def of_behaviors(self) -> tuple[str, ...]:
+        """Further ids of behaviors."""
+        return tuple(feature.name for feature in self.features.ids("behavior"))
 
     @property
     def of_items(self) -> tuple[str, ...]:
@@ -157,11 +174,13 @@ class Scorer:
     @property
     def _counted(self) -> list[str]:
         """Kinds of ids whose unknown ones are counted."""
-        names = (*self.of_requests, *(f"candidate_{name}" for name in self.of_items), *self.of_candidates)
+        names = (*self.of_requests, *(f"candidate_{name}" for name in self.of_items), *self.of_candidates,
+                 *self.of_behaviors)  # fmt: skip
         return list(dict.fromkeys(["user", "item", "vector", *map(kind_of, names)]))
 
     @property
-    def _needs_times(self) -> bool:
+    def needs_times(self) -> bool:
+        """Whether the model needs the times of requests and behaviors."""
         config = self.config
         return config.id_interest and config.recency == "time" and "recency" in config.ubm_options.needs
 
@@ -178,11 +197,12 @@ class Scorer:
 
         Raises:
             BadRequest: a feature that the model needs is missing.
-            RedisUnavailable: a store cannot be reached.
+            RedisUnavailable: a store cannot be reached; or what else the stores raise.
         """
         requests = [self._recent(request) for request in requests]
-        if self._needs_times and any(r.request_ts is None or r.behavior_ts is None for r in requests):
+        if self.needs_times and any(r.request_ts is None or r.behavior_ts is None for r in requests):
             raise BadRequest("the model needs the features request_ts and behavior_ts")
+        self._check_behaviors(requests)
         counts = [request.num_candidates for request in requests]
         lookups = [dict.fromkeys(self._counted, 0) for _ in requests]
         generation = self.cache.generation
@@ -225,16 +245,26 @@ class Scorer:
         found = (one @ other.T).topk(min(count, len(behaviors)), dim=1)
         return found.indices, found.values
 
+    def _check_behaviors(self, requests: Sequence[ScoreRequest]) -> None:
+        """See that every behavior has what the model knows of behaviors."""
+        for name in (feature.name for feature in self.features.of("behavior")):
+            for request in requests:
+                values = request.ids.get(name, request.dense.get(name))
+                if values is None:
+                    raise BadRequest(f"the model needs the feature {name}")
+                if len(values) != (behaviors := len(request.ids["behavior_item_id"])):
+                    raise BadRequest(f"{name} has {len(values)} values for {behaviors} behaviors")
+
     def _recent(self, request: ScoreRequest) -> ScoreRequest:
         """The request with as many behaviors as the model was trained with, the last ones."""
         last = self.config.max_behaviors
-        own = {
-            name: ids[-last:] if name.startswith("behavior_") else ids for name, ids in request.ids.items()
-        }
+
+        def recent(values: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: v[-last:] if name.startswith("behavior_") else v for name, v in values.items()}
+
         times = request.behavior_ts
-        return ScoreRequest(ids=own, dense=request.dense, request_ts=request.request_ts,
-                            behavior_ts=None if times is None else times[-last:],
-                            contribution=request.contribution)  # fmt: skip
+        return replace(request, ids=recent(request.ids), dense=recent(request.dense),
+                       behavior_ts=None if times is None else times[-last:])  # fmt: skip
 
     def _known_matrices(
         self, requests: Sequence[ScoreRequest]
@@ -246,8 +276,10 @@ class Scorer:
             key = matrix = None
             if self._keeps:
                 digest = hashlib.blake2b(digest_size=16)
-                for name in self.of_items:
-                    digest.update(request.ids[f"behavior_{name}"].numpy().tobytes())
+                for name in (*(f"behavior_{name}" for name in self.of_items), *self.of_behaviors):
+                    digest.update(request.ids[name].numpy().tobytes())
+                for feature in self.features.numbers("behavior"):
+                    digest.update(request.dense[feature.name].numpy().tobytes())
                 key = digest.digest()
                 matrix = self.cache.get(key)
             given.append(matrix)
@@ -266,6 +298,7 @@ class Scorer:
         for name in self.of_candidates:
             shared = name.removeprefix("candidate_")
             groups.setdefault(name if name in self._ids else shared, []).append(name)
+        groups |= {name: [name] for name in self.of_behaviors}
         for table, features in groups.items():
             flat = [self._flat(feature, requests) for feature in features]
             sizes = [ids.numel() for ids, _ in flat]
@@ -330,8 +363,9 @@ class Scorer:
             request_ids=torch.empty(0),
             request_ts=torch.tensor(moments) if has_times else None,
             behavior_ts=torch.cat(times) if has_times else None,
-            request_dense=self._numbers(self.features.numbers(of_candidates=False), requests),
-            candidate_dense=self._numbers(self.features.numbers(of_candidates=True), requests),
+            request_dense=self._numbers(self.features.numbers("request"), requests),
+            candidate_dense=self._numbers(self.features.numbers("candidate"), requests),
+            behavior_dense=self._numbers(self.features.numbers("behavior"), requests),
         )
 
     def _numbers(self, features: Sequence[Feature], requests: Sequence[ScoreRequest]) -> Tensor | None:
@@ -340,7 +374,7 @@ class Scorer:
         if missing:
             raise BadRequest(f"the model needs the feature {missing[0]}")
         values = {name: torch.cat([request.dense[name] for request in requests]) for name in names}
-        return tower_numbers(features, values)
+        return model_numbers(features, values)
 
     def _flat(self, name: str, requests: Sequence[ScoreRequest]) -> tuple[Tensor, Tensor]:
         missing = [request for request in requests if name not in request.ids]

@@ -13,6 +13,7 @@ from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.sharding import build_model, set_sparse_iterations, shard, sparse_iterations
 from mim_torchrec.ctr.task import CTRTask, load_model, save_model
 from mim_torchrec.data.batch import RequestBatch
+from mim_torchrec.data.vocabulary import IdMapper, Vocabulary
 from mim_torchrec.embeddings.sharded.frozen import frozen_config
 from mim_torchrec.embeddings.sharded.load import load_table, table_digest
 from mim_torchrec.embeddings.table.format import Table, TableWriter
@@ -23,8 +24,18 @@ from tests.ranks import run_ranks
 STEPS, REQUESTS, ITEMS, MM_DIM = 50, 12, 40, 8
 UBMS = ("dien", "bst", "sim", "twin")
 SHARDINGS = ("table_wise", "row_wise", "column_wise")
-RUNS = ("base", "mim", "features", *UBMS, *(f"{kind}:{way}" for kind in ("base", "mim") for way in SHARDINGS))
+RUNS = (
+    "base",
+    "mim",
+    "features",
+    "shrunk",
+    *UBMS,
+    *(f"{kind}:{way}" for kind in ("base", "mim") for way in SHARDINGS),
+)
 """Models, some with the way that the planner has to divide their tables."""
+ROWS = {"user_id": 10, "item_id": ITEMS, "category": 5, "interests": 7, "candidate_brand": 6,
+        "behavior_action": 4}  # fmt: skip
+"""Rows of the embedding tables."""
 
 
 def make_requests(step: int, first: int, last: int, with_mm: bool, with_features: bool = False):
@@ -32,7 +43,7 @@ def make_requests(step: int, first: int, last: int, with_mm: bool, with_features
     rng = np.random.default_rng(step)
     keys = ["user_id", "candidate_item_id", "behavior_item_id", "candidate_category", "behavior_category"]
     keys += ["candidate_mm", "behavior_mm"] if with_mm else []
-    keys += ["interests", "candidate_brand"] if with_features else []
+    keys += ["interests", "candidate_brand", "behavior_action"] if with_features else []
     values: dict[str, list[int]] = {key: [] for key in keys}
     lengths: dict[str, list[int]] = {key: [] for key in keys}
     labels: list[float] = []
@@ -44,7 +55,7 @@ def make_requests(step: int, first: int, last: int, with_mm: bool, with_features
             continue
         labels += clicked.tolist()
         columns = {"user_id": np.array([user]), "interests": behaviors[:3] % 7}
-        columns["candidate_brand"] = candidates % 6
+        columns["candidate_brand"], columns["behavior_action"] = candidates % 6, behaviors % 4
         for role, ids in (("candidate", candidates), ("behavior", behaviors)):
             columns[f"{role}_item_id"] = columns[f"{role}_mm"] = ids
             columns[f"{role}_category"] = ids % 5
@@ -54,6 +65,7 @@ def make_requests(step: int, first: int, last: int, with_mm: bool, with_features
     count = last - first
     dense = {"request_dense": torch.arange(first, last)[:, None] / (1.0 + step),
              "candidate_dense": torch.tensor(values["candidate_item_id"])[:, None].cos(),
+             "behavior_dense": torch.tensor(values["behavior_item_id"])[:, None].sin(),
              "weights": 0.5 + torch.tensor(values["candidate_item_id"]) % 3}  # fmt: skip
     return RequestBatch(
         sparse=KeyedJaggedTensor(
@@ -69,10 +81,22 @@ def make_requests(step: int, first: int, last: int, with_mm: bool, with_features
     )
 
 
+def shrunk(batch: RequestBatch) -> RequestBatch:
+    """The batch with factors of rows, as if row k had been shown k times."""
+    vocabularies = {
+        name: Vocabulary(torch.arange(1, n), n, torch.arange(n), 0.0 if name == "category" else 4.0)
+        for name, n in ROWS.items()
+    }
+    mapped = IdMapper(vocabularies, None, 1.0)(batch)
+    assert torch.equal(mapped.sparse.values(), batch.sparse.values())
+    return mapped
+
+
 def train(name: str, folder: Path, context) -> dict[str, object]:
 
     kind, _, way = name.partition(":")
-    with_mm, with_features = kind == "mim", kind == "features"
+    with_mm, with_features = kind == "mim", kind in ("features", "shrunk")
+    shrink = shrunk if kind == "shrunk" else lambda batch: batch
     ubm = name if name in UBMS else "din"
     small = {"heads": 2, "top_k": 3, "max_positions": 4, "attention": (8,), "attention_activation": "dice"}
     model = find_model(ubm)
@@ -84,13 +108,14 @@ def train(name: str, folder: Path, context) -> dict[str, object]:
         sparse_optimizer="adagrad" if way == "column_wise" else "rowwise_adagrad",
         # DIEN's negatives are drawn from the rank's own histories
         aux_weight=0.0 if name == "dien" else 1.0,
-        sparse_features=("interests", "candidate_brand") if with_features else (),
-        dense_features=("age", "candidate_price") if with_features else (),
+        sparse_features=("interests", "candidate_brand", "behavior_action") if with_features else (),
+        dense_features=("age", "candidate_price", "behavior_price") if with_features else (),
+        id_shrinkage=4.0 if kind == "shrunk" else 0.0,
+        id_shrinkage_of={"category": 0.0} if kind == "shrunk" else {},
     )  # fmt: skip
     table = Table.open(folder / "table") if with_mm else None
     mm = frozen_config(table, ["candidate_mm", "behavior_mm"], name="mm") if table else None
-    rows = {"user_id": 10, "item_id": ITEMS, "category": 5, "interests": 7, "candidate_brand": 6}
-    model, optimizer = shard(build_model(config, rows, mm, torch.device("meta")), config, context)
+    model, optimizer = shard(build_model(config, ROWS, mm, torch.device("meta")), config, context)
     task = CTRTask(model, optimizer, None, None, None, context, config.aux_weight)
     digests = []
     if table:
@@ -100,7 +125,7 @@ def train(name: str, folder: Path, context) -> dict[str, object]:
     bounds = {1: [(0, REQUESTS)], 2: [(0, cut), (cut, REQUESTS)]}[context.world_size][context.rank]
     losses = []
     for step in range(STEPS):
-        batch = make_requests(step, *bounds, with_mm, with_features)
+        batch = shrink(make_requests(step, *bounds, with_mm, with_features))
         optimizer.zero_grad()
         loss, _ = task.training_forward(batch)
         loss.backward()
@@ -108,12 +133,12 @@ def train(name: str, folder: Path, context) -> dict[str, object]:
         losses.append(float(np.mean(context.all_gather_objects(loss.item()))))
     model.eval()
     with torch.no_grad():
-        logits = model(make_requests(STEPS, *bounds, with_mm, with_features)).logits
+        logits = model(shrink(make_requests(STEPS, *bounds, with_mm, with_features))).logits
     scores = np.concatenate(context.all_gather_objects(logits.numpy()))
     save_model(model, folder / f"{name}-{context.world_size}")
     load_model(model, folder / f"{name}-1")
     with torch.no_grad():
-        logits = model(make_requests(STEPS, *bounds, with_mm, with_features)).logits
+        logits = model(shrink(make_requests(STEPS, *bounds, with_mm, with_features))).logits
     loaded = np.concatenate(context.all_gather_objects(logits.numpy()))
     if table:
         digests.append(table_digest(model.module.mm_embeddings))

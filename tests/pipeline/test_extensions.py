@@ -23,7 +23,8 @@ from mim_torchrec.data.schema import category_ids
 from mim_torchrec.embeddings.stores.store import open_store
 from mim_torchrec.serving.bundle import Bundle, write_bundle
 from mim_torchrec.serving.config import Limits
-from mim_torchrec.serving.protocol import InferRequest, inputs_of, read_request
+from mim_torchrec.serving.inputs import inputs_of
+from mim_torchrec.serving.protocol import InferRequest, read_request
 from mim_torchrec.serving.scorer import BadRequest, Scorer, ScoreRequest
 from tests.pipeline.test_ctr_main import SMALL, drop_columns
 from tests.pipeline.test_evaluate_main import write_table

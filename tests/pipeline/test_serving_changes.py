@@ -64,7 +64,8 @@ def test_model_and_vectors_are_swapped_together_while_requests_come(folder, sent
         assert output(http.post(INFER, json=sent[0]).json()) == second
 
 
-def test_windows_are_followed_while_serving(folder, sent, tmp_path):
+def test_windows_are_followed_while_serving(folder, sent, tmp_path, monkeypatch):
+    monkeypatch.setattr("mim_torchrec.serving.service.PAUSES", (0.01, 0.05))
     log = open_log(tmp_path / "log", "styles", start=0)
     message = changed(sent[0], "candidate_item_id", data=[item_id(0), item_id(1), -7, item_id(2)])
     app, service = application(deployment(folder, windows=str(log.root)))
@@ -80,8 +81,15 @@ def test_windows_are_followed_while_serving(folder, sent, tmp_path):
         path.write_bytes(b"no window")
         while http.get("/v2/health/ready").status_code == 200:
             pass
-        assert "no longer followed" in http.get("/v2/health/ready").json()["error"]
+        assert "windows are not followed" in http.get("/v2/health/ready").json()["error"]
+        assert "mim_windows_followed 0.0" in http.get("/metrics").text
         assert http.post(INFER, json=message).status_code == 200
+        path.unlink()  # and it is written again
+        log.append("w3", torch.tensor([6]), torch.ones(1, 8))
+        while http.get("/v2/health/ready").status_code != 200:
+            pass
+        assert http.get("/v2/models/mim").json()["parameters"]["window_seq"] == 3
+        assert "mim_windows_followed 1.0" in http.get("/metrics").text
     service.close()
 
 
@@ -98,6 +106,8 @@ def test_a_store_that_is_gone_is_503_and_comes_back_without_a_restart(folder, se
             assert http.get("/v2/health/ready").status_code == 503
             assert http.get("/v2/health/live").status_code == 200
             server.start()
+            while http.get("/v2/health/ready").status_code != 200:
+                pass
             assert output(http.post(INFER, json=sent[0]).json()) == before
             assert http.get("/v2/health/ready").status_code == 200
     finally:

@@ -25,7 +25,8 @@ from mim_torchrec.embeddings.table.format import TableWriter
 from mim_torchrec.serving.bundle import Bundle
 from mim_torchrec.serving.config import Limits
 from mim_torchrec.serving.main import main
-from tests.serving import INFER, application, changed, deployment, messages, output, start
+from mim_torchrec.serving.tokens import TokenFile
+from tests.serving import INFER, application, changed, deployment, messages, output, start, without
 
 ROOT = Path(__file__).parents[2]
 
@@ -90,24 +91,24 @@ def test_what_the_protocol_asks_for(client, folder, sent):
     assert output(again.json()) == output(body)
 
 
-def without(message: dict, name: str) -> dict:
-    return {"inputs": [given for given in message["inputs"] if given["name"] != name]}
-
-
 def test_bad_requests_are_told_what_is_wrong(client, sent):
     one = next(m for m in sent if len(m["inputs"][3]["data"]) > 1)
     n = len(one["inputs"][4]["data"])
     cases = [
         ({"inputs": []}, "inputs"),
         (without(one, "user_id"), "user_id is missing"),
-        (without(one, "query_id"), "needs the feature query_id"),
+        (without(one, "query_id"), "query_id is missing"),
         (without(one, "candidate_category"), "candidate_category is missing"),
         ({"inputs": [*one["inputs"], one["inputs"][0]]}, "user_id is there twice"),
         (changed(one, "query_id", name="color"), "no input 'color'"),
-        (changed(one, "user_id", data=[2**63]), "integers of 64 bits"),
-        (changed(one, "user_id", data=["x"]), "integers of 64 bits"),
-        (changed(one, "user_id", data=[True]), "inputs"),
+        (changed(one, "user_id", data=[2**63]), "integers of INT64"),
+        (changed(one, "user_id", data=[2**40], datatype="INT32"), "integers of INT32"),
+        (changed(one, "user_id", data=["x"]), "integers of INT64"),
+        (changed(one, "user_id", data=["7"], datatype="BYTES"), "training data are integers"),
+        (changed(one, "user_id", data=[True]), "integers of INT64"),
         (changed(one, "user_id", data=[1, 2]), "shape"),
+        (changed(one, "user_id", data=None), "neither data nor binary_data_size"),
+        (changed(one, "candidate_item_id", data=[[1], [2, 3]]), "which its nested values do not have"),
         (changed(one, "user_id", data=[1, 2], shape=[2]), "has 2 values, expected 1"),
         (changed(one, "user_id", datatype="FP32"), "is FP32"),
         (changed(one, "candidate_item_id", data=[], shape=[0]), "no candidate"),
@@ -124,6 +125,8 @@ def test_bad_requests_are_told_what_is_wrong(client, sent):
     assert client.post("/v2/models/mim/versions/9/infer", json=one).status_code == 404
     answer = client.post(INFER, json=one | {"parameters": {"table_version": "v9"}})
     assert answer.status_code == 409 and "styles, not v9" in answer.json()["error"]
+    answer = client.post(INFER, json=one | {"model_name": "other"})
+    assert answer.status_code == 400 and "the address is of 'mim'" in answer.json()["error"]
     assert client.get("/nowhere").json() == {"error": "Not Found"}
 
 
@@ -136,7 +139,7 @@ def test_unknown_ids_of_every_kind_are_scored_and_counted(client, sent):
     assert len(output(body)) == 4
     said = client.get("/metrics").text
     assert 'mim_unknown_ids_total{kind="category"} 4.0' in said and 'kind="query"} 1.0' in said
-    assert 'mim_unknown_ids_total{kind="item"} 2.0' in said and 'mim_requests_total{status="200"}' in said
+    assert 'mim_unknown_ids_total{kind="item"} 2.0' in said and 'status="200"' in said
 
 
 def test_sizes_are_limited(folder, sent):
@@ -162,13 +165,16 @@ def test_beyond_loopback_tokens_are_needed(folder, sent, tmp_path):
     (tmp_path / "none").write_text("\n")
     with pytest.raises(ValueError, match="has no token"):
         main([*words, "--token-file", str(tmp_path / "none")])
-    app, _ = application(deployment(folder), tokens=frozenset({"one", "two"}))
+    (tmp_path / "tokens").write_text("one\ntwo\n")
+    app, _ = application(deployment(folder), tokens=TokenFile(tmp_path / "tokens"))
     with TestClient(app) as http:
         assert http.get("/v2/health/ready").status_code == 200
         for header in ({}, {"Authorization": "Bearer three"}, {"Authorization": "two"}):
             answer = http.post(INFER, json=sent[0], headers=header)
             assert answer.status_code == 401 and "token" in answer.json()["error"]
-        assert http.post(INFER, json=sent[0], headers={"Authorization": "Bearer two"}).status_code == 200
+        for word in ("Bearer", "bearer", "BEARER"):
+            answer = http.post(INFER, json=sent[0], headers={"Authorization": f"{word} two"})
+            assert answer.status_code == 200
 
 
 MEMORY = """
@@ -209,7 +215,7 @@ def test_the_memory_of_a_server_does_not_grow_with_the_tables(folder, tmp_path):
     assert abs(found[1] - found[0]) < 8e6, found  # the tables grew by 32 MB and their ids by 10 MB
 
 
-FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+FUZZ = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
@@ -246,6 +252,8 @@ def test_no_request_that_the_schema_allows_breaks_the_server_or_makes_it_grow(fo
             @FUZZ
             @given(case=operation.as_strategy())
             def fuzz(case):
+                if sum(answered.values()) % 4 and "model" in (case.path_parameters or {}):
+                    case.path_parameters["model"] = "mim"
                 answer = case.call()
                 answered[answer.status_code] += 1
                 assert answer.status_code < 500, (case.path, answer.text)

@@ -15,6 +15,7 @@ from mim_torchrec.ctr.main import main
 from mim_torchrec.ctr.warm_start import WarmStartError
 from mim_torchrec.data.schema import REQUESTS
 from mim_torchrec.data.vocabulary import Vocabulary
+from mim_torchrec.errors import OptionError
 from mim_torchrec.training.history import read_history
 from tests.pipeline.test_ctr_main import SMALL, write_dataset
 from tests.pipeline.test_evaluate_main import write_table
@@ -81,6 +82,23 @@ def test_known_ids_keep_their_embeddings_and_new_ones_begin(folder, tmp_path, ra
     assert {5, 999_999} <= set(after) or vocabulary == "user_id"
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_bounded_table_leaves_rare_ids_behind(folder, tmp_path, ranks):
+    out, bound = tmp_path / "second", ["--max-ids", "item_id", "12", "--count-decay", "0"]
+    command = [*words(folder, "tuesday"), "--out", str(out), *FROZEN, "--warm-start", str(folder / "first")]
+    run_ranks(main, ranks, [*command, *bound])
+    before, after = (embeddings(run) for run in (folder / "first", out))
+    assert len(after) == 1 + 12 < len(before)
+    stayed = before.keys() & after.keys()
+    assert {0} < stayed < before.keys() and {5, 999_999} <= after.keys() - stayed
+    assert all(after[key] == before[key] for key in stayed)
+
+
+def test_a_limit_of_no_table_is_refused(folder, tmp_path):
+    with pytest.raises(OptionError, match="--max-ids item: there is no such table of ids; .* item_id"):
+        main([*words(folder, "monday"), "--out", str(tmp_path / "out"), "--max-ids", "item", "12"])
+
+
 def test_without_training_it_predicts_what_the_earlier_model_predicts(folder, tmp_path):
     main([*words(folder, "monday"), "--out", str(tmp_path / "again"), *FROZEN,
           "--warm-start", str(folder / "first")])  # fmt: skip
@@ -88,6 +106,25 @@ def test_without_training_it_predicts_what_the_earlier_model_predicts(folder, tm
     scores = [pq.read_table(run / "predictions.parquet")["score"].to_numpy() for run in runs]
     # running statistics of batch normalization moved on by an epoch
     assert np.corrcoef(*scores)[0, 1] > 0.98
+
+
+def test_shrunk_embeddings_begin_as_they_ended_though_counts_have_grown(folder, tmp_path):
+    shrink = ["--mim", "off", "--id-shrinkage", "30", "--min-count", "3"]
+    for day, out, more in (("monday", "first", ()), ("tuesday", "second", FROZEN)):
+        begun = ["--warm-start", str(tmp_path / "first")] if more else []
+        main(["--data", str(folder / day), *SMALL, *shrink, *more, *begun, "--out", str(tmp_path / out)])
+    for name in ("item_id", "user_id"):
+        found = []
+        for out in (tmp_path / "first", tmp_path / "second"):
+            vocabulary = Vocabulary.load(out / "vocabulary" / f"{name}.npz")
+            factors = vocabulary.factors(torch.arange(len(vocabulary.ids) + 1))
+            rows = embeddings(out, name)
+            found.append({key: (factor, np.array(rows[key]))
+                          for key, factor in zip(rows, factors.tolist(), strict=True)})  # fmt: skip
+        before, after = found
+        assert any(after[key][0] > factor > 0 for key, (factor, _) in before.items())
+        for key, (factor, row) in before.items():
+            np.testing.assert_allclose(after[key][0] * after[key][1], factor * row, rtol=1e-5, atol=1e-9)
 
 
 def test_training_goes_on_from_there(folder, tmp_path):

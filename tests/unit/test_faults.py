@@ -9,14 +9,15 @@ from mim_torchrec.benchmarks.chaos.disk_faults import (
     file_writers,
     main,
     report_of,
-    run_writers,
     table_writers,
     try_writers,
 )
+from mim_torchrec.benchmarks.chaos.run_writers import input_writers, pipeline_writers, run_writers
 from mim_torchrec.benchmarks.harness.fault_injection import Writer, try_all
 
 QUICK = {"file", "directory", "window log append", "window log forget", "table grow --link", "config.json",
-         "history", "metrics and predictions", "lease"}  # fmt: skip
+         "history", "metrics and predictions", "lease", "ids of the requests", "fetched input",
+         "records of a pipeline"}  # fmt: skip
 
 
 def two_files(root: Path, value: int) -> None:
@@ -55,7 +56,8 @@ def test_a_writer_that_does_nothing_is_an_error(tmp_path):
 
 
 def test_our_writers_leave_the_old_or_the_new():
-    found = [w for group in (file_writers, table_writers, run_writers) for w in group() if w.name in QUICK]
+    groups = (file_writers, table_writers, run_writers, input_writers, pipeline_writers)
+    found = [writer for group in groups for writer in group() if writer.name in QUICK]
     assert {writer.name for writer in found} == QUICK
     report = report_of(try_writers(found))
     problems = [problem for outcome in report["by_writer"].values() for problem in outcome["problems"]]

@@ -14,7 +14,7 @@ from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.sharding import build_model
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.features import Features
-from mim_torchrec.data.id_scan import scan_ids
+from mim_torchrec.data.id_scan import count_ids, scan_ids
 from mim_torchrec.data.requests import RequestReader
 from mim_torchrec.data.schema import REQUESTS, category_ids
 from mim_torchrec.data.vocabulary import IdMapper, Vocabulary
@@ -186,9 +186,11 @@ def test_numbers_are_divided_into_ranges(tmp_path):
     assert scan_ids([file], features)["age"].tolist() == [0, 1, 2, 3]
 
 
-def scanned(file: Path) -> dict[str, Vocabulary]:
-    found = scan_ids([file], FEATURES)
-    return {name: Vocabulary.build(ids) for name, ids in found.items()}
+def scanned(file: Path, shrinkage: float = 0.0) -> dict[str, Vocabulary]:
+    return {
+        name: Vocabulary.build(found.ids, 0.0, np.array([7, *found.impressions]), shrinkage)
+        for name, found in count_ids([file], FEATURES).items()
+    }
 
 
 def test_each_sparse_column_has_a_vocabulary_of_its_own(tmp_path):
@@ -198,12 +200,13 @@ def test_each_sparse_column_has_a_vocabulary_of_its_own(tmp_path):
         assert vocabularies[name].ids.tolist() == sorted({i for row in made for i in ids_of(row[name])}), name
 
 
-def test_the_tower_is_given_mean_embeddings_and_scaled_numbers(tmp_path):
+@pytest.mark.parametrize("shrinkage", [0.0, 6.0])
+def test_the_tower_is_given_mean_embeddings_and_scaled_numbers(tmp_path, shrinkage):
     file = write(tmp_path / "a.parquet", rows())
-    vocabularies = scanned(file)
+    vocabularies = scanned(file, shrinkage)
     config = CTRConfig(
         data=tmp_path, out=tmp_path, mim="off", embedding_dim=4, tower=(8,), batch_norm=False,
-        sparse_features=FEATURES.sparse, dense_features=FEATURES.dense,
+        sparse_features=FEATURES.sparse, dense_features=FEATURES.dense, id_shrinkage=shrinkage,
     )  # fmt: skip
     sizes = {name: vocabulary.num_embeddings for name, vocabulary in vocabularies.items()}
     model = build_model(config, sizes, None, torch.device("cpu")).eval()
@@ -213,18 +216,23 @@ def test_the_tower_is_given_mean_embeddings_and_scaled_numbers(tmp_path):
     model(batch)
     bags = model.request_embeddings.embedding_bags
     items = model.item_embeddings.embeddings
+
+    def embedding(weights: torch.Tensor, name: str, row: int) -> torch.Tensor:
+        count = float(vocabularies[name].impressions[row])
+        return weights[row] * (count / (count + shrinkage) if shrinkage else 1.0)
+
     candidate = 0
     for request in range(batch.num_requests):
         for nth in range(int(batch.sparse["candidate_item_id"].lengths()[request])):
             expected = []
             for name in ("user_id", "query_id", "city", "interests", "device"):
                 own = batch.sparse[name].to_dense()[request]
-                rows_of = [bags[name].weight[row] for row in own.tolist()]
+                rows_of = [embedding(bags[name].weight, name, row) for row in own.tolist()]
                 expected.append(sum(rows_of) / len(rows_of) if rows_of else torch.zeros(4))
             for name, key in (("item_id", "candidate_item_id"), ("category", "candidate_category"),
                               ("candidate_brand", "candidate_brand")):  # fmt: skip
                 row = batch.sparse[key].to_dense()[request][nth]
-                expected.append(items[name].weight[row])
+                expected.append(embedding(items[name].weight, name, int(row)))
             expected += [batch.request_dense[request], batch.candidate_dense[candidate]]
             expected = torch.cat(expected)
             torch.testing.assert_close(given[0][candidate, : len(expected)], expected)

@@ -1,6 +1,5 @@
 """The manifests for Kubernetes are well-formed by the models of its client, and true to the server."""
 
-import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,8 +10,9 @@ import tyro
 import yaml
 from kubernetes import client
 
-from mim_torchrec.serving.app import OPEN
-from mim_torchrec.serving.config import ServeConfig
+from mim_torchrec.serving.config import Limits, ServeConfig
+from mim_torchrec.serving.guards import OPEN
+from mim_torchrec.serving.main import LAST
 from tests.manifests import faults
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,10 +106,7 @@ def test_pods_are_not_root_and_write_to_their_own_folders_only():
 def test_a_server_that_is_stopped_has_time_to_answer():
     pod = manifests()["Deployment"]["spec"]["template"]["spec"]
     before = int(container()["lifecycle"]["preStop"]["exec"]["command"][1])
-    own = int(
-        re.search(r"timeout_graceful_shutdown=(\d+)", (ROOT / "mim_torchrec/serving/main.py").read_text())[1]
-    )
-    assert pod["terminationGracePeriodSeconds"] > before + own
+    assert pod["terminationGracePeriodSeconds"] > before + Limits().deadline_ms / 1000 + LAST
 
 
 def test_kustomize_builds_them():

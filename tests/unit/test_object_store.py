@@ -57,6 +57,14 @@ def test_what_is_published_is_fetched(base, store_url, tmp_path):
     assert files_in(fetched(url)) == contents(url) == SECOND
 
 
+@pytest.mark.parametrize("base", ["store", "memory://test"])
+def test_what_another_tool_has_put_there_is_fetched(base, store_url, tmp_path):
+    url = Url(f"{store_url if base == 'store' else base}/{tmp_path.name}-external")
+    for name, data in FIRST.items():
+        (url / name).write_bytes(data)
+    assert files_in(fetched(url)) == FIRST
+
+
 def test_credentials_for_a_folder_are_enough_to_read_it(store_url, object_store, tmp_path):
     publish(f"{store_url}/ours/a", FIRST)
     fill(tmp_path / "external", FIRST)

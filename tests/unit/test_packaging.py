@@ -25,7 +25,7 @@ FOLDERS = {
     "embeddings": "mim_torchrec.embeddings",
     "launch": "mim_torchrec.launch",
 }
-STAGES = {"prepare", "pretraining", "csft", "representation", "ctr"}
+STAGES = {"prepare", "validate", "pretraining", "csft", "representation", "ctr"}
 BASE = {"domains", "errors", "program", "progress", "quiet"}
 PARTS = {"encoders", "losses", "ciubm", "data", "training"}
 SERVICES = {"rim", "serving"}

@@ -32,6 +32,17 @@ MODELS = {
     "temperature-bst": ["--ubm", "bst", "--content-temperature", "0.1"],
     "hard-sim": ["--ubm", "sim", "--search", "hard", "--top-k", "2"],
     "dien-projection": ["--ubm", "dien", "--content-projection", "linear"],
+    "paper-din-shrunk": [
+        "--id-shrinkage",
+        "5",
+        "--id-shrinkage-of",
+        "user_id",
+        "20",
+        "category",
+        "0",
+        "--min-count",
+        "4",
+    ],
     "base-avg_pooling": ["--ubm", "avg_pooling", "--mim", "off"],
 }
 

@@ -18,6 +18,7 @@ from mim_torchrec.embeddings.windows.redis_address import RedisFull, RedisUnavai
 from mim_torchrec.embeddings.windows.redis_connection import connect
 from mim_torchrec.embeddings.windows.transport import open_log
 from mim_torchrec.embeddings.windows.window import MalformedWindow, WindowGap
+from mim_torchrec.errors import OptionError
 from tests.windows import DIM, tensor, vectors, window
 
 
@@ -195,20 +196,52 @@ def test_a_server_without_memory_refuses_a_window_and_keeps_what_it_has(tmp_path
         server.kill()
 
 
-def test_users_and_passwords_come_by_url_and_are_not_in_messages(tmp_path):
+def test_passwords_come_from_a_file_or_the_environment_and_are_not_in_messages(tmp_path, monkeypatch):
     server = RedisServer(
         tmp_path / "redis", "--requirepass", "opensesame", url="redis://:opensesame@127.0.0.1:{port}"
     )
+    secret = tmp_path / "secret"
+    host = f"127.0.0.1:{server.port}"
+    by_file = f"redis://rim@{host}?password_file={secret}#shop"
     try:
         server.client().acl_setuser("rim", enabled=True, passwords=["+word"], commands=["+@all"],
                                     keys=["{shop}*"])  # fmt: skip
-        where = f"redis://rim:word@127.0.0.1:{server.port}#shop"
-        assert open_log(where, "v1", start=0).append("w", tensor(1), vectors(1)) == 1
+        secret.write_text("word\n")
+        log = open_log(by_file, "v1", start=0)
+        assert log.append("w", tensor(1), vectors(1)) == 1
+        # a password that is changed is read again with the next connection
+        server.client().acl_setuser("rim", enabled=True, passwords=["+other", "-word"])
+        secret.write_text("other")
+        server.client().client_kill_filter(_type="normal")
+        assert log.append("x", tensor(2), vectors(1)) == 2
+        monkeypatch.setenv("MIM_REDIS_PASSWORD", "other")
+        assert open_log(f"redis://rim@{host}#shop", "v1").last_seq() == 2
+        monkeypatch.setenv("MIM_REDIS_PASSWORD", "opensesame")
+        assert open_log(f"redis://{host}#shop", "v1").last_seq() == 2
+        (tmp_path / "default").write_text("opensesame")
+        monkeypatch.setenv("MIM_REDIS_PASSWORD_FILE", str(tmp_path / "default"))
+        monkeypatch.setenv("MIM_REDIS_PASSWORD", "wrong")
+        assert open_log(f"redis://{host}#shop", "v1").last_seq() == 2
     finally:
         server.kill()
     with pytest.raises(RedisUnavailable) as gone:
+        open_log(by_file, "v1")
+    assert "other" not in str(gone.value) and host in str(gone.value)
+
+
+@pytest.mark.parametrize("where", ["redis://rim:word@here#shop", "rediss://:word@here", "redis://here?password=word",
+                                   "redis+cluster://a:word@here:7000"])  # fmt: skip
+def test_a_url_with_a_password_is_refused_without_repeating_it(where):
+    with pytest.raises(OptionError, match="holds a password") as refused:
         open_log(where, "v1")
-    assert "word" not in str(gone.value) and "127.0.0.1" in str(gone.value)
+    assert "word@" not in str(refused.value) and "MIM_REDIS_PASSWORD" in str(refused.value)
+
+
+def test_a_user_without_a_password_and_a_file_that_is_not_there_are_named(tmp_path):
+    with pytest.raises(OptionError, match="has the user rim and no password"):
+        open_log("redis://rim@here", "v1")
+    with pytest.raises(OptionError, match="its password cannot be read"):
+        open_log(f"redis://here?password_file={tmp_path}/none", "v1")
 
 
 def test_tls_by_url(tmp_path):

@@ -16,6 +16,7 @@ from mim_torchrec.data.requests import RequestReader
 from mim_torchrec.data.schema import REQUESTS, category_ids
 from mim_torchrec.data.vocabulary import ALARM_IDS, IdMapper, Vocabulary
 from mim_torchrec.embeddings.sharded.item_index import ItemIndex
+from mim_torchrec.errors import OptionError
 from tests.datasets import CATEGORIES, request_rows, without, write_requests, write_rows
 
 
@@ -66,6 +67,48 @@ def test_what_is_saved_is_loaded(tmp_path):
     loaded = Vocabulary.load(tmp_path / "item_id.npz")
     assert torch.equal(loaded.ids, saved.ids)
     assert loaded.num_embeddings == saved.num_embeddings
+
+
+def counted(*impressions: int, shrinkage: float, ids: Sequence[int] = (10, 20)) -> Vocabulary:
+    return Vocabulary(torch.tensor(ids), len(ids) + 3, torch.tensor(impressions), shrinkage)
+
+
+def test_factors_are_the_weight_of_the_data_in_a_posterior_mean():
+    found = counted(5, 0, 300, shrinkage=100.0).factors(torch.tensor([0, 1, 2, 2]))
+    assert found.tolist() == pytest.approx([5 / 105, 0.0, 0.75, 0.75])
+    assert found.dtype == torch.float32
+    assert counted(5, 0, 300, shrinkage=0.0).factors(torch.tensor([[0], [1]])).tolist() == [[1.0], [1.0]]
+
+
+def test_impressions_and_shrinkage_are_saved(tmp_path):
+    counted(5, 0, 2**40, shrinkage=100.5).save(tmp_path / "v.npz")
+    loaded = Vocabulary.load(tmp_path / "v.npz")
+    assert (loaded.impressions.tolist(), loaded.shrinkage) == ([5, 0, 2**40], 100.5)
+
+
+def test_impressions_that_nothing_needs_are_not_read(tmp_path):
+    counted(5, 0, 7, shrinkage=0.0).save(tmp_path / "v.npz")
+    assert Vocabulary.load(tmp_path / "v.npz").impressions is None
+    assert Vocabulary.load(tmp_path / "v.npz", counts=True).impressions.tolist() == [5, 0, 7]
+
+
+def test_a_vocabulary_of_an_earlier_release_is_read_without_impressions(tmp_path):
+    np.savez(tmp_path / "v.npz", ids=np.array([10, 20]), num_embeddings=np.int64(4))
+    loaded = Vocabulary.load(tmp_path / "v.npz", counts=True)
+    assert (loaded.ids.tolist(), loaded.num_embeddings, loaded.impressions) == ([10, 20], 4, None)
+    with pytest.raises(OptionError, match="--id-shrinkage needs to know in how many training impressions"):
+        Vocabulary(loaded.ids, 4, loaded.impressions, shrinkage=3.0)
+
+
+def test_a_vocabulary_of_a_later_release_is_refused(tmp_path):
+    np.savez(tmp_path / "v.npz", format_version=np.int64(3))
+    with pytest.raises(DataError, match=r"v\.npz.*format_version 3, this release reads up to 2"):
+        Vocabulary.load(tmp_path / "v.npz")
+
+
+def test_impressions_of_another_number_of_rows_are_refused():
+    with pytest.raises(ValueError, match="2 ids and row 0 have 2 numbers of impressions"):
+        counted(5, 0, shrinkage=1.0)
 
 
 def test_the_scan_finds_the_distinct_ids_of_all_files_and_row_groups(tmp_path):
@@ -188,6 +231,53 @@ def test_a_feature_without_a_vocabulary_is_refused():
 
 def test_a_vocabulary_without_a_feature_is_left_alone():
     assert "query_id" not in lists_of(mapper_of(query_id=(1,))(small_batch()))
+
+
+def shrinking_mapper(mm: ItemIndex | None = None) -> IdMapper:
+    return IdMapper(
+        {"user_id": counted(1, 2, 3, shrinkage=10.0, ids=(2, 3)),
+         "tags": counted(4, 5, shrinkage=10.0, ids=(6,)),
+         "item_id": counted(0, 30, 90, shrinkage=30.0),
+         "category": counted(0, 1, 2, shrinkage=0.0, ids=(7, 8))},
+        mm, 0.5,
+    )  # fmt: skip
+
+
+def test_a_batch_gets_the_factors_of_its_ids_and_weighted_bags():
+    tagged = batch_of(
+        user_id=[[1], [2]], tags=[[6, 6, 9], []], candidate_item_id=[[10, 20], [30]],
+        behavior_item_id=[[20], []], candidate_category=[[7, 8], [7]], behavior_category=[[8], []],
+    )  # fmt: skip
+    for mm in (None, ItemIndex(torch.tensor([10, 30]), capacity=4)):
+        mapped = shrinking_mapper(mm)(tagged)
+        five, four = 5 / 15, 4 / 14
+        expected = [1 / 11, 2 / 12, five, five, four, 0.5, 0.75, 0.0, 0.75, 1.0, 1.0, 1.0, 1.0]
+        assert mapped.factors.tolist() == pytest.approx(expected)
+        assert mapped.bags.keys() == ["user_id", "tags"]
+        assert mapped.bags.lengths().tolist() == [1, 1, 3, 0]
+        assert mapped.bags.values().tolist() == [0, 1, 1, 1, 0]
+        weights = [1 / 11, 2 / 12, five / 3, five / 3, four / 3]
+        assert mapped.bags.weights().tolist() == pytest.approx(weights)
+
+
+def test_without_shrinkage_a_batch_has_no_factors():
+    mapped = mapper_of()(small_batch())
+    assert mapped.factors is None and mapped.bags is None
+
+
+def test_a_hidden_candidate_has_the_factor_of_an_unknown_id():
+    mapper = shrinking_mapper()
+    mapped = mapper(batch_of(user_id=[[2]], candidate_item_id=[[10, 20]], behavior_item_id=[[20]]))
+    assert mapper.unknown_factor("item_id") == 0.0
+    assert mapper.unknown_factor("user_id") == pytest.approx(1 / 11)
+    hidden = mapped.with_hidden_candidates(torch.tensor([False, True]), 0.25)
+    assert hidden.factors.tolist() == pytest.approx([2 / 12, 0.5, 0.25, 0.75])
+    assert mapped.factors.tolist() == pytest.approx([2 / 12, 0.5, 0.75, 0.75])
+
+
+def test_factors_and_bags_move_with_the_batch():
+    moved = shrinking_mapper()(small_batch()).to(torch.device("meta"))
+    assert moved.factors.is_meta and moved.bags.weights().is_meta and moved.bags.values().is_meta
 
 
 def test_unknown_fractions_count_candidates_and_behaviors_of_all_batches():

@@ -10,9 +10,9 @@ features, which do not depend on who looks, are the behavior's embedding: projec
 candidates. Cross features of user and item are compressed to a bias: here the recency, whose embedding and
 projections are a table of 64 rows.
 
-With `top_k` at least the length of the history it is target attention over all of it. Left out: the paper's
-other cross features (playing time, finishing), which belong to videos, its short-term models, and the offline
-store of projected behaviors.
+With `top_k` at least the length of the history it is target attention over all of it. Other cross features
+(playing time, action) are side information of behaviors (`ciubm/side_information.py`), which is part of K_h.
+Left out: the paper's short-term models, and the offline store of projected behaviors.
 """
 
 import math
