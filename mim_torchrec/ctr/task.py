@@ -188,7 +188,7 @@ class CTRTask:
         if self._windows is not None:  # before the first batch is mapped
             self._windows.before_step(self.state.steps)
         self._train.set_epoch(epoch, self.state.done(epoch))
-        batches = self._train.batches(first)
+        batches = self._train.batches(first, self._mapper if self._windows is None else None)
         if self._windows is None:
             batches = prefetched(self._mapped(batches, epoch, first), self._prefetch)
         else:  # ids are mapped when a batch is asked for: by then windows may have made more of them known
@@ -200,7 +200,7 @@ class CTRTask:
     def _mapped(self, batches: Iterator[RequestBatch], epoch: int, first: int) -> Iterator[RequestBatch]:
         """Batches with rows for ids, in page-locked memory where they go to a GPU."""
         for place, batch in enumerate(batches, first):
-            rows = self._mapper(batch)
+            rows = batch if self._windows is None else self._mapper(batch)
             if self._id_dropout:
                 rng = np.random.default_rng((self._seed, epoch, place, self._context.rank))
                 hidden = rng.random(rows.num_candidates) < self._id_dropout

@@ -3,9 +3,6 @@
 Nothing here loops over rows: a list column is its flat values and the lengths of its rows.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +10,7 @@ import pyarrow as pa
 
 from mim_torchrec.data.errors import DataError, Location, Problems
 from mim_torchrec.data.features import NO_FEATURES, Feature, Features, Ids, Numbers
+from mim_torchrec.data.request_columns import Coded, Jagged, RequestColumns
 from mim_torchrec.data.schema import ORIGINAL, WEIGHT, WEIGHTS, is_list
 from mim_torchrec.embeddings.remote.places import Url
 
@@ -24,66 +22,6 @@ ROLES = {
     "behavior": {"item_id": "behavior_item_ids", "category": "behavior_categories", "ts": "behavior_ts"},
     "candidate": {"item_id": "candidate_item_ids", "category": "candidate_categories", "label": "labels"},
 }
-
-
-@dataclass(frozen=True)
-class Jagged:
-    """Parallel lists: `lengths` (num_requests,) and, by name, flat values (sum(lengths),)."""
-
-    lengths: np.ndarray
-    values: dict[str, np.ndarray]
-
-    @cached_property
-    def stops(self) -> np.ndarray:
-        """(num_requests,) where each list ends."""
-        return np.cumsum(self.lengths)
-
-    def take(self, rows: np.ndarray, last: int | None = None) -> "Jagged":
-        """The lists of some rows, of each only the `last` values where given."""
-        lengths, stops = self.lengths.take(rows), self.stops.take(rows)
-        if last is not None:
-            lengths = np.minimum(lengths, last)
-        own_stops = np.cumsum(lengths)
-        index = np.repeat(stops - own_stops, lengths)
-        index += np.arange(len(index))
-        return Jagged(lengths, {name: values.take(index) for name, values in self.values.items()})
-
-
-@dataclass(frozen=True)
-class RequestColumns:
-    """Some requests: scalars by name (num_requests,), behaviors, candidates, and further lists of ids."""
-
-    scalars: dict[str, np.ndarray]
-    behavior: Jagged
-    candidate: Jagged
-    ids: dict[str, Jagged] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.scalars["request_id"])
-
-    def take(self, rows: np.ndarray, max_behaviors: int | None = None) -> "RequestColumns":
-        """Some rows in the order given, each with its last `max_behaviors` behaviors."""
-        scalars = {name: values.take(rows) for name, values in self.scalars.items()}
-        ids = {name: jagged.take(rows) for name, jagged in self.ids.items()}
-        return RequestColumns(
-            scalars, self.behavior.take(rows, max_behaviors), self.candidate.take(rows), ids
-        )
-
-
-def concatenate(parts: Sequence[RequestColumns]) -> RequestColumns:
-    """Join requests that have the same columns."""
-    if len(parts) == 1:
-        return parts[0]
-
-    def joined(jagged: Sequence[Jagged]) -> Jagged:
-        values = {name: np.concatenate([j.values[name] for j in jagged]) for name in jagged[0].values}
-        return Jagged(np.concatenate([j.lengths for j in jagged]), values)
-
-    names = parts[0].scalars
-    scalars = {name: np.concatenate([part.scalars[name] for part in parts]) for name in names}
-    ids = {name: joined([part.ids[name] for part in parts]) for name in parts[0].ids}
-    behavior, candidate = ([getattr(part, role) for part in parts] for role in ROLES)
-    return RequestColumns(scalars, joined(behavior), joined(candidate), ids)
 
 
 def decode(
@@ -226,14 +164,17 @@ def _lists(
         bad.add(differs, columns[name], f"its length is not that of {columns['item_id']}")
         uneven |= differs
     is_uneven = uneven.any()
-    values = {}
+    found = Jagged(np.where(uneven, 0, common) if is_uneven else common, {}, {})
     for name, array in arrays.items():
         flat = array.flatten()  # without the values of null lists
         if flat.null_count:
             bad.add_lists(_nulls(flat), lengths[name], columns[name], "a value in the list is null")
-        own = _values(columns[name], flat, features)
-        values[name] = own[np.repeat(~uneven, lengths[name])] if is_uneven else own
-    return Jagged(np.where(uneven, 0, common) if is_uneven else common, values)
+        kept = np.repeat(~uneven, lengths[name]) if is_uneven else slice(None)
+        if name == "category" and pa.types.is_dictionary(flat.type):
+            found.coded[name] = _coded(flat)[kept]
+        else:
+            found.values[name] = _values(columns[name], flat, features)[kept]
+    return found
 
 
 def _ids(array: pa.Array, feature: Feature, bad: _Bad) -> Jagged:
@@ -352,6 +293,14 @@ def _values(column: str, array: pa.Array, features: Features) -> np.ndarray:
     if column in ("labels", WEIGHT, WEIGHTS, features.label_column):
         return _without_nulls(array, Numbers())
     return _without_nulls(array, Ids() if column.endswith("categories") else _Integers())
+
+
+def _coded(array: pa.DictionaryArray) -> Coded:
+    """Categories by the dictionary of the file, which is all that is hashed; nulls become something."""
+    codes = array.indices.fill_null(0).cast(pa.int32()).to_numpy(zero_copy_only=False)
+    return Coded(
+        codes, _without_nulls(array.dictionary, Ids()) if len(array.dictionary) else np.zeros(1, int)
+    )
 
 
 def _without_nulls(array: pa.Array, kind: Ids | Numbers) -> np.ndarray:
