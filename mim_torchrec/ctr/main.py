@@ -129,7 +129,7 @@ def prepare(config: CTRConfig, run: RunDirectory, context: DistributedContext) -
     pipeline = config.pipeline == "on" or (config.pipeline == "auto" and context.device.type == "cuda")
     task = CTRTask(model, assembled.optimizer, readers["train"], readers["validation"], assembled.mapper,
                    context, config.aux_weight, config.id_dropout, config.seed, pipeline, windows, record,
-                   config.prefetch)  # fmt: skip
+                   config.prefetch, config.second_weight)  # fmt: skip
     return Prepared(items, readers, assembled, windows, task, fingerprint, record)
 
 
