@@ -15,6 +15,8 @@ from mim_torchrec.pipeline.execution import RunOptions
 from mim_torchrec.pipeline.running import run as run_pipeline
 
 Value = str | int | float | bool | Path
+Words = list[Value]
+"""Of a flag that takes several."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,7 @@ class Stage:
     command: tuple[str, ...]
     out: Path
     arguments: tuple[Value, ...] = ()
-    options: Mapping[str, Value] = field(default_factory=dict)
+    options: Mapping[str, Value | Words] = field(default_factory=dict)
     ranks: str | None = None
     after: tuple["Stage", ...] = ()
     files: tuple[Path, ...] = ()
@@ -62,7 +64,11 @@ class Stage:
         return spec.Stage(
             **program,
             arguments=[_plain(value) for value in self.arguments],
-            flags={key: _plain(value) for key, value in self.options.items() if key != "out"},
+            flags={
+                key: [_plain(word) for word in value] if isinstance(value, list) else _plain(value)
+                for key, value in self.options.items()
+                if key != "out"
+            },
             out=str(self.out.relative_to(root)),
             job=spec.Job(j=self.ranks, env={} if threads is None else {"OMP_NUM_THREADS": str(threads)}),
             after=[stage.name for stage in self.after if stage not in inputs],
@@ -116,11 +122,11 @@ def ctr_stage(
     data: Stage,
     table: Stage | None,
     seed: int,
-    options: Mapping[str, Value],
+    options: Mapping[str, Value | Words],
     ranks: str,
 ) -> Stage:
     """A run of the CTR stage: MIM on `table`, Base where it is None. The table must be there already."""
-    flags: dict[str, Value] = {"data": data.out, "out": root / "ctr" / name, "seed": seed}
+    flags: dict[str, Value | Words] = {"data": data.out, "out": root / "ctr" / name, "seed": seed}
     if table is None:
         flags["mim"] = "off"
     else:

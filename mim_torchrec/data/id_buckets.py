@@ -10,6 +10,8 @@ FEW, NARROWER = 1 << 20, 3
 """Ids up to which ranges are narrower, by this power of two."""
 MOST = 32
 """Ids of one range beyond which looking through it takes longer than a search."""
+STEPS = 4
+"""Steps that all ids take before those that are found are left out."""
 
 
 class IdBuckets:
@@ -31,7 +33,6 @@ class IdBuckets:
         bits = len(ids).bit_length() + (NARROWER if len(ids) <= FEW else 0)
         self._shift = np.uint64(max(span.bit_length() - bits, 0))
         count = (span >> int(self._shift)) + 1
-        self._last = np.uint64(count - 1)
         sizes = np.bincount(self._ranges(ids), minlength=count)
         self._most = int(sizes.max())
         self.pays = self._most <= MOST
@@ -40,25 +41,29 @@ class IdBuckets:
 
     def places(self, wanted: np.ndarray) -> np.ndarray:
         """(m,) places of ids (m,) int64 in any order, -1 for those that are not there."""
-        at: np.ndarray = self._starts.take(self._ranges(wanted))
-        found = self._ids.take(at)
-        places = at.astype(np.int64)
-        rest = np.flatnonzero(found != wanted)
-        places[rest] = -1
-        found, at, ids = found[rest], at[rest], wanted[rest]
-        for _ in range(self._most - 1):
-            larger = np.flatnonzero(found < ids)
-            if not len(larger):
-                break
-            rest, at, ids = rest[larger], at[larger] + 1, ids[larger]
-            found = self._ids.take(at, mode="clip")
-            hit = found == ids
-            places[rest[hit]] = at[hit]
+        places = self._starts.take(self._ranges(wanted), mode="clip").astype(np.int64)
+        missed = np.flatnonzero(self._ids.take(places) != wanted)
+        if len(missed):
+            places[missed] = self._further(wanted.take(missed), places.take(missed))
+        return places
+
+    def _further(self, wanted: np.ndarray, at: np.ndarray) -> np.ndarray:
+        """Places of ids that are not the first ones of their ranges, which begin `at`."""
+        places, last = np.full(len(wanted), -1), len(self._ids) - 1
+        rest, steps = np.arange(len(wanted)), 1
+        while len(rest) and steps < self._most:
+            own = np.full(len(rest), -1)
+            for _ in range(min(STEPS, self._most - steps)):
+                np.minimum(at + 1, last, out=at)
+                found = self._ids.take(at)
+                np.copyto(own, at, where=found == wanted)
+            places[rest] = own
+            left = np.flatnonzero(found < wanted)
+            rest, at, wanted, steps = rest[left], at[left], wanted[left], steps + STEPS
         return places
 
     def _ranges(self, ids: np.ndarray) -> np.ndarray:
-        """(m,) range of each id; those beyond the sorted ones have the last."""
+        """(m,) range of each id; of one beyond the sorted ones it is too large, or negative."""
         ranges = ids.view(np.uint64) - self._low  # distances, of smaller ids they are huge
-        np.right_shift(ranges, self._shift, out=ranges)
-        places: np.ndarray = np.minimum(ranges, self._last, out=ranges).view(np.int64)
+        places: np.ndarray = np.right_shift(ranges, self._shift, out=ranges).view(np.int64)
         return places

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 PAUSE = {LOCAL: 0.2}
 OTHER_PAUSE = 5.0
 """Seconds between two looks at the jobs, by scheduler."""
+LOOK_SHARE = 0.01
+"""Of the time that local jobs have run, the time until the next look."""
 UNANSWERED = 120
 """Questions that a scheduler may leave without an answer, one after the other."""
 
@@ -325,7 +327,11 @@ class Execution:
         return self.signals.received is not None or self.records.cancel_request.exists()
 
     def _wait(self) -> None:
-        until = time.monotonic() + self.pause
+        pause = self.pause
+        if self.submitter.is_local:  # a look costs milliseconds of the machine that computes
+            youngest = max(job.began or 0.0 for job in self.running.values())
+            pause = min(max(pause, LOOK_SHARE * (time.monotonic() - youngest)), OTHER_PAUSE)
+        until = time.monotonic() + pause
         while not self._must_end() and time.monotonic() < until:
             time.sleep(min(0.1, self.pause))
 

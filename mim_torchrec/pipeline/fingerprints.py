@@ -25,6 +25,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "shop": ("data",),
     "import": ("data",),
     "prepare": ("data", "prepare"),
+    "validate": ("data", "validate"),
     "table": ("embeddings.table",),
     "pretrain": (*COMMON, "pretraining", "encoders", "losses"),
     "csft": (*COMMON, "csft", "encoders", "losses"),

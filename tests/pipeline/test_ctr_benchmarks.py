@@ -3,9 +3,13 @@
 import json
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
-from mim_torchrec.benchmarks.paper import ablation_ciubm, abtest, coldstart, table2
+from mim_torchrec.benchmarks.paper import ablation_ciubm, abtest, coldstart, daily, table2
+from mim_torchrec.ctr.vocabularies import load_vocabularies
+from mim_torchrec.data.id_scan import count_ids
+from mim_torchrec.data.schema import Dataset
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_stages")]
 
@@ -61,6 +65,23 @@ def test_figure6_divides_the_impressions_by_the_age_of_their_item(out):
         assert entry["base_auc"] == part["auc"]
         if entry["gain"] is not None:
             assert entry["gain"] == pytest.approx(entry["mim_auc"] - entry["base_auc"])
+
+
+def test_a_model_of_every_day_begins_from_the_day_before(out):
+    found = report(daily.main, out, "--ubm", "avg_pooling", "--days", "2", "--kept", "0.2")
+    runs = [out / "ctr" / f"shop-base-bounded-0-day-{day}" for day in range(2)]
+    scored = [json.loads((run / "metrics.json").read_text())["auc"] for run in runs]
+    assert found["auc"]["base-bounded"] == pytest.approx(scored)
+    assert found["rows"]["mim"][1] > found["rows"]["mim"][0] >= found["rows"]["mim-bounded"][0]
+    users = count_ids(Dataset(out / "shop" / "data").requests("train"))["user_id"].ids
+    assert found["rows"]["mim-bounded"] == [1 + 60 + 1 + len(users) // 5] * 2
+    days = [Dataset(out / "shop-days" / f"day-{day}") for day in range(2)]
+    first, second = (pq.read_table(day.requests("train")[0])["ts"].to_numpy() for day in days)
+    tested = pq.read_table(days[0].requests("test")[0])["ts"].to_numpy()
+    assert first.max() <= second.min() and second.min() <= tested.min() and tested.max() == second.max()
+    config = json.loads((out / "ctr" / "shop-mim-0-day-1" / "config.json").read_text())
+    assert config["warm_start"].endswith("shop-mim-0-day-0")
+    assert len(load_vocabularies(out / "ctr" / "shop-mim-bounded-0-day-1")["item_id"].ids) == 60
 
 
 def test_a_tuning_seed_is_not_reported(out):
