@@ -231,7 +231,9 @@ def write_response(sent: InferRequest, found: Scores, name: str, version: str) -
     Returns:
         The body, and how many bytes of JSON it begins with; None where all of it is JSON.
     """
-    asked = [(output.name, output.parameters) for output in sent.outputs or ()] or [(SCORE, None)]
+    asked: list[tuple[str, OutputParameters | None]] = [(SCORE, None)]
+    if sent.outputs:
+        asked = [(output.name, output.parameters) for output in sent.outputs]
     by_default = sent.parameters is not None and sent.parameters.binary_data_output is True
     # a model without content interest has nothing that it contributes
     nothing = torch.zeros_like(found.scores)
