@@ -19,7 +19,7 @@ export PYTHONPATH :=
 export PYTHONUNBUFFERED := 1
 export PYTHONDONTWRITEBYTECODE :=  # the processes of tests would compile the package again and again
 
-.PHONY: help install demo prepare-demo test test-fast faults movielens ablation-csft figure5 table2 ablation-ciubm coldstart daily abtest table6 bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving bench-rim-latency bench-scaling bench-export-throughput bench-input bench-prepare chaos cluster torchrec-parity bench benchmark-report docs doctor image lint types lock wheel release-check clean
+.PHONY: help install demo prepare-demo test test-fast faults movielens ablation-csft figure5 table2 ablation-ciubm coldstart daily abtest table6 bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving bench-rim-latency bench-scaling bench-export-throughput bench-input bench-prepare chaos cluster torchrec-parity rehearsal bench benchmark-report docs doctor image lint types lock wheel release-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
@@ -102,6 +102,9 @@ faults: install  ## fail every file-system call of every writer: nothing is lost
 
 torchrec-parity: install  ## frozen collections beside TorchRec's in 5,000 random configurations
 	$(BIN)/python -m mim_torchrec.benchmarks.parity.torchrec_parity --out runs/torchrec_parity
+
+rehearsal: install  ## training and all stages on a pretended GPU: launches, waits and uploads, and what would fail
+	$(BIN)/python -m mim_torchrec.benchmarks.rehearsal.rehearsal --out runs/rehearsal
 
 bench-export-throughput: install  ## export's items per second beside its encoder's bare forward pass
 	$(BIN)/python -m mim_torchrec.benchmarks.speed.export_throughput --out runs/export_throughput

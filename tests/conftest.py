@@ -29,7 +29,7 @@ LONG = (
     "test_pretrain_main",
 )
 """Files that take longest, in the order in which they begin."""
-FOLDERS = ("cluster", "pipeline", "distributed", "unit")
+FOLDERS = ("cluster", "pipeline", "pretended_gpu", "distributed", "unit")
 
 
 def pytest_collection_modifyitems(items):

@@ -1,6 +1,6 @@
 """Training steps of the CTR models on random batches, at sizes that benchmarks choose."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +15,7 @@ from mim_torchrec.ciubm.ubm.registry import find_model
 from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.task import CTRTask
 from mim_torchrec.data.batch import RequestBatch
+from mim_torchrec.data.packed_batch import packed
 from mim_torchrec.embeddings.table.format import TableWriter
 from mim_torchrec.training.distributed import DistributedContext
 
@@ -83,6 +84,11 @@ def make_batch(sizes: StepSizes, candidates: int, seed: int, mm: bool) -> Reques
         request_ts=torch.full((count,), now),
         behavior_ts=torch.from_numpy(now - rng.integers(MICROSECONDS, now, len(item_ids["behavior"]))),
     )  # fmt: skip
+
+
+def ready_on(device: torch.device, batches: Iterable[RequestBatch]) -> list[RequestBatch]:
+    """Batches on a device, as the stage sends them there; on a CPU they are left as they are."""
+    return [batch if device.type == "cpu" else packed(batch).to(device) for batch in batches]
 
 
 def random_table(sizes: StepSizes) -> Path:

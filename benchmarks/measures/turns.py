@@ -19,6 +19,18 @@ def threads_of_torch(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """What tells the seconds of work on a device: those of the CPU, or on a GPU those that pass."""
+    return time.process_time if device.type == "cpu" else time.perf_counter
+
+
+def when_done(clock: Callable[[], float]) -> float:
+    """The clock, read when GPUs have done what was launched."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return clock()
+
+
 def in_turns(
     steps: Sequence[Callable[[int], Any]],
     rounds: int,
@@ -37,10 +49,11 @@ def in_turns(
     for k in range(warmup + rounds):
         order = range(len(steps)) if k % 2 else reversed(range(len(steps)))
         for place in order:
-            started = clock()
+            started = when_done(clock)
             steps[place](k)
+            ended = when_done(clock)
             if k >= warmup:
-                seconds[place].append(clock() - started)
+                seconds[place].append(ended - started)
     return seconds
 
 
@@ -65,8 +78,9 @@ def seconds_by_name(
         for name, run in runs.items():
             if before is not None:
                 before()
-            started = clock()
+            started = when_done(clock)
             run()
+            ended = when_done(clock)
             if turn >= warmup:
-                seconds[name].append(clock() - started)
+                seconds[name].append(ended - started)
     return seconds

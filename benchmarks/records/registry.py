@@ -199,4 +199,7 @@ EXPERIMENTS: Sequence[Experiment] = (
     Experiment(
         "torchrec_parity", "torchrec-parity", "Frozen collections beside TorchRec's own", room="parity"
     ),
+    Experiment(
+        "rehearsal", "rehearsal", "Every stage on a pretended GPU: launches, waits, uploads", room="rehearsal"
+    ),
 )

@@ -25,9 +25,10 @@ from mim_torchrec.benchmarks.measures.training_steps import (
     make_batch,
     our_config,
     random_table,
+    ready_on,
     training_step,
 )
-from mim_torchrec.benchmarks.measures.turns import in_turns, threads_of_torch
+from mim_torchrec.benchmarks.measures.turns import clock_of, in_turns, threads_of_torch
 from mim_torchrec.benchmarks.speed import fuxictr_models
 from mim_torchrec.ctr.sharding import build_model, shard
 from mim_torchrec.embeddings.sharded.frozen import frozen_config
@@ -74,18 +75,18 @@ def our_step(
 def compare(
     config: ThroughputConfig, name: str, dim: int, candidates: int, context: DistributedContext
 ) -> dict[str, float]:
-    """Samples per CPU-second of both, and the median over the rounds of their ratio."""
+    """Samples per CPU-second of both, per second on a GPU, and the median over the rounds of their ratio."""
     batches = [make_batch(config, candidates, seed, mm=False) for seed in range(config.batches)]
     theirs_batches = [fuxictr_models.to_batch(batch, name) for batch in batches]
+    samples, ready = batches[0].num_candidates, ready_on(context.device, batches)
     ours = our_step(config, name, dim, context)
     theirs = fuxictr_models.build(name, config.rows, dim, attention=config.attention, top_k=config.top_k,
-                                  heads=config.heads, tower=config.tower)  # fmt: skip
+                                  heads=config.heads, tower=config.tower, device=context.device)  # fmt: skip
     mine, other = in_turns(
-        [lambda k: ours(batches[k % len(batches)]),
-         lambda k: theirs.train_step(theirs_batches[k % len(batches)])],
-        config.rounds, config.warmup,
+        [lambda k: ours(ready[k % len(ready)]),
+         lambda k: theirs.train_step(theirs_batches[k % len(theirs_batches)])],
+        config.rounds, config.warmup, clock_of(context.device),
     )  # fmt: skip
-    samples = batches[0].num_candidates
     return {
         "ours": samples / statistics.median(mine),
         "fuxictr": samples / statistics.median(other),
@@ -97,13 +98,16 @@ def mim_overhead(
     config: ThroughputConfig, dim: int, candidates: int, context: DistributedContext
 ) -> dict[str, float]:
     """What MIM adds to a training step of our SIM, as fractions of Base."""
-    batches = {mim: [make_batch(config, candidates, seed, mm=mim) for seed in range(config.batches)]
-               for mim in (False, True)}  # fmt: skip
+    seeds = range(config.batches)
+    batches = {
+        mim: ready_on(context.device, (make_batch(config, candidates, seed, mm=mim) for seed in seeds))
+        for mim in (False, True)
+    }
     steps = {mim: our_step(config, "sim", dim, context, mim) for mim in (False, True)}
     base, with_mim = in_turns(
         [lambda k: steps[False](batches[False][k % config.batches]),
          lambda k: steps[True](batches[True][k % config.batches])],
-        config.rounds, config.warmup,
+        config.rounds, config.warmup, clock_of(context.device),
     )  # fmt: skip
     flops = {mim: count_flops(partial(steps[mim], batches[mim][0])) for mim in (False, True)}
     samples = batches[False][0].num_candidates

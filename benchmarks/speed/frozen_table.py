@@ -6,10 +6,8 @@ is five times as large as the memory for it is trained with from an SSD (`table_
 large as TAOBAO-MM's is generated, mapped into memory on two ranks and looked up.
 """
 
-import os
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import tyro
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from mim_torchrec import program
 from mim_torchrec.benchmarks.harness.comparison import target
+from mim_torchrec.benchmarks.harness.launching import launch
 from mim_torchrec.benchmarks.harness.pages import Section, targets_section, write_pages
 from mim_torchrec.benchmarks.measures.memory import peak_private_bytes, private_bytes
 from mim_torchrec.benchmarks.speed.frozen_model import (
@@ -47,8 +45,6 @@ from mim_torchrec.embeddings.table.format import TableWriter, decode, encode, ro
 from mim_torchrec.embeddings.table.quantize import cosine_errors
 from mim_torchrec.errors import check_sizes
 from mim_torchrec.training.distributed import distributed
-
-KEEP_FREED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(16 << 30)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,32 +79,6 @@ class FrozenTableConfig:
     """Ids of the item index that is measured; 0 leaves it out. It takes 18 bytes an id of memory."""
     keep_scale_table: bool = False
     """Leave the large table (4.9 GB) in the directory of the report."""
-
-
-def launch(ranks: int, function: Callable[..., Any], *arguments: Any, keep: bool = False) -> list[Any]:
-    """Run a function in new processes, the ranks of one group; returns what each returned.
-
-    Args:
-        ranks: how many.
-        function: to run on each.
-        arguments: of it.
-        keep: let glibc keep freed memory. Otherwise whoever needs a large result after one that was given
-            back pays for new pages, which costs several times a lookup and is no matter of the lookup.
-    """
-    os.environ |= {"OMP_NUM_THREADS": "1"} | (KEEP_FREED if keep else {})
-    config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=ranks, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-        run_id=function.__name__, max_restarts=0, start_method="spawn",
-    )  # fmt: skip
-    results = elastic_launch(config, _on_rank)(function, *arguments)
-    for name in KEEP_FREED:
-        os.environ.pop(name, None)
-    return [results[rank] for rank in range(ranks)]
-
-
-def _on_rank(function: Callable[..., Any], *arguments: Any) -> Any:
-    program.log_to_stderr()
-    return function(*arguments)
 
 
 def write_scale_table(path: Path, rows: int, dim: int) -> None:

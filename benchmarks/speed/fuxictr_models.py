@@ -41,6 +41,7 @@ def build(
     top_k: int,
     heads: int,
     tower: tuple[int, ...],
+    device: torch.device,
 ) -> Trainable:
     """A model, ready to train.
 
@@ -52,6 +53,7 @@ def build(
         top_k: behaviors that SIM and TWIN keep.
         heads: of SIM and TWIN.
         tower: widths of the hidden layers.
+        device: that it computes on.
     """
     features = FeatureMap("requests", ".")
     features.labels = ["label"]
@@ -63,7 +65,8 @@ def build(
         features.features[feature] = spec
     features.num_fields = len(features.features)
     common: dict[str, Any] = {
-        "gpu": -1, "dnn_hidden_units": list(tower), "batch_norm": True, "embedding_dim": dim,
+        "gpu": -1 if device.type == "cpu" else device.index,
+        "dnn_hidden_units": list(tower), "batch_norm": True, "embedding_dim": dim,
         "learning_rate": 1e-3, "optimizer": "adam", "loss": "binary_crossentropy", "metrics": ["AUC"],
         "model_root": ".", "verbose": 0,
     }  # fmt: skip

@@ -24,9 +24,11 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from mim_torchrec import program
 from mim_torchrec.benchmarks.harness.comparison import target
 from mim_torchrec.benchmarks.harness.drawing import to_png
+from mim_torchrec.benchmarks.harness.launching import launch
 from mim_torchrec.benchmarks.harness.pages import write_pages
 from mim_torchrec.benchmarks.measures.memory import private_bytes
 from mim_torchrec.benchmarks.measures.peak_memory import estimated
+from mim_torchrec.benchmarks.measures.training_steps import ready_on
 from mim_torchrec.benchmarks.speed.ctr_throughput import (
     StepSizes,
     in_turns,
@@ -34,7 +36,7 @@ from mim_torchrec.benchmarks.speed.ctr_throughput import (
     our_config,
     training_step,
 )
-from mim_torchrec.benchmarks.speed.frozen_table import launch, write_scale_table
+from mim_torchrec.benchmarks.speed.frozen_table import write_scale_table
 from mim_torchrec.benchmarks.speed.scaling_pages import AXES, IMAGE, scaling, sections
 from mim_torchrec.ctr.sharding import build_model, shard
 from mim_torchrec.data.batch import RequestBatch
@@ -149,11 +151,12 @@ def make_step(
     model, optimizer = shard(built, settings, context)
     before, num_rows = private_bytes(), 0
     if table is not None:
-        num_rows = load_table(model, table, mapped=True).total_rows - 1
+        num_rows = load_table(model, table, mapped=context.device.type == "cpu").total_rows - 1
     loaded = private_bytes() - before
     step = training_step(model, optimizer, settings, context)
     seeds = [context.rank + context.world_size * k for k in range(point.sizes.batches)]
-    ready = [batch_of(point, config.candidates, seed, num_rows) for seed in seeds]
+    batches = (batch_of(point, config.candidates, seed, num_rows) for seed in seeds)
+    ready = ready_on(context.device, batches)
     return lambda k: step(ready[k % len(ready)]), loaded
 
 

@@ -3,10 +3,12 @@
 TorchRec's ``BoundsCheckMode`` says which: ``FATAL`` raises IndexError, ``WARNING`` looks up row 0, which is
 zero, and logs the first time, ``IGNORE`` only looks up row 0. TorchRec's own FATAL stops a GPU's context
 without saying which table or row; here the smallest and the largest row are copied to the host while the
-lookup runs on rows that exist, and are examined when its outputs are waited for.
+lookup runs on rows that exist, and are examined when its outputs are waited for. In training nobody waits for
+them: limits that have not arrived by then are examined before the next lookup, evaluation or checkpoint.
 """
 
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -120,6 +122,10 @@ class Limits:
             self._copied = torch.cuda.Event()
             self._copied.record()
 
+    def have_arrived(self) -> bool:
+        """Whether nobody would wait in `settle`."""
+        return self._copied is None or self._copied.query()
+
     def settle(self) -> None:
         """Wait for the limits and raise or log as the table's mode says.
 
@@ -130,3 +136,27 @@ class Limits:
             self._copied.synchronize()
         low, high = self._limits.tolist()
         self._check.report(low, high)
+
+
+class PendingLimits:
+    """Limits of lookups in training, which nobody waits for."""
+
+    def __init__(self) -> None:
+        self._limits: list[Limits] = []
+
+    def settle(self, later: Sequence[Limits] = (), *, may_wait: bool = True) -> None:
+        """Examine limits, and where the host may wait, also those that were left.
+
+        Args:
+            later: of a lookup.
+            may_wait: whether to wait for those that have not arrived; otherwise they are left.
+
+        Raises:
+            IndexError: a row does not exist, and the mode of its table is FATAL.
+        """
+        limits, self._limits = [*self._limits, *later], []
+        for each in limits:
+            if may_wait or each.have_arrived():
+                each.settle()
+            else:
+                self._limits.append(each)

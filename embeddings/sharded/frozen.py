@@ -36,7 +36,7 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, Keyed
 from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 
 from mim_torchrec.embeddings.sharded import traced
-from mim_torchrec.embeddings.sharded.bounds import BoundsCheck, Limits
+from mim_torchrec.embeddings.sharded.bounds import BoundsCheck, Limits, PendingLimits
 from mim_torchrec.embeddings.sharded.configs import DATA_TYPES as DATA_TYPES
 from mim_torchrec.embeddings.sharded.configs import frozen_bag_config as frozen_bag_config
 from mim_torchrec.embeddings.sharded.configs import frozen_config as frozen_config
@@ -109,6 +109,7 @@ class FrozenModule(nn.Module):
         self._frozen = {table.config.name: table for table in tables}
         self._keys = frozenset(key for table in tables for key in table.config.feature_names)
         self.store_rows = store_rows
+        self._pending = PendingLimits()
         self._restored: set[str] = set()  # tables whose rows the checkpoint that is being loaded holds
 
     def frozen_tables(self) -> dict[str, FrozenTable]:
@@ -121,12 +122,22 @@ class FrozenModule(nn.Module):
             "that torch.fx.symbolic_trace returns"
         )
 
+    def settle(self, later: list[Limits]) -> None:
+        """Examine the limits of rows on a GPU; in training those that have not arrived are pending."""
+        self._pending.settle(later, may_wait=not self.training)
+
+    def train(self, mode: bool = True) -> "FrozenModule":
+        if mode != self.training:
+            self._pending.settle()
+        return super().train(mode)
+
     def check_filled(self) -> None:
         """Refuse a lookup in a table whose rows nobody has loaded or written: they are all zero.
 
         Raises:
             TableError: there is one.
         """
+        self._pending.settle()
         for name, table in self._frozen.items():
             if not table.store.filled:
                 raise TableError(
@@ -139,6 +150,7 @@ class FrozenModule(nn.Module):
         """Do nothing: the rows come from a table on disk."""
 
     def get_extra_state(self) -> str:
+        self._pending.settle()
         states: dict[str, list[Any]] = {}
         for name, table in self._frozen.items():
             items = table.items.to_json() if self.store_rows else []

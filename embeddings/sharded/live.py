@@ -57,7 +57,8 @@ def update_items(
     Args:
         model: the model, or its frozen collection, sharded or not.
         index: of the table; the same on every rank.
-        ids: (num_items,) int64, each once; the same on every rank.
+        ids: (num_items,) int64, each once; the same on every rank. They may be on a GPU, and so may vectors;
+            both are checked and encoded in memory.
         vectors: (num_items, dim) floating point.
         table_version: of the encoder that made the vectors.
         seq: number of the window, larger than the last one's.
@@ -78,6 +79,7 @@ def update_items(
             f"frozen table {name}: {ids.numel()} ids need vectors floating point "
             f"({ids.numel()}, {frozen.config.embedding_dim}), found {vectors.dtype} {tuple(vectors.shape)}"
         )
+    ids, vectors = ids.cpu(), vectors.detach().cpu()
     stored = encode(vectors.float(), frozen.dtype)
     finite = finite_rows(stored, frozen.dtype)
     if not finite.all():
@@ -103,7 +105,7 @@ def delete_items(
     Args:
         model: as in :func:`update_items`.
         index: likewise.
-        ids: (num_items,) int64, each once; unknown ones are left alone.
+        ids: (num_items,) int64, each once, in memory or on a GPU; unknown ones are left alone.
         table_version: likewise.
         seq: likewise.
         name: likewise.
@@ -114,6 +116,7 @@ def delete_items(
     """
     _, frozen = find_frozen(model, name)
     _check_window(frozen, table_version, seq)
+    ids = ids.cpu()
     _, rows = _place(frozen, index, ids[:0], ids, seq)
     zeros = encode(torch.zeros(rows.numel(), frozen.config.embedding_dim), frozen.dtype)
     zeros.zero_()

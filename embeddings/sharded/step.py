@@ -41,6 +41,8 @@ class FrozenContext(Multistreamable):
     def record_stream(self, stream: torch.Stream) -> None:
         if self.features is not None:
             self.features.record_stream(cast(torch.cuda.Stream, stream))
+            for feature in self.features.to_dict().values():  # with offsets that `input_dist` has made
+                feature.record_stream(cast(torch.cuda.Stream, stream))
         for index in (*self.index, *(self.inverse or {}).values()):
             if index is not None:
                 index.record_stream(stream)
@@ -55,6 +57,9 @@ class Assembling(Protocol[Out_co]):
 
     def frozen_tables(self) -> dict[str, FrozenTable]:
         """What this process has of each table, by name."""
+
+    def settle(self, later: list[Limits]) -> None:
+        """Examine the limits of rows on a GPU, now or before the next lookup."""
 
     def assemble(self, ctx: FrozenContext, vectors: list[Tensor]) -> Out_co:
         """Give every feature its vectors."""
@@ -91,8 +96,7 @@ class FrozenAwaitable(LazyAwaitable[Out], Generic[Out]):
             raise
 
     def _assemble(self) -> Out:
-        for limits in self._ctx.later:
-            limits.settle()
+        self._module.settle(self._ctx.later)
         for tables, awaitable in self._exchanged:
             self._vectors.update(zip(tables, awaitable.wait(), strict=True))
         found = self._module.assemble(

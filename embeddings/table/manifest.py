@@ -196,11 +196,11 @@ def _check_types(raw: Any, types: dict[str, type], path: Path, place: str) -> No
     if not isinstance(raw, dict):
         raise TableError(f"{path}: {place} is {type(raw).__name__}, expected an object")
     for name, kind in types.items():
-        value: Any = raw[name]
-        if type(value) is not kind:
-            raise TableError(f"{path}: {place}{name} is {type(value).__name__}, expected {kind.__name__}")
-        if kind is int and value < 0:
-            raise TableError(f"{path}: {place}{name} is {value}, which is negative")
+        found = type(raw[name])
+        if found is not kind:
+            raise TableError(f"{path}: {place}{name} is {found.__name__}, expected {kind.__name__}")
+        if kind is int and raw[name] < 0:
+            raise TableError(f"{path}: {place}{name} is {raw[name]}, which is negative")
 
 
 def _check_keys(raw: dict[str, Any], of: type, path: Path) -> None:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mim_torchrec.ciubm.packed import ByBehavior, inner_products, segment_softmax, weighted_sum
+from mim_torchrec.ciubm.pair_layout import PairLayout
 
 
 @dataclass(frozen=True)
@@ -141,12 +142,14 @@ class RequestPairs(Pairs):
         behavior_offsets: (num_requests + 1,) where the behaviors of each request start.
         candidate_request: (sum_candidates,) the request of each candidate.
         behavior_request: (sum_behaviors,) the request of each behavior.
+        layout: where the pairs lie; None where the offsets tell it at no cost.
     """
 
     candidate_offsets: Tensor
     behavior_offsets: Tensor
     candidate_request: Tensor
     behavior_request: Tensor
+    layout: PairLayout | None = None
 
     @classmethod
     def build(cls, candidate_offsets: Tensor, behavior_offsets: Tensor) -> "RequestPairs":
@@ -160,35 +163,47 @@ class RequestPairs(Pairs):
         >>> pairs.candidate_index.tolist(), pairs.behavior_index.tolist()
         ([0, 0, 1, 1], [0, 1, 0, 1])
         """
-        if candidate_offsets.shape != behavior_offsets.shape:
-            raise ValueError(
-                f"candidates belong to {candidate_offsets.numel() - 1} requests "
-                f"but behaviors to {behavior_offsets.numel() - 1}"
-            )
-        candidate_offsets, behavior_offsets = candidate_offsets.long(), behavior_offsets.long()
-        candidate_request, behavior_request = _owners(candidate_offsets), _owners(behavior_offsets)
-        candidate_index, behavior_index, pair_offsets = _product(candidate_request, behavior_offsets)
-        behavior, candidate, offsets = _product(behavior_request, candidate_offsets)
-        start = behavior_offsets[behavior_request]  # of the history that a behavior belongs to
-        place = torch.arange(behavior_request.numel(), device=start.device) - start
+        return cls.laid_out(PairLayout.of(candidate_offsets, behavior_offsets))
+
+    @classmethod
+    def laid_out(cls, layout: PairLayout) -> "RequestPairs":
+        """List the pairs of a layout."""
+        size = layout.num_pairs if layout.of_candidate.is_cuda else None
+        one = torch.repeat_interleave(layout.of_candidate, output_size=size)
+        behavior = torch.repeat_interleave(layout.of_behavior, output_size=size)
+        numbers = torch.arange(one.numel(), device=one.device)
+        candidate = numbers + layout.to_candidate.index_select(0, behavior)
+        position = layout.pair_offsets.index_select(0, candidate) + layout.place.index_select(0, behavior)
         return cls(
-            candidate_index=candidate_index,
-            behavior_index=behavior_index,
-            pair_offsets=pair_offsets,
-            by_behavior=ByBehavior(candidate, offsets, pair_offsets[candidate] + place[behavior]),
-            candidate_offsets=candidate_offsets,
-            behavior_offsets=behavior_offsets,
-            candidate_request=candidate_request,
-            behavior_request=behavior_request,
+            candidate_index=one,
+            behavior_index=numbers + layout.to_behavior.index_select(0, one),
+            pair_offsets=layout.pair_offsets,
+            by_behavior=ByBehavior(candidate, layout.by_behavior_offsets, position),
+            candidate_offsets=layout.candidate_offsets,
+            behavior_offsets=layout.behavior_offsets,
+            candidate_request=layout.candidate_request,
+            behavior_request=layout.behavior_request,
+            layout=layout,
         )
+
+    @cached_property
+    def longest(self) -> int:
+        """The most behaviors that a candidate is compared with."""
+        return super().longest if self.layout is None else self.layout.longest
+
+    def history_lengths(self) -> Tensor:
+        """Behaviors each candidate is compared with, (sum_candidates,) int64."""
+        return super().history_lengths() if self.layout is None else self.layout.of_candidate
 
     @cached_property
     def order(self) -> Tensor:
         """How many behaviors of its request come after each behavior, (sum_behaviors,) int64."""
+        if self.layout is not None:
+            return self.layout.order
         last = self.behavior_offsets[1:][self.behavior_request]
         return last - 1 - torch.arange(last.numel(), device=last.device)
 
-    def recent(self, limit: int) -> "tuple[Tensor, RequestPairs]":
+    def recent(self, limit: int) -> "tuple[Tensor | None, RequestPairs]":
         """Histories cut to their last behaviors.
 
         Args:
@@ -196,27 +211,22 @@ class RequestPairs(Pairs):
 
         Returns:
             The behaviors that are kept, (sum_kept,) int64 ascending, and the pairs with them, numbered by
-            their place in this list.
+            their place in this list. None is all behaviors.
         """
-        kept = self.order < limit
+        layout = self.layout
+        lengths = self.behavior_offsets.diff() if layout is None else layout.behavior_lengths
+        if not lengths.numel() or int(lengths.max()) <= limit:
+            return None, self
+        shorter = lengths.clamp(max=limit)
+        kept = nonzero(self.order < limit, int(shorter.sum()))
         offsets = F.pad(self.behavior_offsets.diff().clamp(max=limit).cumsum(0), (1, 0))
-        return kept.nonzero().squeeze(1), RequestPairs.build(self.candidate_offsets, offsets)
+        known = None if layout is None else (layout.candidate_lengths, shorter)
+        return kept, RequestPairs.laid_out(PairLayout.of(self.candidate_offsets, offsets, known))
 
 
-def _owners(offsets: Tensor) -> Tensor:
-    """The segment that each element belongs to."""
-    lengths = offsets.diff()
-    return torch.repeat_interleave(torch.arange(lengths.numel(), device=offsets.device), lengths)
-
-
-def _product(request: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Each of the one side with all of its request's of the other side: both indices, and offsets."""
-    lengths = offsets.diff()[request]
-    pair_offsets = F.pad(lengths.cumsum(0), (1, 0))
-    one = _owners(pair_offsets)
-    shift = offsets[:-1][request] - pair_offsets[:-1]
-    other = torch.arange(one.numel(), device=one.device) + shift[one]
-    return one, other, pair_offsets
+def nonzero(kept: Tensor, size: int) -> Tensor:
+    """Where a vector is true, (size,) int64; a GPU, for which the host would wait, is told how often."""
+    return torch.nonzero_static(kept, size=size).squeeze(1) if kept.is_cuda else kept.nonzero().squeeze(1)
 
 
 def _kept_offsets(kept: Tensor, offsets: Tensor) -> Tensor:

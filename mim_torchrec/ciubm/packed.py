@@ -240,6 +240,8 @@ def _sample(candidates: Tensor, behaviors: Tensor, pairs: PairIndices) -> Tensor
 
 def sum_by_candidate(rows: Tensor, pairs: PairIndices) -> Tensor:
     """Rows (num_pairs, dim) summed over the pairs of each candidate; for use within autograd functions."""
+    if rows.is_cuda:
+        return torch.segment_reduce(rows, "sum", offsets=pairs.pair_offsets, unsafe=True)
     return _bags(rows, None, torch.arange(rows.shape[0], device=rows.device), pairs.pair_offsets)
 
 

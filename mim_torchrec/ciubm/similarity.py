@@ -47,6 +47,8 @@ def similarity_interest(relevance: Tensor, pairs: RequestPairs, tiers: int, span
     if tiers < 1 or not spans or min(spans) < 0:
         raise OptionError(f"{tiers} tiers over spans {tuple(spans)}: at least one of each, none negative")
     order = pairs.order[pairs.behavior_index]
+    if relevance.is_cuda:
+        return by_masks(relevance, order, pairs, tiers, spans)
     parts = []
     for span in spans:
         seen = relevance != 0
@@ -63,3 +65,37 @@ def similarity_interest(relevance: Tensor, pairs: RequestPairs, tiers: int, span
         histogram = counts.view(-1, tiers).to(alpha.dtype).log1p()
         parts.append(torch.cat([histogram, largest[:, None], mean[:, None]], dim=1))
     return torch.cat(parts, dim=1)
+
+
+@torch.no_grad()
+def by_masks(
+    relevance: Tensor, order: Tensor, pairs: RequestPairs, tiers: int, spans: Sequence[int]
+) -> Tensor:
+    """`similarity_interest` of all spans at once, without lists whose sizes a GPU has to tell the host.
+
+    Args:
+        relevance: (num_pairs,).
+        order: (num_pairs,) how many behaviors of the history came later.
+        pairs: the pairs.
+        tiers: as there.
+        spans: likewise.
+    """
+    count, index = pairs.num_candidates, pairs.candidate_index
+    seen = relevance != 0
+    masks = torch.stack([seen if span == WHOLE else seen & (order < span) for span in spans], dim=1)
+    tier = ((relevance + 1) * (tiers / 2)).long().clamp_(0, tiers - 1)
+    place = tier[:, None] + torch.arange(len(spans), device=tier.device) * tiers  # of the span and the tier
+    place += (index * (len(spans) * tiers))[:, None]
+    counts = relevance.new_zeros(count * len(spans) * tiers).index_add_(
+        0, place.view(-1), masks.to(relevance.dtype).view(-1)
+    )
+    weight = masks / (1 + order.to(relevance.dtype))[:, None]
+    sums = torch.cat([weight, weight * relevance[:, None]], dim=1)
+    total, weighted = relevance.new_zeros(count, sums.shape[1]).index_add_(0, index, sums).chunk(2, dim=1)
+    mean = weighted / total.clamp(min=torch.finfo(relevance.dtype).tiny)
+    alpha = torch.where(masks, relevance[:, None], -torch.inf)
+    by_span = index[:, None].expand_as(alpha)
+    largest = relevance.new_full((count, len(spans)), -torch.inf).scatter_reduce_(0, by_span, alpha, "amax")
+    largest.masked_fill_(total == 0, 0.0)
+    histogram = counts.view(count, len(spans), tiers).log1p_()
+    return torch.cat([histogram, largest[:, :, None], mean[:, :, None]], dim=2).flatten(1)

@@ -198,10 +198,10 @@ class CTRConfig(ModelConfig):
     """Rows of the cache on the device per row, for tables in uvm_caching."""
     pipeline: Literal["auto", "on", "off"] = "auto"
     """Exchange the ids of the next batch between ranks while the current one is computed (TorchRec's train
-    pipeline); `auto`: on GPUs only. The results are the same."""
+    pipeline); `auto`: on several GPUs. The results are the same."""
     index_dedup: Literal["auto", "on", "off"] = "auto"
-    """Look up every distinct item and category of a batch once; `auto`: on GPUs, as only they have the
-    kernel. Multi-modal vectors are always looked up this way."""
+    """Look up every distinct item and category of a batch once; `auto`: on several GPUs, as only GPUs have
+    the kernel. Multi-modal vectors are always looked up this way."""
     sparse_weight_decay: Weight = 0.0
     """L2 regularization of the embedding rows that a step touches (row-wise Adagrad and SGD)."""
     embedding_init_std: Positive | None = None

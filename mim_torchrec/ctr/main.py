@@ -20,6 +20,7 @@ from mim_torchrec.ctr.assembly import (
     open_reader,
 )
 from mim_torchrec.ctr.config import CTRConfig, parse
+from mim_torchrec.ctr.pipeline import is_pipelined
 from mim_torchrec.ctr.predictions import PredictionFile, collect, predict
 from mim_torchrec.ctr.report import COLUMNS, read_items, summarize
 from mim_torchrec.ctr.sharding import check_model
@@ -126,10 +127,9 @@ def prepare(config: CTRConfig, run: RunDirectory, context: DistributedContext) -
     if config.warm_start is not None:
         warm_start(model, config, config.warm_start, vocabularies, version)
     windows = live_windows(config, assembled, context, begin=True)
-    pipeline = config.pipeline == "on" or (config.pipeline == "auto" and context.device.type == "cuda")
     task = CTRTask(model, assembled.optimizer, readers["train"], readers["validation"], assembled.mapper,
-                   context, config.aux_weight, config.id_dropout, config.seed, pipeline, windows, record,
-                   config.prefetch, config.second_weight)  # fmt: skip
+                   context, config.aux_weight, config.id_dropout, config.seed, is_pipelined(config, context),
+                   windows, record, config.prefetch, config.second_weight)  # fmt: skip
     return Prepared(items, readers, assembled, windows, task, fingerprint, record)
 
 

@@ -22,6 +22,7 @@ from mim_torchrec.ciubm.ubm.activation import PReLU
 from mim_torchrec.ciubm.ubm.interface import Auxiliary, BehaviorContext
 from mim_torchrec.ctr.config import ModelConfig
 from mim_torchrec.data.batch import RequestBatch
+from mim_torchrec.data.packed_batch import PackedBatch
 from mim_torchrec.errors import OptionError
 from mim_torchrec.training.batch_norm import GlobalBatchNorm1d
 
@@ -234,7 +235,11 @@ class CTRModel(nn.Module):
     ) -> Prediction:
         """What comes after the lookups."""
         sparse = batch.sparse
-        pairs = self.list_pairs(sparse["candidate_item_id"].offsets(), sparse["behavior_item_id"].offsets())
+        if isinstance(batch, PackedBatch) and batch.layout is not None:
+            pairs = RequestPairs.laid_out(batch.layout)
+        else:
+            offsets = (sparse[f"{role}_item_id"].offsets() for role in ("candidate", "behavior"))
+            pairs = self.list_pairs(*offsets)
 
         def item(role: str) -> Tensor:
             parts = [item_rows[f"{role}_{column}"].values() for column in self.item_columns]

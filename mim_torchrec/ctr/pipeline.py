@@ -12,7 +12,15 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
 from torchrec.optim.keyed import CombinedOptimizer
 
+from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.data.batch import RequestBatch
+from mim_torchrec.training.distributed import DistributedContext
+
+
+def is_pipelined(config: CTRConfig, context: DistributedContext) -> bool:
+    """Whether a run exchanges ids a step ahead; one rank has nothing to exchange."""
+    several_gpus = context.device.type == "cuda" and context.world_size > 1
+    return config.pipeline == "on" or (config.pipeline == "auto" and several_gpus)
 
 
 class SparseExchange(TrainPipelineSparseDist):

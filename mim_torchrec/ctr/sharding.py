@@ -15,7 +15,7 @@ from torch import nn
 from torchrec.distributed.comm import get_local_size
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.model_parallel import DataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import (
@@ -24,7 +24,7 @@ from torchrec.distributed.planner.types import (
     TopologyFactory,
     TrainerConfig,
 )
-from torchrec.distributed.types import CacheParams, ShardingType
+from torchrec.distributed.types import CacheParams, ShardingEnv, ShardingType
 from torchrec.modules.embedding_configs import (
     DataType,
     EmbeddingBagConfig,
@@ -186,11 +186,17 @@ def shard(
     plan = planner.collective_plan(model, sharders, dist.group.WORLD)
     if context.is_main:
         log.info("sharding plan:\n%s", plan)
-    sharded = DistributedModelParallel(model, device=context.device, plan=plan, sharders=sharders)
+    on_gpu = context.device.type == "cuda"
+    sharded = DistributedModelParallel(
+        model, device=context.device, plan=plan, sharders=sharders,
+        data_parallel_wrapper=_Alone() if context.world_size == 1 else None,
+    )  # fmt: skip
     initialize_tables(sharded, config.seed, config.embedding_init_std)
     dense = KeyedOptimizerWrapper(
         dict(in_backward_optimizer_filter(sharded.named_parameters())),
-        lambda params: torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay),
+        lambda params: torch.optim.AdamW(
+            params, lr=config.lr, weight_decay=config.weight_decay, fused=on_gpu or None
+        ),
     )
     parts = [("sparse", sharded.fused_optimizer, config.sparse_lr), ("dense", dense, config.lr)]
     return sharded, CombinedOptimizer(
@@ -198,11 +204,20 @@ def shard(
     )
 
 
+class _Alone(DataParallelWrapper):
+    """One rank has no gradients to average, and saves what DDP would copy for that."""
+
+    def wrap(self, dmp: DistributedModelParallel, env: ShardingEnv, device: torch.device) -> None:
+        dmp._dmp_wrapped_module.to(device)
+
+
 def _index_dedup(config: CTRConfig, context: DistributedContext) -> bool:
     on_gpu = context.device.type == "cuda"
     if config.index_dedup == "on" and not on_gpu:
         raise OptionError("--index-dedup on needs a GPU: fbgemm's jagged_unique_indices has no CPU kernel")
-    return on_gpu and config.index_dedup != "off"
+    if config.index_dedup == "auto":  # it spares an exchange between ranks, and has the host wait
+        return on_gpu and context.world_size > 1
+    return config.index_dedup == "on"
 
 
 def _warmed_up(optimizer: KeyedOptimizer, lr: float, steps: int) -> KeyedOptimizer:

@@ -22,6 +22,7 @@ from mim_torchrec.ctr.report import EPOCH_COLUMNS, epoch_metrics
 from mim_torchrec.ctr.sharding import set_sparse_iterations, sparse_iterations
 from mim_torchrec.ctr.windows import LiveWindows
 from mim_torchrec.data.batch import RequestBatch
+from mim_torchrec.data.packed_batch import packed
 from mim_torchrec.data.prefetch import prefetched
 from mim_torchrec.data.requests import RequestReader
 from mim_torchrec.data.vocabulary import IdMapper
@@ -47,10 +48,12 @@ def global_mean_loss(
         world_size: number of ranks.
         weights: (sum_candidates,) how often each candidate counts; None counts each once.
     """
-    count = torch.tensor(float(labels.numel()), device=labels.device) if weights is None else weights.sum()
+    total = F.binary_cross_entropy_with_logits(logits, labels, weights, reduction="sum")
+    if world_size == 1 and weights is None:
+        return total / max(labels.numel(), 1)
+    count = total.new_full((), labels.numel()) if weights is None else weights.sum()
     if world_size > 1:
         dist.all_reduce(count)
-    total = F.binary_cross_entropy_with_logits(logits, labels, weights, reduction="sum")
     # an auxiliary task may have nothing to compare, and all weights of a step may be 0
     return total * world_size / torch.where(count > 0, count, 1)
 
@@ -206,7 +209,7 @@ class CTRTask:
                 hidden = rng.random(rows.num_candidates) < self._id_dropout
                 factor = self._mapper.unknown_factor("item_id")
                 rows = rows.with_hidden_candidates(torch.from_numpy(hidden), factor)
-            yield rows.pin_memory() if self._context.device.type == "cuda" else rows
+            yield packed(rows) if self._context.device.type == "cuda" else rows
 
     def num_samples(self, batch: RequestBatch) -> int:
         """Candidates in a batch."""

@@ -94,9 +94,12 @@ class Batcher:
             self._running = asyncio.create_task(self._work())
         try:
             async with asyncio.timeout_at(until):
-                return await answer
+                found = await answer
         except TimeoutError:
             raise DeadlinePassed from None
+        if loop.time() > until:  # the event loop was late itself
+            raise DeadlinePassed
+        return found
 
     def close(self) -> None:
         """Score nothing any more."""

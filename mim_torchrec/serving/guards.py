@@ -132,7 +132,8 @@ class Bodies:
                 body = await _body(scope, receive, limit)
         except TimeoutError:
             said = f"the body did not arrive within {self._limits.deadline_ms:g} ms"
-            await JSONResponse({"error": said}, 408, {"Connection": "close"})(scope, receive, send)
+            # the connection stays open for what is left: closed now, it might take the answer with it
+            await JSONResponse({"error": said}, 408)(scope, receive, send)
             return
         except _TooLarge:
             answer = JSONResponse({"error": f"the request has more than {limit} bytes"}, 413)

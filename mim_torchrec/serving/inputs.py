@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from mim_torchrec.data.features import Ids, Numbers, Role, StableIds
+from mim_torchrec.data.features import Feature, Ids, Numbers, Role, StableIds
 from mim_torchrec.data.id_types import INTEGERS, TEXT
 from mim_torchrec.serving.scorer import ROLES, Scorer
 from mim_torchrec.serving.tensors import BYTES, DATATYPES
@@ -74,7 +74,7 @@ def inputs_of(scorer: Scorer) -> dict[str, Input]:
     found: dict[str, Input] = {}
 
     def add(name: str, kind: Ids | Numbers, *, is_list: bool = False, required: bool = True) -> None:
-        owner: Role = next((role for role in ROLES if name.startswith(f"{role}_")), "request")
+        owner = Feature(name, kind).role
         shared = name.removeprefix(f"{owner}_")
         id_type = types.get(name if name in tables else shared)
         found[name] = Input(name, kind, owner, is_list, id_type, required)

@@ -39,6 +39,7 @@ from mim_torchrec.serving.tokens import TokenFile
 log = logging.getLogger("mim_torchrec.serving.main")  # also where it runs as __main__
 
 BACKLOG = 2048
+KEEP_ALIVE = 75  # seconds between two requests of a connection; load balancers keep theirs for 60
 LAST = 1.0  # seconds from the last answer to the end of the process
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
@@ -127,7 +128,7 @@ def serve(config: ServeConfig) -> None:
             # what has begun is answered by its deadline; nothing is waited for after that
             graceful = math.ceil(limits.deadline_ms / 1000)
             settings = uvicorn.Config(app, http=PatientProtocol, ws="none", log_level="warning",
-                                      access_log=False, backlog=BACKLOG,
+                                      access_log=False, backlog=BACKLOG, timeout_keep_alive=KEEP_ALIVE,
                                       timeout_graceful_shutdown=graceful)  # fmt: skip
             server = uvicorn.Server(settings)
 

@@ -6,7 +6,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-HEADERS = 10.0  # seconds in which the headers of a request must come
+HEADERS = 10.0  # seconds in which the headers of a request must come, or the rest of one that was answered
 
 
 class PatientProtocol(H11Protocol):
@@ -28,9 +28,16 @@ class PatientProtocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """A part of a request has come, or several requests."""
         super().data_received(data)
-        if self.conn.their_state is not h11.IDLE:
+        if self._has_rest() or (self.conn.their_state is h11.IDLE and self.timeout_keep_alive_task is None):
+            self._wait()
+        else:
             self._stop_waiting()
-        elif self._limit is None and self.timeout_keep_alive_task is None:
+
+    def on_response_complete(self) -> None:
+        """A request was answered; its body may not be there yet."""
+        super().on_response_complete()
+        if self._has_rest():
+            self._unset_keepalive_if_required()
             self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -38,8 +45,13 @@ class PatientProtocol(H11Protocol):
         self._stop_waiting()
         super().connection_lost(exc)
 
+    def _has_rest(self) -> bool:
+        """Whether a request was answered before all of its body came."""
+        return self.conn.our_state is h11.DONE and self.conn.their_state is h11.SEND_BODY
+
     def _wait(self) -> None:
-        self._limit = self.loop.call_later(HEADERS, self.transport.close)
+        if self._limit is None:
+            self._limit = self.loop.call_later(HEADERS, self.transport.close)
 
     def _stop_waiting(self) -> None:
         if self._limit is not None:

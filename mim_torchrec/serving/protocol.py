@@ -243,8 +243,11 @@ def write_response(sent: InferRequest, found: Scores, name: str, version: str) -
     Returns:
         The body, and how many bytes of JSON it begins with; None where all of it is JSON.
     """
-    usual = [(SCORE, None)] if found.second is None else [(SCORE, None), (SECOND, None)]
-    asked = [(output.name, output.parameters) for output in sent.outputs or ()] or usual
+    asked: list[tuple[str, OutputParameters | None]] = [(SCORE, None)]
+    if found.second is not None:
+        asked.append((SECOND, None))
+    if sent.outputs:
+        asked = [(output.name, output.parameters) for output in sent.outputs]
     by_default = sent.parameters is not None and sent.parameters.binary_data_output is True
     # a model without content interest has nothing that it contributes
     nothing = torch.zeros_like(found.scores)

@@ -74,7 +74,7 @@ class GlobalBatchNorm1d(nn.Module):
     def _forward_global(self, x: Tensor) -> Tensor:
         totals = _AllReduceSum.apply(torch.cat([x.sum(0), x.new_full((1,), x.shape[0])]))
         count = totals[-1].detach()
-        if count < 2:
+        if x.shape[0] < 2 and count < 2:  # where this rank has two, there is no need to look
             return self._normalize_by_running(x)
         mean = totals[:-1] / count
         centered = x - mean

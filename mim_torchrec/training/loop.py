@@ -18,7 +18,6 @@ from types import FrameType
 from typing import Any, NoReturn, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from mim_torchrec.embeddings.collective import on_all_ranks
@@ -29,6 +28,7 @@ from mim_torchrec.extras import needs
 from mim_torchrec.training.checkpoints import Checkpoints, ResumeError, State
 from mim_torchrec.training.distributed import DistributedContext
 from mim_torchrec.training.history import History, HistoryFile
+from mim_torchrec.training.outcome import StepOutcome
 from mim_torchrec.training.parallel import gradient_norm
 from mim_torchrec.training.run_directory import RunDirectory
 
@@ -119,8 +119,9 @@ def fit(
         The history without its steps, the same on every rank.
 
     Raises:
-        FloatingPointError: a loss is not finite; it names epoch and step. No step is taken on it, and
-            `bad_batch/rank<r>.json` has the ids of the batch.
+        FloatingPointError: a loss is not finite; it names epoch and step. No step is taken on it, except by
+            fused optimizers on a GPU, and `bad_batch/rank<r>.json` has the ids of the batch. No checkpoint
+            holds anything of it.
         Interrupted: SIGTERM or SIGINT came, to whichever rank; all stop after the same step. A second
             SIGINT ends the process at once.
         LeaseError: another process has taken the directory over.
@@ -278,7 +279,10 @@ def _train_epoch(
             context.at(f"epoch {epoch}, step {step}")
             task.optimizer.zero_grad()  # before the forward pass, in which fused kernels take their rate
             loss, report = task.training_forward(batch)
-            value, stopping, overdue = _over_ranks(loss, stop.is_set, save.is_overdue(), context)
+            outcome = StepOutcome(loss, stop.is_set, save.is_overdue(), context)
+            if loss.is_cuda:  # by the time that the host waits for the loss, the GPU has enough to do
+                loss.backward()
+            value, stopping, overdue = outcome.read()
             if not math.isfinite(value):
                 save.wait()
                 file = run.root / "bad_batch" / f"rank{context.rank}.json"
@@ -291,7 +295,8 @@ def _train_epoch(
                     f"{file.parent}. Try a lower learning rate, and check the input for values that are not "
                     "finite"
                 )
-            loss.backward()
+            if not loss.is_cuda:
+                loss.backward()
             is_logged = step % log_every == 0 or step == 1
             norm = float(gradient_norm(task.model)) if is_logged else math.nan
             task.optimizer.step()
@@ -361,18 +366,6 @@ def _timed(batches: Iterable[Any]) -> Iterator[tuple[Any, float]]:
         except StopIteration:
             return
         yield batch, time.perf_counter() - started
-
-
-def _over_ranks(
-    loss: Tensor, stop: bool, overdue: bool, context: DistributedContext
-) -> tuple[float, bool, bool]:
-    """Mean loss, and whether any rank is to stop or to save: all learn it in the same step."""
-    flags = loss.new_tensor([float(stop), float(overdue)], dtype=torch.float64)
-    numbers = torch.cat([loss.detach().double().reshape(1), flags])
-    if context.world_size > 1:
-        dist.all_reduce(numbers)
-    value, stopping, saving = numbers.tolist()
-    return value / context.world_size, stopping > 0, saving > 0
 
 
 def _can_be_judged(entry: dict[str, float], select: str | None) -> bool:

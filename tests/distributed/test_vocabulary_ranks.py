@@ -96,7 +96,7 @@ def test_a_table_that_the_requests_do_not_have_cannot_be_shrunk(data, tmp_path):
 
 def test_an_earlier_run_without_counts_is_refused_where_they_are_needed(data, tmp_path):
     scan(data, tmp_path / "first")
-    for file in (tmp_path / "first" / "vocabulary").iterdir():
+    for file in (tmp_path / "first" / "vocabulary").glob("*.npz"):
         with np.load(file) as stored:
             old = {name: stored[name] for name in ("ids", "num_embeddings")}
         np.savez(file, **old)

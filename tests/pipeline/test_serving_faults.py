@@ -177,6 +177,23 @@ def test_half_a_request_is_not_waited_for(serving_folder, monkeypatch):
                 assert said in answer, answer
 
 
+def test_a_body_that_comes_after_its_answer_leaves_the_connection_usable(serving_folder):
+    """A slow client reads the 408, and its next request is answered on the same connection."""
+    app, _ = application(deployment(serving_folder), Limits(deadline_ms=100, store_timeout_ms=10))
+    with running(app) as address:
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(f"POST {INFER} HTTP/1.1\r\nHost: h\r\nContent-Length: 9\r\n\r\nhalf".encode())
+            assert b"408" in connection.recv(4096)
+            connection.sendall(b" more")
+            connection.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: h\r\n\r\n")
+            answer = b""
+            while b"live" not in answer:
+                part = connection.recv(4096)
+                assert part, answer
+                answer += part
+
+
 def test_every_answer_is_counted_with_its_cause(serving_folder, sent, tmp_path):
     (tmp_path / "tokens").write_text("one\n")
     limits = Limits(max_body_bytes=10_000, deadline_ms=60_000)

@@ -47,7 +47,12 @@ STANDALONE = {
         ".program",
     )
 }
-BENCHMARK_ROOMS = [{"harness", "measures"}, {"paper", "speed", "chaos", "parity"}, {"cluster"}, {"records"}]
+BENCHMARK_ROOMS = [
+    {"harness", "measures"},
+    {"paper", "speed", "chaos", "parity", "rehearsal"},
+    {"cluster"},
+    {"records"},
+]
 DRAWING = {"matplotlib", "jinja2"}
 
 WHERE = """

@@ -58,7 +58,7 @@ class Dice(nn.Module):
         """Activate (n, dim); with a weight (dim,) give the inner product of each row with it, (n,)."""
         norm = self.normalize
         mean, variance = norm.running_mean, norm.running_var
-        count: float | None = None
+        count: Tensor | None = None
         if self.training:
             with torch.no_grad():
                 mean, variance, count = _statistics(x, norm)
@@ -80,14 +80,14 @@ def _all_reduce(x: Tensor) -> Tensor:
     return x
 
 
-def _statistics(x: Tensor, norm: GlobalBatchNorm1d) -> tuple[Tensor, Tensor, float | None]:
+def _statistics(x: Tensor, norm: GlobalBatchNorm1d) -> tuple[Tensor, Tensor, Tensor | None]:
     """Mean, variance and number of the rows of all ranks; updates the running statistics.
 
     Fewer than two rows have no variance: then these are the running statistics, and there is no number.
     """
     totals = _all_reduce(torch.cat([x.sum(0), x.new_full((1,), x.shape[0])]))
-    count = float(totals[-1])
-    if count < 2:
+    count = totals[-1]
+    if x.shape[0] < 2 and count < 2:  # where this rank has two, there is no need to look
         return norm.running_mean, norm.running_var, None
     mean = totals[:-1] / count
     squares = torch.zeros_like(mean)
@@ -143,7 +143,7 @@ class _Dice(torch.autograd.Function):
         weight: Tensor | None,
         mean: Tensor,
         inverse_std: Tensor,
-        count: float | None,
+        count: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(x, slope, weight, mean, inverse_std)
         ctx.count = count

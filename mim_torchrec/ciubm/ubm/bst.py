@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from mim_torchrec.ciubm import heads as heads_at_once
 from mim_torchrec.ciubm.jagged import RequestPairs
 from mim_torchrec.ciubm.packed import rows_of_behaviors, rows_of_candidates, segment_logsumexp, segment_sum
 from mim_torchrec.ciubm.ubm.interface import (
@@ -87,7 +88,7 @@ class BST(UserBehaviorModel):
         """Run the layer on each candidate with its history."""
         buckets = recency_buckets(context, "BST")
         recent, pairs = pairs.recent(self.max_positions)
-        if recent.numel() < behaviors.shape[0]:
+        if recent is not None:
             behaviors, buckets = behaviors.index_select(0, recent), buckets.index_select(0, recent)
         target = candidates + self.position.weight[-1]
         history = behaviors + self.position(buckets)
@@ -116,6 +117,8 @@ class BST(UserBehaviorModel):
             What the target of each candidate reads, (sum_candidates, dim), and what each behavior reads in
             the presence of each candidate, (num_pairs, dim).
         """
+        if target.is_cuda:
+            return _attend_at_once(target, history, pairs, self.heads)
         among, normalizers = attend_within(history, pairs.behavior_offsets, self.heads)
         width = target.shape[1] // (3 * self.heads)
         of_heads = zip(*(_split(x, self.heads).unbind(0) for x in (target, history)), strict=True)
@@ -136,6 +139,58 @@ class BST(UserBehaviorModel):
         by_head = (pairs.num_pairs, self.heads, width)
         at_pairs = torch.lerp(own.view(by_head), offered.view(by_head), share[:, :, None])
         return torch.cat(at_targets, dim=-1), at_pairs.flatten(1)
+
+
+def _attend_at_once(
+    target: Tensor, history: Tensor, pairs: RequestPairs, heads: int
+) -> tuple[Tensor, Tensor]:
+    """`BST._attend` of all heads and histories at once, in few launches."""
+    among, normalizers = attend_padded(history, pairs, heads)
+    scale = math.sqrt(target.shape[1] // (3 * heads))
+
+    def by_head(x: Tensor) -> Tensor:
+        return x.unflatten(1, (heads, -1))
+
+    q_t, k_t, v_t = (by_head(x) for x in target.chunk(3, dim=1))
+    pair_q, pair_k, offered = (by_head(x) for x in rows_of_candidates(target, pairs).chunk(3, dim=1))
+    of_behavior = rows_of_behaviors(torch.cat([history, among, normalizers], dim=1), pairs)
+    sizes = [history.shape[1], among.shape[1], heads]
+    of_history, own, of_normalizer = of_behavior.split(sizes, dim=1)
+    q_i, k_i, v_i = (by_head(x) for x in of_history.chunk(3, dim=1))
+    weights, logsumexp = heads_at_once.softmax_and_logsumexp((pair_q * k_i).sum(-1) / scale, pairs)
+    read = segment_sum((v_i * weights[:, :, None]).flatten(1), pairs)
+    share = torch.sigmoid((q_t * k_t).sum(-1) / scale - logsumexp)
+    at_targets = torch.lerp(by_head(read), v_t, share[:, :, None]).flatten(1)
+    share = torch.sigmoid((pair_k * q_i).sum(-1) / scale - of_normalizer)
+    return at_targets, torch.lerp(by_head(own), offered, share[:, :, None]).flatten(1)
+
+
+def attend_padded(projected: Tensor, pairs: RequestPairs, heads: int) -> tuple[Tensor, Tensor]:
+    """`attend_within` of the histories of a batch, all padded to the longest.
+
+    Args:
+        projected: (sum_behaviors, 3 dim).
+        pairs: whose layout says how long histories are.
+        heads: attention heads.
+    """
+    layout = pairs.layout
+    assert layout is not None
+    longest = int(layout.behavior_lengths.max()) if layout.behavior_lengths.numel() else 0
+    if not longest:
+        return projected[:, : projected.shape[1] // 3], projected[:, :heads]
+    columns = torch.arange(longest, device=projected.device)
+    position = (layout.behavior_offsets[:-1, None] + columns).clamp_(max=projected.shape[0] - 1)
+    missing = columns >= layout.behavior_offsets.diff()[:, None]
+    padded = projected.index_select(0, position.view(-1)).view(*position.shape, 3, heads, -1)
+    q, k, v = padded.permute(2, 0, 3, 1, 4).unbind(0)
+    scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])
+    scores = scores.masked_fill(missing[:, None, None], torch.finfo(scores.dtype).min)
+    normalizers = scores.logsumexp(-1)
+    out = (scores - normalizers[..., None]).exp() @ v
+    place = layout.behavior_request * longest + layout.place
+    of_positions = torch.cat([out.transpose(1, 2).flatten(2), normalizers.transpose(1, 2)], dim=2)
+    found = of_positions.flatten(0, 1).index_select(0, place)
+    return found[:, :-heads], found[:, -heads:]
 
 
 def _split(projected: Tensor, heads: int) -> Tensor:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mim_torchrec.ciubm.jagged import RequestPairs
+from mim_torchrec.ciubm.jagged import RequestPairs, nonzero
 from mim_torchrec.ciubm.ubm.interface import (
     Auxiliary,
     BehaviorContext,
@@ -23,7 +23,7 @@ from mim_torchrec.ciubm.ubm.interface import (
     UBMOptions,
     UserBehaviorModel,
 )
-from mim_torchrec.ciubm.ubm.recurrence import AttentionalGRU, TimeOrder
+from mim_torchrec.ciubm.ubm.recurrence import AttentionalGRU, TimeOrder, inverse
 
 
 class DIEN(UserBehaviorModel):
@@ -50,23 +50,34 @@ class DIEN(UserBehaviorModel):
         context: BehaviorContext | None = None,
     ) -> Interest:
         """Evolve the interests of each history for its candidates; the context is not looked at."""
-        histories = TimeOrder.of(pairs.behavior_offsets)
-        by_time = torch.empty_like(histories.position)
-        by_time[histories.position] = torch.arange(by_time.numel(), device=by_time.device)
+        layout = pairs.layout if behaviors.is_cuda else None
+        if layout is None:
+            histories = TimeOrder.of(pairs.behavior_offsets)
+        else:
+            histories = TimeOrder.laid_out(
+                layout.behavior_offsets.diff(), layout.behavior_request, layout.place, layout.behavior_lengths
+            )
+        by_time = inverse(histories.position)
         interests = self.extractor.states(behaviors.index_select(0, by_time), histories)
         in_log_order = interests.index_select(0, histories.position)
 
         scores = pairs.inner_products(self.attention(candidates), in_log_order)
         attention = pairs.segment_softmax(scores)
         owner, order = histories.rank[pairs.candidate_request].sort(stable=True)
-        rank = torch.empty_like(order)
-        rank[order] = torch.arange(order.numel(), device=order.device)
-        sequences = TimeOrder.of(pairs.pair_offsets, rank)
-        by_time = torch.empty_like(sequences.position)
-        by_time[sequences.position] = torch.arange(by_time.numel(), device=by_time.device)
-        evolved = self.evolution.last_state(
-            interests, attention.index_select(0, by_time), sequences, histories, owner
-        )
+        rank = inverse(order)
+        if layout is None:
+            sequences = TimeOrder.of(pairs.pair_offsets, rank)
+            of_pairs = attention.index_select(0, inverse(sequences.position))
+            evolved = self.evolution.last_state(interests, of_pairs, sequences, histories, owner)
+        else:
+            lengths = torch.repeat_interleave(layout.behavior_lengths, layout.candidate_lengths)
+            times = layout.place.index_select(0, pairs.behavior_index)
+            sequences = TimeOrder.laid_out(layout.of_candidate, pairs.candidate_index, times, lengths, rank)
+            by_time = inverse(sequences.position)
+            source = histories.position.index_select(0, pairs.behavior_index).index_select(0, by_time)
+            evolved = self.evolution.last_state_of_own(
+                interests, attention.index_select(0, by_time), sequences, source
+            )
         auxiliary = None
         if self.training and self.auxiliary:
             auxiliary = self._next_behavior(in_log_order, behaviors, pairs)
@@ -74,11 +85,19 @@ class DIEN(UserBehaviorModel):
 
     def _next_behavior(self, states: Tensor, behaviors: Tensor, pairs: RequestPairs) -> Auxiliary:
         """Eq. 7: each state with the behavior that follows, and with one of another request."""
-        now = (pairs.order > 0).nonzero().squeeze(1)
+        layout = pairs.layout if behaviors.is_cuda else None
+        if layout is None:
+            now = (pairs.order > 0).nonzero().squeeze(1)
+            is_alone = None
+        else:
+            now = nonzero(pairs.order > 0, int((layout.behavior_lengths - 1).clamp(min=0).sum()))
+            is_alone = int(layout.behavior_lengths.max()) == behaviors.shape[0]
         start = pairs.behavior_offsets[pairs.behavior_request[now]]
         length = pairs.behavior_offsets[pairs.behavior_request[now] + 1] - start
         others = behaviors.shape[0] - length
-        if now.numel() and not int(others.min()):  # one history is all there is
+        if is_alone is None:
+            is_alone = now.numel() > 0 and not int(others.min())
+        if is_alone:  # one history is all there is
             keep = others > 0
             now, start, length, others = now[keep], start[keep], length[keep], others[keep]
         drawn = (torch.rand(now.numel(), device=now.device, dtype=torch.float64) * others).long()

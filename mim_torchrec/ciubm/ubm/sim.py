@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mim_torchrec.ciubm import heads as by_head
 from mim_torchrec.ciubm.jagged import Pairs, RequestPairs
 from mim_torchrec.ciubm.ubm.activation import PReLU
 from mim_torchrec.ciubm.ubm.interface import (
@@ -92,8 +93,13 @@ class SIM(UserBehaviorModel):
         context: BehaviorContext | None = None,
     ) -> Interest:
         """Search the history of each candidate and attend to what is found."""
-        found, auxiliary = self._search(candidates, behaviors, pairs, context)
         z = torch.cat([behaviors, self.recency(recency_buckets(context, "SIM"))], dim=-1)
+        if behaviors.is_cuda:
+            kept, auxiliary = self._mask(candidates, behaviors, pairs, context)
+            scores = by_head.inner_products(self.query(candidates), self.key(z), self.heads, pairs)
+            weights = by_head.segment_softmax(scores, pairs, kept)
+            return Interest(by_head.weighted_sum(z, weights, pairs, shared=True), auxiliary)
+        found, auxiliary = self._search(candidates, behaviors, pairs, context)
         queries = self.query(candidates).chunk(self.heads, dim=1)
         keys = self.key(z).chunk(self.heads, dim=1)
         heads = [
@@ -115,20 +121,45 @@ class SIM(UserBehaviorModel):
             if same.longest > self.top_k:
                 same = same.select(same.top_k(same.behavior_index.double(), self.top_k))
             return same, None
+        relevance, auxiliary = self._relevance(candidates, behaviors, pairs)
+        if pairs.longest <= self.top_k or relevance is None:
+            return pairs, auxiliary
+        return pairs.select(pairs.top_k(relevance, self.top_k)), auxiliary
+
+    def _mask(
+        self,
+        candidates: Tensor,
+        behaviors: Tensor,
+        pairs: RequestPairs,
+        context: BehaviorContext | None,
+    ) -> tuple[Tensor | None, Auxiliary | None]:
+        """The same search as a mask (num_pairs, 1); None keeps all pairs."""
+        if self.search == "hard":
+            kept = _same_category(pairs, context)[:, None]
+            if pairs.longest > self.top_k:
+                last = torch.where(kept, pairs.behavior_index.float()[:, None], -torch.inf)
+                kept &= by_head.top_k(last, self.top_k, pairs)
+            return kept, None
+        relevance, auxiliary = self._relevance(candidates, behaviors, pairs)
+        if pairs.longest <= self.top_k or relevance is None:
+            return None, auxiliary
+        return by_head.top_k(relevance.detach()[:, None], self.top_k, pairs), auxiliary
+
+    def _relevance(
+        self, candidates: Tensor, behaviors: Tensor, pairs: RequestPairs
+    ) -> tuple[Tensor | None, Auxiliary | None]:
+        """Of the soft search, (num_pairs,), where it or its task needs it, and the task in training."""
         training = self.training and self.auxiliary
         if pairs.longest <= self.top_k and not training:
-            return pairs, None
+            return None, None
         queries, keys = candidates, behaviors
         if self.auxiliary:
             queries, keys = self.search_query(candidates), self.search_key(behaviors)
         relevance = pairs.inner_products(queries, keys)
-        found: Pairs = pairs
-        if pairs.longest > self.top_k:
-            found = pairs.select(pairs.top_k(relevance, self.top_k))
         if not training:
-            return found, None
+            return relevance, None
         pooled = torch.cat([pairs.weighted_sum(behaviors, relevance), candidates], dim=-1)
-        return found, Auxiliary(self.click(pooled).squeeze(-1), None)
+        return relevance, Auxiliary(self.click(pooled).squeeze(-1), None)
 
 
 def _same_category(pairs: RequestPairs, context: BehaviorContext | None) -> Tensor:

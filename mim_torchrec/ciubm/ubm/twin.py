@@ -22,7 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mim_torchrec.ciubm import heads as by_head
 from mim_torchrec.ciubm.jagged import Pairs, RequestPairs
+from mim_torchrec.ciubm.packed import rows_of_behaviors
 from mim_torchrec.ciubm.ubm.interface import (
     NUM_RECENCY_BUCKETS,
     BehaviorContext,
@@ -84,6 +86,16 @@ class TWIN(UserBehaviorModel):
         values = F.linear(behaviors, self.value.weight[:, :dim]) + F.embedding(buckets, recency_values)
         biases = F.embedding(buckets, self.cross(self.recency.weight) * self.cross_weight)
         queries = self.query(candidates) / math.sqrt(self.key.out_features // self.heads)
+        if behaviors.is_cuda:
+            keys = self.key(behaviors)
+            scores = by_head.inner_products(queries, keys, self.heads, pairs) + rows_of_behaviors(
+                biases, pairs
+            )
+            best = None
+            if pairs.longest > self.top_k:
+                best = by_head.top_k(scores.detach(), self.top_k, pairs)
+            weights = by_head.segment_softmax(scores, pairs, best)
+            return Interest(self.out(by_head.weighted_sum(values, weights, pairs)))
         of_heads = zip(
             *(x.chunk(self.heads, dim=1) for x in (queries, self.key(behaviors), values, biases)), strict=True
         )

@@ -1,0 +1,1 @@
+"""A rehearsal on a pretended GPU: what mixes devices, lacks a kernel, or has the host wait."""
