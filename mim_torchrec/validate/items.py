@@ -1,9 +1,12 @@
 """Items and pairs: ids, texts, and images that decode."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from mim_torchrec.data.errors import DataError, Location, Problems
 from mim_torchrec.data.images import decode_image
@@ -56,13 +59,11 @@ def check_items(dataset: Dataset, share: float, images: int, report: Report) -> 
             for name in set(COUNTED).intersection(table.column_names):
                 counts[name] += len(table) - table[name].null_count
             if "image" in table.column_names:
-                column = table["image"]
-                there = np.flatnonzero(column.is_valid().to_numpy())
+                there = np.flatnonzero(table["image"].is_valid().to_numpy()).tolist()
                 wanted = images * (at + 1) // len(chosen) - images * at // len(chosen)
-                decoded += decode_some(
-                    there.tolist(), wanted, lambda row, column=column: column[row].as_py(),
-                    lambda row, file=file, group=group: Location(file, group, row, "image"), problems,
-                )  # fmt: skip
+                read_one = partial(_value, table["image"])
+                locate = partial(Location, file, group, column="image")
+                decoded += decode_some(there, wanted, read_one, locate, problems)
     report.add("items", problems, LEFT_OUT)
     report.facts["items"] = {
         "rows": len(items),
@@ -90,6 +91,10 @@ def check_pairs(dataset: Dataset, items: ItemStore, images: int, report: Report)
             "with an image of their own": len(own) / len(pairs),
             "images decoded": decoded,
         }
+
+
+def _value(column: pa.ChunkedArray, row: int) -> Any:
+    return column[row].as_py()
 
 
 def decode_some(
