@@ -96,7 +96,7 @@ def make_mapper(files: Sequence[Path]) -> IdMapper:
 
 def consume(reader: RequestReader, mapper: IdMapper) -> int:
     """Read and map an epoch; returns its requests."""
-    return sum(mapper(batch).num_requests for batch in reader)
+    return sum(batch.num_requests for batch in reader.batches(mapper=mapper))
 
 
 def raw_scan(files: Sequence[Path], columns: Sequence[str]) -> None:

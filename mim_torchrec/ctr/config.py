@@ -90,6 +90,11 @@ class ModelConfig:
     other_features: dict[str, str] = field(default_factory=dict)
     """Further columns of a kind of your own, as COLUMN package.module:ClassName; see
     mim_torchrec.data.features."""
+    second_label: str | None = None
+    """Name of a label after the click, such as `purchase`, whose column is `labels_<name>`: a second tower
+    predicts it by ESMM (pCTCVR = pCTR pCVR)."""
+    second_weight: Weight = 1.0
+    """Weight of the loss of the second label."""
     recency: Literal["time", "order"] = "time"
     """How BST, SIM and TWIN measure how far a behavior lies back: by its time, or by the number of later
     behaviors, for data without times."""
@@ -122,7 +127,7 @@ class ModelConfig:
         """Columns beyond those that all requests have."""
         return Features(
             sparse=self.sparse_features, dense=self.dense_features, buckets=self.bucket_features,
-            other=self.other_features,
+            other=self.other_features, second_label=self.second_label,
         )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 It scores every candidate of a request from the user, the query where there is one, the candidate, and
 the interest that the user's behaviors show in it. The embedding collections are injected, as in torchrec's
-own models, so one class serves unsharded tests and sharded training. Left out: multi-task heads.
+own models, so one class serves unsharded tests and sharded training.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,10 +36,12 @@ class Prediction(NamedTuple):
     Attributes:
         logits: (sum_candidates,) in the order of the batch's candidates.
         auxiliary: in training mode, the auxiliary task of the user behavior model, if it has one.
+        conversion_logits: (sum_candidates,) of the second label given a click, if the model has one (`esmm`).
     """
 
     logits: Tensor
     auxiliary: Auxiliary | None
+    conversion_logits: Tensor | None = None
 
 
 class DeepCTR(nn.Module):
@@ -174,16 +176,15 @@ class CTRModel(nn.Module):
         parts = [(ubm is not None, id_dim), (content, content_dim), (fusion, item_dim)]
         interest_dim = sum(size for on, size in parts if on) + self.ciubm.similarity_dim
         num_dot_products = sum(on for on, _ in parts) if self.dot_product_features else 0
-        self.tower = DeepCTR(
-            request_dim + item_dim + more_dim + interest_dim + num_dot_products + 1,
-            config.tower,
-            config.batch_norm,
-            config.dropout,
-        )
+        width = request_dim + item_dim + more_dim + interest_dim + num_dot_products + 1
+        self.tower = DeepCTR(width, config.tower, config.batch_norm, config.dropout)
         self.side: SideInformation | None = None
-        if of_behaviors:  # last, so that all else starts as it does without it
+        if of_behaviors:  # after all else, which so starts as it does without it
             ids_dim = sum(dims[name] for name in self.behavior_columns)
             self.side = SideInformation(item_dim, ids_dim, further.width("behavior"), config.batch_norm)
+        self.second_tower: DeepCTR | None = None
+        if config.second_label is not None:
+            self.second_tower = DeepCTR(width, config.tower, config.batch_norm, config.dropout)
         self.list_pairs: Callable[[Tensor, Tensor], RequestPairs] = RequestPairs.build
         self.score = _Untraced(self._score)
         self.shrink_and_score = _Untraced(self._shrink_and_score)
@@ -271,7 +272,9 @@ class CTRModel(nn.Module):
         if interests.content is not None:
             interests = replace(interests, content=self.content_projection(interests.content))
         features += [interests.concatenate(), pairs.history_lengths().to(candidates.dtype).log1p()[:, None]]
-        return Prediction(self.tower(torch.cat(features, dim=-1)), interests.auxiliary)
+        given = torch.cat(features, dim=-1)
+        conversion = self.second_tower(given) if self.second_tower is not None else None
+        return Prediction(self.tower(given), interests.auxiliary, conversion)
 
     def _context(self, batch: RequestBatch, pairs: RequestPairs) -> BehaviorContext:
         """What the batch knows of behaviors besides ids; what it does not know is None."""

@@ -14,6 +14,8 @@ import pyarrow.parquet as pq
 import torch
 from torch import nn
 
+from mim_torchrec.ctr.esmm import second_scores
+from mim_torchrec.ctr.model import Prediction
 from mim_torchrec.data.batch import RequestBatch
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.prefetch import prefetched
@@ -46,8 +48,9 @@ def predict(
 
     Yields:
         Of each batch arrays of equal length: `request_id`, `user_id`, `query_id` (where logged), `item_id`,
-        `label`, `score` (a probability), and `weight` where the log has weights. Ids that are text, UUIDs or
-        uint64 in the log are there, too, as `user_id_original` and so on.
+        `label`, `score` (a probability), and `weight` where the log has weights. Of a second label
+        `second_label`, `second_score` (pCTCVR) and `second_score_given_click` (pCVR). Ids that are text,
+        UUIDs or uint64 in the log are there, too, as `user_id_original` and so on.
     """
     was_training = model.training
     model.eval()
@@ -56,7 +59,7 @@ def predict(
             candidates = batch.sparse["candidate_item_id"]
             users = batch.sparse["user_id"].values()
             repeats = candidates.lengths().long()
-            logits = model(rows.to(device)).logits
+            found = model(rows.to(device))
             queries = {}
             if "query_id" in batch.sparse.keys():  # noqa: SIM118  a KJT is no mapping
                 of_request = batch.sparse["query_id"].values()
@@ -68,11 +71,24 @@ def predict(
                 **_originals(batch, repeats.numpy()),
                 "item_id": candidates.values().numpy().copy(),  # not with the ids of the whole batch
                 "label": batch.labels.numpy(),
-                "score": torch.sigmoid(logits.float()).cpu().numpy(),
+                "score": torch.sigmoid(found.logits.float()).cpu().numpy(),
+                **_second(found, batch),
                 **({} if batch.weights is None else {"weight": batch.weights.numpy()}),
             }
     finally:
         model.train(was_training)
+
+
+def _second(found: Prediction, batch: RequestBatch) -> Columns:
+    """What there is of a second label."""
+    if found.conversion_logits is None or batch.second_labels is None:
+        return {}
+    both, given_click = second_scores(found.logits, found.conversion_logits)
+    return {
+        "second_label": batch.second_labels.numpy(),
+        "second_score": both.cpu().numpy(),
+        "second_score_given_click": given_click.cpu().numpy(),
+    }
 
 
 def _originals(batch: RequestBatch, repeats: np.ndarray) -> Columns:

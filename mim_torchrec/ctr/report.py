@@ -22,11 +22,12 @@ from mim_torchrec.training.impressions import Impressions
 log = logging.getLogger(__name__)
 
 BOOTSTRAP_SEED = 0
-COLUMNS = ("user_id", "query_id", "item_id", "label", "score", "weight")
+SECOND = ("second_label", "second_score", "second_score_given_click")
+COLUMNS = ("user_id", "query_id", "item_id", "label", "score", "weight", *SECOND)
 """Columns of predictions that `summarize` takes."""
 ITEM_COLUMNS = ("item_id", "category", "listed_at")
 """Columns of items that are reported by."""
-EPOCH_COLUMNS = ("user_id", "label", "score", "weight")
+EPOCH_COLUMNS = ("user_id", "label", "score", "weight", *SECOND)
 """Columns of predictions that `epoch_metrics` takes."""
 GROUPS = {"gauc": "user_id", "gauc_by_query": "query_id"}
 
@@ -43,6 +44,8 @@ def read_items(dataset: Dataset, context: DistributedContext) -> ItemStore | Non
 def epoch_metrics(predictions: dict[str, np.ndarray], context: DistributedContext) -> dict[str, float]:
     """`auc`, `gauc` and `ne` of the predictions of all ranks; one that is undefined is left out.
 
+    Of a second label also `second_auc` and `second_auc_given_click`, see `summarize`.
+
     Args:
         predictions: of this rank, the columns of `EPOCH_COLUMNS`.
         context: the process group; every rank calls it.
@@ -51,7 +54,12 @@ def epoch_metrics(predictions: dict[str, np.ndarray], context: DistributedContex
                               groups={"gauc": predictions["user_id"]},
                               weights=predictions.get("weight"))  # fmt: skip
     found = impressions.compute()
-    return {name: float(found[name]) for name in ("auc", "gauc", "ne") if not np.isnan(found[name])}
+    known = {name: float(found[name]) for name in ("auc", "gauc", "ne") if not np.isnan(found[name])}
+    second = summarize_second(predictions, context)
+    if second is not None:
+        aucs = {f"second_{name}": second[name] for name in ("auc", "auc_given_click")}
+        known |= {name: value for name, value in aucs.items() if value is not None}
+    return known
 
 
 def summarize(
@@ -69,8 +77,8 @@ def summarize(
         `auc`, `gauc` (by user), `gauc_by_query` (None without queries), `ne`, `logloss`, `calibration`, `n`,
         `positives`, and `by_age` (ten equal sets of items, S1 the newest: MIM, Figure 6) and `by_category`
         (MIM, Table 7), which are None, with a line in the log, where the items have no such column. With
-        draws also `ci`, 95% intervals by the name of the metric, and `ci` of every age and category. It is
-        the same on every rank.
+        draws also `ci`, 95% intervals by the name of the metric, and `ci` of every age and category. Of a
+        second label also `second`, see `summarize_second`. It is the same on every rank.
     """
     labels = predictions["label"]
     known = {
@@ -109,7 +117,42 @@ def summarize(
                 part["ci"] = metrics.interval(np.array([draw[name][place] for draw in drawn]))
     ages = parts["by_age"]
     parts["by_age"] = None if ages is None else [{"set": name, **part} for name, part in ages.items()]
-    return report | parts
+    second = summarize_second(predictions, context, draws)
+    return report | parts | ({} if second is None else {"second": second})
+
+
+def summarize_second(
+    predictions: dict[str, np.ndarray], context: DistributedContext, draws: int = 0
+) -> dict[str, Any] | None:
+    """Metrics of a second label; one that is undefined is None. None where there is no second label.
+
+    Args:
+        predictions: see `summarize`.
+        context: likewise.
+        draws: likewise.
+
+    Returns:
+        Of pCTCVR over all impressions `auc`, `gauc`, `ne`, `logloss`, `calibration` and `positives`; of pCVR
+        over the clicked ones `auc_given_click`. With draws also `ci` of the first four.
+    """
+    if SECOND[0] not in predictions:
+        return None
+    label, both, given_click = (predictions[name] for name in SECOND)
+    clicked, weights, users = predictions["label"] == 1, predictions.get("weight"), predictions["user_id"]
+    whole = Impressions(label, both, context, parts={}, groups={"gauc": users},
+                        drawn=users if draws else None, weights=weights)  # fmt: skip
+    after = Impressions(label[clicked], given_click[clicked], context, parts={}, groups={},
+                        weights=None if weights is None else weights[clicked])  # fmt: skip
+    found, names = whole.compute(), ("auc", "gauc", "ne", "logloss")
+    report = {name: _defined(found[name]) for name in names} | {
+        "calibration": whole.calibration(),
+        "positives": sum(context.all_gather_objects(int(label.sum()))),
+        "auc_given_click": _defined(after.compute()["auc"]),
+    }
+    if draws:
+        drawn = whole.compute_draws(metrics.draw_counts(whole.num_drawn, draws, BOOTSTRAP_SEED))
+        report["ci"] = {name: metrics.interval(np.array([draw[name] for draw in drawn])) for name in names}
+    return report
 
 
 Codes = tuple[np.ndarray, list[str]]

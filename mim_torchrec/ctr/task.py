@@ -14,6 +14,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 from torchrec.optim.warmup import WarmupOptimizer
 
+from mim_torchrec.ctr.esmm import joint_logits
 from mim_torchrec.ctr.parameters import load_trainable_state, trainable_state
 from mim_torchrec.ctr.pipeline import SparseExchange
 from mim_torchrec.ctr.predictions import collect, predict
@@ -143,6 +144,7 @@ class CTRTask:
         windows: of new items, None for none.
         record: what `model.json` beside the weights says, see `describe_model`.
         prefetch: batches that a thread reads ahead.
+        second_weight: weight of the loss of the second label, if there is one.
 
     Raises:
         OptionError: `id_dropout` is no probability below 1.
@@ -163,6 +165,7 @@ class CTRTask:
         windows: LiveWindows | None = None,
         record: dict[str, Any] | None = None,
         prefetch: int = 4,
+        second_weight: float = 1.0,
     ) -> None:
         if not 0 <= id_dropout < 1:
             raise OptionError(f"id dropout is {id_dropout}; it has to be at least 0 and below 1")
@@ -172,7 +175,7 @@ class CTRTask:
         self._validation = validation
         self._mapper = mapper
         self._context = context
-        self._aux_weight = aux_weight
+        self._aux_weight, self._second_weight = aux_weight, second_weight
         self._id_dropout, self._seed = id_dropout, seed
         self._exchange = SparseExchange(model, optimizer, context.device) if pipeline else None
         self._windows, self._record, self._prefetch = windows, record, prefetch
@@ -188,7 +191,7 @@ class CTRTask:
         if self._windows is not None:  # before the first batch is mapped
             self._windows.before_step(self.state.steps)
         self._train.set_epoch(epoch, self.state.done(epoch))
-        batches = self._train.batches(first)
+        batches = self._train.batches(first, self._mapper if self._windows is None else None)
         if self._windows is None:
             batches = prefetched(self._mapped(batches, epoch, first), self._prefetch)
         else:  # ids are mapped when a batch is asked for: by then windows may have made more of them known
@@ -200,7 +203,7 @@ class CTRTask:
     def _mapped(self, batches: Iterator[RequestBatch], epoch: int, first: int) -> Iterator[RequestBatch]:
         """Batches with rows for ids, in page-locked memory where they go to a GPU."""
         for place, batch in enumerate(batches, first):
-            rows = self._mapper(batch)
+            rows = batch if self._windows is None else self._mapper(batch)
             if self._id_dropout:
                 rng = np.random.default_rng((self._seed, epoch, place, self._context.rank))
                 hidden = rng.random(rows.num_candidates) < self._id_dropout
@@ -217,20 +220,27 @@ class CTRTask:
         return {"request_ids": batch.request_ids.tolist()}
 
     def training_forward(self, batch: RequestBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss of a batch; of an auxiliary part its value before its weight is reported."""
+        """Loss of a batch; of a further part its value before its weight is reported."""
         if self._windows is not None:
             self._windows.before_step(self.state.steps)
         self.state.steps += 1
-        logits, auxiliary = self.model(batch)
+        logits, auxiliary, conversion_logits = self.model(batch)
         if self._exchange is not None:
             self._exchange.after_forward()
         loss = global_mean_loss(logits, batch.labels, self._context.world_size, batch.weights)
+        report = {}
+        if conversion_logits is not None and batch.second_labels is not None:
+            report["second_loss"] = global_mean_loss(
+                joint_logits(logits, conversion_logits), batch.second_labels, self._context.world_size,
+                batch.weights,
+            )  # fmt: skip
+            loss = loss + self._second_weight * report["second_loss"]
         if auxiliary is None:
-            return loss, {}
+            return loss, report
         targets = batch.labels if auxiliary.targets is None else auxiliary.targets
         weights = batch.weights if auxiliary.targets is None else None  # behaviors have none
         auxiliary_loss = global_mean_loss(auxiliary.logits, targets, self._context.world_size, weights)
-        return loss + self._aux_weight * auxiliary_loss, {"auxiliary_loss": auxiliary_loss}
+        return loss + self._aux_weight * auxiliary_loss, report | {"auxiliary_loss": auxiliary_loss}
 
     def after_epoch(self, epoch: int) -> dict[str, float]:
         """Validation metrics, the same on every rank; a metric that is undefined is left out."""

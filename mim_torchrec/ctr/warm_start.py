@@ -26,7 +26,7 @@ from mim_torchrec.errors import ExpectedError, Status
 
 log = logging.getLogger(__name__)
 
-MAY_DIFFER = {"dropout", "content_dropout", "id_dropout", "aux_weight"}
+MAY_DIFFER = {"dropout", "content_dropout", "id_dropout", "aux_weight", "second_weight"}
 
 
 class WarmStartError(ExpectedError, ValueError):

@@ -1,13 +1,41 @@
 """A batch of requests: what readers yield and what CTR models take."""
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
+
+from mim_torchrec.data.request_columns import Coded
+
+
+class FeatureIds(NamedTuple):
+    """Ids of one feature of B requests, before they are part of a batch.
+
+    Args:
+        key: name of the feature.
+        ids: (n,) int64, or coded.
+        lengths: (B,) int32, how many of them each request has.
+    """
+
+    key: str
+    ids: Tensor | Coded
+    lengths: Tensor
+
+    def values(self) -> Tensor:
+        """(n,) int64 ids."""
+        return self.ids if isinstance(self.ids, Tensor) else torch.from_numpy(self.ids.values)
+
+
+class MappedIds(NamedTuple):
+    """Ids of a batch as rows of embedding tables; see `RequestBatch`, whose attributes they are."""
+
+    sparse: KeyedJaggedTensor
+    factors: Tensor | None = None
+    bags: KeyedJaggedTensor | None = None
 
 
 @dataclass
@@ -25,6 +53,7 @@ class RequestBatch(Pipelineable):
         request_dense: (B, num_features) float32, None where there are none.
         candidate_dense: (sum_candidates, num_features) float32 likewise.
         behavior_dense: (sum_behaviors, num_features) float32 likewise.
+        second_labels: (sum_candidates,) float32, 0 or 1, None where there is no second label.
         factors: (num_ids,) float32, by which embeddings of the ids of `sparse` are multiplied, in the order
             of its values and without those of multi-modal rows; None where they are left as they are.
         bags: where there are factors, the features of requests, weighted by them.
@@ -41,6 +70,7 @@ class RequestBatch(Pipelineable):
     request_dense: Tensor | None = None
     candidate_dense: Tensor | None = None
     behavior_dense: Tensor | None = None
+    second_labels: Tensor | None = None
     weights: Tensor | None = None
     factors: Tensor | None = None
     bags: KeyedJaggedTensor | None = None

@@ -3,9 +3,6 @@
 Nothing here loops over rows: a list column is its flat values and the lengths of its rows.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +10,11 @@ import pyarrow as pa
 
 from mim_torchrec.data.errors import DataError, Location, Problems
 from mim_torchrec.data.features import NO_FEATURES, Feature, Features, Ids, Numbers
+from mim_torchrec.data.request_columns import Coded, Jagged, RequestColumns
 from mim_torchrec.data.schema import ORIGINAL, WEIGHT, WEIGHTS, is_list
 from mim_torchrec.embeddings.remote.places import Url
 
+SECOND_LABEL = "second_label"
 SCALARS = ("request_id", "user_id", "query_id", "ts")
 ORIGINALS = {f"{name}{ORIGINAL}": name for name in ("request_id", "user_id", "query_id")}
 ORIGINALS_OF_CANDIDATES = {f"candidate_item_ids{ORIGINAL}": "item_id"}
@@ -23,66 +22,6 @@ ROLES = {
     "behavior": {"item_id": "behavior_item_ids", "category": "behavior_categories", "ts": "behavior_ts"},
     "candidate": {"item_id": "candidate_item_ids", "category": "candidate_categories", "label": "labels"},
 }
-
-
-@dataclass(frozen=True)
-class Jagged:
-    """Parallel lists: `lengths` (num_requests,) and, by name, flat values (sum(lengths),)."""
-
-    lengths: np.ndarray
-    values: dict[str, np.ndarray]
-
-    @cached_property
-    def stops(self) -> np.ndarray:
-        """(num_requests,) where each list ends."""
-        return np.cumsum(self.lengths)
-
-    def take(self, rows: np.ndarray, last: int | None = None) -> "Jagged":
-        """The lists of some rows, of each only the `last` values where given."""
-        lengths, stops = self.lengths.take(rows), self.stops.take(rows)
-        if last is not None:
-            lengths = np.minimum(lengths, last)
-        own_stops = np.cumsum(lengths)
-        index = np.repeat(stops - own_stops, lengths)
-        index += np.arange(len(index))
-        return Jagged(lengths, {name: values.take(index) for name, values in self.values.items()})
-
-
-@dataclass(frozen=True)
-class RequestColumns:
-    """Some requests: scalars by name (num_requests,), behaviors, candidates, and further lists of ids."""
-
-    scalars: dict[str, np.ndarray]
-    behavior: Jagged
-    candidate: Jagged
-    ids: dict[str, Jagged] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.scalars["request_id"])
-
-    def take(self, rows: np.ndarray, max_behaviors: int | None = None) -> "RequestColumns":
-        """Some rows in the order given, each with its last `max_behaviors` behaviors."""
-        scalars = {name: values.take(rows) for name, values in self.scalars.items()}
-        ids = {name: jagged.take(rows) for name, jagged in self.ids.items()}
-        return RequestColumns(
-            scalars, self.behavior.take(rows, max_behaviors), self.candidate.take(rows), ids
-        )
-
-
-def concatenate(parts: Sequence[RequestColumns]) -> RequestColumns:
-    """Join requests that have the same columns."""
-    if len(parts) == 1:
-        return parts[0]
-
-    def joined(jagged: Sequence[Jagged]) -> Jagged:
-        values = {name: np.concatenate([j.values[name] for j in jagged]) for name in jagged[0].values}
-        return Jagged(np.concatenate([j.lengths for j in jagged]), values)
-
-    names = parts[0].scalars
-    scalars = {name: np.concatenate([part.scalars[name] for part in parts]) for name in names}
-    ids = {name: joined([part.ids[name] for part in parts]) for name in parts[0].ids}
-    behavior, candidate = ([getattr(part, role) for part in parts] for role in ROLES)
-    return RequestColumns(scalars, joined(behavior), joined(candidate), ids)
 
 
 def decode(
@@ -99,7 +38,8 @@ def decode(
 
     A row is bad when a value is null, parallel lists differ in length, there is no candidate, a label is not
     0 or 1, behaviors are not in the order of time, one of them is not strictly before its request, a dense
-    feature is NaN or infinite, or a weight is not a finite number of at least 0. A history that is null is an
+    feature is NaN or infinite, a weight is not a finite number of at least 0, or the second label of a
+    candidate that was not clicked is 1. A history that is null is an
     empty one: nothing is known of a new user.
 
     Args:
@@ -135,13 +75,15 @@ def decode(
         }
         if role == "candidate" and WEIGHTS in present:
             columns[WEIGHT] = WEIGHTS
+        if role == "candidate" and features.label_column is not None:
+            columns[SECOND_LABEL] = features.label_column
         jagged[role] = _lists(table, columns, bad, features, may_be_null=role == "behavior")
     _take_originals(table, scalars, jagged["candidate"])
     ids = {
         feature.name: _ids(_whole(table[feature.name]), feature, bad) for feature in features.ids("request")
     }
     _check_dense(scalars, jagged, features, bad)
-    _check_labels(jagged["candidate"], bad)
+    _check_labels(jagged["candidate"], features.label_column, bad)
     _check_weights(scalars, jagged["candidate"], bad)
     _check_times(jagged["behavior"], scalars.get("ts"), bad)
 
@@ -222,14 +164,17 @@ def _lists(
         bad.add(differs, columns[name], f"its length is not that of {columns['item_id']}")
         uneven |= differs
     is_uneven = uneven.any()
-    values = {}
+    found = Jagged(np.where(uneven, 0, common) if is_uneven else common, {}, {})
     for name, array in arrays.items():
         flat = array.flatten()  # without the values of null lists
         if flat.null_count:
             bad.add_lists(_nulls(flat), lengths[name], columns[name], "a value in the list is null")
-        own = _values(columns[name], flat, features)
-        values[name] = own[np.repeat(~uneven, lengths[name])] if is_uneven else own
-    return Jagged(np.where(uneven, 0, common) if is_uneven else common, values)
+        kept = np.repeat(~uneven, lengths[name]) if is_uneven else slice(None)
+        if name == "category" and pa.types.is_dictionary(flat.type):
+            found.coded[name] = _coded(flat)[kept]
+        else:
+            found.values[name] = _values(columns[name], flat, features)[kept]
+    return found
 
 
 def _ids(array: pa.Array, feature: Feature, bad: _Bad) -> Jagged:
@@ -255,11 +200,18 @@ def _check_dense(
                       "a value in the list is NaN, infinite or beyond float32")  # fmt: skip
 
 
-def _check_labels(candidates: Jagged, bad: _Bad) -> None:
+def _check_labels(candidates: Jagged, second: str | None, bad: _Bad) -> None:
     bad.add(candidates.lengths == 0, ROLES["candidate"]["item_id"], "there is no candidate")
-    labels = candidates.values["label"]
-    wrong = (labels != 0) & (labels != 1)
-    bad.add_lists(wrong, candidates.lengths, ROLES["candidate"]["label"], "a label is neither 0 nor 1")
+    columns = {"label": ROLES["candidate"]["label"]} | ({} if second is None else {SECOND_LABEL: second})
+    for name, column in columns.items():
+        labels = candidates.values[name]
+        wrong = (labels != 0) & (labels != 1)
+        bad.add_lists(wrong, candidates.lengths, column, "a label is neither 0 nor 1")
+    if second is not None:
+        without = candidates.values[SECOND_LABEL] > candidates.values["label"]
+        bad.add_lists(
+            without, candidates.lengths, second, "is 1 where labels is 0; it counts after a click only"
+        )
 
 
 def _take_originals(table: pa.Table, scalars: dict[str, np.ndarray], candidates: Jagged) -> None:
@@ -338,9 +290,17 @@ def _values(column: str, array: pa.Array, features: Features) -> np.ndarray:
     """Values of a column by its kind."""
     if column in features.by_name:
         return _without_nulls(array, features.by_name[column].kind)
-    if column in ("labels", WEIGHT, WEIGHTS):
+    if column in ("labels", WEIGHT, WEIGHTS, features.label_column):
         return _without_nulls(array, Numbers())
     return _without_nulls(array, Ids() if column.endswith("categories") else _Integers())
+
+
+def _coded(array: pa.DictionaryArray) -> Coded:
+    """Categories by the dictionary of the file, which is all that is hashed; nulls become something."""
+    codes = array.indices.fill_null(0).cast(pa.int32()).to_numpy(zero_copy_only=False)
+    return Coded(
+        codes, _without_nulls(array.dictionary, Ids()) if len(array.dictionary) else np.zeros(1, int)
+    )
 
 
 def _without_nulls(array: pa.Array, kind: Ids | Numbers) -> np.ndarray:

@@ -164,6 +164,7 @@ class Features:
         dense: names of columns of `Numbers`.
         buckets: names of columns of `Buckets`, with their boundaries, as "0,10,100".
         other: names of columns of any other kind, with `package.module:ClassName` of the kind.
+        second_label: name of a second label, whose column is `labels_<name>`; None for none.
 
     Raises:
         OptionError: a name is there twice, a column of every request has it, or there is no such kind.
@@ -177,12 +178,13 @@ class Features:
     dense: tuple[str, ...] = ()
     buckets: Mapping[str, str] = field(default_factory=dict)
     other: Mapping[str, str] = field(default_factory=dict)
+    second_label: str | None = None
 
     def __post_init__(self) -> None:
         names = (*self.sparse, *self.dense, *self.buckets, *self.other)
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise OptionError(f"features named more than once: {', '.join(repeated)}")
-        if reserved := sorted(RESERVED.intersection(names)):
+        if reserved := sorted({*RESERVED, self.label_column}.intersection(names)):
             raise OptionError(f"{', '.join(reserved)}: requests have it anyway, it is no further feature")
         for boundaries in self.buckets.values():
             Buckets.parse(boundaries)
@@ -203,6 +205,16 @@ class Features:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self.by_name)
+
+    @property
+    def label_column(self) -> str | None:
+        """The column of the second label."""
+        return None if self.second_label is None else f"labels_{self.second_label}"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All columns that are read."""
+        return self.names if self.label_column is None else (*self.names, self.label_column)
 
     def ids(self, role: Role) -> tuple[Feature, ...]:
         """Those of requests, candidates or behaviors that have a vocabulary and an embedding table."""
@@ -225,7 +237,7 @@ class Features:
         return sum(kind.width for kind in numbers if isinstance(kind, Numbers))
 
     def check(self, parquet: TableFile, file: str | Path | Url) -> None:
-        """See that a file of requests has the columns, and numbers if it has weights.
+        """See that a file of requests has the columns, and numbers if it has weights or a second label.
 
         Raises:
             DataError: a column is missing or of another type, or holds something else than that of another
@@ -233,11 +245,11 @@ class Features:
         """
         schema = parquet.schema_arrow
         _check_weights(schema, file)
+        if self.label_column is not None:
+            _check_present(self.label_column, schema, file)
+            _check_lists(self.label_column, schema, file)
         for name, feature in self.by_name.items():
-            if schema.get_field_index(name) < 0:
-                there = ", ".join(schema.names)
-                problem = f"the column is missing; add it, or name columns that are there: {there}"
-                raise DataError(problem, file=file, column=name)
+            _check_present(name, schema, file)
             found = schema.field(name).type
             if pa.types.is_null(found):
                 continue
@@ -259,11 +271,23 @@ def _check_weights(schema: pa.Schema, file: str | Path | Url) -> None:
     if len(both) > 1:
         raise DataError(f"is there beside {WEIGHT}; drop one of the two", file=file, column=WEIGHTS)
     for name in both:
-        found = schema.field(name).type
-        fits = is_list(found) == (name == WEIGHTS) and Numbers().accepts(value_type(found))
-        if not (fits or pa.types.is_null(found)):
-            form = "a list of numbers, one a candidate" if name == WEIGHTS else "one number a request"
-            raise DataError(f"expected {form}; found {found}; convert the column", file=file, column=name)
+        _check_lists(name, schema, file)
+
+
+def _check_present(name: str, schema: pa.Schema, file: str | Path | Url) -> None:
+    if schema.get_field_index(name) < 0:
+        there = ", ".join(schema.names)
+        problem = f"the column is missing; add it, or name columns that are there: {there}"
+        raise DataError(problem, file=file, column=name)
+
+
+def _check_lists(name: str, schema: pa.Schema, file: str | Path | Url) -> None:
+    """See that a column has a number for each candidate, that of weights of requests one for each request."""
+    found = schema.field(name).type
+    fits = is_list(found) == (name != WEIGHT) and Numbers().accepts(value_type(found))
+    if not (fits or pa.types.is_null(found)):
+        form = "one number a request" if name == WEIGHT else "a list of numbers, one a candidate"
+        raise DataError(f"expected {form}; found {found}; convert the column", file=file, column=name)
 
 
 NO_FEATURES = Features()

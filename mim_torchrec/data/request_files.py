@@ -7,16 +7,17 @@ not depend on how the files were written.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mim_torchrec.data.columns import Jagged, RequestColumns, decode
+from mim_torchrec.data.columns import decode
 from mim_torchrec.data.conventions import Conventions
 from mim_torchrec.data.errors import DataError, Problems
 from mim_torchrec.data.features import Features
+from mim_torchrec.data.request_columns import RequestColumns, joined
 from mim_torchrec.data.schema import (
     REQUESTS,
     REQUESTS_REQUIRED,
@@ -27,6 +28,7 @@ from mim_torchrec.data.schema import (
     open_parquet,
     present_columns,
     read_row_group,
+    read_row_groups,
 )
 from mim_torchrec.embeddings.remote.places import StoreError, Url
 
@@ -37,6 +39,9 @@ BLOCK_ROWS = 16 * 1024
 READ_BYTES = 1 << 20
 """Bytes of a column that are read at a time where a row group is decoded in blocks."""
 
+
+MOST_VALUES = 1 << 30
+"""Values of a column that are read at once: offsets of lists are int32."""
 
 GoodRows = dict[int, tuple[int, int, int]]
 """By the number of a row group: good rows, candidates of these, and bad rows."""
@@ -52,6 +57,7 @@ class Unit:
         in_blocks: whether it is decoded in blocks.
         rows: good ones.
         candidates: of these rows.
+        values: of the longest column, of all rows.
     """
 
     file: Path | Url
@@ -59,6 +65,20 @@ class Unit:
     in_blocks: bool
     rows: int
     candidates: int
+    values: int
+
+
+class _Wanted(NamedTuple):
+    """Good rows of a row group, `start` to `stop`."""
+
+    unit: Unit
+    start: int
+    stop: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether they are all its rows, which are decoded at once."""
+        return not self.unit.in_blocks and self.stop - self.start == self.unit.rows
 
 
 @dataclass
@@ -130,16 +150,39 @@ class RequestFiles:
         ascending = np.sort(numbers)
         of_row = np.searchsorted(self._first, ascending, side="right") - 1
         edges = np.flatnonzero(np.diff(of_row, prepend=-1))  # where the rows of a row group begin
-        firsts, shifts = self._first[of_row[edges]], np.zeros(len(edges), np.int64)
+        wanted = [
+            _Wanted(self.units[k], int(ascending[start] - self._first[k]),
+                    int(ascending[stop - 1] - self._first[k]) + 1)
+            for k, start, stop in zip(of_row[edges], edges, [*edges[1:], len(ascending)], strict=True)
+        ]  # fmt: skip
         parts: list[RequestColumns] = []
-        count = 0
-        for place, (start, stop) in enumerate(zip(edges, [*edges[1:], len(ascending)], strict=True)):
-            wanted = (ascending[start] - firsts[place], ascending[stop - 1] - firsts[place] + 1)
-            found, offset = self._rows(self.units[of_row[start]], *map(int, wanted))
-            shifts[place] = count - firsts[place] - offset
-            parts += found
-            count += sum(map(len, found))
-        return _joined(parts), numbers + shifts[np.searchsorted(firsts, numbers, side="right") - 1]
+        places: list[int] = []  # of the first row of each row group among those of the parts
+        for run in _runs(wanted):
+            together = self._together(run) if len(run) > 1 else None
+            if together is not None:
+                places += [
+                    _count(parts) + rows for rows in np.cumsum([0, *(one.unit.rows for one in run)])[:-1]
+                ]
+                parts.append(together)
+                continue
+            for one in run:
+                found, offset = self._rows(*one)
+                places.append(_count(parts) - offset)
+                parts += found
+        firsts = self._first[of_row[edges]]
+        shifts = np.array(places) - firsts
+        return joined(parts), numbers + shifts[np.searchsorted(firsts, numbers, side="right") - 1]
+
+    def _together(self, run: Sequence["_Wanted"]) -> RequestColumns | None:
+        """The good rows of row groups of one file; None where reading each alone says what is wrong."""
+        file, groups = run[0].unit.file, [one.unit.row_group for one in run]
+        parquet = self._kept_open(file)
+        try:
+            table = read_row_groups(parquet, groups, self.columns, file)
+            found, _ = decode(table, self._max_behaviors, self._on_bad_row, file, groups[0], self._features)
+        except DataError:
+            return None
+        return found
 
     def checked(self, unit: Unit, problems: Problems) -> Iterator[tuple[RequestColumns, int]]:
         """The good rows of a row group in blocks, and how many were bad, with what is wrong with them.
@@ -160,7 +203,7 @@ class RequestFiles:
             end = cursor.first + len(cursor.block)
             if end > start:
                 offset = offset if found else cursor.first
-                found.append(_view(cursor.block))
+                found.append(cursor.block.view())
             if end >= stop:
                 return found, offset
             cursor.block, cursor.first = next(cursor.blocks)[0], end
@@ -172,7 +215,7 @@ class RequestFiles:
                 continue
             self._features.check(parquet, file)
             weights = tuple(n for n in (WEIGHT, WEIGHTS) if parquet.schema_arrow.get_field_index(n) >= 0)
-            columns = present_columns(parquet, REQUESTS) + weights + self._features.names
+            columns = present_columns(parquet, REQUESTS) + weights + self._features.columns
             if self.columns and columns != self.columns:
                 problem = f"has columns {', '.join(columns)}, but {files[0]} has {', '.join(self.columns)}"
                 raise DataError(f"{problem}; write all files with the same columns", file=file)
@@ -183,8 +226,8 @@ class RequestFiles:
                 )
             self.columns = columns
             for group in range(parquet.num_row_groups):
-                rows, candidates = _counts(parquet, group, file)
-                yield Unit(file, group, rows > 2 * BLOCK_ROWS, rows, candidates)
+                rows, candidates, values = _counts(parquet, group, file)
+                yield Unit(file, group, rows > 2 * BLOCK_ROWS, rows, candidates, values)
 
     def _good_rows(self, numbers: range) -> GoodRows:
         found = {}
@@ -202,11 +245,7 @@ class RequestFiles:
         if in_blocks:
             tables = _blocks(self._open(file, READ_BYTES), row_group, self.columns, file)
         else:
-            parquet = self._opened.pop(file, None) or self._open(file)
-            self._opened[file] = parquet
-            if len(self._opened) > OPEN_FILES:
-                del self._opened[next(iter(self._opened))]
-            tables = iter([read_row_group(parquet, row_group, self.columns, file)])
+            tables = iter([read_row_group(self._kept_open(file), row_group, self.columns, file)])
         first = 0
         for table in tables:
             on_bad_row = self._on_bad_row if problems is None else "skip"
@@ -214,6 +253,13 @@ class RequestFiles:
                 table, self._max_behaviors, on_bad_row, file, row_group, self._features, first, problems
             )
             first += len(table)
+
+    def _kept_open(self, file: Path | Url) -> TableFile:
+        parquet = self._opened.pop(file, None) or self._open(file)
+        self._opened[file] = parquet
+        if len(self._opened) > OPEN_FILES:
+            del self._opened[next(iter(self._opened))]
+        return parquet
 
     def _open(self, file: Path | Url, buffer_size: int = 0) -> TableFile:
         """A file whose text is read as its dictionaries, which are all that is hashed."""
@@ -268,44 +314,31 @@ def _blocks(
         yield computed(pa.Table.from_batches([batch]), parquet, file, row_group)
 
 
-def _counts(parquet: pq.ParquetFile, row_group: int, file: Path | Url) -> tuple[int, int]:
-    """Rows and candidates of a row group, from the footer of the file. Raises DataError if it is damaged."""
+def _counts(parquet: pq.ParquetFile, row_group: int, file: Path | Url) -> tuple[int, int, int]:
+    """Rows and candidates of a row group, and values of its longest column, from the footer of the file.
+    Raises DataError if it is damaged."""
     try:
         group = parquet.metadata.row_group(row_group)
-        column = next(
-            group.column(k) for k in range(group.num_columns)
-            if group.column(k).path_in_schema.split(".")[0] == "labels"
-        )  # fmt: skip
+        columns = [group.column(k) for k in range(group.num_columns)]
+        labels = next(column for column in columns if column.path_in_schema.split(".")[0] == "labels")
     except (UnicodeDecodeError, StopIteration) as error:
         problem = f"the footer is damaged ({type(error).__name__}: {error}); copy or write the file again"
         raise DataError(problem, file=file, row_group=row_group) from None
-    return group.num_rows, column.num_values
+    return group.num_rows, labels.num_values, max(column.num_values for column in columns)
 
 
-def _view(rows: RequestColumns) -> RequestColumns:
-    """The same arrays, which can be taken from it and stay in the other."""
-
-    def view(jagged: Jagged) -> Jagged:
-        return Jagged(jagged.lengths, dict(jagged.values))
-
-    ids = {name: view(jagged) for name, jagged in rows.ids.items()}
-    return RequestColumns(dict(rows.scalars), view(rows.behavior), view(rows.candidate), ids)
+def _count(parts: Sequence[RequestColumns]) -> int:
+    return sum(map(len, parts))
 
 
-def _joined(parts: list[RequestColumns]) -> RequestColumns:
-    """One of parts that have the same columns, which are taken from them, so that none is there twice."""
-    if len(parts) == 1:
-        return parts[0]
-
-    def one(columns: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        return {name: np.concatenate([column.pop(name) for column in columns]) for name in list(columns[0])}
-
-    def lists(jagged: list[Jagged]) -> Jagged:
-        return Jagged(np.concatenate([j.lengths for j in jagged]), one([j.values for j in jagged]))
-
-    return RequestColumns(
-        one([part.scalars for part in parts]),
-        lists([part.behavior for part in parts]),
-        lists([part.candidate for part in parts]),
-        {name: lists([part.ids[name] for part in parts]) for name in parts[0].ids},
-    )
+def _runs(wanted: Sequence[_Wanted]) -> Iterator[list[_Wanted]]:
+    """Row groups that are read together: of one file, all rows of them, in one piece."""
+    run: list[_Wanted] = []
+    for one in wanted:
+        values = sum(each.unit.values for each in run) + one.unit.values
+        fits = run and one.unit.file == run[0].unit.file and values <= MOST_VALUES
+        if run and not (fits and one.is_whole and run[0].is_whole):
+            yield run
+            run = []
+        run.append(one)
+    yield run

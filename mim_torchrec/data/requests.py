@@ -17,11 +17,12 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from mim_torchrec.data.batch import RequestBatch
-from mim_torchrec.data.columns import ORIGINALS, Jagged, RequestColumns, concatenate
+from mim_torchrec.data.batch import FeatureIds, MappedIds, RequestBatch
+from mim_torchrec.data.columns import ORIGINALS, SECOND_LABEL
 from mim_torchrec.data.conventions import Conventions
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.features import NO_FEATURES, Feature, Features, Role, model_numbers
+from mim_torchrec.data.request_columns import Jagged, RequestColumns, concatenate
 from mim_torchrec.data.request_files import GoodRows, RequestFiles
 from mim_torchrec.data.request_order import RequestOrder
 from mim_torchrec.data.schema import (
@@ -33,6 +34,7 @@ from mim_torchrec.data.schema import (
     open_parquet,
     read_row_group,
 )
+from mim_torchrec.data.vocabulary import IdMapper
 from mim_torchrec.embeddings.remote.places import Url, place
 from mim_torchrec.errors import OptionError
 
@@ -151,8 +153,14 @@ class RequestReader(IterableDataset):
     def __iter__(self) -> Iterator[RequestBatch]:
         return self.batches()
 
-    def batches(self, first: int = 0) -> Iterator[RequestBatch]:
-        """Batches of the pass from number `first` on; those before are not decoded."""
+    def batches(self, first: int = 0, mapper: IdMapper | None = None) -> Iterator[RequestBatch]:
+        """Batches of the pass.
+
+        Args:
+            first: number of the one to begin with; those before are not decoded.
+            mapper: of ids to embedding rows, which the batches then hold as if it were called with each, for
+                less work; None leaves ids.
+        """
         worker = get_worker_info()
         if worker is not None and worker.num_workers > 1:
             raise ValueError("a RequestReader reads in at most one worker process; use more ranks instead")
@@ -169,7 +177,8 @@ class RequestReader(IterableDataset):
                 columns, rows = self._files.read(numbers)
                 while place + 1 < len(bounds) and bounds[place + 1] <= stop:
                     wanted = rows[max(bounds[place] - begin, 0) : bounds[place + 1] - begin]
-                    yield _to_batch(concatenate([*parts, columns.take(wanted)]), self._features)
+                    parts.append(columns.take(wanted))
+                    yield _to_batch(concatenate(parts), self._features, mapper)
                     parts, place = [], place + 1
                 if place + 1 < len(bounds) and bounds[place] < stop:
                     parts.append(columns.take(rows[max(bounds[place] - begin, 0) :]))
@@ -177,50 +186,69 @@ class RequestReader(IterableDataset):
             begin = stop
 
 
-def _to_batch(requests: RequestColumns, wanted: Features) -> RequestBatch:
-    ones = np.ones(len(requests), np.int32)
-    features = [("user_id", requests.scalars["user_id"], ones)]
-    if "query_id" in requests.scalars:
-        features.append(("query_id", requests.scalars["query_id"], ones))
+def _to_batch(requests: RequestColumns, wanted: Features, mapper: IdMapper | None) -> RequestBatch:
     candidates, behaviors = requests.candidate, requests.behavior
-    roles: tuple[tuple[Role, Jagged], ...] = (("candidate", candidates), ("behavior", behaviors))
-    for name in ("item_id", "category"):
-        features += [
-            (f"{role}_{name}", jagged.values[name], jagged.lengths.astype(np.int32))
-            for role, jagged in roles
-            if name in jagged.values
-        ]
-    features += [(name, ids.values["id"], ids.lengths.astype(np.int32)) for name, ids in requests.ids.items()]
-    features += [
-        (feature.name, jagged.values[feature.name], jagged.lengths.astype(np.int32))
-        for role, jagged in roles
-        for feature in wanted.ids(role)
-    ]
-    behavior_ts = behaviors.values.get("ts")
-    request_ts = requests.scalars.get("ts")
+    features = _features(requests, wanted)
+    mapped = _unmapped(features) if mapper is None else mapper.map_features(features)
+    behavior_ts, weights = behaviors.values.get("ts"), candidates.values.get(WEIGHT)
+    request_ts, item_ids = requests.scalars.get("ts"), candidates.values.get("item_id" + ORIGINAL)
+    second = candidates.values.get(SECOND_LABEL)
+    originals = {name: requests.scalars[key] for key, name in ORIGINALS.items() if key in requests.scalars}
+    originals |= {} if item_ids is None else {"item_id": item_ids}
     return RequestBatch(
-        sparse=KeyedJaggedTensor(
-            keys=[key for key, _, _ in features],
-            values=torch.from_numpy(np.concatenate([values for _, values, _ in features])),
-            lengths=torch.from_numpy(np.concatenate([lengths for _, _, lengths in features])),
-        ),
-        labels=torch.from_numpy(requests.candidate.values["label"]),
+        **mapped._asdict(),
+        labels=torch.from_numpy(candidates.values["label"]),
         request_ids=torch.from_numpy(requests.scalars["request_id"]),
         request_ts=None if request_ts is None else torch.from_numpy(request_ts),
         behavior_ts=None if behavior_ts is None else torch.from_numpy(behavior_ts),
-        weights=None if (weights := candidates.values.get(WEIGHT)) is None else torch.from_numpy(weights),
-        originals={
-            **{name: requests.scalars[key] for key, name in ORIGINALS.items() if key in requests.scalars},
-            **{
-                name: candidates.values[name + ORIGINAL]
-                for name in ("item_id",)
-                if name + ORIGINAL in candidates.values
-            },
-        },
+        second_labels=None if second is None else torch.from_numpy(second),
+        weights=None if weights is None else torch.from_numpy(weights),
+        originals=originals,
         request_dense=_dense(requests.scalars, wanted.numbers("request")),
         candidate_dense=_dense(candidates.values, wanted.numbers("candidate")),
         behavior_dense=_dense(behaviors.values, wanted.numbers("behavior")),
     )
+
+
+def _features(requests: RequestColumns, wanted: Features) -> list[FeatureIds]:
+    """Features of ids in the order of the keys of a batch."""
+    ones = torch.ones(len(requests), dtype=torch.int32)
+    scalars = {name: requests.scalars[name] for name in ("user_id", "query_id") if name in requests.scalars}
+    found = [FeatureIds(name, torch.from_numpy(ids), ones) for name, ids in scalars.items()]
+
+    def add(key: str, jagged: Jagged, name: str, lengths: torch.Tensor) -> None:
+        ids = jagged.coded[name] if name in jagged.coded else torch.from_numpy(jagged.values[name])
+        found.append(FeatureIds(key, ids, lengths))
+
+    roles: list[tuple[Role, Jagged, torch.Tensor]] = [
+        ("candidate", requests.candidate, _lengths(requests.candidate)),
+        ("behavior", requests.behavior, _lengths(requests.behavior)),
+    ]
+    for name in ("item_id", "category"):
+        for role, jagged, lengths in roles:
+            if name in jagged.values or name in jagged.coded:
+                add(f"{role}_{name}", jagged, name, lengths)
+    for name, jagged in requests.ids.items():
+        add(name, jagged, "id", _lengths(jagged))
+    for role, jagged, lengths in roles:
+        for feature in wanted.ids(role):
+            add(feature.name, jagged, feature.name, lengths)
+    return found
+
+
+def _lengths(jagged: Jagged) -> torch.Tensor:
+    return torch.from_numpy(jagged.lengths.astype(np.int32))
+
+
+def _unmapped(features: Sequence[FeatureIds]) -> MappedIds:
+    sparse = KeyedJaggedTensor(
+        keys=[one.key for one in features],
+        values=torch.cat([one.values() for one in features]),
+        lengths=torch.cat([one.lengths for one in features]),
+        stride=len(features[0].lengths),
+        length_per_key=[len(one.ids) for one in features],
+    )
+    return MappedIds(sparse)
 
 
 def _dense(values: Mapping[str, np.ndarray], features: Sequence[Feature]) -> torch.Tensor | None:

@@ -203,15 +203,33 @@ def read_row_group(
     Raises:
         DataError: the bytes are damaged, text is not UTF-8, or a value cannot be converted.
     """
+    return read_row_groups(parquet, [row_group], columns, file)
+
+
+def read_row_groups(
+    parquet: TableFile, row_groups: Sequence[int], columns: Sequence[str], file: str | Path | Url
+) -> pa.Table:
+    """Read columns of row groups as `read_row_group` does; columns without text come in one piece.
+
+    Raises:
+        DataError: see there; it names the first of the row groups.
+    """
+    schema = parquet.schema_arrow
+    text = [name for name in columns if len(row_groups) > 1 and holds_text(schema.field(name).type)]
+    numbers = [name for name in columns if name not in text]
     try:
-        table = parquet.read_row_group(row_group, columns=list(columns), use_threads=False)
+        table = parquet.read_row_groups(row_groups, numbers, use_threads=False)
+        if text:  # Arrow does not join the dictionaries of lists when it reads them
+            parts = [parquet.read_row_group(group, text, use_threads=False) for group in row_groups]
+            joined = pa.concat_tables(parts)
+            table = pa.table({name: (joined if name in text else table)[name] for name in columns})
     except StoreError:
         raise
     except _UNREADABLE as error:
         raise DataError(
-            f"cannot be read ({error}); copy or write it again", file=file, row_group=row_group
+            f"cannot be read ({error}); copy or write it again", file=file, row_group=row_groups[0]
         ) from None
-    return computed(table, parquet, file, row_group)
+    return computed(table, parquet, file, row_groups[0])
 
 
 def computed(table: pa.Table, parquet: TableFile, file: str | Path | Url, row_group: int) -> pa.Table:
@@ -261,7 +279,7 @@ def _computed(name: str, column: pa.ChunkedArray, parquet: TableFile) -> dict[st
     """A column as the readers compute with it, and where it is asked for, as people know it."""
     at = parquet.expected.get_field_index(name)
     expected = parquet.expected.field(at).type if at >= 0 else pa.null()
-    lists = is_list(expected) or (at < 0 and name.startswith(("candidate_", "behavior_")))
+    lists = is_list(expected) or (at < 0 and name.startswith(("candidate_", "behavior_", "labels_")))
     column = _each_chunk(partial(forms.plain, lists=lists), column)
     if at < 0:
         return {name: column}

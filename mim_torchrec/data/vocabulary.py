@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from mim_torchrec.data.batch import RequestBatch
+from mim_torchrec.data.batch import FeatureIds, MappedIds, RequestBatch
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.id_buckets import IdBuckets
+from mim_torchrec.data.request_columns import Coded
 from mim_torchrec.embeddings.files import atomic_file
 from mim_torchrec.embeddings.sharded.item_index import ItemIndex
 from mim_torchrec.embeddings.table.format import RowIndex
@@ -27,6 +29,7 @@ from mim_torchrec.errors import OptionError
 log = logging.getLogger(__name__)
 
 ALARM_IDS = 100_000
+ROLES = ("candidate", "behavior")
 FORMAT_VERSION = 2
 """Of a vocabulary on the disk: 2 has impressions; 1, which does not say its version, has none."""
 
@@ -115,14 +118,20 @@ class Vocabulary:
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of ids, in their shape; counts ids in `seen` and those without a row in `unknown`."""
+        return self.count(self.look_up(ids))
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        """Rows of ids, in their shape, without counting them."""
         if self._buckets is not None and ids.dtype == torch.int64 and ids.device.type == "cpu":
             places = self._buckets.places(ids.reshape(-1).numpy())
             places += 1
-            rows = torch.from_numpy(places).view(ids.shape)
-        else:
-            rows = self._index.rows(ids)
-        self.seen += ids.numel()
-        self.unknown += ids.numel() - int(torch.count_nonzero(rows))
+            return torch.from_numpy(places).view(ids.shape)
+        return self._index.rows(ids)
+
+    def count(self, rows: Tensor) -> Tensor:
+        """Count rows as those of ids seen; returns them."""
+        self.seen += rows.numel()
+        self.unknown += rows.numel() - int(torch.count_nonzero(rows))
         return rows
 
     def factors(self, rows: Tensor) -> Tensor:
@@ -208,6 +217,7 @@ class IdMapper:
         self._mm = mm
         self._shrinks = any(vocabulary.shrinkage for vocabulary in self.vocabularies.values())
         self._checked: dict[str, tuple[int, int]] = {}
+        self._kept: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def __call__(self, batch: RequestBatch) -> RequestBatch:
         """The batch with rows for ids; the batch given is left as it is.
@@ -215,28 +225,48 @@ class IdMapper:
         Raises:
             DataError: the batch has a feature that the vocabularies lack.
         """
-        keys, ends, stride = list(batch.sparse.keys()), batch.sparse.offset_per_key(), batch.sparse.stride()
-        ids = dict(zip(keys, torch.split(batch.sparse.values(), np.diff(ends).tolist()), strict=True))
-        values, factors = [], []
-        for key in keys:
-            shared = key.removeprefix("candidate_").removeprefix("behavior_")
-            name = key if key in self.vocabularies else shared
-            if name not in self.vocabularies:
-                problem = "the requests have it, those of training did not; leave it out, or train with it"
-                raise DataError(problem, column=key)
-            values.append(self._rows(name, self.vocabularies[name], ids[key]))
-            if self._shrinks:
-                factors.append(self.vocabularies[name].factors(values[-1]))
-        lengths = [batch.sparse.lengths()]
-        bags = _weighted_bags(keys, values, factors, lengths[0].view(-1, stride)) if self._shrinks else None
+        sparse = batch.sparse
+        ids = torch.split(sparse.values(), sparse.length_per_key())
+        lengths = sparse.lengths().view(-1, sparse.stride())
+        features = [FeatureIds(*one) for one in zip(sparse.keys(), ids, lengths, strict=True)]
+        return replace(batch, **self.map_features(features)._asdict())
+
+    def map_features(self, features: Sequence[FeatureIds]) -> MappedIds:
+        """Rows for the ids of a batch that is being made.
+
+        Args:
+            features: of a batch, in the order of its keys.
+
+        Raises:
+            DataError: the vocabularies lack a feature.
+        """
+        rows: list[Tensor] = []
+        factors: list[Tensor] = []
+        for name, group in groupby(features, lambda one: self._name(one.key)):
+            own, vocabulary = list(group), self.vocabularies[name]
+            coded = [(one.key, one.ids) for one in own if isinstance(one.ids, Coded)]
+            if len(coded) == len(own):
+                found = [self._rows_of_codes(key, ids, vocabulary) for key, ids in coded]
+            else:
+                found = list(vocabulary.rows(_joined(own)).split([len(one.ids) for one in own]))
+            rows += found
+            factors += map(vocabulary.factors, found) if self._shrinks else []
+            self._check(name, vocabulary)
+        bags = _weighted_bags(features, rows, factors) if self._shrinks else None
         if self._mm is not None:
-            for role in ("candidate", "behavior"):
-                place = keys.index(f"{role}_item_id") * stride
-                keys.append(f"{role}_mm")
-                values.append(self._rows("mm", self._mm, ids[f"{role}_item_id"]))
-                lengths.append(batch.sparse.lengths()[place : place + stride])
-        mapped = KeyedJaggedTensor(keys=keys, values=torch.cat(values), lengths=torch.cat(lengths))
-        return replace(batch, sparse=mapped, factors=torch.cat(factors) if self._shrinks else None, bags=bags)
+            by_key = {one.key: one for one in features}
+            items = [by_key[f"{role}_item_id"] for role in ROLES]
+            rows.append(self._mm.rows(_joined(items)))
+            self._check("mm", self._mm)
+            features = [*features, *(by_key[f"{role}_item_id"]._replace(key=f"{role}_mm") for role in ROLES)]
+        sparse = KeyedJaggedTensor(
+            keys=[one.key for one in features],
+            values=torch.cat(rows),
+            lengths=torch.cat([one.lengths for one in features]),
+            stride=len(features[0].lengths),
+            length_per_key=[len(one.ids) for one in features],
+        )
+        return MappedIds(sparse, torch.cat(factors) if self._shrinks else None, bags)
 
     def unknown_factor(self, name: str) -> float:
         """The factor of an unknown id of a vocabulary."""
@@ -247,8 +277,25 @@ class IdMapper:
         named = self.vocabularies | ({} if self._mm is None else {"mm": self._mm})
         return {name: v.unknown / v.seen for name, v in named.items() if v.seen}
 
-    def _rows(self, name: str, vocabulary: Vocabulary | ItemIndex, ids: Tensor) -> Tensor:
-        rows = vocabulary.rows(ids)
+    def _name(self, key: str) -> str:
+        """Name of the vocabulary of a feature."""
+        shared = key.removeprefix("candidate_").removeprefix("behavior_")
+        name = key if key in self.vocabularies else shared
+        if name not in self.vocabularies:
+            problem = "the requests have it, those of training did not; leave it out, or train with it"
+            raise DataError(problem, column=key)
+        return name
+
+    def _rows_of_codes(self, key: str, coded: Coded, vocabulary: Vocabulary) -> Tensor:
+        """Rows of coded ids; those of the ids are kept for the next batch, which most often has the same."""
+        ids, rows = self._kept.get(key, (None, coded.ids))
+        if ids is not coded.ids:
+            rows = vocabulary.look_up(torch.from_numpy(coded.ids)).numpy()
+            self._kept[key] = (coded.ids, rows)
+        return vocabulary.count(torch.from_numpy(rows.take(coded.codes)))
+
+    def _check(self, name: str, vocabulary: Vocabulary | ItemIndex) -> None:
+        """Warn where too many of the ids that were counted since the last check are unknown."""
         seen, unknown = self._checked.get(name, (0, 0))
         if vocabulary.seen - seen >= ALARM_IDS:
             share = (vocabulary.unknown - unknown) / (vocabulary.seen - seen)
@@ -256,25 +303,30 @@ class IdMapper:
                 log.warning("%.0f%% of the last %d ids of %s are unknown (limit %.0f%%)", 100 * share,
                             vocabulary.seen - seen, name, 100 * self.max_unknown)  # fmt: skip
             self._checked[name] = (vocabulary.seen, vocabulary.unknown)
-        return rows
+
+
+def _joined(features: Sequence[FeatureIds]) -> Tensor:
+    """Ids of features, one after another."""
+    ids = [one.values() for one in features]
+    return ids[0] if len(ids) == 1 else torch.cat(ids)
 
 
 def _weighted_bags(
-    keys: Sequence[str], values: Sequence[Tensor], factors: Sequence[Tensor], lengths: Tensor
+    features: Sequence[FeatureIds], rows: Sequence[Tensor], factors: Sequence[Tensor]
 ) -> KeyedJaggedTensor:
     """Rows of what a request has, weighted so that their sum is the mean of the shrunk embeddings.
 
     Args:
-        keys: of features.
-        values: of each feature (num_ids,) rows.
+        features: of a batch.
+        rows: of each feature (num_ids,).
         factors: of each feature (num_ids,).
-        lengths: (num_features, num_requests).
     """
-    own = [k for k, key in enumerate(keys) if not key.startswith(("candidate_", "behavior_"))]
-    weights = [factors[k] / lengths[k].repeat_interleave(lengths[k]) for k in own]
+    own = [k for k, one in enumerate(features) if not one.key.startswith(("candidate_", "behavior_"))]
+    lengths = [features[k].lengths for k in own]
+    weights = [factors[k] / each.repeat_interleave(each) for k, each in zip(own, lengths, strict=True)]
     return KeyedJaggedTensor(
-        keys=[keys[k] for k in own],
-        values=torch.cat([values[k] for k in own]),
+        keys=[features[k].key for k in own],
+        values=torch.cat([rows[k] for k in own]),
         weights=torch.cat(weights),
-        lengths=lengths[own].reshape(-1),
+        lengths=torch.cat(lengths),
     )

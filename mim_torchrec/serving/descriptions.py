@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from mim_torchrec.serving.inputs import OUTPUTS, inputs_of
+from mim_torchrec.serving.inputs import inputs_of, outputs_of
 from mim_torchrec.serving.service import Served
 from mim_torchrec.serving.statistics import Statistics
 from mim_torchrec.serving.tensors import BYTES
@@ -47,6 +47,7 @@ class ModelParameters(BaseModel):
     table_version: str | None = Field(description="Version of the multi-modal vectors; null of Base.")
     window_seq: int | None = Field(description="The last window that the vectors have; null of Base.")
     max_behaviors: int = Field(description="Behaviors that the model uses, the last ones of a request.")
+    second_label: str | None = Field(description="Label after the click that the model predicts as well.")
 
 
 class ModelAbout(BaseModel):
@@ -138,11 +139,12 @@ def model_about(name: str, served: Served) -> ModelAbout:
             TensorAbout(name=one.name, datatype=one.datatypes[0], shape=one.shape)
             for one in inputs_of(scorer).values()
         ],
-        outputs=[TensorAbout(name=output, datatype="FP32", shape=[-1]) for output in OUTPUTS],
+        outputs=[TensorAbout(name=output, datatype="FP32", shape=[-1]) for output in outputs_of(scorer)],
         parameters=ModelParameters(
             table_version=scorer.bundle.table_version,
             window_seq=served.window_seq,
             max_behaviors=scorer.config.max_behaviors,
+            second_label=scorer.config.second_label,
         ),
     )
 

@@ -1,4 +1,4 @@
-"""The inputs of a model as clients see them: one table, which requests are read by and which metadata shows.
+"""Inputs and outputs of a model as clients see them: requests are read by this table, and metadata shows it.
 
 Inputs by name: `user_id` (1), `candidate_item_id` (n) and `behavior_item_id` (m, oldest first). If the model
 was trained with them: `query_id` (1), `candidate_category` and `behavior_category` (n, m), `request_ts` (1)
@@ -16,7 +16,7 @@ from mim_torchrec.serving.scorer import ROLES, Scorer
 from mim_torchrec.serving.tensors import BYTES, DATATYPES
 
 SCORE, CONTRIBUTION = "score", "content_contribution"
-OUTPUTS = (SCORE, CONTRIBUTION)
+SECOND, GIVEN_CLICK = "second_score", "second_score_given_click"
 
 
 class Times(Ids):
@@ -60,6 +60,12 @@ class Input:
     def shape(self) -> list[int]:
         """Its shape, -1 for any number of values."""
         return [1] if self.owner == "request" and not self.is_list else [-1]
+
+
+def outputs_of(scorer: Scorer) -> tuple[str, ...]:
+    """The outputs of a model by name."""
+    second = (SECOND, GIVEN_CLICK) if scorer.config.second_label is not None else ()
+    return (SCORE, CONTRIBUTION, *second)
 
 
 def inputs_of(scorer: Scorer) -> dict[str, Input]:

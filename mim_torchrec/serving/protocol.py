@@ -2,7 +2,8 @@
 
 A body is JSON, or JSON followed by the bytes of tensors (the extension of binary tensor data). Ids and
 categories are sent as the log has them: BYTES where they are text or UUIDs, else integers. Outputs: `score`
-(n), and on request `content_contribution` (n). What inputs there are `inputs.py` says.
+(n), of a model with a second label `second_score` (n), and on request `second_score_given_click` (n) and
+`content_contribution` (n). What inputs there are `inputs.py` says.
 """
 
 import json
@@ -16,7 +17,15 @@ from torch import Tensor
 
 from mim_torchrec.data.features import Ids, Numbers
 from mim_torchrec.serving.config import Limits
-from mim_torchrec.serving.inputs import CONTRIBUTION, SCORE, Input, inputs_of
+from mim_torchrec.serving.inputs import (
+    CONTRIBUTION,
+    GIVEN_CLICK,
+    SCORE,
+    SECOND,
+    Input,
+    inputs_of,
+    outputs_of,
+)
 from mim_torchrec.serving.scorer import BadRequest, Scorer, ScoreRequest, Scores
 from mim_torchrec.serving.tensors import BadTensor, from_bytes, from_json, to_bytes
 
@@ -75,7 +84,7 @@ class OutputParameters(BaseModel):
 class InferOutput(Strict):
     """A tensor that is asked for."""
 
-    name: Literal["score", "content_contribution"]
+    name: Literal["score", "content_contribution", "second_score", "second_score_given_click"]
     parameters: OutputParameters | None = None
 
 
@@ -101,7 +110,7 @@ class InferRequest(Strict):
     model_name: Annotated[str, Field(max_length=LONGEST_NAME)] | None = None
     """Of the model, as clients of KServe send it; the one of the address."""
     inputs: Annotated[list[InferInput], Field(min_length=1, max_length=64)]
-    outputs: Annotated[list[InferOutput], Field(max_length=2)] | None = None
+    outputs: Annotated[list[InferOutput], Field(max_length=4)] | None = None
     parameters: InferParameters | None = None
 
     @property
@@ -172,6 +181,9 @@ def read_request(
     known = inputs_of(scorer)
     if surplus := sorted(set(names) - known.keys()):
         raise BadRequest(f"the model has no input {surplus[0]!r}; it has {', '.join(sorted(known))}")
+    there = outputs_of(scorer)
+    if lacking := [output.name for output in sent.outputs or () if output.name not in there]:
+        raise BadRequest(f"the model has no output {lacking[0]!r}; it has {', '.join(there)}")
     if missing := sorted({name for name, one in known.items() if one.required} - set(names)):
         raise BadRequest(f"the tensor {missing[0]} is missing: the model needs the feature {missing[0]}")
     tensors = {given.name: _tensor(given, known[given.name], binary or {}) for given in sent.inputs}
@@ -231,7 +243,8 @@ def write_response(sent: InferRequest, found: Scores, name: str, version: str) -
     Returns:
         The body, and how many bytes of JSON it begins with; None where all of it is JSON.
     """
-    asked = [(output.name, output.parameters) for output in sent.outputs or ()] or [(SCORE, None)]
+    usual = [(SCORE, None)] if found.second is None else [(SCORE, None), (SECOND, None)]
+    asked = [(output.name, output.parameters) for output in sent.outputs or ()] or usual
     by_default = sent.parameters is not None and sent.parameters.binary_data_output is True
     # a model without content interest has nothing that it contributes
     nothing = torch.zeros_like(found.scores)
@@ -239,6 +252,8 @@ def write_response(sent: InferRequest, found: Scores, name: str, version: str) -
         SCORE: found.scores,
         CONTRIBUTION: nothing if found.contribution is None else found.contribution,
     }
+    if found.second is not None:
+        values |= dict(zip((SECOND, GIVEN_CLICK), found.second, strict=True))
     outputs: list[dict[str, Any]] = []
     parts: list[bytes] = []
     for output, parameters in asked:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from mim_torchrec.ciubm.ciubm import CiUBM
+from mim_torchrec.ctr.esmm import second_scores
 from mim_torchrec.data.batch import RequestBatch
 from mim_torchrec.data.features import Feature, model_numbers
 from mim_torchrec.embeddings.stores.store import ParameterStore, open_store
@@ -81,6 +82,8 @@ class Scores:
 
     Attributes:
         scores: (num_candidates,) probabilities of a click.
+        second: (num_candidates,) probabilities of the second label, over all impressions and given a click;
+            None where the model has none.
         contribution: (num_candidates,) what the score loses without the multi-modal vector of the candidate,
             None if it was not asked for.
         unknown: by kind of id, how many of the request the stores do not know.
@@ -91,6 +94,7 @@ class Scores:
     contribution: Tensor | None
     unknown: dict[str, int]
     was_kept: bool | None = None
+    second: tuple[Tensor, Tensor] | None = None
 
 
 class Scorer:
@@ -213,7 +217,12 @@ class Scorer:
         batch = self._batch(requests, known)
         if self._matrices is not None:
             self._matrices.given = given
-        scores = torch.sigmoid(self._model.score(batch, pooled, rows, vectors).logits.float())
+        found = self._model.score(batch, pooled, rows, vectors)
+        scores = torch.sigmoid(found.logits.float())
+        second: list[tuple[Tensor, Tensor]] | None = None
+        if found.conversion_logits is not None:
+            parts = (part.split(counts) for part in second_scores(found.logits, found.conversion_logits))
+            second = list(zip(*parts, strict=True))
         if self._matrices is not None:
             made = self._matrices.made
             for request, key, matrix in zip(requests, keys, made, strict=True):
@@ -229,7 +238,7 @@ class Scorer:
             without = torch.sigmoid(logits.float()).split(counts)
         return [
             Scores(part, part - without[k] if without and requests[k].contribution else None, lookups[k],
-                   given[k] is not None if self._keeps else None)
+                   given[k] is not None if self._keeps else None, second[k] if second else None)
             for k, part in enumerate(scores.split(counts))
         ]  # fmt: skip
 

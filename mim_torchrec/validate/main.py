@@ -47,6 +47,8 @@ class ValidateConfig:
     """Further columns of numbers with boundaries, likewise."""
     other_features: dict[str, str] = field(default_factory=dict)
     """Further columns of a kind of your own, likewise."""
+    second_label: str | None = None
+    """Name of the second label that the model will predict, as of `mim ctr`."""
     out: LocalPath | None = None
     """JSON file of the report."""
 
@@ -61,7 +63,8 @@ def validate(config: ValidateConfig) -> Report:
     check_domains(config)
     days = {"train": config.train_days, "validation": config.validation_days, "test": config.test_days}
     features = Features(sparse=config.sparse_features, dense=config.dense_features,
-                        buckets=config.bucket_features, other=config.other_features)  # fmt: skip
+                        buckets=config.bucket_features, other=config.other_features,
+                        second_label=config.second_label)  # fmt: skip
     dataset, report = Dataset(config.data, days), Report()
     items = check_items(dataset, config.sample, config.images, report)
     try:

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from mim_torchrec.data.columns import RequestColumns
 from mim_torchrec.data.errors import Problems
 from mim_torchrec.data.features import Features
 from mim_torchrec.data.id_scan import IdCounts
 from mim_torchrec.data.items import ItemStore
+from mim_torchrec.data.request_columns import RequestColumns
 from mim_torchrec.data.request_files import RequestFiles
 from mim_torchrec.data.schema import Dataset
 from mim_torchrec.validate.items import LEFT_OUT

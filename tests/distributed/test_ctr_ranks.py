@@ -66,6 +66,7 @@ def make_requests(step: int, first: int, last: int, with_mm: bool, with_features
     dense = {"request_dense": torch.arange(first, last)[:, None] / (1.0 + step),
              "candidate_dense": torch.tensor(values["candidate_item_id"])[:, None].cos(),
              "behavior_dense": torch.tensor(values["behavior_item_id"])[:, None].sin(),
+             "second_labels": torch.tensor(labels) * (torch.tensor(values["candidate_item_id"]) % 3 > 0),
              "weights": 0.5 + torch.tensor(values["candidate_item_id"]) % 3}  # fmt: skip
     return RequestBatch(
         sparse=KeyedJaggedTensor(
@@ -109,6 +110,7 @@ def train(name: str, folder: Path, context) -> dict[str, object]:
         # DIEN's negatives are drawn from the rank's own histories
         aux_weight=0.0 if name == "dien" else 1.0,
         sparse_features=("interests", "candidate_brand", "behavior_action") if with_features else (),
+        second_label="purchase" if with_features else None,
         dense_features=("age", "candidate_price", "behavior_price") if with_features else (),
         id_shrinkage=4.0 if kind == "shrunk" else 0.0,
         id_shrinkage_of={"category": 0.0} if kind == "shrunk" else {},

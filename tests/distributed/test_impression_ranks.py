@@ -30,7 +30,8 @@ def rows(kind: str) -> dict[str, np.ndarray]:
     labels = (rng.random(COUNT) < scores).astype(np.float32)
     return {"request_id": np.arange(COUNT) // 4, "user_id": rng.integers(-90, 90, COUNT) * 2**50,
             "query_id": rng.integers(0, 25, COUNT), "item_id": 100 + rng.integers(ITEMS, size=COUNT),
-            "label": labels, "score": scores}  # fmt: skip
+            "label": labels, "score": scores, "second_label": labels * (rng.random(COUNT) < 0.3),
+            "second_score": scores / 3, "second_score_given_click": scores[::-1].copy()}  # fmt: skip
 
 
 def share(columns: dict[str, np.ndarray], split: str, context: DistributedContext) -> dict[str, np.ndarray]:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from mim_torchrec.data import request_files
-from mim_torchrec.data.columns import RequestColumns
 from mim_torchrec.data.features import NO_FEATURES
+from mim_torchrec.data.request_columns import RequestColumns
 from mim_torchrec.data.request_files import RequestFiles, count_good_rows
 from mim_torchrec.data.request_order import RequestOrder
 from mim_torchrec.data.requests import RequestReader

@@ -1,0 +1,154 @@
+"""Requests as arrays: what `columns` decodes, and how rows of it are taken, joined and cut.
+
+Nothing here loops over rows: a list column is its flat values and the lengths of its rows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+
+@dataclass(frozen=True)
+class Coded:
+    """Ids that repeat often: `codes` (n,) int32 are places in `ids` (m,) int64, which may repeat, too."""
+
+    codes: np.ndarray
+    ids: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def __getitem__(self, index: slice | np.ndarray) -> "Coded":
+        return Coded(self.codes[index], self.ids)
+
+    @property
+    def values(self) -> np.ndarray:
+        """(n,) int64."""
+        found: np.ndarray = self.ids.take(self.codes)
+        return found
+
+
+@dataclass(frozen=True)
+class Jagged:
+    """Parallel lists: `lengths` (num_requests,), and by name, flat values or coded ids (sum(lengths),)."""
+
+    lengths: np.ndarray
+    values: dict[str, np.ndarray]
+    coded: dict[str, Coded] = field(default_factory=dict)
+
+    @cached_property
+    def stops(self) -> np.ndarray:
+        """(num_requests,) where each list ends."""
+        return np.cumsum(self.lengths)
+
+    def pop(self, name: str) -> np.ndarray:
+        """Take out values, which are coded or not."""
+        return self.coded.pop(name).values if name in self.coded else self.values.pop(name)
+
+    def take(self, rows: np.ndarray, last: int | None = None) -> "Jagged":
+        """The lists of some rows, of each only the `last` values where given."""
+        lengths, stops = self.lengths.take(rows), self.stops.take(rows)
+        if last is not None:
+            lengths = np.minimum(lengths, last)
+        longest, total = int(lengths.max(initial=0)), int(lengths.sum())
+        if total and 2 * total >= longest * len(rows) and stops.min() >= longest:
+            # most often lists are about as long: windows that end where they end are copied faster
+            starts, kept = stops - longest, None
+            if total < longest * len(rows):
+                kept = np.arange(longest) >= (longest - lengths)[:, None]
+
+            def taken(values: np.ndarray) -> np.ndarray:
+                found: np.ndarray = _windows(values, longest)[starts]
+                return found.reshape(-1) if kept is None else found[kept]
+
+        else:
+            own_stops = np.cumsum(lengths)
+            index = np.repeat(stops - own_stops, lengths)
+            index += np.arange(len(index))
+
+            def taken(values: np.ndarray) -> np.ndarray:
+                return values.take(index)
+
+        values = {name: taken(own) for name, own in self.values.items()}
+        coded = {name: Coded(taken(own.codes), own.ids) for name, own in self.coded.items()}
+        return Jagged(lengths, values, coded)
+
+    def view(self) -> "Jagged":
+        """The same arrays, which can be taken out of it and stay in the other."""
+        return Jagged(self.lengths, dict(self.values), dict(self.coded))
+
+
+@dataclass(frozen=True)
+class RequestColumns:
+    """Some requests: scalars by name (num_requests,), behaviors, candidates, and further lists of ids."""
+
+    scalars: dict[str, np.ndarray]
+    behavior: Jagged
+    candidate: Jagged
+    ids: dict[str, Jagged] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.scalars["request_id"])
+
+    def take(self, rows: np.ndarray, max_behaviors: int | None = None) -> "RequestColumns":
+        """Some rows in the order given, each with its last `max_behaviors` behaviors."""
+        scalars = {name: values.take(rows) for name, values in self.scalars.items()}
+        ids = {name: jagged.take(rows) for name, jagged in self.ids.items()}
+        return RequestColumns(
+            scalars, self.behavior.take(rows, max_behaviors), self.candidate.take(rows), ids
+        )
+
+    def view(self) -> "RequestColumns":
+        """The same arrays, which can be taken out of it and stay in the other."""
+        ids = {name: jagged.view() for name, jagged in self.ids.items()}
+        return RequestColumns(dict(self.scalars), self.behavior.view(), self.candidate.view(), ids)
+
+
+def concatenate(parts: Sequence[RequestColumns]) -> RequestColumns:
+    """Join requests that have the same columns."""
+    return joined([part.view() for part in parts])
+
+
+def joined(parts: Sequence[RequestColumns]) -> RequestColumns:
+    """Join requests that have the same columns, which are taken out of the parts: none is there twice."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def scalars(own: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        return {name: np.concatenate([one.pop(name) for one in own]) for name in list(own[0])}
+
+    def lists(own: list[Jagged]) -> Jagged:
+        found = Jagged(np.concatenate([jagged.lengths for jagged in own]), {})
+        for name in (*own[0].values, *own[0].coded):
+            if all(name in jagged.coded for jagged in own):
+                found.coded[name] = _joined_codes([jagged.coded.pop(name) for jagged in own])
+            else:
+                found.values[name] = np.concatenate([jagged.pop(name) for jagged in own])
+        return found
+
+    return RequestColumns(
+        scalars([part.scalars for part in parts]),
+        lists([part.behavior for part in parts]),
+        lists([part.candidate for part in parts]),
+        {name: lists([part.ids[name] for part in parts]) for name in parts[0].ids},
+    )
+
+
+def _joined_codes(parts: Sequence[Coded]) -> Coded:
+    codes, stop, place = np.empty(sum(map(len, parts)), np.int32), 0, 0
+    for part in parts:
+        start, stop = stop, stop + len(part)
+        np.add(part.codes, place, out=codes[start:stop])
+        place += len(part.ids)
+    return Coded(codes, np.concatenate([part.ids for part in parts]))
+
+
+def _windows(values: np.ndarray, length: int) -> np.ndarray:
+    """(n - length + 1, length) those values (n,) that follow each one, in the same memory."""
+    shape, strides = (len(values) - length + 1, length), values.strides * 2
+    if values.dtype == object:
+        return as_strided(values, shape, strides, writeable=False)
+    return np.ndarray(shape, values.dtype, values, 0, strides)  # the same, and much faster
