@@ -19,7 +19,7 @@ export PYTHONPATH :=
 export PYTHONUNBUFFERED := 1
 export PYTHONDONTWRITEBYTECODE :=  # the processes of tests would compile the package again and again
 
-.PHONY: help install demo prepare-demo test test-fast faults movielens ablation-csft figure5 table2 ablation-ciubm coldstart daily abtest table6 bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving bench-rim-latency bench-scaling bench-export-throughput bench-input bench-prepare chaos cluster torchrec-parity rehearsal bench benchmark-report docs doctor image lint types lock wheel release-check clean
+.PHONY: help install demo prepare-demo test test-fast faults movielens ablation-csft figure5 table2 ablation-ciubm coldstart daily abtest table6 bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving bench-rim-latency bench-scaling bench-export-throughput bench-input bench-prepare chaos cluster torchrec-parity rehearsal gpu roofline bench benchmark-report docs doctor image lint types lock wheel release-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
@@ -105,6 +105,12 @@ torchrec-parity: install  ## frozen collections beside TorchRec's in 5,000 rando
 
 rehearsal: install  ## training and all stages on a pretended GPU: launches, waits and uploads, and what would fail
 	$(BIN)/python -m mim_torchrec.benchmarks.rehearsal.rehearsal --out runs/rehearsal
+
+gpu: install  ## on a machine with a GPU: checks, tests and measurements in order of worth: make gpu BUDGET=<minutes>
+	$(BIN)/python -m mim_torchrec.benchmarks.gpu.main --out runs/gpu --budget-minutes $(or $(BUDGET),8)
+
+roofline: install  ## what would bound a training step on one H100 and on eight: an estimate
+	$(BIN)/python -m mim_torchrec.benchmarks.gpu.roofline --out runs/roofline
 
 bench-export-throughput: install  ## export's items per second beside its encoder's bare forward pass
 	$(BIN)/python -m mim_torchrec.benchmarks.speed.export_throughput --out runs/export_throughput

@@ -33,7 +33,7 @@ FOLDERS = ("cluster", "pipeline", "pretended_gpu", "distributed", "unit")
 
 
 def pytest_collection_modifyitems(items):
-    """Long files come first, so that no process is left alone with one of them at the end."""
+    """Skip what needs a GPU; long files come first: no process is left alone with one of them at the end."""
 
     def rank(item):
         name, folder = item.path.stem, item.path.parent.name
@@ -41,6 +41,10 @@ def pytest_collection_modifyitems(items):
         return place, FOLDERS.index(folder) if folder in FOLDERS else len(FOLDERS)
 
     items.sort(key=rank)
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu") is not None:
+                item.add_marker(pytest.mark.skip(reason="there is no GPU"))
 
 
 @pytest.fixture(scope="session")

@@ -148,14 +148,24 @@ def measure_step(case: Case, folder: Path, on_gpu: bool = True) -> tuple[StepCou
     return StepCounts(**totals, lines=lines, losses=losses), counts
 
 
-def _train(case: Case, folder: Path, context: DistributedContext, counts: Counts) -> list[float]:
-    sizes = sizes_of(folder)
-    mim = case.preset is not None
-    given: dict[str, Any] = dict(PRESETS[case.preset]) if case.preset is not None else {}
-    config = CTRConfig(
-        data=folder, out=folder / "run", mim="on" if mim else "off", ubm=case.ubm,
-        ubm_options=find_model(case.ubm)(**dict(case.options)), **given,
+def config_of(case: Case, folder: Path, **given: Any) -> CTRConfig:
+    """What `mim ctr` would be told, to train the model of a case.
+
+    Args:
+        case: the model.
+        folder: of the data and of the run.
+        given: further fields.
+    """
+    preset: dict[str, Any] = dict(PRESETS[case.preset]) if case.preset is not None else {}
+    return CTRConfig(
+        data=folder, out=folder / "run", mim="off" if case.preset is None else "on", ubm=case.ubm,
+        ubm_options=find_model(case.ubm)(**dict(case.options)), **preset, **given,
     )  # fmt: skip
+
+
+def _train(case: Case, folder: Path, context: DistributedContext, counts: Counts) -> list[float]:
+    sizes, config = sizes_of(folder), config_of(case, folder)
+    mim = case.preset is not None
     if context.is_main and mim:
         random_table(sizes)
     context.barrier()

@@ -50,7 +50,7 @@ STANDALONE = {
 BENCHMARK_ROOMS = [
     {"harness", "measures"},
     {"paper", "speed", "chaos", "parity", "rehearsal"},
-    {"cluster"},
+    {"cluster", "gpu"},
     {"records"},
 ]
 DRAWING = {"matplotlib", "jinja2"}

@@ -98,7 +98,7 @@ def test_memory_that_a_cpu_does_not_have_is_refused(kernel):
         make_rows("float16", 4, 4, CPU, kernel.value, 0.2)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="managed memory is a GPU's")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kernel", ["fused", "fused_uvm", "fused_uvm_caching"])
 def test_every_memory_of_a_gpu_gives_the_rows(kernel, dtype):
