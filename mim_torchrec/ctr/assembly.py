@@ -137,7 +137,8 @@ def open_reader(
         OptionError: the batch size is not a multiple of the number of ranks.
         DataError: a file is malformed.
     """
-    if config.batch_size % context.world_size:
+    per_rank = config.batch_size_per_rank
+    if per_rank is None and config.batch_size % context.world_size:
         raise OptionError(f"--batch-size {config.batch_size} is not a multiple of {context.world_size} ranks")
     files = dataset.requests(split)
     good_rows: GoodRows | None = None
@@ -150,7 +151,8 @@ def open_reader(
         good_rows = {k: counts for part in context.all_gather_objects(mine) for k, counts in part.items()}
     reader = RequestReader(
         files,
-        batch_size=config.batch_size // context.world_size,
+        batch_size=config.batch_size // context.world_size if per_rank is None else per_rank,
+        size_per_rank=per_rank is not None,
         rank=context.rank,
         world_size=context.world_size,
         seed=config.seed,

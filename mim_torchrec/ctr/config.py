@@ -174,7 +174,9 @@ class CTRConfig(ModelConfig):
     patience: Count | None = None
     """Stop after this many epochs without a better validation AUC."""
     batch_size: Count = 1024
-    """Candidates in a step, over all ranks."""
+    """Candidates in a step, over all ranks; 1,024 on eight GPUs are 128 on each."""
+    batch_size_per_rank: Count | None = None
+    """Candidates in a step of each rank, in the place of `batch_size`: more ranks then take larger steps."""
     lr: Weight = 5e-3
     """Learning rate of the dense part (AdamW); the paper's is 0.005."""
     weight_decay: Weight = 0.0

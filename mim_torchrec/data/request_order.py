@@ -31,6 +31,8 @@ class RequestOrder:
         buffer_rows: requests that are permuted together; None are those of eight row groups, but at most
             262,144.
         drop_remainder: leave out the last rows of an epoch so that all ranks have equally many requests.
+        size_per_rank: whether each rank of other numbers of ranks had such batches as well; otherwise all
+            ranks of one had as many candidates together.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class RequestOrder:
         shuffle: bool,
         buffer_rows: int | None,
         drop_remainder: bool,
+        size_per_rank: bool = False,
     ) -> None:
         self._rows = rows
         self.first: np.ndarray = np.cumsum([0, *rows])[:-1]
@@ -52,6 +55,7 @@ class RequestOrder:
         of the files."""
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
         self._seed, self._shuffle, self._drop_remainder = seed, shuffle, drop_remainder
+        self._size_per_rank = size_per_rank
         self._buffer_rows = BUFFER_ROWS if buffer_rows is None else buffer_rows
         self._buffer_row_groups = BUFFER_ROW_GROUPS if buffer_rows is None else len(rows)
         self.num_requests, self.num_candidates = int(sum(rows)), candidates
@@ -78,7 +82,8 @@ class RequestOrder:
 
     def _count(self, requests: int, world_size: int) -> int:
         """Batches of each rank where so many divide so many requests."""
-        each = self._batch_size * self._world_size / world_size * self.num_requests / self.num_candidates
+        others = 1 if self._size_per_rank else self._world_size / world_size
+        each = self._batch_size * others * self.num_requests / self.num_candidates
         fewest = requests // world_size
         most = fewest if self._drop_remainder else -(-requests // world_size)
         return min(-(-most // max(1, round(each))), fewest)

@@ -62,6 +62,7 @@ class RequestReader(IterableDataset):
         good_rows: where malformed rows are skipped, what `count_good_rows` has found.
         conventions: of the data set, with which the files are compared; by default with each other only.
         originals: whether batches hold ids as people know them, too.
+        size_per_rank: whether other numbers of ranks have the same `batch_size`, see `RequestOrder`.
 
     Raises:
         DataError: a file is malformed, files differ in columns or in what compared columns hold, or there are
@@ -85,6 +86,7 @@ class RequestReader(IterableDataset):
         good_rows: GoodRows | None = None,
         conventions: Conventions | None = None,
         originals: bool = False,
+        size_per_rank: bool = False,
     ) -> None:
         if batch_size < 1 or max_behaviors < 1 or not 0 <= rank < world_size:
             raise OptionError(
@@ -124,7 +126,7 @@ class RequestReader(IterableDataset):
         self._order = RequestOrder(
             [unit.rows for unit in units], self.num_candidates, batch_size=batch_size, rank=rank,
             world_size=world_size, seed=seed, shuffle=shuffle, buffer_rows=buffer_rows,
-            drop_remainder=drop_remainder,
+            drop_remainder=drop_remainder, size_per_rank=size_per_rank,
         )  # fmt: skip
 
     @property

@@ -11,6 +11,7 @@ from mim_torchrec.ctr.main import main as train
 from mim_torchrec.data import items as item_module
 from mim_torchrec.training.history import read_history
 from tests.pipeline.test_ctr_main import SMALL, write_dataset
+from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -45,6 +46,16 @@ def test_reading_ahead_changes_nothing(data, ahead, tmp_path):
 def test_a_buffer_of_other_size_gives_another_order(data, ahead, tmp_path):
     small = run(data, tmp_path / "small", "--buffer-rows", "10")
     assert len(losses(small)) == len(losses(ahead)) and losses(small) != losses(ahead)
+
+
+def test_a_size_per_rank_is_that_of_all_ranks_divided(data, tmp_path):
+    outs = {"together": ["--batch-size", "64"], "each": ["--batch-size-per-rank", "32"]}
+    for name, size in outs.items():
+        flags = ["--data", str(data), "--out", str(tmp_path / name), "--mim", "off", *SMALL, *size]
+        run_ranks(train, 2, flags)
+    assert losses(tmp_path / "each") == losses(tmp_path / "together")
+    alone = run(data, tmp_path / "alone", "--batch-size-per-rank", "32")
+    assert len(losses(alone)) > 1.5 * len(losses(tmp_path / "each"))
 
 
 @pytest.mark.parametrize("flags", [["--buffer-rows", "0"], ["--prefetch", "-1"], ["--min-count", "0"]])

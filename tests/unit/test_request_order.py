@@ -48,6 +48,23 @@ def test_by_default_the_order_is_that_of_buffers_of_eight_row_groups(rows, world
         assert found == of_eight_row_groups(rows, 1, 2, rank, world_size)
 
 
+@pytest.mark.parametrize("size_per_rank", [False, True])
+def test_other_numbers_of_ranks_had_batches_of_one_size_together_or_each(size_per_rank):
+    rows, batches = [12] * 10, 4
+    before = [order_of(rows, rank, 2, size_per_rank=size_per_rank, batch_size=3) for rank in range(2)]
+    after = [
+        order_of(rows, rank, 3, size_per_rank=size_per_rank, batch_size=3 if size_per_rank else 2)
+        for rank in range(3)
+    ]
+    read = [np.concatenate(list(one.chunks()))[: one.bounds()[batches]].tolist() for one in before]
+    for one in after:
+        one.set_epoch(0, [(2, batches)])
+    left = [np.concatenate(list(one.chunks())).tolist() for one in after]
+    assert sorted(sum(read + left, [])) == list(range(120))
+    assert {len(part) for part in read} == {3 * batches}
+    assert {one.num_batches for one in after} == {-(-(96 // 3) // (3 if size_per_rank else 2))}
+
+
 @pytest.mark.parametrize("buffer_rows", [1, 5, 13, 64, 1000])
 @pytest.mark.parametrize("rows", [[4] * 30, [7, 1, 12, 3] * 6, [120]], ids=["equal", "unequal", "one"])
 def test_a_buffer_has_as_many_requests_as_asked_for_whatever_the_row_groups(rows, buffer_rows):
