@@ -19,6 +19,8 @@ CASES = [
     ("prepare", f"--mapping {FILE} --out {OUT}", 2, "no such file; `mim prepare --init"),
     ("prepare", f"--init {FILE}", 3, "no such directory; name the folder of your logs"),
     ("prepare", f"--mapping {FILE} --out {OUT} --threads 0", 2, f"--threads is 0; {TOO_SMALL}"),
+    ("validate", str(FILE), 3, "no such directory; check the path"),
+    ("validate", f"{FILE} --sample 0", 2, "--sample is 0.0; it must be above 0"),
     ("import movielens", f"--ratings {FILE} --posters {FILE} --out {OUT}", 3, "no such file; --ratings is"),
     ("import movielens", f"--ratings {FILE} --posters {FILE} --out {OUT} --negatives 0", 2, "--negatives is"),
     ("import taobao-mm", f"--source {FILE} --out {OUT}", 3, "put all files of the data set there"),
