@@ -100,6 +100,7 @@ def _fine_tune(config: CSFTConfig, run: RunDirectory, context: DistributedContex
         select=f"recall_at_{RECALL_AT}" if len(held_out) else None,
         patience=config.patience if len(held_out) else None,
         log_every=config.log_every,
+        clip_norm=config.clip_norm,
         checkpoints=Checkpoints(run.checkpoints, config.checkpoint, resume_fingerprint, context),
     )
     kept = run.promote_best("encoder", context)

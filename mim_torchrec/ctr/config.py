@@ -181,6 +181,8 @@ class CTRConfig(ModelConfig):
     """Learning rate of the dense part (AdamW); the paper's is 0.005."""
     weight_decay: Weight = 0.0
     """Weight decay of the dense part."""
+    clip_norm: Positive | None = None
+    """Longest gradient of the dense part that a step is taken with; a longer one is shortened to it."""
     sparse_lr: Weight = 0.02
     """Learning rate of the embedding tables."""
     warmup_steps: Natural = 0

@@ -147,6 +147,7 @@ def _train_and_evaluate(config: CTRConfig, run: RunDirectory, context: Distribut
         select="auc",
         patience=config.patience,
         log_every=config.log_every,
+        clip_norm=config.clip_norm,
         checkpoints=Checkpoints(
             run.checkpoints, config.checkpoint, prepared.fingerprint, context, prepared.record
         ),

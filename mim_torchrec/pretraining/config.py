@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
-from mim_torchrec.domains import Count, Domain, Fraction, Natural, Share, Temperature, Weight
+from mim_torchrec.domains import Count, Domain, Fraction, Natural, Positive, Share, Temperature, Weight
 from mim_torchrec.embeddings.remote.places import LocalPath, Place
 from mim_torchrec.encoders.text import TextEncoderConfig
 from mim_torchrec.encoders.vision import VisionEncoderConfig
@@ -87,6 +87,8 @@ class PretrainConfig:
 
     weight_decay: Weight = 0.01
     """Weight decay of matrices; biases, norms and the temperature have none."""
+    clip_norm: Positive | None = None
+    """Longest gradient of all parameters that a step is taken with; a longer one is shortened to it."""
     warmup: Share = 0.1
     """Fraction of the steps in which the learning rate rises; after them it falls to 0 along a cosine."""
     fix_batch_norm: bool | None = None

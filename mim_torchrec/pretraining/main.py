@@ -135,6 +135,7 @@ def _run_phase(
         select="score" if before else None,
         patience=config.patience if before else None,
         log_every=config.log_every,
+        clip_norm=config.clip_norm,
         checkpoints=Checkpoints(run.checkpoints, config.checkpoint, config.resume_fingerprint(), context),
     )
     best = load_towers(run.promote_best("towers", context))

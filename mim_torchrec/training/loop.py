@@ -29,7 +29,7 @@ from mim_torchrec.training.checkpoints import Checkpoints, ResumeError, State
 from mim_torchrec.training.distributed import DistributedContext
 from mim_torchrec.training.history import History, HistoryFile
 from mim_torchrec.training.outcome import StepOutcome
-from mim_torchrec.training.parallel import gradient_norm
+from mim_torchrec.training.parallel import clip_gradient, gradient_norm
 from mim_torchrec.training.run_directory import RunDirectory
 
 with needs("train"):
@@ -100,6 +100,7 @@ def fit(
     patience: int | None,
     log_every: int = 20,
     checkpoints: Checkpoints | None = None,
+    clip_norm: float | None = None,
 ) -> History:
     """Train a task.
 
@@ -114,6 +115,7 @@ def fit(
         log_every: steps between two entries of the log.
         checkpoints: what the run is resumed from, and leaves: at the end of every epoch, as often as they
             say, and when SIGTERM or SIGINT comes. None leaves none.
+        clip_norm: longest gradient that a step is taken with, see `clip_gradient`; None for any.
 
     Returns:
         The history without its steps, the same on every rank.
@@ -148,7 +150,8 @@ def fit(
             while epoch < epochs and not _is_over(history, select, patience):
                 started = time.perf_counter()
                 task.model.train()
-                _train_epoch(task, epoch, first, history, run, context, log_file, log_every, save, stop)
+                _train_epoch(task, epoch, first, history, run, context, log_file, log_every, save, stop,
+                             clip_norm)  # fmt: skip
                 entry = {"epoch": epoch, "loss": history.loss_sum / history.loss_count}
                 context.at(f"the evaluation of epoch {epoch}")
                 entry |= context.all_gather_objects(task.after_epoch(epoch))[0]  # all ranks decide alike
@@ -267,6 +270,7 @@ def _train_epoch(
     log_every: int,
     save: _Saving,
     stop: "_Flag",
+    clip_norm: float | None,
 ) -> None:
     total = task.num_batches(epoch)
     if total < 1:
@@ -298,7 +302,11 @@ def _train_epoch(
             if not loss.is_cuda:
                 loss.backward()
             is_logged = step % log_every == 0 or step == 1
-            norm = float(gradient_norm(task.model)) if is_logged else math.nan
+            if is_logged or clip_norm is not None:
+                gradient = gradient_norm(task.model)
+            if clip_norm is not None:
+                clip_gradient(task.model, gradient, clip_norm)
+            norm = float(gradient) if is_logged else math.nan
             task.optimizer.step()
             samples += task.num_samples(batch)
             entry = {"step": step, "epoch": epoch, "loss": value}

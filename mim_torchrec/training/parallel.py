@@ -101,6 +101,20 @@ def gradient_norm(model: nn.Module) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(norms))
 
 
+def clip_gradient(model: nn.Module, norm: Tensor, limit: float) -> None:
+    """Shorten the gradient of all parameters together to a limit, if it is longer.
+
+    Args:
+        model: whose `gradient_norm` is known.
+        norm: that length, a scalar.
+        limit: longest gradient that is left as it is.
+    """
+    factor = (limit / norm).clamp(max=1.0)  # of a gradient of 0 the limit is infinitely often its length
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.mul_(factor)
+
+
 def _average(parameter: Tensor) -> None:
     assert parameter.grad is not None  # it is called after the gradient was accumulated
     dist.all_reduce(parameter.grad)

@@ -12,7 +12,7 @@ from torch import nn
 from mim_torchrec.embeddings.collective import on_all_ranks
 from mim_torchrec.training.checkpoints import CheckpointConfig, Checkpoints
 from mim_torchrec.training.distributed import DistributedContext, distributed
-from mim_torchrec.training.parallel import Parallel, gradient_norm, parallelize
+from mim_torchrec.training.parallel import Parallel, clip_gradient, gradient_norm, parallelize
 from mim_torchrec.training.shared_directory import shared_atomic_directory
 from mim_torchrec.training.state import TrainingState
 from tests.ranks import RankError, run_ranks
@@ -92,17 +92,21 @@ def test_running_statistics_and_layers_without_a_gradient_come_back_as_they_were
             assert torch.equal(saved[name], results[0][2][name]), name  # one model is evaluated on all ranks
 
 
-def norm_of(kind: Parallel, out: Path) -> float:
+def norm_of(kind: Parallel, out: Path) -> tuple[float, float]:
+    """The length of a gradient, and what clipping has made of it."""
     with distributed(0) as context:
         run = Run(context, kind, out)
         run.train(0)
-        return run.norm
+        clip_gradient(run.model, gradient_norm(run.model), run.norm / 3)
+        return run.norm, float(gradient_norm(run.model))
 
 
 def test_the_norm_of_a_divided_gradient_is_that_of_the_whole(tmp_path):
     whole, divided = (run_ranks(norm_of, 2, kind, tmp_path) for kind in ("ddp", "fsdp"))
-    assert whole[0] == whole[1] > 0
-    assert divided == pytest.approx(whole, rel=1e-5)
+    assert whole[0] == whole[1] and whole[0][0] > 0
+    for (norm, clipped), (other, _) in zip(divided, whole, strict=True):
+        assert norm == pytest.approx(other, rel=1e-5) and clipped == pytest.approx(norm / 3, rel=1e-5)
+    assert whole[0][1] == pytest.approx(whole[0][0] / 3, rel=1e-5)
 
 
 def save_on_a_full_disk(out: Path) -> str:

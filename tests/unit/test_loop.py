@@ -69,6 +69,21 @@ def test_the_loss_falls_and_every_step_is_in_the_history(tmp_path):
     assert {"samples_per_s", "data_wait", "peak_memory_gib", "grad_norm", "error"} <= history.steps[1].keys()
 
 
+def test_a_long_gradient_is_shortened_and_a_short_one_is_not(tmp_path):
+    for limit in (0.3, 1e9):
+        task = Line([], batch_values=(1.0, 2.0, 0.5, 0.01))
+        norms, weight, rate = [], float(task.model.weight.detach()), task.optimizer.param_groups[0]["lr"]
+        run(task, tmp_path / str(limit), epochs=1, clip_norm=limit, log_every=1)
+        for value in task.batch_values:  # naive
+            slope = 2 * value * (value * weight - 3 * value)
+            weight -= rate * slope * min(1.0, limit / abs(slope))
+            norms.append(abs(slope))
+        assert float(task.model.weight.detach()) == pytest.approx(weight, rel=1e-5)
+        logged = [step["grad_norm"] for step in read_history(tmp_path / str(limit) / "history.jsonl").steps]
+        assert logged == pytest.approx(norms, rel=1e-4)  # as it was before
+        assert min(norms) < 0.3 < max(norms)
+
+
 def test_the_best_epoch_is_the_first_with_the_highest_metric(tmp_path):
     task = Line([0.1, 0.7, 0.7, 0.2])
     history = run(task, tmp_path, epochs=4, select="score")
