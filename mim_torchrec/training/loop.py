@@ -274,6 +274,8 @@ def _train_epoch(
 ) -> None:
     total = task.num_batches(epoch)
     if total < 1:
+        if history.loss_count:  # another number of ranks has read all of it
+            return
         raise OptionError(f"epoch {epoch} has no batches: the data is smaller than one batch on every rank")
     samples, waited, since = 0, 0.0, time.perf_counter()
     with Progress(total, f"epoch {epoch}", "step", initial=first, show=context.is_main) as progress:

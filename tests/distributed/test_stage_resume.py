@@ -106,3 +106,18 @@ def test_ctr_goes_on_with_another_number_of_ranks(shop, tmp_path, before, after,
     forget_after(out, "epoch-0001-step-00000001")  # which the second run wrote, of its own part
     run_ranks(train_ctr, after, command)
     assert losses(out) == again
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_an_epoch_that_others_have_read_whole_is_evaluated(shop, tmp_path, before, after):
+    out = tmp_path / "ctr"
+    command = ["--data", str(shop), "--out", str(out), "--mim", "off", "--epochs", "2", "--batch-size", "256",
+               "--checkpoint.every", "1", "--checkpoint.keep", "99"]  # fmt: skip
+    run_ranks(train_ctr, before, command)
+    whole = losses(out)
+    forget_after(out, f"epoch-0000-step-{len(whole) // 2:08d}")
+    run_ranks(train_ctr, after, command)
+    again = losses(out)
+    assert again[: len(whole) // 2] == whole[: len(whole) // 2] and abs(len(again) - len(whole)) <= 1
+    assert len(read_history(out / "history.jsonl").epochs) == 2
+    assert json.loads((out / "metrics.json").read_text())["world_size"] == after
