@@ -65,7 +65,7 @@ def gpt2(folder: Path) -> TextEncoder:
     )  # fmt: skip
     GPT2Model(config).save_pretrained(folder)
     fast.save_pretrained(folder)
-    return TextEncoder(TextEncoderConfig(name=str(folder)))
+    return TextEncoder(TextEncoderConfig(name=str(folder), max_length=16))
 
 
 def inputs(vision: VisionEncoder | None, text: TextEncoder | None, titles: list[str] = TITLES) -> PixelInputs:

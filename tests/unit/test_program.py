@@ -26,6 +26,7 @@ from mim_torchrec.embeddings.table.manifest import (
     LossyVector,
     NonFiniteVector,
     TableError,
+    TableLost,
     VersionMismatch,
 )
 from mim_torchrec.embeddings.windows.log import LogMoved
@@ -58,8 +59,9 @@ from mim_torchrec.training.model_record import ModelMismatch
 ROOT = Path(__file__).resolve().parents[2]
 OURS = {
     OptionError: 2, PipelineError: 2, MappingError: 2,
-    DataError: 3, CheckpointError: 3, Diverged: 3, TableError: 3, ChecksumMismatch: 3, IncompleteTable: 3,
-    DuplicateId: 3, LossyVector: 3, IdCollision: 3, NonFiniteVector: 3, SpareRowsExhausted: 3,
+    DataError: 3, CheckpointError: 3, Diverged: 3, TableError: 3, TableLost: 3,
+    ChecksumMismatch: 3, IncompleteTable: 3, DuplicateId: 3,
+    LossyVector: 3, IdCollision: 3, NonFiniteVector: 3, SpareRowsExhausted: 3,
     MalformedWindow: 3,
     StageError: 3, MissingInput: 3, ReferenceFailed: 3, NoSuchPlace: 3, FetchError: 3,
     VersionMismatch: 4, ModelMismatch: 4, WarmStartError: 4, WindowGap: 4,
