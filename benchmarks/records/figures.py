@@ -155,6 +155,23 @@ def serving(record: Record) -> Figure:
     return figure
 
 
+def reader_input(record: Record) -> Figure:
+    """The reader beside a raw scan, its memory, and what a start takes by the size of the data."""
+    figure, axes = panels(3)
+    reader, names = record["reader"], [f"{int(rows):,}" for rows in record["reader"]["cpu_over_raw"]]
+    bars(axes[0], {"": list(reader["cpu_over_raw"].values())}, names, (MIM_COLOR,),
+         "CPU over a raw scan, by rows of a row group", show="{:.2f}".format)  # fmt: skip
+    axes[0].axhline(1, color="gray", linewidth=0.6)
+    bars(axes[1], {"": list(reader["peak_mib_by_row_group"].values())}, names, (THIRD_COLOR,),
+         "memory (MiB), by rows of a row group", show="{:.0f}".format)  # fmt: skip
+    parts = record["startup_parts"]
+    series = {"start": [own["seconds"] for own in parts.values()],
+              "scan of ids": [own["scan"] for own in parts.values()]}  # fmt: skip
+    bars(axes[2], series, [f"{size}×" for size in parts], (PALE_COLOR, MIM_COLOR), "start (s), by data",
+         show="{:.1f}".format)  # fmt: skip
+    return figure
+
+
 def chaos(record: Record) -> Figure:
     """Kills by process, and what was compared."""
     figure, axes = panels(2)
@@ -177,7 +194,7 @@ DRAWN: Mapping[str, Callable[[Record], Figure]] = {
     draw.__name__: draw
     for draw in (efficiency, scaling, frozen_table, csft_loss, export_throughput, ctr_throughput, rim_latency,
                  serving, chaos)
-}  # fmt: skip
+} | {"input": reader_input}  # fmt: skip
 
 
 def draw(name: str, record: Record) -> bytes:

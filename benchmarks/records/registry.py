@@ -171,6 +171,17 @@ BENCHMARKS: Sequence[Benchmark] = (
         },
     ),
     Benchmark(
+        name="input", module="speed.input",
+        target="bench-input", title="The input of a CTR model",
+        small=("--requests", "40000", "--row-groups", "1000", "20000", "40000", "--rounds", "3",
+               "--startup-requests", "10000", "--startup-sizes", "1", "2", "--train-requests", "4000"),
+        figures={
+            **{f"reader and mapping over a raw scan, CPU, row groups of {rows}": f"reader|cpu_over_raw|{rows}"
+               for rows in ("1000", "20000")},
+            "two readers over one": "reader|two_over_one",
+        },
+    ),
+    Benchmark(
         name="chaos", module="chaos.main",
         target="chaos", title="Kills, duplicates, gaps and other versions",
         small=("--kills", "40", "--items", "1500", "--requests", "500"),
@@ -187,6 +198,9 @@ EXPERIMENTS: Sequence[Experiment] = (
     Experiment("ablation_ciubm", "ablation-ciubm [DATA=<folder>]", "Table 5: the parts of CiUBM"),
     Experiment("figure5", "figure5 [DATA=<folder>]", "Figure 5: foundation models by cost and by AUC"),
     Experiment("coldstart", "coldstart [DATA=<folder>]", "Figure 6: gains by the age of an item"),
+    Experiment(
+        "daily", "daily [DATA=<folder>]", "Models of every day, with tables that grow and bounded ones"
+    ),
     Experiment("abtest", "abtest", "Table 7: a simulated online test"),
     Experiment(
         "prepare",
@@ -194,7 +208,6 @@ EXPERIMENTS: Sequence[Experiment] = (
         "Raw logs prepared, beside a query that reads and sorts them",
         room="speed",
     ),
-    Experiment("input", "bench-input", "The input of a CTR model beside a raw scan", room="speed"),
     Experiment("disk_faults", "faults", "Every call of every writer fails once", room="chaos"),
     Experiment(
         "torchrec_parity", "torchrec-parity", "Frozen collections beside TorchRec's own", room="parity"

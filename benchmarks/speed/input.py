@@ -146,7 +146,7 @@ def read_as_rank(config: InputConfig, files: Sequence[Path], rank: int, ready: l
 
 def apart(work: Callable[..., Any], *arguments: Any) -> Any:
     """What a function returns in a process of its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), program.log_to_stderr) as pool:
         return pool.submit(work, *arguments).result()
 
 
@@ -157,7 +157,7 @@ def readers_together(config: InputConfig, files: Sequence[Path]) -> dict[str, fl
     with spawn.Manager() as manager:
         for ranks in (1, 2):
             ready = [manager.Barrier(ranks) for _ in range(1 + config.rounds)]
-            with ProcessPoolExecutor(ranks, spawn) as pool:
+            with ProcessPoolExecutor(ranks, spawn, program.log_to_stderr) as pool:
                 running = [pool.submit(read_as_rank, config, files, rank, ready) for rank in range(ranks)]
                 slowest = map(max, zip(*(one.result() for one in running), strict=True))
                 found[ranks] = statistics.median(slowest)
