@@ -107,7 +107,7 @@ rehearsal: install  ## training and all stages on a pretended GPU: launches, wai
 	$(BIN)/python -m mim_torchrec.benchmarks.rehearsal.rehearsal --out runs/rehearsal
 
 gpu: install  ## on a machine with a GPU: checks, tests and measurements in order of worth: make gpu BUDGET=<minutes>
-	$(BIN)/python -m mim_torchrec.benchmarks.gpu.main --out runs/gpu --budget-minutes $(or $(BUDGET),8)
+	$(BIN)/python -m mim_torchrec.benchmarks.gpu.main --out runs/gpu --budget-minutes $(or $(BUDGET),8) $(if $(ONLY),--only $(ONLY))
 
 roofline: install  ## what would bound a training step on one H100 and on eight: an estimate
 	$(BIN)/python -m mim_torchrec.benchmarks.gpu.roofline --out runs/roofline
