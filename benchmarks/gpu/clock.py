@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+from mim_torchrec.benchmarks.measures.peak_memory import measured_on_gpu
+from mim_torchrec.benchmarks.measures.turns import when_done
+
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchCooperativeKernel", "cudaGraphLaunch")
 """What names of calls that launch kernels begin with."""
 
@@ -21,24 +24,15 @@ def seconds_each(step: Callable[[int], Any], rounds: int, warmup: int) -> float:
     """
     for turn in range(warmup):
         step(turn)
-    _wait()
-    started = time.perf_counter()
+    started = when_done(time.perf_counter)
     for turn in range(rounds):
         step(turn)
-    _wait()
-    return (time.perf_counter() - started) / rounds
+    return (when_done(time.perf_counter) - started) / rounds
 
 
-def peak_bytes(work: Callable[[], Any]) -> int | None:
-    """Bytes that a GPU's allocator has handed out at the most, during work; None without a GPU."""
-    if not torch.cuda.is_available():
-        work()
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    work()
-    torch.cuda.synchronize()
-    return int(torch.cuda.max_memory_allocated())
+def peak_mib(step: Callable[[int], Any], device: torch.device) -> float | None:
+    """MiB that the allocator of a GPU has handed out at the most, during a step; None on a CPU."""
+    return measured_on_gpu(lambda: step(0), device) / 2**20 if device.type == "cuda" else None
 
 
 def host_calls(step: Callable[[int], Any]) -> dict[str, int] | None:
@@ -55,8 +49,3 @@ def host_calls(step: Callable[[int], Any]) -> dict[str, int] | None:
         "syncs": sum(count for name, count in names.items() if name.endswith("Synchronize")),
         "uploads": sum(count for name, count in names.items() if name.startswith("Memcpy HtoD")),
     }
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

@@ -14,7 +14,7 @@ import tyro
 from torch.nn import functional as F
 
 from mim_torchrec import program
-from mim_torchrec.benchmarks.gpu.clock import peak_bytes, seconds_each
+from mim_torchrec.benchmarks.gpu.clock import peak_mib, seconds_each
 from mim_torchrec.benchmarks.harness.environment import environment
 from mim_torchrec.embeddings.files import write_json
 from mim_torchrec.errors import check_sizes
@@ -66,13 +66,12 @@ def measure(config: ContrastConfig, device: torch.device) -> dict[str, Any]:
 
     seconds = seconds_each(step_once, config.rounds, config.warmup)
     num_items = 2 * count * (config.queue_batches + 1)
-    peak = peak_bytes(lambda: step_once(0))
     queued = queue.vectors("mm")
     assert queued is not None  # it is full
     return {
         "ms": 1000 * seconds,
         "items": num_items,
-        "peak_mib": None if peak is None else peak / 2**20,
+        "peak_mib": peak_mib(step_once, device),
         "queue_mib": queued.nbytes / 2**20,
         "logits_mib": count * num_items * 4 / 2**20,
         "tflops": PRODUCTS * count * num_items * config.dim / seconds / 1e12,

@@ -17,7 +17,7 @@ import torch
 import tyro
 
 from mim_torchrec import program
-from mim_torchrec.benchmarks.gpu.clock import host_calls, peak_bytes, seconds_each
+from mim_torchrec.benchmarks.gpu.clock import host_calls, peak_mib, seconds_each
 from mim_torchrec.benchmarks.harness.environment import environment
 from mim_torchrec.benchmarks.measures.training_steps import (
     StepSizes,
@@ -78,7 +78,7 @@ def measure(case: Case, dim: int, config: StepsConfig, context: DistributedConte
     return {
         "ms": 1000 * seconds,
         "samples_per_s": samples / seconds,
-        "peak_mib": None if (peak := peak_bytes(lambda: step(0))) is None else peak / 2**20,
+        "peak_mib": peak_mib(step, context.device),
         "calls": host_calls(step),
         "rehearsed": dataclasses.asdict(BUDGETS[case.name]),
     }
