@@ -15,18 +15,16 @@ from typing import Any
 
 import torch
 import tyro
-from torch import Tensor, nn
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise
 from torchrec.distributed.types import CacheParams, ShardingPlan
-from torchrec.modules.embedding_configs import EmbeddingConfig
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mim_torchrec import program
 from mim_torchrec.benchmarks.gpu.clock import seconds_each
 from mim_torchrec.benchmarks.harness.environment import environment
+from mim_torchrec.benchmarks.speed.frozen_model import TABLE, Lookup, Sizes, content_config, make_batch
 from mim_torchrec.embeddings.files import write_json
-from mim_torchrec.embeddings.sharded.frozen import DATA_TYPES, FrozenEmbeddingCollection
+from mim_torchrec.embeddings.sharded.frozen import FrozenEmbeddingCollection
 from mim_torchrec.embeddings.sharded.load import find_frozen
 from mim_torchrec.embeddings.sharded.sharder import KERNELS, FrozenEmbeddingCollectionSharder, Memory
 from mim_torchrec.embeddings.table.format import row_bytes
@@ -34,7 +32,6 @@ from mim_torchrec.embeddings.table.quantize import encode, is_quantized
 from mim_torchrec.errors import check_sizes
 from mim_torchrec.training.distributed import distributed
 
-TABLE = "content"
 CHUNK = 1 << 18
 DTYPES = ("float32", "float16", "bfloat16", "int8")
 
@@ -52,7 +49,7 @@ class LookupsConfig:
     requests: int = 1024
     """Requests of a batch."""
     behaviors: int = 100
-    """Behaviors of a request."""
+    """Behaviors of a request, on average."""
     load_factor: float = 0.2
     """Rows of the cache per row, of a table behind one."""
     rounds: int = 50
@@ -60,27 +57,11 @@ class LookupsConfig:
     warmup: int = 5
     """Lookups before those."""
 
-
-def batch_of(config: LookupsConfig, device: torch.device, seed: int) -> KeyedJaggedTensor:
-    """Rows of a Zipf distribution of exponent 1 (the logarithm of the rank is uniform)."""
-    generator = torch.Generator().manual_seed(seed)
-    count = config.requests * config.behaviors
-    rank = (config.rows - 1) ** torch.rand(count, generator=generator, dtype=torch.float64)
-    rows = 1 + rank.long() * 1_000_003 % (config.rows - 1)  # popular rows are not neighbors
-    lengths = torch.full((config.requests,), config.behaviors)
-    return KeyedJaggedTensor(keys=["behavior"], values=rows, lengths=lengths).to(device)
-
-
-class Lookup(nn.Module):
-    """A frozen collection whose vectors come out as one tensor."""
-
-    def __init__(self, content: nn.Module) -> None:
-        super().__init__()
-        self.content = content
-
-    def forward(self, features: KeyedJaggedTensor) -> Tensor:
-        """Vectors (num_ids, dim)."""
-        return self.content(features)["behavior"].values()
+    @property
+    def sizes(self) -> Sizes:
+        """Of the table and of the batches."""
+        return Sizes(rows=self.rows, dim=self.dim, requests=self.requests, behaviors=self.behaviors,
+                     rounds=self.rounds)  # fmt: skip
 
 
 @torch.no_grad()
@@ -88,8 +69,7 @@ def sharded(
     config: LookupsConfig, dtype: str, memory: Memory, device: torch.device
 ) -> DistributedModelParallel:
     """A frozen table of random rows in one kind of memory."""
-    table = EmbeddingConfig(name=TABLE, num_embeddings=config.rows, embedding_dim=config.dim,
-                            feature_names=["behavior"], data_type=DATA_TYPES[dtype])  # fmt: skip
+    table = content_config(config.sizes, dtype)
     out = torch.float32 if is_quantized(dtype) else getattr(torch, dtype)
     module, sharder = FrozenEmbeddingCollection([table], output_dtype=out), FrozenEmbeddingCollectionSharder()
     plan = construct_module_sharding_plan(
@@ -113,7 +93,7 @@ def sharded(
 def measure(config: LookupsConfig, dtype: str, memory: Memory, device: torch.device) -> dict[str, float]:
     """Rows per second of a table, and of `index_select` on rows of as many bytes."""
     model = sharded(config, dtype, memory, device)
-    batches = [batch_of(config, device, seed) for seed in range(4)]
+    batches = [make_batch(config.sizes, seed).to(device) for seed in range(4)]
     with torch.no_grad():
         seconds = seconds_each(lambda turn: model(batches[turn % 4]), config.rounds, config.warmup)
     wide = row_bytes(dtype, config.dim)
@@ -122,7 +102,7 @@ def measure(config: LookupsConfig, dtype: str, memory: Memory, device: torch.dev
     of_select = seconds_each(
         lambda turn: plain.index_select(0, values[turn % 4]), config.rounds, config.warmup
     )
-    count = len(values[0])
+    count = sum(map(len, values)) / len(values)
     out = 4 if is_quantized(dtype) else wide // config.dim
     return {
         "rows_per_s": count / seconds,
