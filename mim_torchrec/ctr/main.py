@@ -41,6 +41,7 @@ from mim_torchrec.errors import OptionError
 from mim_torchrec.training.checkpoints import Checkpoints
 from mim_torchrec.training.distributed import DistributedContext, distributed
 from mim_torchrec.training.loop import fit
+from mim_torchrec.training.precision import matrix_products_in
 from mim_torchrec.training.run_directory import RunDirectory
 
 log = logging.getLogger("mim_torchrec.ctr.main")  # also where it runs as __main__
@@ -53,7 +54,7 @@ def train_and_evaluate(config: CTRConfig, context: DistributedContext) -> dict[s
         raise OptionError("--mim on needs --table; train Base with --mim off")
     check_model(config, context)
     run = RunDirectory(config.out)
-    with run.writing(context):
+    with matrix_products_in(config.precision, context.device), run.writing(context):
         return _train_and_evaluate(config, run, context)
 
 
