@@ -41,7 +41,8 @@ from mim_torchrec.errors import check_sizes
 from mim_torchrec.serving.bundle import Bundle, save_bundle
 from mim_torchrec.serving.grid import Grid
 from mim_torchrec.serving.matrix import interest_matrix
-from mim_torchrec.serving.scorer import Scorer, ScoreRequest
+from mim_torchrec.serving.messages import ScoreRequest
+from mim_torchrec.serving.scorer import Scorer
 from mim_torchrec.training.presets import Preset
 
 RATIO_TARGETS = {64: 5.0, 128: 4.0}
