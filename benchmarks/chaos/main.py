@@ -54,6 +54,8 @@ class ChaosConfig:
     """Seconds between two faults that are no kills, at most."""
     injected: int = 1000
     """Faults of a server under load."""
+    slack: float = 2.0
+    """Seconds after its deadline in which an answer of the server is not late: they are the machine's."""
     limit: float = 1800.0
     """Seconds of one transport, after which it is an error that some still work."""
     seed: int = 0
@@ -103,7 +105,7 @@ def measure(config: ChaosConfig) -> dict[str, Any]:
         kills += outcome.kills
         print(describe(transport, outcome), flush=True)
     problems = [f"{name}: {problem}" for name, outcome in outcomes.items() for problem in outcome.problems]
-    of_server = run_server(config.out.absolute() / "server", config.injected, config.seed)
+    of_server = run_server(config.out.absolute() / "server", config.injected, config.seed, config.slack)
     problems += [f"server: {problem}" for problem in of_server.problems]
     print(describe_server(of_server), flush=True)
     report: dict[str, Any] = {
@@ -211,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     config = tyro.cli(ChaosConfig, args=argv, description=__doc__)
     check_sizes(config, 1, "items", "requests", "epochs")
-    check_sizes(config, 0, "kills", "pause", "limit")
+    check_sizes(config, 0, "kills", "pause", "limit", "slack")
     if config.out.exists():
         shutil.rmtree(config.out)
     config.out.mkdir(parents=True)

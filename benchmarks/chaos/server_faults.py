@@ -225,19 +225,20 @@ def _connection(clients: Clients) -> Iterator[Any]:
         http.close()
 
 
-def run_server(root: Path, least: int, seed: int) -> ServerOutcome:
+def run_server(root: Path, least: int, seed: int, slack: float) -> ServerOutcome:
     """Faults of a server under load.
 
     Args:
         root: where everything lies.
         least: faults to inject.
         seed: of faults and requests.
+        slack: see `Clients`.
     """
     store = RedisServer(root / "redis")
     try:
         served = Served(root, store, seed)
         try:
-            with Clients(served, 3, seed) as clients:
+            with Clients(served, 3, seed, slack) as clients:
                 outcome = ServerFaults(served, clients, Random(seed)).run(least)
         finally:
             problem = served.end()

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import re
 import shutil
 import signal
 import socket
@@ -29,6 +30,18 @@ from mim_torchrec.serving.tokens import TokenFile
 from tests.serving import INFER, application, changed, deployment, messages, output, start, without
 
 ROOT = Path(__file__).parents[2]
+NOT_NEEDED = {
+    "contourpy",
+    "grpc",
+    "ibis",
+    "matplotlib",
+    "pandas",
+    "scipy",
+    "sklearn",
+    "tokenizers",
+    "torchvision",
+}
+"""Libraries of training, of drawing and, without its port, of gRPC."""
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +73,10 @@ def test_scores_over_http_are_the_trainers_for_many_clients_at_once(folder, sent
             return [score for a in answers for score in output(a.json())]
 
         np.testing.assert_allclose(asyncio.run(ask()), expected, rtol=0, atol=1e-5)
+        # scores need none of these: what a server maps says what it has imported
+        mapped = Path(f"/proc/{server.pid}/maps").read_text()
+        packages = set(re.findall(r"site-packages/(\w+)/\S+\.so", mapped))
+        assert packages & NOT_NEEDED == set() and "torch" in packages
     finally:
         server.send_signal(signal.SIGTERM)
         assert server.wait(60) == 0
