@@ -33,7 +33,7 @@ from mim_torchrec.benchmarks.speed.serving_process import (
     process_targets,
 )
 from mim_torchrec.ciubm.content import content_relevance, relevant_interest
-from mim_torchrec.ctr.config import PRESETS, CTRConfig, Preset
+from mim_torchrec.ctr.config import PRESETS, CTRConfig
 from mim_torchrec.ctr.parameters import is_dense
 from mim_torchrec.ctr.sharding import build_model
 from mim_torchrec.embeddings.table.format import TableWriter
@@ -41,7 +41,9 @@ from mim_torchrec.errors import check_sizes
 from mim_torchrec.serving.bundle import Bundle, save_bundle
 from mim_torchrec.serving.grid import Grid
 from mim_torchrec.serving.matrix import interest_matrix
-from mim_torchrec.serving.scorer import Scorer, ScoreRequest
+from mim_torchrec.serving.messages import ScoreRequest
+from mim_torchrec.serving.scorer import Scorer
+from mim_torchrec.training.presets import Preset
 
 RATIO_TARGETS = {64: 5.0, 128: 4.0}
 AT = 1000  # behaviors that the targets speak of
@@ -49,9 +51,9 @@ P99_TARGET = 30.0
 MICROSECONDS = 1_000_000
 NOW = 365 * 86_400 * MICROSECONDS
 MODELS: dict[str, tuple[str, Preset]] = {
-    "sim/paper": ("sim", "paper"),
+    "sim/paper": ("sim", "default"),
     "sim/recommended": ("sim", "recommended"),
-    "din/paper": ("din", "paper"),
+    "din/paper": ("din", "default"),
 }
 
 

@@ -31,9 +31,10 @@ from mim_torchrec.serving.descriptions import (
 )
 from mim_torchrec.serving.guards import Answers, Bodies, Tokens, exchange_of
 from mim_torchrec.serving.inference import FAILURES, Inference
+from mim_torchrec.serving.messages import ScoreRequest, Scores
 from mim_torchrec.serving.openapi import ERRORS, INFER_BODY, UNREADY, describe
 from mim_torchrec.serving.protocol import InferRequest, read_body, read_requests, write_response
-from mim_torchrec.serving.scorer import Scorer, ScoreRequest, Scores
+from mim_torchrec.serving.scorer import Scorer
 from mim_torchrec.serving.service import Served
 from mim_torchrec.serving.tokens import TokenFile
 

@@ -10,13 +10,15 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mim_torchrec.serving.config import Limits
+from mim_torchrec.serving.explaining import explain
 from mim_torchrec.serving.guarded import StoreFailed
+from mim_torchrec.serving.messages import ScoreRequest, Scores
 from mim_torchrec.serving.metrics import Metrics
-from mim_torchrec.serving.scorer import Scorer, ScoreRequest, Scores
+from mim_torchrec.serving.scorer import Scorer
 from mim_torchrec.serving.statistics import Spent
 
 
@@ -172,7 +174,7 @@ class Batcher:
                 [waiting.span for waiting in batch],
                 pairs=sum(waiting.num_pairs for waiting in batch),
             ):
-                found = self._in_parts(scorer, batch)
+                found = self._explained(scorer, batch, self._in_parts(scorer, batch))
         except StoreFailed as error:
             # each of them would fail alike, and wait for the store once more
             return [error] * len(batch)
@@ -188,6 +190,16 @@ class Batcher:
             waiting.spent.parts["compute_infer"] = took
         scores = iter(found)
         return [[next(scores) for _ in waiting.requests] for waiting in batch]
+
+    def _explained(self, scorer: Scorer, batch: list[_Waiting], found: list[Scores]) -> list[Scores]:
+        """Scores with the explanations that were asked for and are still waited for."""
+        requests = ((waiting, request) for waiting in batch for request in waiting.requests)
+        return [
+            replace(scores, explanation=explain(scorer, request))
+            if request.explain and not waiting.answer.done()
+            else scores
+            for (waiting, request), scores in zip(requests, found, strict=True)
+        ]
 
     def _in_parts(self, scorer: Scorer, batch: list[_Waiting]) -> list[Scores]:
         """Scores of all users of a batch, of no more pairs at once than the limits say.

@@ -10,9 +10,10 @@ from mim_torchrec.serving.batcher import Batcher, DeadlinePassed, QueueFull
 from mim_torchrec.serving.config import Limits
 from mim_torchrec.serving.guarded import StoreFailed
 from mim_torchrec.serving.health import Health
+from mim_torchrec.serving.messages import BadRequest, ScoreRequest, Scores
 from mim_torchrec.serving.metrics import Metrics
 from mim_torchrec.serving.protocol import InferRequest
-from mim_torchrec.serving.scorer import BadRequest, Scorer, ScoreRequest, Scores
+from mim_torchrec.serving.scorer import Scorer
 from mim_torchrec.serving.service import Served, Service
 from mim_torchrec.serving.statistics import Spent
 

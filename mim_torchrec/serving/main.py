@@ -161,7 +161,11 @@ def work(
             yield
 
     with tempfile.TemporaryDirectory() as folder:
-        page = None if config.data is None else Page(config.data, Path(folder), service)
+        page = (
+            None
+            if config.data is None
+            else Page(config.data, Path(folder), service, config.limits.explain_pairs)
+        )
         inference = Inference(service, metrics, limits, config.name)
         app = make_app(inference, tokens=tokens, page=page, beside=beside)
         if config.release is not None and deployment.release is not None:

@@ -25,11 +25,14 @@ from mim_torchrec.serving.inputs import (
     inputs_of,
     outputs_of,
 )
-from mim_torchrec.serving.scorer import BadRequest, Scorer, ScoreRequest, Scores
+from mim_torchrec.serving.messages import BadRequest, Explanation, ScoreRequest, Scores
+from mim_torchrec.serving.scorer import Scorer
 from mim_torchrec.serving.tensors import BadTensor, from_bytes, from_json, to_bytes
 from mim_torchrec.serving.users import requests_of
 
 LONGEST_NAME = 128
+EXPLAIN = "explain_"
+"""What the names of outputs that explain others begin with."""
 NOT_SUPPORTED = ("shared_memory_region", "classification")
 Name = Annotated[str, Field(min_length=1, max_length=LONGEST_NAME)]
 Datatype = Literal["BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64", "FP16",
@@ -99,6 +102,8 @@ class InferParameters(BaseModel):
     """The same in microseconds, as Triton's clients say it; 0 is that of the server."""
     table_version: Annotated[str, Field(max_length=LONGEST_NAME)] | None = None
     """Version that the vectors must have."""
+    explain: bool = False
+    """Whether to answer what every interest and every behavior contributed as well."""
     binary_data_output: bool | None = None
     """Whether outputs that do not say it themselves come as bytes behind the JSON."""
 
@@ -202,8 +207,20 @@ def read_requests(
         raise BadRequest(f"the tensor {missing[0]} is missing: the model needs the feature {missing[0]}")
     tensors = {given.name: _tensor(given, known[given.name], binary or {}) for given in sent.inputs}
     shapes = {given.name: given.shape for given in sent.inputs}
-    contribution = any(output.name == CONTRIBUTION for output in sent.outputs or ())
-    return requests_of(tensors, shapes, known, limits, contribution=contribution)
+    found = requests_of(
+        tensors, shapes, known, limits,
+        contribution=any(output.name == CONTRIBUTION for output in sent.outputs or ()),
+        explain=sent.parameters is not None and sent.parameters.explain,
+    )  # fmt: skip
+    if found[0].explain:
+        if len(found) > 1:
+            raise BadRequest(f"an explanation is of one user, and user_id has {len(found)} values")
+        if (pairs := scorer.recent(found[0]).num_pairs) > limits.explain_pairs:
+            raise BadRequest(
+                f"an explanation takes {pairs} pairs of candidate and behavior, more than "
+                f"{limits.explain_pairs}; send fewer candidates, or behaviors"
+            )
+    return found
 
 
 def _tensor(given: InferInput, known: Input, binary: Mapping[str, memoryview]) -> Tensor:
@@ -226,6 +243,16 @@ def _tensor(given: InferInput, known: Input, binary: Mapping[str, memoryview]) -
         raise BadRequest(f"the tensor {name}: {error}") from None
 
 
+def explanation_outputs(explanation: Explanation) -> dict[str, Tensor]:
+    """The outputs of an answer that explain it, by name; see `Explanation`."""
+    found = {f"{EXPLAIN}logit": explanation.logits}
+    found |= {f"{EXPLAIN}{name}": lost for name, lost in explanation.interests.items()}
+    found[f"{EXPLAIN}behavior"] = explanation.behaviors
+    if explanation.relevance is not None:
+        found[f"{EXPLAIN}relevance"] = explanation.relevance
+    return found
+
+
 def outputs(sent: InferRequest, found: Sequence[Scores]) -> list[tuple[str, Tensor, bool]]:
     """The outputs that were asked for.
 
@@ -234,7 +261,8 @@ def outputs(sent: InferRequest, found: Sequence[Scores]) -> list[tuple[str, Tens
         found: scores of its users.
 
     Returns:
-        Name, (num_candidates,) values of all users in their order, and whether they are wanted as bytes.
+        Name, values of all users in their order, (num_candidates,) but for some that explain, and whether
+        they are wanted as bytes.
     """
     asked: list[tuple[str, OutputParameters | None]] = [(SCORE, None)]
     if found[0].second is not None:
@@ -247,6 +275,9 @@ def outputs(sent: InferRequest, found: Sequence[Scores]) -> list[tuple[str, Tens
         said = None if parameters is None else parameters.binary_data
         values = torch.cat([_output(name, one) for one in found])
         made.append((name, values, by_default if said is None else said))
+    explanation = found[0].explanation
+    if explanation is not None:  # there is one user then
+        made += [(name, values, by_default) for name, values in explanation_outputs(explanation).items()]
     return made
 
 
@@ -282,12 +313,12 @@ def write_response(
     described: list[dict[str, Any]] = []
     parts: list[bytes] = []
     for output, data, as_bytes in outputs(sent, found):
-        one: dict[str, Any] = {"name": output, "shape": [len(data)], "datatype": "FP32"}
+        one: dict[str, Any] = {"name": output, "shape": list(data.shape), "datatype": "FP32"}
         if as_bytes:
             parts.append(to_bytes(data))
             one["parameters"] = {"binary_data_size": len(parts[-1])}
         else:
-            one["data"] = data.tolist()
+            one["data"] = data.flatten().tolist()
         described.append(one)
     body: dict[str, Any] = {} if sent.id is None else {"id": sent.id}
     body |= {"model_name": name, "model_version": version, "outputs": described,

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mim_torchrec.serving.config import Limits
+from mim_torchrec.serving.messages import BadRequest, ScoreRequest, Scores
 from mim_torchrec.serving.protocol import (
     InferRequest,
     checked,
@@ -12,7 +13,7 @@ from mim_torchrec.serving.protocol import (
     unknown_parameters,
 )
 from mim_torchrec.serving.rpc_messages import message
-from mim_torchrec.serving.scorer import BadRequest, Scorer, ScoreRequest, Scores
+from mim_torchrec.serving.scorer import Scorer
 from mim_torchrec.serving.tensors import to_bytes
 
 CONTENTS = {
@@ -70,11 +71,11 @@ def write_message(request: Any, sent: InferRequest, found: Sequence[Scores], nam
     for kind, count in unknown_parameters(found).items():
         made.parameters[kind].int64_param = count
     for output, values, _ in outputs(sent, found):
-        one = made.outputs.add(name=output, datatype="FP32", shape=[len(values)])
+        one = made.outputs.add(name=output, datatype="FP32", shape=list(values.shape))
         if request.raw_input_contents:
             made.raw_output_contents.append(to_bytes(values))
         else:
-            one.contents.fp32_contents.extend(values.tolist())
+            one.contents.fp32_contents.extend(values.flatten().tolist())
     return made
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from mim_torchrec.data.features import Ids, Numbers
 from mim_torchrec.serving.config import Limits
 from mim_torchrec.serving.inputs import LENGTHS, Input
-from mim_torchrec.serving.scorer import ROLES, BadRequest, ScoreRequest
+from mim_torchrec.serving.messages import BadRequest, ScoreRequest
+from mim_torchrec.serving.scorer import ROLES
 
 
 def requests_of(
@@ -23,6 +24,7 @@ def requests_of(
     limits: Limits,
     *,
     contribution: bool = False,
+    explain: bool = False,
 ) -> list[ScoreRequest]:
     """The requests of all users, in their order.
 
@@ -32,6 +34,7 @@ def requests_of(
         known: inputs of the model.
         limits: of a request, whatever its number of users.
         contribution: whether to say what content interest contributed.
+        explain: whether to say what every interest and every behavior contributed.
 
     Raises:
         BadRequest: lengths are missing or do not fit, or there is too much or too little.
@@ -83,6 +86,7 @@ def requests_of(
                 request_ts=None if moment is None else int(moment),
                 behavior_ts=times,
                 contribution=contribution,
+                explain=explain,
             )
         )
     return found

@@ -6,7 +6,7 @@ import torch
 from mim_torchrec.data.features import Ids, Numbers
 from mim_torchrec.serving.config import Limits
 from mim_torchrec.serving.inputs import Input, Whole
-from mim_torchrec.serving.scorer import BadRequest
+from mim_torchrec.serving.messages import BadRequest
 from mim_torchrec.serving.users import requests_of
 
 KNOWN = {
