@@ -91,7 +91,7 @@ benchmark-report: install  ## write benchmarks/README.md from the recorded resul
 bench-rim-latency: install  ## from the arrival of an item to a lookup that has its vector
 	$(BIN)/python -m mim_torchrec.benchmarks.speed.rim_latency --out runs/rim_latency
 
-chaos: install  ## kill RIM, stores and training ranks 240 times: no row wrong, lost or doubled
+chaos: install  ## 240 kills of RIM, stores and ranks, 1,000 faults of a server: no row and no score wrong, none lost
 	$(BIN)/python -m mim_torchrec.benchmarks.chaos.main --out runs/chaos
 
 cluster: install  ## the stages on a real Slurm of two nodes, under faults; as root, with slurm-wlm and munge
