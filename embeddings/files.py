@@ -41,6 +41,10 @@ class DiskFull(ExpectedError, OSError):
     status = Status.ENVIRONMENT
 
 
+class DamagedFile(ExpectedError, ValueError):
+    """A file is cut off, or of another kind than its name says."""
+
+
 @contextmanager
 def full_disk_reported(path: Path, needed: int | None = None) -> Iterator[None]:
     """Turn ENOSPC and EDQUOT of the block into `DiskFull`.
@@ -149,6 +153,19 @@ def write_tensors(
         for name in names:
             flat = tensors[name].detach().cpu().contiguous().reshape(-1)
             file.write(flat.view(torch.uint8).numpy().data)
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file by name.
+
+    Raises:
+        DamagedFile: it is cut off, or no such file.
+    """
+    try:
+        return safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as error:
+        problem = f"{path} is damaged, or no safetensors file ({error})"
+        raise DamagedFile(f"{problem}; copy or write it again, or delete it if it is of a cache") from error
 
 
 def replace_files(contents: Mapping[Path, bytes | Path]) -> None:

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import tyro
 from PIL.Image import Image
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mim_torchrec import program
@@ -29,6 +28,7 @@ from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.schema import Dataset
 from mim_torchrec.domains import check_domains
 from mim_torchrec.embeddings.collective import rank_0_first
+from mim_torchrec.embeddings.files import read_tensors
 from mim_torchrec.embeddings.progress import Progress
 from mim_torchrec.embeddings.remote.fetching import fetched
 from mim_torchrec.embeddings.remote.outputs import written
@@ -191,7 +191,7 @@ def _known_features(
         log.warning("%s holds no features of these items by these towers: they are encoded", cache)
         return None
     log.info("features of the towers read from %s", path)
-    return load_file(path)
+    return read_tensors(path)
 
 
 def _encode(

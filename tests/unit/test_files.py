@@ -52,6 +52,16 @@ def test_tensors_are_written_byte_for_byte_as_the_library_writes_them(tmp_path, 
     assert all(torch.equal(load_file(tmp_path / "f")[name], tensor) for name, tensor in tensors.items())
 
 
+@pytest.mark.parametrize("size", [0, 7, 20, -1])
+def test_a_damaged_file_of_tensors_is_named(tmp_path, size):
+    path = tmp_path / "a.safetensors"
+    files.write_tensors(path, {"a": torch.arange(9)})
+    assert files.read_tensors(path)["a"].tolist() == list(range(9))
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(files.DamagedFile, match=rf"{path} is damaged"):
+        files.read_tensors(path)
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_names_the_path_the_bytes_needed_and_the_bytes_free(tmp_path, monkeypatch, code):
     files.write_bytes(tmp_path / "f", b"old")

@@ -12,7 +12,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from mim_torchrec.ctr.warm_start import WarmStartError
 from mim_torchrec.data.errors import DataError
-from mim_torchrec.embeddings.files import DiskFull
+from mim_torchrec.embeddings.files import DamagedFile, DiskFull
 from mim_torchrec.embeddings.holder import LeaseError
 from mim_torchrec.embeddings.remote.fetching import FetchError
 from mim_torchrec.embeddings.remote.places import NoSuchPlace, StoreError
@@ -59,7 +59,7 @@ from mim_torchrec.training.model_record import ModelMismatch
 ROOT = Path(__file__).resolve().parents[2]
 OURS = {
     OptionError: 2, PipelineError: 2, MappingError: 2,
-    DataError: 3, CheckpointError: 3, Diverged: 3, TableError: 3, TableLost: 3,
+    DataError: 3, CheckpointError: 3, DamagedFile: 3, Diverged: 3, TableError: 3, TableLost: 3,
     ChecksumMismatch: 3, IncompleteTable: 3, DuplicateId: 3,
     LossyVector: 3, IdCollision: 3, NonFiniteVector: 3, SpareRowsExhausted: 3,
     MalformedWindow: 3,
