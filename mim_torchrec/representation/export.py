@@ -28,11 +28,11 @@ from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.schema import Dataset
 from mim_torchrec.domains import check_domains
 from mim_torchrec.embeddings.collective import rank_0_first
-from mim_torchrec.embeddings.files import read_tensors
 from mim_torchrec.embeddings.progress import Progress
 from mim_torchrec.embeddings.remote.fetching import fetched
 from mim_torchrec.embeddings.remote.outputs import written
 from mim_torchrec.embeddings.table.format import Manifest, TableWriter
+from mim_torchrec.embeddings.tensor_files import read_tensors
 from mim_torchrec.encoders.checkpoint import encoder_version, load_encoder
 from mim_torchrec.encoders.features import item_features_file
 from mim_torchrec.encoders.pixels import HasTowers, rows_of_rank

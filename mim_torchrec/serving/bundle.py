@@ -34,7 +34,7 @@ from mim_torchrec.ctr.parameters import id_tables, is_dense, load_trainable_stat
 from mim_torchrec.ctr.sharding import build_model
 from mim_torchrec.ctr.vocabularies import load_id_types
 from mim_torchrec.data.errors import DataError
-from mim_torchrec.embeddings.files import atomic_directory, read_tensors, write_json, write_tensors
+from mim_torchrec.embeddings.files import atomic_directory, write_json
 from mim_torchrec.embeddings.remote.fetching import fetched
 from mim_torchrec.embeddings.remote.outputs import written
 from mim_torchrec.embeddings.remote.places import Place, Url
@@ -42,6 +42,7 @@ from mim_torchrec.embeddings.table.manifest import VersionMismatch
 from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.table.shards import CHUNK
 from mim_torchrec.embeddings.table.writer import TableWriter
+from mim_torchrec.embeddings.tensor_files import read_tensors, write_tensors
 from mim_torchrec.quiet import quiet
 
 log = logging.getLogger(__name__)
