@@ -40,8 +40,8 @@ ablation-csft: install  ## what pre-training and C-SFT are worth in AUC: Tables 
 figure5: install  ## vision and text models by cost and by AUC: make figure5 [DATA=<dataset>]
 	$(BIN)/python -m mim_torchrec.benchmarks.paper.figure5 --out runs/figure5 $(if $(DATA),--data $(DATA))
 
-table2: install  ## six user behavior models without and with MIM: make table2 [DATA=<films>]
-	$(BIN)/python -m mim_torchrec.benchmarks.paper.table2 --out runs/table2 $(if $(DATA),--data $(DATA))
+table2: install  ## six user behavior models without and with MIM: make table2 [DATA=<films>] [SUBSETS=1]
+	$(BIN)/python -m mim_torchrec.benchmarks.paper.table2 --out runs/table2 $(if $(DATA),--data $(DATA)) $(if $(SUBSETS),--subsets True)
 
 ablation-ciubm: install  ## what the parts of CiUBM are worth in AUC: make ablation-ciubm [DATA=<films>]
 	$(BIN)/python -m mim_torchrec.benchmarks.paper.ablation_ciubm --out runs/ablation_ciubm $(if $(DATA),--data $(DATA))
