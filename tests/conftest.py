@@ -26,11 +26,17 @@ LONG = (
     "test_demo",
     "test_ctr_benchmarks",
     "test_image",
+    "test_prepare_demo",
+    "test_prepare_spark",
+    "test_elastic",
     "test_csft_resume",
     "test_chaos",
+    "test_extras",
     "test_rim_main",
     "test_stage_resume",
     "test_pretrain_main",
+    "test_registry",
+    "test_doctor",
 )
 """Files that take longest, in the order in which they begin."""
 FOLDERS = ("cluster", "pipeline", "pretended_gpu", "distributed", "unit")
