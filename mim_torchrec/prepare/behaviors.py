@@ -29,7 +29,9 @@ class Behaviors:
     def __init__(self, batches: Iterator[pa.Table], folder: Path) -> None:
         folder.mkdir()
         paths = {name: folder / name for name in COLUMNS}
-        users, starts, size, last = [], [], 0, None
+        users: list[np.ndarray] = []
+        starts: list[np.ndarray] = []
+        size, last = 0, None
         for batch in batches:
             user = stable_ids(batch["user"]).to_numpy()
             if not len(user):

@@ -118,9 +118,9 @@ def _expand(path: str, base: Path) -> list[str]:
     suffixes = tuple(SUFFIXES)
     if is_url(path):
         with Url(path).reported() as (system, root):
-            found = system.glob(root) if any(c in root for c in "*?[") else [root]
-            kinds = {one: system.info(one)["type"] for one in found}
-            files = [f for one in found for f in (system.find(one) if kinds[one] == "directory" else [one])]
+            named = system.glob(root) if any(c in root for c in "*?[") else [root]
+            kinds = {one: system.info(one)["type"] for one in named}
+            files = [f for one in named for f in (system.find(one) if kinds[one] == "directory" else [one])]
         return [system.unstrip_protocol(f) for f in files if f.endswith(suffixes) and not _hidden(f, root)]
     place = base / path
     if any(c in path for c in "*?["):

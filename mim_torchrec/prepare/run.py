@@ -12,7 +12,7 @@ from typing import Any
 import ibis
 import numpy as np
 from ibis import _
-from ibis.expr.types import Table
+from ibis.expr.types import Table, Value
 
 from mim_torchrec.data.ids import stable_ids
 from mim_torchrec.data.schema import SPLITS
@@ -209,7 +209,7 @@ class Preparation:
         self.report["input"]["image_search"] = raw.counts
         return raw
 
-    def _attributed(self, kind: str, actions: Table, shown: Table) -> Table:
+    def _attributed(self, kind: Action, actions: Table, shown: Table) -> Table:
         """Actions with what they follow from, without those that clocks put before it."""
         by_request = self._by_request(kind)
         if not by_request and kind not in self.config.labels():
@@ -277,7 +277,7 @@ class Preparation:
 
     def _refuse_collisions(self, requests: Table, behaviors: Table, searches: Raw | None) -> None:
         """See that text ids have numbers of their own, over all that is written (items: `item_rows`)."""
-        columns = {
+        columns: dict[str, list[Value]] = {
             "user": [requests.user, behaviors.user],
             "request": [requests.request],
             "query": [requests.query] if "query" in requests.columns else [],
