@@ -1,13 +1,15 @@
 """Runs Python programs in processes that have already imported libraries: `fork_server.py SOCKET`.
 
 Each is a process of its own, forked from one that has loaded torch, torchrec and the like: the seconds that a
-process needs for that are spent once. `fork_client.py` says what a command is. The server ends, and
-all commands with it, when its standard input does. Coverage is not measured here: tests that call the same
-programs in their own process measure it.
+process needs for that are spent once. It runs in the namespaces of its client, so on their machine.
+`fork_client.py` says what a command is. The server ends, and all commands with it, when its standard input
+does. Coverage is not measured here: tests that call the same programs in their own process measure it.
 """
 
-import ast
+import atexit
+import ctypes
 import gc
+import inspect
 import io
 import json
 import os
@@ -16,6 +18,7 @@ import selectors
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterable
 from contextlib import suppress
 from importlib import import_module
@@ -25,10 +28,17 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 SIZE = 4
+NAMESPACES = ("pid", "net", "uts", "mnt")
+CLONE_FS = 0x200
+LIBC = ctypes.CDLL(None, use_errno=True)
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("mim_torchrec", "embeddings", "launch")
+PACKAGES = {
+    "mim_torchrec": ROOT / "mim_torchrec",
+    "mim_torchrec.embeddings": ROOT / "embeddings",
+    "mim_torchrec.launch": ROOT / "launch",
+}
 ALSO = ("torch.distributed.run", "torchx.cli.main")
-LEFT_OUT = ("mim_torchrec", "mlflow")
+STARTS_THREADS = ("mim_torchrec.pipeline.tracking",)
 AFTER_FORK = "jemalloc_bg_thd"
 """A thread that starts again in a forked process: of pyarrow's memory."""
 
@@ -38,39 +48,33 @@ def main(place: str) -> None:
     load()
     request = serve(place)
     if request is not None:
-        start(request)
+        finish(request)
 
 
 def load() -> None:
-    """Import what the package imports of others. Itself it is imported by every process, as it always is.
+    """Import the package, and what it imports of others at once.
 
     Raises:
         SystemExit: an import has started a thread, which a forked process would lack.
     """
-    for module, names in sorted(foreign_imports()):
-        found = import_module(module)
-        for name in names:  # some packages load what is in them when it is asked for
-            getattr(found, name, None)
+    for module in (*ALSO, *own_modules()):
+        import_module(module)
     names = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
     if others := [name for name in names if name != AFTER_FORK][1:]:
         raise SystemExit(f"an import has started threads, {others}: this process cannot be forked")
+    inspect.stack()  # which torch elastic asks for often: what is not cached is sought in all modules
     gc.collect()
     gc.freeze()  # a collection in a forked process would copy all pages
 
 
-def foreign_imports() -> set[tuple[str, tuple[str, ...]]]:
-    """Modules of other packages that ours import when they are imported, and the names that they take."""
-    found: set[tuple[str, tuple[str, ...]]] = {(module, ()) for module in ALSO}
-    for folder in FOLDERS:
-        for path in (ROOT / folder).rglob("*.py"):
-            body = ast.parse(path.read_text()).body
-            body += [line for part in body if isinstance(part, ast.With) for line in part.body]
-            for line in body:
-                if isinstance(line, ast.Import):
-                    found |= {(alias.name, ()) for alias in line.names}
-                elif isinstance(line, ast.ImportFrom) and line.module is not None:
-                    found.add((line.module, tuple(alias.name for alias in line.names)))
-    return {one for one in found if one[0].partition(".")[0] not in LEFT_OUT}
+def own_modules() -> list[str]:
+    """All modules of the package, but for those that cannot be imported here."""
+    found = []
+    for package, folder in PACKAGES.items():
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            found.append(".".join([package, *(part for part in parts if part != "__init__")]))
+    return [name for name in found if name not in STARTS_THREADS]
 
 
 def serve(place: str) -> dict[str, Any] | None:
@@ -100,22 +104,29 @@ def serve(place: str) -> dict[str, Any] | None:
                 if received is None:
                     connection.close()
                     continue
-                request, streams = received
-                process = os.fork()
+                request, given = received
+                try:
+                    process = fork_into(given[3])
+                except OSError:  # the machine of the client is gone
+                    process = -1
                 if process == 0:
                     os.setsid()
                     for other in (listener, connection, *running.values(), waiting):
                         other.close()
-                    for number, stream in enumerate(streams):
+                    enter(given[4:])
+                    for number, stream in enumerate(given[:3]):
                         os.dup2(stream, number)
-                        os.close(stream)
+                for number in given:
+                    os.close(number)
+                if process == 0:
                     return request
-                for stream in streams:
-                    os.close(stream)
+                if process < 0:
+                    connection.close()
+                    continue
                 running[process] = connection
                 waiting.register(connection, selectors.EVENT_READ, process)
                 waiting.register(os.pidfd_open(process), selectors.EVENT_READ, process)
-                tell(connection, process)
+                tell(connection, number_in_namespace(process))
             elif key.fileobj in running.values():  # the client was killed
                 waiting.unregister(key.fileobj)
                 end(key.data)
@@ -131,16 +142,51 @@ def serve(place: str) -> dict[str, Any] | None:
 
 
 def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
-    """A request with its standard streams, or None from a client that has ended."""
-    size, streams, _, _ = socket.recv_fds(connection, SIZE, 3)
+    """A request with its standard streams and namespaces, or None from a client that has ended."""
+    size, given, _, _ = socket.recv_fds(connection, SIZE, 3 + len(NAMESPACES))
     length = int.from_bytes(size, "big")
     with connection.makefile("rb") as file:
         text = file.read(length)
-    if len(streams) < 3 or len(text) < length:
-        for stream in streams:
-            os.close(stream)
+    if len(given) < 3 + len(NAMESPACES) or len(text) < length:
+        for number in given:
+            os.close(number)
         return None
-    return json.loads(text), list(streams)
+    return json.loads(text), list(given)
+
+
+def fork_into(namespace: int) -> int:
+    """Fork, into a namespace of processes.
+
+    Raises:
+        OSError: its first process has ended.
+    """
+    own = os.open("/proc/self/ns/pid", os.O_RDONLY)
+    elsewhere = not os.path.sameopenfile(own, namespace)
+    if elsewhere:
+        enter([namespace])
+    process = -1
+    try:
+        process = os.fork()
+    finally:
+        if process and elsewhere:
+            enter([own])
+        os.close(own)
+    return process
+
+
+def enter(namespaces: Iterable[int]) -> None:
+    """Go on in other namespaces; one of processes is for those that are forked from now on."""
+    LIBC.unshare(CLONE_FS)  # what threads of libraries share is not taken into another mount namespace
+    for namespace in namespaces:
+        if LIBC.setns(namespace, 0):
+            error = ctypes.get_errno()
+            raise OSError(error, f"a namespace cannot be entered: {os.strerror(error)}")
+
+
+def number_in_namespace(process: int) -> int:
+    """What a process is called where it runs."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return int(status.partition("\nNSpid:")[2].partition("\n")[0].split()[-1])
 
 
 def tell(connection: socket.socket, number: int) -> None:
@@ -154,6 +200,33 @@ def end(process: int) -> None:
     os.kill(process, signal.SIGKILL)  # which has no group yet, if it has just been forked
     with suppress(ProcessLookupError):
         os.killpg(process, signal.SIGKILL)
+
+
+def finish(request: dict[str, Any]) -> NoReturn:
+    """Run a command to the end of its process, as Python would, in this process.
+
+    What is loaded is not deallocated before: that copies its pages and takes longer than a short command.
+    """
+    status: Any = 1
+    try:
+        start(request)
+    except SystemExit as ended:
+        status = ended.code
+    except BaseException as error:
+        status = -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+        sys.excepthook(type(error), error, error.__traceback__)
+    if status is not None and not isinstance(status, int):
+        print(status, file=sys.stderr)
+        status = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(ValueError, BrokenPipeError):  # it was closed, at either end
+            stream.flush()
+    if status == -signal.SIGINT:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    os._exit((status or 0) & 0xFF)
 
 
 def start(request: dict[str, Any]) -> NoReturn:
@@ -173,6 +246,7 @@ def start(request: dict[str, Any]) -> NoReturn:
         raw = io.FileIO(1, "w", closefd=False)
         sys.stdout = sys.__stdout__ = io.TextIOWrapper(raw, encoding="utf-8", write_through=True)  # type: ignore[type-var]
     reseed()
+    inspect.modulesbyfile[os.path.abspath(runpy.run_path.__code__.co_filename)] = "runpy"  # type: ignore[attr-defined]
     added = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     sys.path[1:1] = added
     if request["name"] == "python":
