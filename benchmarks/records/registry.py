@@ -218,4 +218,5 @@ EXPERIMENTS: Sequence[Experiment] = (
     Experiment(
         "rehearsal", "rehearsal", "Every stage on a pretended GPU: launches, waits, uploads", room="rehearsal"
     ),
+    Experiment("cuda_wheel", "cuda-check", "Operators of fbgemm without a kernel for GPUs", room="rehearsal"),
 )

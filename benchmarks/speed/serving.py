@@ -137,8 +137,7 @@ def make_bundle(config: ServingConfig, model: str) -> Path:
         data=config.out, out=config.out, ubm=ubm, preset=preset, table_version="random", recency="time",
         embedding_dim=config.id_dim, max_behaviors=max(config.behaviors), **PRESETS[preset],
     )  # fmt: skip
-    dim = config.mm_dims[0]
-    rows = {"user_id": config.users, "item_id": config.items, "category": 100}
+    dim, rows = config.mm_dims[0], {"user_id": config.users, "item_id": config.items, "category": 100}
     mm = EmbeddingConfig(name="mm", num_embeddings=1, embedding_dim=dim,
                          feature_names=["candidate_mm", "behavior_mm"])  # fmt: skip
     built = build_model(settings, dict.fromkeys(rows, 1), mm, torch.device("meta"))

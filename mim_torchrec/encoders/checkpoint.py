@@ -14,15 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from mim_torchrec.embeddings.files import (
-    DamagedFile,
-    atomic_directory,
-    read_tensors,
-    write_json,
-    write_tensors,
-)
+from mim_torchrec.embeddings.files import atomic_directory, write_json
 from mim_torchrec.embeddings.remote.fetching import fetched
 from mim_torchrec.embeddings.remote.places import Url
+from mim_torchrec.embeddings.tensor_files import DamagedFile, read_tensors, write_tensors
 from mim_torchrec.encoders.item_encoder import HeadConfig, ItemEncoder, ItemEncoderConfig
 from mim_torchrec.encoders.text import TextEncoder, TextEncoderConfig
 from mim_torchrec.encoders.vision import VisionEncoder, VisionEncoderConfig

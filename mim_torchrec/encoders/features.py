@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mim_torchrec.data.images import DECODER
 from mim_torchrec.embeddings.collective import on_all_ranks
-from mim_torchrec.embeddings.files import read_tensors, write_tensors
 from mim_torchrec.embeddings.progress import Progress
+from mim_torchrec.embeddings.tensor_files import read_tensors, write_tensors
 from mim_torchrec.encoders.checkpoint import module_version
 from mim_torchrec.encoders.pixels import HasTowers, rows_of_rank
 from mim_torchrec.training.distributed import DistributedContext

@@ -12,7 +12,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from mim_torchrec.ctr.warm_start import WarmStartError
 from mim_torchrec.data.errors import DataError
-from mim_torchrec.embeddings.files import DamagedFile, DiskFull
+from mim_torchrec.embeddings.files import DiskFull
 from mim_torchrec.embeddings.holder import LeaseError
 from mim_torchrec.embeddings.remote.fetching import FetchError
 from mim_torchrec.embeddings.remote.places import NoSuchPlace, StoreError
@@ -29,6 +29,7 @@ from mim_torchrec.embeddings.table.manifest import (
     TableLost,
     VersionMismatch,
 )
+from mim_torchrec.embeddings.tensor_files import DamagedFile
 from mim_torchrec.embeddings.windows.log import LogMoved
 from mim_torchrec.embeddings.windows.redis_address import RedisFull, RedisUnavailable
 from mim_torchrec.embeddings.windows.window import MalformedWindow, WindowGap
