@@ -134,8 +134,9 @@ def make_bundle(config: ServingConfig, model: str) -> Path:
     ubm, preset = MODELS[model]
     out = config.out / "bundles" / model.replace("/", "-")
     settings = CTRConfig(
-        data=config.out, out=config.out, ubm=ubm, preset=preset, table_version="random", recency="time",
-        embedding_dim=config.id_dim, max_behaviors=max(config.behaviors), **PRESETS[preset],
+        data=config.out, out=config.out, preset=preset, table_version="random", recency="time",
+        embedding_dim=config.id_dim, max_behaviors=max(config.behaviors),
+        **(PRESETS[preset] | {"ubm": ubm}),
     )  # fmt: skip
     dim, rows = config.mm_dims[0], {"user_id": config.users, "item_id": config.items, "category": 100}
     mm = EmbeddingConfig(name="mm", num_embeddings=1, embedding_dim=dim,
