@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 ALARM_IDS = 100_000
 ROLES = ("candidate", "behavior")
+OF_TABLE = tuple(f"{role}_mm" for role in ROLES)
+"""Features that are rows of the multi-modal table."""
 FORMAT_VERSION = 2
 """Of a vocabulary on the disk: 2 has impressions; 1, which does not say its version, has none."""
 
@@ -263,7 +265,7 @@ class IdMapper:
             bounds: (num_batches + 1,) where each batch begins and ends among the requests.
         """
         rows = [one.values() for one in features]
-        names = [self._name(one.key) for one in features if not one.key.endswith("_mm")]
+        names = [self._name(one.key) for one in features if one.key not in OF_TABLE]
         for name, own in zip(names, rows, strict=False):
             self.vocabularies[name].count(own)
         for name in dict.fromkeys(names):
