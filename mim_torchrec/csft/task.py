@@ -18,6 +18,7 @@ from mim_torchrec.csft.config import CSFTConfig
 from mim_torchrec.csft.image_search import encode, find
 from mim_torchrec.csft.inputs import Inputs, SearchContent, Tokens
 from mim_torchrec.csft.loss_variant import VariantLoss, make_variant_loss
+from mim_torchrec.csft.selection import epoch_metrics
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.pairs import PairDataset
 from mim_torchrec.encoders.checkpoint import save_encoder
@@ -27,8 +28,6 @@ from mim_torchrec.losses.cross_entropy import CategoryCrossEntropy, PairCrossEnt
 from mim_torchrec.training.distributed import DistributedContext
 from mim_torchrec.training.parallel import parallelize, synchronize_buffers, whole_state
 from mim_torchrec.training.state import TrainingState
-
-RECALL_AT = 10
 
 
 @dataclass
@@ -156,8 +155,10 @@ class CSFTTask:
         held_out: np.ndarray,
         context: DistributedContext,
     ) -> None:
-        if len(train) < config.batch_size:
-            raise OptionError(f"{len(train)} pairs are fewer than --batch-size {config.batch_size}; lower it")
+        self._batch_size = config.pairs_per_step(context.world_size)
+        if len(train) < self._batch_size:
+            few = f"{len(train)} pairs are fewer than the {self._batch_size} of a step"
+            raise OptionError(f"{few}; lower --batch-size or --batch-size-per-rank")
         if config.gamma and (catalog.query_row < 0).any():
             raise OptionError(
                 f"--gamma {config.gamma} needs queries that are items; "
@@ -166,7 +167,7 @@ class CSFTTask:
         self._config, self._encoder, self._inputs = config, encoder, inputs
         self._items, self._pairs, self._catalog = items, pairs, catalog
         self._train, self._held_out, self._context = train, held_out, context
-        self._per_rank = config.batch_size // context.world_size
+        self._per_rank = self._batch_size // context.world_size
         self._category: np.ndarray | None = None
         num_categories = 0
         if config.interest_signal == "category":
@@ -193,14 +194,14 @@ class CSFTTask:
 
     def num_batches(self, epoch: int) -> int:
         """Whole batches of an epoch; the rest of the pairs waits for the next order."""
-        return len(self._train) // self._config.batch_size
+        return len(self._train) // self._batch_size
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[PairBatch]:
         """This rank's part of every batch from `first` on, in an order of (seed, epoch)."""
         self._pairs.set_epoch(epoch)
         order = np.random.default_rng((self._config.seed, epoch)).permutation(self._train)
         for step in range(first, self.num_batches(epoch)):
-            start = step * self._config.batch_size + self._context.rank * self._per_rank
+            start = step * self._batch_size + self._context.rank * self._per_rank
             yield self._batch(order[start : start + self._per_rank])
 
     def num_samples(self, batch: PairBatch) -> int:
@@ -217,11 +218,11 @@ class CSFTTask:
         return self.model(batch)
 
     def after_epoch(self, epoch: int) -> dict[str, float]:
-        """Recall of the bought item among all items: h_q^img of held-out queries against h^MM.
+        """Rank of the bought item among all items: h_q^img of held-out queries against h^MM.
 
         Returns:
-            `recall_at_10` and `mrr` (mean reciprocal rank); the item that is the query itself is left out.
-            {} if no pairs are held out.
+            `selection.epoch_metrics`; the item that is the query itself is left out. {} if no pairs are held
+            out.
         """
         if not len(self._held_out):
             return {}
@@ -229,11 +230,8 @@ class CSFTTask:
         encoder = self._contrast.encoder.eval()
         size = self._config.encode_batch_size
         vectors = encode(encoder, self._inputs, self._held_out, self._catalog, size, self._context)
-        rank = find(*vectors, self._held_out, self._catalog).rank.double()
-        return {
-            f"recall_at_{RECALL_AT}": float((rank <= RECALL_AT).double().mean()),
-            "mrr": float((1 / rank).mean()),
-        }
+        rank = find(*vectors, self._held_out, self._catalog).rank
+        return epoch_metrics(rank, self._config.select)
 
     def save(self, path: Path) -> None:
         """Write the encoder's checkpoint, towers included."""

@@ -1,5 +1,6 @@
 """A batch of requests: what readers yield and what CTR models take."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, cast
 
@@ -13,11 +14,11 @@ from mim_torchrec.data.request_columns import Coded
 
 
 class FeatureIds(NamedTuple):
-    """Ids of one feature of B requests, before they are part of a batch.
+    """Ids of one feature of B requests, or their rows, before they are part of a batch.
 
     Args:
         key: name of the feature.
-        ids: (n,) int64, or coded.
+        ids: (n,) int64, or rows that may be int32; or coded.
         lengths: (B,) int32, how many of them each request has.
     """
 
@@ -26,7 +27,7 @@ class FeatureIds(NamedTuple):
     lengths: Tensor
 
     def values(self) -> Tensor:
-        """(n,) int64 ids."""
+        """(n,) ids or rows."""
         return self.ids if isinstance(self.ids, Tensor) else torch.from_numpy(self.ids.values)
 
 
@@ -36,6 +37,36 @@ class MappedIds(NamedTuple):
     sparse: KeyedJaggedTensor
     factors: Tensor | None = None
     bags: KeyedJaggedTensor | None = None
+
+
+def keyed(
+    features: Sequence[FeatureIds], values: Sequence[Tensor], bounds: np.ndarray
+) -> Iterator[KeyedJaggedTensor]:
+    """Values of features as the tensors of batches.
+
+    Args:
+        features: of the requests of all batches.
+        values: (num_ids,) of each feature, in the order of its ids.
+        bounds: (num_batches + 1,) where each batch begins and ends among the requests.
+    """
+    keys = [one.key for one in features]
+    lengths = torch.stack([one.lengths for one in features])
+    starts = np.zeros((len(keys), lengths.shape[1] + 1), np.int64)
+    np.cumsum(lengths.numpy(), axis=1, out=starts[:, 1:])
+    sizes = np.diff(starts[:, bounds])
+    parts = [own.split(each) for own, each in zip(values, sizes.tolist(), strict=True)]
+    requests = np.diff(bounds).tolist()
+    for own, of_batch, each, stride in zip(
+        zip(*parts, strict=True), lengths.split(requests, dim=1), sizes.T.tolist(), requests, strict=True
+    ):
+        joined = torch.cat(own)
+        yield KeyedJaggedTensor(
+            keys=keys,
+            values=joined.long() if joined.dtype == torch.int32 else joined,
+            lengths=of_batch.reshape(-1),
+            stride=stride,
+            length_per_key=each,
+        )
 
 
 @dataclass

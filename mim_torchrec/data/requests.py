@@ -7,7 +7,9 @@ Not here: several worker processes for one reader; the thread that reads ahead o
 """
 
 import logging
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -15,14 +17,14 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from mim_torchrec.data.batch import FeatureIds, MappedIds, RequestBatch
+from mim_torchrec.data.batch import FeatureIds, MappedIds, RequestBatch, keyed
 from mim_torchrec.data.columns import ORIGINALS, SECOND_LABEL
 from mim_torchrec.data.conventions import Conventions
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.features import NO_FEATURES, Feature, Features, Role, model_numbers
-from mim_torchrec.data.request_columns import Jagged, RequestColumns, concatenate
+from mim_torchrec.data.request_buffer import RequestBuffer, concatenate
+from mim_torchrec.data.request_columns import Coded, Jagged, RequestColumns
 from mim_torchrec.data.request_files import GoodRows, RequestFiles
 from mim_torchrec.data.request_order import RequestOrder
 from mim_torchrec.data.schema import (
@@ -39,6 +41,11 @@ from mim_torchrec.embeddings.remote.places import Url, place
 from mim_torchrec.errors import OptionError
 
 log = logging.getLogger(__name__)
+
+IDS = ("user_id", "query_id")
+"""Ids of requests that have embeddings."""
+MADE_VALUES = 1 << 17
+"""Behaviors, or candidates, of the batches that are made together."""
 
 
 class RequestReader(IterableDataset):
@@ -170,57 +177,135 @@ class RequestReader(IterableDataset):
         if len(bounds) < 2:
             return
         begin, place = 0, 0  # of the chunk, among this rank's requests; of the next batch
-        parts: list[RequestColumns] = []
+        buffer = RequestBuffer(None if mapper is None else partial(_with_rows, self._features, mapper))
+        left: list[RequestColumns] = []  # requests of the next batch that earlier chunks had
         for numbers in self._order.chunks():
             stop = begin + len(numbers)
             if stop > bounds[0] and place + 1 < len(bounds):
                 numbers = numbers[max(bounds[0] - begin, 0) :]
                 begin = stop - len(numbers)
-                columns, rows = self._files.read(numbers)
-                while place + 1 < len(bounds) and bounds[place + 1] <= stop:
-                    wanted = rows[max(bounds[place] - begin, 0) : bounds[place + 1] - begin]
-                    parts.append(columns.take(wanted))
-                    yield _to_batch(concatenate(parts), self._features, mapper)
-                    parts, place = [], place + 1
+                columns, rows = self._files.read(numbers, buffer)
+                there = bisect_right(bounds, stop) - 1  # batches before this one are there as a whole
+                together = max(1, _fit(columns, MADE_VALUES) * (len(bounds) - 1) // (bounds[-1] - bounds[0]))
+                while place < there:
+                    until = min(place + together, there)
+                    wanted = rows[max(bounds[place] - begin, 0) : bounds[until] - begin]
+                    requests = concatenate([*left, columns.take(wanted)])
+                    own = np.array(bounds[place : until + 1]) - bounds[place]
+                    yield from _to_batches(requests, own, self._features, mapper)
+                    left, place = [], until
                 if place + 1 < len(bounds) and bounds[place] < stop:
-                    parts.append(columns.take(rows[max(bounds[place] - begin, 0) :]))
-                del columns, rows  # before the next chunk is read
+                    left.append(columns.take(rows[max(bounds[place] - begin, 0) :]))
+                del columns, rows  # so that the buffer can replace its memory
             begin = stop
 
 
-def _to_batch(requests: RequestColumns, wanted: Features, mapper: IdMapper | None) -> RequestBatch:
+def _fit(columns: RequestColumns, values: int) -> int:
+    """How many requests have so many behaviors or candidates, on average."""
+    most = max(jagged.stops[-1] for jagged in (columns.behavior, columns.candidate))
+    return int(values * len(columns) // max(most, 1))
+
+
+def _to_batches(
+    requests: RequestColumns, bounds: np.ndarray, wanted: Features, mapper: IdMapper | None
+) -> Iterator[RequestBatch]:
+    """Batches of requests, made together, because each step on all of them costs one call.
+
+    Args:
+        requests: of all batches.
+        bounds: (num_batches + 1,) where each begins and ends among them.
+        wanted: further columns.
+        mapper: that has looked up their rows; None leaves ids.
+    """
     candidates, behaviors = requests.candidate, requests.behavior
     features = _features(requests, wanted)
-    mapped = _unmapped(features) if mapper is None else mapper.map_features(features)
-    behavior_ts, weights = behaviors.values.get("ts"), candidates.values.get(WEIGHT)
-    request_ts, item_ids = requests.scalars.get("ts"), candidates.values.get("item_id" + ORIGINAL)
-    second = candidates.values.get(SECOND_LABEL)
-    originals = {name: requests.scalars[key] for key, name in ORIGINALS.items() if key in requests.scalars}
-    originals |= {} if item_ids is None else {"item_id": item_ids}
-    return RequestBatch(
-        **mapped._asdict(),
-        labels=torch.from_numpy(candidates.values["label"]),
-        request_ids=torch.from_numpy(requests.scalars["request_id"]),
-        request_ts=None if request_ts is None else torch.from_numpy(request_ts),
-        behavior_ts=None if behavior_ts is None else torch.from_numpy(behavior_ts),
-        second_labels=None if second is None else torch.from_numpy(second),
-        weights=None if weights is None else torch.from_numpy(weights),
-        originals=originals,
-        request_dense=_dense(requests.scalars, wanted.numbers("request")),
-        candidate_dense=_dense(candidates.values, wanted.numbers("candidate")),
-        behavior_dense=_dense(behaviors.values, wanted.numbers("behavior")),
+    mapped = _unmapped(features, bounds) if mapper is None else mapper.batches(features, bounds)
+    known = {name: requests.scalars[key] for key, name in ORIGINALS.items() if key in requests.scalars}
+    shown = candidates.values.get("item_id" + ORIGINAL)
+    places = {
+        "request": bounds,
+        "candidate": candidates.starts_of(bounds),
+        "behavior": behaviors.starts_of(bounds),
+    }
+    columns: dict[str, tuple[Role, np.ndarray | torch.Tensor | None]] = {
+        "labels": ("candidate", candidates.values["label"]),
+        "request_ids": ("request", requests.scalars["request_id"]),
+        "request_ts": ("request", requests.scalars.get("ts")),
+        "behavior_ts": ("behavior", behaviors.values.get("ts")),
+        "second_labels": ("candidate", candidates.values.get(SECOND_LABEL)),
+        "weights": ("candidate", candidates.values.get(WEIGHT)),
+        "request_dense": ("request", _dense(requests.scalars, wanted.numbers("request"))),
+        "candidate_dense": ("candidate", _dense(candidates.values, wanted.numbers("candidate"))),
+        "behavior_dense": ("behavior", _dense(behaviors.values, wanted.numbers("behavior"))),
+    }
+    cut = {
+        name: torch.as_tensor(values).split(np.diff(places[role]).tolist())
+        for name, (role, values) in columns.items()
+        if values is not None
+    }
+    for k, ids in enumerate(mapped):
+        own, of_candidates = slice(*bounds[k : k + 2]), slice(*places["candidate"][k : k + 2])
+        originals = {name: values[own] for name, values in known.items()}
+        originals |= {} if shown is None else {"item_id": shown[of_candidates]}
+        tensors = {name: parts[k] for name, parts in cut.items()}
+        yield RequestBatch(**ids._asdict(), **tensors, originals=originals)
+
+
+def _with_rows(wanted: Features, mapper: IdMapper, requests: RequestColumns) -> RequestColumns:
+    """Requests with rows instead of ids, and rows of the multi-modal table as `mm`.
+
+    They are looked up where they are decoded, many of a feature at once: so the table that is searched stays
+    in the cache, and what is gathered and copied afterwards is half as long.
+    """
+
+    def rows(key: str, ids: np.ndarray) -> np.ndarray:
+        return mapper.look_up(key, _writable(ids)).numpy()
+
+    def lists(role: Role, jagged: Jagged) -> Jagged:
+        values, coded = dict(jagged.values), dict(jagged.coded)
+        for name, key in _keys(role, wanted).items():
+            if name in coded:
+                coded[name] = Coded(coded[name].codes, rows(key, coded[name].ids))
+            elif name in values:
+                values[name] = rows(key, values[name])
+        if mapper.has_mm:
+            values["mm"] = mapper.look_up_mm(_writable(jagged.values["item_id"])).numpy()
+        return Jagged(jagged.lengths, values, coded)
+
+    scalars = {name: rows(name, requests.scalars[name]) for name in IDS if name in requests.scalars}
+    ids = {
+        name: Jagged(own.lengths, {"id": rows(name, own.values["id"])}) for name, own in requests.ids.items()
+    }
+    return RequestColumns(
+        requests.scalars | scalars,
+        lists("behavior", requests.behavior),
+        lists("candidate", requests.candidate),
+        ids,
     )
 
 
+def _writable(values: np.ndarray) -> torch.Tensor:
+    """A tensor, which does not share the memory of Arrow."""
+    return torch.from_numpy(values if values.flags.writeable else values.copy())
+
+
+def _keys(role: Role, wanted: Features) -> dict[str, str]:
+    """Columns of ids of candidates or behaviors, each with its key in a batch."""
+    own = {name: f"{role}_{name}" for name in ("item_id", "category")}
+    return own | {feature.name: feature.name for feature in wanted.ids(role)}
+
+
 def _features(requests: RequestColumns, wanted: Features) -> list[FeatureIds]:
-    """Features of ids in the order of the keys of a batch."""
+    """Features of ids, or of rows, in the order of the keys of a batch."""
     ones = torch.ones(len(requests), dtype=torch.int32)
-    scalars = {name: requests.scalars[name] for name in ("user_id", "query_id") if name in requests.scalars}
+    scalars = {name: requests.scalars[name] for name in IDS if name in requests.scalars}
     found = [FeatureIds(name, torch.from_numpy(ids), ones) for name, ids in scalars.items()]
 
     def add(key: str, jagged: Jagged, name: str, lengths: torch.Tensor) -> None:
-        ids = jagged.coded[name] if name in jagged.coded else torch.from_numpy(jagged.values[name])
-        found.append(FeatureIds(key, ids, lengths))
+        if name in jagged.coded:
+            found.append(FeatureIds(key, jagged.coded[name], lengths))
+        elif name in jagged.values:
+            found.append(FeatureIds(key, torch.from_numpy(jagged.values[name]), lengths))
 
     roles: list[tuple[Role, Jagged, torch.Tensor]] = [
         ("candidate", requests.candidate, _lengths(requests.candidate)),
@@ -228,13 +313,14 @@ def _features(requests: RequestColumns, wanted: Features) -> list[FeatureIds]:
     ]
     for name in ("item_id", "category"):
         for role, jagged, lengths in roles:
-            if name in jagged.values or name in jagged.coded:
-                add(f"{role}_{name}", jagged, name, lengths)
+            add(f"{role}_{name}", jagged, name, lengths)
     for name, jagged in requests.ids.items():
         add(name, jagged, "id", _lengths(jagged))
     for role, jagged, lengths in roles:
         for feature in wanted.ids(role):
             add(feature.name, jagged, feature.name, lengths)
+    for role, jagged, lengths in roles:
+        add(f"{role}_mm", jagged, "mm", lengths)
     return found
 
 
@@ -242,15 +328,8 @@ def _lengths(jagged: Jagged) -> torch.Tensor:
     return torch.from_numpy(jagged.lengths.astype(np.int32))
 
 
-def _unmapped(features: Sequence[FeatureIds]) -> MappedIds:
-    sparse = KeyedJaggedTensor(
-        keys=[one.key for one in features],
-        values=torch.cat([one.values() for one in features]),
-        lengths=torch.cat([one.lengths for one in features]),
-        stride=len(features[0].lengths),
-        length_per_key=[len(one.ids) for one in features],
-    )
-    return MappedIds(sparse)
+def _unmapped(features: Sequence[FeatureIds], bounds: np.ndarray) -> Iterator[MappedIds]:
+    return map(MappedIds, keyed(features, [one.values() for one in features], bounds))
 
 
 def _dense(values: Mapping[str, np.ndarray], features: Sequence[Feature]) -> torch.Tensor | None:

@@ -32,6 +32,7 @@ def test_the_report_has_what_is_measured(report):
     assert min(report["reader"]["cpu_over_raw"].values()) > 0
     assert report["reader"]["peak_mib"] == max(report["reader"]["peak_mib_by_row_group"].values())
     assert set(report["startup"]) == {"1", "2"} and min(report["startup"].values()) > 0
+    assert report["reader"]["two_over_one"] > 0 and report["reader"]["two_raw_over_one"] > 0
     assert 0 <= report["data_wait"] < 1
 
 
