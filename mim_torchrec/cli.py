@@ -23,6 +23,7 @@ COMMANDS = {
     "rim": ("mim_torchrec.rim.main", "encode new items as they come, publish them in windows"),
     "ctr": ("mim_torchrec.ctr.main", "train and evaluate a click-through-rate model"),
     "evaluate": ("mim_torchrec.ctr.evaluation", "score any split with a trained model"),
+    "explain": ("mim_torchrec.serving.explain", "say why a request's candidates got their scores"),
     "choose": ("mim_torchrec.ctr.choosing", "choose the best of several models on validation"),
     "bundle": ("mim_torchrec.serving.bundle", "write what a server loads of a trained model"),
     "release": ("mim_torchrec.serving.releases", "make a model and its vectors current together"),

@@ -66,16 +66,22 @@ def log_to_stderr() -> None:
             root.removeHandler(handler)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", handlers=[_OnLines()])
     logging.getLogger("mim_torchrec").setLevel(logging.INFO)
+    ignore_warnings()
+    # torchrec asks, in every process, what torch.fx warns of
+    logging.getLogger("torch.fx._symbolic_trace").addFilter(
+        lambda record: "is_fx_tracing will return true" not in record.getMessage()
+    )
+
+
+def ignore_warnings() -> None:
+    """Ignore what libraries warn of and nobody who runs a program can change."""
     for message in (
         "Please use DTensor instead",
         "`broadcast_buffers` is deprecated",
         "`torch.distributed.reduce_scatter_tensor` is deprecated",
     ):
         warnings.filterwarnings("ignore", message=message)
-    # torchrec asks, in every process, what torch.fx warns of
-    logging.getLogger("torch.fx._symbolic_trace").addFilter(
-        lambda record: "is_fx_tracing will return true" not in record.getMessage()
-    )
+    warnings.filterwarnings("ignore", module="PIL")  # of pictures that the decoder judges
 
 
 def program_name() -> str:

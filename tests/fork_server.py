@@ -6,7 +6,7 @@ all commands with it, when its standard input does. Coverage is not measured her
 programs in their own process measure it.
 """
 
-import ast
+import atexit
 import gc
 import io
 import json
@@ -16,6 +16,7 @@ import selectors
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterable
 from contextlib import suppress
 from importlib import import_module
@@ -26,9 +27,13 @@ from typing import Any, NoReturn
 
 SIZE = 4
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("mim_torchrec", "embeddings", "launch")
+PACKAGES = {
+    "mim_torchrec": ROOT / "mim_torchrec",
+    "mim_torchrec.embeddings": ROOT / "embeddings",
+    "mim_torchrec.launch": ROOT / "launch",
+}
 ALSO = ("torch.distributed.run", "torchx.cli.main")
-LEFT_OUT = ("mim_torchrec", "mlflow")
+STARTS_THREADS = ("mim_torchrec.pipeline.tracking",)
 AFTER_FORK = "jemalloc_bg_thd"
 """A thread that starts again in a forked process: of pyarrow's memory."""
 
@@ -38,19 +43,17 @@ def main(place: str) -> None:
     load()
     request = serve(place)
     if request is not None:
-        start(request)
+        finish(request)
 
 
 def load() -> None:
-    """Import what the package imports of others. Itself it is imported by every process, as it always is.
+    """Import the package, and what it imports of others at once.
 
     Raises:
         SystemExit: an import has started a thread, which a forked process would lack.
     """
-    for module, names in sorted(foreign_imports()):
-        found = import_module(module)
-        for name in names:  # some packages load what is in them when it is asked for
-            getattr(found, name, None)
+    for module in (*ALSO, *own_modules()):
+        import_module(module)
     names = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
     if others := [name for name in names if name != AFTER_FORK][1:]:
         raise SystemExit(f"an import has started threads, {others}: this process cannot be forked")
@@ -58,19 +61,14 @@ def load() -> None:
     gc.freeze()  # a collection in a forked process would copy all pages
 
 
-def foreign_imports() -> set[tuple[str, tuple[str, ...]]]:
-    """Modules of other packages that ours import when they are imported, and the names that they take."""
-    found: set[tuple[str, tuple[str, ...]]] = {(module, ()) for module in ALSO}
-    for folder in FOLDERS:
-        for path in (ROOT / folder).rglob("*.py"):
-            body = ast.parse(path.read_text()).body
-            body += [line for part in body if isinstance(part, ast.With) for line in part.body]
-            for line in body:
-                if isinstance(line, ast.Import):
-                    found |= {(alias.name, ()) for alias in line.names}
-                elif isinstance(line, ast.ImportFrom) and line.module is not None:
-                    found.add((line.module, tuple(alias.name for alias in line.names)))
-    return {one for one in found if one[0].partition(".")[0] not in LEFT_OUT}
+def own_modules() -> list[str]:
+    """All modules of the package, but for those that cannot be imported here."""
+    found = []
+    for package, folder in PACKAGES.items():
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            found.append(".".join([package, *(part for part in parts if part != "__init__")]))
+    return [name for name in found if name not in STARTS_THREADS]
 
 
 def serve(place: str) -> dict[str, Any] | None:
@@ -154,6 +152,33 @@ def end(process: int) -> None:
     os.kill(process, signal.SIGKILL)  # which has no group yet, if it has just been forked
     with suppress(ProcessLookupError):
         os.killpg(process, signal.SIGKILL)
+
+
+def finish(request: dict[str, Any]) -> NoReturn:
+    """Run a command to the end of its process, as Python would, in this process.
+
+    What is loaded is not deallocated before: that copies its pages and takes longer than a short command.
+    """
+    status: Any = 1
+    try:
+        start(request)
+    except SystemExit as ended:
+        status = ended.code
+    except BaseException as error:
+        status = -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+        sys.excepthook(type(error), error, error.__traceback__)
+    if status is not None and not isinstance(status, int):
+        print(status, file=sys.stderr)
+        status = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(ValueError, BrokenPipeError):  # it was closed, at either end
+            stream.flush()
+    if status == -signal.SIGINT:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    os._exit((status or 0) & 0xFF)
 
 
 def start(request: dict[str, Any]) -> NoReturn:

@@ -75,7 +75,7 @@ def naive(
     for kind, rows in by_kind.items():
         for row in rows:
             row["shown_at"] = None
-            if has_request or kind == config.label:
+            if has_request or kind in config.labels():
                 row["shown_at"] = shown_at(row, shown, has_request)
         by_kind[kind] = [row for row in rows if row["shown_at"] is None or row["ts"] >= row["shown_at"]]
     end = max(row["ts"] for rows in log.events.values() for row in rows if row["ts"] is not None)
@@ -84,7 +84,7 @@ def naive(
     for request in {row["request"] for row in shown}:
         rows = [row for row in shown if row["request"] == request]
         users = set().union(*(row["users"] for row in rows))
-        if len(users) > 1 or max(row["ts"] for row in rows) + window > end:
+        if len(users) > 1 or max(row["ts"] for row in rows) + config.certain_after() > end:
             continue
         ts, user = min(row["ts"] for row in rows), rows[0]["user"]
         rows.sort(key=lambda row: (row.get("position") or 0, row["item"]))
@@ -104,6 +104,10 @@ def naive(
             "behavior_ts": [row["ts"] for row in history],
             "behavior_kinds": [row["kind"] for row in history],
         }
+        if config.second_label is not None:
+            found[request][f"labels_{config.second_label}"] = [
+                second(row, by_kind, config, has_request) for row in rows
+            ]
     return found
 
 
@@ -114,6 +118,19 @@ def label(shown: dict[str, Any], rows: Rows, window: int, has_request: bool) -> 
         and all(row[key] == shown[key] for key in keys)
         for row in rows
     ))  # fmt: skip
+
+
+def second(shown: dict[str, Any], by_kind: dict[str, Rows], config: PrepareConfig, has_request: bool) -> int:
+    """Whether the second action follows the first one of the label, whose window is of its own."""
+    keys = ("request", "item") if has_request else ("user", "item")
+    same = {
+        kind: [row["ts"] for row in rows
+               if row["shown_at"] == shown["ts"] and all(row[key] == shown[key] for key in keys)]
+        for kind, rows in by_kind.items()
+    }  # fmt: skip
+    first = [ts for ts in same[config.label] if 0 <= ts - shown["ts"] <= config.label_window * SECOND]
+    later = [ts - min(first) for ts in same[config.second_label or ""] if first]
+    return int(any(0 <= delay <= config.second_window * SECOND for delay in later))
 
 
 def naive_pairs(log: Log, config: PrepareConfig, before: int) -> dict[tuple[int, int, str], int]:

@@ -37,6 +37,7 @@ from mim_torchrec.embeddings.table.convert import convert
 from mim_torchrec.embeddings.table.format import Table, TableWriter
 from mim_torchrec.embeddings.table.grow import grow
 from mim_torchrec.embeddings.table.importing import import_vectors
+from mim_torchrec.embeddings.tensor_files import write_tensors
 from mim_torchrec.embeddings.windows.compact import compact
 from mim_torchrec.embeddings.windows.log import WindowLog
 from mim_torchrec.encoders.checkpoint import load_encoder, load_towers, save_encoder, save_towers
@@ -75,8 +76,8 @@ def file_writers() -> Iterator[Writer]:
     yield Writer("file", lambda r: files.write_json(r / "f", {"a": 1}),
                  lambda r: files.write_json(r / "f", {"a": 2}),
                  lambda r: json.loads((r / "f").read_text()))  # fmt: skip
-    yield Writer("tensors", lambda r: files.write_tensors(r / "f", {"a": torch.zeros(3)}),
-                 lambda r: files.write_tensors(r / "f", {"a": torch.ones(50_000)}),
+    yield Writer("tensors", lambda r: write_tensors(r / "f", {"a": torch.zeros(3)}),
+                 lambda r: write_tensors(r / "f", {"a": torch.ones(50_000)}),
                  lambda r: tree(r / "f"))  # fmt: skip
     yield Writer("directory", directory(1), directory(2), lambda r: tree(r / "d"))
 

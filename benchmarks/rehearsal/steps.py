@@ -18,7 +18,7 @@ from mim_torchrec.benchmarks.measures.training_steps import StepSizes, make_batc
 from mim_torchrec.benchmarks.rehearsal.counts import Counts
 from mim_torchrec.benchmarks.rehearsal.pretended import pretended_gpu
 from mim_torchrec.ciubm.ubm.registry import find_model
-from mim_torchrec.ctr.config import PRESETS, CTRConfig, Preset
+from mim_torchrec.ctr.config import PRESETS, CTRConfig
 from mim_torchrec.ctr.pipeline import is_pipelined
 from mim_torchrec.ctr.sharding import build_model, shard
 from mim_torchrec.ctr.task import CTRTask
@@ -28,6 +28,7 @@ from mim_torchrec.embeddings.sharded.load import load_table, open_table
 from mim_torchrec.training.distributed import DistributedContext, distributed
 from mim_torchrec.training.history import read_history
 from mim_torchrec.training.loop import fit
+from mim_torchrec.training.presets import Preset
 from mim_torchrec.training.run_directory import RunDirectory
 
 STEPS = 4
@@ -53,7 +54,7 @@ class Case:
     @property
     def name(self) -> str:
         """In tables and reports, such as `sim+mim 2 ranks`."""
-        form = {None: "", "paper": "+mim", "recommended": "+recommended"}[self.preset]
+        form = {None: "", "default": "+mim", "recommended": "+recommended"}[self.preset]
         words = "".join(f" {value}" for _, value in self.options if isinstance(value, str))
         return f"{self.ubm}{form}{words}" + (f" {self.ranks} ranks" if self.ranks > 1 else "")
 
@@ -62,7 +63,7 @@ _SEARCH: dict[str, tuple[tuple[str, Any], ...]] = {"sim": (("top_k", 20),), "twi
 UBMS = ("avg_pooling", "din", "dien", "bst", "sim", "twin")
 CASES = (
     *(Case(ubm=ubm, preset=None, options=_SEARCH.get(ubm, ())) for ubm in UBMS),
-    Case(ubm="din", preset="paper"),
+    Case(ubm="din", preset="default"),
     *(Case(ubm=ubm, options=_SEARCH.get(ubm, ())) for ubm in UBMS),
     Case(ubm="din", options=(("attention_activation", "dice"),)),
     Case(ubm="sim", options=(("search", "hard"), ("top_k", 20))),

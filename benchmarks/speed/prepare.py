@@ -2,11 +2,16 @@
 
 Both run in processes of their own, in turns, with the same threads and the same limit of memory. The bare
 query reads the columns that the mapping names, sorts the events by user and time, and writes them as Parquet,
-which is the least that a preparation can do. On a smaller log DuckDB and Spark prepare the same data set, and
-every row is compared.
+which is the least that a preparation can do. Smaller logs of the same kind show whether rate and memory
+depend on the size. On a small log DuckDB and Spark prepare the same data set, and every row is compared.
+
+    python -m mim_torchrec.benchmarks.speed.prepare --impressions 100000000 --memory 6GiB --rounds 1
+
+prepares a hundred million impressions. The log is written day by day, so that it needs no memory.
 """
 
 import dataclasses
+import importlib
 import multiprocessing
 import resource
 import shutil
@@ -27,7 +32,7 @@ from mim_torchrec.benchmarks.harness.pages import Section, targets_section, writ
 from mim_torchrec.benchmarks.speed.raw_log import write_large_log
 from mim_torchrec.data.schema import SPLITS, Dataset
 from mim_torchrec.embeddings.listing import data_files
-from mim_torchrec.errors import check_sizes
+from mim_torchrec.errors import OptionError, check_sizes
 from mim_torchrec.extras import needs
 from mim_torchrec.prepare.config import PrepareConfig
 from mim_torchrec.prepare.run import prepare
@@ -36,6 +41,8 @@ with needs("prepare"):
     import duckdb
 
 TARGET = 3.0
+SLOWER = 0.9
+"""Of the rate of the smallest log, at least, at any other size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +61,9 @@ class PrepareBenchConfig:
     """Items."""
     spark_impressions: int = 100_000
     """Impressions of the log that Spark prepares too; 0 leaves Spark out."""
-    memory: str = "4GB"
+    fractions: tuple[float, ...] = (0.25, 0.5)
+    """Logs of these fractions of --impressions are prepared too, to see how rate and memory grow."""
+    memory: str = "1GB"
     """Limit of the engines."""
     threads: int = 2
     """Threads of the engines."""
@@ -63,7 +72,10 @@ class PrepareBenchConfig:
 
 
 def in_a_process(work: Callable[..., Any], *words: Any) -> dict[str, float]:
-    """Seconds and the largest resident memory (MiB) of a call in a new process, without its start.
+    """What a call needs in a new process, without its start.
+
+    Returns:
+        `seconds`, `cpu` (seconds of all threads), `peak_mib` (resident memory at most), `start_mib` (before).
 
     Raises:
         RuntimeError: the process failed.
@@ -73,10 +85,14 @@ def in_a_process(work: Callable[..., Any], *words: Any) -> dict[str, float]:
 
 
 def _timed(work: Callable[..., Any], words: tuple[Any, ...]) -> dict[str, float]:
+    importlib.import_module("ibis.backends.duckdb")  # which Ibis imports when it is first used
     before = _peak_mib()
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), time.process_time()
     work(*words)
-    return {"seconds": time.perf_counter() - started, "peak_mib": _peak_mib(), "start_mib": before}
+    return {
+        "seconds": time.perf_counter() - started, "cpu": time.process_time() - cpu,
+        "peak_mib": _peak_mib(), "start_mib": before,
+    }  # fmt: skip
 
 
 def _peak_mib() -> float:
@@ -123,51 +139,113 @@ def compare_engines(config: PrepareBenchConfig) -> dict[str, Any]:
     return {"events": events, "requests": len(ours), "equal": equal, "seconds": found}
 
 
-def measure(config: PrepareBenchConfig) -> dict[str, Any]:
-    """The figures of the report."""
-    log, out = config.out / "log", config.out / "prepared"
-    for path in (log, out):
-        shutil.rmtree(path, ignore_errors=True)
+def options_of(config: PrepareBenchConfig, log: Path) -> PrepareConfig:
+    """Options of `mim prepare` for a log."""
+    return PrepareConfig(mapping=log / "prepare.toml", out=config.out / "prepared", memory=config.memory,
+                         threads=config.threads)  # fmt: skip
+
+
+def in_turns(config: PrepareBenchConfig) -> dict[str, Any]:
+    """Preparation of the whole log and the bare query in turns."""
+    log, sorted_file = config.out / "log", config.out / "sorted.parquet"
     events = write_large_log(log, config.impressions, config.days, config.users, config.items)
-    options = PrepareConfig(
-        mapping=log / "prepare.toml", out=out, memory=config.memory, threads=config.threads
-    )
-    seconds: dict[str, list[float]] = {"prepare": [], "bare": []}
-    peaks: dict[str, list[float]] = {"prepare": [], "bare": []}
+    options = options_of(config, log)
+    turns: dict[str, list[dict[str, float]]] = {"prepare": [], "bare": []}
     for turn in range(config.rounds):
         for name in ("prepare", "bare") if turn % 2 else ("bare", "prepare"):
             if name == "prepare":
                 found = in_a_process(run_prepare, options)
             else:
-                found = in_a_process(
-                    run_bare, log, config.out / "sorted.parquet", config.memory, config.threads
-                )
-            seconds[name].append(found["seconds"])
-            peaks[name].append(found["peak_mib"])
-            print(f"{name}: {found['seconds']:.1f} s, {found['peak_mib']:.0f} MiB", flush=True)
-    requests = sum(len(pq.read_table(f, columns=["ts"])) for s in SPLITS for f in Dataset(out).requests(s))
-    for path in (log, out):
+                found = in_a_process(run_bare, log, sorted_file, config.memory, config.threads)
+            turns[name].append(found)
+            print(f"{name}: {found['seconds']:.1f} s, {found['cpu']:.1f} s of CPU, "
+                  f"{found['peak_mib']:.0f} MiB", flush=True)  # fmt: skip
+    requests = sum(
+        pq.read_metadata(file).num_rows for split in SPLITS for file in Dataset(options.out).requests(split)
+    )
+    for path in (log, options.out):
         shutil.rmtree(path)
-    (config.out / "sorted.parquet").unlink()
+    sorted_file.unlink()
+    return {"events": events, "requests": requests, "turns": turns}
+
+
+def at_size(config: PrepareBenchConfig, impressions: int) -> dict[str, float]:
+    """Preparation of a smaller log."""
+    log = config.out / "log"
+    events = write_large_log(log, impressions, config.days, config.users, config.items)
+    found = in_a_process(run_prepare, options_of(config, log))
+    for path in (log, config.out / "prepared"):
+        shutil.rmtree(path)
+    return {"events": events} | found
+
+
+def growth(sizes: dict[int, dict[str, float]]) -> dict[str, Any]:
+    """Events a second of CPU and memory by size.
+
+    Args:
+        sizes: impressions → `events`, `cpu`, `peak_mib`, `start_mib`.
+
+    Returns:
+        `sizes`, and `rate`, the lowest rate of a larger log over that of the smallest.
+    """
+    rows = {
+        str(size): {
+            "events": one["events"], "events_per_cpu_second": one["events"] / one["cpu"],
+            "peak_mib": one["peak_mib"], "added_mib": one["peak_mib"] - one["start_mib"],
+        }
+        for size, one in sorted(sizes.items())
+    }  # fmt: skip
+    first, *others = (row["events_per_cpu_second"] for row in rows.values())
+    return {"sizes": rows, "rate": min(others, default=first) / first}
+
+
+def measure(config: PrepareBenchConfig) -> dict[str, Any]:
+    """The figures of the report."""
+    for name in ("log", "prepared"):
+        shutil.rmtree(config.out / name, ignore_errors=True)
+    whole = in_turns(config)
+    turns = whole["turns"]
+    median = {
+        name: {key: statistics.median(one[key] for one in own) for key in ("seconds", "cpu")}
+        for name, own in turns.items()
+    }
+    ratio = {
+        key: statistics.median(p[key] / b[key] for p, b in zip(turns["prepare"], turns["bare"], strict=True))
+        for key in ("seconds", "cpu")
+    }
+    peak = max(turns["prepare"], key=lambda one: one["peak_mib"])
+    sizes = {config.impressions: {"events": whole["events"], "cpu": median["prepare"]["cpu"],
+                                  "peak_mib": peak["peak_mib"], "start_mib": peak["start_mib"]}}  # fmt: skip
+    for fraction in config.fractions:
+        size = int(config.impressions * fraction)
+        sizes[size] = at_size(config, size)
+    scale = growth(sizes)
     spark = compare_engines(config) if config.spark_impressions else None
-    median = {name: statistics.median(times) for name, times in seconds.items()}
-    ratio = statistics.median(p / b for p, b in zip(seconds["prepare"], seconds["bare"], strict=True))
-    targets = [target(f"prepare takes {TARGET:.0f} times as long as the bare query, or less", ratio,
-                      ratio <= TARGET)]  # fmt: skip
+    most = max(row["added_mib"] for row in scale["sizes"].values())
+    limit = options_of(config, config.out).memory_bytes() / 2**20
+    targets = [
+        target(f"prepare takes {TARGET:.0f} times as long as the bare query, or less", ratio["seconds"],
+               ratio["seconds"] <= TARGET),
+        target(f"events a second of CPU, at any size over the smallest: {SLOWER} or more", scale["rate"],
+               scale["rate"] >= SLOWER),
+        target(f"memory beyond that of the start, MiB: at most {config.memory}", most, most <= limit),
+    ]  # fmt: skip
     if spark is not None:
         targets.append(target("Spark and DuckDB give the same rows", float(spark["equal"]), spark["equal"]))
     return {
-        "events": events,
-        "requests": requests,
-        "seconds": median["prepare"],
-        "bare_seconds": median["bare"],
-        "events_per_second": events / median["prepare"],
-        "over_bare": ratio,
-        "peak_mib": max(peaks["prepare"]),
-        "bare_peak_mib": max(peaks["bare"]),
+        "events": whole["events"],
+        "requests": whole["requests"],
+        "seconds": median["prepare"]["seconds"],
+        "bare_seconds": median["bare"]["seconds"],
+        "events_per_second": whole["events"] / median["prepare"]["seconds"],
+        "over_bare": ratio["seconds"],
+        "over_bare_cpu": ratio["cpu"],
+        "peak_mib": peak["peak_mib"],
+        "bare_peak_mib": max(one["peak_mib"] for one in turns["bare"]),
+        "scale": scale,
         "spark_equals_duckdb": None if spark is None else spark["equal"],
         "spark": spark,
-        "turns": seconds,
+        "turns": turns,
         "targets": targets,
     }
 
@@ -176,9 +254,9 @@ def sections(report: dict[str, Any]) -> list[Section]:
     """The tables of the report."""
     rows = [
         ["mim prepare", f"{report['seconds']:.1f}", f"{report['peak_mib']:.0f}",
-         f"{report['over_bare']:.2f}"],
+         f"{report['over_bare']:.2f}", f"{report['over_bare_cpu']:.2f}"],
         ["read, sort by user and time, write", f"{report['bare_seconds']:.1f}",
-         f"{report['bare_peak_mib']:.0f}", "1.00"],
+         f"{report['bare_peak_mib']:.0f}", "1.00", "1.00"],
     ]  # fmt: skip
     text = [f"{report['events']:,} events to {report['requests']:,} requests, medians of seconds."]
     if report["spark"] is not None:
@@ -188,10 +266,18 @@ def sections(report: dict[str, Any]) -> list[Section]:
             f"{'the same' if spark['equal'] else 'DIFFERENT'} {spark['requests']:,} requests, in "
             f"{spark['seconds']['spark']:.0f} and {spark['seconds']['duckdb']:.0f} s."
         )
+    by_size = [
+        [f"{one['events']:,}", f"{one['events_per_cpu_second']:,.0f}", f"{one['peak_mib']:.0f}",
+         f"{one['added_mib']:.0f}"]
+        for one in report["scale"]["sizes"].values()
+    ]  # fmt: skip
     return [
-        Section("Beside the bare query", text, ["", "seconds", "peak MiB", "of the bare query"], rows),
+        Section("Beside the bare query", text,
+                ["", "seconds", "peak MiB", "of the bare query", "of its CPU seconds"], rows),
+        Section("By size", columns=["events", "events a second of CPU", "peak MiB", "beyond the start, MiB"],
+                rows=by_size),
         targets_section(report["targets"]),
-    ]
+    ]  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -202,6 +288,8 @@ def main(argv: list[str] | None = None) -> None:
     check_sizes(config, 1, "days", "users", "items", "threads", "rounds")
     check_sizes(config, 10_000, "impressions")
     check_sizes(config, 0, "spark_impressions")
+    if any(not 0 < one < 1 for one in config.fractions):
+        raise OptionError("--fractions are between 0 and 1")
     config.out.mkdir(parents=True, exist_ok=True)
     report = measure(config)
     report["config"] = dataclasses.asdict(config)

@@ -14,9 +14,11 @@ from mim_torchrec.ctr.parameters import is_dense
 from mim_torchrec.ctr.sharding import build_model
 from mim_torchrec.embeddings.table.format import TableWriter
 from mim_torchrec.serving.bundle import save_bundle
-from mim_torchrec.serving.scorer import ScoreRequest
+from mim_torchrec.serving.messages import ScoreRequest
+from mim_torchrec.training.presets import Preset
 
 MICROSECONDS = 1_000_000
+COMPARED: dict[str, Preset] = {"paper": "paper", "recommended": "recommended"}
 AT = 1000  # behaviors that the targets speak of
 NOW = 365 * 86_400 * MICROSECONDS
 
@@ -43,11 +45,13 @@ class InputConfig:
 
 def make_bundle(config: InputConfig, model: str) -> Path:
     """A bundle with random weights of a model, `<user behavior model>/<preset>`."""
-    ubm, preset = model.split("/")
+    ubm, name = model.split("/")
+    preset = COMPARED[name]
+    values = PRESETS[preset] | {"ubm": ubm}
     out = config.out / "bundles" / model.replace("/", "-")
     settings = CTRConfig(
-        data=config.out, out=config.out, ubm=ubm, preset=preset, table_version="random", recency="time",
-        embedding_dim=config.id_dim, max_behaviors=max(*config.behaviors, AT), **PRESETS[preset],
+        data=config.out, out=config.out, preset=preset, table_version="random", recency="time",
+        embedding_dim=config.id_dim, max_behaviors=max(*config.behaviors, AT), **values,
     )  # fmt: skip
     dim = config.mm_dims[0]
     rows = {"user_id": config.users, "item_id": config.items, "category": 100}

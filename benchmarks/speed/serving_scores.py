@@ -13,8 +13,7 @@ from torch import Tensor
 from mim_torchrec.benchmarks.harness.comparison import target
 from mim_torchrec.benchmarks.harness.pages import Section
 from mim_torchrec.benchmarks.measures.turns import seconds_by_name
-from mim_torchrec.benchmarks.speed.serving_inputs import AT, InputConfig, make_bundle, make_request
-from mim_torchrec.ctr.config import PRESETS
+from mim_torchrec.benchmarks.speed.serving_inputs import AT, COMPARED, InputConfig, make_bundle, make_request
 from mim_torchrec.serving.bundle import Bundle
 from mim_torchrec.serving.scorer import ROLES, Scorer
 
@@ -33,7 +32,7 @@ def compare_models(
 
     Every round is of another request. The product is of the vectors of its candidates and its behaviors.
     """
-    names = [f"{ubm}/{preset}" for ubm in ubms for preset in PRESETS]
+    names = [f"{ubm}/{preset}" for ubm in ubms for preset in COMPARED]
     requests = [make_request(config, AT, seed) for seed in range(REQUESTS)]
     scorers = {name: Scorer(Bundle.open(make_bundle(config, name)), table) for name in names}
     some = next(iter(scorers.values()))
@@ -69,7 +68,7 @@ def by_model(scores: dict[str, dict[str, float]]) -> dict[str, Any]:
     ratios = {ubm: scores[f"{ubm}/recommended"]["score_ms"] / scores[f"{ubm}/paper"]["score_ms"]
               for ubm in ubms}  # fmt: skip
     nested = {
-        key: {ubm: {preset: scores[f"{ubm}/{preset}"][figure] for preset in PRESETS} for ubm in ubms}
+        key: {ubm: {preset: scores[f"{ubm}/{preset}"][figure] for preset in COMPARED} for ubm in ubms}
         for key, figure in (("score_over_matmul", "over_matmul"), ("p99_over_p50", "p99_over_p50"))
     }
     return {"recommended_over_paper": ratios, **nested}

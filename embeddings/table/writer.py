@@ -16,7 +16,6 @@ from mim_torchrec.embeddings.files import (
     full_disk_reported,
     publish_directory,
     sha256,
-    write_tensors,
     write_text,
 )
 from mim_torchrec.embeddings.table.manifest import (
@@ -32,6 +31,7 @@ from mim_torchrec.embeddings.table.manifest import (
 from mim_torchrec.embeddings.table.quantize import DTYPES, encode, is_quantized, stored_width
 from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.table.shards import check_ascending, check_finite, check_loss, verify_shard
+from mim_torchrec.embeddings.tensor_files import write_tensors
 from mim_torchrec.errors import OutputExists
 
 

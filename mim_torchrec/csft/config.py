@@ -1,7 +1,10 @@
 """Configuration of content-interest-aware fine-tuning; every field is a flag of `mim csft`."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
+
+import tyro
 
 from mim_torchrec.domains import Count, Fraction, Natural, Positive, Share, Temperature, Weight
 from mim_torchrec.embeddings.remote.places import LocalPath, Place
@@ -11,6 +14,22 @@ from mim_torchrec.encoders.vision import VisionEncoderConfig
 from mim_torchrec.training.checkpoints import CheckpointConfig
 from mim_torchrec.training.distributed import Timeouts
 from mim_torchrec.training.parallel import Parallel
+from mim_torchrec.training.presets import Preset, chosen, replaced
+
+PRESETS: dict[Preset, dict[str, Any]] = {
+    "default": {},
+    "paper": {  # §3.3, §4.1.3
+        "vision.name": "eva02", "text.name": "bge_base", "head.fusion": "tfn", "head.principal_dim": 0,
+        "init": "random", "freeze_towers": False, "loss": "contrastive", "interest_signal": "purchase",
+        "alpha": 0.5, "beta": 0.5, "gamma": 0.0, "temperature": 1.0, "mask_same_item": False,
+        "hard_negatives": True, "hard_negatives_from": "items", "queue_batches": 10, "queue_start_step": 0,
+        "balance_queue": False, "batch_size_per_rank": 1024, "lr": 5e-3, "tower_lr": None,
+        "weight_decay": 0.0, "clip_norm": None,
+    },
+    "recommended": {},
+}  # fmt: skip
+"""Fields of `CSFTConfig` by preset; other fields have their defaults, which are what we recommend."""
+SETTLES = {"batch_size": ("batch_size_per_rank",), "towers": ("vision.name", "text.name")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +45,9 @@ class CSFTConfig:
     """Dataset directory."""
     out: Place
     """Directory of the results; made if missing."""
+    preset: Preset = "default"
+    """Defaults of all other flags. `paper` is the paper to the letter: large towers that are trained.
+    `recommended` are the defaults."""
 
     towers: Place | None = None
     """Directory of towers that `mim pretrain` wrote, instead of those that --vision and --text name."""
@@ -59,6 +81,9 @@ class CSFTConfig:
     """Exclude from the negatives the query's own item, and the positive item where it occurs again."""
     hard_negatives: bool = True
     """Give every query an item of the positive's category as a further negative (ST-NSG)."""
+    hard_negatives_from: Literal["pairs", "items"] = "pairs"
+    """Where hard negatives are drawn from that the pairs do not name: the items of other pairs of the
+    category, or all items of the category, as the paper does. Most of these are items that nobody bought."""
     queue_batches: Natural = 0
     """Number of earlier batches whose items are negatives too (k in ST-NSG); 0 is none. Each takes 1.5 KiB
     per pair on its rank, for three levels of vectors of 128."""
@@ -75,6 +100,8 @@ class CSFTConfig:
     """Stop after this many epochs without a better recall@10."""
     batch_size: Count = 512
     """Pairs in a step, over all ranks (N x P)."""
+    batch_size_per_rank: Count | None = None
+    """Pairs in a step of each rank (N), in the place of `batch_size`: more ranks then take larger steps."""
     lr: Weight = 1e-3
     """Highest learning rate of the head (AdamW)."""
     tower_lr: Weight | None = None
@@ -119,10 +146,27 @@ class CSFTConfig:
 
     def resume_fingerprint(self) -> dict[str, Any]:
         """The fields that must be equal for a run to resume."""
-        free = {"out", "checkpoint", "timeout", "log_every", "drawn_queries", "image_memory_gib",
+        free = {"out", "preset", "checkpoint", "timeout", "log_every", "drawn_queries", "image_memory_gib",
                 "encode_batch_size", "feature_cache", "item_cache"}  # fmt: skip
         return {name: value for name, value in asdict(self).items() if name not in free}
+
+    def pairs_per_step(self, world_size: int) -> int:
+        """Pairs in a step, over all ranks."""
+        size = self.batch_size_per_rank
+        return self.batch_size if size is None else size * world_size
 
     def encoder(self) -> ItemEncoderConfig:
         """The part that describes the encoder."""
         return ItemEncoderConfig(vision=self.vision, text=self.text, head=self.head)
+
+
+def parse(argv: Sequence[str] | None, **words: Any) -> CSFTConfig:
+    """A configuration from flags, whose defaults are those of the preset that the flags name.
+
+    Args:
+        argv: the flags; None takes those of the process.
+        words: what `tyro.cli` takes as well.
+    """
+    preset, values = chosen(argv, "mim csft", PRESETS, SETTLES)
+    default = CSFTConfig(data=tyro.MISSING, out=tyro.MISSING, preset=preset)
+    return tyro.cli(CSFTConfig, args=argv, default=replaced(default, values), **words)

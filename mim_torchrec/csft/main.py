@@ -15,7 +15,7 @@ import torch
 import tyro
 
 from mim_torchrec import program
-from mim_torchrec.csft.config import CSFTConfig
+from mim_torchrec.csft.config import CSFTConfig, parse
 from mim_torchrec.csft.image_search import draw, encode, evaluate, find, write
 from mim_torchrec.csft.inputs import (
     FeatureInputs,
@@ -48,7 +48,7 @@ log = logging.getLogger("mim_torchrec.csft")  # also where this file is __main__
 def fine_tune(config: CSFTConfig, context: DistributedContext) -> dict[str, Any]:
     """Run the stage on an initialized process group; returns what metrics.json holds."""
     check_domains(config)
-    if config.batch_size % context.world_size:
+    if config.pairs_per_step(context.world_size) % context.world_size:
         raise OptionError(f"--batch-size {config.batch_size} is not a multiple of {context.world_size} ranks")
     if config.init == "pca" and not config.freeze_towers:
         raise OptionError("--init pca needs --freeze-towers True: features change while towers are trained")
@@ -70,7 +70,7 @@ def _fine_tune(config: CSFTConfig, run: RunDirectory, context: DistributedContex
     pairs = rank_0_first(
         lambda: PairDataset(
             dataset.pairs(), items, signal=signal, seed=config.seed, on_bad_row=config.on_bad_row,
-            cache=cache, conventions=dataset.conventions,
+            cache=cache, conventions=dataset.conventions, negatives_from=config.hard_negatives_from,
         )
     )  # fmt: skip
     readable = leave_out_unreadable(items, pairs) if config.on_bad_row == "skip" else None
@@ -187,7 +187,7 @@ def _inputs(
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `mim csft`."""
-    config = tyro.cli(CSFTConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
+    config = parse(argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
     check_domains(config)  # before processes wait for each other
     program.log_to_stderr()
     with distributed(config.seed, config.timeout) as context:

@@ -156,8 +156,10 @@ class CSFTTask:
         held_out: np.ndarray,
         context: DistributedContext,
     ) -> None:
-        if len(train) < config.batch_size:
-            raise OptionError(f"{len(train)} pairs are fewer than --batch-size {config.batch_size}; lower it")
+        self._batch_size = config.pairs_per_step(context.world_size)
+        if len(train) < self._batch_size:
+            few = f"{len(train)} pairs are fewer than the {self._batch_size} of a step"
+            raise OptionError(f"{few}; lower --batch-size or --batch-size-per-rank")
         if config.gamma and (catalog.query_row < 0).any():
             raise OptionError(
                 f"--gamma {config.gamma} needs queries that are items; "
@@ -166,7 +168,7 @@ class CSFTTask:
         self._config, self._encoder, self._inputs = config, encoder, inputs
         self._items, self._pairs, self._catalog = items, pairs, catalog
         self._train, self._held_out, self._context = train, held_out, context
-        self._per_rank = config.batch_size // context.world_size
+        self._per_rank = self._batch_size // context.world_size
         self._category: np.ndarray | None = None
         num_categories = 0
         if config.interest_signal == "category":
@@ -193,14 +195,14 @@ class CSFTTask:
 
     def num_batches(self, epoch: int) -> int:
         """Whole batches of an epoch; the rest of the pairs waits for the next order."""
-        return len(self._train) // self._config.batch_size
+        return len(self._train) // self._batch_size
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[PairBatch]:
         """This rank's part of every batch from `first` on, in an order of (seed, epoch)."""
         self._pairs.set_epoch(epoch)
         order = np.random.default_rng((self._config.seed, epoch)).permutation(self._train)
         for step in range(first, self.num_batches(epoch)):
-            start = step * self._config.batch_size + self._context.rank * self._per_rank
+            start = step * self._batch_size + self._context.rank * self._per_rank
             yield self._batch(order[start : start + self._per_rank])
 
     def num_samples(self, batch: PairBatch) -> int:

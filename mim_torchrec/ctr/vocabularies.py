@@ -1,5 +1,6 @@
 """The vocabularies of a CTR model: found in the training requests by all ranks, kept in the run.
 
+Requests that `mim prepare` has written are not scanned: it has counted their ids (`data/prepared_ids.py`).
 What a scan finds is kept by the fingerprint of the files, so that other runs on the same files read it.
 """
 
@@ -12,6 +13,7 @@ import numpy as np
 from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.data.id_scan import IdCounts, count_ids, fingerprint
 from mim_torchrec.data.id_types import id_types
+from mim_torchrec.data.prepared_ids import prepared_ids
 from mim_torchrec.data.schema import Dataset
 from mim_torchrec.data.vocabulary import Vocabulary
 from mim_torchrec.embeddings.collective import on_all_ranks
@@ -150,8 +152,11 @@ def _add(to: np.ndarray, kept: np.ndarray, ids: np.ndarray, counts: np.ndarray) 
 
 
 def _scan(dataset: Dataset, config: CTRConfig, context: DistributedContext) -> Scan:
-    """What all ranks find, or what an earlier scan of the same files has found; {} but on rank 0."""
+    """What `mim prepare` has counted, an earlier scan has found, or all ranks find; {} but on rank 0."""
     files, features = dataset.requests("train"), config.features()
+    counted = on_all_ranks(lambda: prepared_ids(dataset, files, features) if context.is_main else None)
+    if context.broadcast_object(counted is not None):
+        return counted or {}
 
     def known() -> Path | None:
         place = (config.id_cache or RunDirectory(config.out).root / "ids") / fingerprint(files, features)

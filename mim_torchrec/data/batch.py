@@ -1,5 +1,6 @@
 """A batch of requests: what readers yield and what CTR models take."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, cast
 
@@ -36,6 +37,35 @@ class MappedIds(NamedTuple):
     sparse: KeyedJaggedTensor
     factors: Tensor | None = None
     bags: KeyedJaggedTensor | None = None
+
+
+def keyed(
+    features: Sequence[FeatureIds], values: Sequence[Tensor], bounds: np.ndarray
+) -> Iterator[KeyedJaggedTensor]:
+    """Values of features as the tensors of batches.
+
+    Args:
+        features: of the requests of all batches.
+        values: (num_ids,) of each feature, in the order of its ids.
+        bounds: (num_batches + 1,) where each batch begins and ends among the requests.
+    """
+    keys = [one.key for one in features]
+    lengths = torch.stack([one.lengths for one in features])
+    starts = np.zeros((len(keys), lengths.shape[1] + 1), np.int64)
+    np.cumsum(lengths.numpy(), axis=1, out=starts[:, 1:])
+    sizes = np.diff(starts[:, bounds])
+    parts = [own.split(each) for own, each in zip(values, sizes.tolist(), strict=True)]
+    requests = np.diff(bounds).tolist()
+    for own, of_batch, each, stride in zip(
+        zip(*parts, strict=True), lengths.split(requests, dim=1), sizes.T.tolist(), requests, strict=True
+    ):
+        yield KeyedJaggedTensor(
+            keys=keys,
+            values=torch.cat(own),
+            lengths=of_batch.reshape(-1),
+            stride=stride,
+            length_per_key=each,
+        )
 
 
 @dataclass

@@ -169,7 +169,7 @@ def count_ids(
             table = read_row_group(parquet, group, wanted, file)
             shown = pc.list_value_length(table[CANDIDATES]).fill_null(0).to_numpy()
             for column in wanted:
-                columns = _distinct(column, table[column], kinds.get(column, Ids()), shown)
+                columns = distinct(column, table[column], kinds.get(column, Ids()), shown)
                 found.setdefault(vocabularies[column], IdCounts()).add(*columns)
     return found
 
@@ -184,7 +184,7 @@ def fingerprint(files: Sequence[Path | Url], features: Features) -> str:
     return hashlib.sha256(json.dumps([FORMAT, known, kinds]).encode()).hexdigest()[:32]
 
 
-def _distinct(name: str, column: pa.ChunkedArray, kind: Ids, shown: np.ndarray) -> Columns:
+def distinct(name: str, column: pa.ChunkedArray, kind: Ids, shown: np.ndarray) -> Columns:
     """Ids of a column of them, or of lists of them, without nulls, and their counts.
 
     Args:
@@ -192,6 +192,9 @@ def _distinct(name: str, column: pa.ChunkedArray, kind: Ids, shown: np.ndarray) 
         column: (num_requests,).
         kind: of the ids.
         shown: (num_requests,) candidates of each request.
+
+    Returns:
+        What :meth:`IdCounts.add` takes.
     """
     values = column.combine_chunks()
     of_request = not name.startswith(("candidate_", "behavior_"))

@@ -25,6 +25,7 @@ from mim_torchrec.embeddings.remote.published import find_index
 from mim_torchrec.errors import OptionError
 
 SPLITS = ("train", "validation", "test")
+DESCRIPTIONS = ("dataset.json", "manifest.json")
 DAY_KEYS = ("dt", "date", "day")
 _DAY = re.compile(rf"({'|'.join(DAY_KEYS)})=(.*)")
 
@@ -135,6 +136,21 @@ class Dataset:
                 )
         return self._of_days("requests", days)
 
+    def file(self, path: str) -> Path | Url | None:
+        """A file by its path in the data set, "manifest.json" or a data file; None where there is none."""
+        if self._published is not None:
+            return self._published.get(path)
+        found = self.root / path
+        return found if isinstance(found, Path) and found.is_file() else None
+
+    def path_of(self, file: Path | Url) -> str:
+        """The path in the data set of one of its files."""
+        if isinstance(file, Path):
+            assert isinstance(self.root, Path)
+            return file.relative_to(self.root).as_posix()
+        assert self._published is not None
+        return next(path for path, url in self._published.items() if url == file)
+
     def _folders(self, folder: str) -> set[str]:
         """Names of folders and files directly in a folder."""
         if self._published is not None:
@@ -208,7 +224,7 @@ def _listed(root: Url) -> dict[str, Url]:
         found = {path: index.url_of(path) for path in index.files}
     if not found:
         raise DataError("no such directory; check the URL", file=root)
-    return {path: url for path, url in found.items() if path == "dataset.json" or is_data(path)}
+    return {path: url for path, url in found.items() if path in DESCRIPTIONS or is_data(path)}
 
 
 def _day(path: str, file: Path | Url) -> date:

@@ -70,7 +70,9 @@ class PairDataset(TorchDataset):
         on_bad_row: Literal["fail", "skip"] = "fail",
         cache: Path | None = None,
         conventions: Conventions | None = None,
+        negatives_from: Literal["pairs", "items"] = "pairs",
     ) -> None:
+        self._negatives_from = negatives_from
         if signal is not None and signal not in SIGNALS:
             raise OptionError(f"signal {signal!r} is not one of {', '.join(SIGNALS)}")
         self._items, self._seed, self._epoch = items, seed, 0
@@ -177,7 +179,7 @@ class PairDataset(TorchDataset):
 
         The draw is the item of another pair, of the positive's category where there is one, without the
         positive and without the query where that is an item. Where all pairs have the same item, the draw is
-        from all items.
+        from all items. With `negatives_from` "items" it is one of all items of the category, else of all.
         """
         if self._has_logged[index]:
             return int(self._logged[index])
@@ -186,7 +188,8 @@ class PairDataset(TorchDataset):
         excluded = {int(self.item_ids[index])}
         if self.query_is_item[index]:
             excluded.add(int(self.query_ids[index]))
-        for members in (self._members[self._category_of[row]], self.item_ids, self._usable):
+        others = self.item_ids if self._negatives_from == "pairs" else self._usable
+        for members in (self._members[self._category_of[row]], others, self._usable):
             if self._has_others(members, excluded):
                 break
         while True:
@@ -196,13 +199,14 @@ class PairDataset(TorchDataset):
 
     def _members_by_category(self) -> list[np.ndarray]:
         self._category_of = self._items.category_codes()
-        bought = self._category_of[self._items.rows_of(self.item_ids)]
-        order = np.argsort(bought, kind="stable")
-        count = np.bincount(bought, minlength=self._category_of.max() + 1)
-        members = np.split(self.item_ids[order], np.cumsum(count)[:-1])
+        drawn = self.item_ids if self._negatives_from == "pairs" else self._usable
+        categories = self._category_of[self._items.rows_of(drawn)]
+        order = np.argsort(categories, kind="stable")
+        count = np.bincount(categories, minlength=self._category_of.max() + 1)
+        members = np.split(drawn[order], np.cumsum(count)[:-1])
         alone = sum(len(m) > 0 and len(np.unique(m)) == 1 for m in members)
         if alone:
-            log.info("%d categories have pairs of one item only; their hard negatives are of any", alone)
+            log.info("%d categories have one item to draw from; their hard negatives are of any", alone)
         return members
 
     def _place(self, index: int, column: str) -> Location:

@@ -44,6 +44,11 @@ class Jagged:
         """(num_requests,) where each list ends."""
         return np.cumsum(self.lengths)
 
+    def starts_of(self, rows: np.ndarray) -> np.ndarray:
+        """(n,) where the lists of rows (n,) begin; of the row after the last, where all end."""
+        found: np.ndarray = np.concatenate([[0], self.stops]).take(rows)
+        return found
+
     def pop(self, name: str) -> np.ndarray:
         """Take out values, which are coded or not."""
         return self.coded.pop(name).values if name in self.coded else self.values.pop(name)

@@ -7,6 +7,7 @@ Not here: several worker processes for one reader; the thread that reads ahead o
 """
 
 import logging
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -15,9 +16,8 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from mim_torchrec.data.batch import FeatureIds, MappedIds, RequestBatch
+from mim_torchrec.data.batch import FeatureIds, MappedIds, RequestBatch, keyed
 from mim_torchrec.data.columns import ORIGINALS, SECOND_LABEL
 from mim_torchrec.data.conventions import Conventions
 from mim_torchrec.data.errors import DataError
@@ -39,6 +39,9 @@ from mim_torchrec.embeddings.remote.places import Url, place
 from mim_torchrec.errors import OptionError
 
 log = logging.getLogger(__name__)
+
+MADE_VALUES = 1 << 17
+"""Behaviors, or candidates, of the batches that are made together."""
 
 
 class RequestReader(IterableDataset):
@@ -170,46 +173,77 @@ class RequestReader(IterableDataset):
         if len(bounds) < 2:
             return
         begin, place = 0, 0  # of the chunk, among this rank's requests; of the next batch
-        parts: list[RequestColumns] = []
+        left: list[RequestColumns] = []  # requests of the next batch that earlier chunks had
         for numbers in self._order.chunks():
             stop = begin + len(numbers)
             if stop > bounds[0] and place + 1 < len(bounds):
                 numbers = numbers[max(bounds[0] - begin, 0) :]
                 begin = stop - len(numbers)
                 columns, rows = self._files.read(numbers)
-                while place + 1 < len(bounds) and bounds[place + 1] <= stop:
-                    wanted = rows[max(bounds[place] - begin, 0) : bounds[place + 1] - begin]
-                    parts.append(columns.take(wanted))
-                    yield _to_batch(concatenate(parts), self._features, mapper)
-                    parts, place = [], place + 1
+                there = bisect_right(bounds, stop) - 1  # batches before this one are there as a whole
+                together = max(1, _fit(columns, MADE_VALUES) * (len(bounds) - 1) // (bounds[-1] - bounds[0]))
+                while place < there:
+                    until = min(place + together, there)
+                    wanted = rows[max(bounds[place] - begin, 0) : bounds[until] - begin]
+                    requests = concatenate([*left, columns.take(wanted)])
+                    own = np.array(bounds[place : until + 1]) - bounds[place]
+                    yield from _to_batches(requests, own, self._features, mapper)
+                    left, place = [], until
                 if place + 1 < len(bounds) and bounds[place] < stop:
-                    parts.append(columns.take(rows[max(bounds[place] - begin, 0) :]))
+                    left.append(columns.take(rows[max(bounds[place] - begin, 0) :]))
                 del columns, rows  # before the next chunk is read
             begin = stop
 
 
-def _to_batch(requests: RequestColumns, wanted: Features, mapper: IdMapper | None) -> RequestBatch:
+def _fit(columns: RequestColumns, values: int) -> int:
+    """How many requests have so many behaviors or candidates, on average."""
+    most = max(jagged.stops[-1] for jagged in (columns.behavior, columns.candidate))
+    return int(values * len(columns) // max(most, 1))
+
+
+def _to_batches(
+    requests: RequestColumns, bounds: np.ndarray, wanted: Features, mapper: IdMapper | None
+) -> Iterator[RequestBatch]:
+    """Batches of requests, made together, because each step on all of them costs one call.
+
+    Args:
+        requests: of all batches.
+        bounds: (num_batches + 1,) where each begins and ends among them.
+        wanted: further columns.
+        mapper: of their ids.
+    """
     candidates, behaviors = requests.candidate, requests.behavior
     features = _features(requests, wanted)
-    mapped = _unmapped(features) if mapper is None else mapper.map_features(features)
-    behavior_ts, weights = behaviors.values.get("ts"), candidates.values.get(WEIGHT)
-    request_ts, item_ids = requests.scalars.get("ts"), candidates.values.get("item_id" + ORIGINAL)
-    second = candidates.values.get(SECOND_LABEL)
-    originals = {name: requests.scalars[key] for key, name in ORIGINALS.items() if key in requests.scalars}
-    originals |= {} if item_ids is None else {"item_id": item_ids}
-    return RequestBatch(
-        **mapped._asdict(),
-        labels=torch.from_numpy(candidates.values["label"]),
-        request_ids=torch.from_numpy(requests.scalars["request_id"]),
-        request_ts=None if request_ts is None else torch.from_numpy(request_ts),
-        behavior_ts=None if behavior_ts is None else torch.from_numpy(behavior_ts),
-        second_labels=None if second is None else torch.from_numpy(second),
-        weights=None if weights is None else torch.from_numpy(weights),
-        originals=originals,
-        request_dense=_dense(requests.scalars, wanted.numbers("request")),
-        candidate_dense=_dense(candidates.values, wanted.numbers("candidate")),
-        behavior_dense=_dense(behaviors.values, wanted.numbers("behavior")),
-    )
+    mapped = _unmapped(features, bounds) if mapper is None else mapper.map_batches(features, bounds)
+    known = {name: requests.scalars[key] for key, name in ORIGINALS.items() if key in requests.scalars}
+    shown = candidates.values.get("item_id" + ORIGINAL)
+    places = {
+        "request": bounds,
+        "candidate": candidates.starts_of(bounds),
+        "behavior": behaviors.starts_of(bounds),
+    }
+    columns: dict[str, tuple[Role, np.ndarray | torch.Tensor | None]] = {
+        "labels": ("candidate", candidates.values["label"]),
+        "request_ids": ("request", requests.scalars["request_id"]),
+        "request_ts": ("request", requests.scalars.get("ts")),
+        "behavior_ts": ("behavior", behaviors.values.get("ts")),
+        "second_labels": ("candidate", candidates.values.get(SECOND_LABEL)),
+        "weights": ("candidate", candidates.values.get(WEIGHT)),
+        "request_dense": ("request", _dense(requests.scalars, wanted.numbers("request"))),
+        "candidate_dense": ("candidate", _dense(candidates.values, wanted.numbers("candidate"))),
+        "behavior_dense": ("behavior", _dense(behaviors.values, wanted.numbers("behavior"))),
+    }
+    cut = {
+        name: torch.as_tensor(values).split(np.diff(places[role]).tolist())
+        for name, (role, values) in columns.items()
+        if values is not None
+    }
+    for k, ids in enumerate(mapped):
+        own, of_candidates = slice(*bounds[k : k + 2]), slice(*places["candidate"][k : k + 2])
+        originals = {name: values[own] for name, values in known.items()}
+        originals |= {} if shown is None else {"item_id": shown[of_candidates]}
+        tensors = {name: parts[k] for name, parts in cut.items()}
+        yield RequestBatch(**ids._asdict(), **tensors, originals=originals)
 
 
 def _features(requests: RequestColumns, wanted: Features) -> list[FeatureIds]:
@@ -242,15 +276,8 @@ def _lengths(jagged: Jagged) -> torch.Tensor:
     return torch.from_numpy(jagged.lengths.astype(np.int32))
 
 
-def _unmapped(features: Sequence[FeatureIds]) -> MappedIds:
-    sparse = KeyedJaggedTensor(
-        keys=[one.key for one in features],
-        values=torch.cat([one.values() for one in features]),
-        lengths=torch.cat([one.lengths for one in features]),
-        stride=len(features[0].lengths),
-        length_per_key=[len(one.ids) for one in features],
-    )
-    return MappedIds(sparse)
+def _unmapped(features: Sequence[FeatureIds], bounds: np.ndarray) -> Iterator[MappedIds]:
+    return map(MappedIds, keyed(features, [one.values() for one in features], bounds))
 
 
 def _dense(values: Mapping[str, np.ndarray], features: Sequence[Feature]) -> torch.Tensor | None:

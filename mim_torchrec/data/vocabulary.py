@@ -5,7 +5,7 @@ Readers hand out ids as they are in the log; what is unknown is decided here, so
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import groupby
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from mim_torchrec.data.batch import FeatureIds, MappedIds, RequestBatch
+from mim_torchrec.data.batch import FeatureIds, MappedIds, RequestBatch, keyed
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.id_buckets import IdBuckets
 from mim_torchrec.data.request_columns import Coded
@@ -229,13 +229,15 @@ class IdMapper:
         ids = torch.split(sparse.values(), sparse.length_per_key())
         lengths = sparse.lengths().view(-1, sparse.stride())
         features = [FeatureIds(*one) for one in zip(sparse.keys(), ids, lengths, strict=True)]
-        return replace(batch, **self.map_features(features)._asdict())
+        (mapped,) = self.map_batches(features, np.array([0, sparse.stride()]))
+        return replace(batch, **mapped._asdict())
 
-    def map_features(self, features: Sequence[FeatureIds]) -> MappedIds:
-        """Rows for the ids of a batch that is being made.
+    def map_batches(self, features: Sequence[FeatureIds], bounds: np.ndarray) -> Iterator[MappedIds]:
+        """Rows for the ids of batches that are being made.
 
         Args:
-            features: of a batch, in the order of its keys.
+            features: of the requests of all batches, in the order of the keys of a batch.
+            bounds: (num_batches + 1,) where each batch begins and ends among the requests.
 
         Raises:
             DataError: the vocabularies lack a feature.
@@ -252,21 +254,19 @@ class IdMapper:
             rows += found
             factors += map(vocabulary.factors, found) if self._shrinks else []
             self._check(name, vocabulary)
-        bags = _weighted_bags(features, rows, factors) if self._shrinks else None
+        of_ids = features
         if self._mm is not None:
             by_key = {one.key: one for one in features}
             items = [by_key[f"{role}_item_id"] for role in ROLES]
-            rows.append(self._mm.rows(_joined(items)))
+            rows += self._mm.rows(_joined(items)).split([len(one.ids) for one in items])
             self._check("mm", self._mm)
             features = [*features, *(by_key[f"{role}_item_id"]._replace(key=f"{role}_mm") for role in ROLES)]
-        sparse = KeyedJaggedTensor(
-            keys=[one.key for one in features],
-            values=torch.cat(rows),
-            lengths=torch.cat([one.lengths for one in features]),
-            stride=len(features[0].lengths),
-            length_per_key=[len(one.ids) for one in features],
-        )
-        return MappedIds(sparse, torch.cat(factors) if self._shrinks else None, bags)
+        sparse = keyed(features, rows, bounds)
+        if not self._shrinks:
+            return map(MappedIds, sparse)
+        factored = (one.values() for one in keyed(of_ids, factors, bounds))
+        bags = _weighted_bags(of_ids, rows, factors, bounds)
+        return map(MappedIds, sparse, factored, bags)
 
     def unknown_factor(self, name: str) -> float:
         """The factor of an unknown id of a vocabulary."""
@@ -312,21 +312,21 @@ def _joined(features: Sequence[FeatureIds]) -> Tensor:
 
 
 def _weighted_bags(
-    features: Sequence[FeatureIds], rows: Sequence[Tensor], factors: Sequence[Tensor]
-) -> KeyedJaggedTensor:
+    features: Sequence[FeatureIds], rows: Sequence[Tensor], factors: Sequence[Tensor], bounds: np.ndarray
+) -> Iterator[KeyedJaggedTensor]:
     """Rows of what a request has, weighted so that their sum is the mean of the shrunk embeddings.
 
     Args:
-        features: of a batch.
+        features: of the requests of all batches.
         rows: of each feature (num_ids,).
         factors: of each feature (num_ids,).
+        bounds: (num_batches + 1,) where each batch begins and ends among the requests.
     """
-    own = [k for k, one in enumerate(features) if not one.key.startswith(("candidate_", "behavior_"))]
-    lengths = [features[k].lengths for k in own]
-    weights = [factors[k] / each.repeat_interleave(each) for k, each in zip(own, lengths, strict=True)]
-    return KeyedJaggedTensor(
-        keys=[features[k].key for k in own],
-        values=torch.cat([rows[k] for k in own]),
-        weights=torch.cat(weights),
-        lengths=torch.cat(lengths),
-    )
+    places = [k for k, one in enumerate(features) if not one.key.startswith(("candidate_", "behavior_"))]
+    own = [features[k] for k in places]
+    means = [factors[k] / features[k].lengths.repeat_interleave(features[k].lengths) for k in places]
+    weights = keyed(own, means, bounds)
+    for ids, weight in zip(keyed(own, [rows[k] for k in places], bounds), weights, strict=True):
+        yield KeyedJaggedTensor(
+            keys=ids.keys(), values=ids.values(), weights=weight.values(), lengths=ids.lengths()
+        )

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
+from mim_torchrec.encoders.weights import read_weights
 from mim_torchrec.errors import OptionError
 
 FIRST_POSITION = 2  # rows before it stand for special positions, as in fairseq
@@ -119,16 +119,12 @@ class Beit3TextModel(PreTrainedModel):
         """Take the language half of an original BEiT-3 checkpoint.
 
         Raises:
-            OptionError: there is no such file, or it lacks what the tower has.
+            OptionError: there is no such file, it is damaged, or it lacks what the tower has.
         """
         if not file.is_file():
             raise OptionError(f"weights {file}: no such file")
-        if file.suffix == ".safetensors":
-            saved: dict[str, Any] = load_file(file)
-        else:
-            saved = torch.load(file, map_location="cpu", weights_only=True)
         try:
-            self.load_state_dict(from_original(saved.get("model", saved)))
+            self.load_state_dict(from_original(read_weights([file])))
         except RuntimeError as error:
             raise OptionError(f"weights {file} are not those of this BEiT-3 text tower: {error}") from error
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
-from mim_torchrec.embeddings.files import atomic_directory, write_json, write_tensors
+from mim_torchrec.embeddings.files import atomic_directory, write_json
 from mim_torchrec.embeddings.remote.fetching import fetched
 from mim_torchrec.embeddings.remote.places import Url
+from mim_torchrec.embeddings.tensor_files import DamagedFile, read_tensors, write_tensors
 from mim_torchrec.encoders.item_encoder import HeadConfig, ItemEncoder, ItemEncoderConfig
 from mim_torchrec.encoders.text import TextEncoder, TextEncoderConfig
 from mim_torchrec.encoders.vision import VisionEncoder, VisionEncoderConfig
@@ -190,8 +190,8 @@ def _save_weights(module: nn.Module, file: Path) -> None:
 
 def _load_weights(module: nn.Module, file: Path) -> None:
     try:
-        module.load_state_dict(load_file(file))
-    except (RuntimeError, OSError) as error:
+        module.load_state_dict(read_tensors(file))
+    except (RuntimeError, OSError, DamagedFile) as error:
         raise CheckpointError(f"{file}: {error}") from error
 
 

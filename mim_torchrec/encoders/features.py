@@ -11,13 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mim_torchrec.data.images import DECODER
 from mim_torchrec.embeddings.collective import on_all_ranks
-from mim_torchrec.embeddings.files import write_tensors
 from mim_torchrec.embeddings.progress import Progress
+from mim_torchrec.embeddings.tensor_files import read_tensors, write_tensors
 from mim_torchrec.encoders.checkpoint import module_version
 from mim_torchrec.encoders.pixels import HasTowers, rows_of_rank
 from mim_torchrec.training.distributed import DistributedContext
@@ -54,7 +53,7 @@ def read_or_compute(
     path = context.broadcast_object(file() if context.is_main else None)
     if all(context.all_gather_objects(path.is_file())):
         log.info("features of frozen towers read from %s", path)
-        return load_file(path)
+        return read_tensors(path)
     found = compute()
 
     def write() -> None:

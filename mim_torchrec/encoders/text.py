@@ -7,9 +7,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Literal, cast
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
@@ -237,7 +239,7 @@ def _build(config: TextEncoderConfig, tokenizer: str | None) -> Tower:
         return _tokenizer(config, tokenizer), load_model(source)
     except OptionError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError, EOFError) as error:
         raise OptionError(
             f"text tower {config.name!r} cannot be loaded ({error}); give a local directory with "
             f"--text.weights, or take `minilm`, `{TINY}` or --text.weights random"

@@ -35,6 +35,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "evaluate": CTR,
     "choose": ("training", "ctr"),
     "bundle": (*CTR, "serving"),
+    "explain": (*CTR, "serving"),
     "release": ("embeddings", "serving"),
     "store": ("embeddings",),
     "plan": ("embeddings",),

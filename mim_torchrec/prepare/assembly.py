@@ -28,6 +28,7 @@ class RequestSchema:
         has_kinds: whether histories say of each behavior what it was.
         by_time: histories are to be sorted by time again, because events arrived in another order.
         has_weights: whether candidates have weights.
+        second: name of the second label; None for none.
     """
 
     categories: pa.Array | None
@@ -35,6 +36,7 @@ class RequestSchema:
     has_kinds: bool
     by_time: bool
     has_weights: bool
+    second: str | None = None
 
 
 @dataclass
@@ -43,17 +45,6 @@ class Lists:
 
     lengths: np.ndarray
     values: dict[str, pa.Array] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, column: pa.ChunkedArray) -> "Lists":
-        """Null lists are empty."""
-        array = column.combine_chunks()
-        if isinstance(array, pa.ChunkedArray):
-            array = pa.concat_arrays(array.chunks)
-        lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False).astype(np.int64)
-        flat = array.flatten()
-        names = [flat.type.field(k).name for k in range(flat.type.num_fields)]
-        return cls(lengths, dict(zip(names, flat.flatten(), strict=True)))
 
     def take(self, index: np.ndarray, lengths: np.ndarray) -> "Lists":
         """Values at places, in lists of new lengths."""
@@ -65,15 +56,15 @@ class Lists:
         return np.repeat(np.arange(len(self.lengths)), self.lengths)
 
 
-def to_requests(table: pa.Table, schema: RequestSchema) -> pa.Table:
+def to_requests(table: pa.Table, shown: Lists, events: Lists, schema: RequestSchema) -> pa.Table:
     """Requests in the columns of `data.schema.REQUESTS`.
 
     Args:
-        table: `request`, `user`, `ts`, `query`, `shown` (structs of position, item, category, label),
-            `events` (structs of rank, item, ts, category, kind, or null).
+        table: `request`, `user`, `ts`, and with a query `query`.
+        shown: `item`, `category`, `label`, and with a second label `second`.
+        events: `item`, `ts`, `category`, `kind`.
         schema: what they have.
     """
-    shown, events = Lists.of(table["shown"]), Lists.of(table["events"])
     if schema.by_time:
         ts = events.values["ts"].to_numpy(zero_copy_only=False)
         events = events.take(np.lexsort((ts, events.rows())), events.lengths)
@@ -96,6 +87,8 @@ def to_requests(table: pa.Table, schema: RequestSchema) -> pa.Table:
     if schema.categories is not None:
         columns["candidate_categories"] = _named(shown, schema.categories)
     columns["labels"] = lists(shown.values["label"], shown.lengths, pa.int8())
+    if schema.second is not None:
+        columns[f"labels_{schema.second}"] = lists(shown.values["second"], shown.lengths, pa.int8())
     if schema.has_weights:
         columns[WEIGHTS] = lists(np.ones(int(shown.lengths.sum()), np.float32), shown.lengths, pa.float32())
     return pa.table(columns)
@@ -118,7 +111,7 @@ def sample_negatives(requests: pa.Table, rate: float, seed: int) -> tuple[pa.Tab
     lengths = pc.list_value_length(requests["labels"]).to_numpy().astype(np.int64)
     row = np.repeat(np.arange(len(lengths)), lengths)
     flat = {name: requests[name].combine_chunks().flatten() for name in requests.column_names
-            if name.startswith("candidate_") or name == "labels"}  # fmt: skip
+            if name.startswith(("candidate_", "labels"))}  # fmt: skip
     label = flat["labels"].to_numpy()
     item = flat["candidate_item_ids"].to_numpy()
     request = requests["request_id"].to_numpy()[row]

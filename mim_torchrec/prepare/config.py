@@ -42,6 +42,12 @@ class PrepareConfig:
     label_window: Count = 3600
     """Seconds after an impression in which the action counts. A request whose window had not ended when the
     log did is left out."""
+    second_label: Action | None = None
+    """A label after the first one, such as purchase after click: `labels_<name>`, 1 where the label is 1 and
+    this action follows it too. `mim ctr --second-label` trains on it."""
+    second_window: Count = 7 * 86_400
+    """Seconds after the first action of the label in which that of the second label counts. A request whose
+    windows had not ended when the log did is left out."""
     log_end: str | None = None
     """When the log ends, ISO 8601 (UTC where it has no offset); by default the time of the last event."""
     log_lag: Natural = 60
@@ -78,11 +84,26 @@ class PrepareConfig:
             raise OptionError("--behaviors is empty; name click, purchase or both")
         if (self.validation_from is None) != (self.test_from is None):
             raise OptionError("--validation-from and --test-from go together; give both or none")
+        if self.second_label == self.label:
+            raise OptionError(f"--second-label is {self.label}, as --label is; name another action or none")
         self.memory_bytes()
         for name in ("log_end", "validation_from", "test_from"):
             self.time(name)
         if self.validation_from is not None and not self.time("validation_from") < self.time("test_from"):
             raise OptionError("--validation-from is not before --test-from")
+
+    def certain_after(self) -> int:
+        """Microseconds after an impression at which its labels are certain."""
+        second = 0 if self.second_label is None else self.second_window
+        return (self.label_window + second) * SECOND
+
+    def window_of(self, kind: Action) -> int:
+        """Microseconds in which an action makes its label."""
+        return (self.second_window if kind == self.second_label else self.label_window) * SECOND
+
+    def labels(self) -> list[Action]:
+        """Actions that make labels."""
+        return [self.label] if self.second_label is None else [self.label, self.second_label]
 
     def time(self, name: str) -> int:
         """An option that is a time, in microseconds since 1970; 0 where it is not given."""

@@ -1,7 +1,7 @@
 """The engines that run the relational program: DuckDB in this process, or Spark.
 
-An engine reads files, runs an expression and keeps its result as Parquet in a scratch folder, or hands it out
-in batches. All else is written once, in Ibis.
+An engine reads files, runs an expression and keeps its result, DuckDB as a table that spills to the scratch
+folder, Spark as Parquet there, or hands it out in batches. All else is written once, in Ibis.
 """
 
 import logging
@@ -34,7 +34,10 @@ class Engine(Protocol):
         """The rows of files; columns of CSV are text."""
 
     def keep(self, table: Table, name: str) -> Table:
-        """Run an expression and keep its rows in the scratch folder, under a new name."""
+        """Run an expression and keep its rows under a new name."""
+
+    def forget(self, name: str) -> None:
+        """Delete what is kept under a name."""
 
     def batches(self, table: Table, rows: int) -> Iterator[pa.Table]:
         """Run an expression and hand out its rows, in order, about so many at a time."""
@@ -87,15 +90,17 @@ class DuckDB:
         return self._view(f"read_csv({paths}, {options})")
 
     def keep(self, table: Table, name: str) -> Table:
-        path = _quoted(str(self._scratch / f"{name}.parquet"))
         columns = [_typed(column, kind) for column, kind in table.schema().items()]
         query = f"SELECT {', '.join(columns)} FROM ({self._connection.compile(table)})"
-        self._connection.raw_sql(f"COPY ({query}) TO {path} (FORMAT parquet)")
-        return self._view(f"read_parquet({path})")
+        self._connection.raw_sql(f'CREATE TABLE "{name}" AS {query}')
+        return self._connection.table(name)
+
+    def forget(self, name: str) -> None:
+        self._connection.raw_sql(f'DROP TABLE "{name}"')
 
     def batches(self, table: Table, rows: int) -> Iterator[pa.Table]:
-        # what Ibis calls for this, DuckDB 2 no longer has
-        result = self._connection.con.sql(self._connection.compile(table))
+        # what Ibis calls for this, DuckDB 2 no longer has; a cursor, because several results are read at once
+        result = self._connection.con.cursor().sql(self._connection.compile(table))
         for batch in result.to_arrow_reader(rows):
             yield pa.Table.from_batches([batch])
 
@@ -172,6 +177,9 @@ class Spark:
         path = str(self._scratch / name)
         self._session.sql(self._connection.compile(table)).write.parquet(path)
         return self._view(self._session.read.parquet(path))
+
+    def forget(self, name: str) -> None:
+        shutil.rmtree(self._scratch / name)
 
     def batches(self, table: Table, rows: int) -> Iterator[pa.Table]:
         path = self._scratch / f"batches-{ibis.util.gen_name('batches')}"

@@ -59,8 +59,8 @@ def not_early(found: Table) -> Table:
     return found.filter(_.shown_at.isnull() | (_.ts >= _.shown_at))
 
 
-def labelled(shown: Table, found: Table, window: int, by_request: bool) -> Table:
-    """Shown items with a label: 1 where an action follows within a window, its end included.
+def hits(shown: Table, found: Table, window: int, by_request: bool) -> Table:
+    """Shown items that an action follows within a window, its end included.
 
     Args:
         shown: see `events.shown_items`.
@@ -69,16 +69,50 @@ def labelled(shown: Table, found: Table, window: int, by_request: bool) -> Table
         by_request: as in :func:`attributed`.
 
     Returns:
-        The columns of `shown` and `label` (int8).
+        `request`, `item`, `user`, `ts` of the shown items, and `at`, the time of the first such action.
     """
-    hits = found.filter(found.shown_at.notnull() & between(found.ts - found.shown_at, 0, window))
+    inside = found.filter(found.shown_at.notnull() & between(found.ts - found.shown_at, 0, window))
     if by_request:
-        keys, hits = ["request", "item"], hits.select("request", "item").distinct()
+        first = inside.group_by("request", "item").agg(at=_.ts.min())
+        joined = shown.inner_join(first, ["request", "item"])
     else:
-        keys, hits = ["user", "item", "ts"], hits.select("user", "item", ts="shown_at").distinct()
-    joined = shown.left_join(hits.mutate(hit=ibis.literal(1, "int8")), keys)
+        first = inside.group_by("user", "item", "shown_at").agg(at=_.ts.min())
+        joined = shown.inner_join(
+            first, [shown.user == first.user, shown.item == first.item, shown.ts == first.shown_at]
+        )
+    return joined.select("at", **{name: shown[name] for name in ("request", "item", "user", "ts")})
+
+
+def followed(hit: Table, found: Table, window: int, by_request: bool) -> Table:
+    """Hits that an action of another kind follows: not before the first action, and within a window after it.
+
+    Args:
+        hit: see :func:`hits`.
+        found: actions of the other kind, see :func:`attributed`.
+        window: microseconds, the end included.
+        by_request: as in :func:`attributed`, of the other kind.
+
+    Returns:
+        `request`, `item`.
+    """
+    if by_request:
+        later = found.filter(found.shown_at.notnull()).select("request", "item", then="ts")
+        joined = hit.inner_join(later, ["request", "item"])
+    else:
+        later = found.filter(found.shown_at.notnull()).select("user", "item", "shown_at", then="ts")
+        joined = hit.inner_join(
+            later, [hit.user == later.user, hit.item == later.item, hit.ts == later.shown_at]
+        )
+    inside = joined.filter(between(joined.then - joined["at"], 0, window))
+    return inside.select(request=inside.request, item=inside["item"]).distinct()
+
+
+def labelled(shown: Table, hit: Table, name: str) -> Table:
+    """Shown items with a column (int8) that is 1 where `request` and `item` are among the hits, each once."""
+    marked = hit.select("request", "item", hit=ibis.literal(1, "int8"))
+    joined = shown.left_join(marked, ["request", "item"])
     return joined.select(
-        *(joined[name] for name in shown.columns), label=joined.hit.fill_null(0).cast("int8")
+        *(joined[column] for column in shown.columns), **{name: joined.hit.fill_null(0).cast("int8")}
     )
 
 
@@ -86,16 +120,17 @@ def gathered(shown: Table) -> Table:
     """Requests of shown items.
 
     Returns:
-        `request`, `user`, `last_user`, `ts` and `last_ts` (of the first and the last item), `query`,
-        `candidates`.
+        `request`, `user`, `last_user`, `ts` and `last_ts` (of the first and the last item), `candidates`, and
+        `query` where shown items have it.
     """
+    more = {"query": _.query.min()} if "query" in shown.columns else {}
     return shown.group_by("request").agg(
         user=_.user.min(),
         last_user=_.last_user.max(),
         ts=_.ts.min(),
         last_ts=_.ts.max(),
-        query=_.query.min(),
         candidates=_.count(),
+        **more,
     )
 
 

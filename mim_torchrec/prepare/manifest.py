@@ -6,18 +6,18 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from mim_torchrec.data.prepared_ids import FORMAT
 from mim_torchrec.embeddings.files import sha256, write_json
 from mim_torchrec.prepare.mapping import Mapping
 from mim_torchrec.prepare.writing import FolderWriter
-
-FORMAT = 1
 
 
 def write_manifest(root: Path, files: FolderWriter, report: dict[str, Any], mapping: Mapping) -> None:
     """Write the manifest of what has been written.
 
     It has `format`, `name`, `counts` and `schema` by folder, `split` (times), `ids` (how each kind is kept),
-    `vocabularies` (of the training part: file, ids, sha256), `files` (rows, bytes, sha256), and
+    `vocabularies` (of the training part: file, ids, sha256), `files` (rows, bytes, hashes of
+    the file and of its Parquet footer), and
     `fingerprint`, a hash of all of them.
     """
     schemas = {}

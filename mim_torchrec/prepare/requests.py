@@ -1,5 +1,6 @@
 """Joined requests to files: one folder a part and day, sampled in the training part, counted."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,55 @@ from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.ids import stable_ids
 from mim_torchrec.data.schema import SPLITS
 from mim_torchrec.embeddings.files import full_disk_reported
-from mim_torchrec.prepare.assembly import RequestSchema, sample_negatives, to_requests
-from mim_torchrec.prepare.config import SECOND, PrepareConfig
+from mim_torchrec.prepare.assembly import Lists, RequestSchema, sample_negatives, to_requests
+from mim_torchrec.prepare.config import PrepareConfig
 from mim_torchrec.prepare.engines import Engine
 from mim_torchrec.prepare.mapping import Ids
 from mim_torchrec.prepare.splits import Split, day_name, days
 from mim_torchrec.prepare.writing import FolderWriter, Vocabularies
+
+
+class Candidates:
+    """Candidates that come in the order of their requests.
+
+    Args:
+        batches: `request` and the values.
+        names: of the values.
+    """
+
+    def __init__(self, batches: Iterator[pa.Table], names: Sequence[str]) -> None:
+        self._batches, self._names = batches, names
+        self._waiting: list[pa.Table] = []
+
+    def of(self, requests: pa.Table) -> Lists:
+        """The candidates of the next requests.
+
+        Args:
+            requests: `request` and `candidates`, how many each has.
+
+        Raises:
+            RuntimeError: others come.
+        """
+        lengths = requests["candidates"].to_numpy().astype(np.int64)
+        wanted, have = int(lengths.sum()), sum(map(len, self._waiting))
+        while have < wanted:
+            batch = next(self._batches, None)
+            if batch is None:
+                raise RuntimeError("there are fewer candidates than requests have")
+            self._waiting.append(batch)
+            have += len(batch)
+        rows = pa.concat_tables(self._waiting)
+        self._waiting = [rows.slice(wanted)]
+        rows = rows.slice(0, wanted).combine_chunks()
+        expected = requests["request"].take(pa.array(np.repeat(np.arange(len(lengths)), lengths)))
+        if not rows["request"].equals(expected):
+            raise RuntimeError("candidates are not in the order of their requests")
+        return Lists(lengths, {name: rows[name].combine_chunks() for name in self._names})
+
+    def finish(self) -> None:
+        """See that no candidate is left. Raises RuntimeError otherwise."""
+        if any(map(len, self._waiting)) or any(len(batch) for batch in self._batches):
+            raise RuntimeError("there are more candidates than requests have")
 
 
 class RequestsWriter:
@@ -34,16 +78,16 @@ class RequestsWriter:
         self, config: PrepareConfig, schema: RequestSchema, split: Split, files: FolderWriter
     ) -> None:
         self._config, self._schema, self._split, self._files = config, schema, split, files
-        self._vocabularies: Vocabularies | None = None
+        self._vocabularies = Vocabularies()
         self._ids: list[np.ndarray] = []
         self._counts = {split: {"requests": 0, "candidates": 0, "positives": 0, "behaviors": 0}
                         for split in SPLITS}  # fmt: skip
         self._left_out = {"negatives": 0, "requests_without_candidates": 0}
         self._late_labels = 0
 
-    def write(self, joined: pa.Table) -> None:
+    def write(self, joined: pa.Table, shown: Lists, events: Lists) -> None:
         """Write requests; see `assembly.to_requests`."""
-        requests = to_requests(joined, self._schema)
+        requests = to_requests(joined, shown, events, self._schema)
         self._ids.append(requests["request_id"].to_numpy())
         ts = requests["ts"].cast(pa.int64()).to_numpy()
         part = self._split.of(ts)
@@ -55,7 +99,7 @@ class RequestsWriter:
             if self._config.partition == "day":
                 folder += f"/dt={day_name(int(day[start]))}"
             if part[start] == 0:
-                late = ts[start:stop] + self._config.label_window * SECOND > self._split.validation
+                late = ts[start:stop] + self._config.certain_after() > self._split.validation
                 self._late_labels += int(late.sum())
                 rows = self._training(rows)
             if len(rows):
@@ -76,7 +120,6 @@ class RequestsWriter:
         vocabularies = {}
         folder = root / "vocabularies"
         folder.mkdir()
-        assert self._vocabularies is not None
         for name, table in self._vocabularies.tables():
             path = folder / f"{name}.parquet"
             with full_disk_reported(path, table.nbytes):
@@ -96,8 +139,6 @@ class RequestsWriter:
         }
 
     def _training(self, rows: pa.Table) -> pa.Table:
-        if self._vocabularies is None:
-            self._vocabularies = Vocabularies(rows.column_names)
         self._vocabularies.add_popularity(rows)
         if self._config.negative_rate < 1:
             rows, negatives, requests = sample_negatives(rows, self._config.negative_rate, self._config.seed)
@@ -122,7 +163,7 @@ def write_users(engine: Engine, ids: Ids, requests: Table, files: FolderWriter) 
     Raises:
         IdCollision: two users, or two queries, have one number.
     """
-    if ids.query == "text" and requests["query"].type().is_string():
+    if ids.query == "text" and "query" in requests.columns:
         stable_ids(engine.fetch(requests.select("query").distinct())["query"])
     if ids.user != "text":
         return

@@ -14,12 +14,14 @@ import numpy as np
 from ibis import _
 from ibis.expr.types import Table
 
+from mim_torchrec.data.ids import stable_ids
 from mim_torchrec.data.schema import SPLITS
 from mim_torchrec.data.writing import DatasetWriter
 from mim_torchrec.embeddings.files import write_json
 from mim_torchrec.errors import OptionError
 from mim_torchrec.prepare import events, histories, labels
 from mim_torchrec.prepare.assembly import KINDS, RequestSchema
+from mim_torchrec.prepare.behaviors import Behaviors
 from mim_torchrec.prepare.catalog import Items, make_items
 from mim_torchrec.prepare.config import SECOND, Action, PrepareConfig, as_text
 from mim_torchrec.prepare.content import write_items, write_pairs
@@ -27,15 +29,16 @@ from mim_torchrec.prepare.engines import ENGINES, Engine, count, numbers
 from mim_torchrec.prepare.manifest import write_manifest
 from mim_torchrec.prepare.mapping import Events, Mapping, load_mapping
 from mim_torchrec.prepare.reading import Raw, Reader
-from mim_torchrec.prepare.requests import RequestsWriter, write_users
-from mim_torchrec.prepare.splits import choose_split, pieces
+from mim_torchrec.prepare.requests import Candidates, RequestsWriter, write_users
+from mim_torchrec.prepare.splits import choose_split
 from mim_torchrec.prepare.writing import FolderWriter
 
 log = logging.getLogger(__name__)
 Counts = dict[str, Any]
 SHOWN = ("request", "user", "item", "ts")
 ACTED = ("user", "item", "ts")
-OPTIONAL = {"position": "int64", "query": "string"}
+ROWS = 200_000
+"""Of a batch of values without lists."""
 
 
 def prepare(config: PrepareConfig) -> Counts:
@@ -48,9 +51,11 @@ def prepare(config: PrepareConfig) -> Counts:
     """
     config.check()
     mapping = load_mapping(config.mapping)
-    for kind in {config.label, *config.behaviors}:
+    for kind in {*config.labels(), *config.behaviors}:
         if mapping.actions(kind) is None:
-            raise OptionError(f"{config.mapping} has no events.{kind}; --label and --behaviors name others")
+            raise OptionError(
+                f"{config.mapping} has no events.{kind}; --label, --second-label and --behaviors name others"
+            )
     options = {
         name: value for name, value in asdict(config).items() if name not in ("out", "scratch", "init")
     }
@@ -98,49 +103,46 @@ class Preparation:
         self.report["input"]["catalog"] = items.counts
         shown = self._shown()
         raw_searches = self._searches()
-        kinds: set[Action] = {*self.config.behaviors, self.config.label}
+        kinds: set[Action] = {*self.config.behaviors, *self.config.labels()}
         if raw_searches is not None:
             kinds |= {kind for kind in KINDS if self.mapping.actions(kind) is not None}
         actions = {kind: self._actions(kind, items) for kind in KINDS if kind in kinds}
         end = self.config.time("log_end") or self._last
         self.report["log_end"] = as_text(end)
         found = {kind: self._attributed(kind, actions[kind], shown)
-                 for kind in KINDS if kind in {*self.config.behaviors, self.config.label}}  # fmt: skip
-        candidates = self._labelled(shown, found[self.config.label], items)
+                 for kind in KINDS if kind in {*self.config.behaviors, *self.config.labels()}}  # fmt: skip
+        candidates = self._labelled(shown, found, items)
         requests = self._requests(candidates, end)
         known, behaviors = self._histories(requests, found)
 
-        ts = np.sort(self._column(requests, "ts"))
+        ts = np.sort(self._column(known, "ts"))
         split = choose_split(ts, self.config)
         self.report["split"] = {
             "train_from": as_text(int(ts[0])), "validation_from": as_text(split.validation),
             "test_from": as_text(split.test), "test_to": as_text(int(ts[-1])),
         }  # fmt: skip
-        files = FolderWriter(self.root, self.config.row_group_rows)
         schema = RequestSchema(
             categories=items.categories,
             has_query=self.mapping.events.impression.query is not None,
             has_kinds=len(self.config.behaviors) > 1,
             by_time=any(self._source(kind).arrived is not None for kind in self.config.behaviors),
             has_weights=self.config.negative_rate < 1,
+            second=self.config.second_label,
         )
-        writer = RequestsWriter(self.config, schema, split, files)
-        largest = numbers(self.engine, known.agg(n=known.candidates.max()))["n"]
-        spans = pieces(ts, self.config.max_behaviors + largest, self.config.memory_bytes())
-        for start, stop in spans:
-            rows = self._joined(known, candidates, behaviors, start, stop)
-            for batch in self.engine.batches(rows, self.config.row_group_rows):
-                writer.write(batch)
-        self.report |= writer.finish(self.root)
-        self.report["requests"]["pieces"] = len(spans)
-        write_users(self.engine, self.mapping.ids, known, files)
-        self.report["items"] = write_items(self.config, self.mapping, self.base, self.engine, items, files)
-        if raw_searches is not None:
-            self.report["pairs"] = write_pairs(
-                self.config, self.mapping, self.base, self.engine, raw_searches, actions, items,
-                split.validation, files,
-            )  # fmt: skip
-        files.finish()
+        with FolderWriter(self.root, self.config.row_group_rows) as files:
+            writer = RequestsWriter(self.config, schema, split, files)
+            self._write_requests(writer, known, candidates, behaviors)
+            self.report |= writer.finish(self.root)
+            write_users(self.engine, self.mapping.ids, known, files)
+            self.report["items"] = write_items(
+                self.config, self.mapping, self.base, self.engine, items, files
+            )
+            if raw_searches is not None:
+                self.report["pairs"] = write_pairs(
+                    self.config, self.mapping, self.base, self.engine, raw_searches, actions, items,
+                    split.validation, files,
+                )  # fmt: skip
+            files.finish()
         self.report["written"] = written(files)
         write_manifest(self.root, files, self.report, self.mapping)
         return self.report
@@ -172,8 +174,8 @@ class Preparation:
         self.report["input"]["impression"] = counts | {
             "incomplete": counts["rows"] - raw.complete, "repeated": raw.complete - distinct,
         }  # fmt: skip
-        missing = {name: kind for name, kind in OPTIONAL.items() if name not in once.columns}
-        return once.mutate(**{name: ibis.null(kind) for name, kind in missing.items()})
+        self.engine.forget("raw-events-impression")
+        return once
 
     def _actions(self, kind: str, items: Items) -> Table:
         source = self._source(kind)
@@ -208,10 +210,10 @@ class Preparation:
     def _attributed(self, kind: str, actions: Table, shown: Table) -> Table:
         """Actions with what they follow from, without those that clocks put before it."""
         by_request = self._by_request(kind)
-        if not by_request and kind != self.config.label:
+        if not by_request and kind not in self.config.labels():
             return actions
         found = self.engine.keep(labels.attributed(actions, shown, by_request), f"{kind}-attributed")
-        window = self.config.label_window * SECOND
+        window = self.config.window_of(kind)
         delay = found.ts - found.shown_at
         asked = {
             "events": found.count(),
@@ -222,19 +224,26 @@ class Preparation:
         self.report.setdefault("attribution", {})[kind] = numbers(self.engine, found.agg(**asked))
         return labels.not_early(found)
 
-    def _labelled(self, shown: Table, found: Table, items: Items) -> Table:
-        by_request = self._by_request(self.config.label)
-        window = self.config.label_window * SECOND
+    def _labelled(self, shown: Table, found: dict[Action, Table], items: Items) -> Table:
+        label, second = self.config.label, self.config.second_label
+        hit = labels.hits(shown, found[label], self.config.window_of(label), self._by_request(label))
+        hit = self.engine.keep(hit, "hits")
         known = events.of_known_items(shown, items.versions, items.has_versions)
-        candidates = self.engine.keep(labels.labelled(known, found, window, by_request), "candidates")
+        known = labels.labelled(known, hit, "label")
+        if second is not None:
+            window = self.config.window_of(second)
+            both = labels.followed(hit, found[second], window, self._by_request(second))
+            known = labels.labelled(known, both, "second")
+        candidates = self.engine.keep(known, "candidates")
         distinct, kept = self._counts(shown, candidates)
+        self.engine.forget("shown")
         self.report["input"]["impression"] |= {"of_unknown_items": distinct - kept, "kept": kept}
         return candidates
 
     def _requests(self, candidates: Table, end: int) -> Table:
         all_requests = self.engine.keep(labels.gathered(candidates), "requests-gathered")
         one_user = labels.with_one_user(all_requests)
-        kept = labels.old_enough(one_user, self.config.label_window * SECOND, end)
+        kept = labels.old_enough(one_user, self.config.certain_after(), end)
         gathered, single, old = self._counts(all_requests, one_user, kept)
         self.report["requests"] = {
             "gathered": gathered, "of_several_users": gathered - single,
@@ -243,7 +252,7 @@ class Preparation:
         return kept
 
     def _histories(self, requests: Table, found: dict[Action, Table]) -> tuple[Table, Table]:
-        """Requests with the number of behaviors that were known; the behaviors by rank."""
+        """Requests with the number of behaviors that were known; the behaviors in order."""
         parts = [
             found[kind].select("user", "item", "ts", "known_at", "category",
                                kind=ibis.literal(KINDS.index(kind), "int8"))
@@ -253,9 +262,7 @@ class Preparation:
         both = self.engine.keep(histories.numbered(behaviors, requests), "numbered")
         counts = histories.known_counts(both)
         joined = requests.inner_join(counts, "request")
-        known = self.engine.keep(
-            joined.select("request", "user", "ts", "query", "candidates", "known"), "requests"
-        )
+        known = self.engine.keep(joined.drop("last_user", "last_ts"), "requests")
         found_counts = numbers(self.engine, known.agg(
             known=known.known.sum(), without=(known.known == 0).cast("int64").sum(),
             longer=(known.known > self.config.max_behaviors).cast("int64").sum(),
@@ -264,23 +271,31 @@ class Preparation:
             "behaviors": count(self.engine, both.filter(_.is_behavior == 1)),
             "requests_without": found_counts["without"], "requests_cut_to_the_last": found_counts["longer"],
         }  # fmt: skip
-        return known, histories.ranked(both)
+        return known, histories.in_order(both)
 
-    def _joined(self, known: Table, candidates: Table, behaviors: Table, start: int, stop: int) -> Table:
-        """Requests of a span of time with their candidates and histories, in order of time."""
-        asked = known.filter((_.ts >= start) & (_.ts < stop))
-        shown = candidates.semi_join(asked, "request")
-        one = ibis.struct({
-            "position": shown.position.fill_null(0), "item": shown.item, "category": shown.category,
-            "label": shown.label,
-        })  # fmt: skip
-        lists = shown.group_by("request").agg(shown=one.collect().sort())
-        joined = asked.inner_join(lists, "request")
-        full = histories.with_histories(joined, behaviors, self.config.max_behaviors)
-        return full.select("request", "user", "ts", "query", "shown", "events").order_by("ts", "request")
+    def _write_requests(
+        self, writer: RequestsWriter, known: Table, candidates: Table, behaviors: Table
+    ) -> None:
+        """Requests in order of time, with their candidates and histories."""
+        batch = self.config.row_group_rows
+        stored = Behaviors(self.engine.batches(behaviors, ROWS), self.scratch / "behaviors")
+        places = ["position", "item"] if "position" in candidates.columns else ["item"]
+        values = [name for name in ("item", "category", "label", "second") if name in candidates.columns]
+        asked = candidates.inner_join(known.select("request", at="ts"), "request")
+        if "position" in places:
+            asked = asked.mutate(position=asked.position.fill_null(0))
+        shown = Candidates(self.engine.batches(
+            asked.order_by("at", "request", *places).select("request", *values), ROWS
+        ), values)  # fmt: skip
+        ordered = known.order_by("ts", "request")
+        for requests in self.engine.batches(ordered, batch):
+            users, count = stable_ids(requests["user"]).to_numpy(), requests["known"].to_numpy()
+            events = stored.last(users, count, self.config.max_behaviors)
+            writer.write(requests, shown.of(requests), events)
+        shown.finish()
 
     def _column(self, table: Table, name: str) -> np.ndarray:
-        parts = [batch[name].to_numpy() for batch in self.engine.batches(table.select(name), 1_000_000)]
+        parts = [batch[name].to_numpy() for batch in self.engine.batches(table.select(name), ROWS)]
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
     def _counts(self, *tables: Table) -> tuple[int, ...]:

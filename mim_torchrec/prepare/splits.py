@@ -1,4 +1,4 @@
-"""Where the training part ends and how requests are cut into pieces that fit into memory, by time alone."""
+"""Where the training part ends, by time alone."""
 
 from dataclasses import dataclass
 
@@ -7,9 +7,6 @@ import numpy as np
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.schema import SPLITS
 from mim_torchrec.prepare.config import DAY, PrepareConfig, as_text
-
-BYTES_PER_ENTRY = 64  # of a behavior or candidate, while its list is made
-PIECES_OF_MEMORY = 8
 
 
 @dataclass(frozen=True)
@@ -55,25 +52,6 @@ def choose_split(ts: np.ndarray, config: PrepareConfig) -> Split:
                 f"{as_text(split.test)}; choose --validation-from and --test-from"
             )
     return split
-
-
-def pieces(ts: np.ndarray, entries: float, memory: int) -> list[tuple[int, int]]:
-    """Spans of time, from and to (excluded), whose requests fit into an eighth of the memory as lists.
-
-    Lists are what an engine does not spill to disk.
-
-    Args:
-        ts: (n,) times of the requests, ascending.
-        entries: behaviors and candidates of a request, at most.
-        memory: bytes.
-
-    >>> pieces(np.array([1, 2, 2, 5]), 1.0, 2 * 8 * 64)
-    [(1, 2), (2, 6)]
-    """
-    size = max(1, int(memory / PIECES_OF_MEMORY / (entries * BYTES_PER_ENTRY)))
-    bounds = [int(ts[k]) for k in range(0, len(ts), size)] + [int(ts[-1]) + 1]
-    bounds = sorted(set(bounds))
-    return list(zip(bounds, bounds[1:], strict=False))
 
 
 def days(ts: np.ndarray) -> np.ndarray:

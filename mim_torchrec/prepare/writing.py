@@ -4,7 +4,8 @@ Row groups have the size that a reader shuffles by. Ids and categories are dicti
 large enough for the distinct ids of a row group.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mim_torchrec.data.id_scan import COLUMNS, IdCounts
-from mim_torchrec.data.schema import category_ids, is_list
+from mim_torchrec.data.features import Ids
+from mim_torchrec.data.id_scan import CANDIDATES, COLUMNS, IdCounts, distinct
+from mim_torchrec.data.prepared_ids import footer_sha256
+from mim_torchrec.data.schema import is_list
 from mim_torchrec.embeddings.files import full_disk_reported, sha256
 
 GROUPS_PER_FILE = 8
 DICTIONARY_BYTES = 16 * 2**20
 IMAGE_ROWS = 1000
+COUNTED_ROWS = 65_536
 
 
 class FolderWriter:
-    """Writes tables that come one after the other into `part-*.parquet` of folders.
+    """Writes tables that come one after the other into `part-*.parquet` of folders, in a thread of its own.
 
     Args:
         root: of the data set that is being written.
@@ -34,12 +38,18 @@ class FolderWriter:
         self._root, self._rows, self._default = root, row_group_rows, row_group_rows
         self._folder: str | None = None
         self._waiting: list[pa.Table] = []
-        self._writer: pq.ParquetWriter | None = None
-        self._groups = 0
-        self.files: list[dict[str, Any]] = []
-        """`file` (relative to the root), `rows`, `bytes`, `sha256` of what is written."""
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="parquet")
+        self._running: Future[None] | None = None
+        self._file: _File | None = None
         self._next: dict[str, int] = {}
-        self._path: Path | None = None
+        self.files: list[dict[str, Any]] = []
+        """`file` (relative to the root), `rows`, `bytes`, `sha256` and `footer_sha256` of what is written."""
+
+    def __enter__(self) -> "FolderWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown()
 
     def write(self, folder: str, table: pa.Table, row_group_rows: int | None = None) -> None:
         """Add rows to a folder, whose file ends when another folder comes.
@@ -50,7 +60,7 @@ class FolderWriter:
             row_group_rows: of this folder, where it is not that of the others.
         """
         if folder != self._folder:
-            self.finish()
+            self._flush()
             self._folder, self._rows = folder, row_group_rows or self._default
         self._waiting.append(table)
         rows = sum(map(len, self._waiting))
@@ -58,93 +68,141 @@ class FolderWriter:
             return
         whole = pa.concat_tables(self._waiting)
         for start in range(0, rows - rows % self._rows, self._rows):
-            self._write_group(whole.slice(start, self._rows))
+            self._submit(self._write_group, folder, whole.slice(start, self._rows), self._rows)
         self._waiting = [whole.slice(rows - rows % self._rows)] if rows % self._rows else []
 
     def finish(self) -> None:
         """Write what waits, and close the file."""
-        if self._waiting:
-            self._write_group(pa.concat_tables(self._waiting))
-        self._waiting = []
-        self._close()
+        self._flush()
+        self._folder = None
+        if self._running is not None:
+            self._running.result()
+            self._running = None
 
-    def _write_group(self, table: pa.Table) -> None:
-        if self._groups == GROUPS_PER_FILE:
-            self._close()
-        if self._writer is None:
+    def _flush(self) -> None:
+        if self._waiting:
             assert self._folder is not None
-            number = self._next.get(self._folder, 0)
-            self._next[self._folder] = number + 1
-            self._path = self._root / self._folder / f"part-{number:05d}.parquet"
-            with full_disk_reported(self._path):
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._writer = pq.ParquetWriter(
-                    self._path, table.schema, compression="zstd", use_dictionary=_encoded(table.schema),
-                    dictionary_pagesize_limit=DICTIONARY_BYTES, write_page_checksum=True,
-                )  # fmt: skip
-        assert self._path is not None
-        with full_disk_reported(self._path, table.nbytes):
-            self._writer.write_table(table, row_group_size=self._rows)
-        self._groups += 1
+            self._submit(self._write_group, self._folder, pa.concat_tables(self._waiting), self._rows)
+        self._waiting = []
+        self._submit(self._close)
+
+    def _submit(self, work: Callable[..., None], *words: Any) -> None:
+        """Let the thread do what comes next, when it has done what came before: one table waits at most."""
+        if self._running is not None:
+            self._running.result()
+        self._running = self._thread.submit(work, *words)
+
+    def _write_group(self, folder: str, table: pa.Table, rows: int) -> None:
+        if self._file is not None and self._file.groups == GROUPS_PER_FILE:
+            self._close()
+        if self._file is None:
+            number = self._next.get(folder, 0)
+            self._next[folder] = number + 1
+            self._file = _File(self._root / folder / f"part-{number:05d}.parquet", table.schema)
+        self._file.write(table, rows)
 
     def _close(self) -> None:
-        if self._writer is None:
-            return
-        assert self._path is not None
+        if self._file is not None:
+            self.files.append(self._file.close(self._root))
+            self._file = None
+
+
+class _File:
+    """A file that is being written."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self._path, self.groups = path, 0
+        with full_disk_reported(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._writer = pq.ParquetWriter(
+                path, schema, compression="zstd", use_dictionary=_encoded(schema),
+                dictionary_pagesize_limit=DICTIONARY_BYTES, write_page_checksum=True,
+            )  # fmt: skip
+
+    def write(self, table: pa.Table, rows: int) -> None:
+        with full_disk_reported(self._path, table.nbytes):
+            self._writer.write_table(table, row_group_size=rows)
+        self.groups += 1
+
+    def close(self, root: Path) -> dict[str, Any]:
         with full_disk_reported(self._path):
             self._writer.close()
-        self.files.append({
-            "file": self._path.relative_to(self._root).as_posix(),
+        return {
+            "file": self._path.relative_to(root).as_posix(),
             "rows": pq.read_metadata(self._path).num_rows,
             "bytes": self._path.stat().st_size,
             "sha256": sha256(self._path),
-        })  # fmt: skip
-        self._writer, self._groups = None, 0
+            "footer_sha256": footer_sha256(self._path),
+        }
 
 
 class Vocabularies:
-    """Distinct ids of the training part and how often each occurs, as `data.id_scan.scan_ids` finds them.
+    """Distinct ids of the training part and how often each occurs, as `data.id_scan.count_ids` finds them.
 
-    Args:
-        columns: of the requests.
+    Ids of many requests are counted at once: most of them occur again and again.
     """
 
-    def __init__(self, columns: list[str]) -> None:
-        present = {name: [c for c in of if c in columns] for name, of in COLUMNS.items()}
-        self._columns = {name: of for name, of in present.items() if of}
-        self._counts = {name: IdCounts() for name in self._columns}
+    def __init__(self) -> None:
+        self._counts: dict[str, IdCounts] = {}
         self._shown, self._positive = IdCounts(), IdCounts()
+        self._written = _Waiting(self._count)
+        self._seen = _Waiting(self._count_popularity)
 
     def add(self, requests: pa.Table) -> None:
         """Count the ids of requests that are written."""
-        for name, columns in self._columns.items():
-            for column in columns:
-                values = _flat(requests[column])
-                if len(values):
-                    counted = pc.value_counts(values)
-                    ids, counts = category_ids(counted.field("values")), counted.field("counts")
-                    self._counts[name].add(ids, counts.to_numpy())
+        wanted = [column for columns in COLUMNS.values() for column in columns]
+        self._written.add(requests.select([name for name in requests.column_names if name in wanted]))
 
     def add_popularity(self, requests: pa.Table) -> None:
         """Count what was shown and what had the label 1, before any is left out by sampling."""
-        items, labels = _flat(requests["candidate_item_ids"]).to_numpy(), _flat(requests["labels"]).to_numpy()
-        ids, place = np.unique(items, return_inverse=True)
-        shown = np.bincount(place, minlength=len(ids))
-        positive = np.bincount(place, weights=labels, minlength=len(ids)).astype(np.int64)
-        self._shown.add(ids, shown)
-        self._positive.add(ids, positive)
+        self._seen.add(requests.select([CANDIDATES, "labels"]))
 
     def tables(self) -> Iterator[tuple[str, pa.Table]]:
-        """By name, `id` (int64, ascending) and `count`; `popularity` has `id`, `shown`, `positive`."""
+        """By name, `id` (int64, ascending), `count` and `impressions`.
+
+        `popularity` has `id`, `shown` and `positive`.
+        """
+        self._written.flush()
+        self._seen.flush()
         for name, found in self._counts.items():
-            yield name, pa.table({"id": found.ids, "count": found.counts})
+            yield name, pa.table({"id": found.ids, "count": found.counts, "impressions": found.impressions})
         columns = {"id": self._shown.ids, "shown": self._shown.counts, "positive": self._positive.counts}
         yield "popularity", pa.table(columns)
 
+    def _count(self, requests: pa.Table) -> None:
+        shown = pc.list_value_length(requests[CANDIDATES]).to_numpy().astype(np.int64)
+        for name, columns in COLUMNS.items():
+            for column in columns:
+                if column in requests.column_names:
+                    found = distinct(column, requests[column], Ids(), shown)
+                    self._counts.setdefault(name, IdCounts()).add(*found)
 
-def _flat(column: pa.ChunkedArray) -> pa.Array:
-    values = column.combine_chunks()
-    return values.flatten() if is_list(values.type) else values
+    def _count_popularity(self, requests: pa.Table) -> None:
+        flat = {name: requests[name].combine_chunks().flatten() for name in (CANDIDATES, "labels")}
+        grouped = pa.table(flat).group_by(CANDIDATES, use_threads=False)
+        found = grouped.aggregate([([], "count_all"), ("labels", "sum")])
+        ids = found[CANDIDATES].to_numpy()
+        self._shown.add(ids, found["count_all"].to_numpy())
+        self._positive.add(ids, found["labels_sum"].to_numpy())
+
+
+class _Waiting:
+    """Requests that wait until many can be counted at once."""
+
+    def __init__(self, count: Callable[[pa.Table], None]) -> None:
+        self._count, self._rows = count, 0
+        self._tables: list[pa.Table] = []
+
+    def add(self, requests: pa.Table) -> None:
+        self._tables.append(requests)
+        self._rows += len(requests)
+        if self._rows >= COUNTED_ROWS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._tables:
+            self._count(pa.concat_tables(self._tables).combine_chunks())
+        self._tables, self._rows = [], 0
 
 
 def _encoded(schema: pa.Schema) -> list[str]:

@@ -1,7 +1,10 @@
 """Configuration of pre-training; every field is a flag of `mim pretrain`."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
+
+import tyro
 
 from mim_torchrec.domains import Count, Domain, Fraction, Natural, Positive, Share, Temperature, Weight
 from mim_torchrec.embeddings.remote.places import LocalPath, Place
@@ -9,8 +12,24 @@ from mim_torchrec.encoders.text import TextEncoderConfig
 from mim_torchrec.encoders.vision import VisionEncoderConfig
 from mim_torchrec.training.checkpoints import CheckpointConfig
 from mim_torchrec.training.distributed import Timeouts
+from mim_torchrec.training.presets import Preset, chosen, replaced
 
 Phase = Literal["dda-vision", "dda-text", "dma"]
+_PHASES = ("dda_vision", "dda_text", "dma")
+PRESETS: dict[Preset, dict[str, Any]] = {
+    "default": {},
+    "paper": {  # §3.2, §4.1.3; DMA follows CLIP, whose temperature is learned from 0.07
+        "phases": ("dda-vision", "dda-text", "dma"), "vision.name": "eva02", "text.name": "bge_base",
+        **{f"{phase}.batch_size_per_rank": 1024 for phase in _PHASES},
+        **{f"{phase}.{rate}": 5e-3 for phase in _PHASES for rate in ("lr", "head_lr")},
+        "dma.temperature": None, "dma.mask_same_item": False, "weight_decay": 0.0, "clip_norm": None,
+    },
+    "recommended": {},
+}  # fmt: skip
+"""Fields of `PretrainConfig` by preset; other fields have their defaults, which are what we recommend."""
+SETTLES = {f"{phase}.batch_size": (f"{phase}.batch_size_per_rank",) for phase in _PHASES} | {
+    "towers": ("vision.name", "text.name")
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +40,17 @@ class PhaseConfig:
     """Passes over the items; the best by the loss of held-out items is kept."""
     batch_size: Count = 256
     """Items in a step, over all ranks."""
+    batch_size_per_rank: Count | None = None
+    """Items in a step of each rank, in the place of `batch_size`: more ranks then take larger steps."""
     lr: Weight = 1e-4
     """Highest learning rate of the towers (AdamW)."""
     head_lr: Weight = 1e-3
     """Highest learning rate of the layers above the towers. They start at random and are not saved."""
+
+    def items_per_step(self, world_size: int) -> int:
+        """Items in a step, over all ranks."""
+        size = self.batch_size_per_rank
+        return self.batch_size if size is None else size * world_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +98,9 @@ class PretrainConfig:
     """Dataset directory; only its items are read."""
     out: Place
     """Directory of the results; made if missing."""
+    preset: Preset = "default"
+    """Defaults of all other flags. `paper` is the paper to the letter: large towers. `recommended` are the
+    defaults."""
     phases: tuple[Phase, ...] = ("dda-vision", "dda-text", "dma")
     """What to do, in this order: adapt the vision tower, adapt the text tower, align both."""
 
@@ -114,5 +143,17 @@ class PretrainConfig:
 
     def resume_fingerprint(self) -> dict[str, Any]:
         """The fields that must be equal for a run to resume."""
-        free = {"out", "checkpoint", "timeout", "log_every", "image_memory_gib", "item_cache"}
+        free = {"out", "preset", "checkpoint", "timeout", "log_every", "image_memory_gib", "item_cache"}
         return {name: value for name, value in asdict(self).items() if name not in free}
+
+
+def parse(argv: Sequence[str] | None, **words: Any) -> PretrainConfig:
+    """A configuration from flags, whose defaults are those of the preset that the flags name.
+
+    Args:
+        argv: the flags; None takes those of the process.
+        words: what `tyro.cli` takes as well.
+    """
+    preset, values = chosen(argv, "mim pretrain", PRESETS, SETTLES)
+    default = PretrainConfig(data=tyro.MISSING, out=tyro.MISSING, preset=preset)
+    return tyro.cli(PretrainConfig, args=argv, default=replaced(default, values), **words)

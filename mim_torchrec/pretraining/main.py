@@ -34,7 +34,7 @@ from mim_torchrec.encoders.text import TextEncoder, learns_tokenizer, train_toke
 from mim_torchrec.encoders.vision import VisionEncoder
 from mim_torchrec.errors import OptionError
 from mim_torchrec.pretraining.alignment import ImageTextModel
-from mim_torchrec.pretraining.config import PhaseConfig, PretrainConfig
+from mim_torchrec.pretraining.config import PhaseConfig, PretrainConfig, parse
 from mim_torchrec.pretraining.objective import PretrainingObjective
 from mim_torchrec.pretraining.task import PretrainTask
 from mim_torchrec.pretraining.text import LanguageModel
@@ -182,7 +182,7 @@ def _objective(
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `mim pretrain`."""
-    config = tyro.cli(PretrainConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
+    config = parse(argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
     check_domains(config)  # before processes wait for each other
     program.log_to_stderr()
     with distributed(config.seed, config.timeout) as context:

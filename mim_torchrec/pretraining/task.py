@@ -51,12 +51,12 @@ class PretrainTask:
         item_ids: np.ndarray,
         context: DistributedContext,
     ) -> None:
-        size = phase.batch_size
+        size = phase.items_per_step(context.world_size)
         if size % context.world_size:
             raise OptionError(f"--{name}.batch-size {size} is not a multiple of {context.world_size} ranks")
         if len(train) < size:
-            few = f"{len(train)} items to train on are fewer than --{name}.batch-size {size}"
-            raise OptionError(f"{few}; lower it")
+            few = f"{len(train)} items to train on are fewer than the {size} of a step"
+            raise OptionError(f"{few}; lower --{name}.batch-size or --{name}.batch-size-per-rank")
         self._config, self._batch_size, self._objective = config, size, objective
         self._towers, self._context = towers, context
         self._train, self._item_ids = train, item_ids

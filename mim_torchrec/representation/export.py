@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import tyro
 from PIL.Image import Image
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mim_torchrec import program
@@ -33,6 +32,7 @@ from mim_torchrec.embeddings.progress import Progress
 from mim_torchrec.embeddings.remote.fetching import fetched
 from mim_torchrec.embeddings.remote.outputs import written
 from mim_torchrec.embeddings.table.format import Manifest, TableWriter
+from mim_torchrec.embeddings.tensor_files import read_tensors
 from mim_torchrec.encoders.checkpoint import encoder_version, load_encoder
 from mim_torchrec.encoders.features import item_features_file
 from mim_torchrec.encoders.pixels import HasTowers, rows_of_rank
@@ -162,7 +162,7 @@ def _known_features(
         log.warning("%s holds no features of these items by these towers: they are encoded", cache)
         return None
     log.info("features of the towers read from %s", path)
-    return load_file(path)
+    return read_tensors(path)
 
 
 def _encode(

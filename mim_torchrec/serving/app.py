@@ -34,10 +34,11 @@ from mim_torchrec.serving.descriptions import (
 from mim_torchrec.serving.guarded import StoreFailed
 from mim_torchrec.serving.guards import Answers, Bodies, Tokens, exchange_of
 from mim_torchrec.serving.health import Health
+from mim_torchrec.serving.messages import BadRequest, ScoreRequest, Scores
 from mim_torchrec.serving.metrics import Metrics
 from mim_torchrec.serving.openapi import ERRORS, INFER_BODY, UNREADY, describe
 from mim_torchrec.serving.protocol import InferRequest, read_body, read_request, write_response
-from mim_torchrec.serving.scorer import BadRequest, Scorer, ScoreRequest, Scores
+from mim_torchrec.serving.scorer import Scorer
 from mim_torchrec.serving.service import Served, Service
 from mim_torchrec.serving.statistics import Spent
 from mim_torchrec.serving.tokens import TokenFile

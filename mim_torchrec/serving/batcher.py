@@ -9,13 +9,15 @@ import asyncio
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mim_torchrec.serving.config import Limits
+from mim_torchrec.serving.explaining import explain
 from mim_torchrec.serving.guarded import StoreFailed
+from mim_torchrec.serving.messages import ScoreRequest, Scores
 from mim_torchrec.serving.metrics import Metrics
-from mim_torchrec.serving.scorer import Scorer, ScoreRequest, Scores
+from mim_torchrec.serving.scorer import Scorer
 from mim_torchrec.serving.statistics import Spent
 
 
@@ -152,6 +154,12 @@ class Batcher:
         started = time.perf_counter()
         try:
             found = scorer.score([waiting.request for waiting in batch])
+            found = [
+                replace(scores, explanation=explain(scorer, waiting.request))
+                if waiting.request.explain and not waiting.answer.done()
+                else scores
+                for waiting, scores in zip(batch, found, strict=True)
+            ]
         except StoreFailed as error:
             # each of them would fail alike, and wait for the store once more
             return [error] * len(batch)

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 import tyro
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -35,7 +34,7 @@ from mim_torchrec.ctr.parameters import id_tables, is_dense, load_trainable_stat
 from mim_torchrec.ctr.sharding import build_model
 from mim_torchrec.ctr.vocabularies import load_id_types
 from mim_torchrec.data.errors import DataError
-from mim_torchrec.embeddings.files import atomic_directory, write_json, write_tensors
+from mim_torchrec.embeddings.files import atomic_directory, write_json
 from mim_torchrec.embeddings.remote.fetching import fetched
 from mim_torchrec.embeddings.remote.outputs import written
 from mim_torchrec.embeddings.remote.places import Place, Url
@@ -43,6 +42,7 @@ from mim_torchrec.embeddings.table.manifest import VersionMismatch
 from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.table.shards import CHUNK
 from mim_torchrec.embeddings.table.writer import TableWriter
+from mim_torchrec.embeddings.tensor_files import read_tensors, write_tensors
 from mim_torchrec.quiet import quiet
 
 log = logging.getLogger(__name__)
@@ -108,9 +108,10 @@ class Bundle:
         """The model in evaluation mode, without rows, and the rows of unknown ids by table.
 
         Raises:
+            DamagedFile: their file is.
             VersionMismatch: the weights are not those of the bundle.
         """
-        dense = load_file(self.path / DENSE)
+        dense = read_tensors(self.path / DENSE)
         if _digest(dense, self.config, self.table_version) != self.model_version:
             raise VersionMismatch(f"{self.path / DENSE} does not hold the weights of {self.model_version}")
         unknown = {k.removeprefix(UNKNOWN): dense.pop(k) for k in list(dense) if k.startswith(UNKNOWN)}

@@ -26,6 +26,9 @@ class Limits:
     """Milliseconds that Redis may take to answer one command; less than `deadline_ms`."""
     batch_pairs: Count = 100_000
     """Pairs of candidate and behavior up to which waiting requests are scored together."""
+    explain_pairs: Natural = 300_000
+    """Pairs that a request with `explain` may take: those of the request for each behavior that is left out.
+    0 refuses explanations."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,13 @@ from mim_torchrec.serving.statistics import Statistics
 from mim_torchrec.serving.tensors import BYTES
 
 SERVER = "mim-torchrec"
-EXTENSIONS = ["binary_tensor_data", "model_configuration", "model_repository_index", "statistics"]
+EXTENSIONS = [
+    "binary_tensor_data",
+    "explanation",
+    "model_configuration",
+    "model_repository_index",
+    "statistics",
+]
 
 
 class Error(BaseModel):

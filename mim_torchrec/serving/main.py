@@ -111,7 +111,11 @@ def serve(config: ServeConfig) -> None:
     service = Service(deployment, config.cache, metrics, limits.store_timeout_ms / 1000)
     on_hangup = [] if tokens is None else [tokens.reread]
     with tempfile.TemporaryDirectory() as folder:
-        page = None if config.data is None else Page(config.data, Path(folder), service)
+        page = (
+            None
+            if config.data is None
+            else Page(config.data, Path(folder), service, config.limits.explain_pairs)
+        )
         app = make_app(service, metrics, limits, name=config.name, tokens=tokens, page=page)
         if config.release is not None and deployment.release is not None:
             follower = ReleaseFollower(Releases(config.release), deployment.release, service, metrics)

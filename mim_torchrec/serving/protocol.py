@@ -26,10 +26,13 @@ from mim_torchrec.serving.inputs import (
     inputs_of,
     outputs_of,
 )
-from mim_torchrec.serving.scorer import BadRequest, Scorer, ScoreRequest, Scores
+from mim_torchrec.serving.messages import BadRequest, Explanation, ScoreRequest, Scores
+from mim_torchrec.serving.scorer import Scorer
 from mim_torchrec.serving.tensors import BadTensor, from_bytes, from_json, to_bytes
 
 LONGEST_NAME = 128
+EXPLAIN = "explain_"
+"""What the names of outputs that explain others begin with."""
 NOT_SUPPORTED = ("shared_memory_region", "classification")
 Name = Annotated[str, Field(min_length=1, max_length=LONGEST_NAME)]
 Datatype = Literal["BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64", "FP16",
@@ -99,6 +102,8 @@ class InferParameters(BaseModel):
     """The same in microseconds, as Triton's clients say it; 0 is that of the server."""
     table_version: Annotated[str, Field(max_length=LONGEST_NAME)] | None = None
     """Version that the vectors must have."""
+    explain: bool = False
+    """Whether to answer what every interest and every behavior contributed as well."""
     binary_data_output: bool | None = None
     """Whether outputs that do not say it themselves come as bytes behind the JSON."""
 
@@ -202,13 +207,20 @@ def read_request(
     moment = tensors.pop("request_ts", None)
     if times is not None and moment is not None and bool((times > moment).any()):
         raise BadRequest("a behavior is after its request")
-    return ScoreRequest(
+    made = ScoreRequest(
         ids={name: values for name, values in tensors.items() if isinstance(known[name].kind, Ids)},
         dense={name: values for name, values in tensors.items() if isinstance(known[name].kind, Numbers)},
         request_ts=None if moment is None else int(moment),
         behavior_ts=times,
         contribution=any(output.name == CONTRIBUTION for output in sent.outputs or ()),
+        explain=sent.parameters is not None and sent.parameters.explain,
     )
+    if made.explain and (pairs := scorer.recent(made).num_pairs) > limits.explain_pairs:
+        raise BadRequest(
+            f"an explanation takes {pairs} pairs of candidate and behavior, more than "
+            f"{limits.explain_pairs}; send fewer candidates, or behaviors"
+        )
+    return made
 
 
 def _tensor(given: InferInput, known: Input, binary: Mapping[str, memoryview]) -> Tensor:
@@ -229,6 +241,16 @@ def _tensor(given: InferInput, known: Input, binary: Mapping[str, memoryview]) -
         return torch.from_numpy(known.kind.read(values).copy())
     except (BadTensor, pa.ArrowException) as error:
         raise BadRequest(f"the tensor {name}: {error}") from None
+
+
+def explanation_outputs(explanation: Explanation) -> dict[str, Tensor]:
+    """The outputs of an answer that explain it, by name; see `Explanation`."""
+    found = {f"{EXPLAIN}logit": explanation.logits}
+    found |= {f"{EXPLAIN}{name}": lost for name, lost in explanation.interests.items()}
+    found[f"{EXPLAIN}behavior"] = explanation.behaviors
+    if explanation.relevance is not None:
+        found[f"{EXPLAIN}relevance"] = explanation.relevance
+    return found
 
 
 def write_response(sent: InferRequest, found: Scores, name: str, version: str) -> tuple[bytes, int | None]:
@@ -257,17 +279,21 @@ def write_response(sent: InferRequest, found: Scores, name: str, version: str) -
     }
     if found.second is not None:
         values |= dict(zip((SECOND, GIVEN_CLICK), found.second, strict=True))
+    if found.explanation is not None:
+        explained = explanation_outputs(found.explanation)
+        values |= explained
+        asked += [(name, None) for name in explained]
     outputs: list[dict[str, Any]] = []
     parts: list[bytes] = []
     for output, parameters in asked:
         data = values[output]
-        described: dict[str, Any] = {"name": output, "shape": [len(data)], "datatype": "FP32"}
+        described: dict[str, Any] = {"name": output, "shape": list(data.shape), "datatype": "FP32"}
         said = None if parameters is None else parameters.binary_data
         if by_default if said is None else said:
             parts.append(to_bytes(data))
             described["parameters"] = {"binary_data_size": len(parts[-1])}
         else:
-            described["data"] = data.tolist()
+            described["data"] = data.flatten().tolist()
         outputs.append(described)
     body: dict[str, Any] = {} if sent.id is None else {"id": sent.id}
     body |= {"model_name": name, "model_version": version, "outputs": outputs,

@@ -4,14 +4,15 @@ A scorer is one model with the stores of its versions. Another scorer replaces i
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from mim_torchrec.ciubm.ciubm import CiUBM
@@ -25,6 +26,7 @@ from mim_torchrec.errors import OptionError
 from mim_torchrec.serving.bundle import Bundle
 from mim_torchrec.serving.dense_model import make_dense
 from mim_torchrec.serving.matrix import MatrixCache, MatrixCiUBM, is_linear
+from mim_torchrec.serving.messages import BadRequest, ScoreRequest, Scores
 
 ROLES = ("candidate", "behavior")
 _KINDS = {"user_id": "user", "query_id": "query"} | {
@@ -43,58 +45,6 @@ def kind_of(feature: str) -> str:
 
 Opener = Callable[[str, str | Path, str], ParameterStore]
 """Opens a store: what it holds, for messages; where it is; the version of its table."""
-
-
-class BadRequest(ValueError):
-    """A request that the model cannot score, and why."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreRequest:
-    """One user, what they did, and what is to be scored.
-
-    Args:
-        ids: by feature, of the request or of its behaviors or candidates, int64.
-        dense: by feature, float32.
-        request_ts: microseconds since 1970.
-        behavior_ts: (num_behaviors,) likewise.
-        contribution: whether to say what content interest contributed.
-    """
-
-    ids: dict[str, Tensor]
-    dense: dict[str, Tensor] = field(default_factory=dict)
-    request_ts: int | None = None
-    behavior_ts: Tensor | None = None
-    contribution: bool = False
-
-    @property
-    def num_candidates(self) -> int:
-        return self.ids["candidate_item_id"].numel()
-
-    @property
-    def num_pairs(self) -> int:
-        return self.num_candidates * self.ids["behavior_item_id"].numel()
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What the model says of a request.
-
-    Attributes:
-        scores: (num_candidates,) probabilities of a click.
-        second: (num_candidates,) probabilities of the second label, over all impressions and given a click;
-            None where the model has none.
-        contribution: (num_candidates,) what the score loses without the multi-modal vector of the candidate,
-            None if it was not asked for.
-        unknown: by kind of id, how many of the request the stores do not know.
-        was_kept: whether the matrix of the history was in the cache; None where no cache was asked.
-    """
-
-    scores: Tensor
-    contribution: Tensor | None
-    unknown: dict[str, int]
-    was_kept: bool | None = None
-    second: tuple[Tensor, Tensor] | None = None
 
 
 class Scorer:
@@ -195,22 +145,44 @@ class Scorer:
         self.cache.drop(torch.cat([window.ids, window.removed]))
         return applied
 
+    @property
+    def interests(self) -> tuple[str, ...]:
+        """The interests that the model has, by their names in `Interests`."""
+        ciubm = self._model.ciubm if self._matrices is None else self._matrices.inner
+        there = {"id": ciubm.ubm is not None, "content": ciubm.content, "fusion": ciubm.fusion,
+                 "similarity": ciubm.tiers > 0}  # fmt: skip
+        return tuple(name for name, is_on in there.items() if is_on)
+
+    @contextmanager
+    def calling(self, wrapped: Callable[[nn.Module], nn.Module]) -> Iterator[None]:
+        """Score with a module around CiUBM, for as long as a block lasts."""
+        whole = self._model.ciubm
+        self._model.ciubm = cast(CiUBM, wrapped(whole))
+        try:
+            yield
+        finally:
+            self._model.ciubm = whole
+
     @torch.inference_mode()
-    def score(self, requests: Sequence[ScoreRequest]) -> list[Scores]:
+    def score(self, requests: Sequence[ScoreRequest], keep: bool = True) -> list[Scores]:
         """Score requests together.
+
+        Args:
+            requests: what is scored; explanations are not given here, see `explaining.py`.
+            keep: whether matrices of histories are looked for in the cache and put there.
 
         Raises:
             BadRequest: a feature that the model needs is missing.
             RedisUnavailable: a store cannot be reached; or what else the stores raise.
         """
-        requests = [self._recent(request) for request in requests]
+        requests = [self.recent(request) for request in requests]
         if self.needs_times and any(r.request_ts is None or r.behavior_ts is None for r in requests):
             raise BadRequest("the model needs the features request_ts and behavior_ts")
         self._check_behaviors(requests)
         counts = [request.num_candidates for request in requests]
         lookups = [dict.fromkeys(self._counted, 0) for _ in requests]
         generation = self.cache.generation
-        given, keys = self._known_matrices(requests)
+        given, keys = self._known_matrices(requests, keep and self._keeps)
         rows, known = self._rows(requests, lookups)
         vectors = self._vectors(requests, lookups, skip=[matrix is not None for matrix in given])
         pooled = self._pooled(requests, lookups)
@@ -218,7 +190,8 @@ class Scorer:
         if self._matrices is not None:
             self._matrices.given = given
         found = self._model.score(batch, pooled, rows, vectors)
-        scores = torch.sigmoid(found.logits.float())
+        of_clicks = found.logits.float()
+        scores = torch.sigmoid(of_clicks)
         second: list[tuple[Tensor, Tensor]] | None = None
         if found.conversion_logits is not None:
             parts = (part.split(counts) for part in second_scores(found.logits, found.conversion_logits))
@@ -238,21 +211,16 @@ class Scorer:
             without = torch.sigmoid(logits.float()).split(counts)
         return [
             Scores(part, part - without[k] if without and requests[k].contribution else None, lookups[k],
-                   given[k] is not None if self._keeps else None, second[k] if second else None)
-            for k, part in enumerate(scores.split(counts))
+                   given[k] is not None if self._keeps else None, second[k] if second else None, own)
+            for k, (part, own) in enumerate(zip(scores.split(counts), of_clicks.split(counts), strict=True))
         ]  # fmt: skip
 
-    def nearest(self, candidates: Tensor, behaviors: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """The behaviors that are most alike each candidate by content.
-
-        Returns:
-            Their places, (num_candidates, count), and cosines; 0 where there is no vector.
-        """
+    def relevance(self, candidates: Tensor, behaviors: Tensor) -> Tensor:
+        """Cosines of the vectors (num_candidates, num_behaviors), α of Eq. 7; 0 where there is no vector."""
         assert self.mm is not None  # Base has nothing to compare
         both, _ = self.mm.lookup(torch.cat([candidates, behaviors]))
-        one, other = torch.nn.functional.normalize(both, dim=1).split([len(candidates), len(behaviors)])
-        found = (one @ other.T).topk(min(count, len(behaviors)), dim=1)
-        return found.indices, found.values
+        one, other = nn.functional.normalize(both.float(), dim=1).split([len(candidates), len(behaviors)])
+        return one @ other.T
 
     def _check_behaviors(self, requests: Sequence[ScoreRequest]) -> None:
         """See that every behavior has what the model knows of behaviors."""
@@ -264,7 +232,7 @@ class Scorer:
                 if len(values) != (behaviors := len(request.ids["behavior_item_id"])):
                     raise BadRequest(f"{name} has {len(values)} values for {behaviors} behaviors")
 
-    def _recent(self, request: ScoreRequest) -> ScoreRequest:
+    def recent(self, request: ScoreRequest) -> ScoreRequest:
         """The request with as many behaviors as the model was trained with, the last ones."""
         last = self.config.max_behaviors
 
@@ -276,14 +244,14 @@ class Scorer:
                        behavior_ts=None if times is None else times[-last:])  # fmt: skip
 
     def _known_matrices(
-        self, requests: Sequence[ScoreRequest]
+        self, requests: Sequence[ScoreRequest], keeps: bool
     ) -> tuple[list[Tensor | None], list[bytes | None]]:
         """Matrices that the cache has, and the keys under which others are to be kept."""
         given: list[Tensor | None] = []
         keys: list[bytes | None] = []
         for request in requests:
             key = matrix = None
-            if self._keeps:
+            if keeps:
                 digest = hashlib.blake2b(digest_size=16)
                 for name in (*(f"behavior_{name}" for name in self.of_items), *self.of_behaviors):
                     digest.update(request.ids[name].numpy().tobytes())

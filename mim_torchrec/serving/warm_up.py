@@ -4,7 +4,8 @@ import torch
 
 from mim_torchrec.data.features import Ids
 from mim_torchrec.serving.inputs import inputs_of
-from mim_torchrec.serving.scorer import Scorer, ScoreRequest
+from mim_torchrec.serving.messages import ScoreRequest
+from mim_torchrec.serving.scorer import Scorer
 
 UNKNOWN = -1
 

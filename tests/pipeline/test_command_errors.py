@@ -42,6 +42,8 @@ CASES = [
     ("ctr", f"--data {SHOP} --out {OUT} --mim off --sparse-features x", 3, "column x: the column is"),
     ("evaluate", f"--model {FILE} --out {OUT}", 3, "is no run: it has no config.json"),
     ("evaluate", f"--model {FILE} --out {OUT} --batch-size 0", 2, "--batch-size is 0"),
+    ("explain", f"--model {FILE}", 3, "is no run: it has no config.json"),
+    ("explain", f"--model {FILE} --behaviors 0", 2, "--behaviors is 0"),
     ("choose", f"{FILE} --out {OUT}", 3, "history.jsonl: No such file or directory; check the path"),
     ("pipeline", f"run {FILE} --out {OUT}", 3, "No such file or directory; check the path"),
     ("pipeline", f"plan {FILE} --out {OUT}", 3, "No such file or directory; check the path"),

@@ -330,9 +330,9 @@ def test_ids_are_hidden_at_the_rate_asked_for_and_the_same_from_the_middle_of_an
 
 def test_a_preset_gives_defaults_and_flags_win():
     needed = ["--data", "data", "--out", "out"]
-    paper = parse(needed)
-    assert (paper.preset, paper.lr, paper.batch_size) == ("paper", 0.005, 1024)
-    assert (paper.content_pooling, paper.dot_product_features, paper.similarity_interest) == (
+    plain = parse(needed)
+    assert (plain.preset, plain.ubm, plain.lr, plain.batch_size) == ("default", "din", 0.005, 1024)
+    assert (plain.content_pooling, plain.dot_product_features, plain.similarity_interest) == (
         "sum",
         False,
         False,

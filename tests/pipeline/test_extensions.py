@@ -24,8 +24,9 @@ from mim_torchrec.embeddings.stores.store import open_store
 from mim_torchrec.serving.bundle import Bundle, write_bundle
 from mim_torchrec.serving.config import Limits
 from mim_torchrec.serving.inputs import inputs_of
+from mim_torchrec.serving.messages import BadRequest, ScoreRequest
 from mim_torchrec.serving.protocol import InferRequest, read_request
-from mim_torchrec.serving.scorer import BadRequest, Scorer, ScoreRequest
+from mim_torchrec.serving.scorer import Scorer
 from tests.pipeline.test_ctr_main import SMALL, drop_columns
 from tests.pipeline.test_evaluate_main import write_table
 from tests.pipeline.test_features_main import write_features

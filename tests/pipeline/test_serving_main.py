@@ -180,7 +180,8 @@ def test_beyond_loopback_tokens_are_needed(folder, sent, tmp_path):
 MEMORY = """
 import sys, torch
 from mim_torchrec.serving.bundle import Bundle
-from mim_torchrec.serving.scorer import Scorer, ScoreRequest
+from mim_torchrec.serving.messages import ScoreRequest
+from mim_torchrec.serving.scorer import Scorer
 from mim_torchrec.benchmarks.measures.memory import private_bytes
 bundle, table = sys.argv[1:]
 scorer = Scorer(Bundle.open(bundle), table)

@@ -9,8 +9,8 @@ import torch
 from mim_torchrec.serving.batcher import Batcher, DeadlinePassed, QueueFull
 from mim_torchrec.serving.config import Limits
 from mim_torchrec.serving.guarded import StoreFailed
+from mim_torchrec.serving.messages import ScoreRequest
 from mim_torchrec.serving.metrics import Metrics
-from mim_torchrec.serving.scorer import ScoreRequest
 
 
 class Slow:

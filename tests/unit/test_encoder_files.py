@@ -72,6 +72,28 @@ def test_a_text_directory_is_loaded_whole(tmp_path):
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def to_pickle(file: Path) -> None:
+    torch.save(load_file(file), file.with_name("pytorch_model.bin"))
+    file.unlink()
+    cut(file.with_name("pytorch_model.bin"))
+
+
+def to_pointer(file: Path) -> None:
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+
+
+@pytest.mark.parametrize("damage", [cut, to_pickle, to_pointer])
+def test_a_damaged_text_directory_is_refused(damage, tmp_path):
+    folder = bert(tmp_path / "bert")
+    damage(folder / "model.safetensors")
+    with pytest.raises(OptionError, match="text tower .*bert' cannot be loaded"):
+        text(folder)
+
+
 def test_missing_tensors_of_a_text_directory_are_named(tmp_path):
     folder = bert(tmp_path / "bert")
     change(folder, lambda name: None if "encoder.layer.1" in name else name)

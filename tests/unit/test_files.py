@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save
 
 from mim_torchrec.embeddings import files
 from mim_torchrec.embeddings.table.format import TableWriter
+from mim_torchrec.embeddings.tensor_files import DamagedFile, read_tensors, write_tensors
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o002])
@@ -30,7 +31,7 @@ def test_files_and_directories_have_the_modes_that_the_umask_allows(tmp_path, um
         (folder / "sub" / "f").write_text("a")
         (folder / "sub" / "f").chmod(0o600)  # as the writer of safetensors does
     files.write_json(tmp_path / "json", {})
-    files.write_tensors(tmp_path / "tensors", {"a": torch.ones(2)})
+    write_tensors(tmp_path / "tensors", {"a": torch.ones(2)})
     writer = TableWriter(tmp_path / "table", table_version="v", dim=2, encoder={})
     writer.write_shard(torch.arange(3), torch.ones(3, 2))
     writer.finish()
@@ -46,10 +47,20 @@ def test_tensors_are_written_byte_for_byte_as_the_library_writes_them(tmp_path, 
         "empty": torch.empty(0, 4, dtype=torch.uint8),
         "strided": torch.randn(4, 6).t(),
     }
-    files.write_tensors(tmp_path / "f", tensors, metadata)
+    write_tensors(tmp_path / "f", tensors, metadata)
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     assert (tmp_path / "f").read_bytes() == save(contiguous, metadata)
     assert all(torch.equal(load_file(tmp_path / "f")[name], tensor) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("size", [0, 7, 20, -1])
+def test_a_damaged_file_of_tensors_is_named(tmp_path, size):
+    path = tmp_path / "a.safetensors"
+    write_tensors(path, {"a": torch.arange(9)})
+    assert read_tensors(path)["a"].tolist() == list(range(9))
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(DamagedFile, match=rf"{path} is damaged"):
+        read_tensors(path)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])

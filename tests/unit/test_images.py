@@ -1,6 +1,7 @@
 """Pictures as users and cameras make them decode to the pixels that a person sees."""
 
 import io
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 
 from mim_torchrec.data.errors import DataError, Location
 from mim_torchrec.data.images import MAX_PIXELS, decode_image
+from mim_torchrec.program import ignore_warnings
 
 ROOT = Path(__file__).resolve().parents[2]
 ORIENTATION = 0x0112
@@ -183,6 +185,16 @@ def test_a_picture_of_too_many_pixels_is_refused_before_it_is_decoded(size):
     for given in (data, broken):
         with pytest.raises(DataError, match="pixels"):
             decode_image(given, Location("items.parquet", 0, 3, "image"))
+
+
+def test_a_program_prints_no_warning_of_the_library_about_a_picture():
+    data = encoded(Image.new("1", (9_500, 9_500)), "PNG")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        ignore_warnings()
+        with pytest.raises(DataError, match="9500 x 9500 pixels are more than"):
+            decode_image(data)
+    assert caught == []
 
 
 def test_the_largest_picture_is_decoded():

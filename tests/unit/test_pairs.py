@@ -249,6 +249,14 @@ def test_three_items_are_enough(tmp_path):
     assert drawn(pairs_of(tmp_path, items, rows), 0) == {other}
 
 
+def test_hard_negatives_may_come_from_all_items_of_the_category(tmp_path, items):
+    pairs = pairs_of(tmp_path, items, bought(100, 103, 101), negatives_from="items")
+    assert drawn(pairs, 0) == {103, 106, 109}
+    assert drawn(pairs, 2) == {104, 107}
+    pairs.select(np.ones(3, bool), items.item_ids[items.item_ids != 106])
+    assert drawn(pairs, 0) == {103, 109}
+
+
 def test_narrower_ids_and_large_images_give_the_same_pairs(tmp_path, items):
     types = {"query_image": pa.large_binary(), "query_id": pa.int32(), "item_id": pa.int32(),
              "hard_negative_item_id": pa.int32()}  # fmt: skip

@@ -9,13 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mim_torchrec.data.features import Features
 from mim_torchrec.data.id_scan import scan_ids
 from mim_torchrec.data.ids import stable_ids
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.pairs import PairDataset
 from mim_torchrec.data.requests import RequestReader
 from mim_torchrec.data.schema import SPLITS, Dataset
-from mim_torchrec.prepare import splits
+from mim_torchrec.prepare import run, writing
 from mim_torchrec.prepare.config import PrepareConfig
 from mim_torchrec.prepare.run import prepare
 from tests.datasets import png
@@ -64,6 +65,11 @@ def as_they_are(role: str, value: int) -> int:
 
 def hashed(role: str, value: int) -> int:
     return stable_ids(pa.array([f"{role}-{value}"]))[0].as_py()
+
+
+def of_moments(role: str, value: Any) -> int:
+    """Requests have text ids, of a user and a moment; the others are as they are."""
+    return stable_ids(pa.array([value]))[0].as_py() if role == "request" else value
 
 
 @pytest.mark.parametrize("arrived", [False, True], ids=["event time", "arrival time"])
@@ -166,14 +172,39 @@ def test_purchases_can_be_the_label(tmp_path):
     assert any(1 in row["labels"] for row in expected.values())
 
 
-def test_pieces_that_fit_into_little_memory_give_the_same_rows(tmp_path, monkeypatch):
+@pytest.mark.parametrize("has_request", [True, False], ids=["named", "last impression"])
+def test_a_second_label_follows_the_first_within_a_window_of_its_own(tmp_path, has_request):
+    log = make_log()
+    if not has_request:
+        del log.events["image_search"][:]
+    leave_out = () if has_request else ("request", "arrived")
+    mapping = write_log(log, tmp_path / "raw", leave_out=leave_out)
+    options = config(mapping, tmp_path / "out", second_label="purchase", second_window=100)
+    report = prepare(options)
+    expected = naive(log, options, arrived=has_request, has_request=has_request)
+    found = rows_of(tmp_path / "out")
+    assert_same(found, expected, as_they_are if has_request else of_moments)
+    pairs = {
+        pair for row in found.values() for pair in zip(row["labels"], row["labels_purchase"], strict=True)
+    }
+    assert pairs == {(0, 0), (1, 0), (1, 1)}
+    assert report["attribution"]["purchase"]["after_the_window"] > 0
+    features = Features(second_label="purchase")
+    reader = RequestReader(Dataset(tmp_path / "out").requests("train"), batch_size=16, features=features)
+    positives = sum(sum(row["labels_purchase"]) for row in found.values() if row["split"] == "train")
+    assert sum(int(batch.second_labels.sum()) for batch in reader) == positives > 0
+
+
+def test_batches_of_any_size_give_the_same_rows(tmp_path, monkeypatch):
     log = make_log()
     mapping = write_log(log, tmp_path / "raw")
-    whole = prepare(config(mapping, tmp_path / "whole"))
-    monkeypatch.setattr(splits, "BYTES_PER_ENTRY", 250_000)
-    pieces = prepare(config(mapping, tmp_path / "pieces"))
-    assert whole["requests"]["pieces"] == 1 and pieces["requests"]["pieces"] > 3
-    assert rows_of(tmp_path / "whole") == rows_of(tmp_path / "pieces")
+    prepare(config(mapping, tmp_path / "whole", row_group_rows=1000))
+    monkeypatch.setattr(run, "ROWS", 7)
+    monkeypatch.setattr(writing, "COUNTED_ROWS", 5)
+    prepare(config(mapping, tmp_path / "batches", row_group_rows=3))
+    assert rows_of(tmp_path / "whole") == rows_of(tmp_path / "batches")
+    for file in (tmp_path / "whole" / "vocabularies").iterdir():
+        assert pq.read_table(file).equals(pq.read_table(tmp_path / "batches" / "vocabularies" / file.name))
 
 
 def test_the_parts_are_cut_at_two_times_for_all_users(tmp_path):

@@ -30,7 +30,7 @@ def outputs(tmp_path_factory):
             out = root / f"{form}-{engine}"
             report = prepare(PrepareConfig(
                 mapping=mapping, out=out, engine=engine, memory="1GB", threads=2, max_behaviors=4,
-                negative_rate=0.5, hard_negatives="category",
+                negative_rate=0.5, hard_negatives="category", second_label="purchase", second_window=100,
             ))  # fmt: skip
             found[form, engine] = (out, report)
     return found

@@ -29,6 +29,7 @@ from mim_torchrec.embeddings.table.manifest import (
     TableLost,
     VersionMismatch,
 )
+from mim_torchrec.embeddings.tensor_files import DamagedFile
 from mim_torchrec.embeddings.windows.log import LogMoved
 from mim_torchrec.embeddings.windows.redis_address import RedisFull, RedisUnavailable
 from mim_torchrec.embeddings.windows.window import MalformedWindow, WindowGap
@@ -59,7 +60,7 @@ from mim_torchrec.training.model_record import ModelMismatch
 ROOT = Path(__file__).resolve().parents[2]
 OURS = {
     OptionError: 2, PipelineError: 2, MappingError: 2,
-    DataError: 3, CheckpointError: 3, Diverged: 3, TableError: 3, TableLost: 3,
+    DataError: 3, CheckpointError: 3, DamagedFile: 3, Diverged: 3, TableError: 3, TableLost: 3,
     ChecksumMismatch: 3, IncompleteTable: 3, DuplicateId: 3,
     LossyVector: 3, IdCollision: 3, NonFiniteVector: 3, SpareRowsExhausted: 3,
     MalformedWindow: 3,

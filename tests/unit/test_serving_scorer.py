@@ -20,7 +20,8 @@ from mim_torchrec.serving.bundle import Bundle, write_bundle
 from mim_torchrec.serving.bundle import main as bundle_command
 from mim_torchrec.serving.grid import Grid
 from mim_torchrec.serving.matrix import MatrixCache, MatrixCiUBM, interest_matrix
-from mim_torchrec.serving.scorer import BadRequest, Scorer, ScoreRequest, Scores
+from mim_torchrec.serving.messages import BadRequest, ScoreRequest, Scores
+from mim_torchrec.serving.scorer import Scorer
 from tests.pipeline.test_ctr_main import SMALL, STYLES, write_dataset
 from tests.pipeline.test_evaluate_main import write_table
 

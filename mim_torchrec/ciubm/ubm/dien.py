@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mim_torchrec.ciubm.jagged import RequestPairs, nonzero
+from mim_torchrec.ciubm.ubm import jagged_recurrence
 from mim_torchrec.ciubm.ubm.interface import (
     Auxiliary,
     BehaviorContext,
@@ -50,38 +51,48 @@ class DIEN(UserBehaviorModel):
         context: BehaviorContext | None = None,
     ) -> Interest:
         """Evolve the interests of each history for its candidates; the context is not looked at."""
-        layout = pairs.layout if behaviors.is_cuda else None
-        if layout is None:
-            histories = TimeOrder.of(pairs.behavior_offsets)
+        if behaviors.is_cuda:
+            interests, evolved = self._evolve_at_once(candidates, behaviors, pairs)
         else:
-            histories = TimeOrder.laid_out(
-                layout.behavior_offsets.diff(), layout.behavior_request, layout.place, layout.behavior_lengths
-            )
+            interests, evolved = self._evolve(candidates, behaviors, pairs)
+        auxiliary = None
+        if self.training and self.auxiliary:
+            auxiliary = self._next_behavior(interests, behaviors, pairs)
+        return Interest(evolved, auxiliary)
+
+    def _evolve(self, candidates: Tensor, behaviors: Tensor, pairs: RequestPairs) -> tuple[Tensor, Tensor]:
+        """States of the first GRU by behavior, and the last state of the second by candidate."""
+        histories = TimeOrder.of(pairs.behavior_offsets)
         by_time = inverse(histories.position)
         interests = self.extractor.states(behaviors.index_select(0, by_time), histories)
         in_log_order = interests.index_select(0, histories.position)
-
-        scores = pairs.inner_products(self.attention(candidates), in_log_order)
-        attention = pairs.segment_softmax(scores)
+        attention = self._attention(candidates, in_log_order, pairs)
         owner, order = histories.rank[pairs.candidate_request].sort(stable=True)
         rank = inverse(order)
-        if layout is None:
-            sequences = TimeOrder.of(pairs.pair_offsets, rank)
-            of_pairs = attention.index_select(0, inverse(sequences.position))
-            evolved = self.evolution.last_state(interests, of_pairs, sequences, histories, owner)
-        else:
-            lengths = torch.repeat_interleave(layout.behavior_lengths, layout.candidate_lengths)
-            times = layout.place.index_select(0, pairs.behavior_index)
-            sequences = TimeOrder.laid_out(layout.of_candidate, pairs.candidate_index, times, lengths, rank)
-            by_time = inverse(sequences.position)
-            source = histories.position.index_select(0, pairs.behavior_index).index_select(0, by_time)
-            evolved = self.evolution.last_state_of_own(
-                interests, attention.index_select(0, by_time), sequences, source
-            )
-        auxiliary = None
-        if self.training and self.auxiliary:
-            auxiliary = self._next_behavior(in_log_order, behaviors, pairs)
-        return Interest(evolved.index_select(0, rank), auxiliary)
+        sequences = TimeOrder.of(pairs.pair_offsets, rank)
+        of_pairs = attention.index_select(0, inverse(sequences.position))
+        evolved = self.evolution.last_state(interests, of_pairs, sequences, histories, owner)
+        return in_log_order, evolved.index_select(0, rank)
+
+    def _evolve_at_once(
+        self, candidates: Tensor, behaviors: Tensor, pairs: RequestPairs
+    ) -> tuple[Tensor, Tensor]:
+        """`_evolve` in few launches."""
+        gru, augru = self.extractor, self.evolution
+        interests = jagged_recurrence.gru(
+            gru.input(behaviors), gru.hidden.weight, gru.hidden.bias, pairs.behavior_offsets
+        )
+        attention = self._attention(candidates, interests, pairs)
+        first = pairs.behavior_offsets.index_select(0, pairs.candidate_request)
+        evolved = jagged_recurrence.augru(
+            augru.input(interests), attention, augru.hidden.weight, augru.hidden.bias, pairs,
+            first - pairs.pair_offsets[:-1],
+        )  # fmt: skip
+        return interests, evolved
+
+    def _attention(self, candidates: Tensor, interests: Tensor, pairs: RequestPairs) -> Tensor:
+        """Eq. 9, (num_pairs,)."""
+        return pairs.segment_softmax(pairs.inner_products(self.attention(candidates), interests))
 
     def _next_behavior(self, states: Tensor, behaviors: Tensor, pairs: RequestPairs) -> Auxiliary:
         """Eq. 7: each state with the behavior that follows, and with one of another request."""

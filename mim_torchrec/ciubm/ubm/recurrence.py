@@ -56,29 +56,6 @@ class TimeOrder:
         time = torch.arange(owner.numel(), device=offsets.device) - offsets[owner]
         return cls(rank, starts[time] + rank[owner], running.tolist())
 
-    @classmethod
-    def laid_out(
-        cls, lengths: Tensor, owner: Tensor, time: Tensor, of_host: Tensor, rank: Tensor | None = None
-    ) -> "TimeOrder":
-        """`of`, on a GPU, which is not asked for sizes.
-
-        Args:
-            lengths: (num_sequences,).
-            owner: (num_positions,) the sequence of each position.
-            time: (num_positions,) its place in the sequence.
-            of_host: (num_sequences,) the lengths, in memory.
-            rank: as in `of`.
-        """
-        if rank is None:
-            rank = inverse(lengths.argsort(descending=True, stable=True))
-        if not owner.numel():
-            return cls(rank, owner, [])
-        counts = of_host.bincount().flip(0).cumsum(0).flip(0)[1:]
-        steps = torch.arange(counts.numel(), device=lengths.device)
-        starts = F.pad((lengths[:, None] > steps).sum(0).cumsum(0), (1, 0))
-        position = starts.index_select(0, time) + rank.index_select(0, owner)
-        return cls(rank, position, counts.tolist())
-
 
 def inverse(permutation: Tensor) -> Tensor:
     """The permutation that undoes one, (n,) int64."""
@@ -148,22 +125,6 @@ class AttentionalGRU(nn.Module):
             None if each_has_its_own else owner,
         )
         return F.pad(last, (0, 0, 0, owner.numel() - last.shape[0]))
-
-    def last_state_of_own(
-        self, inputs: Tensor, attention: Tensor, order: TimeOrder, source: Tensor
-    ) -> Tensor:
-        """`last_state`, where every position says which input it has: for a GPU, in fewer launches.
-
-        Args:
-            inputs: (num_inputs, input_dim).
-            attention: (num_positions,) in time order.
-            order: of the sequences.
-            source: (num_positions,) the input of each position, in time order.
-        """
-        projected = self.input(inputs).index_select(0, source)
-        weight, bias = self.hidden.weight, self.hidden.bias
-        _, last = _Recurrence.apply(projected, attention, weight, bias, order.steps, order.steps, None)
-        return F.pad(last, (0, 0, 0, order.rank.numel() - last.shape[0]))
 
 
 class _Recurrence(torch.autograd.Function):
