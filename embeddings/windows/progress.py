@@ -42,7 +42,11 @@ def positions_in(name: str) -> Positions | None:
 
 
 def positions_of(names: Iterable[str]) -> Positions:
-    """The positions that windows of these names reach, the furthest of each unit."""
+    """The positions that windows of these names reach, the furthest of each unit.
+
+    >>> positions_of(['rim:{"a": "3"}', 'rim:{"a": "12"}', "another tool's"])
+    {'a': '12'}
+    """
     found: Positions = {}
     for name in names:
         advance(found, positions_in(name) or {})

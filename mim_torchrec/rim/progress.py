@@ -6,17 +6,15 @@ one window, whichever process is killed.
 
 from collections.abc import Iterable
 
-from mim_torchrec.embeddings.windows.progress import name_of, order, positions_of
+from mim_torchrec.embeddings.windows.progress import name_of
 from mim_torchrec.rim.sources import Arrival
-
-__all__ = ["order", "positions_of", "window_name"]
 
 
 def window_name(arrivals: Iterable[Arrival]) -> str:
     """Name of a window of arrivals, in the order they came.
 
     >>> one = Arrival(unit="a.parquet", position="3", place="")
-    >>> window_name([one]), positions_of([window_name([one]), "another tool's"])
-    ('rim:{"a.parquet": "3"}', {'a.parquet': '3'})
+    >>> window_name([one])
+    'rim:{"a.parquet": "3"}'
     """
     return name_of({arrival.unit: arrival.position for arrival in arrivals})
