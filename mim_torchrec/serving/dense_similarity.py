@@ -19,6 +19,7 @@ from mim_torchrec.serving.grid import Grid
 BYTES = 8  # of a word
 MOST_WORDS = 255  # that can be added before a byte overflows
 MOST_TIERS = 100  # which a signed byte holds
+NARROW = 16  # behaviors that are counted one by one
 
 
 def similarity_of_request(candidates: Tensor, behaviors: Tensor, tiers: int, spans: Sequence[int]) -> Tensor:
@@ -80,6 +81,13 @@ def _of_behaviors(candidates: Tensor, behaviors: Tensor, weights: Tensor, tiers:
 def _counts(tier: np.ndarray, tiers: int) -> np.ndarray:
     """How many numbers of each row are of each tier, (rows, tiers) int64; above is of the last one."""
     rows, width = tier.shape
+    if width <= NARROW:
+        places = torch.from_numpy(tier).long().clamp_(0, tiers - 1)
+        return (
+            torch.zeros(rows, tiers, dtype=torch.int64)
+            .scatter_add_(1, places, torch.ones_like(places))
+            .numpy()
+        )
     words = -(-width // BYTES)
     marks = np.zeros((rows, words * BYTES), bool)
     own, as_words = marks[:, :width], marks.view(np.uint64)

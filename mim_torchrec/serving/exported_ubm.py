@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mim_torchrec.ciubm.ubm.activation import Dice
 from mim_torchrec.ciubm.ubm.avg_pooling import AvgPooling
 from mim_torchrec.ciubm.ubm.bst import BST
 from mim_torchrec.ciubm.ubm.din import DIN
@@ -45,6 +46,7 @@ def din(ubm: DIN, candidates: Tensor, behaviors: Tensor, context: BehaviorContex
 def _active(activation: nn.Module, units: Tensor) -> Tensor:
     if isinstance(activation, nn.PReLU):
         return F.prelu(units, activation.weight)
+    assert isinstance(activation, Dice)
     norm, slope = activation.normalize, activation.slope[:, None]
     scale = torch.rsqrt(norm.running_var + norm.eps)[:, None]
     gate = ((units - norm.running_mean[:, None]) * scale).sigmoid()

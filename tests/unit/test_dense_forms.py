@@ -15,7 +15,7 @@ from mim_torchrec.ciubm.ubm.interface import BehaviorContext
 from mim_torchrec.ciubm.ubm.sim import SIM
 from mim_torchrec.ciubm.ubm.twin import TWIN
 from mim_torchrec.ctr.model import DeepCTR
-from mim_torchrec.serving import blocks
+from mim_torchrec.serving import blocks, dense_similarity
 from mim_torchrec.serving.dense_search import largest
 from mim_torchrec.serving.dense_similarity import similarity_of_request
 from mim_torchrec.serving.dense_ubm import FORMS, DenseUBM
@@ -96,6 +96,7 @@ def test_the_largest_are_those_of_a_stable_order(k):
 @pytest.mark.parametrize("kind", ["full", "without", "orthogonal", "alike", "none", "long"])
 def test_similarities_are_those_of_packed_pairs(kind, tiers, spans, monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK", 40)
+    monkeypatch.setattr(dense_similarity, "NARROW", 4)
     torch.manual_seed(tiers)
     candidates, behaviors = torch.randn(6, 5), torch.randn(4100 if kind == "long" else 19, 5)
     if kind == "without":
