@@ -19,7 +19,7 @@ export PYTHONPATH :=
 export PYTHONUNBUFFERED := 1
 export PYTHONDONTWRITEBYTECODE :=  # the processes of tests would compile the package again and again
 
-.PHONY: help install demo prepare-demo test test-fast faults movielens ablation-csft figure5 table2 ablation-ciubm coldstart daily abtest table6 bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving bench-windows bench-rim-latency bench-scaling bench-export-throughput bench-input bench-prepare chaos cluster torchrec-parity rehearsal gpu roofline bench benchmark-report docs doctor image lint types lock wheel release-check clean
+.PHONY: help install demo prepare-demo test test-fast faults movielens ablation-csft figure5 table2 ablation-ciubm coldstart daily abtest table6 bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving bench-windows bench-rim-latency bench-scaling bench-export-throughput bench-input bench-prepare chaos cluster torchrec-parity rehearsal cuda-check gpu roofline bench benchmark-report docs doctor image lint types lock wheel release-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
@@ -40,8 +40,8 @@ ablation-csft: install  ## what pre-training and C-SFT are worth in AUC: Tables 
 figure5: install  ## vision and text models by cost and by AUC: make figure5 [DATA=<dataset>]
 	$(BIN)/python -m mim_torchrec.benchmarks.paper.figure5 --out runs/figure5 $(if $(DATA),--data $(DATA))
 
-table2: install  ## six user behavior models without and with MIM: make table2 [DATA=<films>]
-	$(BIN)/python -m mim_torchrec.benchmarks.paper.table2 --out runs/table2 $(if $(DATA),--data $(DATA))
+table2: install  ## six user behavior models without and with MIM: make table2 [DATA=<films>] [SUBSETS=1]
+	$(BIN)/python -m mim_torchrec.benchmarks.paper.table2 --out runs/table2 $(if $(DATA),--data $(DATA)) $(if $(SUBSETS),--subsets True)
 
 ablation-ciubm: install  ## what the parts of CiUBM are worth in AUC: make ablation-ciubm [DATA=<films>]
 	$(BIN)/python -m mim_torchrec.benchmarks.paper.ablation_ciubm --out runs/ablation_ciubm $(if $(DATA),--data $(DATA))
@@ -94,7 +94,7 @@ benchmark-report: install  ## write benchmarks/README.md from the recorded resul
 bench-rim-latency: install  ## from the arrival of an item to a lookup that has its vector
 	$(BIN)/python -m mim_torchrec.benchmarks.speed.rim_latency --out runs/rim_latency
 
-chaos: install  ## kill RIM, stores and training ranks 240 times: no row wrong, lost or doubled
+chaos: install  ## 240 kills of RIM, stores and ranks, 1,000 faults of a server: no row and no score wrong, none lost
 	$(BIN)/python -m mim_torchrec.benchmarks.chaos.main --out runs/chaos
 
 cluster: install  ## the stages on a real Slurm of two nodes, under faults; as root, with slurm-wlm and munge
@@ -108,6 +108,10 @@ torchrec-parity: install  ## frozen collections beside TorchRec's in 5,000 rando
 
 rehearsal: install  ## training and all stages on a pretended GPU: launches, waits and uploads, and what would fail
 	$(BIN)/python -m mim_torchrec.benchmarks.rehearsal.rehearsal --out runs/rehearsal
+
+cuda-check: install  ## after make rehearsal: fbgemm's build for CUDA (downloads 0.5 GB) has a kernel for each operator
+	$(BIN)/python -m pip download --quiet --no-deps --dest build/cuda "$$(grep '^fbgemm-gpu==' requirements/cuda.txt)"
+	$(BIN)/python -m mim_torchrec.benchmarks.rehearsal.cuda_wheel --wheel "$$(ls -t build/cuda/fbgemm_gpu-*.whl | head -n 1)" --out runs/cuda_wheel
 
 gpu: install  ## on a machine with a GPU: checks, tests and measurements in order of worth: make gpu BUDGET=<minutes>
 	$(BIN)/python -m mim_torchrec.benchmarks.gpu.main --out runs/gpu --budget-minutes $(or $(BUDGET),8) $(if $(ONLY),--only $(ONLY))

@@ -14,6 +14,7 @@ COMMANDS = {
     "shop": ("mim_torchrec.data.shop", "write a synthetic shop"),
     "prepare": ("mim_torchrec.prepare.main", "make a data set of event logs and a catalogue"),
     "import movielens": ("mim_torchrec.data.movielens", "convert MovieLens and posters"),
+    "import public": ("mim_torchrec.data.public", "convert H&M, MicroLens or Amazon Reviews 2023"),
     "import taobao-mm": ("mim_torchrec.data.taobao_mm", "convert TAOBAO-MM, vectors and all"),
     "validate": ("mim_torchrec.validate.main", "check a data set before anything is trained on it"),
     "pretrain": ("mim_torchrec.pretraining.main", "adapt the towers to the items, align them"),

@@ -1,8 +1,8 @@
 """Python without its start-up: `fork_client.py SOCKET REAL NAME WORDS…` lets a fork server run a command.
 
 It stands for the process of the command, from its start to its end: it passes on arguments, environment,
-working directory, standard streams and signals, and ends as the command ends. If it is killed, the command is
-killed. What the server cannot run as Python would is run by the real program.
+working directory, namespaces, standard streams and signals, and ends as the command ends. If it is killed,
+the command is killed. What the server cannot run as Python would is run by the real program.
 """
 
 import json
@@ -15,6 +15,7 @@ from typing import NoReturn
 FORWARDED = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 SIZE = 4
 """Bytes that hold the length of a message."""
+NAMESPACES = ("pid", "net", "uts", "mnt")
 
 
 def main(place: str, real: str, name: str, *words: str) -> NoReturn:
@@ -38,7 +39,8 @@ def main(place: str, real: str, name: str, *words: str) -> NoReturn:
         }  # fmt: skip
         os.umask(request["umask"])
         text = json.dumps(request).encode()
-        socket.send_fds(server, [len(text).to_bytes(SIZE, "big")], [0, 1, 2])
+        spaces = [os.open(f"/proc/self/ns/{name}", os.O_RDONLY) for name in NAMESPACES]
+        socket.send_fds(server, [len(text).to_bytes(SIZE, "big")], [0, 1, 2, *spaces])
         server.sendall(text)
         answers = server.makefile()
         process = int(answers.readline())

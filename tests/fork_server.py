@@ -1,13 +1,15 @@
 """Runs Python programs in processes that have already imported libraries: `fork_server.py SOCKET`.
 
 Each is a process of its own, forked from one that has loaded torch, torchrec and the like: the seconds that a
-process needs for that are spent once. `fork_client.py` says what a command is. The server ends, and
-all commands with it, when its standard input does. Coverage is not measured here: tests that call the same
-programs in their own process measure it.
+process needs for that are spent once. It runs in the namespaces of its client, so on their machine.
+`fork_client.py` says what a command is. The server ends, and all commands with it, when its standard input
+does. Coverage is not measured here: tests that call the same programs in their own process measure it.
 """
 
 import atexit
+import ctypes
 import gc
+import inspect
 import io
 import json
 import os
@@ -26,6 +28,9 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 SIZE = 4
+NAMESPACES = ("pid", "net", "uts", "mnt")
+CLONE_FS = 0x200
+LIBC = ctypes.CDLL(None, use_errno=True)
 ROOT = Path(__file__).parents[1]
 PACKAGES = {
     "mim_torchrec": ROOT / "mim_torchrec",
@@ -57,6 +62,7 @@ def load() -> None:
     names = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
     if others := [name for name in names if name != AFTER_FORK][1:]:
         raise SystemExit(f"an import has started threads, {others}: this process cannot be forked")
+    inspect.stack()  # which torch elastic asks for often: what is not cached is sought in all modules
     gc.collect()
     gc.freeze()  # a collection in a forked process would copy all pages
 
@@ -98,22 +104,29 @@ def serve(place: str) -> dict[str, Any] | None:
                 if received is None:
                     connection.close()
                     continue
-                request, streams = received
-                process = os.fork()
+                request, given = received
+                try:
+                    process = fork_into(given[3])
+                except OSError:  # the machine of the client is gone
+                    process = -1
                 if process == 0:
                     os.setsid()
                     for other in (listener, connection, *running.values(), waiting):
                         other.close()
-                    for number, stream in enumerate(streams):
+                    enter(given[4:])
+                    for number, stream in enumerate(given[:3]):
                         os.dup2(stream, number)
-                        os.close(stream)
+                for number in given:
+                    os.close(number)
+                if process == 0:
                     return request
-                for stream in streams:
-                    os.close(stream)
+                if process < 0:
+                    connection.close()
+                    continue
                 running[process] = connection
                 waiting.register(connection, selectors.EVENT_READ, process)
                 waiting.register(os.pidfd_open(process), selectors.EVENT_READ, process)
-                tell(connection, process)
+                tell(connection, number_in_namespace(process))
             elif key.fileobj in running.values():  # the client was killed
                 waiting.unregister(key.fileobj)
                 end(key.data)
@@ -129,16 +142,51 @@ def serve(place: str) -> dict[str, Any] | None:
 
 
 def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
-    """A request with its standard streams, or None from a client that has ended."""
-    size, streams, _, _ = socket.recv_fds(connection, SIZE, 3)
+    """A request with its standard streams and namespaces, or None from a client that has ended."""
+    size, given, _, _ = socket.recv_fds(connection, SIZE, 3 + len(NAMESPACES))
     length = int.from_bytes(size, "big")
     with connection.makefile("rb") as file:
         text = file.read(length)
-    if len(streams) < 3 or len(text) < length:
-        for stream in streams:
-            os.close(stream)
+    if len(given) < 3 + len(NAMESPACES) or len(text) < length:
+        for number in given:
+            os.close(number)
         return None
-    return json.loads(text), list(streams)
+    return json.loads(text), list(given)
+
+
+def fork_into(namespace: int) -> int:
+    """Fork, into a namespace of processes.
+
+    Raises:
+        OSError: its first process has ended.
+    """
+    own = os.open("/proc/self/ns/pid", os.O_RDONLY)
+    elsewhere = not os.path.sameopenfile(own, namespace)
+    if elsewhere:
+        enter([namespace])
+    process = -1
+    try:
+        process = os.fork()
+    finally:
+        if process and elsewhere:
+            enter([own])
+        os.close(own)
+    return process
+
+
+def enter(namespaces: Iterable[int]) -> None:
+    """Go on in other namespaces; one of processes is for those that are forked from now on."""
+    LIBC.unshare(CLONE_FS)  # what threads of libraries share is not taken into another mount namespace
+    for namespace in namespaces:
+        if LIBC.setns(namespace, 0):
+            error = ctypes.get_errno()
+            raise OSError(error, f"a namespace cannot be entered: {os.strerror(error)}")
+
+
+def number_in_namespace(process: int) -> int:
+    """What a process is called where it runs."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return int(status.partition("\nNSpid:")[2].partition("\n")[0].split()[-1])
 
 
 def tell(connection: socket.socket, number: int) -> None:
@@ -198,6 +246,7 @@ def start(request: dict[str, Any]) -> NoReturn:
         raw = io.FileIO(1, "w", closefd=False)
         sys.stdout = sys.__stdout__ = io.TextIOWrapper(raw, encoding="utf-8", write_through=True)  # type: ignore[type-var]
     reseed()
+    inspect.modulesbyfile[os.path.abspath(runpy.run_path.__code__.co_filename)] = "runpy"  # type: ignore[attr-defined]
     added = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     sys.path[1:1] = added
     if request["name"] == "python":

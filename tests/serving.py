@@ -18,9 +18,11 @@ from mim_torchrec.data.schema import TIME
 from mim_torchrec.serving.app import make_app
 from mim_torchrec.serving.bundle import write_bundle
 from mim_torchrec.serving.config import Limits
+from mim_torchrec.serving.inference import Inference
 from mim_torchrec.serving.metrics import Metrics
 from mim_torchrec.serving.patience import PatientProtocol
 from mim_torchrec.serving.service import Deployment, Service
+from mim_torchrec.serving.spans import Spans
 from tests.pipeline.test_ctr_main import SMALL
 
 ROOT = Path(__file__).parents[1]
@@ -81,10 +83,10 @@ DEFAULTS = Limits(deadline_ms=60_000)
 """Machines that run tests are slow at times."""
 
 
-def application(what: Deployment, limits: Limits = DEFAULTS, **words):
-    metrics = Metrics()
+def application(what: Deployment, limits: Limits = DEFAULTS, spans: Spans | None = None, **words):
+    metrics = Metrics(spans=spans)
     service = Service(what, 100, metrics, limits.store_timeout_ms / 1000)
-    return make_app(service, metrics, limits, **words), service
+    return make_app(Inference(service, metrics, limits, "mim"), **words), service
 
 
 @contextmanager
@@ -104,21 +106,13 @@ def running(app) -> Iterator[str]:
         thread.join()
 
 
+COMMAND = [sys.executable, "-m", "mim_torchrec.serving.main", "--port", "0", "--threads", "1",
+           "--limits.deadline-ms", "60000"]  # fmt: skip
+
+
 def start(*words: str) -> tuple[subprocess.Popen, str]:
     """A server of its own, and its address."""
-    command = [
-        sys.executable,
-        "-m",
-        "mim_torchrec.serving.main",
-        "--port",
-        "0",
-        "--threads",
-        "1",
-        "--limits.deadline-ms",
-        "60000",
-        *words,
-    ]
-    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen([*COMMAND, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     line = server.stdout.readline()
     assert "serving mim" in line, line
     return server, line.split()[-1]

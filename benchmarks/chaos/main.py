@@ -3,7 +3,8 @@
 RIM, a follower into Redis, an embedded store and the ranks of a training job run as they do in production and
 are killed at random moments, over a log in a directory and over one in Redis; windows come twice, out of
 order and of another encoder, bases are folded and windows forgotten under readers, the server goes away. Then
-every row of every reader is compared. The exit status is 1 if anything is not right.
+every row of every reader is compared. At last the store, releases, workers and clients of a scoring server
+fail under load (`server_faults.py`). The exit status is 1 if anything is not right.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ import tyro
 from mim_torchrec import program
 from mim_torchrec.benchmarks.chaos.inputs import TOLERANCE, Inputs, make_inputs
 from mim_torchrec.benchmarks.chaos.run import Chaos, Outcome
+from mim_torchrec.benchmarks.chaos.server_faults import ServerOutcome, run_server
 from mim_torchrec.benchmarks.chaos.verify import Findings
 from mim_torchrec.benchmarks.chaos.workers import Place, warm_up
 from mim_torchrec.benchmarks.harness.comparison import target
@@ -50,6 +52,10 @@ class ChaosConfig:
     """Of a training job."""
     pause: float = 0.6
     """Seconds between two faults that are no kills, at most."""
+    injected: int = 1000
+    """Faults of a server under load."""
+    slack: float = 2.0
+    """Seconds after its deadline in which an answer of the server is not late: they are the machine's."""
     limit: float = 1800.0
     """Seconds of one transport, after which it is an error that some still work."""
     seed: int = 0
@@ -99,6 +105,9 @@ def measure(config: ChaosConfig) -> dict[str, Any]:
         kills += outcome.kills
         print(describe(transport, outcome), flush=True)
     problems = [f"{name}: {problem}" for name, outcome in outcomes.items() for problem in outcome.problems]
+    of_server = run_server(config.out.absolute() / "server", config.injected, config.seed, config.slack)
+    problems += [f"server: {problem}" for problem in of_server.problems]
+    print(describe_server(of_server), flush=True)
     report: dict[str, Any] = {
         "kills": kills.total(),
         "kills_at_work": sum(outcome.at_work.total() for outcome in outcomes.values()),
@@ -111,12 +120,17 @@ def measure(config: ChaosConfig) -> dict[str, Any]:
         "closest_items": inputs.distance,
         "tolerance": TOLERANCE,
         "transports": {name: as_json(outcome) for name, outcome in outcomes.items()},
+        **of_server.as_json(),
     }
     report["targets"] = [
         target(f"SIGKILLs: at least {config.kills}", report["kills"], report["kills"] >= config.kills),
         *(target(f"rows {what}: none", report[what], report[what] == 0 and report["rows"] > 0)
           for what in ("wrong", "lost", "doubled")),
         target("watermarks and answers that are not right: none", len(problems), not problems),
+        target(f"faults of a server under load: at least {config.injected}", report["injected"],
+               report["injected"] >= config.injected),
+        *(target(f"server, {name.replace('_', ' ')}: none", report[name], report[name] == 0)
+          for name in ("late_answers", "wrong_scores", "unexplained_500", "unrecovered")),
     ]  # fmt: skip
     return report
 
@@ -143,6 +157,17 @@ def describe(transport: str, outcome: Outcome) -> str:
     return (f"{transport}, {outcome.seconds:.0f} s, {outcome.windows} windows, {outcome.jobs} training jobs\n"
             f"  kills: {kills}\n  faults: {faults}\n  refused: {refusals}\n  rows: {rows}\n"
             f"  watermarks: {marks}")  # fmt: skip
+
+
+def describe_server(outcome: ServerOutcome) -> str:
+    """Lines on the server."""
+    faults = ", ".join(f"{what} {count}" for what, count in sorted(outcome.injected.items()))
+    answers = ", ".join(
+        f"{status or 'broken'} {count}" for status, count in sorted(outcome.tally.answers.items())
+    )
+    tally = outcome.tally
+    wrong = f"{tally.wrong} wrong, {tally.late} late, {tally.unexplained} unexplained"
+    return f"server, {outcome.seconds:.0f} s\n  faults: {faults}\n  answers: {answers}; {wrong}"
 
 
 def sections(report: dict[str, Any]) -> list[Section]:
@@ -172,6 +197,10 @@ def sections(report: dict[str, Any]) -> list[Section]:
                       f"{report['tolerance']:.0e}; readers with the log, bit for bit."]),
         Section("Watermarks", columns=columns, rows=rows("watermarks"),
                 text=["Of training, that of the last job; every job's rows are compared at its own."]),
+        Section("Faults of a server under load", columns=["", "times"],
+                rows=[[what, str(count)] for what, count in sorted(report["server"]["injected"].items())]),
+        Section("Its answers by status; 0 is a connection that broke", columns=["", "times"],
+                rows=[[status, str(count)] for status, count in report["server"]["answers"].items()]),
         targets_section(report["targets"]),
     ]  # fmt: skip
 
@@ -184,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     config = tyro.cli(ChaosConfig, args=argv, description=__doc__)
     check_sizes(config, 1, "items", "requests", "epochs")
-    check_sizes(config, 0, "kills", "pause", "limit")
+    check_sizes(config, 0, "kills", "pause", "limit", "slack")
     if config.out.exists():
         shutil.rmtree(config.out)
     config.out.mkdir(parents=True)
@@ -195,6 +224,8 @@ def main(argv: list[str] | None = None) -> None:
     write_pages(report, "Chaos", summary, sections(report), {}, config.out)
     for problem in [*report["problems"], *report["examples"]]:
         print(problem)
+    for example in report["server"]["examples"]:
+        print(example)
     if not all(entry["met"] for entry in report["targets"]):
         raise SystemExit(1)
 

@@ -70,10 +70,6 @@ class Node:
         """A process in its network."""
         return self._process.pid
 
-    def entered(self) -> list[str]:
-        """Words before a command that run it on this machine."""
-        return ["nsenter", f"--target={self._first()}", "--net", "--uts", "--mount", "--pid", "--"]
-
     def go(self) -> None:
         """Let the command start."""
         assert self._process.stdin is not None

@@ -16,13 +16,13 @@ from typing import Any
 
 from mim_torchrec import program
 from mim_torchrec.embeddings.files import write_bytes
-from mim_torchrec.training import loop
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the program."""
     module, step, file, *words = sys.argv[1:] if argv is None else argv
-    fit = loop.fit
+    stage = import_module(module)
+    fit = stage.fit
 
     def paused_fit(task: Any, **options: Any) -> Any:
         forward, steps = task.training_forward, count(1)
@@ -36,8 +36,8 @@ def main(argv: list[str] | None = None) -> None:
             task.training_forward = training_forward
         return fit(task, **options)
 
-    loop.fit = paused_fit  # before the stage takes it from there
-    import_module(module).main(words)
+    stage.fit = paused_fit  # type: ignore[attr-defined]
+    stage.main(words)
 
 
 def _is_last_rank_of_first_attempt() -> bool:

@@ -166,11 +166,6 @@ class SlurmCluster:
         command = ["slurmd", "-D", "-f", str(self.configuration)]
         self._network.start(name, self._addresses[name], command)
 
-    def on_node(self, name: str) -> list[str]:
-        """Words before a command that run it on a node."""
-        assert self._network is not None
-        return self._network.nodes[name].entered()
-
     def close(self) -> None:
         """End everything."""
         for daemon in reversed(self._daemons):

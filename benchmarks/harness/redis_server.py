@@ -2,8 +2,11 @@
 
 import random
 import shutil
+import signal
 import socket
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mim_torchrec.extras import needs
@@ -71,6 +74,16 @@ class RedisServer:
     def client(self) -> redis.Redis:
         """A client of it."""
         return redis.Redis.from_url(self.url)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within it, the server is stopped: it takes connections and answers none."""
+        assert self._process is not None  # it was started when it was made
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """End it at once."""

@@ -161,15 +161,3 @@ def export_stage(
         ranks=ranks,
         after=(data, encoder) if isinstance(encoder, Stage) else (data,),
     )
-
-
-def permute_stage(table: Stage, *, out: Path, seed: int) -> Stage:
-    """Negative control: the table with its vectors permuted among the items."""
-    return Stage(
-        name=out.name,
-        command=("table", "permute"),
-        arguments=(table.out,),
-        options={"out": out, "seed": seed},
-        out=out,
-        after=(table,),
-    )

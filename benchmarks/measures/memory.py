@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def private_bytes() -> int:
-    """Resident memory of this process that no file backs."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+def private_bytes(pid: int | None = None) -> int:
+    """Resident memory of a process, by default this one, that no file backs."""
+    lines = Path(f"/proc/{pid or 'self'}/status").read_text().splitlines()
     fields = dict(line.split(":", 1) for line in lines)
     return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
 

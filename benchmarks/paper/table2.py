@@ -1,9 +1,11 @@
-"""What content interest adds to six user behavior models: `make table2 [DATA=<films>]`.
+"""What content interest adds to six user behavior models: `make table2 [DATA=<films>] [SUBSETS=1]`.
 
 Table 2 of the paper on a synthetic shop and, with a folder of MovieLens and posters, on films too. Base and
 Base+MIM of a model have the same settings; where a data set has a grid, each chooses from it on validation.
+With SUBSETS=1 the shop has the paper's eight columns: all requests and seven categories (`subsets.py`).
 """
 
+import dataclasses
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +19,7 @@ from mim_torchrec.benchmarks.harness.comparison import deviation, target
 from mim_torchrec.benchmarks.harness.drawing import beside_the_paper, subplots, to_png
 from mim_torchrec.benchmarks.harness.pages import Section, interval
 from mim_torchrec.benchmarks.harness.stages import Run
-from mim_torchrec.benchmarks.paper import shop
+from mim_torchrec.benchmarks.paper import shop, subsets
 from mim_torchrec.benchmarks.paper.data_sets import DataSet
 from mim_torchrec.benchmarks.paper.model_runs import (
     TUNING_SEED,
@@ -26,14 +28,10 @@ from mim_torchrec.benchmarks.paper.model_runs import (
     ModelsConfig,
     write_experiment,
 )
+from mim_torchrec.domains import Count, check_domains
 
-PAPER = {
-    "avg_pooling": (0.6965, 0.7030, 0.0066), "din": (0.7004, 0.7047, 0.0042),
-    "dien": (0.7010, 0.7055, 0.0046), "bst": (0.6995, 0.7049, 0.0054),
-    "sim": (0.7024, 0.7062, 0.0038), "twin": (0.7028, 0.7051, 0.0023),
-}  # fmt: skip
-"""AUC of Base and of Base+MIM and the difference as printed, column ALL of Table 2."""
 DIN_TARGET = 0.760
+OF_SUBSETS = ("base_auc", "base_std", "mim_auc", "mim_std", "delta", "delta_std", "ci", "per_seed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +40,12 @@ class Table2Config(ModelsConfig):
 
     out: Path = Path("runs/table2")
     """Directory of the run; a run that was interrupted there resumes."""
-    models: tuple[str, ...] = tuple(PAPER)
+    models: tuple[str, ...] = ("avg_pooling", "din", "dien", "bst", "sim", "twin")
     """User behavior models."""
+    subsets: bool = False
+    """Train and test on the subsets of categories of the shop as well, which takes several times as long."""
+    categories: Count = 7
+    """Categories that have a subset, those with the most impressions."""
 
 
 def compare(run: Run, data_set: DataSet, config: Table2Config) -> ModelRuns:
@@ -60,7 +62,7 @@ def line(runs: ModelRuns, ubm: str) -> dict[str, Any]:
     """A model's line: ours beside the paper's."""
     base, mim = (np.array(runs.auc(f"{ubm}-{kind}")) for kind in ("base", "mim"))
     gain = runs.gain(f"{ubm}-base", f"{ubm}-mim")
-    paper_base, paper_mim, paper_delta = PAPER[ubm]
+    paper_base, paper_mim, paper_delta = (values[0] for values in subsets.PAPER[ubm])
     return {
         "base_auc": float(base.mean()),
         "base_std": deviation(base),
@@ -127,13 +129,41 @@ def experiment(
     """The models on one data set."""
     runs = compare(run, data_set, config)
     lines = {ubm: line(runs, ubm) for ubm in config.models}
-    part = {"models": lines, "targets": targets(data_set, lines)}
-    return part, [section(data_set, lines)], draw(lines)
+    part: dict[str, Any] = {"models": lines, "targets": targets(data_set, lines)}
+    sections = [section(data_set, lines)]
+    if config.subsets and data_set.name == "shop":
+        part["subsets"], more = by_category(config, run, data_set, lines)
+        sections += more
+    return part, sections, draw(lines)
+
+
+def by_category(
+    config: Table2Config, run: Run, data_set: DataSet, lines: dict[str, dict[str, Any]]
+) -> tuple[dict[str, Any], list[Section]]:
+    """The models on the subset of every category, beside those on all requests."""
+    requests = subsets.read_requests(data_set.data.out)
+    columns = [subsets.ALL, *subsets.largest_categories(requests, config.categories)]
+    counts = {subsets.ALL: subsets.counts(requests)}
+    table: dict[str, dict[str, Any]] = {ubm: {subsets.ALL: lines[ubm]} for ubm in config.models}
+    for place, category in enumerate(columns[1:]):
+        folder = run.root / "shop-subsets" / f"category-{place}"
+        out = subsets.write_subset(data_set.data.out, requests, category, folder)
+        counts[category] = subsets.counts(subsets.read_requests(out))
+        own = dataclasses.replace(
+            data_set, name=f"shop-category-{place}", data=dataclasses.replace(data_set.data, out=out)
+        )
+        runs = compare(run, own, config)
+        for ubm in config.models:
+            found = line(runs, ubm)
+            table[ubm][category] = {name: found[name] for name in OF_SUBSETS}
+    report = {"columns": columns, "counts": counts, "models": table}
+    return report, subsets.sections(columns, table, counts)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `python -m mim_torchrec.benchmarks.paper.table2`."""
     config = tyro.cli(Table2Config, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
+    check_domains(config)
     summary = (
         f"AUC on test requests, means of the seeds {list(config.seeds)}; ± is the standard deviation over "
         "the seeds, the interval is of the mean gain, by resampling users."

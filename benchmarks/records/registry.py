@@ -203,7 +203,7 @@ BENCHMARKS: Sequence[Benchmark] = (
     Benchmark(
         name="chaos", module="chaos.main",
         target="chaos", title="Kills, duplicates, gaps and other versions",
-        small=("--kills", "40", "--items", "1500", "--requests", "500"),
+        small=("--kills", "40", "--items", "1500", "--requests", "500", "--injected", "100"),
         figures={name: name for name in ("wrong", "lost", "doubled", "kills", "rows")},
     ),
 )  # fmt: skip
@@ -228,4 +228,5 @@ EXPERIMENTS: Sequence[Experiment] = (
     Experiment(
         "rehearsal", "rehearsal", "Every stage on a pretended GPU: launches, waits, uploads", room="rehearsal"
     ),
+    Experiment("cuda_wheel", "cuda-check", "Operators of fbgemm without a kernel for GPUs", room="rehearsal"),
 )

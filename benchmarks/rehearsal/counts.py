@@ -66,6 +66,10 @@ class Counts:
             "uploads": self.uploads.total(),
         }
 
+    def of_fbgemm(self) -> list[str]:
+        """Operators of fbgemm that ran on the GPU."""
+        return sorted(name for name in self.launches if name.startswith("fbgemm::"))
+
     def copy(self) -> "Counts":
         """What has been counted up to now."""
         return replace(

@@ -20,6 +20,7 @@ from mim_torchrec import program
 from mim_torchrec.benchmarks.harness.environment import environment
 from mim_torchrec.benchmarks.harness.launching import launch
 from mim_torchrec.benchmarks.rehearsal.budgets import BUDGETS
+from mim_torchrec.benchmarks.rehearsal.counts import Counts
 from mim_torchrec.benchmarks.rehearsal.stages import StageCounts, rehearse_stages
 from mim_torchrec.benchmarks.rehearsal.steps import CASES, StepCounts, measure_step
 from mim_torchrec.embeddings.files import write_json
@@ -39,7 +40,7 @@ class RehearsalConfig:
     """Rehearse whole stages too, not only the training steps of the CTR models."""
 
 
-def rehearse_steps(folder: Path, ranks: int) -> dict[str, tuple[StepCounts, dict[str, int], dict[str, int]]]:
+def rehearse_steps(folder: Path, ranks: int) -> dict[str, tuple[StepCounts, Counts]]:
     """Measure the steps of all models of a number of ranks; every rank calls it.
 
     Args:
@@ -47,15 +48,14 @@ def rehearse_steps(folder: Path, ranks: int) -> dict[str, tuple[StepCounts, dict
         ranks: how many there are.
 
     Returns:
-        By the name of the case what a step takes, which operators mix devices and which have no kernel.
+        By the name of the case what a step takes, and all that was counted.
     """
     torch.set_num_threads(1)
     found = {}
     with distributed(0):  # one process group for all models
         for case in CASES:
             if case.ranks == ranks:
-                step, counts = measure_step(case, folder)
-                found[case.name] = step, dict(counts.mixed), dict(counts.no_kernel)
+                found[case.name] = measure_step(case, folder)
     return found
 
 
@@ -63,6 +63,7 @@ def rehearse(config: RehearsalConfig) -> dict[str, Any]:
     """The report."""
     mixed: Counter[str] = Counter()
     no_kernel: Counter[str] = Counter()
+    fbgemm: set[str] = set()
     report: dict[str, Any] = {"steps": {}, "stages": {}, "errors": {}}
     for ranks in RANKS:
         with tempfile.TemporaryDirectory() as name:
@@ -72,8 +73,10 @@ def rehearse(config: RehearsalConfig) -> dict[str, Any]:
             report["steps"][case] = {kind: max(getattr(step, kind) for step in steps) for kind in KINDS}
             report["steps"][case] |= {"budget": dataclasses.asdict(BUDGETS[case]), "lines": steps[0].lines}
             for rank in of_ranks:
-                mixed.update(rank[case][1])
-                no_kernel.update(rank[case][2])
+                counts = rank[case][1]
+                mixed.update(counts.mixed)
+                no_kernel.update(counts.no_kernel)
+                fbgemm.update(counts.of_fbgemm())
             print(_line(case, report["steps"][case]), flush=True)
     for ranks in RANKS if config.stages else ():
         with tempfile.TemporaryDirectory() as name:
@@ -85,9 +88,11 @@ def rehearse(config: RehearsalConfig) -> dict[str, Any]:
             for rank in stages:
                 mixed.update(rank[stage].mixed)
                 no_kernel.update(rank[stage].no_kernel)
+                fbgemm.update(rank[stage].fbgemm)
                 if rank[stage].error is not None:
                     report["errors"][label] = rank[stage].error
-    return report | {"mixed": dict(mixed), "no_kernel": dict(no_kernel), "environment": environment()}
+    report |= {"mixed": dict(mixed), "no_kernel": dict(no_kernel), "fbgemm": sorted(fbgemm)}
+    return report | {"environment": environment()}
 
 
 def _line(name: str, counts: dict[str, Any]) -> str:

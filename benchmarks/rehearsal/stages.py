@@ -80,6 +80,8 @@ STAGES: Sequence[Stage] = (
         **MIM, "id-dropout": "0.2", "content-dropout": "0.2", "content-temperature": "0.1"}, ranks=(1, 2)),
     Stage("sim, hard search", "ctr.main", {**MIM, "ubm": "sim", "search": "hard", "top-k": "3"},
           ranks=(1, 2)),
+    Stage("bf16", "ctr.main", {**MIM, "ubm": "bst", "precision": "bf16"}, ranks=(1, 2)),
+    Stage("tf32", "ctr.main", {**MIM, "ubm": "dien", "precision": "tf32"}),
     Stage("row-wise tables", "ctr.main", {**MIM, "sharding": "row_wise"}, ranks=(2,)),
     Stage("managed memory", "ctr.main", {**MIM, "sparse-memory": "uvm", "table-memory": "uvm"}),
     Stage("managed memory, cached", "ctr.main", {
@@ -105,6 +107,7 @@ class StageCounts:
         mixed: operators whose tensors lay on different devices, by operator and line.
         no_kernel: operators without a kernel for a GPU.
         error: with which it ended early.
+        fbgemm: operators of fbgemm that ran on the GPU.
     """
 
     totals: dict[str, int]
@@ -113,6 +116,7 @@ class StageCounts:
     mixed: dict[str, int] = field(default_factory=dict)
     no_kernel: dict[str, int] = field(default_factory=dict)
     error: str | None = None
+    fbgemm: Sequence[str] = ()
 
 
 def rehearse_stages(folder: Path, ranks: int) -> dict[str, StageCounts]:
@@ -145,7 +149,9 @@ def _run(stage: Stage, folder: Path) -> StageCounts:
             traceback.print_exc(file=sys.stderr)
             error = f"{type(found).__name__}: {found}"
     step, lines = of_steps(seen)
-    return StageCounts(counts.totals(), step, lines, dict(counts.mixed), dict(counts.no_kernel), error)
+    return StageCounts(
+        counts.totals(), step, lines, dict(counts.mixed), dict(counts.no_kernel), error, counts.of_fbgemm()
+    )
 
 
 def losses(folder: Path) -> dict[str, list[float]]:

@@ -19,7 +19,8 @@ VIEWS = frozenset(
         "as_strided permute split.Tensor split_with_sizes unbind.int _reshape_alias squeeze unfold "
         "view.dtype lift_fresh empty.memory_format empty_like new_empty empty_strided new_empty_strided "
         "chunk is_same_size resize_ set_.source_Tensor sym_size.int values crow_indices col_indices "
-        "_sparse_csr_tensor_unsafe _sparse_compressed_tensor_unsafe _local_scalar_dense is_pinned "
+        "_sparse_csr_tensor_unsafe _sparse_compressed_tensor_unsafe "
+        "sparse_compressed_tensor.comp_plain_value_size _local_scalar_dense is_pinned "
         "_pin_memory squeeze.dims diagonal movedim.int narrow record_stream _has_same_storage_numel"
     ).split()
 )

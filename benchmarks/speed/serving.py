@@ -2,24 +2,15 @@
 
 Content and fusion interest by a matrix of the history beside the direct sum, in turns and at one thread;
 scores of every model and preset beside one bare product of the same vectors; scores beside the same model
-computed as training does; and a real server over HTTP with requests of 500 candidates, one client and eight.
-Weights are random: what is timed does not depend on them.
+computed as training does; and a real server over HTTP with requests of 500 candidates, one client and eight,
+one worker and two, one user and eight. Weights are random: what is timed does not depend on them.
 """
 
 import dataclasses
-import json
-import socket
 import statistics
-import subprocess
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass
-from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -39,6 +30,14 @@ from mim_torchrec.benchmarks.speed.serving_inputs import (
     make_request,
     make_table,
 )
+from mim_torchrec.benchmarks.speed.serving_process import (
+    Served,
+    as_message,
+    compare_processes,
+    load,
+    process_section,
+    process_targets,
+)
 from mim_torchrec.benchmarks.speed.serving_scores import (
     UBMS,
     by_model,
@@ -55,7 +54,6 @@ from mim_torchrec.serving.scorer import Scorer
 
 RATIO_TARGETS = {64: 5.0, 128: 4.0}
 P99_TARGET = 30.0
-PATIENCE = 60.0  # seconds: eight long requests of a preset that is not linear take their time
 MODELS = ("sim/paper", "sim/recommended", "din/paper")
 
 
@@ -123,11 +121,7 @@ def multiplications(config: ServingConfig, dim: int, length: int) -> float:
 
 def message(config: ServingConfig, length: int, seed: int) -> bytes:
     """The request as the protocol has it."""
-    inputs = [
-        {"name": name, "shape": [len(data)], "datatype": "INT64", "data": data}
-        for name, data in columns(config, length, seed).items()
-    ]
-    return json.dumps({"inputs": inputs}).encode()
+    return as_message([columns(config, length, seed)])
 
 
 def compare_scorers(config: ServingConfig, bundle: Path, table: Path, length: int) -> dict[str, float]:
@@ -146,71 +140,10 @@ def compare_scorers(config: ServingConfig, bundle: Path, table: Path, length: in
     return {f"{name}_ms": 1000 * statistics.median(seconds) for name, seconds in times.items()}
 
 
-class Served:
-    """A server in a process of its own.
-
-    Args:
-        config: of the benchmark.
-        bundle: what it serves.
-        table: its vectors.
-    """
-
-    def __init__(self, config: ServingConfig, bundle: Path, table: Path) -> None:
-        words = ["--bundle", str(bundle), "--store", str(table), "--port", "0"]
-        words += ["--threads", str(config.threads), "--limits.deadline-ms", str(1000 * PATIENCE)]
-        self._process = subprocess.Popen([sys.executable, "-m", "mim_torchrec.serving.main", *words],
-                                         stdout=subprocess.PIPE, text=True)  # fmt: skip
-        assert self._process.stdout is not None  # it is a pipe
-        line = self._process.stdout.readline()
-        if "serving" not in line:
-            raise RuntimeError("the server did not start; its messages are above")
-        self.address = f"{line.split()[-1]}/v2/models/mim/infer"
-
-    def __enter__(self) -> "Served":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        self._process.wait()
-
-
-def load(address: str, bodies: list[bytes], clients: int) -> tuple[list[float], float]:
-    """Seconds of every request, and requests per second of all clients together.
-
-    Clients are threads with a connection each, and do little themselves: they share the machine with the
-    server.
-    """
-    where = urlsplit(address)
-    host = where.hostname
-    assert host is not None, f"no host in {address}"
-
-    def client(own: list[bytes]) -> list[float]:
-        seconds = []
-        with closing(HTTPConnection(host, where.port, timeout=PATIENCE)) as http:
-            http.connect()
-            http.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            for body in own:
-                started = time.perf_counter()
-                http.request("POST", where.path, body, {"Content-Type": "application/json"})
-                answer = http.getresponse()
-                text = answer.read()
-                if answer.status != 200:
-                    raise RuntimeError(f"the server answers {answer.status}: {text.decode()}")
-                seconds.append(time.perf_counter() - started)
-        return seconds
-
-    client(bodies[:1])
-    with ThreadPoolExecutor(clients) as pool:
-        started = time.perf_counter()
-        found = list(pool.map(client, [bodies[k::clients] for k in range(clients)]))
-        spent = time.perf_counter() - started
-    return [second for own in found for second in own], len(bodies) / spent
-
-
 def serve(config: ServingConfig, bundle: Path, table: Path) -> dict[str, dict[str, float]]:
     """Figures of a server over HTTP by the length of the history; every request is of another history."""
     found = {}
-    with Served(config, bundle, table) as server:
+    with Served(bundle, table, threads=config.threads) as server:
         for length in config.behaviors:
             count = config.requests if length < 10_000 else max(config.requests // 10, 1)
             bodies = [message(config, length, seed) for seed in range(count)]
@@ -264,6 +197,11 @@ def measure(config: ServingConfig) -> dict[str, Any]:
             str(config.clients): {length: f["requests_per_s_clients"] for length, f in first.items()},
         },
     }
+    report |= compare_processes(
+        config.out / "bundles" / config.models[0].replace("/", "-"), table,
+        lambda seed: columns(config, AT, seed),
+        threads=config.threads, requests=config.requests, clients=config.clients,
+    )  # fmt: skip
     report["targets"] = targets(config, report)
     return report
 
@@ -286,7 +224,7 @@ def targets(config: ServingConfig, report: dict[str, Any]) -> list[dict[str, Any
         p99 = report["p99_ms"][str(AT)]
         claim = f"{config.models[0]}, {AT} behaviors, one client: p99 at most {P99_TARGET:.0f} ms"
         found.append(target(claim, p99, p99 <= P99_TARGET))
-    return found
+    return found + process_targets(report)
 
 
 def sections(config: ServingConfig, report: dict[str, Any]) -> list[Section]:
@@ -323,6 +261,7 @@ def sections(config: ServingConfig, report: dict[str, Any]) -> list[Section]:
                    f"{f['requests_per_s_clients']:.0f}"]
                   for model, by_length in report["models"].items() for length, f in by_length.items()],
         ),
+        process_section(report),
         targets_section(report["targets"]),
     ]  # fmt: skip
     return pages

@@ -104,27 +104,27 @@ class Url:
 
     def stat(self) -> Stat:
         """Size and mark of an object. Raises NoSuchPlace if there is none."""
-        with self._reported() as (store, path):
+        with self.reported() as (store, path):
             return _stat(store.info(path))
 
     def modified(self) -> float:
         """When an object was written, by the clock of the store, in seconds."""
-        with self._reported() as (store, path):
+        with self.reported() as (store, path):
             return store.modified(path).timestamp()
 
     def open(self) -> IO[bytes]:
         """An object to read at any position; nothing is read ahead."""
-        with self._reported() as (store, path):
+        with self.reported() as (store, path):
             return cast(IO[bytes], store.open(path, "rb", cache_type="none"))
 
     def read_bytes(self) -> bytes:
         """The content of an object. Raises NoSuchPlace if there is none."""
-        with self._reported() as (store, path):
+        with self.reported() as (store, path):
             return store.cat_file(path)
 
     def write_bytes(self, data: bytes) -> None:
         """Write an object, in the place of one that is there."""
-        with self._reported() as (store, path):
+        with self.reported() as (store, path):
             store.pipe_file(path, data)
 
     def create(self, data: bytes) -> bool:
@@ -133,7 +133,7 @@ class Url:
         Returns:
             Whether this one did; False where there is one.
         """
-        with self._reported() as (store, path):
+        with self.reported() as (store, path):
             try:
                 store.pipe_file(path, data, mode="create")
             except FileExistsError:
@@ -142,23 +142,23 @@ class Url:
 
     def upload(self, file: Path) -> None:
         """Write an object from a local file."""
-        with self._reported() as (store, path):
+        with self.reported() as (store, path):
             store.put_file(str(file), path)
 
     def download(self, file: Path) -> None:
         """Write a local file from an object."""
-        with self._reported() as (store, path):
+        with self.reported() as (store, path):
             store.get_file(path, str(file))
 
     def remove(self) -> None:
         """Remove an object, if there is one."""
-        with suppress(NoSuchPlace), self._reported() as (store, path):
+        with suppress(NoSuchPlace), self.reported() as (store, path):
             store.rm_file(path)
 
     def list(self) -> dict[str, Stat]:
         """Objects directly beneath, by name; {} where there is nothing."""
         try:
-            with self._reported() as (store, path):
+            with self.reported() as (store, path):
                 found = store.ls(path, detail=True)
         except NoSuchPlace:
             return {}
@@ -166,15 +166,20 @@ class Url:
 
     def walk(self) -> dict[str, Stat]:
         """All objects beneath, by their path from here; {} where there is nothing."""
-        with self._reported() as (store, path):
+        with self.reported() as (store, path):
             found = store.find(path, detail=True)
         prefix = f"{path.strip('/')}/"
         names = {name.strip("/"): info for name, info in found.items() if info["type"] == "file"}
         return {n.removeprefix(prefix): _stat(info) for n, info in names.items() if n.startswith(prefix)}
 
     @contextmanager
-    def _reported(self) -> Iterator[tuple[Any, str]]:
-        """The file system and the path in it; its errors become one line each."""
+    def reported(self) -> Iterator[tuple[Any, str]]:
+        """The file system and the path in it; errors of what is done with it become one line each.
+
+        Raises:
+            NoSuchPlace: fsspec does not know the scheme, or there is nothing.
+            StoreError: a package is missing, or the store refuses or does not answer.
+        """
         try:
             yield self._store()
         except ExpectedError:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mim_torchrec.ciubm.content import Pooling, content_relevance, relevant_interest, sharpened
+from mim_torchrec.ciubm.content import Pooling, averaged, content_relevance, relevant_interest, sharpened
 from mim_torchrec.ciubm.jagged import RequestPairs
 from mim_torchrec.ciubm.similarity import similarity_dim, similarity_interest
 from mim_torchrec.ciubm.ubm.interface import Auxiliary, BehaviorContext
@@ -127,6 +127,8 @@ class CiUBM(nn.Module):
         if self.content or self.fusion or self.tiers:
             if candidates_mm is None or behaviors_mm is None:
                 raise ValueError("content, fusion and similarity interest need multi-modal vectors")
+            if self.content:
+                behaviors_mm = behaviors_mm.float()
             relevance = content_relevance(candidates_mm, behaviors_mm, pairs)
             if self.training and self.content_dropout:
                 kept = torch.rand(pairs.num_candidates, device=relevance.device) >= self.content_dropout
@@ -135,10 +137,12 @@ class CiUBM(nn.Module):
                 similarity = similarity_interest(relevance, pairs, self.tiers, self.spans)
             if self.log_temperature is not None:
                 relevance = sharpened(relevance, self.log_temperature.exp(), pairs)
+            if self.pooling == "mean":
+                relevance = averaged(relevance, pairs)
             if self.content:
-                content = relevant_interest(behaviors_mm.float(), relevance, pairs, self.pooling)
+                content = relevant_interest(behaviors_mm, relevance, pairs)
             if self.fusion:
-                fusion = relevant_interest(behaviors, relevance, pairs, self.pooling)
+                fusion = relevant_interest(behaviors, relevance, pairs)
         id_interest = auxiliary = None
         if self.ubm is not None:
             id_interest, auxiliary = self.ubm(candidates, behaviors, pairs, context)

@@ -52,11 +52,15 @@ def relevant_interest(
         (sum_candidates, dim); zeros without behaviors.
     """
     if pooling == "mean":
-        lengths = pairs.history_lengths().to(relevance.dtype)
-        relevance = relevance / lengths[pairs.candidate_index]
+        relevance = averaged(relevance, pairs)
     elif pooling != "sum":
         raise OptionError(f"pooling is 'sum' or 'mean', not {pooling!r}")
     return pairs.weighted_sum(behaviors, relevance)
+
+
+def averaged(relevance: Tensor, pairs: RequestPairs) -> Tensor:
+    """Relevance (num_pairs,) divided by the number of behaviors of its candidate: sums become means."""
+    return relevance / pairs.history_lengths()[pairs.candidate_index]
 
 
 def sharpened(relevance: Tensor, temperature: Tensor, pairs: RequestPairs) -> Tensor:

@@ -50,8 +50,7 @@ def segment_softmax(scores: Tensor, pairs: Pairs, kept: Tensor | None = None) ->
         pairs: the pairs.
         kept: (num_pairs, heads) or (num_pairs, 1) bool, the pairs that take part; the others weigh nothing.
     """
-    weights, _ = _MaskedSoftmax.apply(scores, kept, pairs)
-    return weights
+    return _MaskedSoftmax.apply(scores, kept, pairs, False)
 
 
 def softmax_and_logsumexp(scores: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
@@ -59,7 +58,7 @@ def softmax_and_logsumexp(scores: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]
 
     Without pairs a normalizer is the lowest finite number, so that gradients stay finite.
     """
-    return _MaskedSoftmax.apply(scores, None, pairs)
+    return _MaskedSoftmax.apply(scores, None, pairs, True)
 
 
 @torch.no_grad()
@@ -74,46 +73,46 @@ def top_k(scores: Tensor, k: int, pairs: Pairs) -> Tensor:
     Returns:
         (num_pairs, heads) bool.
     """
-    columns = torch.arange(pairs.longest, device=scores.device)
-    last = pairs.pair_offsets[1:] - 1
-    position = last[:, None] - columns  # the last behavior first
-    missing = columns >= pairs.history_lengths()[:, None]
-    padded = scores.index_select(0, position.clamp_(min=0).view(-1)).view(*position.shape, -1)
+    count, heads = scores.shape
+    columns = torch.arange(1, pairs.longest + 1, device=scores.device)
+    position = pairs.pair_offsets[1:, None] - columns  # the last behavior first
+    missing = position < pairs.pair_offsets[:-1, None]
+    padded = scores.index_select(0, position.clamp(min=0).view(-1)).view(*position.shape, heads)
     padded = padded.masked_fill_(missing[:, :, None], -torch.inf)
     order = padded.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    kept = torch.zeros_like(padded, dtype=torch.bool).scatter_(1, order, True)
-    numbers = torch.arange(pairs.num_pairs, device=scores.device)
-    column = last.index_select(0, pairs.candidate_index) - numbers
-    place = pairs.candidate_index * pairs.longest + column
-    return kept.flatten(0, 1).index_select(0, place)
+    position = position.masked_fill_(missing, count)[:, :, None].expand_as(padded)
+    kept = scores.new_zeros(count + 1, heads, dtype=torch.bool)  # the last row is of what is missing
+    return kept.scatter_(0, position.gather(1, order).view(-1, heads), True)[:count]
 
 
 class _MaskedSoftmax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, kept: Tensor | None, pairs: Pairs) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, scores: Tensor, kept: Tensor | None, pairs: Pairs, normalizers: bool
+    ) -> Tensor | tuple[Tensor, Tensor]:
         lowest = torch.finfo(scores.dtype).min
         if kept is not None:
-            scores = scores.masked_fill(~kept, lowest)
+            scores = torch.where(kept, scores, -torch.inf)
         index, shape = pairs.candidate_index, (pairs.num_candidates, scores.shape[1])
         by_head = index[:, None].expand_as(scores)
         largest = scores.new_full(shape, lowest).scatter_reduce_(0, by_head, scores, "amax")
         weights = (scores - largest.index_select(0, index)).exp_()
-        if kept is not None:
-            weights *= kept
         total = scores.new_full(shape, torch.finfo(scores.dtype).tiny).index_add_(0, index, weights)
         weights /= total.index_select(0, index)
         ctx.save_for_backward(weights)
         ctx.pairs = pairs
         ctx.set_materialize_grads(False)
-        return weights, (total.log_() + largest).clamp_(min=lowest)
+        return (weights, (total.log_() + largest).clamp_(min=lowest)) if normalizers else weights
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, grad_normalizers: Tensor | None) -> tuple[Tensor, None, None]:
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_normalizers: Tensor | None = None
+    ) -> tuple[Tensor, None, None, None]:
         (weights,) = ctx.saved_tensors
         index = ctx.pairs.candidate_index
         product = torch.zeros_like(weights) if grad is None else weights * grad
         total = product.new_zeros(ctx.pairs.num_candidates, product.shape[1]).index_add_(0, index, product)
         if grad_normalizers is not None:
             total -= grad_normalizers
-        return product.addcmul_(weights, total.index_select(0, index), value=-1), None, None
+        return product.addcmul_(weights, total.index_select(0, index), value=-1), None, None, None

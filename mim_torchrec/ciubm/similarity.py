@@ -84,8 +84,8 @@ def by_masks(
     seen = relevance != 0
     masks = torch.stack([seen if span == WHOLE else seen & (order < span) for span in spans], dim=1)
     tier = ((relevance + 1) * (tiers / 2)).long().clamp_(0, tiers - 1)
-    place = tier[:, None] + torch.arange(len(spans), device=tier.device) * tiers  # of the span and the tier
-    place += (index * (len(spans) * tiers))[:, None]
+    first = torch.arange(0, len(spans) * tiers, tiers, device=tier.device)  # of each span
+    place = torch.add(tier, index, alpha=len(spans) * tiers)[:, None] + first
     counts = relevance.new_zeros(count * len(spans) * tiers).index_add_(
         0, place.view(-1), masks.to(relevance.dtype).view(-1)
     )
@@ -96,6 +96,6 @@ def by_masks(
     alpha = torch.where(masks, relevance[:, None], -torch.inf)
     by_span = index[:, None].expand_as(alpha)
     largest = relevance.new_full((count, len(spans)), -torch.inf).scatter_reduce_(0, by_span, alpha, "amax")
-    largest.masked_fill_(total == 0, 0.0)
+    largest.nan_to_num_(neginf=0.0)
     histogram = counts.view(count, len(spans), tiers).log1p_()
     return torch.cat([histogram, largest[:, :, None], mean[:, :, None]], dim=2).flatten(1)

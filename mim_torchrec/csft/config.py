@@ -16,6 +16,7 @@ from mim_torchrec.training.distributed import Timeouts
 from mim_torchrec.training.parallel import Parallel
 from mim_torchrec.training.presets import Preset, chosen, replaced
 
+Criterion = Literal["log_rank", "mrr", "recall_at_10"]
 PRESETS: dict[Preset, dict[str, Any]] = {
     "default": {},
     "paper": {  # §3.3, §4.1.3
@@ -95,9 +96,13 @@ class CSFTConfig:
     The value of the loss is the same."""
 
     epochs: Count = 8
-    """Passes over the pairs; the best by recall@10 of held-out pairs is kept."""
+    """Passes over the pairs; the best by `select` is kept."""
+    select: Criterion = "log_rank"
+    """How epochs are compared, and the best one with the plain towers, on held-out pairs against all items:
+    mean logarithm of the bought item's rank, mean reciprocal rank, or recall@10. `encoder/selection.json`
+    says whether the gain over plain towers is more than noise; `mim export --if-no-gain` reads it."""
     patience: Count | None = None
-    """Stop after this many epochs without a better recall@10."""
+    """Stop after this many epochs that are no better by `select`."""
     batch_size: Count = 512
     """Pairs in a step, over all ranks (N x P)."""
     batch_size_per_rank: Count | None = None

@@ -26,6 +26,7 @@ from mim_torchrec.encoders.features import (
     read_or_compute,
 )
 from mim_torchrec.encoders.pixels import HasTowers, PixelInputs, Tokens
+from mim_torchrec.encoders.titles import distinct
 from mim_torchrec.encoders.vision import VisionEncoder
 from mim_torchrec.training.distributed import DistributedContext
 
@@ -139,8 +140,7 @@ def frozen_features(
         return compute_features(lambda i: towers.vision(inputs.images(i)), index, batch_size, what, context)
 
     def of_items() -> dict[str, Tensor]:
-        text = compute_features(lambda i: towers.text(inputs.texts(i)), rows, batch_size, "titles", context)
-        return {"image": images(rows, "images"), "text": text}
+        return {"image": images(rows, "images"), "text": title_features(catalog, towers, batch_size, context)}
 
     def of_queries() -> dict[str, Tensor]:
         return {"image": images(np.arange(catalog.num_items, catalog.num_images), "queries")}
@@ -155,6 +155,24 @@ def frozen_features(
         )
         image = torch.cat([image, queries["image"]])
     return FeatureInputs(image, items["text"], context.device)
+
+
+def title_features(
+    catalog: SearchContent, towers: HasTowers, batch_size: int, context: DistributedContext
+) -> Tensor:
+    """Features of all titles (num_items, text_dim), each distinct title computed by one rank."""
+    titles, places = distinct(catalog.titles(np.arange(catalog.num_items)))
+    # of every rank's part the short ones first, so that parts take as long
+    order = np.concatenate([np.arange(k, len(titles), context.world_size) for k in range(context.world_size)])
+
+    def encode(index: np.ndarray) -> Tensor:
+        tokens = towers.text.tokenize([titles[k] for k in index])
+        return towers.text({name: value.to(context.device) for name, value in tokens.items()})
+
+    computed = compute_features(encode, order, batch_size, "titles", context)
+    found = torch.empty_like(computed)
+    found[torch.from_numpy(order)] = computed
+    return found[torch.from_numpy(places)]
 
 
 def leave_out_unreadable(items: ItemStore, pairs: PairDataset) -> np.ndarray:

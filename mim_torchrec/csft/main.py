@@ -8,15 +8,17 @@ import hashlib
 import logging
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import tyro
+from torch import Tensor
 
 from mim_torchrec import program
 from mim_torchrec.csft.config import CSFTConfig, parse
-from mim_torchrec.csft.image_search import draw, encode, evaluate, find, write
+from mim_torchrec.csft.image_search import TOP, draw, encode, evaluate, find, write
 from mim_torchrec.csft.inputs import (
     FeatureInputs,
     Inputs,
@@ -27,17 +29,21 @@ from mim_torchrec.csft.inputs import (
     split_by_time,
 )
 from mim_torchrec.csft.loss_variant import check_objective
-from mim_torchrec.csft.task import RECALL_AT, CSFTTask
+from mim_torchrec.csft.selection import compare, plain_ranks
+from mim_torchrec.csft.task import CSFTTask
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.pairs import PairDataset
 from mim_torchrec.data.schema import Dataset
 from mim_torchrec.domains import check_domains
-from mim_torchrec.embeddings.collective import rank_0_first
+from mim_torchrec.embeddings.collective import on_all_ranks, rank_0_first
+from mim_torchrec.embeddings.files import write_json
 from mim_torchrec.encoders.checkpoint import encoder_version, load_encoder, towers_in_place_of
 from mim_torchrec.encoders.item_encoder import ItemEncoder
+from mim_torchrec.encoders.selection import FILE, Selection
 from mim_torchrec.encoders.text import learns_tokenizer, train_tokenizer
 from mim_torchrec.errors import OptionError
 from mim_torchrec.training.checkpoints import Checkpoints
+from mim_torchrec.training.concerns import NO_GAIN, concerns, log_concerns
 from mim_torchrec.training.distributed import DistributedContext, distributed
 from mim_torchrec.training.loop import fit
 from mim_torchrec.training.run_directory import RunDirectory
@@ -90,6 +96,9 @@ def _fine_tune(config: CSFTConfig, run: RunDirectory, context: DistributedContex
 
     encoder = _build_encoder(config, items).to(context.device)
     inputs = _inputs(config, encoder, catalog, run, context)
+    plain = None
+    if len(held_out):  # before the towers are trained
+        plain = plain_ranks(encoder, inputs, held_out, catalog, config.encode_batch_size, context)
     torch.manual_seed(config.seed + 1 + context.rank)  # dropout differs from rank to rank
     task = CSFTTask(config, encoder, inputs, items, pairs, catalog, train, held_out, context)
     history = fit(
@@ -97,18 +106,27 @@ def _fine_tune(config: CSFTConfig, run: RunDirectory, context: DistributedContex
         epochs=config.epochs,
         run=run,
         context=context,
-        select=f"recall_at_{RECALL_AT}" if len(held_out) else None,
+        select="score" if len(held_out) else None,
         patience=config.patience if len(held_out) else None,
         log_every=config.log_every,
         clip_norm=config.clip_norm,
         checkpoints=Checkpoints(run.checkpoints, config.checkpoint, resume_fingerprint, context),
     )
     kept = run.promote_best("encoder", context)
-    found = _search(config, run, inputs, held_out, catalog, items, context)
+    found = selection = None
+    if plain is not None:
+        found, rank = _search(config, run, inputs, held_out, catalog, items, context)
+        selection = compare(plain, rank, config.select, not config.freeze_towers)
+        _write_selection(selection, kept, context)
+    warnings = concerns(history, "score" if len(held_out) else None, {})
+    if selection is not None and not selection.gained:
+        warnings[NO_GAIN] = f"{selection}; mim export --if-no-gain plain exports the plain towers"
     best = history.best()
-    metrics = {name: value for name, value in best.items() if name not in ("epoch", "seconds")} | {
-        "chance": RECALL_AT / len(items),
+    metrics = {name: value for name, value in best.items() if name not in ("epoch", "seconds", "score")} | {
+        "chance": TOP / len(items),
         "retrieval": found,
+        "selection": None if selection is None else selection.facts(),
+        "warnings": warnings,
         "best_epoch": history.best_epoch,
         "encoder_version": encoder_version(kept),
         "items": len(items),
@@ -123,6 +141,9 @@ def _fine_tune(config: CSFTConfig, run: RunDirectory, context: DistributedContex
     }
     run.write_results(metrics, context)
     if context.is_main:
+        log_concerns(warnings)
+        if selection is not None:
+            log.info("%s", selection)
         log.info("encoder %s, version %s, of epoch %d", kept, metrics["encoder_version"], history.best_epoch)
     return metrics
 
@@ -139,10 +160,8 @@ def _search(
     catalog: SearchContent,
     items: ItemStore,
     context: DistributedContext,
-) -> dict[str, Any] | None:
-    """Image search with the encoder that was kept; None where no pairs are held out."""
-    if not len(held_out):
-        return None
+) -> tuple[dict[str, Any], Tensor]:
+    """Image search with the encoder that was kept: what is reported, and the ranks of the bought items."""
     encoder = load_encoder(run.root / "encoder", context.device)
     model = encoder.head if config.freeze_towers else encoder
     query, items_mm = encode(model, inputs, held_out, catalog, config.encode_batch_size, context)
@@ -150,7 +169,12 @@ def _search(
     report = evaluate(found, held_out, catalog, items)
     if context.is_main:
         write(report, draw(held_out, found, catalog, config.drawn_queries), run.root)
-    return report
+    return report, found.rank
+
+
+def _write_selection(selection: Selection, encoder: Path, context: DistributedContext) -> None:
+    """Say beside an encoder whether it gained over the plain towers."""
+    on_all_ranks(lambda: write_json(encoder / FILE, selection.facts()) if context.is_main else None)
 
 
 def _build_encoder(config: CSFTConfig, items: ItemStore) -> ItemEncoder:

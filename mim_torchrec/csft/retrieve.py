@@ -100,7 +100,7 @@ def _retrieve(config: RetrieveConfig, out: Path, context: DistributedContext) ->
         raise OptionError(f"--held-out-fraction {config.held_out_fraction} of {len(pairs)} pairs is none")
     features_cache = config.feature_cache or out / "features"
     if config.encoder.startswith(PLAIN):
-        towers = PlainTowers(config.encoder, config.image_size, context.device)
+        towers = PlainTowers.open(config.encoder, config.image_size, context.device)
         image = frozen_features(catalog, towers, features_cache, config.encode_batch_size, context).image
         query, vectors = image[torch.from_numpy(catalog.query_image_row[held_out])], image[: len(items)]
     else:

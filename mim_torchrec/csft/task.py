@@ -18,6 +18,7 @@ from mim_torchrec.csft.config import CSFTConfig
 from mim_torchrec.csft.image_search import encode, find
 from mim_torchrec.csft.inputs import Inputs, SearchContent, Tokens
 from mim_torchrec.csft.loss_variant import VariantLoss, make_variant_loss
+from mim_torchrec.csft.selection import epoch_metrics
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.pairs import PairDataset
 from mim_torchrec.encoders.checkpoint import save_encoder
@@ -27,8 +28,6 @@ from mim_torchrec.losses.cross_entropy import CategoryCrossEntropy, PairCrossEnt
 from mim_torchrec.training.distributed import DistributedContext
 from mim_torchrec.training.parallel import parallelize, synchronize_buffers, whole_state
 from mim_torchrec.training.state import TrainingState
-
-RECALL_AT = 10
 
 
 @dataclass
@@ -219,11 +218,11 @@ class CSFTTask:
         return self.model(batch)
 
     def after_epoch(self, epoch: int) -> dict[str, float]:
-        """Recall of the bought item among all items: h_q^img of held-out queries against h^MM.
+        """Rank of the bought item among all items: h_q^img of held-out queries against h^MM.
 
         Returns:
-            `recall_at_10` and `mrr` (mean reciprocal rank); the item that is the query itself is left out.
-            {} if no pairs are held out.
+            `selection.epoch_metrics`; the item that is the query itself is left out. {} if no pairs are held
+            out.
         """
         if not len(self._held_out):
             return {}
@@ -231,11 +230,8 @@ class CSFTTask:
         encoder = self._contrast.encoder.eval()
         size = self._config.encode_batch_size
         vectors = encode(encoder, self._inputs, self._held_out, self._catalog, size, self._context)
-        rank = find(*vectors, self._held_out, self._catalog).rank.double()
-        return {
-            f"recall_at_{RECALL_AT}": float((rank <= RECALL_AT).double().mean()),
-            "mrr": float((1 / rank).mean()),
-        }
+        rank = find(*vectors, self._held_out, self._catalog).rank
+        return epoch_metrics(rank, self._config.select)
 
     def save(self, path: Path) -> None:
         """Write the encoder's checkpoint, towers included."""

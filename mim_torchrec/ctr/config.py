@@ -17,6 +17,7 @@ from mim_torchrec.embeddings.remote.places import LocalPath, Place
 from mim_torchrec.extras import needs
 from mim_torchrec.training.checkpoints import CheckpointConfig
 from mim_torchrec.training.distributed import Timeouts
+from mim_torchrec.training.precision import Precision
 from mim_torchrec.training.presets import Preset, chosen
 
 Memory = Literal["device", "uvm", "uvm_caching"]
@@ -189,6 +190,9 @@ class CTRConfig(ModelConfig):
     """Learning rate of the dense part (AdamW); the paper's is 0.005."""
     weight_decay: Weight = 0.0
     """Weight decay of the dense part."""
+    precision: Precision = "fp32"
+    """Matrix products of the dense part: `tf32` for all of them, on GPUs; `bf16` for linear layers. Weights,
+    embeddings, sums over histories, normalization and losses stay float32."""
     clip_norm: Positive | None = None
     """Longest gradient of the dense part that a step is taken with; a longer one is shortened to it."""
     sparse_lr: Weight = 0.02

@@ -23,6 +23,7 @@ from mim_torchrec.data.schema import Dataset
 from mim_torchrec.domains import Count, Natural, check_domains
 from mim_torchrec.embeddings.remote.places import Place
 from mim_torchrec.training.distributed import DistributedContext, Timeouts, distributed
+from mim_torchrec.training.precision import matrix_products_in
 from mim_torchrec.training.run_directory import RunDirectory
 
 log = logging.getLogger("mim_torchrec.ctr.evaluation")  # also where it runs as __main__
@@ -84,7 +85,7 @@ def evaluate(config: EvaluationConfig, context: DistributedContext) -> dict[str,
         on_bad_row=config.on_bad_row,
     )
     out = RunDirectory(config.out)
-    with out.writing(context):
+    with matrix_products_in(trained.precision, context.device, training=False), out.writing(context):
         return _evaluate(config, settings, run, out, context)
 
 

@@ -39,8 +39,10 @@ from mim_torchrec.embeddings.table.reader import read_manifest
 from mim_torchrec.embeddings.windows.window import WindowGap
 from mim_torchrec.errors import OptionError
 from mim_torchrec.training.checkpoints import Checkpoints
+from mim_torchrec.training.concerns import FELL_AFTER_FIRST_EPOCH, concerns, log_concerns
 from mim_torchrec.training.distributed import DistributedContext, distributed
 from mim_torchrec.training.loop import fit
+from mim_torchrec.training.precision import matrix_products_in
 from mim_torchrec.training.run_directory import RunDirectory
 
 log = logging.getLogger("mim_torchrec.ctr.main")  # also where it runs as __main__
@@ -53,7 +55,7 @@ def train_and_evaluate(config: CTRConfig, context: DistributedContext) -> dict[s
         raise OptionError("--mim on needs --table; train Base with --mim off")
     check_model(config, context)
     run = RunDirectory(config.out)
-    with run.writing(context):
+    with matrix_products_in(config.precision, context.device), run.writing(context):
         return _train_and_evaluate(config, run, context)
 
 
@@ -158,6 +160,10 @@ def _train_and_evaluate(config: CTRConfig, run: RunDirectory, context: Distribut
     report = summarize(collect(scored, COLUMNS, context), prepared.items, context)
     if facts is not None:
         facts |= check_table(config, assembled, windows)
+    entropies = {"validation": history.best().get("ne"), "test": report["ne"]}
+    warnings = concerns(history, "auc", entropies)
+    if FELL_AFTER_FIRST_EPOCH in warnings:
+        warnings[FELL_AFTER_FIRST_EPOCH] += "; try --id-shrinkage, --weight-decay or lower learning rates"
     unknown = mapper.unknown_fractions()
     for name, share in unknown.items():
         if share > config.max_unknown:
@@ -173,10 +179,12 @@ def _train_and_evaluate(config: CTRConfig, run: RunDirectory, context: Distribut
         "world_size": context.world_size,
         "skipped_rows": {split: reader.skipped for split, reader in readers.items()},
         "startup_seconds": startup,
+        "warnings": warnings,
         "seconds": time.time() - started,
     }
     run.write_results(report, context, file.joined())
     if context.is_main:
+        log_concerns(warnings)
         log.info(
             "test: auc %.4f, gauc %s, ne %s, %d impressions",
             report["auc"] or float("nan"),

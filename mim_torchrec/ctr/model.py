@@ -249,7 +249,7 @@ class CTRModel(nn.Module):
         if self.side is not None:
             of_ids = [item_rows[column].values() for column in self.behavior_columns]
             behaviors = self.side(behaviors, of_ids, batch.behavior_dense)
-        candidates_mm = mm_rows["candidate_mm"].values() if mm_rows is not None else None
+        candidates_mm = mm_rows["candidate_mm"].values().float() if mm_rows is not None else None
         behaviors_mm = mm_rows["behavior_mm"].values() if mm_rows is not None else None
         context = self._context(batch, pairs)
         interests = self.ciubm(candidates, behaviors, pairs, candidates_mm, behaviors_mm, context)
@@ -267,7 +267,7 @@ class CTRModel(nn.Module):
                 if interest is not None:
                     features.append((interest * candidates).sum(-1, keepdim=True))
             if interests.content is not None and candidates_mm is not None:
-                target = F.normalize(candidates_mm.float(), dim=-1)
+                target = F.normalize(candidates_mm, dim=-1)
                 features.append((interests.content * target).sum(-1, keepdim=True))
         if interests.content is not None:
             interests = replace(interests, content=self.content_projection(interests.content))

@@ -48,6 +48,7 @@ from mim_torchrec.embeddings.sharded.trained import fused_kernels
 from mim_torchrec.errors import OptionError
 from mim_torchrec.extras import needs
 from mim_torchrec.training.distributed import DistributedContext
+from mim_torchrec.training.precision import linear_layers_in_bfloat16
 
 with needs("train"):
     import psutil
@@ -119,7 +120,10 @@ def build_model(
             [mm_config], device=device, output_dtype=_LEFT_AS_STORED.get(mm_config.data_type, torch.float32)
         )
     torch.manual_seed(config.seed)
-    return CTRModel(request_embeddings, item_embeddings, mm_embeddings, config.model())
+    model = CTRModel(request_embeddings, item_embeddings, mm_embeddings, config.model())
+    if config.precision == "bf16":
+        linear_layers_in_bfloat16(model)
+    return model
 
 
 def check_model(config: CTRConfig, context: DistributedContext) -> None:

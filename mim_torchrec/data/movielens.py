@@ -12,7 +12,7 @@ category is its first genre. Ratings below 4 only keep a film out of the negativ
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
@@ -21,22 +21,26 @@ import tyro
 
 from mim_torchrec import program
 from mim_torchrec.data.errors import DataError, Location
-from mim_torchrec.data.histories import histories
 from mim_torchrec.data.images import decode_image
+from mim_torchrec.data.interactions import (
+    Positives,
+    Split,
+    draw_negatives,
+    moments,
+    pairs_table,
+    parts_of,
+    requests_table,
+)
 from mim_torchrec.data.schema import (
     ITEMS,
-    PAIRS,
-    REQUESTS,
     SPLITS,
-    TIME,
     open_parquet,
     read_row_group,
 )
-from mim_torchrec.data.writing import DatasetWriter, lists
+from mim_torchrec.data.writing import DatasetWriter
 from mim_torchrec.domains import Count, Domain, Natural, check_domains
 from mim_torchrec.embeddings.remote.outputs import written
 from mim_torchrec.embeddings.remote.places import LocalPath, Place
-from mim_torchrec.errors import OptionError
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +49,6 @@ RATINGS = pa.schema([("userId", pa.int64()), ("movieId", pa.int64()), ("rating",
 MOVIES = pa.schema([("movieId", pa.int64()), ("title", pa.string()), ("genres", pa.string())])
 POSTERS = pa.schema([("movieId", pa.int64()), ("image", pa.binary())])
 SECOND = 1_000_000  # microseconds
-MOST_DRAWS = 1000
 INPUTS = ("ratings", "posters", "out")
 
 
@@ -59,7 +62,7 @@ class MovieLensConfig:
     """Parquet file of posters: movieId and image (JPEG, PNG or WebP bytes)."""
     out: Place
     """Directory to make; must not exist."""
-    split: Literal["user", "global"] = "user"
+    split: Split = "user"
     """How positives are divided by time into train, validation and test (80, 10, 10 percent): those of every
     user, or those of all users at two common times."""
     min_rating: Annotated[float, Domain()] = 4.0
@@ -70,16 +73,6 @@ class MovieLensConfig:
     """Longest history of a request."""
     seed: Natural = 0
     """Seed of the negatives."""
-
-
-@dataclass(frozen=True)
-class Likes:
-    """Positives in order of time: positions of user and film, ts (seconds), part (0, 1, 2), each (n,)."""
-
-    user: np.ndarray
-    film: np.ndarray
-    ts: np.ndarray
-    part: np.ndarray
 
 
 def read_csv(file: Path, expected: pa.Schema) -> pa.Table:
@@ -148,125 +141,18 @@ def read_posters(file: Path) -> dict[int, bytes]:
     return posters
 
 
-def find_likes(ratings: pa.Table, users: np.ndarray, films: np.ndarray, config: MovieLensConfig) -> Likes:
+def find_likes(ratings: pa.Table, users: np.ndarray, films: np.ndarray, config: MovieLensConfig) -> Positives:
     """Positives of the films (ascending ids), divided into training, validation and test."""
     film_ids, ts = ratings["movieId"].to_numpy(), ratings["timestamp"].to_numpy()
     liked = np.flatnonzero((ratings["rating"].to_numpy() >= config.min_rating) & np.isin(film_ids, films))
     liked = liked[np.lexsort((film_ids[liked], ts[liked]))]
     user, ts = np.searchsorted(users, ratings["userId"].to_numpy()[liked]), ts[liked]
-    if config.split == "user":
-        count = np.bincount(user, minlength=len(users))
-        by_user = np.argsort(user, kind="stable")
-        place = np.empty(len(user), np.int64)
-        place[by_user] = np.arange(len(user)) - np.repeat(np.cumsum(count) - count, count)
-        of = count[user]
-    else:
-        place = np.searchsorted(ts, ts)  # those of one moment stay together
-        of = np.full(len(ts), len(ts))
-    part = (place >= of * 8 // 10).astype(np.int64) + (place >= of * 9 // 10)
+    part = parts_of(user, ts, config.split)
     missing = sorted(set(range(len(SPLITS))) - set(part.tolist()))
     if missing:
         problem = f"too few positives ({len(part)}): none for {SPLITS[missing[0]]}; lower --min-rating"
         raise DataError(problem, file=config.ratings / "ratings.csv")
-    return Likes(user, np.searchsorted(films, film_ids[liked]), ts, part)
-
-
-def draw_negatives(
-    likes: Likes,
-    seen: np.ndarray,
-    users: np.ndarray,
-    num_films: int,
-    count: int,
-    rng: np.random.Generator,
-) -> np.ndarray:
-    """Films that the user of each positive has not rated, by their number of training positives.
-
-    Args:
-        likes: n positives.
-        seen: (num_ratings,) user * num_films + film of every rating.
-        users: ids of the users, for the message.
-        num_films: number of films.
-        count: how many, all different.
-        rng: source of the draws.
-
-    Returns:
-        (n, count).
-
-    Raises:
-        OptionError: a user has rated too many films to leave that many.
-    """
-    popularity = np.bincount(likes.film[likes.part == 0], minlength=num_films)
-    cumulative = np.cumsum(popularity)
-    seen = np.unique(seen)
-    drawn = np.full((len(likes.user), count), -1)
-    todo = np.ones(drawn.shape, bool)
-    for _ in range(MOST_DRAWS):
-        point = rng.integers(cumulative[-1], size=int(todo.sum()))
-        drawn[todo] = np.searchsorted(cumulative, point, side="right")
-        key = likes.user[:, None] * num_films + drawn
-        position = np.searchsorted(seen, key).clip(max=len(seen) - 1)
-        todo = seen[position] == key
-        for k in range(1, count):
-            todo[:, k] |= (drawn[:, :k] == drawn[:, k : k + 1]).any(axis=1)
-        if not todo.any():
-            return drawn
-    user = users[likes.user[np.flatnonzero(todo.any(axis=1))[0]]]
-    raise OptionError(
-        f"user {user} has rated nearly all liked films: {count} negatives are not left; lower --negatives"
-    )
-
-
-def requests_table(
-    likes: Likes,
-    negatives: np.ndarray,
-    users: np.ndarray,
-    films: np.ndarray,
-    genres: np.ndarray,
-    config: MovieLensConfig,
-) -> pa.Table:
-    """One request a positive, in order of time; the positive is at a random place among the candidates."""
-    rng = np.random.default_rng((config.seed, 2))
-    count, shown = len(likes.user), config.negatives + 1
-    place = rng.permuted(np.tile(np.arange(shown), (count, 1)), axis=1)
-    candidates = np.take_along_axis(np.column_stack([likes.film, negatives]), place, axis=1).reshape(-1)
-    lengths, behaviors, behavior_ts = histories(
-        likes.user, likes.film, likes.ts, likes.user, likes.ts, config.max_behaviors
-    )
-    names = [name for name in REQUESTS.names if name != "query_id"]
-    columns = {
-        "request_id": pa.array(np.arange(1, count + 1)),
-        "user_id": users[likes.user],
-        "ts": _time(likes.ts),
-        "behavior_item_ids": lists(films[behaviors], lengths, pa.int64()),
-        "behavior_categories": lists(genres[behaviors], lengths, pa.string()),
-        "behavior_ts": lists(_time(behavior_ts), lengths, TIME),
-        "candidate_item_ids": lists(films[candidates], np.full(count, shown), pa.int64()),
-        "candidate_categories": lists(genres[candidates], np.full(count, shown), pa.string()),
-        "labels": lists((place == 0).reshape(-1).astype(np.int8), np.full(count, shown), pa.int8()),
-    }
-    return pa.table([columns[name] for name in names], schema=pa.schema([REQUESTS.field(n) for n in names]))
-
-
-def pairs_table(likes: Likes, films: np.ndarray) -> pa.Table:
-    """Each training positive but a user's first, with the one before it as the query."""
-    train = np.flatnonzero(likes.part == 0)
-    by_user = train[np.argsort(likes.user[train], kind="stable")]
-    same = likes.user[by_user[1:]] == likes.user[by_user[:-1]]
-    bought = by_user[1:][same]
-    order = np.argsort(bought, kind="stable")  # likes are in order of time
-    bought, query = bought[order], by_user[:-1][same][order]
-    nothing = pa.nulls(len(bought), pa.binary())
-    return pa.table(
-        [
-            nothing,
-            films[likes.film[query]],
-            films[likes.film[bought]],
-            pa.nulls(len(bought), pa.int64()),
-            pa.array(["purchase"] * len(bought)),
-            _time(likes.ts[bought]),
-        ],
-        schema=PAIRS,
-    )
+    return Positives(user, np.searchsorted(films, film_ids[liked]), ts * SECOND, part)
 
 
 def convert(config: MovieLensConfig) -> dict[str, int]:
@@ -300,18 +186,21 @@ def convert(config: MovieLensConfig) -> dict[str, int]:
         known = np.isin(ratings["movieId"].to_numpy(), films)
         seen = np.searchsorted(users, ratings["userId"].to_numpy()[known]) * len(films)
         seen += np.searchsorted(films, ratings["movieId"].to_numpy()[known])
-        rng = np.random.default_rng((config.seed, 1))
-        negatives = draw_negatives(likes, seen, users, len(films), config.negatives, rng)
+        popularity = np.bincount(likes.item[likes.part == 0], minlength=len(films))
+        draws, places = (np.random.default_rng((config.seed, k)) for k in (1, 2))
+        negatives = draw_negatives(likes, seen, users, popularity, config.negatives, draws, "rated")
         genres = np.array([genre[film] for film in films.tolist()], dtype=object)
 
-        requests = requests_table(likes, negatives, users, films, genres, config)
+        requests = requests_table(likes, negatives, users, films, genres, config.max_behaviors, places)
         for part, name in enumerate(SPLITS):
             rows = np.flatnonzero(likes.part == part)
             writer.write(f"requests/{name}", requests.take(pa.array(rows)))
         writer.write("pairs", pairs_table(likes, films))
         images = pa.array([posters[film] for film in films.tolist()], pa.binary())
         titles = [title[film] for film in films.tolist()]
-        writer.write("items", pa.table([films, titles, images, genres, _time(first)], schema=ITEMS))
+        writer.write(
+            "items", pa.table([films, titles, images, genres, moments(first * SECOND)], schema=ITEMS)
+        )
         writer.description["films_without_title_or_poster"] = len(rated) - len(films)
         writer.description["ratings_of_these_films"] = float(known.mean())
     return dict(writer.description["counts"])
@@ -323,10 +212,6 @@ def _first_rating(ratings: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     order = np.lexsort((ts, film))
     films, first = np.unique(film[order], return_index=True)
     return films, ts[order][first]
-
-
-def _time(seconds: np.ndarray) -> pa.Array:
-    return pa.array(seconds * SECOND).cast(TIME)
 
 
 def _first(flags: pa.ChunkedArray) -> int:

@@ -57,7 +57,7 @@ class Lists:
 
 
 def to_requests(table: pa.Table, shown: Lists, events: Lists, schema: RequestSchema) -> pa.Table:
-    """Requests in the columns of `data.schema.REQUESTS`.
+    """Requests in the columns of `data.schema.REQUESTS`; texts in lists are numbers of a dictionary.
 
     Args:
         table: `request`, `user`, `ts`, and with a query `query`.
@@ -79,10 +79,8 @@ def to_requests(table: pa.Table, shown: Lists, events: Lists, schema: RequestSch
         columns["behavior_categories"] = _named(events, schema.categories)
     columns["behavior_ts"] = lists(events.values["ts"], events.lengths, TIME)
     if schema.has_kinds:
-        names = pa.array(KINDS)
-        columns["behavior_kinds"] = lists(
-            names.take(events.values["kind"].cast(pa.int32())), events.lengths, pa.string()
-        )
+        kinds = events.values["kind"].to_numpy(zero_copy_only=False)
+        columns["behavior_kinds"] = _texts(kinds, pa.array(KINDS), events.lengths)
     columns["candidate_item_ids"] = lists(stable_ids(shown.values["item"]), shown.lengths, pa.int64())
     if schema.categories is not None:
         columns["candidate_categories"] = _named(shown, schema.categories)
@@ -143,8 +141,14 @@ def _mixed(value: np.ndarray) -> np.ndarray:
 
 def _named(column: Lists, names: pa.Array) -> pa.ListArray:
     """Categories by name; -1, the category before an item's first version, is empty."""
-    numbers = column.values["category"].cast(pa.int32()).to_numpy(zero_copy_only=False)
-    known = pa.concat_arrays([names, pa.array([""], names.type)])
-    return lists(
-        known.take(pa.array(np.where(numbers < 0, len(names), numbers))), column.lengths, pa.string()
-    )
+    empty = pc.index(names, "").as_py()
+    if empty < 0:  # names are different, as a dictionary of Parquet needs them
+        empty, names = len(names), pa.concat_arrays([names, pa.array([""], names.type)])
+    numbers = column.values["category"].to_numpy(zero_copy_only=False)
+    return _texts(np.where(numbers < 0, empty, numbers), names, column.lengths)
+
+
+def _texts(numbers: np.ndarray, names: pa.Array, lengths: np.ndarray) -> pa.ListArray:
+    """Lists of texts as numbers of a dictionary, which Parquet writes as they are."""
+    values = pa.DictionaryArray.from_arrays(pa.array(numbers.astype(np.int32)), names)
+    return lists(values, lengths, values.type)

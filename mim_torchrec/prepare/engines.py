@@ -22,6 +22,7 @@ from mim_torchrec.extras import needs
 from mim_torchrec.prepare.files import Files, is_url
 
 INTEGERS: Mapping[str, str] = {"int8": "TINYINT", "int32": "INTEGER", "int64": "BIGINT"}
+SETTINGS = "SET TimeZone = 'UTC'; SET preserve_insertion_order = false"
 log = logging.getLogger(__name__)
 
 
@@ -78,7 +79,7 @@ class DuckDB:
         self._connection = ibis.duckdb.connect(
             threads=threads, memory_limit=memory, temp_directory=str(scratch / "spill")
         )
-        self._connection.raw_sql("SET TimeZone = 'UTC'; SET preserve_insertion_order = false")
+        self._connection.raw_sql(SETTINGS)
 
     def read(self, files: Files) -> Table:
         for protocol in {path.partition("://")[0] for path in files.paths if is_url(path)}:
@@ -99,8 +100,10 @@ class DuckDB:
         self._connection.raw_sql(f'DROP TABLE "{name}"')
 
     def batches(self, table: Table, rows: int) -> Iterator[pa.Table]:
-        # what Ibis calls for this, DuckDB 2 no longer has; a cursor, because several results are read at once
-        result = self._connection.con.cursor().sql(self._connection.compile(table))
+        cursor = self._connection.con.cursor()  # because several results are read at once
+        cursor.execute(SETTINGS)
+        # what Ibis calls for this, DuckDB 2 no longer has
+        result = cursor.sql(self._connection.compile(table))
         for batch in result.to_arrow_reader(rows):
             yield pa.Table.from_batches([batch])
 
@@ -116,7 +119,7 @@ class DuckDB:
 
     def _view(self, source: str) -> Table:
         name = ibis.util.gen_name("mim_prepare")
-        self._connection.raw_sql(f'CREATE TEMPORARY VIEW "{name}" AS SELECT * FROM {source}')
+        self._connection.raw_sql(f'CREATE VIEW "{name}" AS SELECT * FROM {source}')
         return self._connection.table(name)
 
 

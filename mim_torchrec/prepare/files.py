@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.embeddings.listing import data_files
+from mim_torchrec.embeddings.remote.places import Url
 
 SUFFIXES = {".parquet": "parquet", ".csv": "csv", ".csv.gz": "csv"}
 READERS = 8
@@ -56,6 +57,7 @@ def find_files(place: str, path: str | list[str], base: Path, columns: Sequence[
     Raises:
         DataError: there is none, some are Parquet and some CSV, one cannot be read, or two differ in the type
             of a column; the message names both.
+        NoSuchPlace, StoreError: a URL cannot be read, for want of a package or of rights.
     """
     paths = sorted({one for p in ([path] if isinstance(path, str) else path) for one in _expand(p, base)})
     if not paths:
@@ -115,9 +117,10 @@ def csv_schema(path: str) -> pa.Schema:
 def _expand(path: str, base: Path) -> list[str]:
     suffixes = tuple(SUFFIXES)
     if is_url(path):
-        system, root = fsspec.core.url_to_fs(path)
-        found = system.glob(root) if any(c in root for c in "*?[") else [root]
-        files = [f for one in found for f in (system.find(one) if system.isdir(one) else [one])]
+        with Url(path).reported() as (system, root):
+            found = system.glob(root) if any(c in root for c in "*?[") else [root]
+            kinds = {one: system.info(one)["type"] for one in found}
+            files = [f for one in found for f in (system.find(one) if kinds[one] == "directory" else [one])]
         return [system.unstrip_protocol(f) for f in files if f.endswith(suffixes) and not _hidden(f, root)]
     place = base / path
     if any(c in path for c in "*?["):

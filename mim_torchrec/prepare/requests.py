@@ -158,13 +158,7 @@ class RequestsWriter:
 
 
 def write_users(engine: Engine, ids: Ids, requests: Table, files: FolderWriter) -> None:
-    """Write `users/`, the original of every user id, where ids are text; and see that no two have one number.
-
-    Raises:
-        IdCollision: two users, or two queries, have one number.
-    """
-    if ids.query == "text" and "query" in requests.columns:
-        stable_ids(engine.fetch(requests.select("query").distinct())["query"])
+    """Write `users/`, the original of every user id, where ids are text."""
     if ids.user != "text":
         return
     users = engine.fetch(requests.select("user").distinct().order_by("user"))["user"]

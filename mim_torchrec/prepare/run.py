@@ -23,6 +23,7 @@ from mim_torchrec.prepare import events, histories, labels
 from mim_torchrec.prepare.assembly import KINDS, RequestSchema
 from mim_torchrec.prepare.behaviors import Behaviors
 from mim_torchrec.prepare.catalog import Items, make_items
+from mim_torchrec.prepare.collisions import refuse_collisions
 from mim_torchrec.prepare.config import SECOND, Action, PrepareConfig, as_text
 from mim_torchrec.prepare.content import write_items, write_pairs
 from mim_torchrec.prepare.engines import ENGINES, Engine, count, numbers
@@ -114,6 +115,7 @@ class Preparation:
         candidates = self._labelled(shown, found, items)
         requests = self._requests(candidates, end)
         known, behaviors = self._histories(requests, found)
+        self._refuse_collisions(known, behaviors, raw_searches)
 
         ts = np.sort(self._column(known, "ts"))
         split = choose_split(ts, self.config)
@@ -272,6 +274,19 @@ class Preparation:
             "requests_without": found_counts["without"], "requests_cut_to_the_last": found_counts["longer"],
         }  # fmt: skip
         return known, histories.in_order(both)
+
+    def _refuse_collisions(self, requests: Table, behaviors: Table, searches: Raw | None) -> None:
+        """See that text ids have numbers of their own, over all that is written (items: `item_rows`)."""
+        columns = {
+            "user": [requests.user, behaviors.user],
+            "request": [requests.request],
+            "query": [requests.query] if "query" in requests.columns else [],
+        }
+        if searches is not None:
+            columns["request"].append(searches.table.request)
+        for role, found in columns.items():
+            if getattr(self.mapping.ids, role) == "text" and found:
+                refuse_collisions(self.engine, role, [one.name("id").as_table() for one in found])
 
     def _write_requests(
         self, writer: RequestsWriter, known: Table, candidates: Table, behaviors: Table

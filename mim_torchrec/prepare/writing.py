@@ -117,6 +117,7 @@ class _File:
             self._writer = pq.ParquetWriter(
                 path, schema, compression="zstd", use_dictionary=_encoded(schema),
                 dictionary_pagesize_limit=DICTIONARY_BYTES, write_page_checksum=True,
+                store_schema=not any(map(_has_dictionary, schema.types)),  # readers get text
             )  # fmt: skip
 
     def write(self, table: pa.Table, rows: int) -> None:
@@ -205,12 +206,20 @@ class _Waiting:
         self._tables, self._rows = [], 0
 
 
+def _has_dictionary(kind: pa.DataType) -> bool:
+    return pa.types.is_dictionary(kind.value_type if is_list(kind) else kind)
+
+
 def _encoded(schema: pa.Schema) -> list[str]:
     """Columns that are dictionary-encoded: ids and text; times and images are not."""
     names = []
     for field in schema:
         nested = is_list(field.type)
         kind = field.type.value_type if nested else field.type
-        if pa.types.is_string(kind) or (pa.types.is_integer(kind) and field.name != "request_id"):
+        if (
+            pa.types.is_string(kind)
+            or pa.types.is_dictionary(kind)
+            or (pa.types.is_integer(kind) and field.name != "request_id")
+        ):
             names.append(f"{field.name}.list.element" if nested else field.name)
     return names

@@ -19,6 +19,10 @@ class ExportConfig:
     as they are pretrained, or ``plain:<directory>`` as ``mim pretrain`` left them."""
     out: Place
     """Directory of the table; must not exist."""
+    if_no_gain: Literal["keep", "plain"] = "keep"
+    """What to encode with where C-SFT says that its gain over the plain towers is within noise
+    (``selection.json`` of the encoder): the encoder, with a warning, or its plain towers, projected by
+    PCA."""
     dtype: Literal["float16", "float32"] = "float16"
     """Type the vectors are stored in."""
     batch_size: Count = 64

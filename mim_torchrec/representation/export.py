@@ -36,8 +36,11 @@ from mim_torchrec.embeddings.tensor_files import read_tensors
 from mim_torchrec.encoders.checkpoint import encoder_version, load_encoder
 from mim_torchrec.encoders.features import item_features_file
 from mim_torchrec.encoders.pixels import HasTowers, rows_of_rank
+from mim_torchrec.encoders.selection import read_selection
+from mim_torchrec.encoders.text import TextEncoder
+from mim_torchrec.encoders.titles import encode_titles
 from mim_torchrec.encoders.vision import VisionEncoder
-from mim_torchrec.errors import OutputExists
+from mim_torchrec.errors import OptionError, OutputExists
 from mim_torchrec.representation.ahead import ahead
 from mim_torchrec.representation.config import ExportConfig
 from mim_torchrec.representation.plain import PLAIN, PlainTowers, fit_projection
@@ -46,6 +49,7 @@ from mim_torchrec.training.lease import leased_by_rank_0
 
 log = logging.getLogger(__name__)
 
+TITLES_TOGETHER = 32  # batches whose titles are encoded together, each distinct one once
 AHEAD = 2  # batches whose images wait or are being decoded while one is encoded
 
 
@@ -55,12 +59,10 @@ class Encode(Protocol):
     device: torch.device
     vision: VisionEncoder
     """Whose ``transform`` makes pixels of a image."""
-
-    def of_pixels(self, pixels: Tensor, titles: list[str]) -> Tensor:
-        """Vectors of pixels (num_items, 3, image_size, image_size) uint8 and as many titles."""
+    text: TextEncoder
 
     def of_features(self, image: Tensor, text: Tensor) -> Tensor:
-        """The same from the features of the towers."""
+        """Vectors from the features (num_items, dim) of the towers."""
 
 
 class TrainedEncoder:
@@ -74,7 +76,8 @@ class TrainedEncoder:
     def __init__(self, path: str, device: torch.device) -> None:
         path = str(fetched(path))  # once, so that the version is that of the weights
         self.encoder = load_encoder(path, device)
-        self.vision = self.encoder.vision
+        self.vision, self.text = self.encoder.vision, self.encoder.text
+        self.selection = read_selection(Path(path))
         self.device, self.dim, self.version = device, self.encoder.table_dim, encoder_version(path)
         self.description: dict[str, Any] = {"kind": "csft", **asdict(self.encoder.config)}
 
@@ -127,8 +130,13 @@ def _export(config: ExportConfig, out: Path, context: DistributedContext) -> Man
     rows = rows_of_rank(len(items), context)
     skipped: list[int] = []
     started = time.perf_counter()
+    encoder = None
     if config.encoder.startswith(PLAIN):
-        towers = PlainTowers(config.encoder, config.image_size, context.device)
+        towers: PlainTowers | None = PlainTowers.open(config.encoder, config.image_size, context.device)
+    else:
+        encoder = TrainedEncoder(config.encoder, context.device)
+        towers = _in_place_of(encoder, config)
+    if towers is not None:
         known = _known_features(config.feature_cache, towers, items, context)
         features = _joined(_encode(items, rows, towers, known, config, context, skipped), towers.feature_dim)
         projection = fit_projection(features.vectors, config.dim, config.pca_items, context)
@@ -136,7 +144,7 @@ def _export(config: ExportConfig, out: Path, context: DistributedContext) -> Man
         description = {**towers.description, "pca": {"items": projection.items}}
         batches: Iterable[Encoded] = [Encoded(features.ids, projection(features.vectors))]
     else:
-        encoder = TrainedEncoder(config.encoder, context.device)
+        assert encoder is not None
         version, dim, description = encoder.version, encoder.dim, encoder.description
         known = _known_features(config.feature_cache, encoder.encoder, items, context)
         batches = _encode(items, rows, encoder, known, config, context, skipped)
@@ -148,6 +156,27 @@ def _export(config: ExportConfig, out: Path, context: DistributedContext) -> Man
         made.encoder["items_left_out"], version,
     )  # fmt: skip
     return made
+
+
+def _in_place_of(encoder: TrainedEncoder, config: ExportConfig) -> PlainTowers | None:
+    """The plain towers where they are to be encoded with in place of an encoder that gained nothing.
+
+    Raises:
+        OptionError: its towers were trained, so they are not the plain ones.
+    """
+    selection = encoder.selection
+    if selection is None or selection.gained:
+        return None
+    if config.if_no_gain == "keep":
+        log.warning("C-SFT gained no more than noise (%s); see --if-no-gain", selection)
+        return None
+    if selection.towers_trained:
+        raise OptionError(
+            f"--if-no-gain plain: the towers of {config.encoder} were trained; name the plain ones, "
+            f"--encoder {PLAIN}<vision>+<text> or {PLAIN}<directory of towers>"
+        )
+    log.warning("C-SFT gained no more than noise (%s): its plain towers are taken", selection)
+    return PlainTowers(encoder.vision, encoder.text, encoder.device)
 
 
 def _known_features(
@@ -186,14 +215,21 @@ def _encode(
         lambda row: _pixels(items, row, encode.vision), rows, threads=config.decode_threads,
         depth=AHEAD * config.batch_size,
     )  # fmt: skip
+    window = TITLES_TOGETHER * config.batch_size
     with Progress(len(rows), "encode", "item", show=context.is_main) as progress:
         for start in range(0, len(rows), config.batch_size):
             batch = rows[start : start + config.batch_size]
+            if start % window == 0:
+                titles = items.titles(rows[start : start + window])
+                with torch.inference_mode():
+                    texts = encode_titles(encode.text, titles, config.batch_size, encode.device)
             kept, pixels = _readable(items, batch, islice(images, len(batch)), config, skipped)
             progress.update(len(batch))
             if len(kept):
+                own = torch.from_numpy(np.flatnonzero(np.isin(batch, kept)) + start % window)
                 with torch.inference_mode():
-                    vectors = encode.of_pixels(torch.stack(pixels), items.titles(kept)).float().cpu()
+                    image = encode.vision(torch.stack(pixels).to(encode.device))
+                    vectors = encode.of_features(image, texts[own.to(encode.device)]).float().cpu()
                 yield Encoded(torch.from_numpy(items.item_ids[kept]), vectors)
 
 

@@ -28,16 +28,32 @@ class PlainTowers:
     """Pretrained towers, as they are.
 
     Args:
-        spec: ``plain:<vision>+<text>``, names as the encoders have them, or ``plain:<directory>`` of towers.
-        image_size: side of the images; ``None`` is the tower's own, and that of a directory.
+        vision: the vision tower.
+        text: the text tower.
         device: where they run.
-
-    Raises:
-        CheckpointError: the directory holds no towers.
-        OptionError: ``spec`` is neither, or there is an image size beside a directory.
     """
 
-    def __init__(self, spec: str, image_size: int | None, device: torch.device) -> None:
+    def __init__(self, vision: VisionEncoder, text: TextEncoder, device: torch.device) -> None:
+        self.vision, self.text = vision.to(device).eval(), text.to(device).eval()
+        self.device = device
+        self.feature_dim = vision.feature_dim + text.feature_dim
+        settings = {"vision": asdict(vision.config), "text": asdict(text.config)}
+        self.description: dict[str, Any] = {"kind": "plain", **settings}
+        self.version = f"{module_version(self.vision)}-{module_version(self.text)}"
+
+    @classmethod
+    def open(cls, spec: str, image_size: int | None, device: torch.device) -> "PlainTowers":
+        """Towers by a specification.
+
+        Args:
+            spec: ``plain:<vision>+<text>``, names as the encoders have them, or ``plain:<directory>``.
+            image_size: side of the images; ``None`` is the tower's own, and that of a directory.
+            device: where they run.
+
+        Raises:
+            CheckpointError: the directory holds no towers.
+            OptionError: ``spec`` is neither, or there is an image size beside a directory.
+        """
         place = spec.removeprefix(PLAIN)
         names = place.split("+")
         if in_object_store(place) or Path(place).is_dir():
@@ -50,25 +66,10 @@ class PlainTowers:
         else:
             expected = f"{PLAIN}<vision>+<text> or {PLAIN}<directory of towers>"
             raise OptionError(f"--encoder {spec}: expected {expected}")
-        self.vision, self.text = vision.to(device).eval(), text.to(device).eval()
-        self.device = device
-        self.feature_dim = vision.feature_dim + text.feature_dim
-        settings = {"vision": asdict(vision.config), "text": asdict(text.config)}
-        self.description: dict[str, Any] = {"kind": "plain", **settings}
-        self.version = f"{module_version(self.vision)}-{module_version(self.text)}"
-
-    def of_pixels(self, pixels: Tensor, titles: list[str]) -> Tensor:
-        """Return the concatenated features (num_items, feature_dim), the part of each tower of length 1.
-
-        Args:
-            pixels: (num_items, 3, image_size, image_size) uint8, as ``vision.transform`` makes them.
-            titles: as many.
-        """
-        tokens = {name: value.to(self.device) for name, value in self.text.tokenize(titles).items()}
-        return self.of_features(self.vision(pixels.to(self.device)), self.text(tokens))
+        return cls(vision, text, device)
 
     def of_features(self, image: Tensor, text: Tensor) -> Tensor:
-        """Return what ``of_pixels`` returns, from the features (num_items, dim) of each tower."""
+        """Features (num_items, dim) of both towers side by side, the part of each of length 1."""
         return torch.cat([F.normalize(image, dim=1), F.normalize(text, dim=1)], dim=1)
 
 

@@ -1,10 +1,8 @@
 """HTTP routes of the server: Open Inference Protocol v2, Prometheus metrics, and a page for people."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,7 +13,6 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from mim_torchrec.serving import bodies
-from mim_torchrec.serving.batcher import Batcher, DeadlinePassed, QueueFull
 from mim_torchrec.serving.config import Limits
 from mim_torchrec.serving.descriptions import (
     EXTENSIONS,
@@ -30,24 +27,17 @@ from mim_torchrec.serving.descriptions import (
     model_about,
     model_config,
     model_statistics,
+    repository_index,
 )
-from mim_torchrec.serving.guarded import StoreFailed
 from mim_torchrec.serving.guards import Answers, Bodies, Tokens, exchange_of
-from mim_torchrec.serving.health import Health
-from mim_torchrec.serving.messages import BadRequest, ScoreRequest, Scores
-from mim_torchrec.serving.metrics import Metrics
+from mim_torchrec.serving.inference import FAILURES, Inference
+from mim_torchrec.serving.messages import ScoreRequest, Scores
 from mim_torchrec.serving.openapi import ERRORS, INFER_BODY, UNREADY, describe
-from mim_torchrec.serving.protocol import InferRequest, read_body, read_request, write_response
+from mim_torchrec.serving.protocol import InferRequest, read_body, read_requests, write_response
 from mim_torchrec.serving.scorer import Scorer
-from mim_torchrec.serving.service import Served, Service
-from mim_torchrec.serving.statistics import Spent
+from mim_torchrec.serving.service import Served
 from mim_torchrec.serving.tokens import TokenFile
 
-FAILURES = {
-    BadRequest: (400, "bad_request"), QueueFull: (503, "queue_full"), DeadlinePassed: (504, "deadline"),
-    StoreFailed: (503, "store"),
-}  # fmt: skip
-"""Errors that requests come to: the status of the answer, and its cause in the metrics."""
 MODEL, VERSION = "/v2/models/{model}", "/v2/models/{model}/versions/{version}"
 
 
@@ -68,34 +58,28 @@ class Ready(BaseModel):
 
 
 def make_app(
-    service: Service,
-    metrics: Metrics,
-    limits: Limits,
+    inference: Inference,
     *,
-    name: str = "mim",
     tokens: TokenFile | None = None,
     page: Callable[[FastAPI, Callable[..., Awaitable[Scores]]], None] | None = None,
+    beside: Callable[[Inference], AbstractAsyncContextManager[None]] | None = None,
 ) -> FastAPI:
     """The application.
 
     Args:
-        service: what is served.
-        metrics: are told what happens.
-        limits: of requests.
-        name: of the model.
+        inference: what scores requests; it ends with the application.
         tokens: that requests must carry one of; None lets all in.
         page: adds the page for people.
+        beside: begins what runs as long as the application, such as the same protocol over gRPC.
     """
-    batcher, health = Batcher(limits, metrics), Health(service)
-    reader = ThreadPoolExecutor(1, thread_name_prefix="read")
+    service, metrics, limits, name = inference.service, inference.metrics, inference.limits, inference.name
+    find = inference.find
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        batcher.close()
-        health.close()
-        reader.shutdown(wait=False, cancel_futures=True)
-        service.close()
+        async with nullcontext() if beside is None else beside(inference):
+            yield
+        inference.close()
 
     app = FastAPI(title=SERVER, version="2", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.add_middleware(Bodies, limits=limits)
@@ -173,9 +157,7 @@ def make_app(
     @app.post("/v2/repository/index")
     async def index() -> list[RepositoryEntry]:
         """The model that is served, and whether it is ready."""
-        problem, version = await health.problem(), service.current.model_version
-        state = "READY" if problem is None else "UNAVAILABLE"
-        return [RepositoryEntry(name=name, version=version, state=state, reason=problem or "")]
+        return await repository_index(inference)
 
     @app.get(f"{MODEL}/ready", responses=ERRORS.of(404) | UNREADY, response_model=Ready,
              response_model_exclude_none=True)  # fmt: skip
@@ -204,19 +186,12 @@ def make_app(
     @app.get("/metrics", response_class=PlainTextResponse)
     async def prometheus() -> Response:
         """Counters for Prometheus."""
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-    def find(model: str, version: str | None) -> Served:
-        """What is served, if it is this model and this version of it."""
-        served = service.current
-        if model != name:
-            raise HTTPException(404, f"there is no model {model!r}; there is {name!r}")
-        if version not in (None, served.model_version):
-            raise HTTPException(404, f"version {version!r} is not served; {served.model_version!r} is")
-        return served
+        return Response(
+            await asyncio.to_thread(generate_latest, metrics.exposed()), media_type=CONTENT_TYPE_LATEST
+        )
 
     async def readiness(**more: Any) -> Any:
-        problem, release = await health.problem(), service.release
+        problem, release = await inference.health.problem(), service.release
         about = None if release is None else ReleaseAbout(**vars(release))
         if problem is not None:
             said: dict[str, Any] = {"error": problem}
@@ -224,67 +199,24 @@ def make_app(
         return Ready(ready=True, release=about, **more)
 
     async def answer(served: Served, request: Request) -> Response:
-        exchange, loop, version = exchange_of(request.scope), asyncio.get_running_loop(), served.model_version
-        spent = Spent()
-        try:
-            batcher.check_room()
-            until = exchange.arrived + limits.deadline_ms / 1000
-            sent, wanted = await read(request, served.scorer, until, spent)
-            if sent.model_name not in (None, name):
-                raise BadRequest(f"model_name is {sent.model_name!r}; the address is of {name!r}")
-            said = sent.parameters and sent.parameters.table_version
-            if said and said != served.scorer.bundle.table_version:
-                has = served.scorer.bundle.table_version
-                raise HTTPException(409, f"the vectors are of table_version {has}, not {said}")
-            if sent.patience_ms is not None:
-                until = min(until, exchange.arrived + sent.patience_ms / 1000)
-            found = await batcher.score(served.scorer, wanted, until, spent)
-        except Exception:
-            metrics.statistics.add(version, loop.time() - exchange.arrived, None)
-            raise
-        begun = time.perf_counter()
-        if found.was_kept is not None:
-            (metrics.cache_hits if found.was_kept else metrics.cache_misses).inc()
-        metrics.candidates.inc(len(found.scores))
-        for kind, count in found.unknown.items():
-            metrics.unknown.labels(kind).inc(count)
-        body, json_length = write_response(sent, found, name, version)
-        spent.parts["compute_output"] = time.perf_counter() - begun
-        metrics.statistics.add(version, loop.time() - exchange.arrived, spent, found.was_kept)
+        body, coding = await request.body(), request.headers.get("content-encoding")
+        read = partial(_read, body, coding, bodies.header_length(request.headers), limits)
+        # a large one is read by a thread
+        aside = len(body) >= bodies.LARGE or coding is not None
+        body, json_length = await inference.infer(served, read, write_response, aside=aside,
+                                                  arrived=exchange_of(request.scope).arrived)  # fmt: skip
         if json_length is None:
             return Response(body, media_type="application/json")
         headers = {"Inference-Header-Content-Length": str(json_length)}
         return Response(body, media_type="application/octet-stream", headers=headers)
 
-    async def read(
-        request: Request, scorer: Scorer, until: float, spent: Spent
-    ) -> tuple[InferRequest, ScoreRequest]:
-        """The message and the request that a body holds; a large one is read by a thread."""
-        body, coding = await request.body(), request.headers.get("content-encoding")
-        length = bodies.header_length(request.headers)
-        begun = time.perf_counter()
-        work = partial(_read, body, coding, length, scorer, limits)
-        if len(body) < bodies.LARGE and coding is None:
-            found = work()
-        else:
-            batcher.reading += 1
-            try:
-                async with asyncio.timeout_at(until):
-                    found = await asyncio.get_running_loop().run_in_executor(reader, work)
-            except TimeoutError:
-                raise DeadlinePassed from None
-            finally:
-                batcher.reading -= 1
-        spent.parts["compute_input"] = time.perf_counter() - begun
-        return found
-
     if page is not None:
-        page(app, batcher.score)
+        page(app, inference.batcher.score)
     return app
 
 
 def _read(
-    body: bytes, coding: str | None, header_length: int | None, scorer: Scorer, limits: Limits
-) -> tuple[InferRequest, ScoreRequest]:
+    body: bytes, coding: str | None, header_length: int | None, limits: Limits, scorer: Scorer
+) -> tuple[InferRequest, list[ScoreRequest]]:
     sent, binary = read_body(bodies.decoded(body, coding, limits.max_body_bytes), header_length)
-    return sent, read_request(sent, scorer, limits, binary)
+    return sent, read_requests(sent, scorer, limits, binary)

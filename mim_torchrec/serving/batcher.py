@@ -8,6 +8,7 @@ answered at its deadline also while the thread waits for a store.
 import asyncio
 import time
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,11 +36,16 @@ class DeadlinePassed(Exception):
 @dataclass
 class _Waiting:
     scorer: Scorer
-    request: ScoreRequest
+    requests: Sequence[ScoreRequest]
     until: float
     since: float
     spent: Spent
-    answer: "asyncio.Future[Scores]"
+    answer: "asyncio.Future[list[Scores]]"
+    span: Any
+
+    @property
+    def num_pairs(self) -> int:
+        return sum(request.num_pairs for request in self.requests)
 
 
 class Batcher:
@@ -68,14 +74,23 @@ class Batcher:
         if waiting >= self._limits.max_queue:
             raise QueueFull(f"{waiting} requests wait already")
 
-    async def score(
-        self, scorer: Scorer, request: ScoreRequest, until: float | None = None, spent: Spent | None = None
-    ) -> Scores:
-        """Score a request with a model.
+    async def score(self, scorer: Scorer, request: ScoreRequest, until: float | None = None) -> Scores:
+        """Score one user's request, see `score_all`."""
+        (found,) = await self.score_all(scorer, [request], until)
+        return found
+
+    async def score_all(
+        self,
+        scorer: Scorer,
+        requests: Sequence[ScoreRequest],
+        until: float | None = None,
+        spent: Spent | None = None,
+    ) -> list[Scores]:
+        """Score the users of a request with a model.
 
         Args:
             scorer: of the model.
-            request: to score.
+            requests: to score; they are answered together.
             until: when an answer is not wanted any more, by the clock of the event loop; None waits as long
                 as the limits allow.
             spent: is told where the time went.
@@ -89,8 +104,9 @@ class Batcher:
         self.check_room()
         loop = asyncio.get_running_loop()
         until = loop.time() + self._limits.deadline_ms / 1000 if until is None else until
-        answer: asyncio.Future[Scores] = loop.create_future()
-        self._queue.append(_Waiting(scorer, request, until, loop.time(), spent or Spent(), answer))
+        answer: asyncio.Future[list[Scores]] = loop.create_future()
+        span = self._metrics.spans.here()
+        self._queue.append(_Waiting(scorer, requests, until, loop.time(), spent or Spent(), answer, span))
         self._metrics.waiting.set(len(self._queue))
         if self._running is None:
             self._running = asyncio.create_task(self._work())
@@ -136,7 +152,7 @@ class Batcher:
             if not dropped and batch:
                 if first.scorer is not batch[0].scorer:
                     break
-                if pairs + first.request.num_pairs > self._limits.batch_pairs:
+                if pairs + first.num_pairs > self._limits.batch_pairs:
                     break
             self._queue.popleft()
             if dropped:
@@ -144,7 +160,7 @@ class Batcher:
             first.spent.parts["queue"] = now - first.since
             first.spent.leads = not batch
             batch.append(first)
-            pairs += first.request.num_pairs
+            pairs += first.num_pairs
         self._metrics.waiting.set(len(self._queue))
         return batch
 
@@ -153,13 +169,12 @@ class Batcher:
         scorer = batch[0].scorer
         started = time.perf_counter()
         try:
-            found = scorer.score([waiting.request for waiting in batch])
-            found = [
-                replace(scores, explanation=explain(scorer, waiting.request))
-                if waiting.request.explain and not waiting.answer.done()
-                else scores
-                for waiting, scores in zip(batch, found, strict=True)
-            ]
+            with self._metrics.spans.together(
+                "score",
+                [waiting.span for waiting in batch],
+                pairs=sum(waiting.num_pairs for waiting in batch),
+            ):
+                found = self._explained(scorer, batch, self._in_parts(scorer, batch))
         except StoreFailed as error:
             # each of them would fail alike, and wait for the store once more
             return [error] * len(batch)
@@ -173,4 +188,34 @@ class Batcher:
         took = time.perf_counter() - started
         for waiting in batch:
             waiting.spent.parts["compute_infer"] = took
-        return list(found)
+        scores = iter(found)
+        return [[next(scores) for _ in waiting.requests] for waiting in batch]
+
+    def _explained(self, scorer: Scorer, batch: list[_Waiting], found: list[Scores]) -> list[Scores]:
+        """Scores with the explanations that were asked for and are still waited for."""
+        requests = ((waiting, request) for waiting in batch for request in waiting.requests)
+        return [
+            replace(scores, explanation=explain(scorer, request))
+            if request.explain and not waiting.answer.done()
+            else scores
+            for (waiting, request), scores in zip(requests, found, strict=True)
+        ]
+
+    def _in_parts(self, scorer: Scorer, batch: list[_Waiting]) -> list[Scores]:
+        """Scores of all users of a batch, of no more pairs at once than the limits say.
+
+        Raises:
+            DeadlinePassed: nobody waits for what is left.
+        """
+        found: list[Scores] = []
+        part: list[ScoreRequest] = []
+        pairs = 0
+        for request in (request for waiting in batch for request in waiting.requests):
+            if part and pairs + request.num_pairs > self._limits.batch_pairs:
+                found += scorer.score(part)
+                part, pairs = [], 0
+                if all(waiting.answer.done() for waiting in batch):
+                    raise DeadlinePassed
+            part.append(request)
+            pairs += request.num_pairs
+        return found + list(scorer.score(part))

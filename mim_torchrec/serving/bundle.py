@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,8 @@ class Bundle:
         if self.table_version is not None:
             mm = EmbeddingConfig(name="mm", num_embeddings=1, embedding_dim=self.mm_dim,
                                  feature_names=["candidate_mm", "behavior_mm"])  # fmt: skip
-        model = build_model(self.config, dict.fromkeys(self.tables, 1), mm, torch.device("meta"))
+        config = replace(self.config, precision="fp32")  # a CPU has no tensor cores
+        model = build_model(config, dict.fromkeys(self.tables, 1), mm, torch.device("meta"))
         missing, surplus = load_trainable_state(model, dense)
         lacking = [name for name in missing if is_dense(name)]
         if lacking or surplus:

@@ -13,10 +13,12 @@ class Limits:
 
     max_body_bytes: Count = 8_000_000
     """Bytes of a request, as it is sent and decompressed."""
+    max_users: Count = 64
+    """Users of a request."""
     max_candidates: Count = 10_000
-    """Candidates of a request."""
+    """Candidates of a request, of all its users."""
     max_behaviors: Count = 50_000
-    """Behaviors of a request; the model uses its `max_behaviors` last ones."""
+    """Behaviors of a request, of all its users; the model uses the `max_behaviors` last ones of each."""
     max_queue: Count = 256
     """Requests that wait; further ones are answered 503."""
     deadline_ms: Annotated[float, Domain(least=1)] = 1000.0
@@ -33,7 +35,7 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig:
-    """Answer requests for scores over HTTP, by the Open Inference Protocol v2."""
+    """Answer requests for scores by the Open Inference Protocol v2, over HTTP and gRPC."""
 
     release: LocalPath | None = None
     """Folder of releases (`mim release`). The current release is served; a promotion takes effect at once."""
@@ -55,11 +57,15 @@ class ServeConfig:
     """Address to bind to; beyond loopback --token-file is needed."""
     port: Annotated[int, Domain(least=0, most=65535)] = 8080
     """Port to bind to; 0 takes a free one, which is printed."""
+    grpc_port: Annotated[int, Domain(least=0, most=65535)] | None = None
+    """Port for the same protocol over gRPC, on the same address; 0 takes a free one, which is printed."""
     token_file: LocalPath | None = None
     """File with tokens, a line each; a request must carry one as `Authorization: Bearer`."""
     cache: Natural = 1000
     """Users' histories whose computed matrices are kept in memory."""
+    workers: Count = 1
+    """Processes that serve, on the same ports."""
     threads: Natural = 0
-    """Threads that score; 0 is the number of cores."""
+    """Threads of a worker that score; 0 is the number of cores over that of workers."""
     limits: Limits = Limits()
     """Sizes beyond which a request is refused."""

@@ -4,6 +4,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
+from mim_torchrec.serving.inference import Inference
 from mim_torchrec.serving.inputs import inputs_of, outputs_of
 from mim_torchrec.serving.service import Served
 from mim_torchrec.serving.statistics import Statistics
@@ -77,7 +78,10 @@ class ConfigTensor(BaseModel):
 
 
 class ModelConfig(BaseModel):
-    """The configuration of a model, as Triton describes it. There is no batch dimension: 0."""
+    """The configuration of a model, as Triton describes it.
+
+    There is no batch dimension of Triton's kind (0): lists of users are ragged.
+    """
 
     name: str
     platform: str
@@ -142,7 +146,7 @@ def model_about(name: str, served: Served) -> ModelAbout:
         versions=[served.model_version],
         platform=SERVER,
         inputs=[
-            TensorAbout(name=one.name, datatype=one.datatypes[0], shape=one.shape)
+            TensorAbout(name=one.name, datatype=one.datatypes[0], shape=[-1])
             for one in inputs_of(scorer).values()
         ],
         outputs=[TensorAbout(name=output, datatype="FP32", shape=[-1]) for output in outputs_of(scorer)],
@@ -185,6 +189,13 @@ def model_statistics(name: str, statistics: Statistics, version: str | None = No
             if version in (None, one)
         ]
     )
+
+
+async def repository_index(inference: Inference) -> list[RepositoryEntry]:
+    """The model that is served, and whether it is ready."""
+    problem, version = await inference.health.problem(), inference.service.current.model_version
+    state = "READY" if problem is None else "UNAVAILABLE"
+    return [RepositoryEntry(name=inference.name, version=version, state=state, reason=problem or "")]
 
 
 def _triton(datatype: str) -> str:

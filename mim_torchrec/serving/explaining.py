@@ -6,6 +6,7 @@ out: the second label, and what behaviors contribute together.
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ class WithoutInterest(nn.Module):
     def forward(self, *args: Any) -> Interests:
         """See `CiUBM.forward`."""
         found: Interests = self.inner(*args)
-        return replace(found, **{self.name: torch.zeros_like(getattr(found, self.name))})
+        nothing: dict[str, Any] = {self.name: torch.zeros_like(getattr(found, self.name))}
+        return replace(found, **nothing)
 
 
 def explain(scorer: Scorer, request: ScoreRequest) -> Explanation:
@@ -52,7 +54,7 @@ def explain(scorer: Scorer, request: ScoreRequest) -> Explanation:
     whole = _logits(scorer, [request])[0]
     interests = {}
     for name in scorer.interests:
-        with scorer.calling(lambda ciubm, name=name: WithoutInterest(ciubm, name)):
+        with scorer.calling(partial(WithoutInterest, name=name)):
             interests[name] = whole - _logits(scorer, [request])[0]
     count = request.num_behaviors
     at_once = max(1, PAIRS_AT_ONCE // max(request.num_pairs, 1))

@@ -68,7 +68,7 @@ class GuardedStore:
                 if now < self._next_try:
                     raise StoreFailed(f"the store of {self.name} fails: {self._reason}")
                 self._next_try = now + PAUSE  # the others wait for what this one finds
-        with self._asked():
+        with self._metrics.spans.part(f"lookup {self.name}", ids=ids.numel()), self._asked():
             return self._store.lookup(ids)
 
     def apply(self, window: Window) -> bool:

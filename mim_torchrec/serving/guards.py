@@ -23,7 +23,7 @@ CAUSES = {
     400: "bad_request", 401: "token", 404: "not_found", 405: "method", 408: "slow_body",
     409: "table_version", 413: "too_large", 415: "encoding", 504: "deadline",
 }  # fmt: skip
-DISCONNECTED = "499"
+DISCONNECTED = 499
 _EXCHANGE = "mim.exchange"
 
 
@@ -61,6 +61,20 @@ class Answers:
             await self._app(scope, receive, send)
             return
         exchange = scope[_EXCHANGE] = Exchange(asyncio.get_running_loop().time())
+        if not scope["path"].endswith("/infer"):
+            await self._answer(exchange, scope, receive, send)
+            return
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        with self._metrics.spans.request(f"{scope['method']} infer", headers) as span:
+            status, cause = await self._answer(exchange, scope, receive, send)
+            span |= {"http.response.status_code": status, "mim.cause": cause}
+            if status >= 500:
+                span["error"] = cause
+
+    async def _answer(
+        self, exchange: Exchange, scope: Scope, receive: Receive, send: Send
+    ) -> tuple[int, str]:
+        """Have a request answered and count it: the status and its cause."""
         status: int | None = None
 
         async def noted(message: Message) -> None:
@@ -79,13 +93,14 @@ class Answers:
                 await JSONResponse({"error": said}, 500)(scope, receive, noted)
         finally:
             route = getattr(scope.get("route"), "path", "other")
-            code = DISCONNECTED if status is None else str(status)
-            cause = exchange.cause or CAUSES.get(status or 0, "ok" if status == 200 else "other")
+            number = DISCONNECTED if status is None else status
+            cause = exchange.cause or CAUSES.get(number, "ok" if status == 200 else "other")
             cause = "disconnected" if status is None else cause
-            self._metrics.requests.labels(route, code, cause).inc()
+            self._metrics.requests.labels(route, str(number), cause).inc()
             if route.endswith("/infer"):
                 seconds = asyncio.get_running_loop().time() - exchange.arrived
-                self._metrics.seconds.labels(code).observe(seconds)
+                self._metrics.seconds.labels(str(number)).observe(seconds)
+        return number, cause
 
 
 class Tokens:

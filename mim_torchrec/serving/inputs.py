@@ -3,7 +3,8 @@
 Inputs by name: `user_id` (1), `candidate_item_id` (n) and `behavior_item_id` (m, oldest first). If the model
 was trained with them: `query_id` (1), `candidate_category` and `behavior_category` (n, m), `request_ts` (1)
 and `behavior_ts` (m, microseconds since 1970), and further features by name: those that begin with
-`candidate_` (n), with `behavior_` (m), and those of the request.
+`candidate_` (n), with `behavior_` (m), and those of the request. A request of several users has a value of
+`user_id`, `query_id` and `request_ts` for each, and lists with lengths (`users.py`).
 """
 
 from dataclasses import dataclass
@@ -12,15 +13,17 @@ import pyarrow as pa
 
 from mim_torchrec.data.features import Feature, Ids, Numbers, Role, StableIds
 from mim_torchrec.data.id_types import INTEGERS, TEXT
+from mim_torchrec.errors import OptionError
 from mim_torchrec.serving.scorer import ROLES, Scorer
 from mim_torchrec.serving.tensors import BYTES, DATATYPES
 
 SCORE, CONTRIBUTION = "score", "content_contribution"
 SECOND, GIVEN_CLICK = "second_score", "second_score_given_click"
+LENGTHS = ".lengths"
 
 
-class Times(Ids):
-    """Microseconds."""
+class Whole(Ids):
+    """Microseconds, or lengths of lists."""
 
     def accepts(self, value: pa.DataType) -> bool:
         return pa.types.is_integer(value)
@@ -56,11 +59,6 @@ class Input:
             accepted.sort(key=lambda name: name != BYTES)
         return accepted
 
-    @property
-    def shape(self) -> list[int]:
-        """Its shape, -1 for any number of values."""
-        return [1] if self.owner == "request" and not self.is_list else [-1]
-
 
 def outputs_of(scorer: Scorer) -> tuple[str, ...]:
     """The outputs of a model by name."""
@@ -69,7 +67,11 @@ def outputs_of(scorer: Scorer) -> tuple[str, ...]:
 
 
 def inputs_of(scorer: Scorer) -> dict[str, Input]:
-    """The inputs of a model by name."""
+    """The inputs of a model by name.
+
+    Raises:
+        OptionError: a feature has the name of lengths.
+    """
     tables, types = scorer.bundle.tables, scorer.bundle.id_types
     found: dict[str, Input] = {}
 
@@ -90,5 +92,11 @@ def inputs_of(scorer: Scorer) -> dict[str, Input]:
     for name, kind in further.items():
         add(name, kind, is_list=name in scorer.of_requests)
     for name in ("request_ts", "behavior_ts"):
-        add(name, Times(), required=scorer.needs_times)
+        add(name, Whole(), required=scorer.needs_times)
+    for name in (*ROLES, *[name for name, one in found.items() if one.is_list]):
+        if name + LENGTHS in found:
+            raise OptionError(
+                f"the feature {name}{LENGTHS} has the name of the lengths of {name}: rename its column"
+            )
+        found[name + LENGTHS] = Input(name + LENGTHS, Whole(), "request", required=False)
     return found

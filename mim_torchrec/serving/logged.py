@@ -8,14 +8,15 @@ import numpy as np
 import torch
 
 from mim_torchrec.data.errors import DataError
-from mim_torchrec.data.features import Features
+from mim_torchrec.data.features import Features, Role
 from mim_torchrec.data.request_columns import Jagged, RequestColumns
 from mim_torchrec.data.request_files import BLOCK_ROWS, RequestFiles
 from mim_torchrec.data.schema import ORIGINAL, Dataset
 from mim_torchrec.serving.messages import ScoreRequest
-from mim_torchrec.serving.scorer import ROLES, Scorer
+from mim_torchrec.serving.scorer import Scorer
 
 ALL_BEHAVIORS = 1 << 30
+OF_ITEMS: tuple[Role, ...] = ("candidate", "behavior")
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class LoggedRequest:
         }
         ids |= {name: found.values["id"] for name, found in lists.items()}
         dense = {feature.name: scalars[feature.name] for feature in scorer.features.numbers("request")}
-        for role in ROLES:
+        for role in OF_ITEMS:
             jagged = self.columns.candidate if role == "candidate" else self.columns.behavior
             for name in ("item_id", "category"):
                 if (values := _values(jagged, name)) is not None:

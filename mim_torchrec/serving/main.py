@@ -2,8 +2,9 @@
 
     python -m mim_torchrec.serving.main --bundle DIR --store TABLE --windows LOG --data DIR
 
-The server is one process; a load balancer can distribute requests over any number of them. On SIGTERM the
-server completes the requests that have begun. On SIGHUP it reads tokens and the current release at once.
+The server is one process or several (`workers.py`); a load balancer can distribute requests over any number
+of servers. On SIGTERM it completes the requests that have begun. On SIGHUP it reads tokens and the current
+release at once.
 """
 
 import ctypes
@@ -16,29 +17,35 @@ import signal
 import socket
 import tempfile
 import threading
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
 import tyro
 import uvicorn
+from prometheus_client.multiprocess import mark_process_dead
 
 from mim_torchrec import program
 from mim_torchrec.domains import check_domains
-from mim_torchrec.errors import OptionError, Status
+from mim_torchrec.errors import OptionError, SetupError, Status
 from mim_torchrec.hosts import is_loopback
 from mim_torchrec.serving.app import make_app
 from mim_torchrec.serving.config import ServeConfig
+from mim_torchrec.serving.inference import Inference
 from mim_torchrec.serving.metrics import Metrics
 from mim_torchrec.serving.page import Page
 from mim_torchrec.serving.patience import PatientProtocol
 from mim_torchrec.serving.release_follower import ReleaseFollower, deployment_of
 from mim_torchrec.serving.releases import ReleaseError, Releases
 from mim_torchrec.serving.service import Deployment, Service
+from mim_torchrec.serving.sockets import BACKLOG, address, bound, reserved
 from mim_torchrec.serving.tokens import TokenFile
+from mim_torchrec.serving.workers import Ready, Workers
 
 log = logging.getLogger("mim_torchrec.serving.main")  # also where it runs as __main__
 
-BACKLOG = 2048
 KEEP_ALIVE = 75  # seconds between two requests of a connection; load balancers keep theirs for 60
 LAST = 1.0  # seconds from the last answer to the end of the process
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
@@ -104,51 +111,94 @@ def serve(config: ServeConfig) -> None:
             f"--limits.deadline-ms, which is {limits.deadline_ms:g}"
         )
     keep_freed_memory()
-    torch.set_num_threads(config.threads or os.cpu_count() or 1)
-    metrics = Metrics()
+    with ExitStack() as held:
+        http = held.enter_context(bound(config.host, config.port))
+        grpc = (
+            None if config.grpc_port is None else held.enter_context(reserved(config.host, config.grpc_port))
+        )
+        if config.workers == 1:
+            work(config, http, grpc, partial(print, flush=True))
+        else:
+            folder = Path(held.enter_context(tempfile.TemporaryDirectory()))
+            one = partial(work, config, http, grpc, shared=folder)
+            workers = Workers(config.workers, one, "mim serve", partial(mark_process_dead, path=str(folder)))
+            gc.collect()
+            gc.freeze()  # a collection in a worker would copy the pages that they share
+            workers.run(partial(print, flush=True))
+            return
+    end_soon()
+
+
+def work(
+    config: ServeConfig, http: socket.socket, grpc: int | None, ready: Ready, shared: Path | None = None
+) -> None:
+    """Serve in this process until SIGTERM.
+
+    Args:
+        config: of the server.
+        http: a bound socket.
+        grpc: port for gRPC; None for HTTP alone.
+        ready: is told the addresses once they can be connected to.
+        shared: folder of the metrics of all workers; None where there is one.
+    """
+    limits = config.limits
+    torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // config.workers))
+    metrics = Metrics(shared)
     tokens = open_tokens(config, metrics)
     deployment = first_deployment(config)
     service = Service(deployment, config.cache, metrics, limits.store_timeout_ms / 1000)
     on_hangup = [] if tokens is None else [tokens.reread]
+    # what has begun is answered by its deadline; nothing is waited for after that
+    grace = math.ceil(limits.deadline_ms / 1000)
+
+    @asynccontextmanager
+    async def beside(inference: Inference) -> AsyncIterator[None]:
+        async with nullcontext() if grpc is None else _grpc(inference, tokens, config.host, grpc, grace):
+            said = f"serving {config.name} {service.current.model_version}"
+            by_grpc = "" if grpc is None else f" and by gRPC on {address(config.host, grpc)},"
+            where = address(config.host, http.getsockname()[1])
+            ready(f"{said}{by_grpc} on http://{where}")
+            yield
+
     with tempfile.TemporaryDirectory() as folder:
         page = (
             None
             if config.data is None
             else Page(config.data, Path(folder), service, config.limits.explain_pairs)
         )
-        app = make_app(service, metrics, limits, name=config.name, tokens=tokens, page=page)
+        inference = Inference(service, metrics, limits, config.name)
+        app = make_app(inference, tokens=tokens, page=page, beside=beside)
         if config.release is not None and deployment.release is not None:
             follower = ReleaseFollower(Releases(config.release), deployment.release, service, metrics)
             on_hangup.append(follower.wake)
             threading.Thread(target=follower.run, daemon=True).start()
         signal.signal(signal.SIGHUP, lambda *_: [act() for act in on_hangup])
-        family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-        # asyncio sends without delay only what it knows to be TCP
-        with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listening:
-            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listening.bind((config.host, config.port))
-            listening.listen(BACKLOG)  # whoever reads the address below can connect to it
-            port = listening.getsockname()[1]
-            # what has begun is answered by its deadline; nothing is waited for after that
-            graceful = math.ceil(limits.deadline_ms / 1000)
-            settings = uvicorn.Config(app, http=PatientProtocol, ws="none", log_level="warning",
-                                      access_log=False, backlog=BACKLOG, timeout_keep_alive=KEEP_ALIVE,
-                                      timeout_graceful_shutdown=graceful)  # fmt: skip
-            server = uvicorn.Server(settings)
+        http.listen(BACKLOG)  # whoever reads the address can connect to it
+        settings = uvicorn.Config(app, http=PatientProtocol, ws="none", log_level="warning",
+                                  access_log=False, backlog=BACKLOG, timeout_keep_alive=KEEP_ALIVE,
+                                  timeout_graceful_shutdown=grace)  # fmt: skip
+        server = uvicorn.Server(settings)
 
-            def end(*_: object) -> None:
-                server.should_exit = True
+        def end(*_: object) -> None:
+            server.should_exit = True
 
-            # before uvicorn takes the signals, and after: it raises them again when it has ended
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, end)
-            print(f"serving {config.name} {service.current.model_version} on http://{config.host}:{port}",
-                  flush=True)  # fmt: skip
-            # what is loaded stays: a collection that looked through all of it would hold up a request
-            gc.collect()
-            gc.freeze()
-            server.run(sockets=[listening])
-    end_soon()
+        # before uvicorn takes the signals, and after: it raises them again when it has ended
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, end)
+        # what is loaded stays: a collection that looked through all of it would hold up a request
+        gc.collect()
+        gc.freeze()
+        server.run(sockets=[http])
+        if not server.started:
+            raise SetupError("the server did not start; its messages are above")
+
+
+def _grpc(
+    inference: Inference, tokens: TokenFile | None, host: str, port: int, grace: float
+) -> AbstractAsyncContextManager[None]:
+    from mim_torchrec.serving.rpc import listening  # gRPC takes memory, and threads that no fork survives
+
+    return listening(inference, tokens, address(host, port), grace)
 
 
 def main(argv: list[str] | None = None) -> None:

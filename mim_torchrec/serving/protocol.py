@@ -3,11 +3,11 @@
 A body is JSON, or JSON followed by the bytes of tensors (the extension of binary tensor data). Ids and
 categories are sent as the log has them: BYTES where they are text or UUIDs, else integers. Outputs: `score`
 (n), of a model with a second label `second_score` (n), and on request `second_score_given_click` (n) and
-`content_contribution` (n). What inputs there are `inputs.py` says.
+`content_contribution` (n), n being the candidates of all users. `inputs.py` says what inputs there are.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import pyarrow as pa
@@ -15,7 +15,6 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, WithJsonSchema
 from torch import Tensor
 
-from mim_torchrec.data.features import Ids, Numbers
 from mim_torchrec.serving.config import Limits
 from mim_torchrec.serving.inputs import (
     CONTRIBUTION,
@@ -29,6 +28,7 @@ from mim_torchrec.serving.inputs import (
 from mim_torchrec.serving.messages import BadRequest, Explanation, ScoreRequest, Scores
 from mim_torchrec.serving.scorer import Scorer
 from mim_torchrec.serving.tensors import BadTensor, from_bytes, from_json, to_bytes
+from mim_torchrec.serving.users import requests_of
 
 LONGEST_NAME = 128
 EXPLAIN = "explain_"
@@ -141,8 +141,22 @@ def read_body(body: bytes, header_length: int | None = None) -> tuple[InferReque
         raise BadRequest(
             f"the body has {len(body)} bytes, and its header names {header_length} bytes of JSON"
         )
+    text = body if header_length is None else body[:header_length]
+    sent = checked(lambda: InferRequest.model_validate_json(text))
+    return sent, _split(sent, memoryview(body)[len(body) if header_length is None else header_length :])
+
+
+def checked(parse: Callable[[], InferRequest]) -> InferRequest:
+    """A message that keeps to the protocol.
+
+    Args:
+        parse: gives the message.
+
+    Raises:
+        BadRequest: it does not, or asks for what is not supported.
+    """
     try:
-        sent = InferRequest.model_validate_json(body if header_length is None else body[:header_length])
+        sent = parse()
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         place = ".".join(str(part) for part in first["loc"])
@@ -151,7 +165,7 @@ def read_body(body: bytes, header_length: int | None = None) -> tuple[InferReque
         for name in said.parameters.model_extra or () if said.parameters is not None else ():
             if name in NOT_SUPPORTED:
                 raise BadRequest(f"{said.name}: the parameter {name} is not supported")
-    return sent, _split(sent, memoryview(body)[len(body) if header_length is None else header_length :])
+    return sent
 
 
 def _split(sent: InferRequest, rest: memoryview) -> dict[str, memoryview]:
@@ -166,10 +180,10 @@ def _split(sent: InferRequest, rest: memoryview) -> dict[str, memoryview]:
     return parts
 
 
-def read_request(
+def read_requests(
     sent: InferRequest, scorer: Scorer, limits: Limits, binary: Mapping[str, memoryview] | None = None
-) -> ScoreRequest:
-    """The request that tensors make.
+) -> list[ScoreRequest]:
+    """The requests that tensors make, one for each user.
 
     Args:
         sent: the message.
@@ -192,35 +206,21 @@ def read_request(
     if missing := sorted({name for name, one in known.items() if one.required} - set(names)):
         raise BadRequest(f"the tensor {missing[0]} is missing: the model needs the feature {missing[0]}")
     tensors = {given.name: _tensor(given, known[given.name], binary or {}) for given in sent.inputs}
-    counts = {role: tensors[f"{role}_item_id"].numel() for role in ("candidate", "behavior")}
-    if not counts["candidate"]:
-        raise BadRequest("there is no candidate")
-    if counts["candidate"] > limits.max_candidates:
-        raise BadRequest(f"{counts['candidate']} candidates are more than {limits.max_candidates}")
-    if counts["behavior"] > limits.max_behaviors:
-        raise BadRequest(f"{counts['behavior']} behaviors are more than {limits.max_behaviors}")
-    for name, values in tensors.items():
-        expected = counts.get(known[name].owner, 1)
-        if not known[name].is_list and values.numel() != expected:
-            raise BadRequest(f"the tensor {name} has {values.numel()} values, expected {expected}")
-    times = tensors.pop("behavior_ts", None)
-    moment = tensors.pop("request_ts", None)
-    if times is not None and moment is not None and bool((times > moment).any()):
-        raise BadRequest("a behavior is after its request")
-    made = ScoreRequest(
-        ids={name: values for name, values in tensors.items() if isinstance(known[name].kind, Ids)},
-        dense={name: values for name, values in tensors.items() if isinstance(known[name].kind, Numbers)},
-        request_ts=None if moment is None else int(moment),
-        behavior_ts=times,
+    shapes = {given.name: given.shape for given in sent.inputs}
+    found = requests_of(
+        tensors, shapes, known, limits,
         contribution=any(output.name == CONTRIBUTION for output in sent.outputs or ()),
         explain=sent.parameters is not None and sent.parameters.explain,
-    )
-    if made.explain and (pairs := scorer.recent(made).num_pairs) > limits.explain_pairs:
-        raise BadRequest(
-            f"an explanation takes {pairs} pairs of candidate and behavior, more than "
-            f"{limits.explain_pairs}; send fewer candidates, or behaviors"
-        )
-    return made
+    )  # fmt: skip
+    if found[0].explain:
+        if len(found) > 1:
+            raise BadRequest(f"an explanation is of one user, and user_id has {len(found)} values")
+        if (pairs := scorer.recent(found[0]).num_pairs) > limits.explain_pairs:
+            raise BadRequest(
+                f"an explanation takes {pairs} pairs of candidate and behavior, more than "
+                f"{limits.explain_pairs}; send fewer candidates, or behaviors"
+            )
+    return found
 
 
 def _tensor(given: InferInput, known: Input, binary: Mapping[str, memoryview]) -> Tensor:
@@ -253,50 +253,75 @@ def explanation_outputs(explanation: Explanation) -> dict[str, Tensor]:
     return found
 
 
-def write_response(sent: InferRequest, found: Scores, name: str, version: str) -> tuple[bytes, int | None]:
-    """What is answered.
+def outputs(sent: InferRequest, found: Sequence[Scores]) -> list[tuple[str, Tensor, bool]]:
+    """The outputs that were asked for.
 
     Args:
         sent: the request.
-        found: its scores.
+        found: scores of its users.
+
+    Returns:
+        Name, values of all users in their order, (num_candidates,) but for some that explain, and whether
+        they are wanted as bytes.
+    """
+    asked: list[tuple[str, OutputParameters | None]] = [(SCORE, None)]
+    if found[0].second is not None:
+        asked.append((SECOND, None))
+    if sent.outputs:
+        asked = [(output.name, output.parameters) for output in sent.outputs]
+    by_default = sent.parameters is not None and sent.parameters.binary_data_output is True
+    made = []
+    for name, parameters in asked:
+        said = None if parameters is None else parameters.binary_data
+        values = torch.cat([_output(name, one) for one in found])
+        made.append((name, values, by_default if said is None else said))
+    explanation = found[0].explanation
+    if explanation is not None:  # there is one user then
+        made += [(name, values, by_default) for name, values in explanation_outputs(explanation).items()]
+    return made
+
+
+def _output(name: str, found: Scores) -> Tensor:
+    if name == CONTRIBUTION:
+        # a model without content interest has nothing that it contributes
+        return torch.zeros_like(found.scores) if found.contribution is None else found.contribution
+    if name == SCORE:
+        return found.scores
+    assert found.second is not None  # the request was refused otherwise
+    return found.second[(SECOND, GIVEN_CLICK).index(name)]
+
+
+def unknown_parameters(found: Sequence[Scores]) -> dict[str, int]:
+    """What the `parameters` of an answer say of ids that stores do not know."""
+    return {f"unknown_{kind}": sum(one.unknown[kind] for one in found) for kind in found[0].unknown}
+
+
+def write_response(
+    sent: InferRequest, found: Sequence[Scores], name: str, version: str
+) -> tuple[bytes, int | None]:
+    """What is answered over HTTP.
+
+    Args:
+        sent: the request.
+        found: scores of its users.
         name: of the model.
         version: of the model.
 
     Returns:
         The body, and how many bytes of JSON it begins with; None where all of it is JSON.
     """
-    asked: list[tuple[str, OutputParameters | None]] = [(SCORE, None)]
-    if found.second is not None:
-        asked.append((SECOND, None))
-    if sent.outputs:
-        asked = [(output.name, output.parameters) for output in sent.outputs]
-    by_default = sent.parameters is not None and sent.parameters.binary_data_output is True
-    # a model without content interest has nothing that it contributes
-    nothing = torch.zeros_like(found.scores)
-    values = {
-        SCORE: found.scores,
-        CONTRIBUTION: nothing if found.contribution is None else found.contribution,
-    }
-    if found.second is not None:
-        values |= dict(zip((SECOND, GIVEN_CLICK), found.second, strict=True))
-    if found.explanation is not None:
-        explained = explanation_outputs(found.explanation)
-        values |= explained
-        asked += [(name, None) for name in explained]
-    outputs: list[dict[str, Any]] = []
+    described: list[dict[str, Any]] = []
     parts: list[bytes] = []
-    for output, parameters in asked:
-        data = values[output]
-        described: dict[str, Any] = {"name": output, "shape": list(data.shape), "datatype": "FP32"}
-        said = None if parameters is None else parameters.binary_data
-        if by_default if said is None else said:
+    for output, data, as_bytes in outputs(sent, found):
+        one: dict[str, Any] = {"name": output, "shape": list(data.shape), "datatype": "FP32"}
+        if as_bytes:
             parts.append(to_bytes(data))
-            described["parameters"] = {"binary_data_size": len(parts[-1])}
+            one["parameters"] = {"binary_data_size": len(parts[-1])}
         else:
-            described["data"] = data.flatten().tolist()
-        outputs.append(described)
+            one["data"] = data.flatten().tolist()
+        described.append(one)
     body: dict[str, Any] = {} if sent.id is None else {"id": sent.id}
-    body |= {"model_name": name, "model_version": version, "outputs": outputs,
-             "parameters": {f"unknown_{kind}": count for kind, count in found.unknown.items()}}  # fmt: skip
+    body |= {"model_name": name, "model_version": version, "outputs": described,
+             "parameters": unknown_parameters(found)}  # fmt: skip
     written = json.dumps(body, separators=(",", ":"), ensure_ascii=False).encode()
     return b"".join([written, *parts]), len(written) if parts else None

@@ -85,5 +85,4 @@ class ReleaseFollower:
 
     def _note(self, state: ReleaseState) -> None:
         self._service.release = state
-        self._metrics.wanted.clear()
-        self._metrics.wanted.labels(state.wanted or "").set(1)
+        self._metrics.show(self._metrics.wanted, state.wanted or "")

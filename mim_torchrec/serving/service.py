@@ -230,6 +230,5 @@ class Service:
 
     def _note_served(self) -> None:
         now = self.current
-        self._metrics.served.clear()
         table_version, release = now.scorer.bundle.table_version or "", now.deployment.release or ""
-        self._metrics.served.labels(now.model_version, table_version, release).set(1)
+        self._metrics.show(self._metrics.served, now.model_version, table_version, release)

@@ -3,7 +3,7 @@
 import torch
 
 from mim_torchrec.data.features import Ids
-from mim_torchrec.serving.inputs import inputs_of
+from mim_torchrec.serving.inputs import Whole, inputs_of
 from mim_torchrec.serving.messages import ScoreRequest
 from mim_torchrec.serving.scorer import Scorer
 
@@ -16,10 +16,8 @@ def warm_up(scorer: Scorer) -> None:
     Raises:
         Exception: the model cannot give scores.
     """
-    known = inputs_of(scorer)
+    known = {name: found for name, found in inputs_of(scorer).items() if not isinstance(found.kind, Whole)}
     one = torch.full((1,), UNKNOWN, dtype=torch.int64)
-    for name in ("request_ts", "behavior_ts"):
-        del known[name]
     scorer.score([
         ScoreRequest(
             ids={name: one.clone() for name, found in known.items() if isinstance(found.kind, Ids)},

@@ -153,6 +153,7 @@ def _join(backend: str, timeouts: Timeouts, device: torch.device) -> Liveness:
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=timeouts.step),
+        device_id=None if device.type == "cpu" else device,
     )
     return Liveness(own, rank, world_size)
 

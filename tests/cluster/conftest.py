@@ -7,7 +7,6 @@ import pytest
 
 from mim_torchrec.benchmarks.cluster import jobs
 from mim_torchrec.benchmarks.cluster.slurm import SlurmCluster, why_no_slurm
-from tests.forked import forked_programs
 from tests.programs import small_shop
 
 
@@ -30,10 +29,9 @@ def submission(forked) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def forked_on_nodes(slurm) -> Iterator[dict[str, str]]:
-    """Variables of jobs whose processes come from a fork server of their node."""
-    with forked_programs({name: slurm.on_node(name) for name in slurm.nodes}) as environment:
-        yield {name: environment[name] for name in ("MIM_PYTHON", "PYTHON_EXEC")}
+def forked_on_nodes(forked) -> dict[str, str]:
+    """Variables of jobs whose processes come from the fork server."""
+    return {name: forked[name] for name in ("MIM_PYTHON", "PYTHON_EXEC")}
 
 
 @pytest.fixture(scope="session")

@@ -44,7 +44,16 @@ def test_scores_are_timed_in_all_forms(report):
 def test_targets_are_compared_with_their_figures(report):
     met = {entry["claim"]: entry["met"] for entry in report["targets"]}
     assert met["sim/paper, 1000 behaviors, one client: p99 at most 30 ms"] == (report["p99_ms"]["1000"] <= 30)
-    assert len(met) == 2 + 2 + 1 + 1  # dim 8 has no target of its ratio
+    assert len(met) == 5 + 2 + 1 + 1  # dim 8 has no target of its ratio
+    assert met["private memory of a server: at most 350 MiB"] == (report["rss_mib"] <= 350)
+
+
+def test_a_server_is_measured_from_its_start_to_its_end(report):
+    assert 0 < report["exit_s"] and 0 < report["start_s"] and 0 < report["rss_mib"]
+    assert {count: set(found) for count, found in report["workers"].items()} == {
+        "1": {"requests_per_s"}, "2": {"requests_per_s"}
+    }  # fmt: skip
+    assert set(report["users_per_request"]) == {"1", "8"} and min(report["users_per_request"].values()) > 0
 
 
 def test_scores_of_models_are_compared_by_preset(report):

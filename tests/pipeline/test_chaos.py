@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 def test_killed_processes_leave_every_row_right_over_both_transports(tmp_path):
     out = tmp_path / "run"
     main(["--out", str(out), "--kills", "8", "--items", "300", "--requests", "300", "--epochs", "1",
-          "--pause", "0.1", "--limit", "400"])  # fmt: skip
+          "--pause", "0.1", "--limit", "400", "--injected", "1", "--slack", "60"])  # fmt: skip
     report = json.loads((out / "report.json").read_text())
     assert report["kills"] >= 8 and report["rows"] > 4 * 270
     assert (report["wrong"], report["lost"], report["doubled"], report["problems"]) == (0, 0, 0, [])
@@ -30,6 +30,11 @@ def test_killed_processes_leave_every_row_right_over_both_transports(tmp_path):
         assert len(set(outcome["watermarks"].values())) == 1 and outcome["faults"]
         assert set(outcome["readers"]) == {"dead_letter", "store", "embedded", "training"}
     assert "Watermarks" in (out / "report.md").read_text()
+    # every kind of fault of a server once
+    assert report["injected"] >= 12 and len(report["server"]["injected"]) == 12
+    assert report["server"]["answers"]["200"] > 0
+    for name in ("late_answers", "wrong_scores", "unexplained_500", "unrecovered"):
+        assert report[name] == 0, report["server"]["examples"]
 
 
 def test_an_embedded_store_whose_base_has_every_window_says_so(tmp_path):

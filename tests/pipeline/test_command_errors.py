@@ -24,6 +24,8 @@ CASES = [
     ("import movielens", f"--ratings {FILE} --posters {FILE} --out {OUT}", 3, "no such file; --ratings is"),
     ("import movielens", f"--ratings {FILE} --posters {FILE} --out {OUT} --negatives 0", 2, "--negatives is"),
     ("import taobao-mm", f"--source {FILE} --out {OUT}", 3, "put all files of the data set there"),
+    ("import public", f"--layout hm --source {FILE} --out {OUT}", 3, "the folder of the unpacked data set"),
+    ("import public", f"--layout hm --source {FILE} --out {OUT} --negatives 0", 2, "--negatives is 0"),
     ("pretrain", f"--data {FILE} --out {OUT}", 3, "no such directory; check the path"),
     ("pretrain", f"--data {SHOP} --out {OUT} --dma.batch-size 0", 2, "--dma.batch-size is 0"),
     ("csft", f"--data {FILE} --out {OUT}", 3, "no such directory; check the path"),

@@ -1,6 +1,7 @@
 """`mim csft` on a small shop: what it writes, what it learns, what it refuses."""
 
 import json
+import math
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -67,10 +68,23 @@ def test_it_writes_history_config_and_tensorboard(finished):
     assert list((finished / "tensorboard").iterdir())
 
 
-def test_the_kept_epoch_is_the_best_by_recall(finished):
+def test_the_kept_epoch_has_the_lowest_logarithm_of_ranks(finished):
     history = asdict(read_history(finished / "history.jsonl"))
-    recalls = [epoch["recall_at_10"] for epoch in history["epochs"]]
-    assert history["best_epoch"] == recalls.index(max(recalls))
+    logs = [epoch["log_rank"] for epoch in history["epochs"]]
+    assert history["best_epoch"] == logs.index(min(logs))
+    assert all(0 < epoch["log_rank_se"] < epoch["log_rank"] for epoch in history["epochs"])
+
+
+def test_the_encoder_is_compared_with_the_towers_before_training(finished):
+    metrics = json.loads((finished / "metrics.json").read_text())
+    selection = metrics["selection"]
+    assert json.loads((finished / "encoder" / "selection.json").read_text()) == selection
+    assert (selection["criterion"], selection["pairs"]) == ("log_rank", metrics["held_out_pairs"])
+    assert selection["encoder"] == pytest.approx(-metrics["log_rank"], abs=0.05)
+    assert selection["towers_trained"] is True and -math.log(300) < selection["plain"] < 0
+    noise = 2 * selection["standard_error"]
+    assert selection["gained"] == (selection["gain"] > noise)
+    assert ("no_gain_over_plain_towers" in metrics["warnings"]) != selection["gained"]
 
 
 def test_features_of_frozen_towers_are_computed_once_for_many_runs_which_train_the_head_only(

@@ -1,16 +1,22 @@
 """`mim explain` and the server's answer with `explain`: of a run, of its bundle, and of the same request."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.serving.config import Limits
 from mim_torchrec.serving.explain import main as explain
+from mim_torchrec.serving.explaining import explain as make_explanation
+from mim_torchrec.serving.messages import ScoreRequest, Scores
+from mim_torchrec.serving.page import Page
+from mim_torchrec.serving.scorer import Scorer
 from tests.pipeline.test_ctr_main import write_dataset
 from tests.pipeline.test_evaluate_main import write_table
 from tests.serving import INFER, application, deployment, message, output, trained_bundle
@@ -27,9 +33,10 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def row(folder) -> dict:
-    """A test request with a history that is not the first one that has any."""
+    """The newest test request of a user, with a history, that is not the first one that has any."""
     rows = pq.read_table(folder / "data" / "requests" / "test").to_pylist()
-    return [row for row in rows if len(row["behavior_item_ids"]) > 2][1]
+    newest = {row["user_id"]: row for row in rows if row["behavior_item_ids"]}
+    return [row for row in newest.values() if len(row["behavior_item_ids"]) > 2][1]
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +101,29 @@ def test_a_bundle_is_explained_like_its_run_and_the_text_names_what_is_largest(f
     assert f"item {first['item_id']} 'item " in said
     largest = max(first["behaviors"], key=lambda b: abs(b["contribution"]))
     assert f"{largest['contribution']:+.3f}  alpha {largest['alpha']:+.3f}" in said
+
+
+def test_the_page_shows_interests_and_the_behaviors_that_raise_a_score(folder, report, row, tmp_path):
+    service = application(deployment(folder))[1]
+    page, app = Page(folder / "data", tmp_path, service, 10**6), FastAPI()
+
+    async def score(scorer: Scorer, asked: ScoreRequest) -> Scores:
+        assert asked.explain and asked.contribution
+        return replace(scorer.score([asked])[0], explanation=make_explanation(scorer, asked))
+
+    page(app, score)
+    with TestClient(app) as client:
+        shown = client.get(f"/demo/users/{row['user_id']}").json()["candidates"]
+    for one in shown:
+        assert list(one["interests"]) == ["id", "content", "fusion"]
+        lost = [other["lost"] for other in one["because"]]
+        assert lost == sorted(lost, reverse=True) and all(value > 0 for value in lost) and len(lost) <= 3
+    of_request = {one["item_id"]: one for one in report["candidates"]}
+    assert {one["item_id"] for one in shown} == set(of_request)
+    for one in shown:
+        found = [b["contribution"] for b in of_request[one["item_id"]]["behaviors"]]
+        raised = sorted((value for value in found if value > 0), reverse=True)[:3]
+        assert [other["lost"] for other in one["because"]] == pytest.approx(raised, abs=1e-5)
 
 
 def test_without_an_id_the_first_request_with_behaviors_is_explained(folder, capsys):

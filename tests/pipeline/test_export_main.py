@@ -1,7 +1,9 @@
 """Export through its `main`: the table holds what the encoder says of every item, on 1 rank and on 2."""
 
 import io
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,9 +21,10 @@ from mim_torchrec.data.schema import ITEMS, Dataset
 from mim_torchrec.embeddings.table.format import Table
 from mim_torchrec.encoders.checkpoint import load_encoder, save_encoder
 from mim_torchrec.encoders.item_encoder import HeadConfig, ItemEncoder, ItemEncoderConfig
+from mim_torchrec.encoders.selection import FILE, Selection
 from mim_torchrec.encoders.text import TextEncoderConfig, train_tokenizer
 from mim_torchrec.encoders.vision import VisionEncoderConfig
-from mim_torchrec.errors import OutputExists
+from mim_torchrec.errors import OptionError, OutputExists
 from mim_torchrec.representation.export import main
 from mim_torchrec.representation.plain import fit_projection
 from mim_torchrec.training.distributed import DistributedContext
@@ -178,6 +181,38 @@ def test_plain_towers_need_no_training_and_give_the_same_table_twice(exported, t
     assert tables[0].manifest.rows == NUM_ITEMS and tables[0].manifest.dim == 4
     ids = tables[0].row_index().ids
     assert torch.equal(tables[0].read(ids), tables[1].read(ids))
+
+
+def encoder_that_says(encoder: tuple[Path, str], to: Path, gain: float, trained: bool) -> Path:
+    """A copy of the encoder beside what C-SFT would have found."""
+    shutil.copytree(encoder[0], to)
+    found = Selection(criterion="log_rank", pairs=9, plain=-3.0, encoder=gain - 3.0, gain=gain,
+                      standard_error=0.1, towers_trained=trained)  # fmt: skip
+    (to / FILE).write_text(json.dumps(found.facts()))
+    return to
+
+
+def test_plain_towers_take_the_place_of_an_encoder_that_gained_nothing(exported, encoder, tmp_path, caplog):
+    same = encoder_that_says(encoder, tmp_path / "same", 0.19, trained=False)
+    better = encoder_that_says(encoder, tmp_path / "better", 0.21, trained=False)
+
+    def kind(of: Path, name: str, *more: str) -> str:
+        main(["--data", str(exported[0]), "--encoder", str(of), "--out", str(tmp_path / name), *more])
+        return Table.open(tmp_path / name).manifest.encoder["kind"]
+
+    assert kind(same, "kept") == "csft"
+    assert "gained no more than noise (log_rank -2.8100, of plain towers -3.0000" in caplog.text
+    assert kind(same, "plain", "--if-no-gain", "plain", "--dim", "4") == "plain"
+    assert Table.open(tmp_path / "plain").manifest.dim == 4
+    assert kind(better, "taken", "--if-no-gain", "plain") == "csft"
+
+
+def test_trained_towers_are_not_taken_for_plain_ones(exported, encoder, tmp_path):
+    trained = encoder_that_says(encoder, tmp_path / "trained", 0.0, trained=True)
+    with pytest.raises(OptionError, match="were trained; name the plain ones, --encoder plain:"):
+        main(["--data", str(exported[0]), "--encoder", str(trained), "--out", str(tmp_path / "table"),
+              "--if-no-gain", "plain"])  # fmt: skip
+    assert not (tmp_path / "table").exists()
 
 
 def test_the_projection_is_onto_the_leading_principal_components():

@@ -25,7 +25,7 @@ from mim_torchrec.serving.bundle import Bundle, write_bundle
 from mim_torchrec.serving.config import Limits
 from mim_torchrec.serving.inputs import inputs_of
 from mim_torchrec.serving.messages import BadRequest, ScoreRequest
-from mim_torchrec.serving.protocol import InferRequest, read_request
+from mim_torchrec.serving.protocol import InferRequest, read_requests
 from mim_torchrec.serving.scorer import Scorer
 from tests.pipeline.test_ctr_main import SMALL, drop_columns
 from tests.pipeline.test_evaluate_main import write_table
@@ -202,7 +202,7 @@ def test_a_bundle_has_a_table_of_a_kind_of_ids_and_the_parameters_of_the_model(f
 def test_the_server_scores_as_the_trainer_does_with_all_three(folder):
     store = f"toy_store:DictStore://{folder / 'table'}"
     one = scorer(folder, store)
-    requests = [read_request(request, one, Limits()) for request in sent(folder)]
+    requests = [read_requests(request, one, Limits())[0] for request in sent(folder)]
     found = torch.cat([scores.scores for scores in one.score(requests)]).numpy()
     expected = pq.read_table(folder / "evaluation" / "predictions.parquet")["score"].to_numpy()
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
@@ -213,13 +213,13 @@ def test_the_server_asks_for_what_the_model_and_the_kinds_need(folder):
     one = scorer(folder, str(folder / "table"))
     assert {"hour", "candidate_price", "candidate_brand"} <= inputs_of(one).keys()
     (request, *_) = sent(folder)
-    complete = read_request(request, one, Limits())
+    (complete,) = read_requests(request, one, Limits())
     with pytest.raises(BadRequest, match="request_ts and behavior_ts"):
         one.score([ScoreRequest(ids=complete.ids, dense=complete.dense)])
     price = next(tensor for tensor in request.inputs if tensor.name == "candidate_price")
     price.datatype = "BYTES"
     with pytest.raises(BadRequest, match="candidate_price is BYTES, expected FP32, FP64"):
-        read_request(request, one, Limits())
+        read_requests(request, one, Limits())
 
 
 def test_what_a_model_needs_is_looked_for_before_training(folder, tmp_path):
@@ -292,4 +292,4 @@ def test_the_categories_of_a_request_are_read_as_the_reader_does(folder):
     (row, *_) = pq.read_table(folder / "data" / "requests" / "test").to_pylist()
     (request, *_) = sent(folder)
     expected = category_ids(pa.array(row["candidate_categories"]))
-    assert read_request(request, one, Limits()).ids["candidate_category"].tolist() == expected.tolist()
+    assert read_requests(request, one, Limits())[0].ids["candidate_category"].tolist() == expected.tolist()

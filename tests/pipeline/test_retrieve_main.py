@@ -63,6 +63,18 @@ def test_towers_alone_compare_images(shop, trained, tmp_path):
     assert found["n"] == 20
 
 
+def test_csft_compares_itself_with_what_the_plain_towers_find(shop, tmp_path):
+    flags = TINY_TOWERS | {"batch-size": "64", "epochs": "1", "freeze-towers": "True", "select": "mrr"}
+    fine_tune(words(shop, tmp_path / "csft", flags, validation_fraction="0.1"))
+    selection = json.loads((tmp_path / "csft" / "metrics.json").read_text())["selection"]
+    assert selection["towers_trained"] is False
+    encoder = load_encoder(tmp_path / "csft" / "encoder")
+    save_towers(encoder.vision, encoder.text, tmp_path / "towers")
+    plain = f"plain:{tmp_path / 'towers'}"
+    found = run(shop, plain, tmp_path / "out", "--held-out-fraction", "0.1")
+    assert selection["plain"] == pytest.approx(found["mrr"], rel=1e-5)
+
+
 def test_what_is_no_encoder_is_refused(shop, tmp_path):
     with pytest.raises(CheckpointError, match="is not an encoder checkpoint"):
         run(shop, str(tmp_path), tmp_path / "out")

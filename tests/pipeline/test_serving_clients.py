@@ -84,14 +84,17 @@ def test_tritonclient_finds_out_what_there_is(client, sent, version):
     about = client.get_model_metadata("mim", version)
     assert about == client.get_model_metadata("mim")
     datatypes = {one["name"]: one["datatype"] for one in about["inputs"]}
+    lengths = {name: datatypes.pop(f"{name}.lengths") for name in ("candidate", "behavior")}
+    assert lengths == {"candidate": "INT64", "behavior": "INT64"}
     # what the metadata names is what the log has: a client that believes it gets the trainer's scores
     assert datatypes == {given["name"]: given["datatype"] for given in sent["inputs"]}
     shapes = {one["name"]: one["shape"] for one in about["inputs"]}
-    assert shapes["user_id"] == [1] and shapes["behavior_category"] == [-1]
+    assert shapes["user_id"] == [-1] and shapes["behavior_category"] == [-1]
     config = client.get_model_config("mim", version)
     types = {one["name"]: one["data_type"] for one in config["input"]}
     assert types["candidate_category"] == "TYPE_STRING" and types["user_id"] == "TYPE_INT64"
     assert config["max_batch_size"] == 0
+    assert {one["name"] for one in config["input"] if one["optional"]} >= {"candidate.lengths"}
     (listed,) = client.get_model_repository_index()
     assert listed == {"name": "mim", "version": version, "state": "READY", "reason": ""}
 

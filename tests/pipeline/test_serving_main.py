@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import re
 import shutil
 import signal
 import socket
@@ -29,6 +30,18 @@ from mim_torchrec.serving.tokens import TokenFile
 from tests.serving import INFER, application, changed, deployment, messages, output, start, without
 
 ROOT = Path(__file__).parents[2]
+NOT_NEEDED = {
+    "contourpy",
+    "grpc",
+    "ibis",
+    "matplotlib",
+    "pandas",
+    "scipy",
+    "sklearn",
+    "tokenizers",
+    "torchvision",
+}
+"""Libraries of training, of drawing and, without its port, of gRPC."""
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +73,10 @@ def test_scores_over_http_are_the_trainers_for_many_clients_at_once(folder, sent
             return [score for a in answers for score in output(a.json())]
 
         np.testing.assert_allclose(asyncio.run(ask()), expected, rtol=0, atol=1e-5)
+        # scores need none of these: what a server maps says what it has imported
+        mapped = Path(f"/proc/{server.pid}/maps").read_text()
+        packages = set(re.findall(r"site-packages/(\w+)/\S+\.so", mapped))
+        assert packages & NOT_NEEDED == set() and "torch" in packages
     finally:
         server.send_signal(signal.SIGTERM)
         assert server.wait(60) == 0
@@ -109,7 +126,8 @@ def test_bad_requests_are_told_what_is_wrong(client, sent):
         (changed(one, "user_id", data=[1, 2]), "shape"),
         (changed(one, "user_id", data=None), "neither data nor binary_data_size"),
         (changed(one, "candidate_item_id", data=[[1], [2, 3]]), "which its nested values do not have"),
-        (changed(one, "user_id", data=[1, 2], shape=[2]), "has 2 values, expected 1"),
+        (changed(one, "user_id", data=[1, 2], shape=[2]), "candidate.lengths is missing"),
+        (changed(one, "query_id", data=[1, 2], shape=[2]), "has 2 values, expected 1"),
         (changed(one, "user_id", datatype="FP32"), "is FP32"),
         (changed(one, "candidate_item_id", data=[], shape=[0]), "no candidate"),
         (changed(one, "candidate_category", data=[1] * n), "its values are strings"),

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mim_torchrec.ciubm.ubm.bst import BST
+from mim_torchrec.ciubm.ubm.bst import BST, attend_at_once
 from mim_torchrec.ciubm.ubm.interface import BehaviorContext, recency_buckets
 from tests.histories import Case, assert_same_with_gradients, make_case, naive_value
 
@@ -47,6 +47,17 @@ def test_bst_equals_it_where_lengths_fall_into_several_groups():
     model = build(feedforward=12)
     case = make_case((2, 1, 2, 1), (17, 8, 30, 9))
     assert_same_with_gradients(case, model, lambda case: naive_bst(model, case))
+
+
+@pytest.mark.parametrize("max_positions", [3, 50])
+def test_all_heads_and_histories_at_once_as_on_a_gpu_equal_it_too(monkeypatch, max_positions):
+    model = build(max_positions=max_positions)
+    monkeypatch.setattr(model, "_attend", lambda *arguments: attend_at_once(*arguments, HEADS))
+    assert_same_with_gradients(make_case(), model, lambda case: naive_bst(model, case))
+    nothing = make_case(num_behaviors=(0, 0, 0, 0, 0)).with_gradient()
+    interest = nothing.run(model).value
+    interest.sum().backward()
+    assert not interest.any() and not nothing.candidates.grad.any()
 
 
 def test_behaviors_before_the_last_positions_do_not_matter():

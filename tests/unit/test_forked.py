@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mim_torchrec.benchmarks.cluster.nodes import wait_until
+from mim_torchrec.benchmarks.cluster.nodes import IN_NAMESPACES, wait_until, why_no_nodes
 
 SHOW = """
 import os, sys
@@ -80,6 +80,15 @@ def test_every_process_draws_numbers_of_its_own(run):
     code = "import random, numpy; print(random.random(), numpy.random.rand())"
     first, second = (run("python", "-c", code).stdout.split() for _ in range(2))
     assert not set(first) & set(second)
+
+
+@pytest.mark.skipif(bool(why_no_nodes()), reason=why_no_nodes() or "there are nodes")
+def test_a_program_of_another_machine_runs_there(run):
+    shown = "import os, socket; print(socket.gethostname(), len(socket.if_nameindex()), os.getppid())"
+    killed = "import os; os.kill(os.getpid(), 9)"
+    line = f'hostname apart; python -c "{shown}"; python -c "{killed}"; echo $?'
+    done = run("unshare", *IN_NAMESPACES, "bash", "-c", line)
+    assert done.stdout.split() == ["apart", "1", "0", "137"], done.stderr
 
 
 WAITS = """

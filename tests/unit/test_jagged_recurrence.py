@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
+from mim_torchrec.ciubm.ubm import recurrence_kernels
 from mim_torchrec.ciubm.ubm.dien import DIEN
 from tests.histories import make_case
 
@@ -47,3 +51,28 @@ def test_the_kernels_are_the_operators_of_a_cpu():
     found = json.loads(run.stdout)
     assert len(found) == 6 and all(len(of_case) == 8 for of_case in found.values())
     assert max(max(of_case) for of_case in found.values()) < 2e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["forward_kernel", "backward_kernel"])
+def test_the_kernels_compile_for_a_gpu_and_need_little_of_it(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernel = getattr(recurrence_kernels, name)
+    constants = {
+        "ATTENTION": True,
+        "SHIFT": True,
+        "BLOCK": recurrence_kernels.BLOCK,
+        "WIDTH": 32,
+        "SLICE": 16,
+    }
+    kinds = {"num_sequences": "i32", "dim": "i32", "offsets": "*i64", "shift": "*i64"} | dict.fromkeys(
+        constants, "constexpr"
+    )
+    source = ASTSource(
+        fn=kernel,
+        signature={argument: kinds.get(argument, "*fp32") for argument in kernel.arg_names},
+        constexprs={(k,): constants[one] for k, one in enumerate(kernel.arg_names) if one in constants},
+    )
+    options = {"num_warps": recurrence_kernels.warps(constants["WIDTH"])}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 80, 32), options=options)
+    assert compiled.asm["cubin"] and compiled.metadata.shared < 48 * 1024

@@ -278,7 +278,9 @@ def test_days_are_folders_and_row_groups_have_their_size(tmp_path):
     assert set(sizes[:-1]) == {8} and len(files) > 1
     meta = pq.read_metadata(files[0]).row_group(0)
     encodings = {meta.column(k).path_in_schema: meta.column(k).encodings for k in range(meta.num_columns)}
-    assert "RLE_DICTIONARY" in encodings["candidate_item_ids.list.element"]
+    for name in ("candidate_item_ids", "candidate_categories", "behavior_categories", "behavior_kinds"):
+        assert "RLE_DICTIONARY" in encodings[f"{name}.list.element"]
+    assert pq.read_schema(files[0]).field("behavior_kinds").type == pa.list_(pa.string())
     assert rows_of(tmp_path / "days") == rows_of(tmp_path / "none")
 
 

@@ -10,9 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from mim_torchrec.data.errors import DataError
+from mim_torchrec.embeddings.remote.places import NoSuchPlace, StoreError
 from mim_torchrec.errors import OptionError, OutputExists
 from mim_torchrec.prepare.config import PrepareConfig, parse_time
 from mim_torchrec.prepare.engines import DuckDB
+from mim_torchrec.prepare.files import find_files
 from mim_torchrec.prepare.local_time import LocalTime
 from mim_torchrec.prepare.looking import write_mapping
 from mim_torchrec.prepare.mapping import Catalog, Ids, MappingError, load_mapping
@@ -168,17 +170,23 @@ def test_the_mapping_that_init_writes_can_be_run(tmp_path, form, text):
     own.unlink()
     write_mapping(tmp_path / "raw", tmp_path / "found.toml")
     mapping = load_mapping(tmp_path / "found.toml")
-    assert (
-        mapping.events.impression.position == "position"
-        and mapping.catalog.valid_from == "valid_from"
-        or True
-    )
+    assert mapping.events.impression.position == "position" and mapping.catalog.valid_from is None
     assert mapping.ids.user == ("text" if text else "int64")
     assert mapping.events.click is not None and mapping.events.click.time_unit == "us"
     report = prepare(PrepareConfig(mapping=tmp_path / "found.toml", out=tmp_path / "out"))
     assert report["requests"]["kept"] > 100
     with pytest.raises(OutputExists):
         write_mapping(tmp_path / "raw", tmp_path / "found.toml")
+
+
+@pytest.mark.parametrize("url, error, problem", [
+    ("gs://logs/clicks", StoreError, "gs://logs/clicks: python -m pip install gcsfs"),
+    ("s4://logs/clicks", NoSuchPlace, "s4://logs/clicks: fsspec knows no scheme 's4'"),
+    ("memory://nothing/here.parquet", NoSuchPlace, "memory://nothing/here.parquet: not found"),
+])  # fmt: skip
+def test_urls_that_cannot_be_read_are_refused_in_one_line(tmp_path, url, error, problem):
+    with pytest.raises(error, match=problem):
+        find_files("events.click", url, tmp_path, [])
 
 
 def test_init_says_what_it_does_not_find(tmp_path):
@@ -194,6 +202,8 @@ def test_init_says_what_it_does_not_find(tmp_path):
     ({"validation_from": "2026-11-01"}, "go together"),
     ({"log_end": "tomorrow"}, "--log-end is 'tomorrow'"),
     ({"behaviors": ()}, "--behaviors"),
+    ({"second_label": "click"}, "--second-label is click, as --label is"),
+    ({"second_window": 0}, "--second-window"),
 ])  # fmt: skip
 def test_impossible_options_are_refused(tmp_path, changes, problem):
     with pytest.raises(OptionError, match=problem):

@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 from mim_torchrec.ciubm import heads as heads_at_once
 from mim_torchrec.ciubm.jagged import RequestPairs
 from mim_torchrec.ciubm.packed import rows_of_behaviors, rows_of_candidates, segment_logsumexp, segment_sum
+from mim_torchrec.ciubm.pair_layout import PairLayout
 from mim_torchrec.ciubm.ubm.interface import (
     NUM_RECENCY_BUCKETS,
     BehaviorContext,
@@ -92,20 +93,24 @@ class BST(UserBehaviorModel):
             behaviors, buckets = behaviors.index_select(0, recent), buckets.index_select(0, recent)
         target = candidates + self.position.weight[-1]
         history = behaviors + self.position(buckets)
-        of_target, of_history = self.projection(target), self.projection(history)
-        target_out, pair_out = self._attend(of_target, of_history, pairs)
+        if target.is_cuda:
+            projected = self.projection(torch.cat([target, history]))
+            of_target, of_history = projected.split([len(target), len(history)])
+        else:
+            of_target, of_history = self.projection(target), self.projection(history)
+        read = self._attend(of_target, of_history, pairs)
 
-        num_pairs = pairs.num_pairs
         inputs = torch.cat([rows_of_behaviors(history, pairs), target])
-        s = self.attention_norm(inputs + self.dropout(self.out(torch.cat([pair_out, target_out]))))
+        s = self.attention_norm(inputs + self.dropout(self.out(read)))
         outputs = self.norm(s + self.dropout(self.narrow(F.leaky_relu(self.widen(s)))))
 
         lengths = pairs.history_lengths()[:, None]
-        mean = segment_sum(outputs[:num_pairs], pairs) / lengths.clamp(min=1)
-        at_target = torch.where(lengths > 0, outputs[num_pairs:], 0.0)
+        at_pairs, at_target = outputs.split([pairs.num_pairs, len(target)])
+        mean = segment_sum(at_pairs, pairs) / lengths.clamp(min=1)
+        at_target = torch.where(lengths > 0, at_target, 0.0)
         return Interest(torch.cat([at_target, mean], dim=-1))
 
-    def _attend(self, target: Tensor, history: Tensor, pairs: RequestPairs) -> tuple[Tensor, Tensor]:
+    def _attend(self, target: Tensor, history: Tensor, pairs: RequestPairs) -> Tensor:
         """Multi-head attention of all positions to all, joined head by head.
 
         Args:
@@ -114,11 +119,11 @@ class BST(UserBehaviorModel):
             pairs: the pairs.
 
         Returns:
-            What the target of each candidate reads, (sum_candidates, dim), and what each behavior reads in
-            the presence of each candidate, (num_pairs, dim).
+            (num_pairs + sum_candidates, dim): what each behavior reads in the presence of each candidate,
+            then what the target of each candidate reads.
         """
         if target.is_cuda:
-            return _attend_at_once(target, history, pairs, self.heads)
+            return attend_at_once(target, history, pairs, self.heads)
         among, normalizers = attend_within(history, pairs.behavior_offsets, self.heads)
         width = target.shape[1] // (3 * self.heads)
         of_heads = zip(*(_split(x, self.heads).unbind(0) for x in (target, history)), strict=True)
@@ -138,31 +143,32 @@ class BST(UserBehaviorModel):
         own, offered = rows_of_behaviors(among, pairs), rows_of_candidates(values, pairs)
         by_head = (pairs.num_pairs, self.heads, width)
         at_pairs = torch.lerp(own.view(by_head), offered.view(by_head), share[:, :, None])
-        return torch.cat(at_targets, dim=-1), at_pairs.flatten(1)
+        return torch.cat([at_pairs.flatten(1), torch.cat(at_targets, dim=-1)])
 
 
-def _attend_at_once(
-    target: Tensor, history: Tensor, pairs: RequestPairs, heads: int
-) -> tuple[Tensor, Tensor]:
+def attend_at_once(target: Tensor, history: Tensor, pairs: RequestPairs, heads: int) -> Tensor:
     """`BST._attend` of all heads and histories at once, in few launches."""
     among, normalizers = attend_padded(history, pairs, heads)
-    scale = math.sqrt(target.shape[1] // (3 * heads))
+    dim = among.shape[1]
+    scale = math.sqrt(dim // heads)
 
     def by_head(x: Tensor) -> Tensor:
         return x.unflatten(1, (heads, -1))
 
-    q_t, k_t, v_t = (by_head(x) for x in target.chunk(3, dim=1))
-    pair_q, pair_k, offered = (by_head(x) for x in rows_of_candidates(target, pairs).chunk(3, dim=1))
-    of_behavior = rows_of_behaviors(torch.cat([history, among, normalizers], dim=1), pairs)
-    sizes = [history.shape[1], among.shape[1], heads]
-    of_history, own, of_normalizer = of_behavior.split(sizes, dim=1)
-    q_i, k_i, v_i = (by_head(x) for x in of_history.chunk(3, dim=1))
-    weights, logsumexp = heads_at_once.softmax_and_logsumexp((pair_q * k_i).sum(-1) / scale, pairs)
-    read = segment_sum((v_i * weights[:, :, None]).flatten(1), pairs)
-    share = torch.sigmoid((q_t * k_t).sum(-1) / scale - logsumexp)
-    at_targets = torch.lerp(by_head(read), v_t, share[:, :, None]).flatten(1)
-    share = torch.sigmoid((pair_k * q_i).sum(-1) / scale - of_normalizer)
-    return at_targets, torch.lerp(by_head(own), offered, share[:, :, None]).flatten(1)
+    q_t, k_t, v_t = target.split(dim, dim=1)
+    q_i, k_i, v_i = history.split(dim, dim=1)
+    of_target, offered = rows_of_candidates(target, pairs).split([2 * dim, dim], dim=1)
+    rows = rows_of_behaviors(torch.cat([k_i, q_i, v_i, among, normalizers], dim=1), pairs)
+    crossed, value, own, of_normalizer = rows.split([2 * dim, dim, dim, heads], dim=1)
+    # of each pair, how much its target heeds its behavior, and the other way round
+    scores, back = (of_target * crossed).unflatten(1, (2, heads, -1)).sum(-1).unbind(1)
+    weights, logsumexp = heads_at_once.softmax_and_logsumexp(scores / scale, pairs)
+    read = segment_sum((by_head(value) * weights[:, :, None]).flatten(1), pairs)
+    itself = (by_head(q_t) * by_head(k_t)).sum(-1)
+    normalizer, score = torch.cat([of_normalizer, logsumexp]), torch.cat([back, itself])
+    kept = torch.sigmoid(torch.sub(normalizer, score, alpha=1 / scale))  # what the target does not take
+    known, new = torch.cat([own, read]), torch.cat([offered, v_t])
+    return torch.lerp(by_head(new), by_head(known), kept[:, :, None]).flatten(1)
 
 
 def attend_padded(projected: Tensor, pairs: RequestPairs, heads: int) -> tuple[Tensor, Tensor]:
@@ -178,19 +184,51 @@ def attend_padded(projected: Tensor, pairs: RequestPairs, heads: int) -> tuple[T
     longest = int(layout.behavior_lengths.max()) if layout.behavior_lengths.numel() else 0
     if not longest:
         return projected[:, : projected.shape[1] // 3], projected[:, :heads]
-    columns = torch.arange(longest, device=projected.device)
-    position = (layout.behavior_offsets[:-1, None] + columns).clamp_(max=projected.shape[0] - 1)
-    missing = columns >= layout.behavior_offsets.diff()[:, None]
-    padded = projected.index_select(0, position.view(-1)).view(*position.shape, 3, heads, -1)
-    q, k, v = padded.permute(2, 0, 3, 1, 4).unbind(0)
-    scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])
-    scores = scores.masked_fill(missing[:, None, None], torch.finfo(scores.dtype).min)
-    normalizers = scores.logsumexp(-1)
-    out = (scores - normalizers[..., None]).exp() @ v
-    place = layout.behavior_request * longest + layout.place
-    of_positions = torch.cat([out.transpose(1, 2).flatten(2), normalizers.transpose(1, 2)], dim=2)
-    found = of_positions.flatten(0, 1).index_select(0, place)
-    return found[:, :-heads], found[:, -heads:]
+    return _AttendPadded.apply(projected, layout, longest, heads)
+
+
+class _AttendPadded(torch.autograd.Function):
+    """`_AttendWithin` in few launches, in one block (histories, heads, longest, width) of all histories."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, projected: Tensor, layout: PairLayout, longest: int, heads: int
+    ) -> tuple[Tensor, Tensor]:
+        columns = torch.arange(longest, device=projected.device)
+        position = (layout.behavior_offsets[:-1, None] + columns).clamp_(max=projected.shape[0] - 1)
+        missing = columns >= layout.behavior_offsets.diff()[:, None]
+        place = layout.behavior_request * longest + layout.place
+        shape = *position.shape, 3, heads, projected.shape[1] // (3 * heads)
+        padded = projected.index_select(0, position.view(-1)).view(shape).permute(2, 0, 3, 1, 4).contiguous()
+        q, k, v = (each.flatten(0, 1) for each in padded)
+        weights = torch.bmm(q, k.transpose(1, 2)).div_(math.sqrt(shape[-1]))
+        by_history = weights.unflatten(0, (-1, heads))
+        by_history.masked_fill_(missing[:, None, None], torch.finfo(weights.dtype).min)
+        normalizers = weights.logsumexp(-1, keepdim=True)
+        weights.sub_(normalizers).exp_()
+        read = torch.cat([torch.bmm(weights, v), normalizers], dim=2)
+        found = read.unflatten(0, (-1, heads)).transpose(1, 2).flatten(0, 1).index_select(0, place)
+        by_history.masked_fill_(missing[:, None, :, None], 0)  # of no position: it has no gradient
+        out = found[:, :, :-1].flatten(1)
+        ctx.save_for_backward(padded, weights, position, place, out)
+        return out, found[:, :, -1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_normalizers: Tensor) -> tuple[Tensor, None, None, None]:
+        padded, weights, position, place, out = ctx.saved_tensors
+        heads, longest, width = padded.shape[2:]
+        q, k, v = (each.flatten(0, 1) for each in padded)
+        by_head = grad.unflatten(1, (heads, width))
+        shift = (by_head * out.unflatten(1, (heads, width))).sum(-1).sub_(grad_normalizers)
+        both = torch.cat([by_head, shift[:, :, None]], dim=2).index_select(0, position.view(-1))
+        both = both.unflatten(0, (-1, longest)).transpose(1, 2).flatten(0, 1)
+        d_out, shift = both[:, :, :-1], both[:, :, -1:]
+        d_scores = torch.bmm(d_out, v.transpose(1, 2)).sub_(shift).mul_(weights).div_(math.sqrt(width))
+        d_q, d_k = torch.bmm(d_scores, k), torch.bmm(d_scores.transpose(1, 2), q)
+        parts = d_q, d_k, torch.bmm(weights.transpose(1, 2), d_out)
+        of_positions = torch.stack(parts, dim=1).unflatten(0, (-1, heads)).permute(0, 3, 2, 1, 4)
+        return of_positions.flatten(0, 1).index_select(0, place).flatten(1), None, None, None
 
 
 def _split(projected: Tensor, heads: int) -> Tensor:

@@ -130,4 +130,4 @@ def recency_buckets(context: BehaviorContext | None, model: str) -> Tensor:
             f"{model} needs to know how far behaviors lie back: the times of requests and behaviors, or "
             "their order (--recency order)"
         )
-    return (context.recency.double() + 1).log2().mul(2).floor().long().clamp(0, NUM_RECENCY_BUCKETS - 1)
+    return (context.recency.double() + 1).log2().mul(2).long().clamp(0, NUM_RECENCY_BUCKETS - 1)

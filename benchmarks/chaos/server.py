@@ -1,0 +1,277 @@
+"""What chaos serves and asks: two models in a folder of releases, rows in Redis, and clients that never rest.
+
+Scores are computed here before, from the tables themselves. Every answer of the server is compared with those
+of the model that it names, and its time with the deadline.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchrec.modules.embedding_configs import EmbeddingConfig
+
+from mim_torchrec.benchmarks.harness.redis_server import RedisServer
+from mim_torchrec.ctr.config import PRESETS, CTRConfig
+from mim_torchrec.ctr.parameters import is_dense
+from mim_torchrec.ctr.sharding import build_model
+from mim_torchrec.embeddings.stores.redis_store import RedisStore
+from mim_torchrec.embeddings.table.format import Table, TableWriter
+from mim_torchrec.serving.bundle import Bundle, save_bundle
+from mim_torchrec.serving.config import Limits
+from mim_torchrec.serving.protocol import InferRequest, read_requests
+from mim_torchrec.serving.releases import Release, Releases
+from mim_torchrec.serving.scorer import Scorer
+
+ITEMS, USERS, DIM, REQUESTS = 300, 50, 8, 20
+DEADLINE = 1.0  # seconds
+TOLERANCE = 1e-5
+INFER, READY = "/v2/models/mim/infer", "/v2/health/ready"
+MODELS = ("first", "second")
+BROKEN = "broken"
+
+
+def make_bundle(out: Path, seed: int) -> Bundle:
+    """A bundle of random weights."""
+    config = CTRConfig(data=out, out=out, ubm="din", preset="paper", table_version="random", embedding_dim=4,
+                       seed=seed, **PRESETS["paper"])  # fmt: skip
+    mm = EmbeddingConfig(name="mm", num_embeddings=1, embedding_dim=DIM,
+                         feature_names=["candidate_mm", "behavior_mm"])  # fmt: skip
+    rows = {"user_id": USERS, "item_id": ITEMS}
+    built = build_model(config, dict.fromkeys(rows, 1), mm, torch.device("cpu"))
+    dense = {name: value for name, value in built.state_dict().items() if is_dense(name)}
+    generator = torch.Generator().manual_seed(seed)
+    made = {name: torch.randn(1 + count, 4, generator=generator) for name, count in rows.items()}
+    tables: dict[str, tuple[Tensor, Callable[[], Tensor]]] = {
+        name: (torch.arange(count), partial(made.__getitem__, name)) for name, count in rows.items()
+    }
+    return save_bundle(out, config, dense, tables, DIM)
+
+
+class Served:
+    """A server of two workers on a folder of releases whose rows are in Redis.
+
+    Args:
+        root: where everything lies.
+        redis: the store.
+        seed: of requests.
+
+    Attributes:
+        releases: the folder.
+        bodies: requests, as they are sent.
+        expected: by version of a model the scores of every request.
+        address: host and port.
+    """
+
+    def __init__(self, root: Path, redis: RedisServer, seed: int) -> None:
+        self.redis, self.releases = redis, Releases(root / "releases")
+        table = root / "table"
+        writer = TableWriter(table, table_version="random", dim=DIM, dtype="float32", encoder={})
+        generator = torch.Generator().manual_seed(seed)
+        writer.write_shard(torch.arange(ITEMS), torch.randn(ITEMS, DIM, generator=generator))
+        writer.finish()
+        self._table = Table.open(table)
+        self._bundles = {name: make_bundle(root / name, k) for k, name in enumerate(MODELS)}
+        make_bundle(root / BROKEN, len(MODELS))
+        self.bodies = [_message(Random(f"{seed} {k}")) for k in range(REQUESTS)]
+        self.expected = {
+            bundle.model_version: self._scores(bundle, table) for bundle in self._bundles.values()
+        }
+        self.load()
+        for name in (*MODELS, BROKEN):
+            where = {"bundle": str(root / name), "table": str(table), "store": redis.url}
+            self.releases.stage(name, Release(**where, id_store=None if name == BROKEN else redis.url))
+        (dense,) = (root / BROKEN).glob("*.safetensors")
+        os.truncate(dense, dense.stat().st_size // 2)
+        self.releases.promote(MODELS[0])
+        words = ["--release", str(self.releases.root), "--port", "0", "--workers", "2", "--threads", "1"]
+        words += ["--limits.deadline-ms", str(1000 * DEADLINE), "--limits.store-timeout-ms", "100"]
+        log = (root / "server.log").open("w")
+        self._process = subprocess.Popen([sys.executable, "-m", "mim_torchrec.serving.main", *words],
+                                         stdout=subprocess.PIPE, stderr=log, text=True)  # fmt: skip
+        log.close()
+        assert self._process.stdout is not None  # it is a pipe
+        line = self._process.stdout.readline()
+        if "serving" not in line:
+            raise RuntimeError(f"the server did not start: {(root / 'server.log').read_text()}")
+        self.address = line.rpartition("//")[2].strip()
+
+    @property
+    def workers(self) -> list[int]:
+        """Their process ids."""
+        pid = self._process.pid
+        return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+    def version(self, name: str) -> str:
+        """The model of a release."""
+        return self._bundles[name].model_version
+
+    def load(self) -> None:
+        """Write all tables to Redis."""
+        RedisStore.load(self.redis.url, self._table)
+        for bundle in self._bundles.values():
+            for name in bundle.tables:
+                RedisStore.load(self.redis.url, bundle.table(name))
+
+    def kill_worker(self, rng: Random) -> None:
+        """Kill one, and wait until another has taken its place."""
+        before = set(self.workers)
+        os.kill(rng.choice(sorted(before)), signal.SIGKILL)
+        end = time.monotonic() + 30
+        while len(now := set(self.workers)) < len(before) or now == before:
+            if time.monotonic() > end:
+                raise TimeoutError("no worker took the place of one that was killed")
+            time.sleep(0.05)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the parent."""
+        self._process.send_signal(number)
+
+    def end(self) -> str | None:
+        """End it; why that was not right, or None."""
+        self._process.terminate()
+        try:
+            status = self._process.wait(10 * DEADLINE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            return f"the server had not ended {10 * DEADLINE:g} s after SIGTERM"
+        return None if status == 0 else f"the server ended with status {status}"
+
+    def _scores(self, bundle: Bundle, table: Path) -> list[list[float]]:
+        scorer = Scorer(bundle, table)
+        sent = [InferRequest.model_validate_json(body) for body in self.bodies]
+        return [scorer.score(read_requests(one, scorer, Limits()))[0].scores.tolist() for one in sent]
+
+
+@dataclass
+class Tally:
+    """What clients have seen.
+
+    Attributes:
+        answers: by status; 0 is a connection that broke.
+        wrong: scores that are not those of the model that the answer names.
+        late: answers after the deadline.
+        unexplained: answers 500, and connections that broke while no worker was killed.
+        examples: some of what was not right, in words.
+    """
+
+    answers: Counter[int] = field(default_factory=Counter)
+    wrong: int = 0
+    late: int = 0
+    unexplained: int = 0
+    examples: list[str] = field(default_factory=list)
+
+
+class Clients:
+    """Threads that ask without a pause; use it as a context.
+
+    Args:
+        served: whom they ask.
+        count: of threads.
+        seed: of what they ask.
+        slack: seconds after the deadline in which an answer is not late: a busy machine adds them on the way.
+    """
+
+    def __init__(self, served: Served, count: int, seed: int, slack: float) -> None:
+        self._slack = slack
+        self._served, self._done, self._lock = served, threading.Event(), threading.Condition()
+        self._threads = [
+            threading.Thread(target=self._run, args=(Random(f"{seed} {k}"),), daemon=True)
+            for k in range(count)
+        ]
+        self.tally = Tally()
+        self.breaks_are_expected = False
+
+    def __enter__(self) -> "Clients":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        for thread in self._threads:
+            thread.join()
+
+    def await_answers(self, count: int, limit: float = 30.0) -> None:
+        """Wait until so many further requests were answered, or refused.
+
+        Raises:
+            TimeoutError: they were not.
+        """
+        with self._lock:
+            until = self.tally.answers.total() + count
+            if not self._lock.wait_for(lambda: self.tally.answers.total() >= until, limit):
+                raise TimeoutError(f"{count} requests had no answer within {limit:g} s")
+
+    def ask(self, number: int, http: HTTPConnection) -> tuple[int, str | None]:
+        """Send a request and note its answer: the status, 0 for none, and the version of the model."""
+        begun = time.monotonic()
+        try:
+            http.request("POST", INFER, self._served.bodies[number])
+            answer = http.getresponse()
+            status, body = answer.status, json.loads(answer.read())
+        except (OSError, HTTPException) as error:
+            http.close()
+            status, body = 0, {"error": f"{type(error).__name__}: {error}"}
+        took = time.monotonic() - begun
+        with self._lock:
+            self._note(number, status, body, took)
+            self._lock.notify_all()
+        return status, body.get("model_version")
+
+    def _run(self, rng: Random) -> None:
+        http = self.connection()
+        while not self._done.is_set():
+            status, _ = self.ask(rng.randrange(REQUESTS), http)
+            if status != 200:
+                self._done.wait(0.01)  # as clients back off
+        http.close()
+
+    def connection(self) -> HTTPConnection:
+        """A connection of its own."""
+        return HTTPConnection(self._served.address, timeout=30)
+
+    def _note(self, number: int, status: int, body: dict[str, Any], took: float) -> None:
+        tally, problem = self.tally, None
+        tally.answers[status] += 1
+        if status == 200:
+            (scores,) = [one["data"] for one in body["outputs"] if one["name"] == "score"]
+            right = self._served.expected[body["model_version"]][number]
+            if any(abs(a - b) > TOLERANCE for a, b in zip(scores, right, strict=True)):
+                tally.wrong += 1
+                problem = f"request {number}: wrong scores"
+        elif status == 500 or (status == 0 and not self.breaks_are_expected):
+            tally.unexplained += 1
+            problem = f"status {status}: {body['error']}"
+        if took > DEADLINE + self._slack:
+            tally.late += 1
+            problem = f"status {status} after {took:.1f} s"
+        if problem is not None and len(tally.examples) < 10:
+            tally.examples.append(problem)
+
+
+def _message(rng: Random) -> bytes:
+    columns = {
+        "user_id": [rng.randrange(USERS)],
+        "candidate_item_id": [rng.randrange(ITEMS) for _ in range(20)],
+        "behavior_item_id": [rng.randrange(ITEMS) for _ in range(30)],
+    }
+    inputs = [
+        {"name": name, "shape": [len(data)], "datatype": "INT64", "data": data}
+        for name, data in columns.items()
+    ]
+    return json.dumps({"inputs": inputs}).encode()
