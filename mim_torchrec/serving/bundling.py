@@ -21,7 +21,7 @@ from mim_torchrec.embeddings.remote.places import Place, Url
 from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.quiet import quiet
 from mim_torchrec.serving.bundle import Bundle, save_bundle
-from mim_torchrec.serving.exported import NAME, export_dense
+from mim_torchrec.serving.dense.exported import NAME, export_dense
 
 
 def write_bundle(run: Path | Url, out: Path, checkpoint: str = "best") -> Bundle:

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from mim_torchrec.ciubm.ciubm import CiUBM, Interests
 from mim_torchrec.ciubm.jagged import RequestPairs
 from mim_torchrec.ciubm.ubm.interface import BehaviorContext
-from mim_torchrec.serving.dense_similarity import similarity_of_request
-from mim_torchrec.serving.dense_ubm import requests_of
+from mim_torchrec.serving.dense.similarity import similarity_of_request
+from mim_torchrec.serving.dense.ubm import requests_of
 
 
 def is_linear(ciubm: CiUBM) -> bool:

@@ -24,7 +24,7 @@ from mim_torchrec.embeddings.table.manifest import VersionMismatch
 from mim_torchrec.embeddings.windows.window import Window
 from mim_torchrec.errors import OptionError
 from mim_torchrec.serving.bundle import Bundle
-from mim_torchrec.serving.dense_model import make_dense
+from mim_torchrec.serving.dense.model import make_dense
 from mim_torchrec.serving.matrix import MatrixCache, MatrixCiUBM, is_linear
 from mim_torchrec.serving.messages import BadRequest, ScoreRequest, Scores
 

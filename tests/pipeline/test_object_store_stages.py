@@ -19,7 +19,7 @@ from mim_torchrec.embeddings.table.format import Table
 from mim_torchrec.errors import OutputExists
 from mim_torchrec.representation.export import main as export
 from mim_torchrec.serving.bundle import Bundle
-from mim_torchrec.serving.bundle import main as bundle
+from mim_torchrec.serving.bundling import main as bundle
 from tests.object_store import contents, upload
 from tests.programs import TINY_TOWERS, small_shop, words
 from tests.ranks import RankError, run_ranks

@@ -15,11 +15,12 @@ from mim_torchrec.ciubm.ubm.interface import BehaviorContext
 from mim_torchrec.ciubm.ubm.sim import SIM
 from mim_torchrec.ciubm.ubm.twin import TWIN
 from mim_torchrec.ctr.model import DeepCTR
-from mim_torchrec.serving import blocks, dense_similarity
-from mim_torchrec.serving.dense_search import largest
-from mim_torchrec.serving.dense_similarity import similarity_of_request
-from mim_torchrec.serving.dense_ubm import FORMS, DenseUBM
-from mim_torchrec.serving.folding import fold_batch_norms
+from mim_torchrec.serving.dense import blocks
+from mim_torchrec.serving.dense import similarity as dense_similarity
+from mim_torchrec.serving.dense.folding import fold_batch_norms
+from mim_torchrec.serving.dense.search import largest
+from mim_torchrec.serving.dense.similarity import similarity_of_request
+from mim_torchrec.serving.dense.ubm import FORMS, DenseUBM
 from mim_torchrec.serving.grid import pairs_of
 
 DIM = 8

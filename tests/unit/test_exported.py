@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from mim_torchrec.benchmarks.speed.serving_inputs import InputConfig, make_bundle, make_request, make_table
 from mim_torchrec.errors import OptionError
 from mim_torchrec.serving.bundle import Bundle
-from mim_torchrec.serving.exported import INPUTS, NAME, export_dense
+from mim_torchrec.serving.dense.exported import INPUTS, NAME, export_dense
 from mim_torchrec.serving.scorer import Scorer
 
 LENGTHS = ((3, 70), (1, 1), (2, 0), (5, 30))

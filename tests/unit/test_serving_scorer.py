@@ -18,7 +18,7 @@ from mim_torchrec.embeddings.stores.redis_store import RedisStore
 from mim_torchrec.embeddings.table.format import Table, VersionMismatch
 from mim_torchrec.embeddings.windows.window import Window
 from mim_torchrec.serving.bundle import Bundle
-from mim_torchrec.serving.bundle import main as bundle_command
+from mim_torchrec.serving.bundling import main as bundle_command
 from mim_torchrec.serving.bundling import write_bundle
 from mim_torchrec.serving.grid import Grid
 from mim_torchrec.serving.matrix import MatrixCache, MatrixCiUBM, interest_matrix

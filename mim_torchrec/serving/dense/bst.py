@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mim_torchrec.ciubm.ubm.bst import BST, attend_within
 from mim_torchrec.ciubm.ubm.interface import BehaviorContext, recency_buckets
-from mim_torchrec.serving.blocks import blocks_of
+from mim_torchrec.serving.dense.blocks import blocks_of
 
 
 def bst_interest(

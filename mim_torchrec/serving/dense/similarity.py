@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mim_torchrec.ciubm.similarity import STATISTICS, WHOLE, similarity_interest
-from mim_torchrec.serving.blocks import blocks_of
+from mim_torchrec.serving.dense.blocks import blocks_of
 from mim_torchrec.serving.grid import Grid
 
 BYTES = 8  # of a word

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mim_torchrec.ciubm.ubm.activation import Dice, PReLU
 from mim_torchrec.ciubm.ubm.din import DIN
 from mim_torchrec.ciubm.ubm.interface import BehaviorContext
-from mim_torchrec.serving.blocks import blocks_of
+from mim_torchrec.serving.dense.blocks import blocks_of
 
 
 def din_interest(

@@ -15,7 +15,7 @@ from torch import Tensor
 from mim_torchrec.ciubm.ubm.interface import BehaviorContext, recency_buckets
 from mim_torchrec.ciubm.ubm.sim import SIM
 from mim_torchrec.ciubm.ubm.twin import TWIN
-from mim_torchrec.serving.blocks import blocks_of
+from mim_torchrec.serving.dense.blocks import blocks_of
 
 
 def among_largest(scores: Tensor, k: int) -> np.ndarray:

@@ -16,9 +16,9 @@ from mim_torchrec.ciubm.ubm.din import DIN
 from mim_torchrec.ciubm.ubm.interface import BehaviorContext, Interest
 from mim_torchrec.ciubm.ubm.sim import SIM
 from mim_torchrec.ciubm.ubm.twin import TWIN
-from mim_torchrec.serving.dense_bst import bst_interest
-from mim_torchrec.serving.dense_din import din_interest
-from mim_torchrec.serving.dense_search import sim_interest, twin_interest
+from mim_torchrec.serving.dense.bst import bst_interest
+from mim_torchrec.serving.dense.din import din_interest
+from mim_torchrec.serving.dense.search import sim_interest, twin_interest
 from mim_torchrec.serving.grid import Grid
 
 Form = Callable[[Any, Tensor, Tensor, BehaviorContext | None], Tensor | None]

@@ -3,8 +3,8 @@
 from typing import cast
 
 from mim_torchrec.ctr.model import CTRModel, DeepCTR
-from mim_torchrec.serving.dense_ubm import DenseUBM
-from mim_torchrec.serving.folding import fold_batch_norms
+from mim_torchrec.serving.dense.folding import fold_batch_norms
+from mim_torchrec.serving.dense.ubm import DenseUBM
 from mim_torchrec.serving.grid import pairs_of
 
 

@@ -26,8 +26,8 @@ from mim_torchrec.ctr.model import CTRModel, DeepCTR
 from mim_torchrec.embeddings.files import atomic_file
 from mim_torchrec.errors import OptionError
 from mim_torchrec.serving.bundle import Bundle
-from mim_torchrec.serving.exported_ubm import FUNCTIONS, LOWEST
-from mim_torchrec.serving.folding import fold_batch_norms
+from mim_torchrec.serving.dense.exported_ubm import FUNCTIONS, LOWEST
+from mim_torchrec.serving.dense.folding import fold_batch_norms
 
 NAME = "dense.pt2"
 INPUTS = "inputs.json"

@@ -30,7 +30,7 @@ def avg_pooling(ubm: AvgPooling, candidates: Tensor, behaviors: Tensor, context:
 
 
 def din(ubm: DIN, candidates: Tensor, behaviors: Tensor, context: BehaviorContext) -> Tensor:
-    """As in `dense_din`, of all candidates at once."""
+    """As in `din.din_interest`, of all candidates at once."""
     w_candidate, w_behavior, w_difference, w_product = ubm.first.weight.chunk(4, dim=1)
     constant = F.linear(candidates, w_candidate + w_difference, ubm.first.bias)
     matrices = w_behavior - w_difference + w_product * candidates[:, None]
