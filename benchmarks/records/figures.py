@@ -172,20 +172,6 @@ def reader_input(record: Record) -> Figure:
     return figure
 
 
-def prepare(record: Record) -> Figure:
-    """Preparation beside the bare query, and its rate and memory by the size of the log."""
-    figure, axes = panels(3)
-    bars(axes[0], {"": [record["bare_seconds"], record["seconds"]]}, ["read, sort, write", "mim prepare"],
-         (PALE_COLOR,), "seconds", show="{:.1f}".format)  # fmt: skip
-    sizes = list(record["scale"]["sizes"].values())
-    names = [f"{one['events'] / 1e6:.1f} M" for one in sizes]
-    bars(axes[1], {"": [one["events_per_cpu_second"] for one in sizes]}, names, (MIM_COLOR,),
-         "events a second of CPU, by events", show="{:,.0f}".format)  # fmt: skip
-    bars(axes[2], {"": [one["added_mib"] for one in sizes]}, names, (THIRD_COLOR,),
-         "memory beyond the start (MiB), by events", show="{:.0f}".format)  # fmt: skip
-    return figure
-
-
 def chaos(record: Record) -> Figure:
     """Kills by process, and what was compared."""
     figure, axes = panels(2)
@@ -207,7 +193,7 @@ def chaos(record: Record) -> Figure:
 DRAWN: Mapping[str, Callable[[Record], Figure]] = {
     draw.__name__: draw
     for draw in (efficiency, scaling, frozen_table, csft_loss, export_throughput, ctr_throughput, rim_latency,
-                 serving, prepare, chaos)
+                 serving, chaos)
 } | {"input": reader_input}  # fmt: skip
 
 

@@ -182,15 +182,6 @@ BENCHMARKS: Sequence[Benchmark] = (
         },
     ),
     Benchmark(
-        name="prepare", module="speed.prepare",
-        target="bench-prepare", title="Raw logs prepared, beside a query that reads and sorts them",
-        small=("--impressions", "200000", "--rounds", "3", "--fractions", "0.5", "--spark-impressions", "0"),
-        figures={
-            "prepare over the bare query, CPU": "over_bare_cpu",
-            "events a second of CPU, at any size over the smallest": "scale|rate",
-        },
-    ),
-    Benchmark(
         name="chaos", module="chaos.main",
         target="chaos", title="Kills, duplicates, gaps and other versions",
         small=("--kills", "40", "--items", "1500", "--requests", "500", "--injected", "100"),
@@ -211,6 +202,12 @@ EXPERIMENTS: Sequence[Experiment] = (
         "daily", "daily [DATA=<folder>]", "Models of every day, with tables that grow and bounded ones"
     ),
     Experiment("abtest", "abtest", "Table 7: a simulated online test"),
+    Experiment(
+        "prepare",
+        "bench-prepare",
+        "Raw logs prepared, beside a query that reads and sorts them",
+        room="speed",
+    ),
     Experiment("disk_faults", "faults", "Every call of every writer fails once", room="chaos"),
     Experiment(
         "torchrec_parity", "torchrec-parity", "Frozen collections beside TorchRec's own", room="parity"
