@@ -1,7 +1,10 @@
 """Every test process, and every process it starts, computes on one thread: ranks share few cores."""
 
+import multiprocessing.context
 import os
+import sys
 import uuid
+from multiprocessing import get_context
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -11,6 +14,7 @@ import torch  # noqa: E402 (it reads the environment when it loads)
 
 from mim_torchrec.benchmarks.harness.redis_server import RedisCluster, RedisServer  # noqa: E402
 from tests.forked import forked_programs  # noqa: E402
+from tests.ranks import start_fork_server  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -22,11 +26,17 @@ LONG = (
     "test_demo",
     "test_ctr_benchmarks",
     "test_image",
+    "test_prepare_demo",
+    "test_prepare_spark",
+    "test_elastic",
     "test_csft_resume",
     "test_chaos",
+    "test_extras",
     "test_rim_main",
     "test_stage_resume",
     "test_pretrain_main",
+    "test_registry",
+    "test_doctor",
 )
 """Files that take longest, in the order in which they begin."""
 FOLDERS = ("cluster", "pipeline", "pretended_gpu", "distributed", "unit")
@@ -56,10 +66,20 @@ def forked():
 
 @pytest.fixture(scope="module")
 def forked_stages(forked):
-    """Lets pipelines of this process start the processes of their stages from the fork server."""
-    with pytest.MonkeyPatch.context() as environment:
+    """Lets the fork server run what this process starts as `sys.executable`, and the stages of pipelines."""
+    with pytest.MonkeyPatch.context() as patched:
         for name in ("MIM_PYTHON", "PYTHON_EXEC"):
-            environment.setenv(name, forked[name])
+            patched.setenv(name, forked[name])
+        patched.setattr(sys, "executable", forked["MIM_PYTHON"])
+        yield
+
+
+@pytest.fixture(scope="module")
+def forked_workers():
+    """Lets the fork server of `multiprocessing` make the processes that this one spawns."""
+    start_fork_server()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(multiprocessing.context._concrete_contexts, "spawn", get_context("forkserver"))
         yield
 
 

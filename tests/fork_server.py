@@ -58,7 +58,8 @@ def load() -> None:
         SystemExit: an import has started a thread, which a forked process would lack.
     """
     for module in (*ALSO, *own_modules()):
-        import_module(module)
+        with suppress(ImportError):  # of what is not installed; whoever imports it is told so
+            import_module(module)
     names = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
     if others := [name for name in names if name != AFTER_FORK][1:]:
         raise SystemExit(f"an import has started threads, {others}: this process cannot be forked")

@@ -1,15 +1,17 @@
 """Run a function on several gloo ranks, each a real process.
 
-The processes come from a fork server that has loaded torchrec and the stages once, so that only the first
-call of a test session waits for it.
+The processes come from a fork server that has loaded the package once, so that only the first call of a test
+session waits for it.
 """
 
 import os
 import tempfile
 import traceback
 from collections.abc import Callable
+from contextlib import chdir
 from datetime import timedelta
 from multiprocessing import set_forkserver_preload
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-STAGES = ("csft.main", "ctr.evaluation", "pretraining.main", "representation.export")
-PRELOADED = ["pytest", "torchrec", *(f"mim_torchrec.{stage}" for stage in STAGES)]
 TIMEOUT = timedelta(minutes=10)  # a rank takes long to start where other tests run
 
 
@@ -34,7 +34,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
         RankError: a rank raised. The tracebacks of all that did are in the message, the first one first:
             the others may only have lost it. Those that still ran are ended.
     """
-    set_forkserver_preload(PRELOADED)
+    start_fork_server()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         try:
@@ -45,6 +45,13 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
             found = sorted(folder.glob("*.error"), key=lambda file: file.stat().st_mtime_ns)
             raise RankError("\n".join(file.read_text() for file in found) or str(error)) from None
         return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def start_fork_server() -> None:
+    """Start the fork server of `multiprocessing`, unless it runs."""
+    set_forkserver_preload(["tests.preloaded"])
+    with chdir(Path(__file__).parents[1]):
+        ensure_running()
 
 
 class RankError(RuntimeError):

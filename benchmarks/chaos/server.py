@@ -25,7 +25,7 @@ from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingConfig
 
 from mim_torchrec.benchmarks.harness.redis_server import RedisServer
-from mim_torchrec.ctr.config import PRESETS, CTRConfig
+from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.parameters import is_dense
 from mim_torchrec.ctr.sharding import build_model
 from mim_torchrec.embeddings.stores.redis_store import RedisStore
@@ -46,8 +46,7 @@ BROKEN = "broken"
 
 def make_bundle(out: Path, seed: int) -> Bundle:
     """A bundle of random weights."""
-    config = CTRConfig(data=out, out=out, ubm="din", preset="paper", table_version="random", embedding_dim=4,
-                       seed=seed, **PRESETS["paper"])  # fmt: skip
+    config = CTRConfig(data=out, out=out, ubm="din", table_version="random", embedding_dim=4, seed=seed)
     mm = EmbeddingConfig(name="mm", num_embeddings=1, embedding_dim=DIM,
                          feature_names=["candidate_mm", "behavior_mm"])  # fmt: skip
     rows = {"user_id": USERS, "item_id": ITEMS}

@@ -155,6 +155,18 @@ def serving(record: Record) -> Figure:
     return figure
 
 
+def windows(record: Record) -> Figure:
+    """What a window costs by the number of windows before."""
+    figure, axes = panels(1)
+    costs = record["microseconds"]
+    ages = [f"{int(age):,}" for age in next(iter(costs.values()))]
+    series = {step.replace("_", " "): list(by_age.values()) for step, by_age in costs.items()}
+    bars(axes[0], {age: [own[k] for own in series.values()] for k, age in enumerate(ages)}, list(series),
+         (PALE_COLOR, THIRD_COLOR, MIM_COLOR), "CPU (µs) by windows before", log=True,
+         show="{:.0f}".format)  # fmt: skip
+    return figure
+
+
 def reader_input(record: Record) -> Figure:
     """The reader beside a raw scan, its memory, and what a start takes by the size of the data."""
     figure, axes = panels(3)
@@ -169,6 +181,20 @@ def reader_input(record: Record) -> Figure:
               "scan of ids": [own["scan"] for own in parts.values()]}  # fmt: skip
     bars(axes[2], series, [f"{size}×" for size in parts], (PALE_COLOR, MIM_COLOR), "start (s), by data",
          show="{:.1f}".format)  # fmt: skip
+    return figure
+
+
+def prepare(record: Record) -> Figure:
+    """Preparation beside the bare query, and its rate and memory by the size of the log."""
+    figure, axes = panels(3)
+    bars(axes[0], {"": [record["bare_seconds"], record["seconds"]]}, ["read, sort, write", "mim prepare"],
+         (PALE_COLOR,), "seconds", show="{:.1f}".format)  # fmt: skip
+    sizes = list(record["scale"]["sizes"].values())
+    names = [f"{one['events'] / 1e6:.1f} M" for one in sizes]
+    bars(axes[1], {"": [one["events_per_cpu_second"] for one in sizes]}, names, (MIM_COLOR,),
+         "events a second of CPU, by events", show="{:,.0f}".format)  # fmt: skip
+    bars(axes[2], {"": [one["added_mib"] for one in sizes]}, names, (THIRD_COLOR,),
+         "memory beyond the start (MiB), by events", show="{:.0f}".format)  # fmt: skip
     return figure
 
 
@@ -193,7 +219,7 @@ def chaos(record: Record) -> Figure:
 DRAWN: Mapping[str, Callable[[Record], Figure]] = {
     draw.__name__: draw
     for draw in (efficiency, scaling, frozen_table, csft_loss, export_throughput, ctr_throughput, rim_latency,
-                 serving, chaos)
+                 serving, windows, prepare, chaos)
 } | {"input": reader_input}  # fmt: skip
 
 

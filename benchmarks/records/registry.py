@@ -171,6 +171,16 @@ BENCHMARKS: Sequence[Benchmark] = (
         },
     ),
     Benchmark(
+        name="windows", module="speed.windows",
+        target="bench-windows", title="A window at the age of production",
+        small=("--ages", "10", "10000", "100000", "--rounds", "200"),
+        figures={
+            f"{label}, oldest over youngest": f"{step}_ratio"
+            for step, label in (("append", "appending a window"), ("head", "number of the newest window"),
+                                ("apply", "applying a window"), ("index_add", "adding items to an index"))
+        },
+    ),
+    Benchmark(
         name="input", module="speed.input",
         target="bench-input", title="The input of a CTR model",
         small=("--requests", "40000", "--row-groups", "1000", "20000", "40000", "--rounds", "3",
@@ -179,6 +189,15 @@ BENCHMARKS: Sequence[Benchmark] = (
             **{f"reader and mapping over a raw scan, CPU, row groups of {rows}": f"reader|cpu_over_raw|{rows}"
                for rows in ("1000", "20000")},
             "two readers over one": "reader|two_over_one",
+        },
+    ),
+    Benchmark(
+        name="prepare", module="speed.prepare",
+        target="bench-prepare", title="Raw logs prepared, beside a query that reads and sorts them",
+        small=("--impressions", "200000", "--rounds", "3", "--fractions", "0.5", "--spark-impressions", "0"),
+        figures={
+            "prepare over the bare query, CPU": "over_bare_cpu",
+            "events a second of CPU, at any size over the smallest": "scale|rate",
         },
     ),
     Benchmark(
@@ -202,12 +221,6 @@ EXPERIMENTS: Sequence[Experiment] = (
         "daily", "daily [DATA=<folder>]", "Models of every day, with tables that grow and bounded ones"
     ),
     Experiment("abtest", "abtest", "Table 7: a simulated online test"),
-    Experiment(
-        "prepare",
-        "bench-prepare",
-        "Raw logs prepared, beside a query that reads and sorts them",
-        room="speed",
-    ),
     Experiment("disk_faults", "faults", "Every call of every writer fails once", room="chaos"),
     Experiment(
         "torchrec_parity", "torchrec-parity", "Frozen collections beside TorchRec's own", room="parity"

@@ -46,3 +46,9 @@ BUDGETS = {
     "twin+recommended 2 ranks": Budget(427, 11, 9),
     "din+recommended dice 2 ranks": Budget(447, 11, 9),
 }
+
+STAGE_BUDGETS = {
+    "csft": Budget(528, 8, 5),
+    "csft with trained towers, bf16": Budget(1030, 14, 6),
+}
+"""Of a training step of stages on one rank, by their names in `stages.py`."""

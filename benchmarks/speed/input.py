@@ -3,7 +3,8 @@
 Requests with full histories are written with row groups of several sizes. The reader, with the mapping of
 ids to embedding rows, takes turns with a scan by PyArrow that reads the same columns and does nothing with
 them; both are counted in seconds of the CPU. Memory is measured in processes of their own, as what is private
-to them beyond what they had before. Two readers are those of two ranks, in two processes.
+to them beyond what they had before. Two readers are those of two ranks, in two processes; two raw scans in
+two processes, each of every other row group, say what the machine gives to two of anything.
 
 `data_wait` is the fraction of the time of training steps that the loop waits for a batch, of the demo's model
 with one thread that reads ahead. `startup` is what `mim ctr` does until it has its first batch, for training
@@ -99,11 +100,11 @@ def consume(reader: RequestReader, mapper: IdMapper) -> int:
     return sum(batch.num_requests for batch in reader.batches(mapper=mapper))
 
 
-def raw_scan(files: Sequence[Path], columns: Sequence[str]) -> None:
-    """Let PyArrow read columns of all row groups, one after another, on this thread."""
+def raw_scan(files: Sequence[Path], columns: Sequence[str], rank: int = 0, world_size: int = 1) -> None:
+    """Let PyArrow read columns of a rank's row groups, one after another, on this thread."""
     for file in files:
         parquet = pq.ParquetFile(file)
-        for group in range(parquet.num_row_groups):
+        for group in range(rank, parquet.num_row_groups, world_size):
             parquet.read_row_group(group, columns=list(columns), use_threads=False)
 
 
@@ -131,17 +132,33 @@ def peak_mib(config: InputConfig, files: Sequence[Path]) -> float:
         return (peak() - before) / 2**20
 
 
-def read_as_rank(config: InputConfig, files: Sequence[Path], rank: int, ready: list[Barrier]) -> list[float]:
-    """Seconds of epochs of one of several ranks, which begin together."""
-    reader = make_reader(config, files, rank=rank, world_size=ready[0].parties)
-    mapper, seconds = make_mapper(files), []
+def seconds_of_turns(ready: list[Barrier], work: Callable[[int], Any]) -> list[float]:
+    """Seconds of turns that all ranks begin together, without the first."""
+    seconds = []
     for turn, barrier in enumerate(ready):
-        reader.set_epoch(turn)
         barrier.wait()
         started = time.perf_counter()
-        consume(reader, mapper)
+        work(turn)
         seconds.append(time.perf_counter() - started)
     return seconds[1:]
+
+
+def read_as_rank(config: InputConfig, files: Sequence[Path], rank: int, ready: list[Barrier]) -> list[float]:
+    """Seconds of epochs of one of several ranks."""
+    reader = make_reader(config, files, rank=rank, world_size=ready[0].parties)
+    mapper = make_mapper(files)
+
+    def read(turn: int) -> None:
+        reader.set_epoch(turn)
+        consume(reader, mapper)
+
+    return seconds_of_turns(ready, read)
+
+
+def scan_as_rank(config: InputConfig, files: Sequence[Path], rank: int, ready: list[Barrier]) -> list[float]:
+    """Seconds of raw scans of the row groups of one of several ranks."""
+    columns = make_reader(config, files).columns
+    return seconds_of_turns(ready, lambda _: raw_scan(files, columns, rank, ready[0].parties))
 
 
 def apart(work: Callable[..., Any], *arguments: Any) -> Any:
@@ -150,15 +167,17 @@ def apart(work: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(work, *arguments).result()
 
 
-def readers_together(config: InputConfig, files: Sequence[Path]) -> dict[str, float]:
-    """Seconds in which one rank, and two ranks side by side, read an epoch."""
+def side_by_side(
+    config: InputConfig, files: Sequence[Path], work: Callable[..., list[float]]
+) -> dict[str, float]:
+    """Seconds in which one rank, and two ranks side by side, do work, such as `read_as_rank`."""
     spawn = multiprocessing.get_context("spawn")
     found = {}
     with spawn.Manager() as manager:
         for ranks in (1, 2):
             ready = [manager.Barrier(ranks) for _ in range(1 + config.rounds)]
             with ProcessPoolExecutor(ranks, spawn, program.log_to_stderr) as pool:
-                running = [pool.submit(read_as_rank, config, files, rank, ready) for rank in range(ranks)]
+                running = [pool.submit(work, config, files, rank, ready) for rank in range(ranks)]
                 slowest = map(max, zip(*(one.result() for one in running), strict=True))
                 found[ranks] = statistics.median(slowest)
     return {"one_s": found[1], "two_s": found[2], "ratio": found[1] / found[2]}
@@ -231,9 +250,8 @@ def measure(config: InputConfig) -> dict[str, Any]:
         print(f"row groups of {rows:7,}: {cpu[str(rows)]['ratio']:.2f} times the CPU of a raw scan, "
               f"{memory[str(rows)]:.0f} MiB", flush=True)  # fmt: skip
     like = config.row_groups[min(1, len(config.row_groups) - 1)]
-    together = readers_together(
-        config, write_requests(config.out / f"requests-{like}", config, config.requests, like)
-    )
+    files = write_requests(config.out / f"requests-{like}", config, config.requests, like)
+    together, scans = (side_by_side(config, files, work) for work in (read_as_rank, scan_as_rank))
     waits, startup = waiting(config), start_up(config)
     report: dict[str, Any] = {
         "reader": {
@@ -243,6 +261,8 @@ def measure(config: InputConfig) -> dict[str, Any]:
             "peak_mib_by_row_group": memory,
             "two_over_one": together["ratio"],
             "two": together,
+            "two_raw_over_one": scans["ratio"],
+            "two_raw": scans,
         },
         **waits,
         "startup": {size: figures["seconds"] for size, figures in startup.items()},
@@ -302,7 +322,8 @@ def sections(config: InputConfig, report: dict[str, Any]) -> list[Section]:
             "The reader beside a raw scan",
             text=[f"{config.requests:,} requests of {config.behaviors} behaviors and {config.candidates} "
                   f"candidates. Memory is with a buffer of {config.buffer_rows:,} requests. Two readers "
-                  f"together deliver {reader['two_over_one']:.2f} times what one does."],
+                  f"together deliver {reader['two_over_one']:.2f} times what one does; two raw scans, which "
+                  f"share nothing but the machine, {reader['two_raw_over_one']:.2f} times."],
             columns=["rows of a row group", "reader and mapping, CPU s", "raw scan, CPU s", "ratio", "MiB"],
             rows=rows,
         ),

@@ -108,9 +108,16 @@ class ItemIndex:
 
     def rows(self, ids: Tensor) -> Tensor:
         """Return the row of every id, int64 in the shape of ``ids``, and count."""
-        rows = map_distinct(ids, self._rows)
-        self.seen += ids.numel()
-        self.unknown += ids.numel() - int(torch.count_nonzero(rows))
+        return self.count(self.look_up(ids))
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        """The same rows, without counting."""
+        return map_distinct(ids, self._rows)
+
+    def count(self, rows: Tensor) -> Tensor:
+        """Count rows as those of ids that were looked up; returns them."""
+        self.seen += rows.numel()
+        self.unknown += rows.numel() - int(torch.count_nonzero(rows))
         return rows
 
     def homes(self, ids: Tensor) -> Tensor:

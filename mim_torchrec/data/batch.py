@@ -14,11 +14,11 @@ from mim_torchrec.data.request_columns import Coded
 
 
 class FeatureIds(NamedTuple):
-    """Ids of one feature of B requests, before they are part of a batch.
+    """Ids of one feature of B requests, or their rows, before they are part of a batch.
 
     Args:
         key: name of the feature.
-        ids: (n,) int64, or coded.
+        ids: (n,) int64, or rows that may be int32; or coded.
         lengths: (B,) int32, how many of them each request has.
     """
 
@@ -27,7 +27,7 @@ class FeatureIds(NamedTuple):
     lengths: Tensor
 
     def values(self) -> Tensor:
-        """(n,) int64 ids."""
+        """(n,) ids or rows."""
         return self.ids if isinstance(self.ids, Tensor) else torch.from_numpy(self.ids.values)
 
 
@@ -59,9 +59,10 @@ def keyed(
     for own, of_batch, each, stride in zip(
         zip(*parts, strict=True), lengths.split(requests, dim=1), sizes.T.tolist(), requests, strict=True
     ):
+        joined = torch.cat(own)
         yield KeyedJaggedTensor(
             keys=keys,
-            values=torch.cat(own),
+            values=joined.long() if joined.dtype == torch.int32 else joined,
             lengths=of_batch.reshape(-1),
             stride=stride,
             length_per_key=each,

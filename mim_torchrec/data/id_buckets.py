@@ -13,6 +13,9 @@ MOST = 32
 STEPS = 4
 """Steps that all ids take before those that are found are left out."""
 
+AT_ONCE = 1 << 14
+"""Ids that are looked up at once, so that what is computed of them stays in the cache."""
+
 
 class IdBuckets:
     """Finds ids among sorted ones.
@@ -39,12 +42,16 @@ class IdBuckets:
         kind = np.int32 if len(ids) < 2**31 else np.int64
         self._starts = (np.cumsum(sizes) - sizes).astype(kind) if self.pays else np.zeros(0, kind)
 
-    def places(self, wanted: np.ndarray) -> np.ndarray:
-        """(m,) places of ids (m,) int64 in any order, -1 for those that are not there."""
-        places = self._starts.take(self._ranges(wanted), mode="clip").astype(np.int64)
-        missed = np.flatnonzero(self._ids.take(places) != wanted)
-        if len(missed):
-            places[missed] = self._further(wanted.take(missed), places.take(missed))
+    def places(self, wanted: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """(m,) places of ids (m,) int64 in any order, -1 for those that are not there; in `out`, if given."""
+        places = np.empty(len(wanted), np.int64) if out is None else out
+        for start in range(0, len(wanted), AT_ONCE):
+            own = wanted[start : start + AT_ONCE]
+            found = self._starts.take(self._ranges(own), mode="clip").astype(np.int64)
+            missed = np.flatnonzero(self._ids.take(found) != own)
+            if len(missed):
+                found[missed] = self._further(own.take(missed), found.take(missed))
+            places[start : start + AT_ONCE] = found
         return places
 
     def _further(self, wanted: np.ndarray, at: np.ndarray) -> np.ndarray:

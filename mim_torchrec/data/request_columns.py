@@ -1,9 +1,8 @@
-"""Requests as arrays: what `columns` decodes, and how rows of it are taken, joined and cut.
+"""Requests as arrays: what `columns` decodes, and how rows of it are taken.
 
 Nothing here loops over rows: a list column is its flat values and the lengths of its rows.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -13,7 +12,7 @@ from numpy.lib.stride_tricks import as_strided
 
 @dataclass(frozen=True)
 class Coded:
-    """Ids that repeat often: `codes` (n,) int32 are places in `ids` (m,) int64, which may repeat, too."""
+    """Ids that repeat often, or rows: `codes` (n,) int32 are places in `ids` (m,), which repeat, too."""
 
     codes: np.ndarray
     ids: np.ndarray
@@ -26,7 +25,7 @@ class Coded:
 
     @property
     def values(self) -> np.ndarray:
-        """(n,) int64."""
+        """(n,) ids."""
         found: np.ndarray = self.ids.take(self.codes)
         return found
 
@@ -49,9 +48,12 @@ class Jagged:
         found: np.ndarray = np.concatenate([[0], self.stops]).take(rows)
         return found
 
-    def pop(self, name: str) -> np.ndarray:
-        """Take out values, which are coded or not."""
-        return self.coded.pop(name).values if name in self.coded else self.values.pop(name)
+    def between(self, start: int, stop: int) -> "Jagged":
+        """The lists of rows that follow one another, in the same memory."""
+        own = slice(*self.starts_of(np.array([start, stop])).tolist())
+        values = {name: values[own] for name, values in self.values.items()}
+        coded = {name: codes[own] for name, codes in self.coded.items()}
+        return Jagged(self.lengths[start:stop], values, coded)
 
     def take(self, rows: np.ndarray, last: int | None = None) -> "Jagged":
         """The lists of some rows, of each only the `last` values where given."""
@@ -98,6 +100,13 @@ class RequestColumns:
     def __len__(self) -> int:
         return len(self.scalars["request_id"])
 
+    def between(self, start: int, stop: int) -> "RequestColumns":
+        """Rows that follow one another, in the same memory."""
+        scalars = {name: values[start:stop] for name, values in self.scalars.items()}
+        ids = {name: jagged.between(start, stop) for name, jagged in self.ids.items()}
+        behavior, candidate = self.behavior.between(start, stop), self.candidate.between(start, stop)
+        return RequestColumns(scalars, behavior, candidate, ids)
+
     def take(self, rows: np.ndarray, max_behaviors: int | None = None) -> "RequestColumns":
         """Some rows in the order given, each with its last `max_behaviors` behaviors."""
         scalars = {name: values.take(rows) for name, values in self.scalars.items()}
@@ -105,50 +114,6 @@ class RequestColumns:
         return RequestColumns(
             scalars, self.behavior.take(rows, max_behaviors), self.candidate.take(rows), ids
         )
-
-    def view(self) -> "RequestColumns":
-        """The same arrays, which can be taken out of it and stay in the other."""
-        ids = {name: jagged.view() for name, jagged in self.ids.items()}
-        return RequestColumns(dict(self.scalars), self.behavior.view(), self.candidate.view(), ids)
-
-
-def concatenate(parts: Sequence[RequestColumns]) -> RequestColumns:
-    """Join requests that have the same columns."""
-    return joined([part.view() for part in parts])
-
-
-def joined(parts: Sequence[RequestColumns]) -> RequestColumns:
-    """Join requests that have the same columns, which are taken out of the parts: none is there twice."""
-    if len(parts) == 1:
-        return parts[0]
-
-    def scalars(own: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        return {name: np.concatenate([one.pop(name) for one in own]) for name in list(own[0])}
-
-    def lists(own: list[Jagged]) -> Jagged:
-        found = Jagged(np.concatenate([jagged.lengths for jagged in own]), {})
-        for name in (*own[0].values, *own[0].coded):
-            if all(name in jagged.coded for jagged in own):
-                found.coded[name] = _joined_codes([jagged.coded.pop(name) for jagged in own])
-            else:
-                found.values[name] = np.concatenate([jagged.pop(name) for jagged in own])
-        return found
-
-    return RequestColumns(
-        scalars([part.scalars for part in parts]),
-        lists([part.behavior for part in parts]),
-        lists([part.candidate for part in parts]),
-        {name: lists([part.ids[name] for part in parts]) for name in parts[0].ids},
-    )
-
-
-def _joined_codes(parts: Sequence[Coded]) -> Coded:
-    codes, stop, place = np.empty(sum(map(len, parts)), np.int32), 0, 0
-    for part in parts:
-        start, stop = stop, stop + len(part)
-        np.add(part.codes, place, out=codes[start:stop])
-        place += len(part.ids)
-    return Coded(codes, np.concatenate([part.ids for part in parts]))
 
 
 def _windows(values: np.ndarray, length: int) -> np.ndarray:

@@ -17,7 +17,8 @@ from mim_torchrec.data.columns import decode
 from mim_torchrec.data.conventions import Conventions
 from mim_torchrec.data.errors import DataError, Problems
 from mim_torchrec.data.features import Features
-from mim_torchrec.data.request_columns import RequestColumns, joined
+from mim_torchrec.data.request_buffer import RequestBuffer
+from mim_torchrec.data.request_columns import RequestColumns
 from mim_torchrec.data.schema import (
     REQUESTS,
     REQUESTS_REQUIRED,
@@ -38,10 +39,9 @@ BLOCK_ROWS = 16 * 1024
 """Rows that are decoded at a time of a row group of more than twice as many."""
 READ_BYTES = 1 << 20
 """Bytes of a column that are read at a time where a row group is decoded in blocks."""
-
-
-MOST_VALUES = 1 << 30
-"""Values of a column that are read at once: offsets of lists are int32."""
+MOST_VALUES = 1 << 20
+"""Values of a column up to which row groups are read at once; Arrow doubles its memory again and again for
+more, and gets it from the system each time."""
 
 GoodRows = dict[int, tuple[int, int, int]]
 """By the number of a row group: good rows, candidates of these, and bad rows."""
@@ -141,11 +141,12 @@ class RequestFiles:
         self.units = [unit for unit in self.units if unit.rows]
         self._first = np.cumsum([0, *(unit.rows for unit in self.units)])[:-1]
 
-    def read(self, numbers: np.ndarray) -> tuple[RequestColumns, np.ndarray]:
-        """Read rows by their numbers (n,).
+    def read(self, numbers: np.ndarray, buffer: RequestBuffer) -> tuple[RequestColumns, np.ndarray]:
+        """Read rows by their numbers (n,) into a buffer.
 
         Returns:
-            Rows, more than asked for, and which of them (n,) are those asked for.
+            Rows, until the buffer is filled again, more than asked for if numbers are left out between
+            others; and which of them (n,) are those asked for.
         """
         ascending = np.sort(numbers)
         of_row = np.searchsorted(self._first, ascending, side="right") - 1
@@ -155,23 +156,21 @@ class RequestFiles:
                     int(ascending[stop - 1] - self._first[k]) + 1)
             for k, start, stop in zip(of_row[edges], edges, [*edges[1:], len(ascending)], strict=True)
         ]  # fmt: skip
-        parts: list[RequestColumns] = []
-        places: list[int] = []  # of the first row of each row group among those of the parts
+        buffer.clear(sum(one.stop - one.start for one in wanted))
+        places: list[int] = []  # of the first row of each row group among those of the buffer
         for run in _runs(wanted):
             together = self._together(run) if len(run) > 1 else None
             if together is not None:
-                places += [
-                    _count(parts) + rows for rows in np.cumsum([0, *(one.unit.rows for one in run)])[:-1]
-                ]
-                parts.append(together)
+                places += (len(buffer) + np.cumsum([0, *(one.unit.rows for one in run[:-1])])).tolist()
+                buffer.add(together)
                 continue
             for one in run:
-                found, offset = self._rows(*one)
-                places.append(_count(parts) - offset)
-                parts += found
+                for k, (first, block) in enumerate(self._rows(*one)):
+                    places += [] if k else [len(buffer) - first]
+                    buffer.add(block)
         firsts = self._first[of_row[edges]]
         shifts = np.array(places) - firsts
-        return joined(parts), numbers + shifts[np.searchsorted(firsts, numbers, side="right") - 1]
+        return buffer.requests(), numbers + shifts[np.searchsorted(firsts, numbers, side="right") - 1]
 
     def _together(self, run: Sequence["_Wanted"]) -> RequestColumns | None:
         """The good rows of row groups of one file; None where reading each alone says what is wrong."""
@@ -192,21 +191,22 @@ class RequestFiles:
         """
         return self._decoded(unit.file, unit.row_group, unit.in_blocks, problems)
 
-    def _rows(self, unit: Unit, start: int, stop: int) -> tuple[list[RequestColumns], int]:
-        """Good rows of a row group, at least `start` to `stop`, and the number of the first one."""
+    def _rows(self, unit: Unit, start: int, stop: int) -> Iterator[tuple[int, RequestColumns]]:
+        """Good rows `start` to `stop` of a row group, in blocks, each with the number of its first one."""
         if self._cursor is None or self._cursor.unit != unit or self._cursor.first > start:
             blocks = self._decoded(unit.file, unit.row_group, unit.in_blocks)
             self._cursor = _Cursor(unit, blocks, next(blocks)[0], 0)
-        cursor, offset = self._cursor, 0
-        found: list[RequestColumns] = []
+        cursor = self._cursor
         while True:
             end = cursor.first + len(cursor.block)
             if end > start:
-                offset = offset if found else cursor.first
-                found.append(cursor.block.view())
+                begin = max(cursor.first, start)
+                yield begin, cursor.block.between(begin - cursor.first, min(end, stop) - cursor.first)
             if end >= stop:
-                return found, offset
+                break
             cursor.block, cursor.first = next(cursor.blocks)[0], end
+        if end >= unit.rows:
+            self._cursor = None  # nothing is left to read
 
     def _scan(self, files: Sequence[Path | Url]) -> Iterator[Unit]:
         for file in files:
@@ -325,10 +325,6 @@ def _counts(parquet: pq.ParquetFile, row_group: int, file: Path | Url) -> tuple[
         problem = f"the footer is damaged ({type(error).__name__}: {error}); copy or write the file again"
         raise DataError(problem, file=file, row_group=row_group) from None
     return group.num_rows, labels.num_values, max(column.num_values for column in columns)
-
-
-def _count(parts: Sequence[RequestColumns]) -> int:
-    return sum(map(len, parts))
 
 
 def _runs(wanted: Sequence[_Wanted]) -> Iterator[list[_Wanted]]:

@@ -9,6 +9,7 @@ Not here: several worker processes for one reader; the thread that reads ahead o
 import logging
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +23,8 @@ from mim_torchrec.data.columns import ORIGINALS, SECOND_LABEL
 from mim_torchrec.data.conventions import Conventions
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.features import NO_FEATURES, Feature, Features, Role, model_numbers
-from mim_torchrec.data.request_columns import Jagged, RequestColumns, concatenate
+from mim_torchrec.data.request_buffer import RequestBuffer, concatenate
+from mim_torchrec.data.request_columns import Coded, Jagged, RequestColumns
 from mim_torchrec.data.request_files import GoodRows, RequestFiles
 from mim_torchrec.data.request_order import RequestOrder
 from mim_torchrec.data.schema import (
@@ -40,6 +42,8 @@ from mim_torchrec.errors import OptionError
 
 log = logging.getLogger(__name__)
 
+IDS = ("user_id", "query_id")
+"""Ids of requests that have embeddings."""
 MADE_VALUES = 1 << 17
 """Behaviors, or candidates, of the batches that are made together."""
 
@@ -173,13 +177,14 @@ class RequestReader(IterableDataset):
         if len(bounds) < 2:
             return
         begin, place = 0, 0  # of the chunk, among this rank's requests; of the next batch
+        buffer = RequestBuffer(None if mapper is None else partial(_with_rows, self._features, mapper))
         left: list[RequestColumns] = []  # requests of the next batch that earlier chunks had
         for numbers in self._order.chunks():
             stop = begin + len(numbers)
             if stop > bounds[0] and place + 1 < len(bounds):
                 numbers = numbers[max(bounds[0] - begin, 0) :]
                 begin = stop - len(numbers)
-                columns, rows = self._files.read(numbers)
+                columns, rows = self._files.read(numbers, buffer)
                 there = bisect_right(bounds, stop) - 1  # batches before this one are there as a whole
                 together = max(1, _fit(columns, MADE_VALUES) * (len(bounds) - 1) // (bounds[-1] - bounds[0]))
                 while place < there:
@@ -191,7 +196,7 @@ class RequestReader(IterableDataset):
                     left, place = [], until
                 if place + 1 < len(bounds) and bounds[place] < stop:
                     left.append(columns.take(rows[max(bounds[place] - begin, 0) :]))
-                del columns, rows  # before the next chunk is read
+                del columns, rows  # so that the buffer can replace its memory
             begin = stop
 
 
@@ -210,11 +215,11 @@ def _to_batches(
         requests: of all batches.
         bounds: (num_batches + 1,) where each begins and ends among them.
         wanted: further columns.
-        mapper: of their ids.
+        mapper: that has looked up their rows; None leaves ids.
     """
     candidates, behaviors = requests.candidate, requests.behavior
     features = _features(requests, wanted)
-    mapped = _unmapped(features, bounds) if mapper is None else mapper.map_batches(features, bounds)
+    mapped = _unmapped(features, bounds) if mapper is None else mapper.batches(features, bounds)
     known = {name: requests.scalars[key] for key, name in ORIGINALS.items() if key in requests.scalars}
     shown = candidates.values.get("item_id" + ORIGINAL)
     places = {
@@ -246,15 +251,61 @@ def _to_batches(
         yield RequestBatch(**ids._asdict(), **tensors, originals=originals)
 
 
+def _with_rows(wanted: Features, mapper: IdMapper, requests: RequestColumns) -> RequestColumns:
+    """Requests with rows instead of ids, and rows of the multi-modal table as `mm`.
+
+    They are looked up where they are decoded, many of a feature at once: so the table that is searched stays
+    in the cache, and what is gathered and copied afterwards is half as long.
+    """
+
+    def rows(key: str, ids: np.ndarray) -> np.ndarray:
+        return mapper.look_up(key, _writable(ids)).numpy()
+
+    def lists(role: Role, jagged: Jagged) -> Jagged:
+        values, coded = dict(jagged.values), dict(jagged.coded)
+        for name, key in _keys(role, wanted).items():
+            if name in coded:
+                coded[name] = Coded(coded[name].codes, rows(key, coded[name].ids))
+            elif name in values:
+                values[name] = rows(key, values[name])
+        if mapper.has_mm:
+            values["mm"] = mapper.look_up_mm(_writable(jagged.values["item_id"])).numpy()
+        return Jagged(jagged.lengths, values, coded)
+
+    scalars = {name: rows(name, requests.scalars[name]) for name in IDS if name in requests.scalars}
+    ids = {
+        name: Jagged(own.lengths, {"id": rows(name, own.values["id"])}) for name, own in requests.ids.items()
+    }
+    return RequestColumns(
+        requests.scalars | scalars,
+        lists("behavior", requests.behavior),
+        lists("candidate", requests.candidate),
+        ids,
+    )
+
+
+def _writable(values: np.ndarray) -> torch.Tensor:
+    """A tensor, which does not share the memory of Arrow."""
+    return torch.from_numpy(values if values.flags.writeable else values.copy())
+
+
+def _keys(role: Role, wanted: Features) -> dict[str, str]:
+    """Columns of ids of candidates or behaviors, each with its key in a batch."""
+    own = {name: f"{role}_{name}" for name in ("item_id", "category")}
+    return own | {feature.name: feature.name for feature in wanted.ids(role)}
+
+
 def _features(requests: RequestColumns, wanted: Features) -> list[FeatureIds]:
-    """Features of ids in the order of the keys of a batch."""
+    """Features of ids, or of rows, in the order of the keys of a batch."""
     ones = torch.ones(len(requests), dtype=torch.int32)
-    scalars = {name: requests.scalars[name] for name in ("user_id", "query_id") if name in requests.scalars}
+    scalars = {name: requests.scalars[name] for name in IDS if name in requests.scalars}
     found = [FeatureIds(name, torch.from_numpy(ids), ones) for name, ids in scalars.items()]
 
     def add(key: str, jagged: Jagged, name: str, lengths: torch.Tensor) -> None:
-        ids = jagged.coded[name] if name in jagged.coded else torch.from_numpy(jagged.values[name])
-        found.append(FeatureIds(key, ids, lengths))
+        if name in jagged.coded:
+            found.append(FeatureIds(key, jagged.coded[name], lengths))
+        elif name in jagged.values:
+            found.append(FeatureIds(key, torch.from_numpy(jagged.values[name]), lengths))
 
     roles: list[tuple[Role, Jagged, torch.Tensor]] = [
         ("candidate", requests.candidate, _lengths(requests.candidate)),
@@ -262,13 +313,14 @@ def _features(requests: RequestColumns, wanted: Features) -> list[FeatureIds]:
     ]
     for name in ("item_id", "category"):
         for role, jagged, lengths in roles:
-            if name in jagged.values or name in jagged.coded:
-                add(f"{role}_{name}", jagged, name, lengths)
+            add(f"{role}_{name}", jagged, name, lengths)
     for name, jagged in requests.ids.items():
         add(name, jagged, "id", _lengths(jagged))
     for role, jagged, lengths in roles:
         for feature in wanted.ids(role):
             add(feature.name, jagged, feature.name, lengths)
+    for role, jagged, lengths in roles:
+        add(f"{role}_mm", jagged, "mm", lengths)
     return found
 
 

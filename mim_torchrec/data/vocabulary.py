@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from mim_torchrec.data.batch import FeatureIds, MappedIds, RequestBatch, keyed
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.id_buckets import IdBuckets
-from mim_torchrec.data.request_columns import Coded
 from mim_torchrec.embeddings.files import atomic_file
 from mim_torchrec.embeddings.sharded.item_index import ItemIndex
 from mim_torchrec.embeddings.table.format import RowIndex
@@ -30,6 +28,8 @@ log = logging.getLogger(__name__)
 
 ALARM_IDS = 100_000
 ROLES = ("candidate", "behavior")
+OF_TABLE = tuple(f"{role}_mm" for role in ROLES)
+"""Features that are rows of the multi-modal table."""
 FORMAT_VERSION = 2
 """Of a vocabulary on the disk: 2 has impressions; 1, which does not say its version, has none."""
 
@@ -120,13 +120,13 @@ class Vocabulary:
         """Rows of ids, in their shape; counts ids in `seen` and those without a row in `unknown`."""
         return self.count(self.look_up(ids))
 
-    def look_up(self, ids: Tensor) -> Tensor:
+    def look_up(self, ids: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
         """Rows of ids, in their shape, without counting them."""
         if self._buckets is not None and ids.dtype == torch.int64 and ids.device.type == "cpu":
-            places = self._buckets.places(ids.reshape(-1).numpy())
-            places += 1
-            return torch.from_numpy(places).view(ids.shape)
-        return self._index.rows(ids)
+            places = torch.empty(ids.shape, dtype=dtype)
+            self._buckets.places(ids.reshape(-1).numpy(), places.view(-1).numpy())
+            return places.add_(1)
+        return self._index.rows(ids).to(dtype)
 
     def count(self, rows: Tensor) -> Tensor:
         """Count rows as those of ids seen; returns them."""
@@ -217,7 +217,6 @@ class IdMapper:
         self._mm = mm
         self._shrinks = any(vocabulary.shrinkage for vocabulary in self.vocabularies.values())
         self._checked: dict[str, tuple[int, int]] = {}
-        self._kept: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def __call__(self, batch: RequestBatch) -> RequestBatch:
         """The batch with rows for ids; the batch given is left as it is.
@@ -226,47 +225,62 @@ class IdMapper:
             DataError: the batch has a feature that the vocabularies lack.
         """
         sparse = batch.sparse
-        ids = torch.split(sparse.values(), sparse.length_per_key())
-        lengths = sparse.lengths().view(-1, sparse.stride())
-        features = [FeatureIds(*one) for one in zip(sparse.keys(), ids, lengths, strict=True)]
-        (mapped,) = self.map_batches(features, np.array([0, sparse.stride()]))
+        own = torch.split(sparse.values(), sparse.length_per_key())
+        ids = dict(zip(sparse.keys(), own, strict=True))
+        lengths = dict(zip(sparse.keys(), sparse.lengths().view(-1, sparse.stride()), strict=True))
+        features = [FeatureIds(key, self.look_up(key, ids[key]), lengths[key]) for key in ids]
+        if self.has_mm:
+            features += [
+                FeatureIds(f"{role}_mm", self.look_up_mm(ids[f"{role}_item_id"]), lengths[f"{role}_item_id"])
+                for role in ROLES
+            ]
+        (mapped,) = self.batches(features, np.array([0, sparse.stride()]))
         return replace(batch, **mapped._asdict())
 
-    def map_batches(self, features: Sequence[FeatureIds], bounds: np.ndarray) -> Iterator[MappedIds]:
-        """Rows for the ids of batches that are being made.
+    @property
+    def has_mm(self) -> bool:
+        """Whether there is a multi-modal table."""
+        return self._mm is not None
 
-        Args:
-            features: of the requests of all batches, in the order of the keys of a batch.
-            bounds: (num_batches + 1,) where each batch begins and ends among the requests.
+    def look_up(self, key: str, ids: Tensor) -> Tensor:
+        """Rows of ids of a feature, int32 where that suffices; they are counted when batches are made.
 
         Raises:
-            DataError: the vocabularies lack a feature.
+            DataError: the vocabularies lack the feature.
         """
-        rows: list[Tensor] = []
-        factors: list[Tensor] = []
-        for name, group in groupby(features, lambda one: self._name(one.key)):
-            own, vocabulary = list(group), self.vocabularies[name]
-            coded = [(one.key, one.ids) for one in own if isinstance(one.ids, Coded)]
-            if len(coded) == len(own):
-                found = [self._rows_of_codes(key, ids, vocabulary) for key, ids in coded]
-            else:
-                found = list(vocabulary.rows(_joined(own)).split([len(one.ids) for one in own]))
-            rows += found
-            factors += map(vocabulary.factors, found) if self._shrinks else []
-            self._check(name, vocabulary)
-        of_ids = features
+        vocabulary = self.vocabularies[self._name(key)]
+        return vocabulary.look_up(ids, _row_type(vocabulary.num_embeddings))
+
+    def look_up_mm(self, ids: Tensor) -> Tensor:
+        """Rows of items in the multi-modal table likewise."""
+        if self._mm is None:
+            raise ValueError("there is no multi-modal table")
+        return self._mm.look_up(ids).to(_row_type(self._mm.num_embeddings))
+
+    def batches(self, features: Sequence[FeatureIds], bounds: np.ndarray) -> Iterator[MappedIds]:
+        """What batches hold, of rows that were looked up, which are counted.
+
+        Args:
+            features: rows of the requests of all batches, in the order of the keys of a batch.
+            bounds: (num_batches + 1,) where each batch begins and ends among the requests.
+        """
+        rows = [one.values() for one in features]
+        names = [self._name(one.key) for one in features if one.key not in OF_TABLE]
+        for name, own in zip(names, rows, strict=False):
+            self.vocabularies[name].count(own)
+        for name in dict.fromkeys(names):
+            self._check(name, self.vocabularies[name])
         if self._mm is not None:
-            by_key = {one.key: one for one in features}
-            items = [by_key[f"{role}_item_id"] for role in ROLES]
-            rows += self._mm.rows(_joined(items)).split([len(one.ids) for one in items])
+            for own in rows[len(names) :]:
+                self._mm.count(own)
             self._check("mm", self._mm)
-            features = [*features, *(by_key[f"{role}_item_id"]._replace(key=f"{role}_mm") for role in ROLES)]
         sparse = keyed(features, rows, bounds)
         if not self._shrinks:
             return map(MappedIds, sparse)
+        of_ids = features[: len(names)]
+        factors = [self.vocabularies[name].factors(own) for name, own in zip(names, rows, strict=False)]
         factored = (one.values() for one in keyed(of_ids, factors, bounds))
-        bags = _weighted_bags(of_ids, rows, factors, bounds)
-        return map(MappedIds, sparse, factored, bags)
+        return map(MappedIds, sparse, factored, _weighted_bags(of_ids, rows, factors, bounds))
 
     def unknown_factor(self, name: str) -> float:
         """The factor of an unknown id of a vocabulary."""
@@ -286,14 +300,6 @@ class IdMapper:
             raise DataError(problem, column=key)
         return name
 
-    def _rows_of_codes(self, key: str, coded: Coded, vocabulary: Vocabulary) -> Tensor:
-        """Rows of coded ids; those of the ids are kept for the next batch, which most often has the same."""
-        ids, rows = self._kept.get(key, (None, coded.ids))
-        if ids is not coded.ids:
-            rows = vocabulary.look_up(torch.from_numpy(coded.ids)).numpy()
-            self._kept[key] = (coded.ids, rows)
-        return vocabulary.count(torch.from_numpy(rows.take(coded.codes)))
-
     def _check(self, name: str, vocabulary: Vocabulary | ItemIndex) -> None:
         """Warn where too many of the ids that were counted since the last check are unknown."""
         seen, unknown = self._checked.get(name, (0, 0))
@@ -305,10 +311,8 @@ class IdMapper:
             self._checked[name] = (vocabulary.seen, vocabulary.unknown)
 
 
-def _joined(features: Sequence[FeatureIds]) -> Tensor:
-    """Ids of features, one after another."""
-    ids = [one.values() for one in features]
-    return ids[0] if len(ids) == 1 else torch.cat(ids)
+def _row_type(num_embeddings: int) -> torch.dtype:
+    return torch.int32 if num_embeddings < 2**31 else torch.int64
 
 
 def _weighted_bags(

@@ -60,7 +60,6 @@ class Seen:
 
     path: str
     rows: pa.Table
-    is_csv: bool
     where: dict[str, str]
 
 
@@ -106,11 +105,11 @@ def _tables(data: Path, base: Path) -> dict[str, Seen]:
         kinds = {} if event is None else _kinds_of(pc.unique(rows[event]).to_pylist())
         if event is not None and len(kinds) > 1:
             for kind, value in kinds.items():
-                found.setdefault(kind, Seen(shown, rows, files.kind == "csv", {event: value}))
+                found.setdefault(kind, Seen(shown, rows, {event: value}))
             continue
         name = next((k for k in KINDS if _is_like(entry.name, k)), None)
         if name is not None:
-            found.setdefault(name, Seen(shown, rows, files.kind == "csv", {}))
+            found.setdefault(name, Seen(shown, rows, {}))
     return found
 
 

@@ -238,6 +238,9 @@ class BundleConfig:
     """Directory of the bundle."""
     checkpoint: str = "best"
     """`best`, or one of the names in the run's `checkpoints`, or the directory of a checkpoint."""
+    export: bool = False
+    """Also write dense.pt2 into the bundle: the dense part as a file of torch.export, which scores the rows
+    of one request without this package."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -245,6 +248,10 @@ def main(argv: list[str] | None = None) -> None:
     config = tyro.cli(BundleConfig, args=argv, prog="mim bundle")
     with written(config.out, replace=True) as out:
         made = write_bundle(config.run, out, config.checkpoint)
+        if config.export:
+            from mim_torchrec.serving.exported import NAME, export_dense  # which imports this module
+
+            export_dense(made, made.path / NAME)
     print(f"{config.out}: model {made.model_version}, of table_version {made.table_version}, tables "
           f"{', '.join(made.tables)}")  # fmt: skip
 

@@ -15,13 +15,16 @@ import os
 import platform
 import signal
 import socket
+import sys
 import tempfile
 import threading
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, nullcontext
 from functools import partial
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 
+import pyarrow as pa
 import torch
 import tyro
 import uvicorn
@@ -94,6 +97,27 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**30)
 
 
+class _NoPandas(MetaPathFinder):
+    """Finds no pandas, nor lets others find it."""
+
+    def find_spec(self, fullname: str, path: object, target: object = None) -> None:
+        if fullname == "pandas":
+            raise ModuleNotFoundError("pandas is not wanted here", name=fullname)
+
+
+def without_pandas() -> None:
+    """Let pyarrow find no pandas, which it asks for once to see whether values are of its types.
+
+    It would import pandas during the first request. Others can still import it.
+    """
+    finder = _NoPandas()
+    sys.meta_path.insert(0, finder)
+    try:
+        pa.array([0]).to_numpy(zero_copy_only=False)
+    finally:
+        sys.meta_path.remove(finder)
+
+
 def end_soon() -> None:
     """End the process in LAST seconds: Python waits for threads, and one may wait for a store for ever."""
     last = threading.Timer(LAST, os._exit, (Status.OK,))
@@ -111,6 +135,7 @@ def serve(config: ServeConfig) -> None:
             f"--limits.deadline-ms, which is {limits.deadline_ms:g}"
         )
     keep_freed_memory()
+    without_pandas()
     with ExitStack() as held:
         http = held.enter_context(bound(config.host, config.port))
         grpc = (

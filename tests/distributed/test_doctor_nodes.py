@@ -14,7 +14,7 @@ from mim_torchrec.errors import OptionError, Status
 from tests.distributed.test_liveness import free_port
 from tests.namespaces import LINK, Node, hosts_file, ip, linked_nodes, start_on, torchrun
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_stages")]
 DOCTOR = ("-m", "mim_torchrec.doctor", "--nodes")
 PORT = 29411
 

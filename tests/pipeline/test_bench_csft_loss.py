@@ -7,7 +7,7 @@ import pytest
 from mim_torchrec.benchmarks.speed.csft_loss import main
 from mim_torchrec.errors import OptionError
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_workers")]
 
 
 def test_the_report_holds_every_figure_and_target(tmp_path):

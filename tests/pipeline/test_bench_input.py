@@ -11,7 +11,7 @@ from mim_torchrec.benchmarks.speed.input import growth, main
 from mim_torchrec.benchmarks.speed.input_data import InputSizes, request_table, write_dataset
 from mim_torchrec.data.requests import RequestReader
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_workers")]
 
 SMALL = ["--requests", "300", "--row-groups", "50", "20000", "--rounds", "1", "--behaviors", "5",
          "--items", "90", "--users", "60", "--categories", "7", "--batch-size", "64",
@@ -32,6 +32,7 @@ def test_the_report_has_what_is_measured(report):
     assert min(report["reader"]["cpu_over_raw"].values()) > 0
     assert report["reader"]["peak_mib"] == max(report["reader"]["peak_mib_by_row_group"].values())
     assert set(report["startup"]) == {"1", "2"} and min(report["startup"].values()) > 0
+    assert report["reader"]["two_over_one"] > 0 and report["reader"]["two_raw_over_one"] > 0
     assert 0 <= report["data_wait"] < 1
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from mim_torchrec.benchmarks.speed.scaling import exponent, main
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_workers")]
 
 
 SMALL = ["--histories", "5", "10", "--batches", "8", "16", "--table-rows", "1000", "5000",

@@ -16,7 +16,7 @@ from mim_torchrec.embeddings.table.writer import TableWriter
 from mim_torchrec.embeddings.windows.transport import open_log
 from mim_torchrec.embeddings.windows.window import Window
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_workers")]
 
 
 def test_killed_processes_leave_every_row_right_over_both_transports(tmp_path):

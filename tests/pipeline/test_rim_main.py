@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mim_torchrec.benchmarks.cluster.nodes import wait_until
 from mim_torchrec.benchmarks.harness.redis_server import RedisServer
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.embeddings.stores.embedded import EmbeddedStore
@@ -33,6 +34,8 @@ from mim_torchrec.representation.export import TrainedEncoder
 from mim_torchrec.rim.config import RIMConfig
 from mim_torchrec.rim.main import RIM, main
 from tests.pipeline.test_export_main import encoder, exported  # noqa: F401  fixtures
+
+pytestmark = pytest.mark.usefixtures("forked_stages")
 
 SCHEMA = pa.schema([("item_id", pa.int64()), ("title", pa.string()), ("image", pa.binary()),
                     ("removed", pa.bool_())])  # fmt: skip
@@ -277,8 +280,7 @@ def test_sigterm_publishes_what_was_read_and_ends(place, tmp_path):
     put(tmp_path / "new", "a", [row(k) for k in range(6)])
     rim = start(place, "--batch-size", "2")
     dead_letter = Path(place["--out"])
-    while not dead_letter.exists():
-        assert rim.poll() is None
+    wait_until(dead_letter.exists, rim)
     rim.send_signal(signal.SIGTERM)
     said = rim.communicate()[1]
     assert rim.returncode == 0, said

@@ -227,7 +227,7 @@ def test_the_deadline_of_a_call_is_its_clients(servers, sent):
             call(servers[1], "ModelInfer", typed(sent[0]), service_pb2.ModelInferResponse, **words)
     finally:
         inference.batcher.score_all = score
-    assert until[0] > 20 >= until[1] > 0
+    assert until[0] > 30 > until[1] > 0  # gRPC rounds up what it sends
     late = typed(sent[0])
     late.parameters["timeout_ms"].double_param = 1e-3
     with pytest.raises(grpc.RpcError) as caught:

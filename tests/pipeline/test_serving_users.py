@@ -74,3 +74,5 @@ def test_what_is_wrong_with_users_is_400(address, sent):
     wrong = {"inputs": [given for given in made["inputs"] if given["name"] != "behavior.lengths"]}
     answer = httpx.post(address + INFER, content=json.dumps(wrong))
     assert answer.status_code == 400 and "behavior.lengths is missing" in answer.json()["error"]
+    answer = httpx.post(address + INFER, json=made | {"parameters": {"explain": True}})
+    assert answer.status_code == 400 and "an explanation is of one user" in answer.json()["error"]

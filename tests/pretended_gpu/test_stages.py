@@ -6,6 +6,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
+from mim_torchrec.benchmarks.rehearsal.budgets import STAGE_BUDGETS
 from mim_torchrec.benchmarks.rehearsal.stages import STAGES, StageCounts, rehearse_stages
 from tests.ranks import run_ranks
 
@@ -25,6 +26,15 @@ def test_a_stage_runs_to_its_end_on_the_gpu(stage, ranks):
     for rank in rehearsed(ranks):
         assert rank[stage].error is None
         assert rank[stage].totals["launches"] > 100
+
+
+@pytest.mark.parametrize("kind", ["launches", "syncs", "uploads"])
+@pytest.mark.parametrize("stage", STAGE_BUDGETS)
+def test_a_step_of_a_stage_keeps_to_its_budget_which_has_no_room(stage, kind):
+    taken, budget = rehearsed(1)[0][stage].step[kind], getattr(STAGE_BUDGETS[stage], kind)
+    assert 0.95 * budget <= taken <= budget, (
+        f"{taken} {kind} a step: lower the budget in budgets.py, or {stage}"
+    )
 
 
 @pytest.mark.parametrize(("stage", "ranks"), RUNS, ids=str)

@@ -11,7 +11,8 @@ from mim_torchrec.data.columns import decode
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.features import Features
 from mim_torchrec.data.id_scan import scan_ids
-from mim_torchrec.data.request_columns import Coded, Jagged, RequestColumns, concatenate, joined
+from mim_torchrec.data.request_buffer import RequestBuffer, concatenate
+from mim_torchrec.data.request_columns import Coded, Jagged, RequestColumns
 from mim_torchrec.data.requests import RequestReader
 from mim_torchrec.data.schema import REQUESTS
 from mim_torchrec.data.vocabulary import IdMapper, Vocabulary
@@ -26,6 +27,18 @@ LENGTHS = {
     "empty": lambda rng: np.zeros(40, np.int64),
     "one long": lambda rng: np.where(np.arange(40) == 17, 90, 1),
 }
+
+
+@pytest.mark.parametrize("kind", LENGTHS)
+def test_rows_that_follow_one_another_are_those_taken(kind):
+    lengths = LENGTHS[kind](np.random.default_rng(0))
+    numbers = np.arange(lengths.sum())
+    lists = Jagged(lengths, {"id": numbers}, {"code": Coded(numbers.astype(np.int32), numbers * 7)})
+    for start, stop in ((0, 40), (0, 3), (11, 29), (39, 40), (7, 7)):
+        found, taken = lists.between(start, stop), lists.take(np.arange(start, stop))
+        assert found.lengths.tolist() == taken.lengths.tolist()
+        assert found.values["id"].tolist() == taken.values["id"].tolist()
+        assert found.coded["code"].values.tolist() == taken.coded["code"].values.tolist()
 
 
 @pytest.mark.parametrize("last", [None, 1, 5])
@@ -54,7 +67,7 @@ def part(first: int, category: np.ndarray | Coded) -> RequestColumns:
     is_coded = isinstance(category, Coded)
     values = {"item_id": first + np.arange(count)} | ({} if is_coded else {"category": category})
     lists = Jagged(lengths, values, {"category": category} if is_coded else {})
-    return RequestColumns({"request_id": np.array([first])}, lists, lists.view())
+    return RequestColumns({"request_id": np.array([first])}, lists, lists)
 
 
 def test_parts_that_number_categories_differently_keep_their_categories():
@@ -69,9 +82,33 @@ def test_parts_that_number_categories_differently_keep_their_categories():
 
 def test_categories_that_are_coded_in_some_parts_only_are_joined():
     coded = Coded(np.array([1, 0], np.int32), np.array([50, 60]))
-    found = joined([part(1, coded), part(9, np.array([7, 8, 9]))])
+    found = concatenate([part(1, coded), part(9, np.array([7, 8, 9]))])
     assert not found.candidate.coded
     assert found.candidate.values["category"].tolist() == [60, 50, 7, 8, 9]
+
+
+def test_a_buffer_that_is_filled_again_holds_what_was_added_since():
+    coded, plain = Coded(np.array([1, 0], np.int32), np.array([50, 60])), np.array([7, 8, 9])
+    buffer = RequestBuffer()
+    for numbers, categories, values in (
+        ([1, 9], [coded, plain], [60, 50, 7, 8, 9]),
+        ([2, 3, 4], [coded] * 3, [60, 50] * 3),
+        ([5], [plain], [7, 8, 9]),
+        ([6], [coded], [60, 50]),
+    ):
+        buffer.clear(expected=1)
+        for number, category in zip(numbers, categories, strict=True):
+            buffer.add(part(number, category))
+        found = buffer.requests()
+        assert len(buffer) == len(found) == len(numbers)
+        assert found.scalars["request_id"].tolist() == numbers
+        for lists in (found.behavior, found.candidate):
+            assert lists.lengths.tolist() == list(map(len, categories))
+            own = lists.coded["category"].values if lists.coded else lists.values["category"]
+            assert own.tolist() == values
+            assert lists.values["item_id"].tolist() == [
+                number + k for number, own in zip(numbers, categories, strict=True) for k in range(len(own))
+            ]
 
 
 def mapper_of(files: list[Path], **options) -> IdMapper:

@@ -260,6 +260,17 @@ def test_a_batch_gets_the_factors_of_its_ids_and_weighted_bags():
         assert mapped.bags.weights().tolist() == pytest.approx(weights)
 
 
+def test_a_feature_that_is_named_like_those_of_the_table_is_one_of_ids():
+    mapper = shrinking_mapper()
+    mapper.vocabularies["length_mm"] = counted(0, 10, shrinkage=10.0, ids=(5,))
+    mapped = mapper(
+        batch_of(user_id=[[2]], length_mm=[[5, 4]], candidate_item_id=[[10]], behavior_item_id=[[]])
+    )
+    assert mapped.factors.tolist() == pytest.approx([2 / 12, 0.5, 0.0, 0.5])
+    assert mapped.bags.keys() == ["user_id", "length_mm"]
+    assert mapper.unknown_fractions() == {"user_id": 0.0, "length_mm": 0.5, "item_id": 0.0}
+
+
 def test_without_shrinkage_a_batch_has_no_factors():
     mapped = mapper_of()(small_batch())
     assert mapped.factors is None and mapped.bags is None

@@ -195,8 +195,9 @@ class _AttendPadded(torch.autograd.Function):
         ctx: Any, projected: Tensor, layout: PairLayout, longest: int, heads: int
     ) -> tuple[Tensor, Tensor]:
         columns = torch.arange(longest, device=projected.device)
-        position = (layout.behavior_offsets[:-1, None] + columns).clamp_(max=projected.shape[0] - 1)
-        missing = columns >= layout.behavior_offsets.diff()[:, None]
+        position = layout.behavior_offsets[:-1, None] + columns
+        missing = position >= layout.behavior_offsets[1:, None]
+        position.clamp_(max=projected.shape[0] - 1)
         place = layout.behavior_request * longest + layout.place
         shape = *position.shape, 3, heads, projected.shape[1] // (3 * heads)
         padded = projected.index_select(0, position.view(-1)).view(shape).permute(2, 0, 3, 1, 4).contiguous()
