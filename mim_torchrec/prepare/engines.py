@@ -93,7 +93,7 @@ class DuckDB:
     def keep(self, table: Table, name: str) -> Table:
         columns = [_typed(column, kind) for column, kind in table.schema().items()]
         query = f"SELECT {', '.join(columns)} FROM ({self._connection.compile(table)})"
-        self._connection.raw_sql(f'CREATE TABLE "{name}" AS {query}')
+        self._connection.raw_sql(f'CREATE OR REPLACE TABLE "{name}" AS {query}')
         return self._connection.table(name)
 
     def forget(self, name: str) -> None:
