@@ -19,7 +19,7 @@ export PYTHONPATH :=
 export PYTHONUNBUFFERED := 1
 export PYTHONDONTWRITEBYTECODE :=  # the processes of tests would compile the package again and again
 
-.PHONY: help install demo prepare-demo test test-fast faults movielens ablation-csft figure5 table2 ablation-ciubm coldstart daily abtest table6 bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving bench-rim-latency bench-scaling bench-export-throughput bench-input bench-prepare chaos cluster torchrec-parity rehearsal cuda-check gpu roofline bench benchmark-report docs doctor image lint types lock wheel release-check clean
+.PHONY: help install demo prepare-demo test test-fast faults movielens ablation-csft figure5 table2 ablation-ciubm coldstart daily abtest table6 bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving bench-windows bench-rim-latency bench-scaling bench-export-throughput bench-input bench-prepare chaos cluster torchrec-parity rehearsal cuda-check gpu roofline bench benchmark-report docs doctor image lint types lock wheel release-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
@@ -75,6 +75,9 @@ bench-ctr-throughput: install  ## training steps of the CTR models beside FuxiCT
 
 bench-serving: install  ## what a score costs at serving, alone and over HTTP, by the length of the history
 	$(BIN)/python -m mim_torchrec.benchmarks.speed.serving --out runs/serving
+
+bench-windows: install  ## what a window costs at the age of production: log, store and index
+	$(BIN)/python -m mim_torchrec.benchmarks.speed.windows --out runs/windows
 
 bench-scaling: install  ## how a training step grows with history, batch, table and ranks; the paper's scale planned
 	$(BIN)/python -m mim_torchrec.benchmarks.speed.scaling --out runs/scaling

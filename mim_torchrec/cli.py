@@ -26,7 +26,7 @@ COMMANDS = {
     "evaluate": ("mim_torchrec.ctr.evaluation", "score any split with a trained model"),
     "explain": ("mim_torchrec.serving.explain", "say why a request's candidates got their scores"),
     "choose": ("mim_torchrec.ctr.choosing", "choose the best of several models on validation"),
-    "bundle": ("mim_torchrec.serving.bundle", "write what a server loads of a trained model"),
+    "bundle": ("mim_torchrec.serving.bundling", "write what a server loads of a trained model"),
     "release": ("mim_torchrec.serving.releases", "make a model and its vectors current together"),
     "pipeline": ("mim_torchrec.pipeline.main", "run the stages of a file, on one machine or a cluster"),
     "serve": ("mim_torchrec.serving.main", "answer requests for scores over HTTP"),

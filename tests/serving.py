@@ -16,7 +16,7 @@ import uvicorn
 from mim_torchrec.ctr.main import main as train
 from mim_torchrec.data.schema import TIME
 from mim_torchrec.serving.app import make_app
-from mim_torchrec.serving.bundle import write_bundle
+from mim_torchrec.serving.bundling import write_bundle
 from mim_torchrec.serving.config import Limits
 from mim_torchrec.serving.inference import Inference
 from mim_torchrec.serving.metrics import Metrics

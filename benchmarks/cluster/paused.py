@@ -21,7 +21,7 @@ from mim_torchrec.embeddings.files import write_bytes
 def main(argv: list[str] | None = None) -> None:
     """Entry point of the program."""
     module, step, file, *words = sys.argv[1:] if argv is None else argv
-    stage = import_module(module)
+    stage: Any = import_module(module)
     fit = stage.fit
 
     def paused_fit(task: Any, **options: Any) -> Any:
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
             task.training_forward = training_forward
         return fit(task, **options)
 
-    stage.fit = paused_fit  # type: ignore[attr-defined]
+    stage.fit = paused_fit
     stage.main(words)
 
 

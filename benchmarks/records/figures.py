@@ -155,6 +155,18 @@ def serving(record: Record) -> Figure:
     return figure
 
 
+def windows(record: Record) -> Figure:
+    """What a window costs by the number of windows before."""
+    figure, axes = panels(1)
+    costs = record["microseconds"]
+    ages = [f"{int(age):,}" for age in next(iter(costs.values()))]
+    series = {step.replace("_", " "): list(by_age.values()) for step, by_age in costs.items()}
+    bars(axes[0], {age: [own[k] for own in series.values()] for k, age in enumerate(ages)}, list(series),
+         (PALE_COLOR, THIRD_COLOR, MIM_COLOR), "CPU (µs) by windows before", log=True,
+         show="{:.0f}".format)  # fmt: skip
+    return figure
+
+
 def reader_input(record: Record) -> Figure:
     """The reader beside a raw scan, its memory, and what a start takes by the size of the data."""
     figure, axes = panels(3)
@@ -207,7 +219,7 @@ def chaos(record: Record) -> Figure:
 DRAWN: Mapping[str, Callable[[Record], Figure]] = {
     draw.__name__: draw
     for draw in (efficiency, scaling, frozen_table, csft_loss, export_throughput, ctr_throughput, rim_latency,
-                 serving, prepare, chaos)
+                 serving, windows, prepare, chaos)
 } | {"input": reader_input}  # fmt: skip
 
 

@@ -171,6 +171,16 @@ BENCHMARKS: Sequence[Benchmark] = (
         },
     ),
     Benchmark(
+        name="windows", module="speed.windows",
+        target="bench-windows", title="A window at the age of production",
+        small=("--ages", "10", "10000", "100000", "--rounds", "200"),
+        figures={
+            f"{label}, oldest over youngest": f"{step}_ratio"
+            for step, label in (("append", "appending a window"), ("head", "number of the newest window"),
+                                ("apply", "applying a window"), ("index_add", "adding items to an index"))
+        },
+    ),
+    Benchmark(
         name="input", module="speed.input",
         target="bench-input", title="The input of a CTR model",
         small=("--requests", "40000", "--row-groups", "1000", "20000", "40000", "--rounds", "3",

@@ -1,14 +1,13 @@
 """What a score costs at serving: `make bench-serving`.
 
 Content and fusion interest by a matrix of the history beside the direct sum, in turns and at one thread;
-scores beside the same model computed as training does; and a real server over HTTP with requests of 500
-candidates, one client and eight, one worker and two, one user and eight. Weights are random: what is timed
-does not depend on them.
+scores of every model and preset beside one bare product of the same vectors; scores beside the same model
+computed as training does; and a real server over HTTP with requests of 500 candidates, one client and eight,
+one worker and two, one user and eight. Weights are random: what is timed does not depend on them.
 """
 
 import dataclasses
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,19 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor
-from torchrec.modules.embedding_configs import EmbeddingConfig
 
 from mim_torchrec import program
 from mim_torchrec.benchmarks.harness.comparison import target
 from mim_torchrec.benchmarks.harness.pages import Section, targets_section, write_pages
 from mim_torchrec.benchmarks.measures.turns import seconds_by_name, threads_of_torch
+from mim_torchrec.benchmarks.speed.serving_inputs import (
+    AT,
+    InputConfig,
+    columns,
+    make_bundle,
+    make_request,
+    make_table,
+)
 from mim_torchrec.benchmarks.speed.serving_process import (
     Served,
     as_message,
@@ -32,53 +38,37 @@ from mim_torchrec.benchmarks.speed.serving_process import (
     process_section,
     process_targets,
 )
+from mim_torchrec.benchmarks.speed.serving_scores import (
+    UBMS,
+    by_model,
+    compare_models,
+    score_section,
+    score_targets,
+)
 from mim_torchrec.ciubm.content import content_relevance, relevant_interest
-from mim_torchrec.ctr.config import PRESETS, CTRConfig
-from mim_torchrec.ctr.parameters import is_dense
-from mim_torchrec.ctr.sharding import build_model
-from mim_torchrec.embeddings.table.format import TableWriter
 from mim_torchrec.errors import check_sizes
-from mim_torchrec.serving.bundle import Bundle, save_bundle
+from mim_torchrec.serving.bundle import Bundle
 from mim_torchrec.serving.grid import Grid
 from mim_torchrec.serving.matrix import interest_matrix
-from mim_torchrec.serving.messages import ScoreRequest
 from mim_torchrec.serving.scorer import Scorer
-from mim_torchrec.training.presets import Preset
 
 RATIO_TARGETS = {64: 5.0, 128: 4.0}
-AT = 1000  # behaviors that the targets speak of
 P99_TARGET = 30.0
-MICROSECONDS = 1_000_000
-NOW = 365 * 86_400 * MICROSECONDS
-MODELS: dict[str, tuple[str, Preset]] = {
-    "sim/paper": ("sim", "default"),
-    "sim/recommended": ("sim", "recommended"),
-    "din/paper": ("din", "default"),
-}
+MODELS = ("sim/paper", "sim/recommended", "din/paper")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServingConfig:
+class ServingConfig(InputConfig):
     """Time the parts of a score, and a server; write a report."""
 
-    out: Path = Path("runs/serving")
-    """Directory of the report, and of the bundles."""
-    behaviors: tuple[int, ...] = (50, 1000, 10_000)
-    """Lengths of histories."""
-    candidates: int = 500
-    """Candidates of a request."""
-    mm_dims: tuple[int, ...] = (64, 128)
-    """Sizes of a multi-modal vector; the server has the first."""
-    id_dim: int = 16
-    """Size of an embedding; an item is two, of its id and of its category."""
-    models: tuple[str, ...] = tuple(MODELS)
+    models: tuple[str, ...] = MODELS
     """Models that are served; the first one's figures stand for the server."""
-    items: int = 100_000
-    """Items of the tables."""
-    users: int = 10_000
-    """Users of the tables."""
+    ubms: tuple[str, ...] = UBMS
+    """User behavior models whose scores are compared, with both presets."""
     rounds: int = 31
     """Timed rounds of every form."""
+    score_rounds: int = 101
+    """Timed rounds of the scores of all models and presets."""
     requests: int = 200
     """Requests of a client over HTTP, for each length of history; a tenth of them at the longest."""
     clients: int = 8
@@ -129,58 +119,6 @@ def multiplications(config: ServingConfig, dim: int, length: int) -> float:
     return direct / ((length + config.candidates) * dim * width)
 
 
-def make_bundle(config: ServingConfig, model: str) -> Path:
-    """A bundle with random weights."""
-    ubm, preset = MODELS[model]
-    out = config.out / "bundles" / model.replace("/", "-")
-    settings = CTRConfig(
-        data=config.out, out=config.out, preset=preset, table_version="random", recency="time",
-        embedding_dim=config.id_dim, max_behaviors=max(config.behaviors),
-        **(PRESETS[preset] | {"ubm": ubm}),
-    )  # fmt: skip
-    dim, rows = config.mm_dims[0], {"user_id": config.users, "item_id": config.items, "category": 100}
-    mm = EmbeddingConfig(name="mm", num_embeddings=1, embedding_dim=dim,
-                         feature_names=["candidate_mm", "behavior_mm"])  # fmt: skip
-    built = build_model(settings, dict.fromkeys(rows, 1), mm, torch.device("meta"))
-    dense = {name: value for name, value in built.state_dict().items() if is_dense(name)}
-
-    def random_rows(name: str) -> Callable[[], Tensor]:
-        generator = torch.Generator().manual_seed(len(name))
-        made = 0.1 * torch.randn(rows[name] + 1, config.id_dim, generator=generator)
-        return lambda: made
-
-    tables = {name: (torch.arange(count), random_rows(name)) for name, count in rows.items()}
-    save_bundle(out, settings, dense, tables, dim)
-    return out
-
-
-def make_table(config: ServingConfig) -> Path:
-    """A table of random vectors."""
-    out = config.out / "table"
-    if not out.exists():
-        writer = TableWriter(out, table_version="random", dim=config.mm_dims[0], dtype="float16", encoder={})
-        generator = torch.Generator().manual_seed(0)
-        writer.write_shard(torch.arange(config.items),
-                           torch.randn(config.items, config.mm_dims[0], generator=generator))  # fmt: skip
-        writer.finish()
-    return out
-
-
-def columns(config: ServingConfig, length: int, seed: int) -> dict[str, list[int]]:
-    """A random request: ids and times by name."""
-    rng = np.random.default_rng((seed, length))
-    candidates, behaviors = (rng.integers(config.items, size=n) for n in (config.candidates, length))
-    return {
-        "user_id": [int(rng.integers(config.users))],
-        "candidate_item_id": candidates.tolist(),
-        "behavior_item_id": behaviors.tolist(),
-        "candidate_category": (candidates % 100).tolist(),
-        "behavior_category": (behaviors % 100).tolist(),
-        "request_ts": [NOW],
-        "behavior_ts": np.sort(NOW - rng.integers(1, NOW, length)).tolist(),
-    }
-
-
 def message(config: ServingConfig, length: int, seed: int) -> bytes:
     """The request as the protocol has it."""
     return as_message([columns(config, length, seed)])
@@ -190,9 +128,7 @@ def compare_scorers(config: ServingConfig, bundle: Path, table: Path, length: in
     """Milliseconds of a score without HTTP: ours, ours with known matrices, and what training computes."""
     torch.set_num_threads(config.threads)
     opened = Bundle.open(bundle)
-    given = columns(config, length, 0)
-    ids = {name: torch.tensor(data) for name, data in given.items() if not name.endswith("_ts")}
-    request = ScoreRequest(ids=ids, request_ts=NOW, behavior_ts=torch.tensor(given["behavior_ts"]))
+    request = make_request(config, length, 0)
     scorers = {
         "built": Scorer(opened, table),
         "cached": Scorer(opened, table, cache=10),
@@ -232,6 +168,10 @@ def measure(config: ServingConfig) -> dict[str, Any]:
                   f"{figures['matrix_ms']:6.2f}, cached {figures['cached_ms']:5.2f}, ratio "
                   f"{figures['ratio']:.1f}", flush=True)  # fmt: skip
     table = make_table(config)
+    scores = compare_models(config, config.ubms, config.score_rounds, table)
+    for name, figures in scores.items():
+        print(f"{name}, {AT} behaviors: score {figures['score_ms']:.2f} ms, {figures['over_matmul']:.1f} "
+              f"products, p99 over p50 {figures['p99_over_p50']:.2f}", flush=True)  # fmt: skip
     models: dict[str, Any] = {}
     for model in config.models:
         bundle = make_bundle(config, model)
@@ -247,6 +187,8 @@ def measure(config: ServingConfig) -> dict[str, Any]:
     report: dict[str, Any] = {
         "direct_over_matrix": {length: f["ratio"] for length, f in forms[str(config.mm_dims[0])].items()},
         "forms": forms,
+        "scores": scores,
+        **by_model(scores),
         "models": models,
         "p50_ms": {length: figures["p50_ms"] for length, figures in first.items()},
         "p99_ms": {length: figures["p99_ms"] for length, figures in first.items()},
@@ -277,6 +219,7 @@ def targets(config: ServingConfig, report: dict[str, Any]) -> list[dict[str, Any
         spread = max(cached) / min(cached)
         claim = f"d {dim}: with a known matrix the history's length costs nothing (at most 1.5 times)"
         found.append(target(claim, spread, spread <= 1.5))
+    found += score_targets(report)
     if str(AT) in report["p99_ms"]:
         p99 = report["p99_ms"][str(AT)]
         claim = f"{config.models[0]}, {AT} behaviors, one client: p99 at most {P99_TARGET:.0f} ms"
@@ -299,6 +242,7 @@ def sections(config: ServingConfig, report: dict[str, Any]) -> list[Section]:
                    f"{f['ratio']:.1f}"]
                   for dim, by_length in report["forms"].items() for length, f in by_length.items()],
         ),
+        score_section(report["scores"]),
         Section(
             "A score, without HTTP",
             text=["All of a request: rows from the mapped tables, ID interest, content and fusion interest, "
@@ -327,7 +271,17 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of `python -m mim_torchrec.benchmarks.speed.serving`."""
     config = tyro.cli(ServingConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
     check_sizes(
-        config, 1, "candidates", "id_dim", "items", "users", "rounds", "requests", "clients", "threads"
+        config,
+        1,
+        "candidates",
+        "id_dim",
+        "items",
+        "users",
+        "rounds",
+        "score_rounds",
+        "requests",
+        "clients",
+        "threads",
     )
     config.out.mkdir(parents=True, exist_ok=True)
     with threads_of_torch(torch.get_num_threads()):

@@ -6,6 +6,7 @@ windows.
 """
 
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -19,44 +20,92 @@ from mim_torchrec.embeddings.windows.window import Window, is_due
 
 GONE = -1
 SMALLEST = 1024  # rows of the first buffer
+GROWTH = 8  # times as many changes as the next layer has, at least
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The changes of some windows, one after the other.
+
+    Args:
+        ids: (num_changed,) int64, ascending.
+        places: (num_changed,) row of the buffer, or GONE where the item was deleted.
+    """
+
+    ids: Tensor
+    places: Tensor
+
+    def __len__(self) -> int:
+        return self.ids.numel()
+
+    def changed_by(self, later: "_Layer") -> "_Layer":
+        """Both together; what changed in both is as in the later one."""
+        untouched = ~torch.isin(self.ids, later.ids)
+        ids = torch.cat([self.ids[untouched], later.ids])
+        places = torch.cat([self.places[untouched], later.places])
+        order = ids.argsort()
+        return _Layer(ids[order], places[order])
 
 
 @dataclass(frozen=True)
 class _Overlay:
     """The changes of all windows up to one; the next window makes a new overlay.
 
+    Layers lie one over the other, the newest last. A window makes a layer of its own. Layers that are not
+    `GROWTH` times as large as what lies over them become one with it. So there are few, and on average a
+    change is copied a few times, however many there are.
+
     Args:
         seq: of the window.
-        ids: (num_changed,) int64, ascending.
-        places: (num_changed,) row of `rows`, or GONE where the item was deleted.
+        layers: the older of two says nothing of an item that the newer one has.
         rows: (capacity, stored_width); the places that this overlay names are never written again.
         used: rows that some overlay has named.
     """
 
     seq: int
-    ids: Tensor
-    places: Tensor
+    layers: tuple[_Layer, ...]
     rows: Tensor
     used: int
 
     def changed(self, window: Window, stored: Tensor) -> "_Overlay":
         """The overlay after a window."""
-        rows, used, old = self.rows, self.used, self.places
+        rows, used, layers = self.rows, self.used, self.layers
         if used + len(stored) > len(rows):  # make room, without the rows that are not named any more
+            layers = _merged(layers)
+            old = layers[0].places if layers else torch.empty(0, dtype=torch.int64)
             named = old >= 0
             kept = rows[old[named]]
             rows = rows.new_empty(max(SMALLEST, 2 * (len(kept) + len(stored))), rows.shape[1])
             rows[: len(kept)] = kept
-            old = torch.full_like(old, GONE)
-            old[named] = torch.arange(len(kept))
+            places = torch.full_like(old, GONE)
+            places[named] = torch.arange(len(kept))
+            layers = tuple(_Layer(layer.ids, places) for layer in layers)
             used = len(kept)
         rows[used : used + len(stored)] = stored
         ids = torch.cat([window.ids, window.removed])
         places = torch.cat([used + torch.arange(len(stored)), torch.full_like(window.removed, GONE)])
-        untouched = ~torch.isin(self.ids, ids)
-        ids, places = torch.cat([self.ids[untouched], ids]), torch.cat([old[untouched], places])
         order = ids.argsort()
-        return _Overlay(window.seq, ids[order], places[order], rows, used + len(stored))
+        top = _Layer(ids[order], places[order])
+        while layers and len(layers[-1]) < GROWTH * len(top):
+            top = layers[-1].changed_by(top)
+            layers = layers[:-1]
+        return _Overlay(window.seq, (*layers, top) if len(top) else layers, rows, used + len(stored))
+
+    def find(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether each of ids (num_ids,) was changed, bool; and its place, of those that were."""
+        changed = torch.zeros(ids.numel(), dtype=torch.bool)
+        places = torch.empty(ids.numel(), dtype=torch.int64)
+        for layer in self.layers:  # a newer one writes over an older one
+            at = RowIndex(layer.ids).rows(ids)
+            here = at > 0
+            places[here] = layer.places[at[here] - 1]
+            changed |= here
+        return changed, places[changed]
+
+
+def _merged(layers: tuple[_Layer, ...]) -> tuple[_Layer, ...]:
+    """All layers as one, if there are any."""
+    return (reduce(_Layer.changed_by, layers),) if layers else ()
 
 
 class EmbeddedStore:
@@ -70,9 +119,8 @@ class EmbeddedStore:
         manifest = table.manifest
         self._table = table
         self.table_version, self.dim = manifest.table_version, manifest.dim
-        nothing = torch.empty(0, dtype=torch.int64)
         rows = torch.empty(0, manifest.stored_width, dtype=manifest.torch_dtype)
-        self._overlay = _Overlay(manifest.seq, nothing, nothing, rows, 0)
+        self._overlay = _Overlay(manifest.seq, (), rows, 0)
 
     @classmethod
     def open(cls, path: str | Path, table_version: str | None = None) -> "EmbeddedStore":
@@ -91,10 +139,8 @@ class EmbeddedStore:
         """See `ParameterStore`."""
         overlay = self._overlay
         stored, found = self._table.find(ids)
-        if overlay.ids.numel():
-            at = RowIndex(overlay.ids).rows(ids)
-            changed = at > 0
-            places = overlay.places[at[changed] - 1]
+        if overlay.layers:
+            changed, places = overlay.find(ids)
             there = places != GONE
             rows = stored.new_zeros(len(places), stored.shape[1])
             rows[there] = overlay.rows[places[there]]

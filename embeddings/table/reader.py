@@ -169,15 +169,23 @@ class Table:
     def find(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Return what :meth:`read` does, and whether the table has each id, bool (num_ids,)."""
         found = torch.zeros(ids.numel(), dtype=torch.bool)
-        out = torch.zeros(ids.numel(), self.manifest.stored_width, dtype=self.manifest.torch_dtype)
+        out: Tensor | None = None
         for info, shard_ids, vectors in self._shards:
             near = ((ids >= shard_ids[0]) & (ids <= shard_ids[-1])).nonzero()[:, 0]
             row = RowIndex(shard_ids).rows(ids[near]) - 1
-            here, row = near[row >= 0], row[row >= 0]
-            part = vectors[row]
-            check_finite(part, self.manifest.dtype, ids[here], self.path / info.file, row)
-            out[here] = part
-            found[here] = True
+            is_here = row >= 0
+            if not is_here.all():
+                near, row = near[is_here], row[is_here]
+            part = vectors.index_select(0, row)
+            check_finite(part, self.manifest.dtype, ids[near], self.path / info.file, row)
+            if near.numel() == ids.numel():  # no other shard has any
+                return part, found.fill_(True)
+            if out is None:
+                out = part.new_zeros(ids.numel(), part.shape[1])
+            out.index_copy_(0, near, part)
+            found[near] = True
+        if out is None:
+            out = torch.zeros(ids.numel(), self.manifest.stored_width, dtype=self.manifest.torch_dtype)
         return out, found
 
     def read_float(self, ids: Tensor) -> Tensor:

@@ -2,24 +2,28 @@
 
     <log>/log.json                        format version, table_version and start
     <log>/0000000000000001.safetensors    window 1, and so on
-    <log>/forgotten.jsonl                 numbers and names of windows whose files were removed
+    <log>/forgotten.jsonl                 names of windows whose files were removed (`forgotten.py`)
 
 A window is written to a hidden file, flushed to disk and then hard-linked to its number, which fails if the
 number is taken. Several writers may append, and none overwrites another. A killed writer leaves at most a
 hidden file that no reader opens. `compact.py` writes a table with the windows applied; `forget` then removes
-their files. Their names are kept, so that a window that is delivered again is recognized.
+their files. Their names are kept, or the positions that they reach in the source, so that a window that is
+delivered again is recognized. No call reads again what it has read before.
 """
 
+import fcntl
 import json
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mim_torchrec.embeddings.files import PARTIAL, append_lines, create_file
+from mim_torchrec.embeddings.files import PARTIAL, create_file
 from mim_torchrec.embeddings.table.manifest import TableError, VersionMismatch
+from mim_torchrec.embeddings.windows.forgotten import ForgottenNames
 from mim_torchrec.embeddings.windows.window import MalformedWindow, Window, WindowGap
 from mim_torchrec.errors import Status
 
@@ -71,6 +75,7 @@ class WindowLog:
         if log_of != table_version:
             raise VersionMismatch(f"{self.root} is of table_version {log_of}, expected {table_version}")
         self._known = self._start
+        self._forgotten = ForgottenNames(self.root / FORGOTTEN, self._start)
 
     def __str__(self) -> str:
         return str(self.root)
@@ -109,7 +114,8 @@ class WindowLog:
             seq: the number that it is to have, by one who has to know all windows before his own.
 
         Returns:
-            Its number in the log, which is the earlier one's where there was one.
+            Its number in the log, which is the earlier one's where there was one; of one whose name was
+            trimmed (`forgotten.py`) it is that of the last such window.
 
         Raises:
             LogMoved: others have added windows, and the next number is not `seq`.
@@ -118,8 +124,9 @@ class WindowLog:
         """
         while True:
             self._read_names()
-            if window_id in self._seq_of:
-                return self._seq_of[window_id]
+            known = self._seq_of.get(window_id, self._forgotten.seq_of(window_id))
+            if known is not None:
+                return known
             # whoever was faster took this number, and then linking fails
             number = self._known + 1
             check_not_moved(str(self), number, seq)
@@ -132,9 +139,9 @@ class WindowLog:
                 self._path(number).unlink()
 
     def names(self) -> list[str]:
-        """Names of all windows that were ever added."""
+        """Names of all windows that were ever added; of trimmed ones one name with all their positions."""
         self._read_names()
-        return list(self._seq_of)
+        return list(self._forgotten.names | self._seq_of)
 
     def read(self, seq: int) -> Window:
         """A window by its number.
@@ -177,7 +184,7 @@ class WindowLog:
             yield self.read(number)
 
     def forget(self, through: int, min_age: float = 0.0) -> int:
-        """Remove windows, oldest first, that a base table holds. The names of all are kept.
+        """Remove windows, oldest first, that a base table holds. Their names are kept (`forgotten.py`).
 
         Args:
             through: `seq` of the base table.
@@ -189,24 +196,32 @@ class WindowLog:
         Raises:
             OSError: the disk is full; whatever was not removed is still whole.
         """
-        self._read_names()
-        name_of = {seq: name for name, seq in self._seq_of.items()}
         newest = time.time() - min_age
-        gone = []
-        for seq in sorted(number for number in self._numbers() if number <= through):
-            try:
-                if self._path(seq).stat().st_mtime > newest:
-                    break
-            except FileNotFoundError:  # somebody else is forgetting it
-                continue
-            gone.append(seq)
-        if gone:
-            lines = [json.dumps({"seq": seq, "window_id": name_of[seq]}) for seq in gone]
-            append_lines(self.root / FORGOTTEN, lines)
-        for seq in gone:
-            self._path(seq).unlink(missing_ok=True)
+        with self._exclusively():
+            self._read_names()
+            name_of = {seq: name for name, seq in self._seq_of.items()}
+            recorded = self._forgotten.through  # by one who was killed before the files were removed
+            gone = []
+            for seq in sorted(number for number in self._numbers() if number <= through):
+                try:
+                    if self._path(seq).stat().st_mtime > newest:
+                        break
+                except FileNotFoundError:  # somebody else has forgotten it
+                    continue
+                gone.append(seq)
+            if names := {seq: name_of[seq] for seq in gone if seq > recorded}:
+                self._forgotten.add(names)
+            for seq in gone:
+                self._path(seq).unlink(missing_ok=True)
         self._remove_broken_off()
         return len(gone)
+
+    @contextmanager
+    def _exclusively(self) -> Iterator[None]:
+        """Wait for others who forget windows; a killed one holds nothing up."""
+        with (self.root / ABOUT).open("rb+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def _remove_broken_off(self) -> None:
         """Remove the files that killed writers left."""
@@ -217,23 +232,9 @@ class WindowLog:
             except FileNotFoundError:  # it was being written, and has got its name
                 continue
 
-    def _forgotten(self) -> list[tuple[int, str]]:
-        """Numbers and names of windows without a file; the unfinished line of a killed writer is skipped."""
-        path = self.root / FORGOTTEN
-        if not path.exists():
-            return []
-        entries = []
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            # the files of an unfinished line are still there; a later call forgets them
-            try:
-                entry = json.loads(line)
-                entries.append((entry["seq"], entry["window_id"]))
-            except ValueError:
-                continue
-        return entries
-
     def _forgotten_through(self) -> int:
-        return max((seq for seq, _ in self._forgotten()), default=self._start)
+        self._forgotten.read()
+        return self._forgotten.through
 
     def _numbers(self) -> list[int]:
         names = (path.name for path in self.root.iterdir())
@@ -250,9 +251,10 @@ class WindowLog:
         while True:
             # files before names: what is forgotten in between is in one of the two, or in both
             numbers = sorted(self._numbers())
-            for seq, name in self._forgotten():
-                self._seq_of[name] = seq
-                self._known = max(self._known, seq)
+            self._known = max(self._known, self._forgotten_through())
+            oldest = numbers[0] if numbers else self._known + 1
+            if any(seq < oldest for seq in self._seq_of.values()):  # these are among the forgotten ones
+                self._seq_of = {name: seq for name, seq in self._seq_of.items() if seq >= oldest}
             try:
                 for seq in numbers:
                     if seq > self._known:

@@ -2,7 +2,8 @@
 
     <name>:log        hash: format version, table_version, number of the newest window
     <name>:windows    stream: entry <seq>-0 has window <seq>
-    <name>:names      hash: number of every window that was ever added, by its name
+    <name>:names      hash: number of a window by its name
+    <name>:reached    hash: furthest positions of the names that were trimmed (`progress.py`)
     <name>:times      hash: time at which a window was added, by its number
 
 A script takes the next number and adds the window in one step. No window is lost or duplicated, whichever
@@ -16,22 +17,44 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from mim_torchrec.embeddings.table.manifest import TableError, TableLost, VersionMismatch
+from mim_torchrec.embeddings.windows.forgotten import MOST_NAMES
 from mim_torchrec.embeddings.windows.log import (
     FORMAT_VERSION,
     check_not_behind,
     check_not_moved,
     missing_window,
 )
+from mim_torchrec.embeddings.windows.progress import advance, name_of, positions_in
 from mim_torchrec.embeddings.windows.redis_address import locate
 from mim_torchrec.embeddings.windows.redis_connection import TIMEOUT, connect, reachable
 from mim_torchrec.embeddings.windows.window import MalformedWindow, Window
 
 BATCH = 16  # windows fetched at once
+TRIMMED_AT_ONCE = 5000  # names, while other clients wait
 
-# KEYS: log, windows, names, times. ARGV: number, name, bytes. Gives the number it has, or 0: look again.
+# KEYS: log, windows, names, times, reached. ARGV: number, name, bytes; units and positions that
+# the name holds. Gives the number it has, or 0: look again.
 APPEND = """
 local known = redis.call('HGET', KEYS[3], ARGV[2])
 if known then return tonumber(known) end
+local function parts(position)
+  local found = {}
+  for part in string.gmatch(position, '[^-]+') do table.insert(found, tonumber(part)) end
+  return found
+end
+local function is_behind(one, other)
+  local mine, theirs = parts(one), parts(other)
+  for i = 1, math.max(#mine, #theirs) do
+    if mine[i] ~= theirs[i] then return mine[i] and (not theirs[i] or mine[i] > theirs[i]) end
+  end
+  return false
+end
+local covered = #ARGV > 3
+for i = 4, #ARGV, 2 do
+  local reached = redis.call('HGET', KEYS[5], ARGV[i])
+  if not reached or is_behind(ARGV[i + 1], reached) then covered = false break end
+end
+if covered then return tonumber(redis.call('HGET', KEYS[1], 'trimmed')) end
 local seq = tonumber(redis.call('HGET', KEYS[1], 'head')) + 1
 if seq ~= tonumber(ARGV[1]) then return 0 end
 redis.call('XADD', KEYS[2], seq .. '-0', 'window', ARGV[3])
@@ -39,6 +62,16 @@ redis.call('HSET', KEYS[3], ARGV[2], seq)
 redis.call('HSET', KEYS[4], seq, redis.call('TIME')[1])
 redis.call('HSET', KEYS[1], 'head', seq)
 return seq
+"""
+
+# KEYS: log, names, reached. ARGV: number of the last name; how many names; they; units and positions.
+TRIM = """
+if tonumber(redis.call('HGET', KEYS[1], 'trimmed') or '-1') >= tonumber(ARGV[1]) then return 0 end
+local count = tonumber(ARGV[2])
+for i = 3, 2 + count do redis.call('HDEL', KEYS[2], ARGV[i]) end
+for i = 3 + count, #ARGV, 2 do redis.call('HSET', KEYS[3], ARGV[i], ARGV[i + 1]) end
+redis.call('HSET', KEYS[1], 'trimmed', ARGV[1])
+return count
 """
 
 # KEYS: log. ARGV: format version, table_version, start. Begins a log where there is none.
@@ -67,9 +100,9 @@ class RedisWindowLog:
         self.table_version = table_version
         self._at = locate(where)
         self._client = connect(self._at)
-        # braces: the slot of a cluster is that of what is in them, so a script may use all three
-        self._log, self._windows, self._names, self._times = (
-            f"{{{self._at.name}}}:{part}" for part in ("log", "windows", "names", "times")
+        # braces: the slot of a cluster is that of what is in them, so a script may use all
+        self._log, self._windows, self._names, self._times, self._reached = (
+            f"{{{self._at.name}}}:{part}" for part in ("log", "windows", "names", "times", "reached")
         )
         with reachable(self._at):
             if start is not None:
@@ -134,16 +167,22 @@ class RedisWindowLog:
             window = Window.of(ids, vectors, table_version=self.table_version, seq=number,
                                window_id=window_id, dtype=dtype, removed=removed)  # fmt: skip
             with reachable(self._at):
-                keys = (self._log, self._windows, self._names, self._times)
-                taken = self._client.eval(APPEND, len(keys), *keys, number, window_id, window.to_bytes())
+                keys = (self._log, self._windows, self._names, self._times, self._reached)
+                positions = [part for both in (positions_in(window_id) or {}).items() for part in both]
+                taken = self._client.eval(
+                    APPEND, len(keys), *keys, number, window_id, window.to_bytes(), *positions
+                )
             if int(taken):
                 return int(taken)
             check_not_moved(str(self), self.last_seq() + 1, seq)
 
     def names(self) -> list[str]:
-        """Names of all windows that were ever added."""
+        """Names of all windows that were ever added; of trimmed ones one name with all their positions."""
         with reachable(self._at):
-            return [name.decode() for name in self._client.hkeys(self._names)]
+            names = [name.decode() for name in self._client.hkeys(self._names)]
+            reached = self._client.hgetall(self._reached)  # last: whoever trims moves names there
+        trimmed = {unit.decode(): position.decode() for unit, position in reached.items()}
+        return [*([name_of(trimmed)] if trimmed else []), *names]
 
     def read(self, seq: int) -> Window:
         """A window by its number.
@@ -180,7 +219,7 @@ class RedisWindowLog:
             seq = _number(found[-1][0])
 
     def forget(self, through: int, min_age: float = 0.0) -> int:
-        """Remove windows that a base table holds. The names of all are kept.
+        """Remove windows that a base table holds. Their names are kept or trimmed (`progress.py`).
 
         Args:
             through: `seq` of the base table.
@@ -198,7 +237,25 @@ class RedisWindowLog:
                 return 0
             removed = self._client.xtrim(self._windows, minid=f"{gone[-1] + 1}-0", approximate=False)
             self._client.hdel(self._times, *gone)
+            self._trim(gone[-1])
         return int(removed)
+
+    def _trim(self, through: int) -> None:
+        """Keep positions in the place of the names of windows up to one, where there are many."""
+        found = sorted((int(seq), name.decode()) for name, seq in self._client.hgetall(self._names).items())
+        names = [(seq, name) for seq, name in found if seq <= through and positions_in(name)]
+        if len(names) <= MOST_NAMES:
+            return
+        reached = {k.decode(): v.decode() for k, v in self._client.hgetall(self._reached).items()}
+        for start in range(0, len(names), TRIMMED_AT_ONCE):
+            part = names[start : start + TRIMMED_AT_ONCE]
+            for _, name in part:
+                advance(reached, positions_in(name) or {})
+            positions = [part for both in reached.items() for part in both]
+            keys = (self._log, self._names, self._reached)
+            self._client.eval(
+                TRIM, len(keys), *keys, part[-1][0], len(part), *(name for _, name in part), *positions
+            )
 
     def _window(self, entry: bytes, fields: dict[bytes, bytes]) -> Window:
         seq, source = _number(entry), f"{self._at} entry {entry.decode()}"

@@ -32,12 +32,13 @@ from mim_torchrec.embeddings.table.manifest import VersionMismatch
 from mim_torchrec.embeddings.table.quantize import LOSS_LIMIT, encode, finite_rows, relative_errors
 from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.windows.log import LogMoved
+from mim_torchrec.embeddings.windows.progress import order, positions_of
 from mim_torchrec.embeddings.windows.redis_address import is_redis
 from mim_torchrec.embeddings.windows.transport import Transport, open_log
 from mim_torchrec.representation.export import TrainedEncoder
 from mim_torchrec.rim.config import RIMConfig
 from mim_torchrec.rim.dead_letter import DeadLetterFile
-from mim_torchrec.rim.progress import order, positions_of, window_name
+from mim_torchrec.rim.progress import window_name
 from mim_torchrec.rim.sources import Arrival, DirectorySource, ItemSource, StreamSource
 from mim_torchrec.training.lease import leased
 

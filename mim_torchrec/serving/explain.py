@@ -25,7 +25,8 @@ from mim_torchrec.embeddings.files import write_json
 from mim_torchrec.embeddings.remote.fetching import fetched
 from mim_torchrec.embeddings.remote.places import LocalPath, Place
 from mim_torchrec.errors import OptionError
-from mim_torchrec.serving.bundle import ABOUT, Bundle, write_bundle
+from mim_torchrec.serving.bundle import ABOUT, Bundle
+from mim_torchrec.serving.bundling import write_bundle
 from mim_torchrec.serving.explaining import explain
 from mim_torchrec.serving.logged import LoggedRequest, find_request
 from mim_torchrec.serving.messages import BadRequest

@@ -140,6 +140,56 @@ class Rows(Listed):
         return scores.view(self.num_candidates, -1).softmax(1).reshape(-1)
 
 
+class Requests(RequestPairs):
+    """`RequestPairs` of several requests, which lists pairs only for a model that asks for them.
+
+    Args:
+        candidate_offsets: (num_requests + 1,).
+        behavior_offsets: (num_requests + 1,).
+    """
+
+    def __init__(self, candidate_offsets: Tensor, behavior_offsets: Tensor) -> None:
+        requests = torch.arange(len(candidate_offsets) - 1)
+        self.__dict__.update(  # the base class is frozen
+            candidate_offsets=candidate_offsets,
+            behavior_offsets=behavior_offsets,
+            candidate_request=requests.repeat_interleave(candidate_offsets.diff()),
+            behavior_request=requests.repeat_interleave(behavior_offsets.diff()),
+        )
+
+    @cached_property
+    def _listed(self) -> RequestPairs:
+        return RequestPairs.build(self.candidate_offsets, self.behavior_offsets)
+
+    @property
+    def candidate_index(self) -> Tensor:
+        """See `Pairs`."""
+        return self._listed.candidate_index
+
+    @property
+    def behavior_index(self) -> Tensor:
+        """See `Pairs`."""
+        return self._listed.behavior_index
+
+    @property
+    def pair_offsets(self) -> Tensor:
+        """See `Pairs`."""
+        return self._listed.pair_offsets
+
+    @property
+    def by_behavior(self) -> ByBehavior:
+        """See `Pairs`."""
+        return self._listed.by_behavior
+
+    @property
+    def num_candidates(self) -> int:
+        return self.candidate_request.numel()
+
+    def history_lengths(self) -> Tensor:
+        """See `Pairs`."""
+        return self.behavior_offsets.diff().index_select(0, self.candidate_request)
+
+
 def pairs_of(candidate_offsets: Tensor, behavior_offsets: Tensor) -> RequestPairs:
     """The pairs of a batch, as a grid where it is of one request.
 
@@ -149,4 +199,4 @@ def pairs_of(candidate_offsets: Tensor, behavior_offsets: Tensor) -> RequestPair
     """
     if candidate_offsets.numel() == 2:
         return Grid(int(candidate_offsets[1]), int(behavior_offsets[1]))
-    return RequestPairs.build(candidate_offsets, behavior_offsets)
+    return Requests(candidate_offsets.long(), behavior_offsets.long())

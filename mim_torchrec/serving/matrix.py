@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mim_torchrec.ciubm.ciubm import CiUBM, Interests
-from mim_torchrec.ciubm.content import content_relevance
 from mim_torchrec.ciubm.jagged import RequestPairs
-from mim_torchrec.ciubm.similarity import similarity_interest
 from mim_torchrec.ciubm.ubm.interface import BehaviorContext
+from mim_torchrec.serving.dense_similarity import similarity_of_request
+from mim_torchrec.serving.dense_ubm import requests_of
 
 
 def is_linear(ciubm: CiUBM) -> bool:
@@ -38,8 +38,11 @@ def interest_matrix(behaviors_mm: Tensor, behaviors: Tensor) -> Tensor:
         behaviors: (num_behaviors, id_dim) ID embeddings.
     """
     behaviors_mm = behaviors_mm.float()
-    normal = F.normalize(behaviors_mm, dim=-1)
-    return torch.cat([normal.T @ behaviors_mm, normal.T @ behaviors], dim=1)
+    return _matrix(F.normalize(behaviors_mm, dim=-1), behaviors_mm, behaviors)
+
+
+def _matrix(normal: Tensor, behaviors_mm: Tensor, behaviors: Tensor) -> Tensor:
+    return normal.T @ torch.cat([behaviors_mm, behaviors], dim=1)
 
 
 class MatrixCiUBM(nn.Module):
@@ -82,29 +85,28 @@ class MatrixCiUBM(nn.Module):
         of_ids = None
         if inner.ubm is not None:
             of_ids = inner.ubm(candidates, behaviors, pairs, context).value
-        similarity = None
-        if inner.tiers:
-            relevance = content_relevance(candidates_mm, behaviors_mm, pairs)
-            similarity = similarity_interest(relevance, pairs, inner.tiers, inner.spans)
-        c_ends, b_ends = pairs.candidate_offsets.tolist(), pairs.behavior_offsets.tolist()
-        given = self.given or [None] * (len(c_ends) - 1)
+        requests = requests_of(pairs)
+        given = self.given or [None] * len(requests)
         self.given, self.made = None, []
         targets = F.normalize(candidates_mm.float(), dim=-1)
-        parts = []
-        for request, matrix in enumerate(given):
-            own = slice(b_ends[request], b_ends[request + 1])
+        parts, similarities = [], []
+        for (own_candidates, own_behaviors), matrix in zip(requests, given, strict=True):
+            own, own_mm = targets[own_candidates], behaviors_mm[own_behaviors].float()
+            normal = F.normalize(own_mm, dim=-1) if matrix is None or inner.tiers else own_mm
+            if inner.tiers:
+                similarities.append(similarity_of_request(own, normal, inner.tiers, inner.spans))
             if matrix is None:
-                matrix = interest_matrix(behaviors_mm[own], behaviors[own])
+                matrix = _matrix(normal, own_mm, behaviors[own_behaviors])
             self.made.append(matrix)
-            part = targets[c_ends[request] : c_ends[request + 1]] @ matrix
-            parts.append(part / max(own.stop - own.start, 1) if inner.pooling == "mean" else part)
+            part = own @ matrix
+            parts.append(part.div_(max(len(own_mm), 1)) if inner.pooling == "mean" else part)
         both = torch.cat(parts)
         dim = candidates_mm.shape[1]
         return Interests(
             of_ids,
             both[:, :dim] if inner.content else None,
             both[:, dim:] if inner.fusion else None,
-            similarity,
+            torch.cat(similarities) if inner.tiers else None,
         )
 
 

@@ -24,7 +24,7 @@ from mim_torchrec.embeddings.table.manifest import VersionMismatch
 from mim_torchrec.embeddings.windows.window import Window
 from mim_torchrec.errors import OptionError
 from mim_torchrec.serving.bundle import Bundle
-from mim_torchrec.serving.grid import pairs_of
+from mim_torchrec.serving.dense_model import make_dense
 from mim_torchrec.serving.matrix import MatrixCache, MatrixCiUBM, is_linear
 from mim_torchrec.serving.messages import BadRequest, ScoreRequest, Scores
 
@@ -77,7 +77,7 @@ class Scorer:
         self.features = bundle.config.features()
         self._model, self._unknown = bundle.load()
         if not plain:
-            self._model.list_pairs = pairs_of
+            make_dense(self._model)
         self.mm: ParameterStore | None = None
         if bundle.table_version is not None:
             if store is None:
@@ -280,7 +280,8 @@ class Scorer:
             flat = [self._flat(feature, requests) for feature in features]
             sizes = [ids.numel() for ids, _ in flat]
             both, found = self._ids[table].lookup(torch.cat([ids for ids, _ in flat]))
-            both[~found] = self._unknown[table]
+            if not found.all():
+                both[~found] = self._unknown[table]
             parts = zip(features, flat, both.split(sizes), found.split(sizes), strict=True)
             for feature, (_, lengths), own, is_there in parts:
                 rows[feature], known[feature] = JaggedTensor(own, lengths=lengths), is_there

@@ -1,8 +1,8 @@
 """Jobs on Slurm that lose a rank, a node or their time: each resumes by itself, to the same bytes.
 
 The faults are done to jobs that run at the same time, because Slurm takes minutes to notice some of them.
-Those that concern all jobs on a node have a cluster of their own. Where a process must stop, it is Python's
-own; others come from the fork server.
+Those that concern all jobs on a node have a cluster of their own. Where a process must stop or vanish, it is
+Python's own: Slurm does not know the processes of the fork server, from which others come.
 """
 
 import re
@@ -61,7 +61,7 @@ def jobs(slurm, submission, forked_on_nodes, words, tmp_path_factory) -> Iterato
         folder = tmp_path_factory.mktemp(name)
         return submit_paused(
             where, folder, folder / "ctr", [*words, *more], own=(*SMALL, "--job_name", name, *own),
-            environment=None if name == "stopped" else forked_on_nodes,
+            environment=None if name in ("node", "stopped") else forked_on_nodes,
         )  # fmt: skip
 
     def lose_rank() -> Job:

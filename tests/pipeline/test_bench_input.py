@@ -11,7 +11,7 @@ from mim_torchrec.benchmarks.speed.input import growth, main
 from mim_torchrec.benchmarks.speed.input_data import InputSizes, request_table, write_dataset
 from mim_torchrec.data.requests import RequestReader
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_workers")]
 
 SMALL = ["--requests", "300", "--row-groups", "50", "20000", "--rounds", "1", "--behaviors", "5",
          "--items", "90", "--users", "60", "--categories", "7", "--batch-size", "64",

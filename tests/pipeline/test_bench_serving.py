@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 SMALL = ["--behaviors", "3", "1000", "--candidates", "20", "--mm-dims", "8", "--id-dim", "4", "--models",
          "sim/paper", "--items", "200", "--users", "10", "--rounds", "2", "--requests", "4", "--clients", "2",
-         "--threads", "1"]  # fmt: skip
+         "--threads", "1", "--ubms", "din", "sim", "--score-rounds", "2"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_scores_are_timed_in_all_forms(report):
 def test_targets_are_compared_with_their_figures(report):
     met = {entry["claim"]: entry["met"] for entry in report["targets"]}
     assert met["sim/paper, 1000 behaviors, one client: p99 at most 30 ms"] == (report["p99_ms"]["1000"] <= 30)
-    assert len(met) == 5  # dim 8 has no target of its ratio
+    assert len(met) == 5 + 2 + 1 + 1  # dim 8 has no target of its ratio
     assert met["private memory of a server: at most 350 MiB"] == (report["rss_mib"] <= 350)
 
 
@@ -54,3 +54,16 @@ def test_a_server_is_measured_from_its_start_to_its_end(report):
         "1": {"requests_per_s"}, "2": {"requests_per_s"}
     }  # fmt: skip
     assert set(report["users_per_request"]) == {"1", "8"} and min(report["users_per_request"].values()) > 0
+
+
+def test_scores_of_models_are_compared_by_preset(report):
+    presets = {"paper", "recommended"}
+    assert set(report["recommended_over_paper"]) == {"din", "sim"}
+    for name in ("score_over_matmul", "p99_over_p50"):
+        assert {ubm: set(found) for ubm, found in report[name].items()} == {"din": presets, "sim": presets}
+    scores = report["scores"]
+    expected = scores["sim/recommended"]["score_ms"] / scores["sim/paper"]["score_ms"]
+    assert report["recommended_over_paper"]["sim"] == pytest.approx(expected)
+    assert report["score_over_matmul"]["din"]["paper"] == pytest.approx(
+        scores["din/paper"]["score_ms"] / scores["din/paper"]["matmul_ms"]
+    )

@@ -21,7 +21,8 @@ from mim_torchrec.ctr.main import main as train
 from mim_torchrec.data.features import Features
 from mim_torchrec.data.schema import category_ids
 from mim_torchrec.embeddings.stores.store import open_store
-from mim_torchrec.serving.bundle import Bundle, write_bundle
+from mim_torchrec.serving.bundle import Bundle
+from mim_torchrec.serving.bundling import write_bundle
 from mim_torchrec.serving.config import Limits
 from mim_torchrec.serving.inputs import inputs_of
 from mim_torchrec.serving.messages import BadRequest, ScoreRequest

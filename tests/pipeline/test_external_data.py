@@ -21,7 +21,7 @@ from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.ids import stable_ids
 from mim_torchrec.data.schema import TIME
 from mim_torchrec.embeddings.table.main import main as table
-from mim_torchrec.serving.bundle import write_bundle
+from mim_torchrec.serving.bundling import write_bundle
 from tests.pipeline.test_ctr_main import NUM_ITEMS, SMALL, STYLES, item_id, write_dataset
 from tests.serving import INFER, application, deployment, output
 

@@ -7,7 +7,7 @@ from mim_torchrec.pipeline.main import main
 from mim_torchrec.pipeline.spec import Pipeline
 from tests.object_store import contents
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_stages")]
 
 FILE = """
 name = "remote"

@@ -8,7 +8,7 @@ import pytest
 from mim_torchrec.benchmarks.paper import prepare_demo
 from mim_torchrec.benchmarks.speed import prepare as prepare_bench
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_stages")]
 
 TINY = (
     "--items 200 --users 100 --requests 300 --searches 60 --csft-epochs 1 --csft-batch-size 16 "

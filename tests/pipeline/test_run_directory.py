@@ -17,7 +17,7 @@ from mim_torchrec.data.schema import Dataset
 from mim_torchrec.data.vocabulary import Vocabulary
 from mim_torchrec.embeddings import holder
 from mim_torchrec.embeddings.holder import LeaseError
-from mim_torchrec.serving.bundle import write_bundle
+from mim_torchrec.serving.bundling import write_bundle
 from mim_torchrec.training.checkpoints import ResumeError
 from mim_torchrec.training.history import read_history
 from mim_torchrec.training.lease import Lease

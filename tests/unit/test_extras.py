@@ -32,10 +32,24 @@ PROMISES = {
 }
 """What imports with core and these extras: every module of these rooms."""
 
+OF_ENCODERS = ("csft", "encoders", "pretraining", "representation", "rim")
+ROOMS = {
+    **{f"mim_torchrec.{room}": "encoders" for room in OF_ENCODERS},
+    "mim_torchrec.prepare": "prepare",
+    "mim_torchrec.serving": "serving",
+    "mim_torchrec.launch": "launch",
+    "mim_torchrec.pipeline": "launch",
+    "mim_torchrec.training.loop": "train",
+    "mim_torchrec.data.images": "train",
+    "mim_torchrec.embeddings.stores.redis_store": "redis",
+}
+"""The extra that a room asks for where it is missing."""
+
 IMPORT = """
-import json, sys
+import json, os, sys
 from importlib import import_module
-blocked, modules = set(json.loads(sys.argv[1])), json.loads(sys.argv[2])
+shared, cases = json.load(sys.stdin)
+blocked = set(cases[0][0])
 
 class Blocking:
     def __init__(self, finder):
@@ -48,13 +62,22 @@ class Blocking:
         return getattr(self.finder, name)
 
 sys.meta_path[:] = [Blocking(finder) for finder in sys.meta_path]
-failed = {}
-for module in modules:
-    try:
-        import_module(module)
-    except Exception as error:
-        failed[module] = f"{type(error).__name__}: {error}"
-print("=" + json.dumps(failed))
+for module in shared:
+    import_module(module)
+for still_blocked, modules in cases:
+    child = os.fork()
+    if child:
+        assert os.waitpid(child, 0)[1] == 0, modules
+        continue
+    blocked.intersection_update(still_blocked)
+    failed = {}
+    for module in modules:
+        try:
+            import_module(module)
+        except Exception as error:
+            failed[module] = f"{type(error).__name__}: {error}"
+    print("=" + json.dumps(failed), flush=True)
+    os._exit(0)
 """
 
 
@@ -87,17 +110,6 @@ def modules_of(packages: set[str]) -> set[str]:
     return {module for module, names in provided if packages & {canonicalize_name(name) for name in names}}
 
 
-def import_with(extras: tuple[str, ...], modules: list[str]) -> dict[str, str]:
-    """Import modules where only core and these extras can be found; returns the error of each that fails."""
-    blocked = set(packages_distributions()) - modules_of(packages_of(*extras))
-    result = subprocess.run(
-        [sys.executable, "-c", IMPORT, json.dumps(sorted(blocked)), json.dumps(modules)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-2000:]
-    return json.loads(result.stdout.rpartition("=")[2])
-
-
 def promised(extras: tuple[str, ...]) -> list[str]:
     """Modules of the rooms that import with core and these extras."""
     rooms = tuple(f"mim_torchrec.{room}" for room in PROMISES[extras])
@@ -110,30 +122,37 @@ def promised(extras: tuple[str, ...]) -> list[str]:
             and name not in left_out]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def failed() -> list[dict[str, str]]:
+    """Errors by module, where only core and the extras of a promise can be found; last, of `ROOMS` with core.
+
+    Each has a process of its own, forked from one that has loaded torchrec where only core can be found.
+    """
+    cases = [(extras, promised(extras)) for extras in PROMISES] + [((), list(ROOMS))]
+    assert all(modules for _, modules in cases)
+    blocked = [
+        sorted(set(packages_distributions()) - modules_of(packages_of(*extras))) for extras, _ in cases
+    ]
+    given = ["torchrec"], [(names, modules) for names, (_, modules) in zip(blocked, cases, strict=True)]
+    result = subprocess.run(
+        [sys.executable, "-c", IMPORT], input=json.dumps(given), capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    found = [json.loads(line) for line in re.findall("^=(.*)$", result.stdout, re.MULTILINE)]
+    assert len(found) == len(cases)
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("extras", PROMISES, ids="+".join)
-def test_rooms_import_with_their_extras_alone(extras):
-    modules = promised(extras)
-    assert modules
-    assert import_with(extras, modules) == {}
+def test_rooms_import_with_their_extras_alone(failed, extras):
+    assert failed[list(PROMISES).index(extras)] == {}
 
 
 @pytest.mark.slow
-def test_every_other_room_names_the_extra_that_is_missing():
-    of_encoders = ("csft", "encoders", "pretraining", "representation", "rim")
-    rooms = {
-        **{f"mim_torchrec.{room}": "encoders" for room in of_encoders},
-        "mim_torchrec.prepare": "prepare",
-        "mim_torchrec.serving": "serving",
-        "mim_torchrec.launch": "launch",
-        "mim_torchrec.pipeline": "launch",
-        "mim_torchrec.training.loop": "train",
-        "mim_torchrec.data.images": "train",
-        "mim_torchrec.embeddings.stores.redis_store": "redis",
-    }
-    failed = import_with((), list(rooms))
-    named = {room: re.findall(r"^MissingExtra: .*\[(.*)\]'$", error) for room, error in failed.items()}
-    assert named == {room: [extra] for room, extra in rooms.items()}
+def test_every_other_room_names_the_extra_that_is_missing(failed):
+    named = {room: re.findall(r"^MissingExtra: .*\[(.*)\]'$", error) for room, error in failed[-1].items()}
+    assert named == {room: [extra] for room, extra in ROOMS.items()}
 
 
 @pytest.mark.parametrize("extra", EXTRAS)

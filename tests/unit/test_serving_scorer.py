@@ -1,5 +1,6 @@
 """The scorer of the server gives the trainer's scores, with rows from stores and interests by matrices."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,9 @@ from mim_torchrec.data.schema import category_ids
 from mim_torchrec.embeddings.stores.redis_store import RedisStore
 from mim_torchrec.embeddings.table.format import Table, VersionMismatch
 from mim_torchrec.embeddings.windows.window import Window
-from mim_torchrec.serving.bundle import Bundle, write_bundle
+from mim_torchrec.serving.bundle import Bundle
 from mim_torchrec.serving.bundle import main as bundle_command
+from mim_torchrec.serving.bundling import write_bundle
 from mim_torchrec.serving.grid import Grid
 from mim_torchrec.serving.matrix import MatrixCache, MatrixCiUBM, interest_matrix
 from mim_torchrec.serving.messages import BadRequest, ScoreRequest, Scores
@@ -228,8 +230,12 @@ def test_vectors_of_another_version_are_refused(din, folder, tmp_path):
 
 
 def test_the_command_writes_a_bundle_and_refuses_what_is_no_run(din, tmp_path, capsys):
-    bundle_command(["--run", str(din), "--out", str(tmp_path / "bundle")])
+    bundle_command(["--run", str(din), "--out", str(tmp_path / "bundle"), "--export"])
     assert "of table_version styles, tables category, item_id" in capsys.readouterr().out
+    facts = {"inputs.json": ""}
+    torch.export.load(tmp_path / "bundle" / "dense.pt2", extra_files=facts)
+    names = [one["name"] for one in json.loads(facts["inputs.json"])["inputs"]]
+    assert {"user_id", "query_id", "candidate_category", "behavior_item_id", "behavior_mm"} <= set(names)
     with pytest.raises(ValueError, match="is no run"):
         bundle_command(["--run", str(tmp_path), "--out", str(tmp_path / "x")])
     with pytest.raises(ValueError, match="is no bundle"):

@@ -123,7 +123,23 @@ def test_a_reader_of_an_older_overlay_keeps_what_it_saw(tmp_path):
     before = store._overlay
     for seq in range(2, 60):
         store.apply(window(seq, *range(100)))
-    assert torch.equal(before.rows[before.places[0]], window(1, 7).vectors[0])
+    assert torch.equal(before.rows[before.layers[0].places[0]], window(1, 7).vectors[0])
+
+
+def test_many_windows_of_some_items_each_leave_the_last_vector_of_each(tmp_path):
+    store, draw = EmbeddedStore(write_table(tmp_path / "table")), random.Random(1)
+    expected: dict[int, torch.Tensor] = {}
+    base = store.lookup(torch.arange(300))
+    for seq in range(1, 150):
+        items = draw.sample(range(300), draw.randrange(12))
+        gone = items[::3]
+        one = window(seq, *(item for item in items if item not in gone), removed=gone)
+        store.apply(one)
+        expected |= dict(zip(one.ids.tolist(), one.vectors.float(), strict=True))
+        expected |= dict.fromkeys(gone, None)
+    whole = {k: row for k, row in enumerate(base[0]) if base[1][k]} | expected
+    expect(store, {k: row for k, row in whole.items() if row is not None}, list(range(300)))
+    assert len(store._overlay.layers) <= 4
 
 
 def test_a_consumer_that_was_overtaken_writes_nothing(redis_url, tmp_path):

@@ -14,6 +14,7 @@ import torch
 from mim_torchrec.benchmarks.harness.redis_server import RedisServer
 from mim_torchrec.embeddings.stores.store import follow
 from mim_torchrec.embeddings.table.format import TableError, VersionMismatch
+from mim_torchrec.embeddings.windows.progress import name_of, positions_of
 from mim_torchrec.embeddings.windows.redis_address import RedisFull, RedisUnavailable, locate
 from mim_torchrec.embeddings.windows.redis_connection import connect
 from mim_torchrec.embeddings.windows.transport import open_log
@@ -57,6 +58,32 @@ def test_a_name_is_added_once_even_when_its_window_was_forgotten(where):
     assert log.forget(5) == 2
     assert (log.first_seq(), log.last_seq()) == (6, 5)
     assert log.append("w5", tensor(1), vectors(1)) == 6
+
+
+def test_a_window_whose_name_was_trimmed_is_not_added_again(where, monkeypatch):
+    for module in ("forgotten", "redis_log"):
+        monkeypatch.setattr(f"mim_torchrec.embeddings.windows.{module}.MOST_NAMES", 3)
+    log, reader = (open_log(where, "v1", start=0) for _ in range(2))
+
+    def name(first: int, second: int) -> str:
+        return name_of({"topic/0": str(first), "topic/1": f"{second}-0"})
+
+    for k in range(1, 9):
+        log.append(name(k, 10 * k), tensor(k), vectors(1))
+        log.append(f"another's {k}", tensor(k), vectors(1))
+        if k in (2, 8):
+            assert reader.append(name(k, 10 * k), tensor(1), vectors(1)) == 2 * k - 1
+    names = log.names()
+    for through in (6, 13):
+        log.forget(through)
+        assert positions_of(log.names()) == positions_of(names) == {"topic/0": "8", "topic/1": "80-0"}
+    for one in (log, reader, open_log(where, "v1")):
+        assert len([n for n in one.names() if n.startswith("rim:")]) == 2  # the last one's, and the rest
+        assert [one.append(name(k, 10 * k), tensor(1), vectors(1)) for k in (1, 3, 7, 8)] == [13, 13, 13, 15]
+        assert one.append(f"another's {2}", tensor(1), vectors(1)) == 4
+        assert (one.last_seq(), one.first_seq()) == (16, 14)
+    assert log.append(name(7, 81), tensor(1), vectors(1)) == 17  # further in one unit
+    assert reader.append(name_of({"topic/2": "1"}), tensor(1), vectors(1)) == 18
 
 
 def test_a_log_that_is_missing_of_another_version_or_behind_its_reader_is_an_error(where):

@@ -225,7 +225,7 @@ def test_names_are_known_though_others_forget_while_one_looks(tmp_path, monkeypa
     log, other = (WindowLog(tmp_path / "log", "v1", start=0) for _ in range(2))
     for k in range(6):
         other.append(f"w{k}", tensor(k), vectors(1))
-    for look in ("_numbers", "_forgotten", "_name_in"):
+    for look in ("_numbers", "_forgotten_through", "_name_in"):
         reader, original, through = WindowLog(log.root, "v1"), getattr(WindowLog, look), [log.first_seq()]
 
         def look_late(self, *args, original=original, through=through):

@@ -22,9 +22,14 @@ from mim_torchrec.serving.workers import Workers
 def say(*words):
     os.write(1, (" ".join(map(str, words)) + "\\n").encode())
 
+def told(number, _):
+    say(signal.Signals(number).name, os.getpid())
+    if number == signal.SIGTERM:
+        sys.exit()
+
 def work(ready):
-    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    signal.signal(signal.SIGHUP, told)
+    signal.signal(signal.SIGTERM, told)
     kind = sys.argv[1]
     if kind == "away" and os.path.exists(sys.argv[2]):
         raise OptionError("the store is away")
@@ -37,10 +42,7 @@ def work(ready):
     if kind == "die":
         sys.exit(7)
     while True:
-        number = signal.sigwait(numbers)
-        say(signal.Signals(number).name, os.getpid())
-        if number == signal.SIGTERM:
-            return
+        signal.pause()
 
 def main(_):
     program.log_to_stderr()
