@@ -16,16 +16,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import tyro
 
 from mim_torchrec import program
 from mim_torchrec.embeddings.files import write_json
 from mim_torchrec.errors import SetupError
 
-MODULE = "mim_torchrec.benchmarks.rehearsal.cuda_wheel"
 DRIVER = "libnvidia-ml.so.1"
 KEYS = ("CUDA", "CompositeImplicitAutograd", "CompositeExplicitAutograd")
+SCRIPT = """
+import json, sys
+import torch, fbgemm_gpu
+operators, keys = map(json.loads, sys.argv[1:])
+known, has = set(torch._C._dispatch_get_all_op_names()), torch._C._dispatch_has_kernel_for_dispatch_key
+missing = [name for name in operators if name not in known or not any(has(name, key) for key in keys)]
+print(json.dumps([fbgemm_gpu.__file__, missing]))
+"""
+"""Of a process without this package, which refuses two builds of fbgemm side by side."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,41 +62,36 @@ def operators_of(rehearsal: Path) -> list[str]:
     return found
 
 
-def without_kernel(operators: Sequence[str]) -> list[str]:
-    """Those of the operators that fbgemm, as this process loads it, has no kernel of GPUs for."""
-    import fbgemm_gpu  # noqa: F401
+def without_kernel(operators: Sequence[str], wheel: Path | None = None) -> list[str]:
+    """Those of the operators that fbgemm has no kernel of GPUs for.
 
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    known = set(torch._C._dispatch_get_all_op_names())
-    return [name for name in operators if name not in known or not any(has(name, key) for key in KEYS)]
-
-
-def without_kernel_in(wheel: Path, operators: Sequence[str]) -> list[str]:
-    """`without_kernel`, of the build in a wheel.
+    Args:
+        operators: by their names.
+        wheel: of fbgemm; None is the build that is installed.
 
     Raises:
-        SetupError: it cannot be loaded.
+        SetupError: the build cannot be loaded.
     """
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        with zipfile.ZipFile(wheel) as file:
-            file.extractall(folder / "build")
-        libraries = stand_in_for_driver(folder / "build", folder)
-        paths = os.pathsep.join([str(libraries), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])])
-        script = (
-            f"import json, sys, fbgemm_gpu; from {MODULE} import without_kernel; "
-            "print(json.dumps([fbgemm_gpu.__file__, without_kernel(json.loads(sys.argv[1]))]))"
-        )
+        folder, environment = Path(name), dict(os.environ)
+        if wheel is not None:
+            with zipfile.ZipFile(wheel) as file:
+                file.extractall(folder / "build")
+            libraries = [str(stand_in_for_driver(folder / "build", folder))]
+            libraries += filter(None, [environment.get("LD_LIBRARY_PATH")])
+            environment |= {
+                "PYTHONPATH": str(folder / "build"), "LD_LIBRARY_PATH": os.pathsep.join(libraries),
+            }  # fmt: skip
         run = subprocess.run(
-            [sys.executable, "-c", script, json.dumps(list(operators))],
-            env={**os.environ, "PYTHONPATH": str(folder / "build"), "LD_LIBRARY_PATH": paths},
-            capture_output=True, text=True,
+            [sys.executable, "-c", SCRIPT, json.dumps(list(operators)), json.dumps(KEYS)],
+            env=environment, capture_output=True, text=True,
         )  # fmt: skip
+        what = wheel or "fbgemm"
         if run.returncode:
-            raise SetupError(f"{wheel} cannot be loaded: {run.stderr.strip().splitlines()[-1]}")
+            raise SetupError(f"{what} cannot be loaded: {run.stderr.strip().splitlines()[-1]}")
         loaded, missing = json.loads(run.stdout.splitlines()[-1])
-        if not loaded.startswith(name):
-            raise SetupError(f"{wheel}: {loaded} was loaded in its place")
+        if wheel is not None and not loaded.startswith(name):
+            raise SetupError(f"{what}: {loaded} was loaded in its place")
         return missing
 
 
@@ -119,10 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `python -m mim_torchrec.benchmarks.rehearsal.cuda_wheel`."""
     config = tyro.cli(WheelConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
     operators = operators_of(config.rehearsal)
-    if config.wheel is None:
-        missing = without_kernel(operators)
-    else:
-        missing = without_kernel_in(config.wheel, operators)
+    missing = without_kernel(operators, config.wheel)
     config.out.mkdir(parents=True, exist_ok=True)
     build = config.wheel.name if config.wheel is not None else "installed"
     write_json(

@@ -41,4 +41,4 @@ def test_a_build_that_cannot_be_loaded_is_named(tmp_path):
         file.writestr("fbgemm_gpu/__init__.py", "raise ImportError('libnone.so is missing')")
         file.writestr("fbgemm_gpu/fbgemm_gpu_py.so", b"")
     with pytest.raises(SetupError, match="libnone.so is missing"):
-        cuda_wheel.without_kernel_in(wheel, ["fbgemm::a"])
+        cuda_wheel.without_kernel(["fbgemm::a"], wheel)
