@@ -9,6 +9,7 @@ import dataclasses
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -109,19 +110,31 @@ def measure(config: WindowsConfig) -> dict[str, Any]:
         turns = range(config.rounds + 1)
         items = [[fresh(size, turn) for turn in turns] for size in sizes]
         windows = [[make_window(turn + 2, ids) for turn, ids in enumerate(own)] for own in items]
-        vectors = torch.ones(2 * config.items, DIM)
+        vectors = torch.ones(config.items, DIM)
 
-        def append(log: WindowLog, age: int) -> Callable[[int], object]:
-            ids = torch.arange(config.items)
-            return lambda turn: log.append(window_name(age + 1 + turn), ids, vectors[: config.items])
+        ids = torch.arange(config.items)
 
-        appends = [append(log, age) for log, age in zip(logs, config.ages, strict=True)]
+        def append(log: WindowLog, age: int, turn: int) -> None:
+            log.append(window_name(age + 1 + turn), ids, vectors)
+
+        def head(log: WindowLog, _: int) -> None:
+            log.last_seq()
+
+        def reopen(log: WindowLog, _: int) -> None:
+            WindowLog(log.root, VERSION).last_seq()
+
+        def apply(store: EmbeddedStore, own: list[Window], turn: int) -> None:
+            store.apply(own[turn])
+
+        def add(index: ItemIndex, own: list[torch.Tensor], turn: int) -> None:
+            index.add(own[turn])
+
         steps: dict[str, list[Callable[[int], object]]] = {
-            "head": [lambda turn, log=log: log.last_seq() for log in logs],
-            "open": [lambda turn, log=log: WindowLog(log.root, VERSION).last_seq() for log in logs],
-            "append": appends,
-            "apply": [lambda turn, s=s, w=w: s.apply(w[turn]) for s, w in zip(stores, windows, strict=True)],
-            "index_add": [lambda turn, i=i, w=w: i.add(w[turn]) for i, w in zip(indices, items, strict=True)],
+            "head": [partial(head, log) for log in logs],
+            "open": [partial(reopen, log) for log in logs],
+            "append": [partial(append, *both) for both in zip(logs, config.ages, strict=True)],
+            "apply": [partial(apply, *both) for both in zip(stores, windows, strict=True)],
+            "index_add": [partial(add, *both) for both in zip(indices, items, strict=True)],
         }
         found: dict[str, dict[str, float]] = {}
         for step, of_ages in steps.items():

@@ -9,6 +9,7 @@ import torch
 
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.features import Features, Role
+from mim_torchrec.data.request_buffer import RequestBuffer
 from mim_torchrec.data.request_columns import Jagged, RequestColumns
 from mim_torchrec.data.request_files import BLOCK_ROWS, RequestFiles
 from mim_torchrec.data.schema import ORIGINAL, Dataset
@@ -87,9 +88,10 @@ def read_log(dataset: Dataset, split: str, features: Features) -> Iterator[Logge
     """
     files = RequestFiles(dataset.requests(split), ALL_BEHAVIORS, "fail", features,
                          conventions=dataset.conventions, originals=True)  # fmt: skip
+    buffer = RequestBuffer()
     total = sum(unit.rows for unit in files.units)
     for start in range(0, total, BLOCK_ROWS):
-        columns, places = files.read(np.arange(start, min(start + BLOCK_ROWS, total)))
+        columns, places = files.read(np.arange(start, min(start + BLOCK_ROWS, total)), buffer)
         for place in places:
             yield LoggedRequest(columns.take(np.array([place])))
 

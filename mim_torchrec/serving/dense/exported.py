@@ -23,6 +23,7 @@ from mim_torchrec.ciubm.ubm.sim import SIM
 from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.esmm import second_scores
 from mim_torchrec.ctr.model import CTRModel, DeepCTR
+from mim_torchrec.data.features import ROLES
 from mim_torchrec.embeddings.files import atomic_file
 from mim_torchrec.errors import OptionError
 from mim_torchrec.serving.bundle import Bundle
@@ -174,10 +175,7 @@ class DensePart(nn.Module):
             sparse=rows,
             request_ts=given.get("request_ts"),
             behavior_ts=given.get("behavior_ts"),
-            **{
-                f"{owner}_dense": given.get(f"{owner}_dense")
-                for owner in ("request", "candidate", "behavior")
-            },
+            **{f"{owner}_dense": given.get(f"{owner}_dense") for owner in ROLES},
         )
         pooled: Any = _Rows(torch.cat([given[name] for name in self.pooled], dim=1))
         found = self.model._score(batch, pooled, rows, rows if self._has_vectors else None)
@@ -200,8 +198,7 @@ def inputs_of(bundle: Bundle, model: CTRModel) -> list[ExportedInput]:
         found += [
             ExportedInput(f"{role}_mm", "vector", role, bundle.mm_dim) for role in ("candidate", "behavior")
         ]
-    owners = ("request", "candidate", "behavior")
-    found += [ExportedInput(f"{owner}_dense", "numbers", owner, features.width(owner)) for owner in owners
+    found += [ExportedInput(f"{owner}_dense", "numbers", owner, features.width(owner)) for owner in ROLES
               if features.width(owner)]  # fmt: skip
     config = bundle.config
     if config.id_interest and config.recency == "time" and "recency" in config.ubm_options.needs:
