@@ -12,6 +12,7 @@ to the last and replaces it atomically. `<version>` is a digest of `table_versio
 """
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,12 @@ from mim_torchrec.embeddings.table.shards import CHUNK
 from mim_torchrec.embeddings.windows.redis_address import RedisAddress, locate
 from mim_torchrec.embeddings.windows.redis_connection import connect, reachable
 from mim_torchrec.embeddings.windows.window import Window, is_due
+from mim_torchrec.extras import needs
+
+with needs("redis"):
+    from redis.exceptions import NoPermissionError
+
+log = logging.getLogger(__name__)
 
 ROWS = 200  # written by one command: others wait no longer than that
 FETCH = 2000  # read by one command
@@ -71,6 +78,8 @@ class RedisStore:
         self._about = f"{{{location.name}}}:{self._version}"
         self._facts = self._read_facts()
         self.dim = self._facts.dim
+        self._may_ask = True
+        self._check_policy()
 
     @classmethod
     def open(cls, where: str, table_version: str, timeout: float | None = None) -> "RedisStore":
@@ -84,6 +93,7 @@ class RedisStore:
         Raises:
             RedisUnavailable: the server does not answer; every method raises it, and may be called again.
             TableLost: no table of this version was loaded, or the server has lost it; likewise.
+            TableError: the server may drop rows, as of `load`; likewise, from `seq`.
         """
         return cls(locate(where), table_version, timeout)
 
@@ -109,7 +119,7 @@ class RedisStore:
         store.table_version, store._at, store._client = manifest.table_version, at, connect(at)
         store._version = hashlib.blake2b(manifest.table_version.encode(), digest_size=6).hexdigest()
         store._about = f"{{{at.name}}}:{store._version}"
-        store.dim = manifest.dim
+        store.dim, store._may_ask = manifest.dim, True
         with reachable(at):
             _check_policy(store._client, at)
             before = store._client.hget(store._about, "base")
@@ -127,6 +137,7 @@ class RedisStore:
     @property
     def seq(self) -> int:
         """See `ParameterStore`."""
+        self._check_policy()
         self._facts = self._read_facts()
         return min(self._watermarks())
 
@@ -243,6 +254,18 @@ class RedisStore:
             pipeline.mget(keys[start : start + FETCH])
         return [value for part in pipeline.execute() for value in part]
 
+    def _check_policy(self) -> None:
+        """See that the server still keeps every row: one that was dropped looks like an unknown item."""
+        if not self._may_ask:
+            return
+        try:
+            with reachable(self._at):
+                _check_policy(self._client, self._at)
+        except NoPermissionError:
+            self._may_ask = False
+            log.warning("%s: this user may not ask INFO; whether the server may drop rows is not watched",
+                        self._at)  # fmt: skip
+
     def _watermarks(self) -> list[int]:
         with reachable(self._at):
             marks = self._get([self._mark(shard) for shard in range(self._facts.shards)])
@@ -284,5 +307,5 @@ def _check_policy(client: Any, at: RedisAddress) -> None:
         if info["maxmemory"] and info["maxmemory_policy"] != "noeviction":
             raise TableError(
                 f"{at} may drop rows when its memory is full (maxmemory-policy {info['maxmemory_policy']}); "
-                "parameters need noeviction"
+                "parameters need noeviction, and what was dropped has to be loaded again"
             )

@@ -243,6 +243,26 @@ def test_a_server_that_may_drop_rows_is_refused(tmp_path):
         server.kill()
 
 
+def test_a_server_that_may_drop_rows_from_now_on_is_noticed(tmp_path, caplog):
+    server = RedisServer(tmp_path / "redis", "--maxmemory", "50mb")
+    try:
+        store = RedisStore.load(server.url, write_table(tmp_path / "table"))
+        server.client().config_set("maxmemory-policy", "allkeys-lru")
+        with pytest.raises(TableError, match="may drop rows.*allkeys-lru.*loaded again"):
+            _ = store.seq
+        with pytest.raises(TableError, match="may drop rows"):
+            RedisStore.open(server.url, "v1")
+        server.client().config_set("maxmemory-policy", "noeviction")
+        assert store.seq == 0
+        server.client().acl_setuser("default", commands=["-info"])
+        assert (store.seq, store.seq) == (0, 0)
+        assert [record.message.split(": ", 1)[1][:27] for record in caplog.records] == [
+            "this user may not ask INFO;"
+        ]
+    finally:
+        server.kill()
+
+
 def test_rows_that_a_server_has_lost_are_an_error(redis_url, tmp_path):
     store = RedisStore.load(redis_url, write_table(tmp_path / "table"))
     connect(locate(redis_url)).delete(store._mark(0))
