@@ -55,8 +55,10 @@ class PretrainTask:
         if size % context.world_size:
             raise OptionError(f"--{name}.batch-size {size} is not a multiple of {context.world_size} ranks")
         if len(train) < size:
-            few = f"{len(train)} items to train on are fewer than the {size} of a step"
-            raise OptionError(f"{few}; lower --{name}.batch-size or --{name}.batch-size-per-rank")
+            flag = "batch-size" if phase.batch_size_per_rank is None else "batch-size-per-rank"
+            value = phase.batch_size if phase.batch_size_per_rank is None else phase.batch_size_per_rank
+            few = f"a step takes {size} items, and there are {len(train)} to train on"
+            raise OptionError(f"--{name}.{flag} {value}: {few}; lower it")
         self._config, self._batch_size, self._objective = config, size, objective
         self._towers, self._context = towers, context
         self._train, self._item_ids = train, item_ids
