@@ -14,8 +14,6 @@ from mim_torchrec.pipeline.main import main
 from mim_torchrec.pipeline.records import RecordError
 from tests.pipeline_steps import Steps, command, tagged
 
-pytestmark = pytest.mark.usefixtures("forked_stages")
-
 SIDE_BY_SIDE = """
 [stages.a]
 step = true

@@ -7,6 +7,7 @@ import pytest
 
 from mim_torchrec.data import request_files
 from mim_torchrec.data.features import NO_FEATURES
+from mim_torchrec.data.request_buffer import RequestBuffer
 from mim_torchrec.data.request_columns import RequestColumns
 from mim_torchrec.data.request_files import RequestFiles, count_good_rows
 from mim_torchrec.data.request_order import RequestOrder
@@ -157,9 +158,10 @@ def test_what_is_before_the_first_batch_is_not_decoded(tmp_path, monkeypatch):
 def test_rows_are_read_by_their_numbers_in_any_order(files, decoded):
     rows, known = RequestFiles(files, 50, "fail", NO_FEATURES), np.arange(1, COUNT + 1)
     rng = np.random.default_rng(0)
+    buffer = RequestBuffer()
     for count in (1, 10, COUNT):
         numbers = rng.permutation(COUNT)[:count]
-        columns, which = rows.read(numbers)
+        columns, which = rows.read(numbers, buffer)
         assert columns.scalars["request_id"][which].tolist() == known[numbers].tolist()
 
 
