@@ -5,7 +5,7 @@ Readers hand out ids as they are in the log; what is unknown is decided here, so
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mim_torchrec.data.batch import FeatureIds, MappedIds, RequestBatch, keyed
 from mim_torchrec.data.errors import DataError
-from mim_torchrec.data.id_buckets import IdBuckets
+from mim_torchrec.data.id_buckets import AT_ONCE, IdBuckets
 from mim_torchrec.embeddings.files import atomic_file
 from mim_torchrec.embeddings.sharded.item_index import ItemIndex
 from mim_torchrec.embeddings.table.format import RowIndex
@@ -123,15 +123,16 @@ class Vocabulary:
     def look_up(self, ids: Tensor, dtype: torch.dtype = torch.int64) -> Tensor:
         """Rows of ids, in their shape, without counting them."""
         if self._buckets is not None and ids.dtype == torch.int64 and ids.device.type == "cpu":
-            places = torch.empty(ids.shape, dtype=dtype)
-            self._buckets.places(ids.reshape(-1).numpy(), places.view(-1).numpy())
-            return places.add_(1)
-        return self._index.rows(ids).to(dtype)
+            found = torch.empty(ids.shape, dtype=dtype)
+            rows = self._buckets.places(ids.reshape(-1).numpy(), found.view(-1).numpy())
+            rows += 1
+            return found
+        return in_slices(self._index.rows, ids, dtype)
 
     def count(self, rows: Tensor) -> Tensor:
         """Count rows as those of ids seen; returns them."""
         self.seen += rows.numel()
-        self.unknown += rows.numel() - int(torch.count_nonzero(rows))
+        self.unknown += rows.numel() - np.count_nonzero(rows.numpy())
         return rows
 
     def factors(self, rows: Tensor) -> Tensor:
@@ -255,7 +256,7 @@ class IdMapper:
         """Rows of items in the multi-modal table likewise."""
         if self._mm is None:
             raise ValueError("there is no multi-modal table")
-        return self._mm.look_up(ids).to(_row_type(self._mm.num_embeddings))
+        return in_slices(self._mm.look_up, ids, _row_type(self._mm.num_embeddings))
 
     def batches(self, features: Sequence[FeatureIds], bounds: np.ndarray) -> Iterator[MappedIds]:
         """What batches hold, of rows that were looked up, which are counted.
@@ -309,6 +310,17 @@ class IdMapper:
                 log.warning("%.0f%% of the last %d ids of %s are unknown (limit %.0f%%)", 100 * share,
                             vocabulary.seen - seen, name, 100 * self.max_unknown)  # fmt: skip
             self._checked[name] = (vocabulary.seen, vocabulary.unknown)
+
+
+def in_slices(look_up: Callable[[Tensor], Tensor], ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of ids, in their shape, looked up by the thread that asks alone: few at a time.
+
+    Torch divides larger tensors among threads, which readers of other ranks and the model wait for.
+    """
+    found = torch.empty(ids.shape, dtype=dtype)
+    for part, own in zip(ids.reshape(-1).split(AT_ONCE), found.view(-1).split(AT_ONCE), strict=True):
+        own.copy_(look_up(part))
+    return found
 
 
 def _row_type(num_embeddings: int) -> torch.dtype:
