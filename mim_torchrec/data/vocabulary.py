@@ -132,7 +132,7 @@ class Vocabulary:
     def count(self, rows: Tensor) -> Tensor:
         """Count rows as those of ids seen; returns them."""
         self.seen += rows.numel()
-        self.unknown += rows.numel() - np.count_nonzero(rows.numpy())
+        self.unknown += rows.numel() - int(np.count_nonzero(rows.numpy()))
         return rows
 
     def factors(self, rows: Tensor) -> Tensor:
