@@ -96,6 +96,6 @@ def by_masks(
     alpha = torch.where(masks, relevance[:, None], -torch.inf)
     by_span = index[:, None].expand_as(alpha)
     largest = relevance.new_full((count, len(spans)), -torch.inf).scatter_reduce_(0, by_span, alpha, "amax")
-    largest.nan_to_num_(neginf=0.0)
+    largest.nan_to_num_(nan=torch.nan, neginf=0.0)  # of nothing seen; what is NaN stays
     histogram = counts.view(count, len(spans), tiers).log1p_()
     return torch.cat([histogram, largest[:, :, None], mean[:, :, None]], dim=2).flatten(1)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mim_torchrec.ciubm.ciubm import CiUBM
 from mim_torchrec.ciubm.content import content_relevance, sharpened
-from mim_torchrec.ciubm.similarity import similarity_dim, similarity_interest
+from mim_torchrec.ciubm.similarity import by_masks, similarity_dim, similarity_interest
 from mim_torchrec.ciubm.ubm.avg_pooling import AvgPooling
 from tests.histories import Case, make_case
 
@@ -146,3 +146,12 @@ def test_content_dropout_leaves_out_all_content_of_a_candidate_in_training_only(
 def test_an_impossible_temperature_or_dropout_is_an_error(options):
     with pytest.raises(ValueError, match="above 0|below 1"):
         CiUBM(None, content=True, fusion=True, **options)
+
+
+def test_a_relevance_that_is_no_number_is_not_hidden(case):
+    pairs = case.pairs
+    relevance = torch.full((pairs.num_pairs,), 0.5)
+    relevance[0] = torch.nan
+    found = by_masks(relevance, pairs.order[pairs.behavior_index], pairs, TIERS, SPANS)
+    largest = found.unflatten(1, (len(SPANS), -1))[:, -1, TIERS]
+    assert largest.isnan().sum() == 1
