@@ -82,8 +82,18 @@ LOST_PEER = (
     "recvvalue failed",
     "sendbytes failed",
     "nccl communicator was aborted",
+    "connection refused",
+    "no route to host",
 )
-TIMEOUT = ("timed out waiting", "timed out after", "collective operation timeout")
+TIMEOUT = (
+    "timed out waiting",
+    "timed out after",
+    "timed out connecting",
+    "wait timeout after",
+    "connect timeout",
+    "collective operation timeout",
+    "timeout caused pair closure",  # gloo: another wait for the same rank ran into its timeout first
+)
 ADVICE = {
     errno.ENOENT: (Status.DATA, "check the path"),
     errno.ENOTDIR: (Status.DATA, "check the path"),

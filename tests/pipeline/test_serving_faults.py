@@ -23,6 +23,7 @@ from mim_torchrec.serving.release_follower import ReleaseFollower, deployment_of
 from mim_torchrec.serving.releases import Release, ReleaseError, Releases
 from mim_torchrec.serving.service import Deployment
 from mim_torchrec.serving.tokens import TokenFile
+from tests.said import said
 from tests.serving import INFER, application, changed, deployment, messages, output, running, start
 
 
@@ -75,9 +76,9 @@ def test_a_store_that_hangs_makes_nobody_wait(serving_folder, sent, redis, caplo
             os.kill(redis._process.pid, signal.SIGCONT)
         until_ready(http)
         assert output(http.post(INFER, json=sent[0]).json()) == expected
-    said = [record.message for record in caplog.records if record.name.endswith("guarded")]
-    names = {line.split(" fails")[0] for line in said if " fails" in line}
-    assert names and len(said) == 2 * len(names)  # two lines for each store: it fails, it answers again
+    lines = said(caplog, "serving.guarded")
+    names = {line.split(" fails")[0] for line in lines if " fails" in line}
+    assert names and len(lines) == 2 * len(names)  # two lines for each store: it fails, it answers again
 
 
 def test_data_lost_in_redis_is_503_with_the_reason_until_it_is_loaded_again(serving_folder, sent, redis):
@@ -168,13 +169,13 @@ def test_half_a_request_is_not_waited_for(serving_folder, monkeypatch):
     head = f"POST {INFER} HTTP/1.1\r\nHost: here\r\nContent-Length: 100\r\n"
     with running(app) as address:
         host, port = address.removeprefix("http://").split(":")
-        for half, said in ((b"", b""), (head.encode(), b""), (f"{head}\r\n{{".encode(), b"408")):
+        for half, expected in ((b"", b""), (head.encode(), b""), (f"{head}\r\n{{".encode(), b"408")):
             with socket.create_connection((host, int(port))) as connection:
                 connection.sendall(half)
                 answer = b""
                 while part := connection.recv(4096):  # until the server closes the connection
                     answer += part
-                assert said in answer, answer
+                assert expected in answer, answer
 
 
 def test_a_body_that_comes_after_its_answer_leaves_the_connection_usable(serving_folder):
@@ -216,11 +217,12 @@ def test_every_answer_is_counted_with_its_cause(serving_folder, sent, tmp_path):
             assert ask().status_code == int(status)
             # the request for the metrics before is counted, too
             assert count(http, status=status, cause=cause) == before + (2 if status == "200" else 1), status
-        said = http.get("/metrics").text
+        shown = http.get("/metrics").text
         assert (
-            'mim_store_seconds_count{store="user_id"}' in said and 'mim_store_up{store="vectors"} 1.0' in said
+            'mim_store_seconds_count{store="user_id"}' in shown
+            and 'mim_store_up{store="vectors"} 1.0' in shown
         )
-        assert f'model_version="{Bundle.open(serving_folder / "run" / "bundle").model_version}"' in said
+        assert f'model_version="{Bundle.open(serving_folder / "run" / "bundle").model_version}"' in shown
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from mim_torchrec.training.concerns import (
     log_concerns,
 )
 from mim_torchrec.training.history import History
+from tests.said import said
 
 
 def history(*aucs: float) -> History:
@@ -45,4 +46,4 @@ def test_one_epoch_an_equal_one_and_a_later_rise_are_no_fall():
 def test_each_is_a_line_of_the_log(caplog):
     with caplog.at_level(logging.WARNING):
         log_concerns({"a": "one", "b": "two"})
-    assert [record.getMessage() for record in caplog.records] == ["a: one", "b: two"]
+    assert said(caplog, "training.concerns") == ["a: one", "b: two"]

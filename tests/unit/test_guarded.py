@@ -7,6 +7,7 @@ from mim_torchrec.embeddings.table.manifest import TableLost
 from mim_torchrec.embeddings.windows.redis_address import RedisUnavailable
 from mim_torchrec.serving.guarded import FAILURES, GuardedStore, StoreFailed
 from mim_torchrec.serving.metrics import Metrics
+from tests.said import said
 
 IDS = torch.tensor([1])
 
@@ -61,8 +62,10 @@ def test_a_store_that_fails_is_left_alone_and_tried_again(monkeypatch, caplog, e
         guarded.lookup(IDS)  # it is not asked yet
     assert guarded.seq == 7  # readiness always asks
     assert guarded.lookup(IDS)[1].all() and value(metrics, "mim_store_up", store="items") == 1
-    said = [record.message for record in caplog.records]
-    assert said == ["the store of items fails: gone", "the store of items answers again"]
+    assert said(caplog, "serving.guarded") == [
+        "the store of items fails: gone",
+        "the store of items answers again",
+    ]
 
 
 def test_after_a_pause_one_request_tries_for_all(monkeypatch):

@@ -91,6 +91,12 @@ THEIRS = {
     "no memory": (MemoryError("17 GiB"), 6, "lower the batch size"),
     "a rank that has ended": (RuntimeError(GLOO), 6, "another rank has ended"),
     "a rank that has stopped": (RuntimeError("Timed out waiting 5000ms"), 6, "was waited for in vain"),
+    "a rank that two waits were for": (
+        RuntimeError("Application timeout caused pair closure"),
+        6,
+        "was waited for in vain",
+    ),
+    "a rank that cannot be reached": (RuntimeError("connect [::1]:1: No route to host"), 6, "has ended"),
 }
 
 

@@ -23,6 +23,7 @@ from mim_torchrec.embeddings.windows.redis_address import RedisFull, locate
 from mim_torchrec.embeddings.windows.redis_connection import connect
 from mim_torchrec.embeddings.windows.transport import open_log
 from mim_torchrec.embeddings.windows.window import Window, WindowGap
+from tests.said import said
 from tests.unit.test_packaging import ROOT
 from tests.unit.test_windows import DIM, tensor, vectors, window
 
@@ -256,7 +257,7 @@ def test_a_server_that_may_drop_rows_from_now_on_is_noticed(tmp_path, caplog):
         assert store.seq == 0
         server.client().acl_setuser("default", commands=["-info"])
         assert (store.seq, store.seq) == (0, 0)
-        assert [record.message.split(": ", 1)[1][:27] for record in caplog.records] == [
+        assert [line.split(": ", 1)[1][:27] for line in said(caplog, "embeddings.stores.redis_store")] == [
             "this user may not ask INFO;"
         ]
     finally:
