@@ -229,9 +229,10 @@ class DenseCTR(nn.Module):
         if interests.content is not None:
             interests = replace(interests, content=self.content_projection(interests.content))
         features += [interests.concatenate(), pairs.history_lengths().to(candidates.dtype).log1p()[:, None]]
-        given = torch.cat(features, dim=-1)
+        given, auxiliary = torch.cat(features, dim=-1), interests.auxiliary
+        del features, interests  # copies of them are given to the towers
         conversion = self.second_tower(given) if self.second_tower is not None else None
-        return Prediction(self.tower(given), interests.auxiliary, conversion)
+        return Prediction(self.tower(given), auxiliary, conversion)
 
     def _context(self, found: LookedUp) -> BehaviorContext:
         """What the batch knows of behaviors besides ids; what it does not know is None."""
