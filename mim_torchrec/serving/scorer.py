@@ -20,7 +20,7 @@ from mim_torchrec.ciubm.jagged import RequestPairs
 from mim_torchrec.ctr.dense import LookedUp
 from mim_torchrec.ctr.esmm import second_scores
 from mim_torchrec.data.features import Feature, model_numbers
-from mim_torchrec.embeddings.stores.store import ParameterStore, open_store
+from mim_torchrec.embeddings.stores.store import ParameterStore, SharedStore, open_store
 from mim_torchrec.embeddings.table.manifest import VersionMismatch
 from mim_torchrec.embeddings.windows.window import Window
 from mim_torchrec.errors import OptionError
@@ -100,6 +100,7 @@ class Scorer:
             self._matrices = MatrixCiUBM(self._model.ciubm)
             self._model.ciubm = cast(CiUBM, self._matrices)  # it takes and gives what CiUBM does
         # the similarity interest reads the vectors of a history, whatever else is known of it
+        self._changes = 0
         self._keeps = cache > 0 and self._matrices is not None and not self._matrices.inner.tiers
 
     @property
@@ -183,11 +184,14 @@ class Scorer:
             raise BadRequest("the model needs the features request_ts and behavior_ts")
         self._check_behaviors(requests)
         counts = [request.num_candidates for request in requests]
-        lookups = [dict.fromkeys(self._counted, 0) for _ in requests]
-        generation = self.cache.generation
-        given, keys = self._known_matrices(requests, keep and self._keeps)
-        rows, known = self._rows(requests, lookups)
-        vectors = self._vectors(requests, lookups, skip=[matrix is not None for matrix in given])
+        while True:
+            lookups = [dict.fromkeys(self._counted, 0) for _ in requests]
+            generation = self.cache.generation
+            given, keys = self._known_matrices(requests, keep and self._keeps)
+            rows, known = self._rows(requests, lookups)
+            vectors = self._vectors(requests, lookups, skip=[matrix is not None for matrix in given])
+            if not self._others_changed_rows() or all(matrix is None for matrix in given):
+                break  # else matrices are of older rows than the vectors
         pooled = self._pooled(requests, lookups)
         looked_up = self._looked_up(requests, rows, known, vectors, pooled)
         if self._matrices is not None:
@@ -244,6 +248,15 @@ class Scorer:
         times = request.behavior_ts
         return replace(request, ids=recent(request.ids), dense=recent(request.dense),
                        behavior_ts=None if times is None else times[-last:])  # fmt: skip
+
+    def _others_changed_rows(self) -> bool:
+        """Whether vectors have changed otherwise than by `apply` since the last call."""
+        changes = self.mm.changes if isinstance(self.mm, SharedStore) else 0
+        if changes == self._changes:
+            return False
+        self._changes = changes
+        self.cache.clear()
+        return True
 
     def _known_matrices(
         self, requests: Sequence[ScoreRequest], keeps: bool
