@@ -84,9 +84,13 @@ DEFAULTS = Limits(deadline_ms=60_000)
 """Machines that run tests are slow at times."""
 
 
-def application(what: Deployment, limits: Limits = DEFAULTS, spans: Spans | None = None, **words):
+def application(
+    what: Deployment, limits: Limits = DEFAULTS, spans: Spans | None = None, page_of=None, **words
+):
     metrics = Metrics(spans=spans)
     service = Service(what, 100, metrics, limits.store_timeout_ms / 1000)
+    if page_of is not None:
+        words["page"] = page_of(service)
     return make_app(Inference(service, metrics, limits, "mim"), **words), service
 
 

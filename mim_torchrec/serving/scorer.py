@@ -221,11 +221,13 @@ class Scorer:
             for k, (part, own) in enumerate(zip(scores.split(counts), of_clicks.split(counts), strict=True))
         ]  # fmt: skip
 
-    def relevance(self, candidates: Tensor, behaviors: Tensor) -> Tensor:
+    def relevance(self, request: ScoreRequest) -> Tensor:
         """Cosines of the vectors (num_candidates, num_behaviors), α of Eq. 7; 0 where there is no vector."""
         assert self.mm is not None  # Base has nothing to compare
-        both, _ = self.mm.lookup(torch.cat([candidates, behaviors]))
-        one, other = nn.functional.normalize(both.float(), dim=1).split([len(candidates), len(behaviors)])
+        both, found = self.mm.lookup(torch.cat([request.ids[f"{role}_item_id"] for role in ROLES]))
+        _put_given([request], both, found)
+        sizes = [request.num_candidates, request.num_behaviors]
+        one, other = nn.functional.normalize(both.float(), dim=1).split(sizes)
         return one @ other.T
 
     def _check_behaviors(self, requests: Sequence[ScoreRequest]) -> None:
@@ -313,6 +315,7 @@ class Scorer:
         (candidates, candidate_lengths), (behaviors, behavior_lengths) = flat
         wanted = (~torch.tensor(skip)).repeat_interleave(behavior_lengths)
         rows, found = self.mm.lookup(torch.cat([candidates, behaviors[wanted]]))
+        _put_given(requests, rows, found)
         of_candidates, of_behaviors = rows.split([candidates.numel(), rows.shape[0] - candidates.numel()])
         if not wanted.all():
             of_behaviors = rows.new_zeros(behaviors.numel(), self.mm.dim).index_put_((wanted,), of_behaviors)
@@ -386,3 +389,12 @@ class Scorer:
     def _count(kind: str, found: Tensor, lengths: Tensor, lookups: list[dict[str, int]]) -> None:
         for own, part in zip(lookups, found.split(lengths.tolist()), strict=True):
             own[kind] += int(np.count_nonzero(~part.numpy()))
+
+
+def _put_given(requests: Sequence[ScoreRequest], rows: Tensor, found: Tensor) -> None:
+    """Put vectors that requests bring with them into rows, the first of which are those of candidates."""
+    first = 0
+    for request in requests:
+        for place, vector in request.vectors.items():
+            rows[first + place], found[first + place] = vector, True
+        first += request.num_candidates
