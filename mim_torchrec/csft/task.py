@@ -22,8 +22,10 @@ from mim_torchrec.csft.queries import PlainQueries, Queries
 from mim_torchrec.csft.selection import epoch_metrics
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.pairs import PairDataset
+from mim_torchrec.data.prefetch import prefetched
 from mim_torchrec.encoders.checkpoint import save_encoder
 from mim_torchrec.encoders.item_encoder import ItemEncoder, ItemHead
+from mim_torchrec.encoders.tower import compute_in
 from mim_torchrec.errors import OptionError
 from mim_torchrec.losses.cross_entropy import CategoryCrossEntropy, PairCrossEntropy
 from mim_torchrec.training.distributed import DistributedContext
@@ -187,7 +189,12 @@ class CSFTTask:
         if config.parallel == "fsdp" and context.is_main:
             self._plain = copy.deepcopy(encoder).cpu()  # takes the whole weights, to be saved
         self._contrast = Contrast(trained, loss, config.precision == "bf16", config.chunk_size)
-        self.model = parallelize(self._contrast.to(context.device), config.parallel, towers, context)
+        bf16 = config.precision == "bf16"
+        if config.parallel == "fsdp":  # their weights are gathered so, also where they are evaluated
+            compute_in(config.precision, *towers)
+        self.model = parallelize(
+            self._contrast.to(context.device), config.parallel, towers, context, bf16=bf16
+        )
         self.optimizer = make_optimizer(self._contrast, config)
         steps = self.num_batches(0) * config.epochs
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -204,9 +211,10 @@ class CSFTTask:
         """This rank's part of every batch from `first` on, in an order of (seed, epoch)."""
         self._pairs.set_epoch(epoch)
         order = np.random.default_rng((self._config.seed, epoch)).permutation(self._train)
-        for step in range(first, self.num_batches(epoch)):
-            start = step * self._batch_size + self._context.rank * self._per_rank
-            yield self._batch(order[start : start + self._per_rank], epoch)
+        starts = range(first * self._batch_size, self.num_batches(epoch) * self._batch_size, self._batch_size)
+        mine = (start + self._context.rank * self._per_rank for start in starts)
+        made = (self._batch(order[start : start + self._per_rank], epoch) for start in mine)
+        return prefetched(made, self._inputs.ahead)
 
     def num_samples(self, batch: PairBatch) -> int:
         """Pairs in a batch."""
