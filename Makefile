@@ -34,8 +34,8 @@ movielens: install  ## the real job on MovieLens and posters: make movielens DAT
 	@test -n "$(DATA)" || { echo "make movielens DATA=<folder with ratings.csv, movies.csv and posters.parquet>"; exit 2; }
 	$(BIN)/python -m mim_torchrec.benchmarks.paper.movielens --data $(DATA) --out runs/movielens
 
-ablation-csft: install  ## what pre-training and C-SFT are worth in AUC: Tables 3, 4 and 5
-	$(BIN)/python -m mim_torchrec.benchmarks.paper.ablation_csft --out runs/ablation_csft
+ablation-csft: install  ## what pre-training and C-SFT are worth in AUC: Tables 3, 4 and 5: make ablation-csft [TOWERS=trained|paper]
+	$(BIN)/python -m mim_torchrec.benchmarks.paper.ablation_csft --out runs/ablation_csft$(if $(TOWERS),_$(TOWERS) --towers $(TOWERS))
 
 figure5: install  ## vision and text models by cost and by AUC: make figure5 [DATA=<dataset>]
 	$(BIN)/python -m mim_torchrec.benchmarks.paper.figure5 --out runs/figure5 $(if $(DATA),--data $(DATA))

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import tyro
@@ -32,6 +32,8 @@ CSFT: dict[str, Value] = {"epochs": 10, "batch-size": 256, "freeze-towers": True
                           "queue-batches": 4, "queue-start-step": 20, "validation-fraction": 0.1}  # fmt: skip
 CTR: dict[str, Value] = shop.CTR | {"epochs": 3}
 HELD_OUT = CSFT["validation-fraction"]
+TRAINED_TOWERS: dict[str, Value] = {"freeze-towers": False, "epochs": 3, "batch-size": 128, "tower-lr": 1e-4}
+PAPER: dict[str, Value] = {"preset": "paper"}
 # ------------------------------------------------------------------------------------------------------------
 
 BASE_AUC = 0.7024  # Table 3
@@ -49,6 +51,24 @@ TRAINED: dict[str, dict[str, Value]] = {
     "no-multi-level": {"alpha": 0.0, "beta": 0.0},
 }
 """C-SFT runs and what they change."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the models are, and what of them C-SFT trains: flags of every stage."""
+
+    pretrain: dict[str, Value]
+    csft: dict[str, Value]
+    ctr: dict[str, Value]
+    plain: str
+    plain_options: dict[str, Value]
+
+
+SCALES = {
+    "frozen": Scale(PRETRAIN, CSFT, CTR, shop.PLAIN, shop.PLAIN_OPTIONS),
+    "trained": Scale(PRETRAIN, CSFT | TRAINED_TOWERS, CTR, shop.PLAIN, shop.PLAIN_OPTIONS),
+    "paper": Scale(PAPER, PAPER | {"validation-fraction": HELD_OUT}, PAPER, "plain:eva02+bge_base", {}),
+}
 
 
 @dataclass(frozen=True)
@@ -102,6 +122,10 @@ class AblationConfig:
     """Requests of the shop, five candidates each."""
     searches: int = 4000
     """Image searches of the shop, each with a click and a purchase."""
+    towers: Literal["frozen", "trained", "paper"] = "frozen"
+    """What C-SFT trains: the head above frozen towers, small towers as well, or everything as the paper does
+    (`--preset paper` of every stage: EVA-02 and BGE, 1,024 pairs a rank, k = 10), which needs GPUs and more
+    searches than steps take."""
     jobs: int = 2
     """Stages that run side by side, one process and one thread each."""
 
@@ -110,7 +134,7 @@ class Job:
     """The stages of the run, and where their results are."""
 
     def __init__(self, config: AblationConfig) -> None:
-        self.config, self.run = config, Run(config.out)
+        self.config, self.run, self.scale = config, Run(config.out), SCALES[config.towers]
         self.root = self.run.root
         self.ctr: dict[tuple[str, int], Path] = {}
         self.found: dict[tuple[str, int], Path] = {}
@@ -124,7 +148,7 @@ class Job:
         sizes = shop.ShopSizes(items=c.items, users=c.users, requests=c.requests, searches=c.searches)
         self.shop = shop.shop_stage(sizes, self.root, "shop", 1.0)
         out = self.root / "pretrain"
-        options: dict[str, Value] = {"data": self.shop.out, "out": out, "seed": 0, **PRETRAIN}
+        options: dict[str, Value] = {"data": self.shop.out, "out": out, "seed": 0, **self.scale.pretrain}
         self.pretrain = Stage(name="pretrain", command=("pretrain",), options=options, out=out,
                               ranks=f"1x{c.jobs}", after=(self.shop,))  # fmt: skip
         self.run.run([self.shop, self.pretrain], threads=1)
@@ -137,7 +161,7 @@ class Job:
         self.run.run([first], threads=1)  # the features that it keeps are there for all others
         self._side_by_side(others)
         encoders: dict[tuple[str, int], Stage | str] = {key: stage for key, stage in csft.items()}
-        towers = {PLAIN: shop.PLAIN, DDA: f"plain:{self.pretrain.out / 'dda-text' / 'towers'}",
+        towers = {PLAIN: self.scale.plain, DDA: f"plain:{self.pretrain.out / 'dda-text' / 'towers'}",
                   DMA: f"plain:{self.pretrain.out / 'dma' / 'towers'}"}  # fmt: skip
         encoders |= {(name, 0): spec for name, spec in towers.items()}
         searches = {key: self._retrieve(key, encoder) for key, encoder in encoders.items()}
@@ -146,7 +170,7 @@ class Job:
         cache: dict[str, Value] = {"feature-cache": self.root / "features"}
         self.tables = {
             key: export_stage(self.root, f"table-{key[0]}-{key[1]}", self.shop, encoder, "1x1",
-                              cache | (shop.PLAIN_OPTIONS if key[0] == PLAIN else {}))
+                              cache | (self.scale.plain_options if key[0] == PLAIN else {}))
             for key, encoder in encoders.items()
         }  # fmt: skip
         self._side_by_side(list(self.tables.values()))
@@ -157,8 +181,9 @@ class Job:
             "data": self.shop.out, "out": out, "seed": seed, "towers": self.pretrain.out / "dma" / "towers",
             "feature-cache": self.root / "features",
         }  # fmt: skip
-        return Stage(name=out.name, command=("csft",), options=options | CSFT | TRAINED[name], out=out,
-                     ranks="1x1", after=(self.shop, self.pretrain))  # fmt: skip
+        options |= self.scale.csft | TRAINED[name]
+        return Stage(name=out.name, command=("csft",), options=options, out=out, ranks="1x1",
+                     after=(self.shop, self.pretrain))  # fmt: skip
 
     def _retrieve(self, key: tuple[str, int], encoder: Stage | str) -> Stage:
         out = self.root / f"found-{key[0]}-{key[1]}"
@@ -169,7 +194,7 @@ class Job:
         }  # fmt: skip
         after = (self.shop, encoder) if isinstance(encoder, Stage) else (self.shop, self.pretrain)
         if key[0] == PLAIN:
-            options |= shop.PLAIN_OPTIONS
+            options |= self.scale.plain_options
         return Stage(name=out.name, command=("retrieve",), options=options, out=out, after=after)
 
     def train(self) -> None:
@@ -181,7 +206,7 @@ class Job:
                 table = self.tables.get((name, seed), self.tables.get((name, 0)))
                 stages[name, seed] = ctr_stage(
                     f"{name}-{seed}", root=self.root, data=self.shop, table=None if name == "base" else table,
-                    seed=seed, options=CTR, ranks="1x1",
+                    seed=seed, options=self.scale.ctr, ranks="1x1",
                 )  # fmt: skip
         self._side_by_side(list(stages.values()))
         self.ctr = {key: stage.out for key, stage in stages.items()}
@@ -282,8 +307,8 @@ def build(job: Job) -> tuple[dict[str, Any], list[Section], dict[str, bytes]]:
         **tables, "orders": orders, "exchange_rate": rate,
         "base": {"auc_mean": float(base.mean()), "auc_std": deviation(base), "paper_auc": BASE_AUC},
         "stages": job.run.seconds,
-        "config": {**dataclasses.asdict(job.config), "pretrain": PRETRAIN, "csft": CSFT, "ctr": CTR,
-                   "versions": TRAINED},
+        "config": {**dataclasses.asdict(job.config), "pretrain": job.scale.pretrain,
+                   "csft": job.scale.csft, "ctr": job.scale.ctr, "versions": TRAINED},
     }  # fmt: skip
     columns = ["version", "AUC", "± seeds", "Δ", "± seeds", "paper's Δ", "recall@10", "mean rank"]
     sections = [

@@ -62,7 +62,7 @@ def check_text_directory(folder: Path, *, weights: bool = True) -> None:
     if is_open_clip(folder) and "model_type" not in config:
         return
     if not config:
-        raise OptionError(f"{folder} has no config.json{_instead(folder)}")
+        raise OptionError(f"{folder} has no config.json and cannot be loaded{_instead(folder)}")
     if "architecture" in config and "model_type" not in config:
         raise OptionError(f"{folder} holds a model of timm ({config['architecture']}); give --vision.weights")
     if config.get("auto_map"):

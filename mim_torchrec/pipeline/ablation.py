@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import tyro
-from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
+from torchmetrics.functional import spearman_corrcoef
 
 from mim_torchrec import program
 from mim_torchrec.domains import Count, check_domains
@@ -53,8 +53,9 @@ def points_of(grid: Grid, results: Mapping[str, StageResult]) -> list[dict[str, 
     """What every run has: an encoder and a seed each.
 
     Returns:
-        `encoder`, `seed`, the metrics of its image search and its C-SFT's training loss (None of plain
-        towers), `auc` and `ne` of the click model, and `gain`, its AUC less that of Base with this seed.
+        `encoder`, `seed`, `trained` (False of plain towers), the metrics of its image search, the training
+        `loss` of its C-SFT (None of plain towers), `auc` and `ne` of the click model, and `gain`, its AUC
+        less that of Base with this seed.
     """
     points = []
     for name, encoder in grid.encoders.items():
@@ -64,20 +65,23 @@ def points_of(grid: Grid, results: Mapping[str, StageResult]) -> list[dict[str, 
             probe, base = results[f"ctr.{name}.{seed}"].metrics(), results[f"base.{seed}"].metrics()
             loss = None if encoder.plain is not None else results[f"csft.{trained}"].metrics().get("loss")
             points.append({
-                "encoder": name, "seed": seed, **{metric: found[metric] for metric in SEARCH}, "loss": loss,
+                "encoder": name, "seed": seed, "trained": encoder.plain is None,
+                **{metric: found[metric] for metric in SEARCH}, "loss": loss,
                 "auc": probe["auc"], "ne": probe["ne"], "gain": probe["auc"] - base["auc"],
             })  # fmt: skip
     return points
 
 
 def rates_of(points: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """How well each cheap metric tells the gain, over runs.
+    """How well each cheap metric tells the gain, over runs with a trained encoder.
+
+    Plain towers do not count: their searches compare images with images, and no titles.
 
     Args:
         points: as `points_of` gives them.
 
     Returns:
-        By metric: `n` (runs that have it), `spearman`, `pearson`, and `auc_per_deviation` (AUC for one
+        By metric: `n` (runs), `spearman`, `pearson`, and `auc_per_deviation` (AUC for one
         standard deviation of the metric, by least squares). Metrics of which less is better are turned round,
         so that positive numbers agree. None where fewer than three runs, or runs that do not differ, say
         nothing.
@@ -85,7 +89,8 @@ def rates_of(points: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     rates = {}
     for metric in (*SEARCH, "loss"):
         sign = -1 if metric in LOWER_IS_BETTER else 1
-        pairs = [(sign * point[metric], point["gain"]) for point in points if point[metric] is not None]
+        pairs = [(sign * point[metric], point["gain"]) for point in points
+                 if point["trained"] and point[metric] is not None]  # fmt: skip
         found: dict[str, Any] = {
             "n": len(pairs),
             "spearman": None,
@@ -94,8 +99,8 @@ def rates_of(points: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         }
         if len(pairs) >= LEAST:
             values, gains = torch.tensor(pairs, dtype=torch.float64).T
-            if values.std() > 0 and gains.std() > 0:
-                pearson = float(pearson_corrcoef(values, gains))
+            if values.min() < values.max() and gains.min() < gains.max():
+                pearson = float(torch.corrcoef(torch.stack([values, gains]))[0, 1])
                 found |= {"spearman": float(spearman_corrcoef(values, gains)), "pearson": pearson,
                           "auc_per_deviation": pearson * float(gains.std())}  # fmt: skip
         rates[metric] = found
@@ -119,18 +124,18 @@ def encoders_of(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def report_of(grid: Grid, results: Mapping[str, StageResult]) -> dict[str, Any]:
     """What report.json holds: `base`, `encoders`, `metrics`, `watch` and `points`.
 
-    `watch` is the metric with the highest rank correlation that every run has, None where none is defined.
+    `watch` is the metric of the search with the highest rank correlation, None where none is defined. The
+    loss is no candidate: objectives differ in it.
     """
     points = points_of(grid, results)
     rates = rates_of(points)
-    whole = {name: rate["spearman"] for name, rate in rates.items()
-             if rate["n"] == len(points) and rate["spearman"] is not None}  # fmt: skip
+    known = {name: rates[name]["spearman"] for name in SEARCH if rates[name]["spearman"] is not None}
     return {
         "name": grid.name,
         "base": {str(seed): results[f"base.{seed}"].metrics()["auc"] for seed in grid.seeds},
         "encoders": encoders_of(points),
         "metrics": rates,
-        "watch": max(whole, key=lambda name: whole[name]) if whole else None,
+        "watch": max(known, key=lambda name: known[name]) if known else None,
         "points": points,
         "grid": grid.model_dump(),
     }
@@ -145,7 +150,7 @@ def shown(report: Mapping[str, Any]) -> str:
     rates = [["metric", "runs", "Spearman", "Pearson", "AUC per deviation"]]
     rates += [[name, str(rate["n"]), *(_number(rate[key], key) for key in of_rates)]
               for name, rate in report["metrics"].items()]  # fmt: skip
-    runs = len(report["points"])
+    runs = sum(point["trained"] for point in report["points"])
     watch = report["watch"]
     said = (
         f"Of {runs} runs none of these metrics says which is best."

@@ -9,9 +9,12 @@ import torch
 from mim_torchrec.benchmarks.paper import ablation_csft, figure5
 from mim_torchrec.benchmarks.paper.ablation_csft import TABLES, TRAINED, exchange, line, other_orders
 from mim_torchrec.benchmarks.paper.figure5 import Figure5Config, Tower, build_text, build_vision, pairs_of
+from mim_torchrec.csft import config as csft_config
 from mim_torchrec.csft.config import CSFTConfig
 from mim_torchrec.csft.loss_variant import check_objective
 from mim_torchrec.csft.main import main as csft
+from mim_torchrec.ctr import config as ctr
+from mim_torchrec.pretraining import config as pretraining
 from tests.programs import words
 
 
@@ -49,14 +52,31 @@ def test_a_model_whose_vectors_are_not_finite_is_an_error(monkeypatch):
         build_vision(Tower("test_vit", 32, "random"))
 
 
+@pytest.mark.parametrize("scale", ablation_csft.SCALES)
 @pytest.mark.parametrize("name", TRAINED)
-def test_every_version_is_a_configuration_that_c_sft_takes(name, tmp_path, monkeypatch):
+def test_every_version_is_a_configuration_that_c_sft_takes(name, scale, tmp_path, monkeypatch):
     taken = []
     monkeypatch.setattr("mim_torchrec.csft.main.fine_tune", lambda config, ranks: taken.append(config))
-    options = ablation_csft.CSFT | TRAINED[name]
+    options = ablation_csft.SCALES[scale].csft | TRAINED[name]
     csft(words(Path("x"), tmp_path, {name: str(value) for name, value in options.items()}))
     assert isinstance(taken[0], CSFTConfig)
+    assert taken[0].freeze_towers == (scale == "frozen")
     check_objective(taken[0])
+
+
+def test_at_the_scale_of_the_paper_every_stage_is_the_papers_and_all_are_seen(tmp_path):
+    job = ablation_csft.Job(ablation_csft.AblationConfig(out=tmp_path, towers="paper"))
+    scale = job.scale
+    assert scale.pretrain["preset"] == scale.csft["preset"] == scale.ctr["preset"] == "paper"
+    assert pretraining.parse(flags(scale.pretrain, tmp_path)).dma.batch_size_per_rank == 1024
+    assert ctr.parse([*flags(scale.ctr, tmp_path), "--mim", "off"]).ubm == "sim"
+    found = csft_config.parse(flags(scale.csft, tmp_path))
+    assert (found.batch_size_per_rank, found.queue_batches, found.vision.name) == (1024, 10, "eva02")
+    assert found.validation_fraction == ablation_csft.HELD_OUT
+
+
+def flags(options: dict, out: Path) -> list[str]:
+    return words(Path("x"), out, {name: str(value) for name, value in options.items()})
 
 
 class Ended:
