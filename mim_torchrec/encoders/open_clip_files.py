@@ -179,7 +179,7 @@ def text_model_of(folder: Path) -> CLIPTextModel:
     files = weights_of(folder)
     state = read_weights(files)
     prefix = "text." if "text.token_embedding.weight" in state else ""
-    own = {}
+    own: dict[str, Tensor] = {}
     for name, value in state.items():
         if name.startswith(prefix) and not name.startswith(("visual.", "logit_")):
             own |= _converted(name.removeprefix(prefix), value)

@@ -124,10 +124,10 @@ def pipeline_of(grid: Grid, data: Path) -> Pipeline:
     for seed in grid.seeds:
         add(f"base.{seed}", {**grid.ctr, "mim": "off", "seed": seed}, component="mim.ctr")
     for name, encoder in grid.encoders.items():
-        for seed in grid.seeds_of(name):
-            place = f"{name}.{seed}"
+        for trained_seed in grid.seeds_of(name):
+            place = f"{name}.{trained_seed}"
             if encoder.plain is None:
-                trained: Flags = {"seed": int(seed), "validation-fraction": grid.held_out}
+                trained: Flags = {"seed": int(trained_seed), "validation-fraction": grid.held_out}
                 add(f"csft.{place}", features | grid.csft | encoder.csft | trained, component="mim.csft")
             source = encoder.plain or f"${{csft.{place}}}/encoder"
             searched: Flags = {"encoder": source, "held-out-fraction": grid.held_out}

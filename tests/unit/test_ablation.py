@@ -118,7 +118,9 @@ def test_the_report_names_the_metric_that_orders_encoders_as_their_gain_does(tmp
                          result(tmp_path, f"csft.{name}.0", metrics={"loss": 1.0}),
                          result(tmp_path, f"ctr.{name}.0", metrics={"auc": auc, "ne": 1.0})])  # fmt: skip
     report = report_of(grid(seeds=[0], encoders=TWO | {"other0": {}, "other1": {}}), results)
-    assert report["watch"] == "log_rank" and report["metrics"]["log_rank"]["spearman"] == pytest.approx(1, abs=1e-4)
+    assert report["watch"] == "log_rank" and report["metrics"]["log_rank"]["spearman"] == pytest.approx(
+        1, abs=1e-4
+    )
     assert report["metrics"]["recall_at_10"]["spearman"] is None
     printed = shown(report)
     assert "Watch log_rank: over 3 runs" in printed and printed.index("mim ") < printed.index("plain ")
