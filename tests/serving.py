@@ -1,6 +1,7 @@
 """A small trained model with its bundle, its server, and requests as clients send them over HTTP."""
 
 import copy
+import functools
 import subprocess
 import sys
 import threading
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import uvicorn
@@ -27,6 +29,9 @@ from tests.pipeline.test_ctr_main import SMALL
 
 ROOT = Path(__file__).parents[1]
 INFER = "/v2/models/mim/infer"
+PATIENCE = 300.0  # seconds; httpx itself waits for five
+get = functools.partial(httpx.get, timeout=PATIENCE)
+post = functools.partial(httpx.post, timeout=PATIENCE)
 
 
 def trained_bundle(folder: Path, name: str, *flags: str) -> Path:
@@ -106,13 +111,23 @@ def running(app) -> Iterator[str]:
         thread.join()
 
 
-COMMAND = [sys.executable, "-m", "mim_torchrec.serving.main", "--port", "0", "--threads", "1",
-           "--limits.deadline-ms", "60000"]  # fmt: skip
+COMMAND = [
+    "-m",
+    "mim_torchrec.serving.main",
+    "--port",
+    "0",
+    "--threads",
+    "1",
+    "--limits.deadline-ms",
+    "60000",
+]
 
 
-def start(*words: str) -> tuple[subprocess.Popen, str]:
-    """A server of its own, and its address."""
-    server = subprocess.Popen([*COMMAND, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+def start(*words: str, python: str | None = None) -> tuple[subprocess.Popen, str]:
+    """A server of its own, and its address; `python` may be that of `tests.forked`."""
+    server = subprocess.Popen(
+        [python or sys.executable, *COMMAND, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
     line = server.stdout.readline()
     assert "serving mim" in line, line
     return server, line.split()[-1]

@@ -12,7 +12,7 @@ from tests.pipeline.test_evaluate_main import write_table
 from tests.pipeline.test_serving_main import start
 from tests.serving import trained_bundle
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_stages")]
 
 
 MISSING = "the tests need a browser: apt-get install chromium"
