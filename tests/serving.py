@@ -2,13 +2,14 @@
 
 import copy
 import functools
+import os
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 import pyarrow as pa
@@ -88,9 +89,13 @@ DEFAULTS = Limits(deadline_ms=60_000)
 """Machines that run tests are slow at times."""
 
 
-def application(what: Deployment, limits: Limits = DEFAULTS, spans: Spans | None = None, **words):
+def application(
+    what: Deployment, limits: Limits = DEFAULTS, spans: Spans | None = None, page_of=None, **words
+):
     metrics = Metrics(spans=spans)
     service = Service(what, 100, metrics, limits.store_timeout_ms / 1000)
+    if page_of is not None:
+        words["page"] = page_of(service)
     return make_app(Inference(service, metrics, limits, "mim"), **words), service
 
 
@@ -111,23 +116,23 @@ def running(app) -> Iterator[str]:
         thread.join()
 
 
-COMMAND = [
-    "-m",
-    "mim_torchrec.serving.main",
-    "--port",
-    "0",
-    "--threads",
-    "1",
-    "--limits.deadline-ms",
-    "60000",
-]
+COMMAND = ["-m", "mim_torchrec.serving.main", "--port", "0", "--threads", "1",
+           "--limits.deadline-ms", "60000"]  # fmt: skip
 
 
-def start(*words: str, python: str | None = None) -> tuple[subprocess.Popen, str]:
-    """A server of its own, and its address; `python` may be that of `tests.forked`."""
-    server = subprocess.Popen(
-        [python or sys.executable, *COMMAND, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
+def start(
+    *words: str, python: str | None = None, errors: IO[str] | None = None, **variables: str
+) -> tuple[subprocess.Popen, str]:
+    """A server of its own, and its address.
+
+    Args:
+        words: its flags.
+        python: another one than ours, as of `tests.forked`.
+        errors: a file for its standard error.
+        variables: of its environment.
+    """
+    server = subprocess.Popen([python or sys.executable, *COMMAND, *words], cwd=ROOT, text=True,
+                              stdout=subprocess.PIPE, stderr=errors, env=os.environ | variables)  # fmt: skip
     line = server.stdout.readline()
     assert "serving mim" in line, line
     return server, line.split()[-1]
