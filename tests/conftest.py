@@ -9,6 +9,7 @@ from multiprocessing import get_context
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["JDK_JAVA_OPTIONS"] = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"  # Spark runs for seconds
 
 import pytest  # noqa: E402
 import torch  # noqa: E402 (it reads the environment when it loads)

@@ -85,7 +85,7 @@ def deployment(folder: Path, **words) -> Deployment:
     return Deployment(**({"bundle": folder / "run" / "bundle", "store": str(folder / "table")} | words))
 
 
-DEFAULTS = Limits(deadline_ms=60_000)
+DEFAULTS = Limits(deadline_ms=60_000, store_timeout_ms=30_000)
 """Machines that run tests are slow at times."""
 
 

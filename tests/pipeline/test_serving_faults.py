@@ -123,7 +123,7 @@ def test_a_follower_waits_for_a_table_that_was_lost(serving_folder, redis, tmp_p
 
 
 def test_a_deadline_counts_from_the_arrival_whatever_the_model_does(serving_folder, sent):
-    app, service = application(deployment(serving_folder), Limits(deadline_ms=100, store_timeout_ms=10))
+    app, service = application(deployment(serving_folder), Limits(deadline_ms=300, store_timeout_ms=10))
     go, score = threading.Event(), service.current.scorer.score
 
     def hang(requests):
