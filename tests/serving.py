@@ -114,9 +114,9 @@ COMMAND = [sys.executable, "-m", "mim_torchrec.serving.main", "--port", "0", "--
            "--limits.deadline-ms", "60000"]  # fmt: skip
 
 
-def start(*words: str) -> tuple[subprocess.Popen, str]:
+def start(*words: str, python: str = sys.executable) -> tuple[subprocess.Popen, str]:
     """A server of its own, and its address."""
-    server = subprocess.Popen([*COMMAND, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen([python, *COMMAND[1:], *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     line = server.stdout.readline()
     assert "serving mim" in line, line
     return server, line.split()[-1]
