@@ -1,13 +1,14 @@
 """A small trained model with its bundle, its server, and requests as clients send them over HTTP."""
 
 import copy
+import os
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -114,9 +115,12 @@ COMMAND = [sys.executable, "-m", "mim_torchrec.serving.main", "--port", "0", "--
            "--limits.deadline-ms", "60000"]  # fmt: skip
 
 
-def start(*words: str, python: str = sys.executable) -> tuple[subprocess.Popen, str]:
-    """A server of its own, and its address."""
-    server = subprocess.Popen([python, *COMMAND[1:], *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+def start(
+    *words: str, errors: IO[str] | None = None, python: str = sys.executable, **variables: str
+) -> tuple[subprocess.Popen, str]:
+    """A server of its own, and its address; with variables of its environment, and a file for its stderr."""
+    server = subprocess.Popen([python, *COMMAND[1:], *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=errors,
+                              text=True, env=os.environ | variables)  # fmt: skip
     line = server.stdout.readline()
     assert "serving mim" in line, line
     return server, line.split()[-1]

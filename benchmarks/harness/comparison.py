@@ -96,6 +96,19 @@ def gain(
     return {"gain": difference * count, "ci": [low * count, high * count], "per_seed": per_seed}
 
 
+def scores(runs: Sequence[Path]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Labels of the test impressions, and what each run has scored them, all in one order.
+
+    Args:
+        runs: directories with a predictions.parquet.
+
+    Raises:
+        ValueError: they have not scored the same impressions.
+    """
+    reference = read_predictions(runs[0])
+    return reference["label"], [_scores_of(run, reference, runs[0]) for run in runs]
+
+
 def read_predictions(run: Path) -> dict[str, np.ndarray]:
     """Test impressions of a run by column, and their `score`, in the order of their ids."""
     table = pq.read_table(run / "predictions.parquet")

@@ -24,7 +24,7 @@ from mim_torchrec.serving.messages import BadRequest, ScoreRequest
 from mim_torchrec.serving.scorer import Scorer
 
 NO_ENCODER = "this server has no encoder: start it with --encoder, the directory that `mim csft` wrote"
-ID = int(stable_ids(pa.array(["an item that is not there yet"]))[0].as_py())
+NAME = "an item that is not there yet"
 
 
 class ItemEncoder:
@@ -105,7 +105,7 @@ def with_new_item(scorer: Scorer, asked: ScoreRequest, vector: Tensor, category:
     Raises:
         BadRequest: the category cannot be one of the log.
     """
-    values: dict[str, Any] = {"candidate_item_id": ID}
+    values: dict[str, Any] = {"candidate_item_id": int(stable_ids(pa.array([NAME]))[0].as_py())}
     if "candidate_category" in asked.ids:
         values["candidate_category"] = _category_id(scorer, category)
     more = {name: torch.cat([asked.ids[name], torch.tensor([value])]) for name, value in values.items()}
