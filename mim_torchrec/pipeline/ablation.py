@@ -81,10 +81,8 @@ def rates_of(points: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         so that positive numbers agree. None where fewer than three runs, or runs that do not differ, say
         nothing.
     """
-    from torchmetrics.functional import (
-        pearson_corrcoef,
-        spearman_corrcoef,
-    )  # seconds that --help does not need
+    # takes seconds that --help does not need
+    from torchmetrics.functional import pearson_corrcoef, spearman_corrcoef
 
     rates = {}
     for metric in (*SEARCH, "loss"):
