@@ -31,6 +31,7 @@ from transformers import (
 
 from mim_torchrec.domains import Count
 from mim_torchrec.encoders.beit3 import Beit3TextConfig, Beit3TextModel
+from mim_torchrec.encoders.foreign import check_text_directory, check_tokenizer
 from mim_torchrec.encoders.foundation import TEXT
 from mim_torchrec.encoders.text_files import (
     check_sizes,
@@ -105,6 +106,9 @@ class TextEncoder(Tower):
             self.tokenizer, self.model = _build(config, tokenizer)
             num_tokens = 1 + max(self.tokenizer.get_vocab().values(), default=-1)
             check_sizes(self.model.config, num_tokens, config.max_length)
+            if config.weights != "random":
+                source = config.name if config.weights == "pretrained" else config.weights
+                check_tokenizer(self.tokenizer, self.model.config.vocab_size, source)
         if not self.tokenizer.is_fast:
             raise OptionError(f"the tokenizer of {config.name} has no tokenizer.json")
         if self.tokenizer.pad_token is None:  # padding is masked, so any token will do
@@ -241,6 +245,8 @@ def _build(config: TextEncoderConfig, tokenizer: str | None) -> Loaded:
             model.load_original(_beit3_file(config))
             return _tokenizer(config, tokenizer), model
         source = _source(config)
+        if Path(source).is_dir():
+            check_text_directory(Path(source))
         if known is not None:
             _check_sizes(read_config(source), known.config())
         return _tokenizer(config, tokenizer), load_model(source)
@@ -287,7 +293,10 @@ def _tokenizer(config: TextEncoderConfig, learned: str | None) -> PreTrainedToke
         source = _source(config) if given is None else place_of(given, "--text.tokenizer")
         if local := Path(source).is_dir():
             check_tokenizer_files(Path(source))
-        return cast(PreTrainedTokenizerFast, AutoTokenizer.from_pretrained(source, local_files_only=local))
+        return cast(
+            PreTrainedTokenizerFast,
+            AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False),
+        )
     if learned is None:
         raise OptionError(f"{config.name} needs a tokenizer, see train_tokenizer")
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(learned), **_SPECIAL)

@@ -10,8 +10,7 @@ from mim_torchrec.domains import Count, Domain, Fraction, Natural, Positive, Sha
 from mim_torchrec.embeddings.remote.places import LocalPath, Place
 from mim_torchrec.encoders.text import TextEncoderConfig
 from mim_torchrec.encoders.vision import VisionEncoderConfig
-from mim_torchrec.training.checkpoints import CheckpointConfig
-from mim_torchrec.training.distributed import Timeouts
+from mim_torchrec.training.config import CheckpointConfig, Timeouts
 from mim_torchrec.training.precision import Precision
 from mim_torchrec.training.presets import Preset, chosen, replaced
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 from mim_torchrec.domains import Count, Natural
 from mim_torchrec.embeddings.remote.places import LocalPath, Place
-from mim_torchrec.training.distributed import Timeouts
+from mim_torchrec.training.config import Timeouts
 from mim_torchrec.training.precision import Precision
 
 
