@@ -15,8 +15,7 @@ from mim_torchrec.data.features import Features
 from mim_torchrec.domains import Count, Domain, Fraction, Natural, Positive, Share, Temperature, Weight
 from mim_torchrec.embeddings.remote.places import LocalPath, Place
 from mim_torchrec.extras import needs
-from mim_torchrec.training.checkpoints import CheckpointConfig
-from mim_torchrec.training.distributed import Timeouts
+from mim_torchrec.training.config import CheckpointConfig, Timeouts
 from mim_torchrec.training.precision import Precision
 from mim_torchrec.training.presets import Preset, chosen
 
