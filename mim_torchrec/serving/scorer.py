@@ -367,9 +367,11 @@ class Scorer:
         if missing:
             raise BadRequest(f"the model needs the feature {name}")
         parts = [request.ids[name] for request in requests]
-        return torch.cat(parts), torch.tensor([part.numel() for part in parts])
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return whole, torch.tensor([part.numel() for part in parts])
 
     @staticmethod
     def _count(kind: str, found: Tensor, lengths: Tensor, lookups: list[dict[str, int]]) -> None:
-        for own, part in zip(lookups, found.split(lengths.tolist()), strict=True):
-            own[kind] += int(np.count_nonzero(~part.numpy()))
+        parts = [found] if len(lookups) == 1 else found.split(lengths.tolist())
+        for own, part in zip(lookups, parts, strict=True):
+            own[kind] += part.numel() - int(np.count_nonzero(part.numpy()))
