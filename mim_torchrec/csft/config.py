@@ -94,6 +94,13 @@ class CSFTConfig:
     gradient: without this, an item is pulled by its query in full and pushed away in one of k + 1 batches.
     The value of the loss is the same."""
 
+    augment_queries: Share = 0.0
+    """Beyond the paper: how strongly the query images of training are changed, as photos differ from
+    renderings (perspective, crop, light, blur), up to 1. Held-out queries are not changed."""
+    augment_views: Count = 4
+    """Changed views of a query that frozen towers compute; an epoch takes one of them, or the query as it is.
+    Trained towers see another one in every epoch."""
+
     epochs: Count = 8
     """Passes over the pairs; the best by `select` is kept."""
     select: Criterion = "log_rank"

@@ -17,7 +17,7 @@ from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import TemplateProcessing
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -43,6 +43,7 @@ from mim_torchrec.encoders.text_files import (
     pooling_of,
     read_config,
 )
+from mim_torchrec.encoders.tower import Tower
 from mim_torchrec.errors import OptionError
 from mim_torchrec.extras import needs
 
@@ -77,7 +78,7 @@ class TextEncoderConfig:
     """Compute activations again in the backward pass instead of keeping them."""
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(Tower):
     """Maps titles to features.
 
     Args:
@@ -160,7 +161,7 @@ class TextEncoder(nn.Module):
         Returns:
             (n, feature_dim)
         """
-        hidden = self.model(**tokens).last_hidden_state
+        hidden = self.hidden_states(tokens)
         if self.pooling == "cls":
             return hidden[:, 0]
         if self.pooling == "last":
@@ -168,6 +169,12 @@ class TextEncoder(nn.Module):
             return hidden[torch.arange(len(hidden), device=hidden.device), last]
         mask = tokens["attention_mask"][..., None].to(hidden.dtype)
         return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+    def hidden_states(self, tokens: dict[str, Tensor]) -> Tensor:
+        """The last layer's vectors of all tokens, (n, num_tokens, feature_dim); tokens as for `forward`."""
+        with self.computing(tokens["input_ids"].device):
+            hidden = cast(Tensor, self.model(**tokens).last_hidden_state)
+        return hidden.float() if self.precision == "bf16" else hidden
 
     def save(self, folder: Path) -> None:
         """Write the model's configuration and the tokenizer, not the weights."""
@@ -222,10 +229,10 @@ def train_tokenizer(titles: Iterable[str], vocabulary_size: int = 8192) -> str:
     return tokenizer.to_str()
 
 
-Tower = tuple[PreTrainedTokenizerFast, PreTrainedModel]
+Loaded = tuple[PreTrainedTokenizerFast, PreTrainedModel]
 
 
-def _build(config: TextEncoderConfig, tokenizer: str | None) -> Tower:
+def _build(config: TextEncoderConfig, tokenizer: str | None) -> Loaded:
     if config.name == TINY:
         return _tiny(config, tokenizer)
     known = TEXT.get(config.name)
@@ -308,7 +315,7 @@ def _pooling(config: TextEncoderConfig, model: PreTrainedModel) -> str:
     return "cls" if "bge" in Path(config.name).name.lower() else "mean"
 
 
-def _tiny(config: TextEncoderConfig, tokenizer: str | None) -> Tower:
+def _tiny(config: TextEncoderConfig, tokenizer: str | None) -> Loaded:
     if config.weights != "random":
         raise OptionError(f"{TINY} has no pretrained weights: take --text.weights random and train it")
     fast = _tokenizer(config, tokenizer)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mim_torchrec.domains import Count
 from mim_torchrec.encoders.foundation import SHORT
 from mim_torchrec.encoders.open_clip_files import WEIGHTS, is_open_clip, vision_of, vision_state, weights_of
+from mim_torchrec.encoders.tower import Tower
 from mim_torchrec.encoders.weights import load_strictly, read_weights, shards_of, weight_files
 from mim_torchrec.errors import OptionError
 from mim_torchrec.extras import needs
@@ -52,7 +53,7 @@ class VisionEncoderConfig:
     """Compute activations again in the backward pass instead of keeping them."""
 
 
-class VisionEncoder(nn.Module):
+class VisionEncoder(Tower):
     """Maps images to features.
 
     Args:
@@ -131,6 +132,8 @@ class VisionEncoder(nn.Module):
         self._scaling = {key: np.asarray(data[key], np.float32).tolist() for key in ("mean", "std")}
         for key in ("mean", "std"):
             self.register_buffer(key, torch.tensor(data[key]).view(1, 3, 1, 1), persistent=False)
+        # a vision transformer has one, which cuts the image into patches
+        self.convolutional = sum(isinstance(module, nn.Conv2d) for module in self.model.modules()) > 1
         self.feature_dim = self._probe()
         if source != "random":
             self._check()
@@ -146,7 +149,20 @@ class VisionEncoder(nn.Module):
         """
         if images.dtype != torch.uint8:
             raise TypeError(f"images are uint8 and scaled by the encoder, got {images.dtype}")
-        return self.model((images.float() / 255 - self.mean) / self.std)
+        with self.computing(images.device):
+            features = self.model(self.scaled(images))
+        return features.float() if self.precision == "bf16" else features
+
+    def scaled(self, images: Tensor) -> Tensor:
+        """Images (n, 3, image_size, image_size) uint8 as the model takes them, of the same shape.
+
+        On a GPU a convolutional model gets them with the channels last in memory, and keeps this order from
+        layer to layer. It is the one in which tensor cores compute; the values are the same.
+        """
+        pixels = (images.float() / 255 - self.mean) / self.std
+        if images.is_cuda and self.convolutional:
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        return pixels
 
     def transform(self, image: Image.Image) -> Tensor:
         """Image to (3, image_size, image_size) uint8."""

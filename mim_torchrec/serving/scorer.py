@@ -12,7 +12,6 @@ from typing import cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mim_torchrec.ciubm.ciubm import CiUBM
@@ -20,7 +19,7 @@ from mim_torchrec.ciubm.jagged import RequestPairs
 from mim_torchrec.ctr.dense import LookedUp
 from mim_torchrec.ctr.esmm import second_scores
 from mim_torchrec.data.features import Feature, model_numbers
-from mim_torchrec.embeddings.stores.store import ParameterStore, open_store
+from mim_torchrec.embeddings.stores.store import ParameterStore, SharedStore, open_store
 from mim_torchrec.embeddings.table.manifest import VersionMismatch
 from mim_torchrec.embeddings.windows.window import Window
 from mim_torchrec.errors import OptionError
@@ -100,6 +99,7 @@ class Scorer:
             self._matrices = MatrixCiUBM(self._model.ciubm)
             self._model.ciubm = cast(CiUBM, self._matrices)  # it takes and gives what CiUBM does
         # the similarity interest reads the vectors of a history, whatever else is known of it
+        self._changes = 0
         self._keeps = cache > 0 and self._matrices is not None and not self._matrices.inner.tiers
 
     @property
@@ -183,11 +183,14 @@ class Scorer:
             raise BadRequest("the model needs the features request_ts and behavior_ts")
         self._check_behaviors(requests)
         counts = [request.num_candidates for request in requests]
-        lookups = [dict.fromkeys(self._counted, 0) for _ in requests]
-        generation = self.cache.generation
-        given, keys = self._known_matrices(requests, keep and self._keeps)
-        rows, known = self._rows(requests, lookups)
-        vectors = self._vectors(requests, lookups, skip=[matrix is not None for matrix in given])
+        while True:
+            lookups = [dict.fromkeys(self._counted, 0) for _ in requests]
+            generation = self.cache.generation
+            given, keys = self._known_matrices(requests, keep and self._keeps)
+            rows, known = self._rows(requests, lookups)
+            vectors = self._vectors(requests, lookups, skip=[matrix is not None for matrix in given])
+            if not self._others_changed_rows() or all(matrix is None for matrix in given):
+                break  # else matrices are of older rows than the vectors
         pooled = self._pooled(requests, lookups)
         looked_up = self._looked_up(requests, rows, known, vectors, pooled)
         if self._matrices is not None:
@@ -217,11 +220,13 @@ class Scorer:
             for k, (part, own) in enumerate(zip(scores.split(counts), of_clicks.split(counts), strict=True))
         ]  # fmt: skip
 
-    def relevance(self, candidates: Tensor, behaviors: Tensor) -> Tensor:
+    def relevance(self, request: ScoreRequest) -> Tensor:
         """Cosines of the vectors (num_candidates, num_behaviors), α of Eq. 7; 0 where there is no vector."""
         assert self.mm is not None  # Base has nothing to compare
-        both, _ = self.mm.lookup(torch.cat([candidates, behaviors]))
-        one, other = nn.functional.normalize(both.float(), dim=1).split([len(candidates), len(behaviors)])
+        both, found = self.mm.lookup(torch.cat([request.ids[f"{role}_item_id"] for role in ROLES]))
+        _put_given([request], both, found)
+        sizes = [request.num_candidates, request.num_behaviors]
+        one, other = nn.functional.normalize(both.float(), dim=1).split(sizes)
         return one @ other.T
 
     def _check_behaviors(self, requests: Sequence[ScoreRequest]) -> None:
@@ -244,6 +249,15 @@ class Scorer:
         times = request.behavior_ts
         return replace(request, ids=recent(request.ids), dense=recent(request.dense),
                        behavior_ts=None if times is None else times[-last:])  # fmt: skip
+
+    def _others_changed_rows(self) -> bool:
+        """Whether vectors have changed otherwise than by `apply` since the last call."""
+        changes = self.mm.changes if isinstance(self.mm, SharedStore) else 0
+        if changes == self._changes:
+            return False
+        self._changes = changes
+        self.cache.clear()
+        return True
 
     def _known_matrices(
         self, requests: Sequence[ScoreRequest], keeps: bool
@@ -300,6 +314,7 @@ class Scorer:
         (candidates, candidate_lengths), (behaviors, behavior_lengths) = flat
         wanted = (~torch.tensor(skip)).repeat_interleave(behavior_lengths)
         rows, found = self.mm.lookup(torch.cat([candidates, behaviors[wanted]]))
+        _put_given(requests, rows, found)
         of_candidates, of_behaviors = rows.split([candidates.numel(), rows.shape[0] - candidates.numel()])
         if not wanted.all():
             of_behaviors = rows.new_zeros(behaviors.numel(), self.mm.dim).index_put_((wanted,), of_behaviors)
@@ -319,8 +334,7 @@ class Scorer:
             self._count(kind_of(name), found, lengths, lookups)
             owner = torch.arange(len(requests)).repeat_interleave(lengths)
             total = rows.new_zeros(len(requests), rows.shape[1]).index_add(0, owner, rows)
-            is_mean = name in self.features.by_name
-            parts.append(total / lengths.clamp(min=1)[:, None] if is_mean else total)
+            parts.append(total / lengths.clamp(min=1)[:, None] if name in self.features.by_name else total)
         return torch.cat(parts, dim=1)
 
     def _looked_up(
@@ -342,7 +356,7 @@ class Scorer:
         moments = [request.request_ts for request in requests if request.request_ts is not None]
         has_times = len(times) == len(moments) == len(requests)
         return LookedUp(
-            pairs=self._pairs_of(*(F.pad(own, (1, 0)) for own in ends)),
+            pairs=self._pairs_of(*(nn.functional.pad(own, (1, 0)) for own in ends)),
             pooled=lambda: pooled,
             rows=rows,
             vectors=vectors,
@@ -363,8 +377,7 @@ class Scorer:
         return model_numbers(features, values)
 
     def _flat(self, name: str, requests: Sequence[ScoreRequest]) -> tuple[Tensor, Tensor]:
-        missing = [request for request in requests if name not in request.ids]
-        if missing:
+        if any(name not in request.ids for request in requests):
             raise BadRequest(f"the model needs the feature {name}")
         parts = [request.ids[name] for request in requests]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -375,3 +388,12 @@ class Scorer:
         parts = [found] if len(lookups) == 1 else found.split(lengths.tolist())
         for own, part in zip(lookups, parts, strict=True):
             own[kind] += part.numel() - int(np.count_nonzero(part.numpy()))
+
+
+def _put_given(requests: Sequence[ScoreRequest], rows: Tensor, found: Tensor) -> None:
+    """Put vectors that requests bring with them into rows, the first of which are those of candidates."""
+    first = 0
+    for request in requests:
+        for place, vector in request.vectors.items():
+            rows[first + place], found[first + place] = vector, True
+        first += request.num_candidates
