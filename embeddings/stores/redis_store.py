@@ -212,6 +212,8 @@ class RedisStore:
         if not applied and min(self._watermarks()) < window.seq:
             # a new base came in between: the window is applied to that, or is in it
             return self.apply(window)
+        if applied:
+            self._seen.note(self._facts.base, dict.fromkeys(due, window.seq))
         return applied
 
     def _commands(
