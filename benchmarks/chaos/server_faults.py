@@ -163,6 +163,7 @@ class ServerFaults:
         self._stores.primary.start()
 
     def _empty(self) -> None:
+        self._ask_every_worker()  # what a worker has never seen it cannot miss
         self._stores.primary.client().flushall()
         self._clients.await_answers(4)
         self._stores.fill_again()
@@ -175,7 +176,7 @@ class ServerFaults:
         self._stores.copy()
         for _ in range(self._rng.randint(1, 2)):
             self._stores.advance()
-        self._ask_every_worker()  # what a worker has never seen it cannot miss
+        self._ask_every_worker()
         self._stores.fail_over()
         self._clients.await_answers(6)
         self._stores.catch_up()

@@ -114,12 +114,12 @@ def test_changes_of_others_are_seen_by_the_next_lookup(redis_url, tmp_path, log)
     table = write_table(tmp_path / "table")
     store, other = RedisStore.load(redis_url, table), RedisStore.open(redis_url, "v1")
     store.lookup(tensor(5))
-    before = store.changes
+    before = store.seen.changes
     store.lookup(tensor(5))
-    assert store.changes == before
+    assert store.seen.changes == before
     catch_up(other, log)
     store.lookup(tensor(7))
-    assert store.changes > before
+    assert store.seen.changes > before
 
 
 def test_rows_of_a_slot_that_moves_to_another_server_are_found(redis_cluster, cluster_url, tmp_path, log):
