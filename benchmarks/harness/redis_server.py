@@ -133,8 +133,9 @@ class RedisCluster:
             server.client().execute_command("CLUSTER MEET", "127.0.0.1", self.servers[0].port)
         self.url = f"redis+cluster://127.0.0.1:{self.servers[0].port}"
         for server in self.servers:
-            while server.client().cluster("INFO")["cluster_state"] != "ok":
-                pass
+            client = server.client()
+            while client.cluster("INFO")["cluster_state"] != "ok":
+                client.wait(1, 20)  # for a replica that there is not, 20 ms
 
     def move(self, slot: int) -> None:
         """Move a slot, with what it holds, from the server that has it to the next one."""

@@ -5,6 +5,7 @@ Base+MIM are trained and tested on it alone; the multi-modal table is that of al
 C-SFT.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mim_torchrec.benchmarks.harness.pages import Section
+from mim_torchrec.data.features import NO_FEATURES
+from mim_torchrec.data.id_scan import fingerprint
 from mim_torchrec.data.schema import SPLITS, Dataset
+from mim_torchrec.embeddings.files import atomic_directory, write_json
 from mim_torchrec.errors import OptionError
 
 ALL = "ALL"
@@ -61,6 +65,7 @@ PAPER_COUNTS = {
     "#Items": ("16.16+ M", "0.42+ M", "1.11+ M", "0.65+ M", "0.91+ M", "3.74+ M", "0.22+ M", "1.50+ M"),
 }
 """Table 1 as printed, in the order of `COLUMNS`."""
+SHARE_SEED = 0
 VERSIONS = ("Base", "Base+MIM", "Δ")
 
 
@@ -107,12 +112,42 @@ def write_subset(data: Path, requests: Mapping[str, pa.Table], category: str, ou
     """Write the data set of a category; it is made again."""
     if out.exists():
         shutil.rmtree(out)
+    return _write(data, {split: of_category(rows, category) for split, rows in requests.items()}, out)
+
+
+def write_share(data: Path, share: float, out: Path) -> Path:
+    """Write a data set with a random share of the training requests, the same whenever it is made.
+
+    Validation and test requests, histories and items stay. One that was made of the same files is kept.
+
+    Args:
+        data: the whole data set.
+        share: of its training requests, above 0 and at most 1.
+        out: directory of the data set.
+    """
+    made_of = {"files": fingerprint(Dataset(data).requests("train"), NO_FEATURES), "share": share}
+    record = out / "made_of.json"
+    if record.is_file() and json.loads(record.read_text()) == made_of:
+        return out
+    requests = read_requests(data)
+    count = len(requests["train"])
+    kept = np.random.default_rng(SHARE_SEED).permutation(count)[: max(round(share * count), 1)]
+    with atomic_directory(out) as partial:
+        _write(data, requests | {"train": requests["train"].take(np.sort(kept))}, partial)
+        write_json(partial / record.name, made_of)
+    return out
+
+
+def _write(data: Path, requests: Mapping[str, pa.Table], out: Path) -> Path:
+    """Write requests beside the items of a data set and its description, if it has one."""
     for split, rows in requests.items():
         folder = out / "requests" / split
         folder.mkdir(parents=True)
-        part = of_category(rows, category)
-        pq.write_table(part, folder / "part-00000.parquet", row_group_size=1000, compression="zstd")
+        pq.write_table(rows, folder / "part-00000.parquet", row_group_size=1000, compression="zstd")
     shutil.copytree(data / "items", out / "items", copy_function=os.link)
+    if (description := data / "dataset.json").is_file():
+        said = json.loads(description.read_text())
+        write_json(out / description.name, {name: said[name] for name in said if name != "counts"})
     return out
 
 

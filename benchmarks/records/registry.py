@@ -218,6 +218,9 @@ EXPERIMENTS: Sequence[Experiment] = (
     Experiment("figure5", "figure5 [DATA=<folder>]", "Figure 5: foundation models by cost and by AUC"),
     Experiment("coldstart", "coldstart [DATA=<folder>]", "Figure 6: gains by the age of an item"),
     Experiment(
+        "value", "value [DATA=<folder>]", "MIM beside Base, a model without ids, a regression, their ensemble"
+    ),
+    Experiment(
         "daily", "daily [DATA=<folder>]", "Models of every day, with tables that grow and bounded ones"
     ),
     Experiment("abtest", "abtest", "Table 7: a simulated online test"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from mim_torchrec.benchmarks.paper import ablation_ciubm, abtest, coldstart, daily, table2
+from mim_torchrec.benchmarks.paper import ablation_ciubm, abtest, coldstart, daily, table2, value
 from mim_torchrec.ctr.vocabularies import load_vocabularies
 from mim_torchrec.data.id_scan import count_ids
 from mim_torchrec.data.schema import Dataset
@@ -82,6 +82,25 @@ def test_a_model_of_every_day_begins_from_the_day_before(out):
     config = json.loads((out / "ctr" / "shop-mim-0-day-1" / "config.json").read_text())
     assert config["warm_start"].endswith("shop-mim-0-day-0")
     assert len(load_vocabularies(out / "ctr" / "shop-mim-bounded-0-day-1")["item_id"].ids) == 60
+
+
+def test_value_holds_what_the_models_and_the_regression_have_scored(out, monkeypatch):
+    monkeypatch.setitem(value.OPTIONS, "shop", {"preset": "recommended", "epochs": 1})
+    part = ("--ubm", "avg_pooling", "--share", "0.5", "--only", "shop")
+    found = report(value.main, out, *part)
+    (cell,) = found["cells"]
+    assert (cell["data"], cell["share"], cell["ubm"]) == ("shop", 0.5, "avg_pooling")
+    scored = {"base": "avg_pooling-base", "mim": "avg_pooling-mim", "content_only": "content-only"}
+    for row, name in scored.items():
+        assert cell["auc"][row] == {"0": auc(out, f"0.5-{name}")}
+    fitted = json.loads((out / "regression" / "shop-0.5" / "metrics.json").read_text())
+    assert cell["auc"]["regression"] == {"0": fitted["auc"]}
+    known = load_vocabularies(out / "ctr" / "shop-0.5-content-only-0")
+    assert {name: len(own.ids) for name, own in known.items()} == dict.fromkeys(known, 0)
+    trained = [path.stat().st_mtime_ns for path in sorted(out.glob("ctr/shop-0.5-*/metrics.json"))]
+    assert report(value.main, out, *part)["cells"] == found["cells"]
+    kept = [path.stat().st_mtime_ns for path in sorted(out.glob("ctr/shop-0.5-*/metrics.json"))]
+    assert len(trained) == 3 and kept == trained
 
 
 def test_a_tuning_seed_is_not_reported(out):
