@@ -252,7 +252,7 @@ class Scorer:
 
     def _others_changed_rows(self) -> bool:
         """Whether vectors have changed otherwise than by `apply` since the last call."""
-        changes = self.mm.changes if isinstance(self.mm, SharedStore) else 0
+        changes = self.mm.seen.changes if isinstance(self.mm, SharedStore) else 0
         if changes == self._changes:
             return False
         self._changes = changes
