@@ -28,7 +28,8 @@ from mim_torchrec.builds import PACKAGES
 from mim_torchrec.errors import OptionError, explain
 from mim_torchrec.findings import Finding
 from mim_torchrec.links import Answers, Link, measure
-from mim_torchrec.training.distributed import Timeouts, distributed, meeting_store
+from mim_torchrec.training.config import Timeouts
+from mim_torchrec.training.distributed import distributed, meeting_store
 from mim_torchrec.training.network import VARIABLE, interfaces, loopback_problem, own_address
 
 START = 60.0  # seconds in which all hosts have to come

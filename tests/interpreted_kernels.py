@@ -8,7 +8,8 @@ import json
 
 import torch
 
-from mim_torchrec.ciubm.ubm import jagged_recurrence, recurrence_kernels
+from mim_torchrec.ciubm import recurrence_kernels
+from mim_torchrec.ciubm.ubm import jagged_recurrence
 
 CASES = {
     "gru": (4, (3, 0, 1, 5), False),

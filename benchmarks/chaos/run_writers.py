@@ -26,7 +26,8 @@ from mim_torchrec.embeddings.remote.fetching import CACHE, fetched
 from mim_torchrec.embeddings.remote.places import Url
 from mim_torchrec.pipeline.records import DONE, RUNNING, Record, Records
 from mim_torchrec.pipeline.spec import Pipeline
-from mim_torchrec.training.checkpoints import CheckpointConfig, Checkpoints
+from mim_torchrec.training.checkpoints import Checkpoints
+from mim_torchrec.training.config import CheckpointConfig
 from mim_torchrec.training.distributed import DistributedContext
 from mim_torchrec.training.history import History, HistoryFile, read_history
 from mim_torchrec.training.lease import Lease

@@ -53,15 +53,20 @@ class RedisServer:
         assert shutil.which("redis-server"), MISSING
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.port = folder, free_port()
-        self._options = [*options, "--tls-port" if tls else "--port", str(self.port)]
-        self.url = url.format(port=self.port)
+        self._options, self._port_option, self._url = options, "--tls-port" if tls else "--port", url
         self._process: subprocess.Popen[bytes] | None = None
         self.start()
+
+    @property
+    def url(self) -> str:
+        """What clients connect to."""
+        return self._url.format(port=self.port)
 
     def start(self) -> None:
         """Start it and wait until it answers."""
         words = ["--bind", "127.0.0.1", "--dir", str(self.folder), "--save", "",
-                 "--appendonly", "yes", "--appendfsync", "always", *self._options]  # fmt: skip
+                 "--appendonly", "yes", "--appendfsync", "always", "--repl-diskless-sync-delay", "0",
+                 self._port_option, str(self.port), *self._options]  # fmt: skip
         with (self.folder / "log.txt").open("ab") as log:
             self._process = subprocess.Popen(["redis-server", *words], stdout=log, stderr=log)
         while True:
@@ -91,6 +96,21 @@ class RedisServer:
         self._process.kill()
         self._process.wait()
 
+    def copy(self, other: "RedisServer") -> None:
+        """Become a replica of another, and wait until all that it has is here."""
+        self.client().replicaof("127.0.0.1", other.port)
+        other.client().wait(1, 0)
+
+    def cut_off(self) -> None:
+        """Be a replica no more: what comes to the primary from now on is not here."""
+        self.client().replicaof("NO", "ONE")
+
+    def take_the_place_of(self, other: "RedisServer") -> None:
+        """Be found where another was, which is killed: a failover."""
+        other.kill()
+        self.client().config_set("port", other.port)
+        self.port = other.port
+
 
 class RedisCluster:
     """Servers that share the slots of a cluster.
@@ -112,8 +132,9 @@ class RedisCluster:
             server.client().execute_command("CLUSTER MEET", "127.0.0.1", self.servers[0].port)
         self.url = f"redis+cluster://127.0.0.1:{self.servers[0].port}"
         for server in self.servers:
-            while server.client().cluster("INFO")["cluster_state"] != "ok":
-                pass
+            client = server.client()
+            while client.cluster("INFO")["cluster_state"] != "ok":
+                client.wait(1, 20)  # for a replica that there is not, 20 ms
 
     def kill(self) -> None:
         """End all of them at once."""

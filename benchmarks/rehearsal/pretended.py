@@ -1,11 +1,11 @@
 """A pretended GPU: real values in memory, in tensors that say that they are on a GPU.
 
 A tensor's storage counts as one of the GPU (`storages.py`). What makes tensors or moves them is replaced,
-what computes with them is looked at (`watch.py`), and fbgemm's tables run by their kernels for CPUs. So a
-program runs to its end with the results it has on a CPU, and what a GPU would refuse is an error.
+what computes with them is looked at (`watch.py`), fbgemm's tables run by their kernels for CPUs, and
+`torch.autocast` by its rules for CPUs. So a program runs to its end with the results it has on a CPU, and
+what a GPU would refuse is an error.
 
-Not here: streams that run side by side, NCCL, `torch.autocast`, and what C++ does with a device by itself, as
-FSDP2's streams.
+Not here: streams that run side by side, NCCL, and what C++ does with a device by itself.
 """
 
 import functools
@@ -60,7 +60,11 @@ def pretended_gpu(counts: Counts, strict: bool = True) -> Iterator[Watch]:
             "current_accelerator": lambda **_: torch.device("cuda"),
             "current_stream": functions["current_stream"],
         }),
-        (dist, {"init_process_group": _init_process_group(dist.init_process_group)}),
+        (torch.amp.autocast_mode.autocast, {"__init__": _autocast(torch.autocast.__init__)}),
+        (dist, {
+            "init_process_group": _init_process_group(dist.init_process_group),
+            "reduce_scatter_single": _reduce_scatter(dist.reduce_scatter_single, counts, watch),
+        }),
     ]  # fmt: skip
     with ExitStack() as stack:
         for owner, replaced in patches:
@@ -86,6 +90,24 @@ def _init_process_group(real: Callable[..., Any]) -> Callable[..., Any]:
         real("gloo", **options)
 
     return init_process_group
+
+
+def _autocast(real: Callable[..., None]) -> Callable[..., None]:
+    def init(context: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
+        real(context, "cpu" if device_type == "cuda" else device_type, *args, **kwargs)
+
+    return init
+
+
+def _reduce_scatter(real: Callable[..., Any], counts: Counts, watch: Watch) -> Callable[..., Any]:
+    """One operator, as NCCL has; gloo reduces a copy and copies a part of it back."""
+
+    def reduce_scatter_single(*args: Any, **kwargs: Any) -> Any:
+        counts.launch("c10d::_reduce_scatter_base_")
+        with watch.uncounted():
+            return real(*args, **kwargs)
+
+    return reduce_scatter_single
 
 
 def _attributes(storages: Storages, watch: Watch, device: torch.device) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Every stage and option on the pretended GPU, on a tiny shop, through the `main` of the stage.
 
-Stages follow each other in one process, and take what the ones before have left, as they would on a GPU. Not
-here: FSDP2, whose C++ asks a GPU for streams.
+Stages follow each other in one process, and take what the ones before have left, as they would on a GPU.
 """
 
 import json
@@ -65,14 +64,18 @@ class Stage:
 
 
 STAGES: Sequence[Stage] = (
-    Stage("pretrain", "pretraining.main", {"data": "{shop}", **TOWERS, "dda-vision.mask-size": "8"} | {
+    Stage("pretrain", "pretraining.main", {"data": "{shop}", **TOWERS, "dda-vision.mask-size": "8",
+                                          "precision": "bf16"} | {
         f"{phase}.batch-size": "32" for phase in ("dda-vision", "dda-text", "dma")}),
     Stage("csft", "csft.main", {"data": "{shop}", **TOWERS, **HEAD}, ranks=(1, 2), out="csft"),
     Stage("csft with trained towers, bf16", "csft.main", {
         "data": "{shop}", **TOWERS, **HEAD, "freeze-towers": "False", "precision": "bf16",
         "queue-batches": "2"}),
-    Stage("export", "representation.export", {"data": "{shop}", "encoder": "{encoder}"}, ranks=(1, 2),
-          out="table"),
+    Stage("csft with FSDP2, bf16", "csft.main", {
+        "data": "{shop}", **TOWERS, **HEAD, "freeze-towers": "False", "precision": "bf16",
+        "parallel": "fsdp"}, ranks=(1, 2)),
+    Stage("export", "representation.export", {
+        "data": "{shop}", "encoder": "{encoder}", "precision": "bf16"}, ranks=(1, 2), out="table"),
     Stage("base", "ctr.main", {**CTR, "mim": "off"}, out="base"),
     Stage("base, resumed", "ctr.main", {**CTR, "mim": "off", "epochs": "2"}, out="base"),
     Stage("warm start", "ctr.main", {**CTR, "mim": "off", "warm-start": "{base}", "warmup-steps": "2"}),

@@ -25,7 +25,9 @@ class Storages:
         """Have a tensor, and all that share its storage, count as being somewhere; returns it."""
         if not isinstance(tensor, Tensor):
             return tensor
-        if tensor.layout is torch.sparse_csr:
+        if type(tensor).__name__ == "DTensor":
+            self.put(tensor._local_tensor, place)
+        elif tensor.layout is torch.sparse_csr:
             for part in _CSR_PARTS:
                 self.put(getattr(tensor, part)(), place)
         elif tensor.layout is torch.strided and real_device(tensor).type == "cpu":

@@ -7,25 +7,27 @@
 
 A shard is what one slot of a cluster holds: its rows and their watermark. A script can therefore check the
 watermark and write the rows in one step. A reader may see a part of a window before the watermark moves, but
-never a torn row. A consumer that was overtaken cannot write. The next base table of a version is loaded next
-to the last and replaces it atomically. `<version>` is a digest of `table_version`.
+never a torn row. It reads the watermarks with the rows: a shard that was lost, or is older than it was, is an
+error and no unknown items. A consumer that was overtaken cannot write. The next base table of a version is
+loaded next to the last and replaces it atomically. `<version>` is a digest of `table_version`.
 """
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mim_torchrec.embeddings.stores.seen import Seen
 from mim_torchrec.embeddings.table.manifest import TableError, TableLost
 from mim_torchrec.embeddings.table.quantize import DTYPES, decode, stored_width
 from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.table.shards import CHUNK
 from mim_torchrec.embeddings.windows.redis_address import RedisAddress, locate
-from mim_torchrec.embeddings.windows.redis_connection import connect, reachable
+from mim_torchrec.embeddings.windows.redis_connection import check_kind, connect, reachable
 from mim_torchrec.embeddings.windows.window import Window, is_due
 from mim_torchrec.extras import needs
 
@@ -78,7 +80,7 @@ class RedisStore:
         self._about = f"{{{location.name}}}:{self._version}"
         self._facts = self._read_facts()
         self.dim = self._facts.dim
-        self._may_ask = True
+        self._may_ask, self._seen = True, Seen()
         self._check_policy()
 
     @classmethod
@@ -103,6 +105,8 @@ class RedisStore:
     ) -> "RedisStore":
         """Write a base table into a store, instead of an older one of its version.
 
+        Where this base is there and the server has lost shards of it, these are written again.
+
         Args:
             where: URL, see `redis_address.locate`.
             table: the base.
@@ -110,6 +114,7 @@ class RedisStore:
 
         Raises:
             RedisFull: the server has no memory left. The table that was there before still is.
+            OptionError: the URL is that of one server, and it is one of a cluster, or the other way round.
             TableError: the server may drop rows (a `maxmemory-policy` other than noeviction), or has a newer
                 base.
         """
@@ -119,17 +124,21 @@ class RedisStore:
         store.table_version, store._at, store._client = manifest.table_version, at, connect(at)
         store._version = hashlib.blake2b(manifest.table_version.encode(), digest_size=6).hexdigest()
         store._about = f"{{{at.name}}}:{store._version}"
-        store.dim, store._may_ask = manifest.dim, True
+        store.dim, store._may_ask, store._seen = manifest.dim, True, Seen()
         with reachable(at):
+            check_kind(store._client, at)
             _check_policy(store._client, at)
             before = store._client.hget(store._about, "base")
             if before is not None and int(before) > manifest.seq:
                 raise TableError(f"{at} has a newer base, of seq {int(before)}, than {table.path}")
             store._facts = _Facts(manifest.seq, manifest.dim, manifest.dtype, shards)
             if before is None or int(before) < manifest.seq:
-                store._write_base(table, progress)
+                store._write_base(table, range(shards), progress)
                 facts = {"base": manifest.seq, "dim": manifest.dim, "dtype": manifest.dtype, "shards": shards}
                 store._client.hset(store._about, mapping=facts)
+            else:
+                store._facts = store._read_facts()
+                store._write_base(table, store._lost_shards(), progress)
             store._drop_older()
             store._facts = store._read_facts()
         return store
@@ -142,15 +151,20 @@ class RedisStore:
         return min(self._watermarks())
 
     def lookup(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """See `ParameterStore`."""
+        """See `ParameterStore`.
+
+        Raises:
+            TableLost: shards were lost, or are older than they were.
+        """
         distinct, inverse = ids.unique(return_inverse=True)
         while True:
             facts = self._facts
             with reachable(self._at):
-                values = self._get(self._keys(distinct.tolist()))
+                values, marks = self._get(self._keys(distinct.tolist()))
             self._facts = self._read_facts()
             if self._facts == facts:  # else another base took the place of the one that was read
                 break
+        self._check_seen(self._numbers(marks))
         nothing = bytes(stored_width(facts.dtype, facts.dim) * DTYPES[facts.dtype].itemsize)
         found = torch.tensor([value is not None for value in values], dtype=torch.bool)
         data = bytearray(b"".join(nothing if value is None else value for value in values))
@@ -158,6 +172,21 @@ class RedisStore:
         rows = stored.to(DTYPES[facts.dtype]).view(len(values), -1) if values else stored.view(0, facts.dim)
         vectors = decode(rows, facts.dtype) if values else rows
         return vectors[inverse], found[inverse]
+
+    def check(self) -> None:
+        """See that the rows of all shards are there, and none older than they were.
+
+        Raises:
+            TableLost: they are not.
+        """
+        self._check_policy()
+        self._facts = self._read_facts()
+        self._check_seen(self._watermarks())
+
+    @property
+    def changes(self) -> int:
+        """How often this store was seen to have other rows than before, whoever changed them."""
+        return self._seen.changes
 
     def apply(self, window: Window) -> bool:
         """See `ParameterStore`; others may apply the same windows at the same time."""
@@ -203,10 +232,14 @@ class RedisStore:
                 numbers = [window.seq - 1, mark, number * ROWS, len(written)]
                 yield keys, [*numbers, *(value for _, value in written)]
 
-    def _write_base(self, table: Table, progress: Callable[[int], object]) -> None:
-        self._drop(table.manifest.seq)  # what somebody who was killed has left
+    def _write_base(self, table: Table, shards: Collection[int], progress: Callable[[int], object]) -> None:
+        """Write the rows of shards, and their watermarks last."""
+        if not shards:
+            return
+        # what somebody who was killed has left
+        self._drop_where(lambda base, shard: base == table.manifest.seq and shard in shards)
         write = self._client.mset_nonatomic if self._at.cluster else self._client.mset
-        base = table.manifest.first_row
+        base, count = table.manifest.first_row, self._facts.shards
         for start in range(base, base + table.manifest.rows, CHUNK):
             stop = min(start + CHUNK, base + table.manifest.rows)
             ids = table.row_index().ids[start - base : stop - base].tolist()
@@ -215,24 +248,28 @@ class RedisStore:
             for first in range(0, len(ids), ROWS):
                 part = ids[first : first + ROWS]
                 values = (row.tobytes() for row in stored[first : first + ROWS])
-                write(dict(zip(self._keys(part), values, strict=True)))
+                pairs = zip(self._keys(part), values, strict=True)
+                written = {
+                    key: value
+                    for item, (key, value) in zip(part, pairs, strict=True)
+                    if item % count in shards
+                }
+                if written:
+                    write(written)
                 progress(len(part))
-        for shard in range(self._facts.shards):
-            self._client.set(self._mark(shard), table.manifest.seq)
-
-    def _drop(self, base: int) -> None:
-        """Remove the rows of a base."""
-        self._drop_where(lambda found: found == base)
+        for number in shards:
+            self._client.set(self._mark(number), table.manifest.seq)
 
     def _drop_older(self) -> None:
         """Remove the rows of all older base tables, also those that an interrupted load left."""
-        self._drop_where(lambda found: found < self._facts.base)
+        self._drop_where(lambda base, _: base < self._facts.base)
 
-    def _drop_where(self, is_dropped: Callable[[int], bool]) -> None:
+    def _drop_where(self, is_dropped: Callable[[int, int], bool]) -> None:
         prefix = f"{{{self._at.name}:{self._version}:"
         found: list[bytes] = []
         for key in self._client.scan_iter(match=f"{prefix}*", count=FETCH):
-            if not is_dropped(int(key[len(prefix.encode()) :].split(b":")[0])):
+            base, shard = key[len(prefix.encode()) :].split(b"}")[0].split(b":")
+            if not is_dropped(int(base), int(shard)):
                 continue
             found.append(key)
             if len(found) == ROWS:
@@ -246,13 +283,18 @@ class RedisStore:
             pipeline.unlink(key)
         pipeline.execute()
 
-    def _get(self, keys: list[bytes]) -> list[bytes | None]:
+    def _get(self, keys: Sequence[bytes]) -> tuple[list[bytes | None], list[bytes | None]]:
+        """Values by key, and the watermarks of all shards, each read by the command that reads its rows."""
+        marks = [self._mark(shard) for shard in range(self._facts.shards)]
         if self._at.cluster:
-            return self._client.mget_nonatomic(keys) if keys else []  # grouped by slot
+            found = self._client.mget_nonatomic([*marks, *keys])  # grouped by slot
+            return found[len(marks) :], found[: len(marks)]
         pipeline = self._client.pipeline(transaction=False)
-        for start in range(0, len(keys), FETCH):
-            pipeline.mget(keys[start : start + FETCH])
-        return [value for part in pipeline.execute() for value in part]
+        for start in range(0, max(len(keys), 1), FETCH):
+            pipeline.mget(*marks, *keys[start : start + FETCH])
+        parts = pipeline.execute()
+        values = [value for part in parts for value in part[len(marks) :]]
+        return values, [_lowest(part[at] for part in parts) for at in range(len(marks))]
 
     def _check_policy(self) -> None:
         """See that the server still keeps every row: one that was dropped looks like an unknown item."""
@@ -267,17 +309,41 @@ class RedisStore:
                         self._at)  # fmt: skip
 
     def _watermarks(self) -> list[int]:
-        with reachable(self._at):
-            marks = self._get([self._mark(shard) for shard in range(self._facts.shards)])
-        lost = [shard for shard, mark in enumerate(marks) if mark is None]
+        marks = self._read_marks()
         before, self._facts = self._facts, self._read_facts()
         if self._facts != before:  # another base took the place of this one meanwhile
             return self._watermarks()
+        return self._numbers(marks)
+
+    def _read_marks(self) -> list[bytes | None]:
+        with reachable(self._at):
+            return self._get([])[1]
+
+    def _lost_shards(self) -> list[int]:
+        return [shard for shard, mark in enumerate(self._read_marks()) if mark is None]
+
+    def _numbers(self, marks: list[bytes | None]) -> list[int]:
+        """Watermarks of the shards, which are remembered.
+
+        Raises:
+            TableLost: some are not there.
+        """
+        lost = [shard for shard, mark in enumerate(marks) if mark is None]
         if lost:
             raise TableLost(
                 f"{self._at} has lost shards {lost} of {self.table_version}: load its table again"
             )
-        return [int(mark.split(b"+")[0]) for mark in marks if mark is not None]
+        found = [_number(mark) for mark in marks if mark is not None]
+        self._seen.note(self._facts.base, dict(enumerate(found)))
+        return found
+
+    def _check_seen(self, marks: list[int]) -> None:
+        loss = self._seen.loss(self._facts.base, dict(enumerate(marks)))
+        if loss is not None:
+            raise TableLost(
+                f"{self._at} has lost {loss}. An older copy may have taken its place: apply its windows "
+                "again with mim store follow, or load a newer base table"
+            )
 
     def _read_facts(self) -> _Facts:
         with reachable(self._at):
@@ -309,3 +375,13 @@ def _check_policy(client: Any, at: RedisAddress) -> None:
                 f"{at} may drop rows when its memory is full (maxmemory-policy {info['maxmemory_policy']}); "
                 "parameters need noeviction, and what was dropped has to be loaded again"
             )
+
+
+def _number(mark: bytes) -> int:
+    return int(mark.split(b"+")[0])
+
+
+def _lowest(marks: Iterator[bytes | None]) -> bytes | None:
+    """What can be said of rows that were read by several commands."""
+    found = list(marks)
+    return None if None in found else min((mark for mark in found if mark is not None), key=_number)

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -58,6 +58,39 @@ class ParameterStore(Protocol):
             WindowGap: windows before it are missing.
             TableError: its vectors do not fit.
         """
+
+
+@runtime_checkable
+class SharedStore(Protocol):
+    """A store whose rows others change as well; it can tell what has become of them.
+
+    A store of your own need not be one. What is derived from its rows is then kept until a window changes
+    them that came through `apply`.
+    """
+
+    @property
+    def changes(self) -> int:
+        """How often rows were seen to be others than before; every lookup looks."""
+
+    def check(self) -> None:
+        """See that lookups give what they gave before, or something newer.
+
+        Raises:
+            TableLost: rows were lost, or are older than they were.
+            RedisUnavailable: the store cannot be reached.
+        """
+
+
+def check_store(store: ParameterStore) -> None:
+    """See that a store gives rows, as far as it can tell.
+
+    Raises:
+        Exception: it does not; see `SharedStore.check` and `ParameterStore.lookup`.
+    """
+    if isinstance(store, SharedStore):
+        store.check()
+    else:
+        _ = store.seq
 
 
 def catch_up(store: ParameterStore, windows: Transport) -> int:

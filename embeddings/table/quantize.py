@@ -6,10 +6,12 @@ that fbgemm's kernels read a stored row as it is. ``int4`` is its fused 4-bit fo
 first in the lower half, then scale and bias as float16 (``FloatToFusedNBitRowwiseQuantizedSBHalf``). A row of
 zero bytes is the zero vector in every type.
 
+On a CPU torch's own operators compute both: they call the same functions of fbgemm, and a server need not
+import fbgemm_gpu. On a GPU it is fbgemm_gpu's kernels.
+
 Not here: a scale shared by several rows.
 """
 
-import fbgemm_gpu  # noqa: F401  registers torch.ops.fbgemm
 import torch
 from torch import Tensor
 
@@ -80,10 +82,8 @@ def encode(vectors: Tensor, dtype: str) -> Tensor:
     width = stored_width(dtype, vectors.shape[1])
     if not is_quantized(dtype):
         return vectors.to(DTYPES[dtype])
-    if dtype == "int8":
-        stored = torch.ops.fbgemm.FloatToFused8BitRowwiseQuantized(vectors.contiguous())
-    else:
-        stored = torch.ops.fbgemm.FloatToFusedNBitRowwiseQuantizedSBHalf(vectors.contiguous(), 4)
+    stored = _quantized(vectors.contiguous(), dtype)
+    if dtype == "int4":
         stored[~vectors.any(1)] = 0  # fbgemm gives them a scale of 1
     assert stored.shape[1] == width
     wrong = ~torch.isfinite(vectors).all(1)
@@ -96,11 +96,30 @@ def encode(vectors: Tensor, dtype: str) -> Tensor:
 
 def decode(stored: Tensor, dtype: str) -> Tensor:
     """Return stored rows (num_rows, stored_width) as float32 vectors (num_rows, dim)."""
+    if not is_quantized(dtype):
+        return stored.float()
+    stored = stored.contiguous()
+    if stored.device.type == "cpu":
+        if dtype == "int8":
+            return torch.ops.quantized.embedding_bag_byte_unpack(stored)
+        return torch.ops.quantized.embedding_bag_4bit_unpack(stored)
+    import fbgemm_gpu  # noqa: F401  registers torch.ops.fbgemm
+
     if dtype == "int8":
-        return torch.ops.fbgemm.Fused8BitRowwiseQuantizedToFloat(stored.contiguous())
-    if dtype == "int4":
-        return torch.ops.fbgemm.FusedNBitRowwiseQuantizedSBHalfToFloat(stored.contiguous(), 4)
-    return stored.float()
+        return torch.ops.fbgemm.Fused8BitRowwiseQuantizedToFloat(stored)
+    return torch.ops.fbgemm.FusedNBitRowwiseQuantizedSBHalfToFloat(stored, 4)
+
+
+def _quantized(vectors: Tensor, dtype: str) -> Tensor:
+    if vectors.device.type == "cpu":
+        if dtype == "int8":
+            return torch.ops.quantized.embedding_bag_byte_prepack(vectors)
+        return torch.ops.quantized.embedding_bag_4bit_prepack(vectors)
+    import fbgemm_gpu  # noqa: F401  registers torch.ops.fbgemm
+
+    if dtype == "int8":
+        return torch.ops.fbgemm.FloatToFused8BitRowwiseQuantized(vectors)
+    return torch.ops.fbgemm.FloatToFusedNBitRowwiseQuantizedSBHalf(vectors, 4)
 
 
 def fuse_codes(codes: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from mim_torchrec.embeddings.windows.redis_address import RedisAddress, RedisFull, RedisUnavailable
+from mim_torchrec.errors import OptionError
 from mim_torchrec.extras import needs
 
 with needs("redis"):
@@ -59,9 +60,16 @@ def reachable(location: RedisAddress) -> Iterator[None]:
     Raises:
         RedisUnavailable: the server is not there.
         RedisFull: it has no memory left.
+        OptionError: the URL says that it is a cluster, or none, and it is the other.
     """
     try:
         yield
+    except redis.exceptions.MovedError:
+        raise _of_a_cluster(location) from None
+    except redis.exceptions.RedisClusterException as error:
+        if "Cluster mode is not enabled" in str(error):
+            raise OptionError(f"{location} is no cluster: write redis:// or rediss://") from None
+        raise RedisUnavailable(f"{location} does not answer: {error}") from error
     except (redis.ConnectionError, redis.TimeoutError, redis.exceptions.ClusterError) as error:
         if isinstance(error, redis.AuthenticationError):
             raise RedisUnavailable(f"{location} refuses the user or the password: {error}") from error
@@ -75,3 +83,17 @@ def reachable(location: RedisAddress) -> Iterator[None]:
         if any(word in str(error) for word in ("LOADING", "CLUSTERDOWN", "READONLY", "MASTERDOWN")):
             raise RedisUnavailable(f"{location} is not ready: {error}") from error
         raise
+
+
+def check_kind(client: Any, location: RedisAddress) -> None:
+    """See that what is not to be a cluster is none: some keys would lie on this server by chance.
+
+    Raises:
+        OptionError: it is a server of a cluster.
+    """
+    if not location.cluster and client.info("cluster").get("cluster_enabled"):
+        raise _of_a_cluster(location)
+
+
+def _of_a_cluster(location: RedisAddress) -> OptionError:
+    return OptionError(f"{location} is a server of a cluster: write redis+cluster:// or rediss+cluster://")

@@ -141,6 +141,7 @@ class CiUBM(nn.Module):
                 relevance = averaged(relevance, pairs)
             if self.content:
                 content = relevant_interest(behaviors_mm, relevance, pairs)
+            behaviors_mm = None  # a float copy of what is stored shorter would lie beside the ID interest
             if self.fusion:
                 fusion = relevant_interest(behaviors, relevance, pairs)
         id_interest = auxiliary = None

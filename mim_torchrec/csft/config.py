@@ -11,8 +11,7 @@ from mim_torchrec.embeddings.remote.places import LocalPath, Place
 from mim_torchrec.encoders.item_encoder import HeadConfig, ItemEncoderConfig
 from mim_torchrec.encoders.text import TextEncoderConfig
 from mim_torchrec.encoders.vision import VisionEncoderConfig
-from mim_torchrec.training.checkpoints import CheckpointConfig
-from mim_torchrec.training.distributed import Timeouts
+from mim_torchrec.training.config import CheckpointConfig, Timeouts
 from mim_torchrec.training.parallel import Parallel
 from mim_torchrec.training.presets import Preset, chosen, replaced
 
@@ -94,6 +93,13 @@ class CSFTConfig:
     """Push an item away from the other queries of its own batch k + 1 times as strongly. Queued items have no
     gradient: without this, an item is pulled by its query in full and pushed away in one of k + 1 batches.
     The value of the loss is the same."""
+
+    augment_queries: Share = 0.0
+    """Beyond the paper: how strongly the query images of training are changed, as photos differ from
+    renderings (perspective, crop, light, blur), up to 1. Held-out queries are not changed."""
+    augment_views: Count = 4
+    """Changed views of a query that frozen towers compute; an epoch takes one of them, or the query as it is.
+    Trained towers see another one in every epoch."""
 
     epochs: Count = 8
     """Passes over the pairs; the best by `select` is kept."""

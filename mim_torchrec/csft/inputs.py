@@ -36,6 +36,9 @@ log = logging.getLogger(__name__)
 class Inputs(Protocol):
     """What `ItemEncoder` or its head takes, on the rank's device."""
 
+    ahead: int
+    """Batches that a thread should make ahead of training."""
+
     def images(self, index: np.ndarray) -> Tensor:
         """Pixels or features of images."""
 
@@ -108,6 +111,8 @@ class FeatureInputs:
         text: (num_items, text_dim).
         device: where batches go.
     """
+
+    ahead = 0
 
     def __init__(self, image: Tensor, text: Tensor, device: torch.device) -> None:
         self.image, self.text, self._device = image, text, device

@@ -29,6 +29,7 @@ from mim_torchrec.csft.inputs import (
     split_by_time,
 )
 from mim_torchrec.csft.loss_variant import check_objective
+from mim_torchrec.csft.queries import ChangedPixels, PlainQueries, Queries, stored_views
 from mim_torchrec.csft.selection import compare, plain_ranks
 from mim_torchrec.csft.task import CSFTTask
 from mim_torchrec.data.items import ItemStore
@@ -99,8 +100,9 @@ def _fine_tune(config: CSFTConfig, run: RunDirectory, context: DistributedContex
     plain = None
     if len(held_out):  # before the towers are trained
         plain = plain_ranks(encoder, inputs, held_out, catalog, config.encode_batch_size, context)
+    queries = _queries(config, encoder, inputs, catalog, train, run, context)
     torch.manual_seed(config.seed + 1 + context.rank)  # dropout differs from rank to rank
-    task = CSFTTask(config, encoder, inputs, items, pairs, catalog, train, held_out, context)
+    task = CSFTTask(config, encoder, inputs, items, pairs, catalog, train, held_out, context, queries)
     history = fit(
         task,
         epochs=config.epochs,
@@ -207,6 +209,27 @@ def _inputs(
         encoder.head.cpu().init_pca(features.image[: catalog.num_items], features.text)
         encoder.to(context.device)
     return features
+
+
+def _queries(
+    config: CSFTConfig,
+    encoder: ItemEncoder,
+    inputs: Inputs,
+    catalog: SearchContent,
+    train: np.ndarray,
+    run: RunDirectory,
+    context: DistributedContext,
+) -> Queries:
+    """Query images of training, changed where `--augment-queries` says so."""
+    if not config.augment_queries:
+        return PlainQueries(inputs)
+    if not config.freeze_towers:
+        return ChangedPixels(inputs, config.augment_queries, config.seed)
+    return stored_views(
+        inputs, catalog, train, encoder, strength=config.augment_queries, views=config.augment_views,
+        seed=config.seed, cache=config.feature_cache or run.root / "features",
+        batch_size=config.encode_batch_size, context=context,
+    )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -27,7 +27,8 @@ from mim_torchrec.embeddings.remote.places import LocalPath, Place
 from mim_torchrec.encoders.checkpoint import load_encoder
 from mim_torchrec.errors import OptionError
 from mim_torchrec.representation.plain import PLAIN, PlainTowers
-from mim_torchrec.training.distributed import DistributedContext, Timeouts, distributed
+from mim_torchrec.training.config import Timeouts
+from mim_torchrec.training.distributed import DistributedContext, distributed
 from mim_torchrec.training.run_directory import RunDirectory
 
 log = logging.getLogger("mim_torchrec.csft.retrieve")  # also where this file is __main__

@@ -18,11 +18,14 @@ from mim_torchrec.csft.config import CSFTConfig
 from mim_torchrec.csft.image_search import encode, find
 from mim_torchrec.csft.inputs import Inputs, SearchContent, Tokens
 from mim_torchrec.csft.loss_variant import VariantLoss, make_variant_loss
+from mim_torchrec.csft.queries import PlainQueries, Queries
 from mim_torchrec.csft.selection import epoch_metrics
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.pairs import PairDataset
+from mim_torchrec.data.prefetch import prefetched
 from mim_torchrec.encoders.checkpoint import save_encoder
 from mim_torchrec.encoders.item_encoder import ItemEncoder, ItemHead
+from mim_torchrec.encoders.tower import compute_in
 from mim_torchrec.errors import OptionError
 from mim_torchrec.losses.cross_entropy import CategoryCrossEntropy, PairCrossEntropy
 from mim_torchrec.training.distributed import DistributedContext
@@ -138,6 +141,7 @@ class CSFTTask:
         train: indexes of the pairs to train on.
         held_out: indexes of the pairs to validate on.
         context: the process group.
+        queries: query images of training; by default those of `inputs`.
 
     Raises:
         OptionError: the sizes do not fit: no whole batch, or gamma with queries that are no items.
@@ -154,6 +158,7 @@ class CSFTTask:
         train: np.ndarray,
         held_out: np.ndarray,
         context: DistributedContext,
+        queries: Queries | None = None,
     ) -> None:
         self._batch_size = config.pairs_per_step(context.world_size)
         if len(train) < self._batch_size:
@@ -165,6 +170,7 @@ class CSFTTask:
                 f"{int((catalog.query_row < 0).sum())} of {len(pairs)} are images of their own"
             )
         self._config, self._encoder, self._inputs = config, encoder, inputs
+        self._queries = PlainQueries(inputs) if queries is None else queries
         self._items, self._pairs, self._catalog = items, pairs, catalog
         self._train, self._held_out, self._context = train, held_out, context
         self._per_rank = self._batch_size // context.world_size
@@ -183,7 +189,12 @@ class CSFTTask:
         if config.parallel == "fsdp" and context.is_main:
             self._plain = copy.deepcopy(encoder).cpu()  # takes the whole weights, to be saved
         self._contrast = Contrast(trained, loss, config.precision == "bf16", config.chunk_size)
-        self.model = parallelize(self._contrast.to(context.device), config.parallel, towers, context)
+        bf16 = config.precision == "bf16"
+        if config.parallel == "fsdp":  # their weights are gathered so, also where they are evaluated
+            compute_in(config.precision, *towers)
+        self.model = parallelize(
+            self._contrast.to(context.device), config.parallel, towers, context, bf16=bf16
+        )
         self.optimizer = make_optimizer(self._contrast, config)
         steps = self.num_batches(0) * config.epochs
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -200,9 +211,10 @@ class CSFTTask:
         """This rank's part of every batch from `first` on, in an order of (seed, epoch)."""
         self._pairs.set_epoch(epoch)
         order = np.random.default_rng((self._config.seed, epoch)).permutation(self._train)
-        for step in range(first, self.num_batches(epoch)):
-            start = step * self._batch_size + self._context.rank * self._per_rank
-            yield self._batch(order[start : start + self._per_rank])
+        starts = range(first * self._batch_size, self.num_batches(epoch) * self._batch_size, self._batch_size)
+        mine = (start + self._context.rank * self._per_rank for start in starts)
+        made = (self._batch(order[start : start + self._per_rank], epoch) for start in mine)
+        return prefetched(made, self._inputs.ahead)
 
     def num_samples(self, batch: PairBatch) -> int:
         """Pairs in a batch."""
@@ -243,14 +255,14 @@ class CSFTTask:
         elif self._context.is_main:
             save_encoder(self._encoder, path)
 
-    def _batch(self, index: np.ndarray) -> PairBatch:
+    def _batch(self, index: np.ndarray, epoch: int) -> PairBatch:
         rows = self._catalog.item_row[index]
         if self._config.hard_negatives and self._category is None:
             negatives = [self._pairs.hard_negative(int(i)) for i in index]
             rows = np.concatenate([rows, self._items.rows_of(np.array(negatives))])
         query_row = self._catalog.query_row[index]
         return PairBatch(
-            query=self._inputs.images(self._catalog.query_image_row[index]),
+            query=self._queries.images(self._catalog.query_image_row[index], epoch),
             query_text=self._inputs.texts(query_row) if self._config.gamma else None,
             image=self._inputs.images(rows),
             text=self._inputs.texts(rows),

@@ -15,8 +15,7 @@ from mim_torchrec.data.features import Features
 from mim_torchrec.domains import Count, Domain, Fraction, Natural, Positive, Share, Temperature, Weight
 from mim_torchrec.embeddings.remote.places import LocalPath, Place
 from mim_torchrec.extras import needs
-from mim_torchrec.training.checkpoints import CheckpointConfig
-from mim_torchrec.training.distributed import Timeouts
+from mim_torchrec.training.config import CheckpointConfig, Timeouts
 from mim_torchrec.training.precision import Precision
 from mim_torchrec.training.presets import Preset, chosen
 
@@ -230,7 +229,7 @@ class CTRConfig(ModelConfig):
     """Most recent behaviors of a request that are used."""
     buffer_rows: Count | None = None
     """Training requests that are shuffled together and lie in memory, of each rank; by default those of eight
-    row groups, but at most 262,144."""
+    row groups, but at most 262,144. A second buffer is filled meanwhile, unless --prefetch is 0."""
     prefetch: Natural = 4
     """Batches that a thread reads ahead and maps to embedding rows, of each rank; 0 reads when a batch is
     needed."""

@@ -22,7 +22,8 @@ from mim_torchrec.ctr.task import load_model
 from mim_torchrec.data.schema import Dataset
 from mim_torchrec.domains import Count, Natural, check_domains
 from mim_torchrec.embeddings.remote.places import Place
-from mim_torchrec.training.distributed import DistributedContext, Timeouts, distributed
+from mim_torchrec.training.config import Timeouts
+from mim_torchrec.training.distributed import DistributedContext, distributed
 from mim_torchrec.training.precision import matrix_products_in
 from mim_torchrec.training.run_directory import RunDirectory
 

@@ -131,7 +131,7 @@ def prepare(config: CTRConfig, run: RunDirectory, context: DistributedContext) -
     windows = live_windows(config, assembled, context, begin=True)
     task = CTRTask(model, assembled.optimizer, readers["train"], readers["validation"], assembled.mapper,
                    context, config.aux_weight, config.id_dropout, config.seed, is_pipelined(config, context),
-                   windows, record, config.prefetch, config.second_weight)  # fmt: skip
+                   windows, record, config.prefetch, config.second_weight, config.epochs)  # fmt: skip
     return Prepared(items, readers, assembled, windows, task, fingerprint, record)
 
 

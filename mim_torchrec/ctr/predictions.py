@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import torch
 from torch import nn
 
+from mim_torchrec.ctr.dense import Prediction
 from mim_torchrec.ctr.esmm import second_scores
-from mim_torchrec.ctr.model import Prediction
 from mim_torchrec.data.batch import RequestBatch
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.prefetch import prefetched

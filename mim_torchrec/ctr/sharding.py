@@ -41,6 +41,7 @@ from torchrec.optim.warmup import WarmupOptimizer, WarmupPolicy, WarmupStage
 from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.model import CTRModel
 from mim_torchrec.ctr.parameters import id_tables, trainable_state
+from mim_torchrec.ctr.tables import id_tables_of
 from mim_torchrec.data.features import ROLES
 from mim_torchrec.embeddings.sharded.frozen import FrozenEmbeddingCollection
 from mim_torchrec.embeddings.sharded.sharder import KERNELS, FrozenEmbeddingCollectionSharder, Memory
@@ -83,25 +84,19 @@ def build_model(
         device: where the embeddings live: `meta` before sharding.
     """
     dim = config.embedding_dim
-    features = config.features()
-    of_requests = [feature.name for feature in features.ids("request")]
+    tables = id_tables_of(config, num_embeddings)
+    of_requests = [feature.name for feature in config.features().ids("request")]
     means = () if config.shrinks_ids else of_requests  # the weights of bags hold their lengths
     request = [
         EmbeddingBagConfig(
             name=name,
             embedding_dim=dim,
             num_embeddings=num_embeddings[name],
-            feature_names=[name],
+            feature_names=feature_names,
             pooling=PoolingType.MEAN if name in means else PoolingType.SUM,
         )
-        for name in ("user_id", "query_id", *of_requests)
-        if name in num_embeddings
+        for name, feature_names in tables.requests.items()
     ]
-    of_items = {
-        name: [f"candidate_{name}", f"behavior_{name}"]
-        for name in ("item_id", "category")
-        if name in num_embeddings
-    } | {one.name: [one.name] for one in (*features.ids("candidate"), *features.ids("behavior"))}
     items = [
         EmbeddingConfig(
             name=name,
@@ -109,7 +104,7 @@ def build_model(
             num_embeddings=num_embeddings[name],
             feature_names=feature_names,
         )
-        for name, feature_names in of_items.items()
+        for name, feature_names in tables.items.items()
     ]
     # the dense part must not depend on how many random numbers the tables have drawn
     request_embeddings = EmbeddingBagCollection(tables=request, device=device, is_weighted=config.shrinks_ids)

@@ -30,7 +30,7 @@ from mim_torchrec.data.shop_items import (
 from mim_torchrec.data.shop_log import BROWSED, Crowd, Log, ShopItems, search, simulate
 from mim_torchrec.data.shop_raw import RawTables, write_raw
 from mim_torchrec.data.writing import DatasetWriter, lists
-from mim_torchrec.domains import Count, Domain, Natural, Weight, check_domains
+from mim_torchrec.domains import Count, Domain, Natural, Share, Weight, check_domains
 from mim_torchrec.embeddings.remote.outputs import written
 from mim_torchrec.embeddings.remote.places import Place
 from mim_torchrec.errors import OptionError, OutputExists
@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 START = int(np.datetime64("2024-01-01", "us").astype(np.int64))
 DAY = 86_400_000_000
+PHOTO_SEED = 6_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,9 @@ class ShopConfig:
     """How much users care for style; 0 is the negative control."""
     image_size: Annotated[int, Domain(least=10)] = 64
     """Height and width of images in pixels."""
+    photo_gap: Share = 0.0
+    """How far the images of searches are from those of items, from 0 (renderings alike) to 1 (photos):
+    perspective, crop, ground, light and blur. Needs the extra [encoders]. All else is the same shop."""
     first_item_id: Annotated[int, Domain(least=-(2**62), most=2**62)] = 1_000_000
     """Smallest item id that may occur; ids lie within 10 times `items` of it."""
     seed: Natural = 0
@@ -132,7 +136,10 @@ def pairs_table(config: ShopConfig, catalog: ShopItems, crowd: Crowd) -> pa.Tabl
     rng = np.random.default_rng((config.seed, 4))
     stop = START + int(0.8 * config.days * DAY)
     found = search(catalog, crowd, searches=config.searches, start=START, stop=stop, rng=rng)
-    images = pa.array(draw_images(found.style, found.category, config.image_size, rng), pa.binary())
+    drawn = draw_images(
+        found.style, found.category, config.image_size, rng, config.photo_gap, PHOTO_SEED + config.seed
+    )
+    images = pa.array(drawn, pa.binary())
     twice = np.repeat(np.arange(config.searches), 2)
     items = np.stack([found.bought, found.clicked], axis=1).reshape(-1)
     return pa.table(

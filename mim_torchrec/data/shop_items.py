@@ -61,17 +61,38 @@ def draw_titles(styles: np.ndarray, categories: np.ndarray, rng: np.random.Gener
 
 
 def draw_images(
-    styles: np.ndarray, categories: np.ndarray, size: int, rng: np.random.Generator
+    styles: np.ndarray,
+    categories: np.ndarray,
+    size: int,
+    rng: np.random.Generator,
+    photo_gap: float = 0.0,
+    photo_seed: int = 0,
 ) -> Iterator[bytes]:
-    """JPEG images (size x size) of styles (n, 8) in categories (n,)."""
+    """JPEG images (size x size) of styles (n, 8) in categories (n,), renderings or photos of them.
+
+    Args:
+        styles: (n, 8).
+        categories: (n,).
+        size: of an image in pixels.
+        rng: of the renderings, which photos are taken of.
+        photo_gap: how far photos are from renderings; 0 gives renderings.
+        photo_seed: of the photos.
+    """
     for start in range(0, len(styles), _CHUNK):
         part = slice(start, start + _CHUNK)
-        for pixels in _render(styles[part].astype(np.float32), categories[part], size, rng):
+        images, inside = _render(styles[part].astype(np.float32), categories[part], size, rng)
+        if photo_gap:
+            from mim_torchrec.data.photos import photographed  # torchvision takes seconds to load
+
+            images = photographed(images, inside, photo_gap, photo_seed + start)
+        for pixels in images:
             yield encode_jpeg(Image.fromarray(pixels))
 
 
-def _render(styles: np.ndarray, categories: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """(n, size, size, 3) uint8."""
+def _render(
+    styles: np.ndarray, categories: np.ndarray, size: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """(n, size, size, 3) uint8, and (n, size, size) float32, 1 where the shape is."""
     n = len(styles)
 
     def axis(k: int) -> np.ndarray:
@@ -101,4 +122,4 @@ def _render(styles: np.ndarray, categories: np.ndarray, size: int, rng: np.rando
     ground = ground * (1 + 0.1 * noise(1.0) * grid[None, :, None])[..., None]
     pixels = ground + inside[..., None] * (shape - ground)
     pixels = pixels + rng.normal(scale=0.03, size=pixels.shape).astype(np.float32)
-    return (pixels.clip(0, 1) * 255).astype(np.uint8)
+    return (pixels.clip(0, 1) * 255).astype(np.uint8), inside

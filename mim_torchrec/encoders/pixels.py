@@ -19,6 +19,8 @@ from mim_torchrec.training.distributed import DistributedContext
 log = logging.getLogger(__name__)
 
 Tokens = dict[str, Tensor]
+AHEAD = 2
+"""Batches whose images wait or are being decoded while one is trained on."""
 
 
 class ItemContent(Protocol):
@@ -50,6 +52,10 @@ class PixelInputs:
         encoder: whose preprocessing is used.
         memory_gib: images are decoded once if they fit into this; None decodes whenever they are asked for.
         context: the process group; each rank decodes its share, all keep all.
+
+    Attributes:
+        ahead: batches that a thread should make ahead of training, see `prefetched`; 0 where all images are
+            decoded already.
     """
 
     def __init__(
@@ -59,6 +65,7 @@ class PixelInputs:
         self._pool = ThreadPoolExecutor(4)
         size = catalog.num_images * 3 * encoder.vision.image_size**2
         self._pixels: Tensor | None = None
+        self.ahead = AHEAD
         if memory_gib is None:
             return
         if size <= memory_gib * 2**30:
@@ -70,6 +77,7 @@ class PixelInputs:
                     progress.update(len(decoded[-1]))
             parts = context.all_gather_objects(decoded)
             self._pixels = torch.from_numpy(np.concatenate([array for part in parts for array in part]))
+            self.ahead = 0
         else:
             log.info("%.1f GiB of pixels are over the limit of %.1f GiB: every epoch decodes its images",
                      size / 2**30, memory_gib)  # fmt: skip

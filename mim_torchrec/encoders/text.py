@@ -17,7 +17,7 @@ from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import TemplateProcessing
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -31,6 +31,7 @@ from transformers import (
 
 from mim_torchrec.domains import Count
 from mim_torchrec.encoders.beit3 import Beit3TextConfig, Beit3TextModel
+from mim_torchrec.encoders.foreign import check_text_directory, check_tokenizer
 from mim_torchrec.encoders.foundation import TEXT
 from mim_torchrec.encoders.text_files import (
     check_sizes,
@@ -42,6 +43,7 @@ from mim_torchrec.encoders.text_files import (
     pooling_of,
     read_config,
 )
+from mim_torchrec.encoders.tower import Tower
 from mim_torchrec.errors import OptionError
 from mim_torchrec.extras import needs
 
@@ -76,7 +78,7 @@ class TextEncoderConfig:
     """Compute activations again in the backward pass instead of keeping them."""
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(Tower):
     """Maps titles to features.
 
     Args:
@@ -104,6 +106,9 @@ class TextEncoder(nn.Module):
             self.tokenizer, self.model = _build(config, tokenizer)
             num_tokens = 1 + max(self.tokenizer.get_vocab().values(), default=-1)
             check_sizes(self.model.config, num_tokens, config.max_length)
+            if config.weights != "random":
+                source = config.name if config.weights == "pretrained" else config.weights
+                check_tokenizer(self.tokenizer, self.model.config.vocab_size, source)
         if not self.tokenizer.is_fast:
             raise OptionError(f"the tokenizer of {config.name} has no tokenizer.json")
         if self.tokenizer.pad_token is None:  # padding is masked, so any token will do
@@ -156,7 +161,7 @@ class TextEncoder(nn.Module):
         Returns:
             (n, feature_dim)
         """
-        hidden = self.model(**tokens).last_hidden_state
+        hidden = self.hidden_states(tokens)
         if self.pooling == "cls":
             return hidden[:, 0]
         if self.pooling == "last":
@@ -164,6 +169,12 @@ class TextEncoder(nn.Module):
             return hidden[torch.arange(len(hidden), device=hidden.device), last]
         mask = tokens["attention_mask"][..., None].to(hidden.dtype)
         return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+    def hidden_states(self, tokens: dict[str, Tensor]) -> Tensor:
+        """The last layer's vectors of all tokens, (n, num_tokens, feature_dim); tokens as for `forward`."""
+        with self.computing(tokens["input_ids"].device):
+            hidden = cast(Tensor, self.model(**tokens).last_hidden_state)
+        return hidden.float() if self.precision == "bf16" else hidden
 
     def save(self, folder: Path) -> None:
         """Write the model's configuration and the tokenizer, not the weights."""
@@ -218,10 +229,10 @@ def train_tokenizer(titles: Iterable[str], vocabulary_size: int = 8192) -> str:
     return tokenizer.to_str()
 
 
-Tower = tuple[PreTrainedTokenizerFast, PreTrainedModel]
+Loaded = tuple[PreTrainedTokenizerFast, PreTrainedModel]
 
 
-def _build(config: TextEncoderConfig, tokenizer: str | None) -> Tower:
+def _build(config: TextEncoderConfig, tokenizer: str | None) -> Loaded:
     if config.name == TINY:
         return _tiny(config, tokenizer)
     known = TEXT.get(config.name)
@@ -234,6 +245,8 @@ def _build(config: TextEncoderConfig, tokenizer: str | None) -> Tower:
             model.load_original(_beit3_file(config))
             return _tokenizer(config, tokenizer), model
         source = _source(config)
+        if Path(source).is_dir():
+            check_text_directory(Path(source))
         if known is not None:
             _check_sizes(read_config(source), known.config())
         return _tokenizer(config, tokenizer), load_model(source)
@@ -280,7 +293,10 @@ def _tokenizer(config: TextEncoderConfig, learned: str | None) -> PreTrainedToke
         source = _source(config) if given is None else place_of(given, "--text.tokenizer")
         if local := Path(source).is_dir():
             check_tokenizer_files(Path(source))
-        return cast(PreTrainedTokenizerFast, AutoTokenizer.from_pretrained(source, local_files_only=local))
+        return cast(
+            PreTrainedTokenizerFast,
+            AutoTokenizer.from_pretrained(source, local_files_only=local, trust_remote_code=False),
+        )
     if learned is None:
         raise OptionError(f"{config.name} needs a tokenizer, see train_tokenizer")
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(learned), **_SPECIAL)
@@ -299,7 +315,7 @@ def _pooling(config: TextEncoderConfig, model: PreTrainedModel) -> str:
     return "cls" if "bge" in Path(config.name).name.lower() else "mean"
 
 
-def _tiny(config: TextEncoderConfig, tokenizer: str | None) -> Tower:
+def _tiny(config: TextEncoderConfig, tokenizer: str | None) -> Loaded:
     if config.weights != "random":
         raise OptionError(f"{TINY} has no pretrained weights: take --text.weights random and train it")
     fast = _tokenizer(config, tokenizer)

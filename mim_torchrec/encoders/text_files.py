@@ -20,7 +20,16 @@ from transformers import (
     T5EncoderModel,
 )
 
-from mim_torchrec.encoders.weights import load_strictly, read_weights, refuse_others, unwrapped, weight_files
+from mim_torchrec.encoders.foreign import check_text_directory, read_json
+from mim_torchrec.encoders.open_clip_files import is_open_clip, text_config_of, text_model_of
+from mim_torchrec.encoders.weights import (
+    is_pointer,
+    load_strictly,
+    read_weights,
+    refuse_others,
+    unwrapped,
+    weight_files,
+)
 from mim_torchrec.errors import OptionError
 
 PARTS: dict[str, Any] = {"clip": CLIPTextModel, "t5": T5EncoderModel, "mt5": MT5EncoderModel}
@@ -73,10 +82,14 @@ def check_tokenizer_files(folder: Path) -> None:
     """See that a directory has a tokenizer: transformers makes an empty one where there is none.
 
     Raises:
-        OptionError: it has none.
+        OptionError: it has none, or one that Git LFS has not fetched.
     """
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    found = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if not found:
         raise OptionError(f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}); give --text.tokenizer")
+    for file in found:
+        if is_pointer(file):
+            raise OptionError(f"{file} is a pointer of Git LFS, not the file; run `git lfs pull` there")
 
 
 def read_config(source: str) -> PretrainedConfig:
@@ -85,7 +98,12 @@ def read_config(source: str) -> PretrainedConfig:
     Raises:
         OptionError: it is of a model that has no text tower.
     """
-    config = AutoConfig.from_pretrained(source, local_files_only=Path(source).is_dir())
+    local = Path(source).is_dir()
+    if local:
+        check_text_directory(Path(source), weights=False)
+        if _of_open_clip(source):
+            return text_config_of(Path(source))
+    config = AutoConfig.from_pretrained(source, local_files_only=local, trust_remote_code=False)
     if config.model_type not in PARTS:
         both = hasattr(config, "text_config") or hasattr(config, "vision_config")
         if both or getattr(config, "is_encoder_decoder", False):
@@ -110,11 +128,17 @@ def load_model(source: str) -> PreTrainedModel:
     Raises:
         OptionError: weights are missing, left over, or of another shape.
     """
+    local = Path(source).is_dir()
+    if local and _of_open_clip(source):
+        return text_model_of(Path(source))
     config = read_config(source)
     part: Any = PARTS.get(config.model_type, AutoModel)
-    local = Path(source).is_dir()
     model, found = part.from_pretrained(
-        source, dtype=torch.float32, output_loading_info=True, local_files_only=local
+        source,
+        dtype=torch.float32,
+        output_loading_info=True,
+        local_files_only=local,
+        trust_remote_code=False,
     )
     own = set(model.state_dict())
     roots = {name.split(".")[0] for name in own}
@@ -148,8 +172,14 @@ def pooling_of(source: str) -> str | None:
     try:
         modules = json.loads((folder / "modules.json").read_text())
         kinds = {one["type"].split(".")[-1]: folder / one["path"] for one in modules}
-        if "Pooling" not in kinds:
+        if not kinds.keys() - {"Transformer", "Normalize"}:
             return None
+        if "Pooling" not in kinds:
+            kind = ", ".join(sorted(kinds))
+            raise OptionError(
+                f"{source} makes vectors by modules that are not read ({kind}); say how tokens make one "
+                "vector without them with --text.pooling"
+            )
         pooling = json.loads((kinds["Pooling"] / "config.json").read_text())
     except FileNotFoundError:
         return None
@@ -217,6 +247,10 @@ def check_vectors(vectors: Tensor, source: str) -> None:
             f"{source} gives two different titles the same vector: its tokenizer or its weights are not "
             "those of its model"
         )
+
+
+def _of_open_clip(source: str) -> bool:
+    return is_open_clip(Path(source)) and "model_type" not in read_json(Path(source) / "config.json")
 
 
 def _without_pooler(names: Any) -> set[str]:

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from mim_torchrec.domains import Count
 from mim_torchrec.encoders.foundation import SHORT
-from mim_torchrec.encoders.weights import load_strictly, read_weights, weight_files
+from mim_torchrec.encoders.open_clip_files import WEIGHTS, is_open_clip, vision_of, vision_state, weights_of
+from mim_torchrec.encoders.tower import Tower
+from mim_torchrec.encoders.weights import load_strictly, read_weights, shards_of, weight_files
 from mim_torchrec.errors import OptionError
 from mim_torchrec.extras import needs
 
@@ -43,14 +45,15 @@ class VisionEncoderConfig:
     weights: str = "pretrained"
     """`pretrained` (cached by timm, or from its hub), `random`, or a local file of weights (.safetensors or
     .pth, also a checkpoint of timm's training; converted as timm does) or directory with one, where
-    timm's config.json says how pixels are scaled."""
+    timm's config.json says how pixels are scaled, or a directory of open_clip, with a `vit_*_clip_*` of timm
+    as the name of its vision transformers, whatever their sizes."""
     image_size: Count | None = None
     """Side of the images in pixels; by default the model's own."""
     activation_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them."""
 
 
-class VisionEncoder(nn.Module):
+class VisionEncoder(Tower):
     """Maps images to features.
 
     Args:
@@ -93,6 +96,8 @@ class VisionEncoder(nn.Module):
             options["img_size"] = config.image_size
         from_file = source not in ("pretrained", "random")
         about = _read_about(Path(source), name) if from_file else None
+        if from_file and is_open_clip(Path(source)):
+            described, about = vision_of(Path(source), name.split(".")[0]), None
         self.model_args: dict[str, Any] = dict((described or about or {}).get("model_args", {}))
         self.model_args.pop("num_classes", None)
         options = self.model_args | options
@@ -110,7 +115,7 @@ class VisionEncoder(nn.Module):
         if source == "pretrained" and not from_timm:
             _load_packaged(self.model, config.name)
         elif from_file:
-            _load_file(self.model, _weights_file(Path(source)))
+            _load_files(self.model, _weights_files(Path(source)))
         if config.activation_checkpointing:
             try:
                 self.model.set_grad_checkpointing(True)
@@ -121,12 +126,14 @@ class VisionEncoder(nn.Module):
         if data["interpolation"] not in INTERPOLATIONS:
             known = ", ".join(INTERPOLATIONS)
             raise OptionError(f"{config.name} resizes by {data['interpolation']!r}; towers do by {known}")
-        self.image_size = config.image_size or data["input_size"][1]
+        self.image_size = config.image_size or (described or {}).get("image_size") or data["input_size"][1]
         self.interpolation = data["interpolation"]
         # apart from the buffers, which hold nothing on the meta device; rounded as they are
         self._scaling = {key: np.asarray(data[key], np.float32).tolist() for key in ("mean", "std")}
         for key in ("mean", "std"):
             self.register_buffer(key, torch.tensor(data[key]).view(1, 3, 1, 1), persistent=False)
+        # a vision transformer has one, which cuts the image into patches
+        self.convolutional = sum(isinstance(module, nn.Conv2d) for module in self.model.modules()) > 1
         self.feature_dim = self._probe()
         if source != "random":
             self._check()
@@ -142,7 +149,20 @@ class VisionEncoder(nn.Module):
         """
         if images.dtype != torch.uint8:
             raise TypeError(f"images are uint8 and scaled by the encoder, got {images.dtype}")
-        return self.model((images.float() / 255 - self.mean) / self.std)
+        with self.computing(images.device):
+            features = self.model(self.scaled(images))
+        return features.float() if self.precision == "bf16" else features
+
+    def scaled(self, images: Tensor) -> Tensor:
+        """Images (n, 3, image_size, image_size) uint8 as the model takes them, of the same shape.
+
+        On a GPU a convolutional model gets them with the channels last in memory, and keeps this order from
+        layer to layer. It is the one in which tensor cores compute; the values are the same.
+        """
+        pixels = (images.float() / 255 - self.mean) / self.std
+        if images.is_cuda and self.convolutional:
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        return pixels
 
     def transform(self, image: Image.Image) -> Tensor:
         """Image to (3, image_size, image_size) uint8."""
@@ -199,15 +219,17 @@ def _load_packaged(model: nn.Module, name: str) -> None:
     model.load_state_dict(paired)
 
 
-def _load_file(model: nn.Module, file: Path) -> None:
-    state = read_weights([file])
+def _load_files(model: nn.Module, files: list[Path]) -> None:
+    state = read_weights(files)
+    if files[0].name in WEIGHTS:
+        state = vision_state(state)
     # what timm does to files in the layout of their authors, where the module of the model knows one
     convert = vars(sys.modules[type(model).__module__]).get("checkpoint_filter_fn")
     if convert is not None:
         state = convert(state, model)
     named = vars(model)["pretrained_cfg"].get("classifier") or ()
     classifier = tuple(f"{name}." for name in ((named,) if isinstance(named, str) else named))
-    load_strictly(model, state, str(file), lambda name: name.startswith(classifier))
+    load_strictly(model, state, str(files[0]), lambda name: name.startswith(classifier))
 
 
 def _read_about(folder: Path, name: str) -> dict[str, Any] | None:
@@ -223,6 +245,11 @@ def _read_about(folder: Path, name: str) -> dict[str, Any] | None:
         about = json.loads(file.read_text())
     except ValueError as error:
         raise OptionError(f"{file} cannot be read: {error}") from None
+    if "model_type" in about and "architecture" not in about and not is_open_clip(folder):
+        raise OptionError(
+            f"{folder} holds a model of transformers (type {about['model_type']}), and vision towers are "
+            "timm's; give the weights that timm or open_clip has of this model"
+        )
     if "architecture" not in about:  # not timm's
         return None
     if about["architecture"] != name.split(".")[0]:
@@ -231,10 +258,16 @@ def _read_about(folder: Path, name: str) -> dict[str, Any] | None:
     return about
 
 
-def _weights_file(path: Path) -> Path:
-    """The file itself, or the one in a directory."""
-    found = [path] if path.is_file() else weight_files(path)
+def _weights_files(path: Path) -> list[Path]:
+    """The file itself, or the one in a directory, or all that the index of a directory names."""
+    if path.is_file():
+        return [path]
+    if path.is_dir() and is_open_clip(path):
+        return weights_of(path)
+    if shards := shards_of(path):
+        return shards
+    found = weight_files(path)
     if len(found) != 1:
         problem = f"{len(found)} files of weights in it" if path.is_dir() else "no such file"
         raise OptionError(f"vision weights {path}: {problem}; or take `pretrained` or `random`")
-    return found[0]
+    return found

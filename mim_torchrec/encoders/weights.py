@@ -6,6 +6,7 @@ tower, or belongs to a part that the tower does not have, such as a classifier. 
 """
 
 import argparse
+import json
 import logging
 import pickle
 from collections.abc import Callable, Iterable
@@ -23,13 +24,59 @@ log = logging.getLogger(__name__)
 NAMED = 3
 PATTERNS = ("*.safetensors", "*.bin", "*.pth", "*.pth.tar", "*.pt")
 """Files of weights; hubs have the same weights in several forms, of which the first is read."""
+OF_TRAINING = {
+    "training_args.bin",
+    "optimizer.bin",
+    "optimizer.pt",
+    "scheduler.pt",
+    "scaler.pt",
+    "rng_state.pth",
+}
+"""What trainers write beside weights."""
+POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The files of weights of a directory, in one form."""
     for pattern in PATTERNS:
-        if found := sorted(folder.glob(pattern)):
+        if found := sorted(file for file in folder.glob(pattern) if file.name not in OF_TRAINING):
             return found
+    return []
+
+
+def is_pointer(file: Path) -> bool:
+    """Whether a file is what Git LFS leaves where it has not fetched one."""
+    with file.open("rb") as opened:
+        return opened.read(len(POINTER)) == POINTER
+
+
+def refuse_pointer(file: Path) -> None:
+    """See that a file is one.
+
+    Raises:
+        OptionError: it is a pointer of Git LFS.
+    """
+    if is_pointer(file):
+        raise OptionError(
+            f"weights {file} cannot be read (a pointer of Git LFS, not the file); run `git lfs pull` there"
+        )
+
+
+def shards_of(folder: Path) -> list[Path]:
+    """The files that the index of a directory names, none where it has no index.
+
+    Raises:
+        OptionError: a file is missing.
+    """
+    for index in sorted(folder.glob("*.index.json"), reverse=True):  # .safetensors before .bin
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise OptionError(f"{index} cannot be read: {error!r}") from None
+        # an index names files beside it, and no others
+        if lost := [name for name in names if Path(name).name != name or not (folder / name).is_file()]:
+            raise OptionError(f"{folder} has no {lost[0]}, which {index.name} names; download it whole")
+        return [folder / name for name in names]
     return []
 
 
@@ -43,6 +90,7 @@ def read_weights(files: Iterable[Path]) -> dict[str, Tensor]:
     """
     state: dict[str, Tensor] = {}
     for file in files:
+        refuse_pointer(file)
         try:
             with torch.serialization.safe_globals([argparse.Namespace]):  # the options of timm's training
                 found = load_state_dict(str(file), use_ema=True, weights_only=True)

@@ -10,8 +10,8 @@ from mim_torchrec.domains import Count, Domain, Fraction, Natural, Positive, Sha
 from mim_torchrec.embeddings.remote.places import LocalPath, Place
 from mim_torchrec.encoders.text import TextEncoderConfig
 from mim_torchrec.encoders.vision import VisionEncoderConfig
-from mim_torchrec.training.checkpoints import CheckpointConfig
-from mim_torchrec.training.distributed import Timeouts
+from mim_torchrec.training.config import CheckpointConfig, Timeouts
+from mim_torchrec.training.precision import Precision
 from mim_torchrec.training.presets import Preset, chosen, replaced
 
 Phase = Literal["dda-vision", "dda-text", "dma"]
@@ -116,6 +116,9 @@ class PretrainConfig:
 
     weight_decay: Weight = 0.01
     """Weight decay of matrices; biases, norms and the temperature have none."""
+    precision: Precision = "fp32"
+    """How towers compute: `tf32` for matrix products, on GPUs; `bf16` for their layers. What stands on the
+    towers, losses, weights and gradients stay float32."""
     clip_norm: Positive | None = None
     """Longest gradient of all parameters that a step is taken with; a longer one is shortened to it."""
     warmup: Share = 0.1

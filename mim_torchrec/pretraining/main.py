@@ -31,6 +31,7 @@ from mim_torchrec.encoders.checkpoint import (
 )
 from mim_torchrec.encoders.pixels import PixelInputs
 from mim_torchrec.encoders.text import TextEncoder, learns_tokenizer, train_tokenizer
+from mim_torchrec.encoders.tower import compute_in
 from mim_torchrec.encoders.vision import VisionEncoder
 from mim_torchrec.errors import OptionError
 from mim_torchrec.pretraining.alignment import ImageTextModel
@@ -42,6 +43,7 @@ from mim_torchrec.pretraining.vision import MaskedImageModel
 from mim_torchrec.training.checkpoints import Checkpoints
 from mim_torchrec.training.distributed import DistributedContext, distributed
 from mim_torchrec.training.loop import fit
+from mim_torchrec.training.precision import matrix_products_in
 from mim_torchrec.training.run_directory import RunDirectory
 
 log = logging.getLogger("mim_torchrec.pretraining")  # also where this file is __main__
@@ -69,7 +71,7 @@ def pretrain(config: PretrainConfig, context: DistributedContext) -> dict[str, A
     if not config.phases or len(set(config.phases)) < len(config.phases):
         raise OptionError(f"--phases {' '.join(config.phases)}: name at least one, and each once")
     run = RunDirectory(config.out)
-    with run.writing(context):
+    with matrix_products_in(config.precision, context.device), run.writing(context):
         return _pretrain(config, run, context)
 
 
@@ -84,6 +86,7 @@ def _pretrain(config: PretrainConfig, run: RunDirectory, context: DistributedCon
     held_out, train = np.sort(order[:cut]), np.sort(order[cut:])
     run.begin(asdict(config), config.checkpoint, context)
     towers = _towers(config, items)
+    compute_in(config.precision, *towers)
     log.info("%d items to train on, %d held out, towers %s and %s", len(train), len(held_out),
              towers.vision.config.name, towers.text.config.name)  # fmt: skip
     reads_images = set(config.phases) != {"dda-text"}
@@ -123,7 +126,9 @@ def _run_phase(
     torch.manual_seed(config.seed)  # a phase starts alike whether or not others ran before it
     objective = _objective(config, name, towers, inputs).to(context.device)
     torch.manual_seed(config.seed + 1 + context.rank)  # dropout differs from rank to rank
-    task = PretrainTask(config, phase, name, objective, towers, train, held_out, item_ids, context)
+    task = PretrainTask(
+        config, phase, name, objective, towers, train, held_out, item_ids, context, inputs.ahead
+    )
     before = task.validate()
     if before:
         log.info("%s before training: %s", name, before)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
+from mim_torchrec.data.prefetch import prefetched
 from mim_torchrec.encoders.checkpoint import Towers, save_towers
 from mim_torchrec.errors import OptionError
 from mim_torchrec.pretraining.config import PhaseConfig, PretrainConfig
@@ -34,6 +35,7 @@ class PretrainTask:
         held_out: item rows to validate on.
         item_ids: (num_items,) ids by row.
         context: the process group.
+        ahead: batches that a thread makes ahead, see `PixelInputs`.
 
     Raises:
         OptionError: the batch does not divide by the ranks, or there are fewer items than a batch has.
@@ -50,6 +52,7 @@ class PretrainTask:
         held_out: np.ndarray,
         item_ids: np.ndarray,
         context: DistributedContext,
+        ahead: int = 0,
     ) -> None:
         size = phase.items_per_step(context.world_size)
         if size % context.world_size:
@@ -61,7 +64,7 @@ class PretrainTask:
             raise OptionError(f"--{name}.{flag} {value}: {few}; lower it")
         self._config, self._batch_size, self._objective = config, size, objective
         self._towers, self._context = towers, context
-        self._train, self._item_ids = train, item_ids
+        self._train, self._item_ids, self._ahead = train, item_ids, ahead
         self._rows = train[:0]  # of this rank in the batch that was yielded last
         # every rank validates on as many items: what is left over, fewer than there are ranks, is not used
         self._held_out = held_out[: len(held_out) // context.world_size * context.world_size]
@@ -83,10 +86,15 @@ class PretrainTask:
     def batches(self, epoch: int, first: int = 0) -> Iterator[Any]:
         """This rank's part of every batch from `first` on, in an order of (seed, epoch)."""
         order = np.random.default_rng((self._config.seed, epoch)).permutation(self._train)
-        for step in range(first, self.num_batches(epoch)):
-            rows = order[step * self._batch_size : (step + 1) * self._batch_size]
-            self._rows = self._mine(rows)
-            yield self._batch(rows, (self._config.seed, TRAINING, epoch, step))
+
+        def made() -> Iterator[tuple[np.ndarray, Any]]:
+            for step in range(first, self.num_batches(epoch)):
+                rows = order[step * self._batch_size : (step + 1) * self._batch_size]
+                yield self._mine(rows), self._batch(rows, (self._config.seed, TRAINING, epoch, step))
+
+        for mine, batch in prefetched(made(), self._ahead):
+            self._rows = mine
+            yield batch
 
     def num_samples(self, batch: Any) -> int:
         """Items of this rank in a batch."""

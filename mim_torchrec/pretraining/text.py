@@ -81,7 +81,7 @@ class LanguageModel(PretrainingObjective):
 
     def sums(self, batch: TokenBatch) -> Tensor:
         """Sum of cross-entropies, right predictions, and their number."""
-        hidden, labels = self.text.model(**batch.tokens).last_hidden_state, batch.labels
+        hidden, labels = self.text.hidden_states(batch.tokens), batch.labels
         if self.objective == "causal":
             hidden, labels = hidden[:, :-1], labels[:, 1:]
         wanted = labels != IGNORED

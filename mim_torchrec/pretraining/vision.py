@@ -87,7 +87,7 @@ class MaskedImageModel(PretrainingObjective):
 
     def sums(self, batch: MaskedImages) -> Tensor:
         """Sum of |reconstruction - pixel| over masked pixels and channels, that of |pixel|, their number."""
-        pixels = (batch.images.float() / 255 - self.vision.mean) / self.vision.std
+        pixels = self.vision.scaled(batch.images)
         scale = pixels.shape[-1] // self.side
         masked = batch.masked.repeat_interleave(scale, 1).repeat_interleave(scale, 2)[:, None]
         rebuilt = self.head(self._features(pixels.masked_fill(masked, 0.0)))
@@ -101,10 +101,12 @@ class MaskedImageModel(PretrainingObjective):
     def _features(self, pixels: Tensor) -> Tensor:
         """(n, channels, height, width): where a network has layers after its last stage and before pooling
         (EfficientNet), what these give, so that they are adapted too."""
-        last, maps = self.vision.model.forward_intermediates(pixels, indices=1, norm=True, output_fmt="NCHW")
-        if last.ndim == 4 and last.shape[-2:] == maps[-1].shape[-2:]:
-            return last
-        return maps[-1]
+        with self.vision.computing(pixels.device):
+            last, maps = self.vision.model.forward_intermediates(
+                pixels, indices=1, norm=True, output_fmt="NCHW"
+            )
+        found: Tensor = last if last.ndim == 4 and last.shape[-2:] == maps[-1].shape[-2:] else maps[-1]
+        return found.float() if self.vision.precision == "bf16" else found
 
     @torch.no_grad()
     def _probe(self) -> torch.Size:

@@ -5,7 +5,8 @@ from typing import Literal
 
 from mim_torchrec.domains import Count, Natural
 from mim_torchrec.embeddings.remote.places import LocalPath, Place
-from mim_torchrec.training.distributed import Timeouts
+from mim_torchrec.training.config import Timeouts
+from mim_torchrec.training.precision import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,9 @@ class ExportConfig:
     PCA."""
     dtype: Literal["float16", "float32"] = "float16"
     """Type the vectors are stored in."""
+    precision: Precision = "fp32"
+    """How towers compute: ``tf32`` for matrix products, on GPUs; ``bf16`` for their layers. ``mim rim``
+    encodes new items for the table in the same way."""
     batch_size: Count = 64
     """Items encoded at a time on a rank."""
     decode_threads: Natural = 2

@@ -39,6 +39,7 @@ from mim_torchrec.encoders.pixels import HasTowers, rows_of_rank
 from mim_torchrec.encoders.selection import read_selection
 from mim_torchrec.encoders.text import TextEncoder
 from mim_torchrec.encoders.titles import encode_titles
+from mim_torchrec.encoders.tower import compute_in
 from mim_torchrec.encoders.vision import VisionEncoder
 from mim_torchrec.errors import OptionError, OutputExists
 from mim_torchrec.representation.ahead import ahead
@@ -46,6 +47,7 @@ from mim_torchrec.representation.config import ExportConfig
 from mim_torchrec.representation.plain import PLAIN, PlainTowers, fit_projection
 from mim_torchrec.training.distributed import DistributedContext, distributed
 from mim_torchrec.training.lease import leased_by_rank_0
+from mim_torchrec.training.precision import matrix_products_in
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +118,12 @@ def export(config: ExportConfig, context: DistributedContext) -> Manifest:
         LeaseError: another process writes it.
     """
     check_domains(config)
-    with written(config.out, context.rank) as out:
+    if config.feature_cache is not None and config.precision != "fp32":
+        raise OptionError(
+            f"--precision {config.precision}: features that are kept were computed in fp32; leave one of "
+            "--precision and --feature-cache out"
+        )
+    with matrix_products_in(config.precision, context.device), written(config.out, context.rank) as out:
         if out.exists():
             raise OutputExists(f"{config.out} exists; choose another directory or remove it")
         with leased_by_rank_0(Path(f"{out}.lease.json"), context):
@@ -136,6 +143,9 @@ def _export(config: ExportConfig, out: Path, context: DistributedContext) -> Man
     else:
         encoder = TrainedEncoder(config.encoder, context.device)
         towers = _in_place_of(encoder, config)
+    for one in (encoder, towers):
+        if one is not None:
+            compute_in(config.precision, one.vision, one.text)
     if towers is not None:
         known = _known_features(config.feature_cache, towers, items, context)
         features = _joined(_encode(items, rows, towers, known, config, context, skipped), towers.feature_dim)

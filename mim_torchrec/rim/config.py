@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from mim_torchrec.domains import Count, Weight
 from mim_torchrec.embeddings.remote.places import LocalPath, Place
+from mim_torchrec.training.precision import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,9 @@ class RIMConfig:
     """Items of a window, at most."""
     window_seconds: Weight = 0.5
     """Seconds after the first item of a window at which it is closed, even if it holds few items."""
+    precision: Precision | None = None
+    """How towers compute: `fp32`, `tf32` (matrix products, on GPUs) or `bf16` (their layers); by default as
+    for the table, where `mim export` wrote it."""
     batch_size: Count = 64
     """Items encoded at a time."""
     threads: Count = 1

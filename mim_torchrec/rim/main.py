@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from threading import Event
-from typing import TypeVar
+from typing import TypeVar, cast, get_args
 
 import torch
 import tyro
@@ -28,19 +28,21 @@ from mim_torchrec.data.images import decode_image
 from mim_torchrec.domains import check_domains
 from mim_torchrec.embeddings.files import write_json
 from mim_torchrec.embeddings.remote.places import local_path
-from mim_torchrec.embeddings.table.manifest import VersionMismatch
+from mim_torchrec.embeddings.table.manifest import Manifest, VersionMismatch
 from mim_torchrec.embeddings.table.quantize import LOSS_LIMIT, encode, finite_rows, relative_errors
 from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.embeddings.windows.log import LogMoved
 from mim_torchrec.embeddings.windows.progress import order, positions_of
 from mim_torchrec.embeddings.windows.redis_address import is_redis
 from mim_torchrec.embeddings.windows.transport import Transport, open_log
+from mim_torchrec.encoders.tower import compute_in
 from mim_torchrec.representation.export import TrainedEncoder
 from mim_torchrec.rim.config import RIMConfig
 from mim_torchrec.rim.dead_letter import DeadLetterFile
 from mim_torchrec.rim.progress import window_name
 from mim_torchrec.rim.sources import Arrival, DirectorySource, ItemSource, StreamSource
 from mim_torchrec.training.lease import leased
+from mim_torchrec.training.precision import Precision, matrix_products_in
 
 log = logging.getLogger("mim_torchrec.rim.main")  # also where it runs as __main__
 
@@ -109,6 +111,8 @@ class RIM:
                 f"vectors of {self._encoder.version}: use the encoder that the table was exported with"
             )
         self._dtype = manifest.dtype
+        self.precision = config.precision or precision_of(manifest)
+        compute_in(self.precision, self._encoder.vision, self._encoder.text)
         config.out.mkdir(parents=True, exist_ok=True)
         self._dead_letter = DeadLetterFile(config.out / "dead-letter.jsonl")
         self._log: Transport = open_log(config.log, manifest.table_version, start=manifest.seq)
@@ -286,6 +290,14 @@ class RIM:
                 stop.wait(LOOK)
 
 
+def precision_of(manifest: Manifest) -> Precision:
+    """In which `mim export` encoded the items of a table; fp32 where the manifest does not say."""
+    found = manifest.encoder.get("export", {}).get("precision", "fp32")
+    if found not in get_args(Precision):
+        raise DataError(f"the table was exported in {found!r}, which this version does not know")
+    return cast(Precision, found)
+
+
 def _is_behind(reached: dict[str, str], arrival: Arrival) -> bool:
     """Whether an item comes after what the log has reached in its unit."""
     return arrival.unit not in reached or order(arrival.position) > order(reached[arrival.unit])
@@ -309,7 +321,9 @@ def main(argv: list[str] | None = None) -> None:
     check_domains(config)
     torch.set_num_threads(config.threads)
     with leased(config.out / "lease.json"):
-        counts = RIM(config, device).run(stop)
+        rim = RIM(config, device)
+        with matrix_products_in(rim.precision, device):
+            counts = rim.run(stop)
     log.info("%d items in %d windows, %d deleted, %d in the dead-letter file", counts.items, counts.windows,
              counts.removed, counts.dead_lettered)  # fmt: skip
 

@@ -81,7 +81,9 @@ def make_app(
             yield
         inference.close()
 
-    app = FastAPI(title=SERVER, version="2", lifespan=lifespan, docs_url=None, redoc_url=None)
+    # clients are generated with functions of these names
+    app = FastAPI(title=SERVER, version="2", lifespan=lifespan, docs_url=None, redoc_url=None,
+                  generate_unique_id_function=lambda route: route.name)  # fmt: skip
     app.add_middleware(Bodies, limits=limits)
     app.add_middleware(Tokens, tokens=tokens)
     app.add_middleware(Answers, metrics=metrics)

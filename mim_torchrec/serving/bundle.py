@@ -12,18 +12,15 @@ the model shrinks embeddings of rare ids, rows are shrunk already, so it needs n
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from torchrec.modules.embedding_configs import EmbeddingConfig
 
 from mim_torchrec.ctr.config import CTRConfig, from_values
-from mim_torchrec.ctr.model import CTRModel
-from mim_torchrec.ctr.parameters import is_dense, load_trainable_state
-from mim_torchrec.ctr.sharding import build_model
+from mim_torchrec.ctr.dense import DenseCTR
+from mim_torchrec.ctr.tables import id_tables_of
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.embeddings.files import atomic_directory, write_json
 from mim_torchrec.embeddings.remote.fetching import fetched
@@ -91,8 +88,8 @@ class Bundle:
         """The version of an ID table's rows: no other model's fit."""
         return f"{self.model_version}.{name}"
 
-    def load(self) -> tuple[CTRModel, dict[str, Tensor]]:
-        """The model in evaluation mode, without rows, and the rows of unknown ids by table.
+    def load(self) -> tuple[DenseCTR, dict[str, Tensor]]:
+        """The dense part of the model in evaluation mode and the rows of unknown ids by table.
 
         Raises:
             DamagedFile: their file is.
@@ -102,14 +99,10 @@ class Bundle:
         if _digest(dense, self.config, self.table_version) != self.model_version:
             raise VersionMismatch(f"{self.path / DENSE} does not hold the weights of {self.model_version}")
         unknown = {k.removeprefix(UNKNOWN): dense.pop(k) for k in list(dense) if k.startswith(UNKNOWN)}
-        mm = None
-        if self.table_version is not None:
-            mm = EmbeddingConfig(name="mm", num_embeddings=1, embedding_dim=self.mm_dim,
-                                 feature_names=["candidate_mm", "behavior_mm"])  # fmt: skip
-        config = replace(self.config, precision="fp32")  # a CPU has no tensor cores
-        model = build_model(config, dict.fromkeys(self.tables, 1), mm, torch.device("meta"))
-        missing, surplus = load_trainable_state(model, dense)
-        lacking = [name for name in missing if is_dense(name)]
+        dim, found = self.config.embedding_dim, id_tables_of(self.config, self.tables)
+        mm_dim = None if self.table_version is None else self.mm_dim
+        model = DenseCTR(dim * len(found.requests), dict.fromkeys(found.items, dim), mm_dim, self.config)
+        lacking, surplus = model.load_state_dict(dense, strict=False)
         if lacking or surplus:
             raise VersionMismatch(f"{self.path / DENSE} does not fit its model: {[*lacking, *surplus]}")
         return model.eval(), unknown

@@ -51,6 +51,9 @@ class ServeConfig:
     it to the store."""
     data: Place | None = None
     """Dataset directory, whose users and images the page at / shows; without it there is no page."""
+    encoder: Place | None = None
+    """With --data: directory of the encoder of the vectors (`<out>/encoder` of `mim csft`). The page then
+    says where an item would rank that is not there yet. Its libraries take about 0.6 GiB of memory."""
     name: str = "mim"
     """Name of the model in addresses."""
     host: str = "127.0.0.1"

@@ -67,7 +67,7 @@ def explain(scorer: Scorer, request: ScoreRequest) -> Explanation:
     )
     relevance = None
     if scorer.mm is not None:
-        relevance = scorer.relevance(request.ids["candidate_item_id"], request.ids["behavior_item_id"])
+        relevance = scorer.relevance(request)
     return Explanation(logits=whole, interests=interests, behaviors=behaviors, relevance=relevance)
 
 

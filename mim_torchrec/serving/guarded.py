@@ -2,7 +2,7 @@
 
 A store that does not answer costs the thread that scores its timeout. After FAILURES failures in a row it is
 not asked for PAUSE seconds, and requests are refused at once. Then one request tries again. Readiness always
-asks, so a store that is back is used again as soon as readiness was asked.
+checks, so a store that is back is used again as soon as readiness was asked.
 """
 
 import logging
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from mim_torchrec.embeddings.stores.store import ParameterStore
+from mim_torchrec.embeddings.stores.store import ParameterStore, SharedStore, check_store
 from mim_torchrec.embeddings.table.manifest import TableError
 from mim_torchrec.embeddings.windows.window import Window
 from mim_torchrec.serving.metrics import Metrics
@@ -53,8 +53,24 @@ class GuardedStore:
         Raises:
             StoreFailed: the store gives no answer.
         """
-        with self._asked():
+        try:
             return self._store.seq
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def check(self) -> None:
+        """See `SharedStore`.
+
+        Raises:
+            StoreFailed: the store gives no answer, or lookups will not be answered rightly.
+        """
+        with self._asked():
+            check_store(self._store)
+
+    @property
+    def changes(self) -> int:
+        """See `SharedStore`; a store that is none changes by `apply` alone."""
+        return self._store.changes if isinstance(self._store, SharedStore) else 0
 
     def lookup(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """See `ParameterStore`.
@@ -81,12 +97,11 @@ class GuardedStore:
         try:
             yield
         except Exception as error:
-            self._failed(error)
-            raise StoreFailed(f"the store of {self.name} fails: {error}") from error
+            raise self._failed(error) from error
         self._metrics.store_seconds.labels(self.name).observe(time.perf_counter() - started)
         self._answered()
 
-    def _failed(self, error: Exception) -> None:
+    def _failed(self, error: Exception) -> StoreFailed:
         self._metrics.store_errors.labels(self.name, cause_of(error)).inc()
         with self._lock:
             self._failures += 1
@@ -97,6 +112,7 @@ class GuardedStore:
             self._metrics.store_up.labels(self.name).set(0)
             expected = isinstance(error, (OSError, TableError))
             log.warning("the store of %s fails: %s", self.name, error, exc_info=None if expected else error)
+        return StoreFailed(f"the store of {self.name} fails: {error}")
 
     def _answered(self) -> None:
         with self._lock:

@@ -46,6 +46,17 @@ class LoggedRequest:
         return self.columns.behavior.values["item_id"]
 
     @property
+    def request_ts(self) -> int | None:
+        """When the request was made, microseconds since 1970; None where the log has no times."""
+        scalars = self.columns.scalars
+        return int(scalars["ts"][0]) if "ts" in scalars else None
+
+    @property
+    def behavior_ts(self) -> np.ndarray | None:
+        """(num_behaviors,) int64 microseconds since 1970; None where the log has no times."""
+        return self.columns.behavior.values.get("ts")
+
+    @property
     def clicked(self) -> list[bool]:
         """Of each candidate, whether it was clicked."""
         return [bool(label) for label in self.columns.candidate.values["label"]]
@@ -70,39 +81,54 @@ class LoggedRequest:
                     ids[f"{role}_{name}"] = values
             ids |= {f.name: jagged.values[f.name] for f in scorer.features.ids(role)}
             dense |= {f.name: jagged.values[f.name] for f in scorer.features.numbers(role)}
-        times = self.columns.behavior.values.get("ts")
+        times = self.behavior_ts
         return ScoreRequest(
             ids={name: torch.from_numpy(values.astype(np.int64)) for name, values in ids.items()},
             dense={name: torch.from_numpy(values.astype(np.float32)) for name, values in dense.items()},
-            request_ts=int(scalars["ts"][0]) if "ts" in scalars else None,
+            request_ts=self.request_ts,
             behavior_ts=None if times is None else torch.from_numpy(times.astype(np.int64)),
             **more,
         )
 
 
-def read_log(dataset: Dataset, split: str, features: Features) -> Iterator[LoggedRequest]:
-    """All requests of a split in the order of its files, which are read as far as one goes.
+class Log:
+    """All requests of a split, by number in the order of its files.
+
+    Args:
+        dataset: the data set.
+        split: of its requests.
+        features: of the model that is asked.
 
     Raises:
         DataError: a file is malformed, or lacks a column that the features name.
     """
-    files = RequestFiles(dataset.requests(split), ALL_BEHAVIORS, "fail", features,
-                         conventions=dataset.conventions, originals=True)  # fmt: skip
-    buffer = RequestBuffer()
-    total = sum(unit.rows for unit in files.units)
-    for start in range(0, total, BLOCK_ROWS):
-        columns, places = files.read(np.arange(start, min(start + BLOCK_ROWS, total)), buffer)
-        for place in places:
-            yield LoggedRequest(columns.take(np.array([place])))
+
+    def __init__(self, dataset: Dataset, split: str, features: Features) -> None:
+        self._files = RequestFiles(dataset.requests(split), ALL_BEHAVIORS, "fail", features,
+                                   conventions=dataset.conventions, originals=True)  # fmt: skip
+        self._total = sum(unit.rows for unit in self._files.units)
+
+    def __iter__(self) -> Iterator[LoggedRequest]:
+        """Read on as far as one goes."""
+        buffer = RequestBuffer()
+        for start in range(0, self._total, BLOCK_ROWS):
+            numbers = np.arange(start, min(start + BLOCK_ROWS, self._total))
+            columns, places = self._files.read(numbers, buffer)
+            for place in places:
+                yield LoggedRequest(columns.take(np.array([place])))
+
+    def __getitem__(self, number: int) -> LoggedRequest:
+        columns, places = self._files.read(np.array([number]), RequestBuffer())
+        return LoggedRequest(columns.take(places))
 
 
 def find_request(dataset: Dataset, split: str, features: Features, request_id: str | None) -> LoggedRequest:
     """A request by its id; None is the first one with behaviors.
 
     Raises:
-        DataError: there is none; or as `read_log`.
+        DataError: there is none; or as `Log`.
     """
-    for found in read_log(dataset, split, features):
+    for found in Log(dataset, split, features):
         if found.known_as("request_id") == request_id or (request_id is None and len(found.behaviors)):
             return found
     what = "no request with behaviors" if request_id is None else f"no request {request_id!r}"

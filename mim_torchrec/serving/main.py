@@ -38,7 +38,8 @@ from mim_torchrec.serving.app import make_app
 from mim_torchrec.serving.config import ServeConfig
 from mim_torchrec.serving.inference import Inference
 from mim_torchrec.serving.metrics import Metrics
-from mim_torchrec.serving.page import Page
+from mim_torchrec.serving.page.new_item import ItemEncoder
+from mim_torchrec.serving.page.page import Page
 from mim_torchrec.serving.patience import PatientProtocol
 from mim_torchrec.serving.release_follower import ReleaseFollower, deployment_of
 from mim_torchrec.serving.releases import ReleaseError, Releases
@@ -134,6 +135,8 @@ def serve(config: ServeConfig) -> None:
             f"--limits.store-timeout-ms is {limits.store_timeout_ms:g}; it must be below "
             f"--limits.deadline-ms, which is {limits.deadline_ms:g}"
         )
+    if config.encoder is not None and config.data is None:
+        raise OptionError("--encoder is for the page at /, which needs --data")
     keep_freed_memory()
     without_pandas()
     with ExitStack() as held:
@@ -186,11 +189,11 @@ def work(
             yield
 
     with tempfile.TemporaryDirectory() as folder:
-        page = (
-            None
-            if config.data is None
-            else Page(config.data, Path(folder), service, config.limits.explain_pairs)
-        )
+        page = None
+        if config.data is not None:
+            version = service.current.scorer.bundle.table_version
+            encoder = None if config.encoder is None else ItemEncoder(config.encoder, version)
+            page = Page(config.data, Path(folder), service, limits.explain_pairs, encoder)
         inference = Inference(service, metrics, limits, config.name)
         app = make_app(inference, tokens=tokens, page=page, beside=beside)
         if config.release is not None and deployment.release is not None:

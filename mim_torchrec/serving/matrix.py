@@ -155,6 +155,12 @@ class MatrixCache:
             while len(self._kept) > self._capacity:
                 self._kept.popitem(last=False)
 
+    def clear(self) -> None:
+        """Forget all matrices: nobody knows which items changed."""
+        with self._lock:
+            self.generation += 1
+            self._kept.clear()
+
     def drop(self, changed: Tensor) -> None:
         """Forget matrices of histories with items that changed, (num_changed,) int64."""
         with self._lock:

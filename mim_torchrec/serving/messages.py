@@ -1,5 +1,6 @@
 """What a scorer is asked, and what it answers."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -20,6 +21,7 @@ class ScoreRequest:
         behavior_ts: (num_behaviors,) likewise.
         contribution: whether to say what content interest contributed.
         explain: whether to say what every interest and every behavior contributed.
+        vectors: of candidates that no store has yet, (dim,) float32 by their place among the candidates.
     """
 
     ids: dict[str, Tensor]
@@ -28,6 +30,7 @@ class ScoreRequest:
     behavior_ts: Tensor | None = None
     contribution: bool = False
     explain: bool = False
+    vectors: Mapping[int, Tensor] = field(default_factory=dict)
 
     @property
     def num_candidates(self) -> int:

@@ -13,6 +13,7 @@ from mim_torchrec.serving.protocol import InferRequest
 
 Responses = dict[int | str, dict[str, Any]]
 _REFERENCE = "#/components/schemas/{model}"
+_OF_FASTAPI = ("HTTPValidationError", "ValidationError")
 _LENGTH = {
     "name": HEADER_LENGTH, "in": "header", "required": False, "schema": {"type": "integer", "minimum": 1},
     "description": "Bytes of JSON at the beginning of the body, where bytes of tensors follow.",
@@ -41,6 +42,7 @@ class _Errors:
         409: "The vectors are of another version than was asked for.",
         413: "The request is too large.",
         415: "The body is compressed in a way that the server does not know.",
+        500: "An error that the server did not expect.",
         503: "Too many requests wait, or a store does not answer.",
         504: "The request was not scored before its deadline.",
     }
@@ -71,9 +73,14 @@ def describe(app: FastAPI, *, needs_token: bool) -> None:
         if app.openapi_schema is None:
             made = get_openapi(title=app.title, version=app.version, routes=app.routes,
                                description="Scores by the Open Inference Protocol v2.")  # fmt: skip
+            for path, operations in made["paths"].items():
+                for operation in operations.values():
+                    _name_answers(operation["responses"], needs_token and path not in OPEN)
             _, found = models_json_schema([(InferRequest, "validation")], ref_template=_REFERENCE)
             parts = made.setdefault("components", {})
             parts.setdefault("schemas", {}).update(found["$defs"])
+            for unused in _OF_FASTAPI:
+                parts["schemas"].pop(unused, None)
             parts["securitySchemes"] = {
                 "bearer": {"type": "http", "scheme": "bearer", "description": "A token of --token-file."}
             }
@@ -84,3 +91,12 @@ def describe(app: FastAPI, *, needs_token: bool) -> None:
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's manual does
+
+
+def _name_answers(responses: dict[str, Any], needs_token: bool) -> None:
+    """Name the answers that any route may give, and not the one that none gives."""
+    responses.pop("422", None)  # FastAPI names it of every route with a name in its path
+    for status in (401, 500) if needs_token else (500,):
+        schema = {"schema": {"$ref": _REFERENCE.format(model=Error.__name__)}}
+        answer = {"description": ERRORS.said[status], "content": {"application/json": schema}}
+        responses.setdefault(str(status), answer)

@@ -12,19 +12,21 @@ from typing import cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 from mim_torchrec.ciubm.ciubm import CiUBM
+from mim_torchrec.ciubm.jagged import RequestPairs
+from mim_torchrec.ctr.dense import LookedUp
 from mim_torchrec.ctr.esmm import second_scores
-from mim_torchrec.data.batch import RequestBatch
 from mim_torchrec.data.features import Feature, model_numbers
-from mim_torchrec.embeddings.stores.store import ParameterStore, open_store
+from mim_torchrec.embeddings.stores.store import ParameterStore, SharedStore, open_store
 from mim_torchrec.embeddings.table.manifest import VersionMismatch
 from mim_torchrec.embeddings.windows.window import Window
 from mim_torchrec.errors import OptionError
 from mim_torchrec.serving.bundle import Bundle
 from mim_torchrec.serving.dense.model import make_dense
+from mim_torchrec.serving.grid import pairs_of
 from mim_torchrec.serving.matrix import MatrixCache, MatrixCiUBM, is_linear
 from mim_torchrec.serving.messages import BadRequest, ScoreRequest, Scores
 
@@ -76,6 +78,7 @@ class Scorer:
         self.config = bundle.config
         self.features = bundle.config.features()
         self._model, self._unknown = bundle.load()
+        self._pairs_of = RequestPairs.build if plain else pairs_of
         if not plain:
             make_dense(self._model)
         self.mm: ParameterStore | None = None
@@ -97,6 +100,7 @@ class Scorer:
             self._matrices = MatrixCiUBM(self._model.ciubm)
             self._model.ciubm = cast(CiUBM, self._matrices)  # it takes and gives what CiUBM does
         # the similarity interest reads the vectors of a history, whatever else is known of it
+        self._changes = 0
         self._keeps = cache > 0 and self._matrices is not None and not self._matrices.inner.tiers
 
     @property
@@ -180,16 +184,19 @@ class Scorer:
             raise BadRequest("the model needs the features request_ts and behavior_ts")
         self._check_behaviors(requests)
         counts = [request.num_candidates for request in requests]
-        lookups = [dict.fromkeys(self._counted, 0) for _ in requests]
-        generation = self.cache.generation
-        given, keys = self._known_matrices(requests, keep and self._keeps)
-        rows, known = self._rows(requests, lookups)
-        vectors = self._vectors(requests, lookups, skip=[matrix is not None for matrix in given])
+        while True:
+            lookups = [dict.fromkeys(self._counted, 0) for _ in requests]
+            generation = self.cache.generation
+            given, keys = self._known_matrices(requests, keep and self._keeps)
+            rows, known = self._rows(requests, lookups)
+            vectors = self._vectors(requests, lookups, skip=[matrix is not None for matrix in given])
+            if not self._others_changed_rows() or all(matrix is None for matrix in given):
+                break  # else matrices are of older rows than the vectors
         pooled = self._pooled(requests, lookups)
-        batch = self._batch(requests, known)
+        looked_up = self._looked_up(requests, rows, known, vectors, pooled)
         if self._matrices is not None:
             self._matrices.given = given
-        found = self._model.score(batch, pooled, rows, vectors)
+        found = self._model.predict(looked_up)
         of_clicks = found.logits.float()
         scores = torch.sigmoid(of_clicks)
         second: list[tuple[Tensor, Tensor]] | None = None
@@ -205,9 +212,8 @@ class Scorer:
         if vectors is not None and any(request.contribution for request in requests):
             if self._matrices is not None:
                 self._matrices.given = [*made]
-            nothing = vectors["candidate_mm"]
-            zeros = JaggedTensor(torch.zeros_like(nothing.values()), lengths=nothing.lengths())
-            logits = self._model.score(batch, pooled, rows, vectors | {"candidate_mm": zeros}).logits
+            nothing = torch.zeros_like(vectors[0])
+            logits = self._model.predict(replace(looked_up, vectors=(nothing, vectors[1]))).logits
             without = torch.sigmoid(logits.float()).split(counts)
         return [
             Scores(part, part - without[k] if without and requests[k].contribution else None, lookups[k],
@@ -215,11 +221,13 @@ class Scorer:
             for k, (part, own) in enumerate(zip(scores.split(counts), of_clicks.split(counts), strict=True))
         ]  # fmt: skip
 
-    def relevance(self, candidates: Tensor, behaviors: Tensor) -> Tensor:
+    def relevance(self, request: ScoreRequest) -> Tensor:
         """Cosines of the vectors (num_candidates, num_behaviors), α of Eq. 7; 0 where there is no vector."""
         assert self.mm is not None  # Base has nothing to compare
-        both, _ = self.mm.lookup(torch.cat([candidates, behaviors]))
-        one, other = nn.functional.normalize(both.float(), dim=1).split([len(candidates), len(behaviors)])
+        both, found = self.mm.lookup(torch.cat([request.ids[f"{role}_item_id"] for role in ROLES]))
+        _put_given([request], both, found)
+        sizes = [request.num_candidates, request.num_behaviors]
+        one, other = nn.functional.normalize(both.float(), dim=1).split(sizes)
         return one @ other.T
 
     def _check_behaviors(self, requests: Sequence[ScoreRequest]) -> None:
@@ -243,6 +251,15 @@ class Scorer:
         return replace(request, ids=recent(request.ids), dense=recent(request.dense),
                        behavior_ts=None if times is None else times[-last:])  # fmt: skip
 
+    def _others_changed_rows(self) -> bool:
+        """Whether vectors have changed otherwise than by `apply` since the last call."""
+        changes = self.mm.changes if isinstance(self.mm, SharedStore) else 0
+        if changes == self._changes:
+            return False
+        self._changes = changes
+        self.cache.clear()
+        return True
+
     def _known_matrices(
         self, requests: Sequence[ScoreRequest], keeps: bool
     ) -> tuple[list[Tensor | None], list[bytes | None]]:
@@ -265,7 +282,7 @@ class Scorer:
 
     def _rows(
         self, requests: Sequence[ScoreRequest], lookups: list[dict[str, int]]
-    ) -> tuple[dict[str, JaggedTensor], dict[str, Tensor]]:
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """ID rows of candidates and behaviors by feature, and which of their ids are known.
 
         Every table is asked once for both.
@@ -284,13 +301,13 @@ class Scorer:
                 both[~found] = self._unknown[table]
             parts = zip(features, flat, both.split(sizes), found.split(sizes), strict=True)
             for feature, (_, lengths), own, is_there in parts:
-                rows[feature], known[feature] = JaggedTensor(own, lengths=lengths), is_there
+                rows[feature], known[feature] = own, is_there
                 self._count(kind_of(feature), is_there, lengths, lookups)
         return rows, known
 
     def _vectors(
         self, requests: Sequence[ScoreRequest], lookups: list[dict[str, int]], skip: list[bool]
-    ) -> dict[str, JaggedTensor] | None:
+    ) -> tuple[Tensor, Tensor] | None:
         """Multi-modal vectors; those of histories whose matrix is known are left out, and are zero."""
         if self.mm is None:
             return None
@@ -298,6 +315,7 @@ class Scorer:
         (candidates, candidate_lengths), (behaviors, behavior_lengths) = flat
         wanted = (~torch.tensor(skip)).repeat_interleave(behavior_lengths)
         rows, found = self.mm.lookup(torch.cat([candidates, behaviors[wanted]]))
+        _put_given(requests, rows, found)
         of_candidates, of_behaviors = rows.split([candidates.numel(), rows.shape[0] - candidates.numel()])
         if not wanted.all():
             of_behaviors = rows.new_zeros(behaviors.numel(), self.mm.dim).index_put_((wanted,), of_behaviors)
@@ -305,14 +323,12 @@ class Scorer:
         is_there[wanted] = found[candidates.numel() :]
         self._count("vector", found[: candidates.numel()], candidate_lengths, lookups)
         self._count("vector", is_there, behavior_lengths, lookups)
-        return {
-            "candidate_mm": JaggedTensor(of_candidates, lengths=candidate_lengths),
-            "behavior_mm": JaggedTensor(of_behaviors, lengths=behavior_lengths),
-        }
+        return of_candidates, of_behaviors
 
-    def _pooled(self, requests: Sequence[ScoreRequest], lookups: list[dict[str, int]]) -> KeyedTensor:
-        names, parts = self.of_requests, []
-        for name in names:
+    def _pooled(self, requests: Sequence[ScoreRequest], lookups: list[dict[str, int]]) -> Tensor:
+        """Rows of requests, (num_requests, request_dim)."""
+        parts = []
+        for name in self.of_requests:
             ids, lengths = self._flat(name, requests)
             rows, found = self._ids[name].lookup(ids)
             rows[~found] = self._unknown[name]
@@ -321,29 +337,37 @@ class Scorer:
             total = rows.new_zeros(len(requests), rows.shape[1]).index_add(0, owner, rows)
             is_mean = name in self.features.by_name
             parts.append(total / lengths.clamp(min=1)[:, None] if is_mean else total)
-        return KeyedTensor(list(names), [part.shape[1] for part in parts], torch.cat(parts, dim=1))
+        return torch.cat(parts, dim=1)
 
-    def _batch(self, requests: Sequence[ScoreRequest], known: dict[str, Tensor]) -> RequestBatch:
-        """What the model reads besides rows: how many there are of each, categories, times, numbers."""
-        keys = [f"{role}_{name}" for name in self.of_items for role in ROLES]
-        flat = [self._flat(key, requests) for key in keys]
-        values = []
-        for key, (ids, _) in zip(keys, flat, strict=True):
-            if key.endswith("category"):  # compared with each other, and 0 is an unknown one
-                ids = torch.where(known[key], ids + 1, 0)
-            values.append(ids)
+    def _looked_up(
+        self,
+        requests: Sequence[ScoreRequest],
+        rows: dict[str, Tensor],
+        known: dict[str, Tensor],
+        vectors: tuple[Tensor, Tensor] | None,
+        pooled: Tensor,
+    ) -> LookedUp:
+        """Rows, and what the model reads besides them: pairs, categories, times, numbers."""
+        ends = (self._flat(f"{role}_item_id", requests)[1].cumsum(0) for role in ROLES)
+        categories = {}
+        if "category" in self.of_items:  # compared with each other, and 0 is an unknown one
+            for role in ROLES:
+                ids, _ = self._flat(f"{role}_category", requests)
+                categories[f"{role}_categories"] = torch.where(known[f"{role}_category"], ids + 1, 0)
         times = [request.behavior_ts for request in requests if request.behavior_ts is not None]
         moments = [request.request_ts for request in requests if request.request_ts is not None]
         has_times = len(times) == len(moments) == len(requests)
-        return RequestBatch(
-            sparse=KeyedJaggedTensor(keys, torch.cat(values), lengths=torch.cat([n for _, n in flat])),
-            labels=torch.empty(0),
-            request_ids=torch.empty(0),
+        return LookedUp(
+            pairs=self._pairs_of(*(F.pad(own, (1, 0)) for own in ends)),
+            pooled=lambda: pooled,
+            rows=rows,
+            vectors=vectors,
             request_ts=torch.tensor(moments) if has_times else None,
             behavior_ts=torch.cat(times) if has_times else None,
             request_dense=self._numbers(self.features.numbers("request"), requests),
             candidate_dense=self._numbers(self.features.numbers("candidate"), requests),
             behavior_dense=self._numbers(self.features.numbers("behavior"), requests),
+            **categories,
         )
 
     def _numbers(self, features: Sequence[Feature], requests: Sequence[ScoreRequest]) -> Tensor | None:
@@ -365,3 +389,12 @@ class Scorer:
     def _count(kind: str, found: Tensor, lengths: Tensor, lookups: list[dict[str, int]]) -> None:
         for own, part in zip(lookups, found.split(lengths.tolist()), strict=True):
             own[kind] += int(np.count_nonzero(~part.numpy()))
+
+
+def _put_given(requests: Sequence[ScoreRequest], rows: Tensor, found: Tensor) -> None:
+    """Put vectors that requests bring with them into rows, the first of which are those of candidates."""
+    first = 0
+    for request in requests:
+        for place, vector in request.vectors.items():
+            rows[first + place], found[first + place] = vector, True
+        first += request.num_candidates

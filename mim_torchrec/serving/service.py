@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from mim_torchrec.embeddings.remote.places import Url
-from mim_torchrec.embeddings.stores.store import ParameterStore, catch_up, follow, open_store
+from mim_torchrec.embeddings.stores.store import ParameterStore, catch_up, check_store, follow, open_store
 from mim_torchrec.embeddings.windows.transport import Transport, open_log
 from mim_torchrec.embeddings.windows.window import Window
 from mim_torchrec.errors import OptionError
@@ -140,7 +140,7 @@ class Served:
         """
         for store in self.scorer.stores:
             try:
-                _ = store.seq
+                check_store(store)
             except Exception as error:
                 return str(error)
         return self.problem

@@ -21,9 +21,8 @@ import re
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -31,7 +30,6 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
-from mim_torchrec.domains import Count, Natural, Weight
 from mim_torchrec.embeddings.collective import on_all_ranks
 from mim_torchrec.embeddings.files import (
     clear_leftovers,
@@ -42,6 +40,7 @@ from mim_torchrec.embeddings.files import (
     write_json,
 )
 from mim_torchrec.errors import ExpectedError, OptionError, Status
+from mim_torchrec.training.config import CheckpointConfig
 from mim_torchrec.training.distributed import DistributedContext, is_restarted
 from mim_torchrec.training.generators import get_generators, set_generators
 from mim_torchrec.training.model_record import write_model_record
@@ -53,23 +52,6 @@ log = logging.getLogger(__name__)
 WAY_OUT = "choose another --out, or --checkpoint.resume never to start from scratch"
 DAMAGED = ".damaged"
 NAME = re.compile(r"epoch-\d{4,}-step-\d{8,}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """Checkpoints of the run."""
-
-    every: Natural = 0
-    """Steps between two checkpoints; 0 saves only at the end of every epoch and at SIGTERM."""
-    minutes: Weight = 0.0
-    """Minutes between two checkpoints, of whatever kind; 0 saves none by time."""
-    keep: Count = 2
-    """Number of checkpoints that are kept, the newest."""
-    asynchronous: bool = True
-    """Continue training while a copy of the state is written. The copy takes as much memory as the state."""
-    resume: Literal["auto", "never"] = "auto"
-    """`auto` resumes from the newest whole checkpoint in `out`; the result is that of an uninterrupted run.
-    `never` removes what is there and starts from scratch, except when torchrun restarts its workers."""
 
 
 class ResumeError(ExpectedError, ValueError):

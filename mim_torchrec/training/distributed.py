@@ -14,24 +14,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from mim_torchrec.domains import Positive
 from mim_torchrec.errors import SetupError, is_timeout
+from mim_torchrec.training.config import Timeouts
 from mim_torchrec.training.liveness import Liveness, RankStalled
 from mim_torchrec.training.network import check_interface
 
 T = TypeVar("T")
 RESTARTS = "TORCHELASTIC_RESTART_COUNT"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Timeouts:
-    """How long ranks wait for each other, in seconds."""
-
-    init: Positive = 600.0
-    """Until all ranks have started."""
-    step: Positive = 1800.0
-    """In one exchange between ranks, of a step, an evaluation or a checkpoint. The error names the rank that
-    was waited for."""
 
 
 @dataclass(frozen=True)

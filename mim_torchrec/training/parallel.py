@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import get_total_norm
 
 from mim_torchrec.errors import OptionError
@@ -25,7 +26,13 @@ BLOCKS = ("Block", "Layer", "Bottleneck", "Residual", "BlockPostNorm")
 
 
 def parallelize(
-    model: nn.Module, kind: Parallel, parts: Sequence[nn.Module], context: DistributedContext, **options: Any
+    model: nn.Module,
+    kind: Parallel,
+    parts: Sequence[nn.Module],
+    context: DistributedContext,
+    *,
+    bf16: bool = False,
+    **options: Any,
 ) -> nn.Module:
     """Make a model train on all ranks, whose losses' mean is the loss.
 
@@ -34,6 +41,9 @@ def parallelize(
         kind: `ddp` or `fsdp`.
         parts: what FSDP2 divides: large modules of the model, such as towers.
         context: the process group.
+        bf16: parts compute in bfloat16, so FSDP2 gathers their weights as such, half the bytes; a part with
+            batch normalization, whose kernels take float32 weights, is gathered as it is. Every rank keeps
+            its share in float32, and gradients are added up in float32.
         options: of `DistributedDataParallel`.
 
     Returns:
@@ -50,14 +60,21 @@ def parallelize(
         raise OptionError("fsdp divides towers that are trained, and none is; take ddp")
     mesh = init_device_mesh(context.device.type, (context.world_size,))
     for part in parts:
+        policy = _policy(part, bf16)
         for block in blocks(part):
-            fully_shard(block, mesh=mesh)
-        fully_shard(part, mesh=mesh)
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(part, mesh=mesh, mp_policy=policy)
     divided = {id(parameter) for part in parts for parameter in part.parameters()}
     for parameter in model.parameters():
         if parameter.requires_grad and id(parameter) not in divided and context.world_size > 1:
             parameter.register_post_accumulate_grad_hook(_average)
     return model
+
+
+def _policy(part: nn.Module, bf16: bool) -> MixedPrecisionPolicy:
+    if not bf16 or any(isinstance(module, _BatchNorm) for module in part.modules()):
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:

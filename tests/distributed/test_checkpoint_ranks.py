@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import nn
 
 from mim_torchrec.embeddings.collective import on_all_ranks
-from mim_torchrec.training.checkpoints import CheckpointConfig, Checkpoints
+from mim_torchrec.training.checkpoints import Checkpoints
+from mim_torchrec.training.config import CheckpointConfig
 from mim_torchrec.training.distributed import DistributedContext, distributed
 from mim_torchrec.training.parallel import Parallel, clip_gradient, gradient_norm, parallelize
 from mim_torchrec.training.shared_directory import shared_atomic_directory

@@ -12,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from mim_torchrec.csft.main import main
 from mim_torchrec.csft.task import Contrast, PairBatch, join_tokens
+from mim_torchrec.encoders.checkpoint import load_encoder
 from mim_torchrec.encoders.item_encoder import HeadConfig, ItemEncoder, ItemEncoderConfig
 from mim_torchrec.encoders.text import TextEncoderConfig, train_tokenizer
 from mim_torchrec.encoders.vision import VisionEncoderConfig
@@ -87,6 +88,18 @@ def test_bfloat16_towers_learn_alike(shop, ddp, tmp_path):
     losses = result(out)[0]
     assert losses != ddp[0]
     assert np.allclose(losses, ddp[0], rtol=0.1)
+
+
+def test_weights_that_are_gathered_in_bfloat16_learn_alike_and_are_kept_in_float32(shop, ddp, tmp_path):
+    out = tmp_path / "csft"
+    run_ranks(main, 2, command(shop, out, parallel="fsdp", precision="bf16", epochs="1"))
+    losses = result(out)[0]
+    assert losses != ddp[0][: len(losses)]
+    assert np.allclose(losses, ddp[0][: len(losses)], rtol=0.1)
+    towers = load_encoder(out / "encoder")
+    assert {parameter.dtype for parameter in towers.parameters()} == {torch.float32}
+    for weight in (towers.vision.model.blocks[0].mlp.fc1.weight, towers.head.image.weight):
+        assert not torch.equal(weight, weight.bfloat16().float())
 
 
 @pytest.mark.parametrize(("changes", "message"), [

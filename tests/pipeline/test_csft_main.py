@@ -158,3 +158,23 @@ def test_an_unknown_flag_is_refused(shop, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(shop, tmp_path / "out", betta="1")
     assert "--betta" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def smallest(tmp_path_factory) -> Path:
+    data = tmp_path_factory.mktemp("csft") / "smallest"
+    make_shop(["--out", str(data), "--items", "120", "--users", "20", "--requests", "20", "--searches", "40",
+               "--browsing", "60", "--categories", "3", "--image-size", "32"])  # fmt: skip
+    return data
+
+
+@pytest.mark.parametrize("frozen", ["True", "False"])
+def test_changed_queries_train_another_encoder_and_leave_the_plain_towers_alone(smallest, tmp_path, frozen):
+    flags = {"freeze-towers": frozen, "batch-size": "16", "validation-fraction": "0.2"}
+    changes = {"augment-queries": "0.5", "augment-views": "2"}
+    plain, changed = (
+        json.loads((run(smallest, tmp_path / name, **flags, **more) / "metrics.json").read_text())
+        for name, more in (("plain", {}), ("changed", changes))
+    )
+    assert changed["encoder_version"] != plain["encoder_version"]
+    assert changed["selection"]["plain"] == plain["selection"]["plain"]

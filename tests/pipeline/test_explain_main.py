@@ -15,7 +15,7 @@ from mim_torchrec.serving.config import Limits
 from mim_torchrec.serving.explain import main as explain
 from mim_torchrec.serving.explaining import explain as make_explanation
 from mim_torchrec.serving.messages import ScoreRequest, Scores
-from mim_torchrec.serving.page import Page
+from mim_torchrec.serving.page.page import Page
 from mim_torchrec.serving.scorer import Scorer
 from tests.pipeline.test_ctr_main import write_dataset
 from tests.pipeline.test_evaluate_main import write_table

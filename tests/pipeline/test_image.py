@@ -61,29 +61,35 @@ def environment() -> list[Path]:
     return found
 
 
-@pytest.fixture
-def inside(storage, tmp_path: Path) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
-    """Runs a command in a container of the image, in a folder that is `tmp_path` outside."""
+@pytest.fixture(scope="module")
+def container(storage) -> Iterator[list[str]]:
+    """Words that begin a command in a container of the image; it is a copy of the whole, so there is one."""
     buildah = ["buildah", "--storage-driver=vfs", *storage]
     made = subprocess.run([*buildah, "from", "--pull-never", TAG], capture_output=True, text=True, check=True)
-    container = made.stdout.strip()
-    tmp_path.chmod(0o777)
-    mounts = [*(f"--volume={place}:{place}:ro" for place in environment()), f"--volume={tmp_path}:/job:rw"]
+    name = made.stdout.strip()
     above = sorted({str(parent) for place in environment() for parent in place.parents} - {"/"})
     entered = 'for folder; do mkdir -p "$folder" && chmod o+x "$folder"; done'  # the user is not root
-    as_root = [*buildah, "run", "--isolation=chroot", "--user=0", container, "--"]
+    as_root = [*buildah, "run", "--isolation=chroot", "--user=0", name, "--"]
     subprocess.run([*as_root, "sh", "-c", entered, "sh", *above], check=True, capture_output=True)
+    mounts = [f"--volume={place}:{place}:ro" for place in environment()]
+    yield [*buildah, "run", "--isolation=chroot", "--workingdir=/job", "--hostname=localhost",
+           f"--env=VIRTUAL_ENV={sys.prefix}", "--env=OMP_NUM_THREADS=1", *mounts, name]  # fmt: skip
+    subprocess.run([*buildah, "rm", name], capture_output=True)
+
+
+@pytest.fixture
+def inside(container, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a command in the container, in a folder that is `tmp_path` outside."""
+    *words, name = container
+    tmp_path.chmod(0o777)
 
     def run(*command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [*buildah, "run", "--isolation=chroot", "--workingdir=/job", "--hostname=localhost",
-             f"--env=VIRTUAL_ENV={sys.prefix}", "--env=OMP_NUM_THREADS=1", *mounts, container, "--",
-             *command],
+            [*words, f"--volume={tmp_path}:/job:rw", name, "--", *command],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
 
-    yield run
-    subprocess.run([*buildah, "rm", container], capture_output=True)
+    return run
 
 
 def test_the_image_has_a_user_that_is_not_root(inside):
@@ -139,7 +145,7 @@ def test_a_build_that_is_stopped_leaves_nothing(tmp_path):
                 continue
             pytest.skip(f"no base can be made here: {build.communicate()[1][-300:]}")
         build.send_signal(signal.SIGTERM)
-        assert build.wait(timeout=60) == 143
+        assert build.wait() == 143
         assert list(work.iterdir()) == [] and marker.exists()
         assert str(work) not in Path("/proc/mounts").read_text()
     finally:

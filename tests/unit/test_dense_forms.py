@@ -14,7 +14,7 @@ from mim_torchrec.ciubm.ubm.din import DIN
 from mim_torchrec.ciubm.ubm.interface import BehaviorContext
 from mim_torchrec.ciubm.ubm.sim import SIM
 from mim_torchrec.ciubm.ubm.twin import TWIN
-from mim_torchrec.ctr.model import DeepCTR
+from mim_torchrec.ctr.dense import DeepCTR
 from mim_torchrec.serving.dense import blocks
 from mim_torchrec.serving.dense import similarity as dense_similarity
 from mim_torchrec.serving.dense.folding import fold_batch_norms

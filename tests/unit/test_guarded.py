@@ -48,7 +48,7 @@ def test_a_store_that_fails_is_left_alone_and_tried_again(monkeypatch, caplog, e
     metrics, store = Metrics(), Store()
     guarded = GuardedStore("items", store, metrics)
     assert guarded.seq == 7 and guarded.lookup(IDS)[1].all()
-    assert value(metrics, "mim_store_seconds_count", store="items") == 2
+    assert value(metrics, "mim_store_seconds_count", store="items") == 1
     monkeypatch.setattr("mim_torchrec.serving.guarded.PAUSE", 3600.0)
     store.asked, store.error = 0, error
     for _ in range(10):
@@ -60,7 +60,10 @@ def test_a_store_that_fails_is_left_alone_and_tried_again(monkeypatch, caplog, e
     store.error = None
     with pytest.raises(StoreFailed):
         guarded.lookup(IDS)  # it is not asked yet
-    assert guarded.seq == 7  # readiness always asks
+    assert guarded.seq == 7
+    with pytest.raises(StoreFailed):
+        guarded.lookup(IDS)  # its seq says nothing about its rows
+    guarded.check()  # readiness always asks
     assert guarded.lookup(IDS)[1].all() and value(metrics, "mim_store_up", store="items") == 1
     assert said(caplog, "serving.guarded") == [
         "the store of items fails: gone",

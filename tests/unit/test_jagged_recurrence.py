@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mim_torchrec.ciubm.ubm import recurrence_kernels
+from mim_torchrec.ciubm import recurrence_kernels
 from mim_torchrec.ciubm.ubm.dien import DIEN
 from tests.histories import make_case
 

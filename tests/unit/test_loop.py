@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from mim_torchrec.training.checkpoints import CheckpointConfig, Checkpoints, ResumeError
+from mim_torchrec.training.checkpoints import Checkpoints, ResumeError
+from mim_torchrec.training.config import CheckpointConfig
 from mim_torchrec.training.distributed import DistributedContext, distributed
 from mim_torchrec.training.history import read_history
 from mim_torchrec.training.loop import Interrupted, fit

@@ -9,7 +9,8 @@ from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, Keyed
 
 from mim_torchrec.ciubm.ubm.registry import find_model
 from mim_torchrec.ctr.config import CTRConfig
-from mim_torchrec.ctr.model import CTRModel, DeepCTR, Prediction
+from mim_torchrec.ctr.dense import DeepCTR, Prediction
+from mim_torchrec.ctr.model import CTRModel
 from mim_torchrec.ctr.sharding import build_model
 from mim_torchrec.serving.dense.folding import fold_batch_norms
 from mim_torchrec.training.batch_norm import PartialBatchNorm1d

@@ -208,3 +208,20 @@ def test_the_command_converts_and_prints_the_error(tmp_path, vectors, capsys):
     main(["info", str(tmp_path / "c")])
     (step,) = json.loads(capsys.readouterr().out)["encoder"]["converted"]
     assert (step["from"], step["to"]) == ("float16", "int8") and 0 < step["mean_cosine_error"] < 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("dim", [4, 36, 128])
+def test_rows_and_vectors_are_those_of_the_kernels_of_fbgemm_gpu(dtype, dim):
+    import fbgemm_gpu  # noqa: F401  registers torch.ops.fbgemm
+
+    spread = torch.Generator().manual_seed(dim)
+    vectors = torch.randn(200, dim, generator=spread) * torch.randn(200, 1, generator=spread).exp()
+    if dtype == "int8":
+        stored = torch.ops.fbgemm.FloatToFused8BitRowwiseQuantized(vectors)
+        decoded = torch.ops.fbgemm.Fused8BitRowwiseQuantizedToFloat(stored)
+    else:
+        stored = torch.ops.fbgemm.FloatToFusedNBitRowwiseQuantizedSBHalf(vectors, 4)
+        decoded = torch.ops.fbgemm.FusedNBitRowwiseQuantizedSBHalfToFloat(stored, 4)
+    torch.testing.assert_close(encode(vectors, dtype), stored, rtol=0, atol=0)
+    torch.testing.assert_close(decode(stored, dtype), decoded, rtol=0, atol=0)

@@ -99,14 +99,14 @@ def backward(
 
 @forward.register_kernel("cuda")
 def _(*arguments: Any) -> list[Tensor]:
-    from mim_torchrec.ciubm.ubm.recurrence_kernels import run_forward  # Triton comes with torch for GPUs
+    from mim_torchrec.ciubm.recurrence_kernels import run_forward  # Triton comes with torch for GPUs
 
     return run_forward(*arguments)
 
 
 @backward.register_kernel("cuda")
 def _(*arguments: Any) -> list[Tensor]:
-    from mim_torchrec.ciubm.ubm.recurrence_kernels import run_backward
+    from mim_torchrec.ciubm.recurrence_kernels import run_backward
 
     return run_backward(*arguments)
 

@@ -7,8 +7,7 @@ and gives the scores. It needs torch alone. `inputs.json` in it names the inputs
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +20,9 @@ from mim_torchrec.ciubm.ubm.activation import PReLU
 from mim_torchrec.ciubm.ubm.interface import BehaviorContext
 from mim_torchrec.ciubm.ubm.sim import SIM
 from mim_torchrec.ctr.config import CTRConfig
+from mim_torchrec.ctr.dense import DeepCTR, DenseCTR, LookedUp
 from mim_torchrec.ctr.esmm import second_scores
-from mim_torchrec.ctr.model import CTRModel, DeepCTR
+from mim_torchrec.ctr.tables import id_tables_of
 from mim_torchrec.data.features import ROLES
 from mim_torchrec.embeddings.files import atomic_file
 from mim_torchrec.errors import OptionError
@@ -54,19 +54,6 @@ class ExportedInput:
         """Of three candidates or five behaviors."""
         count = {"request": 1, "candidate": 3, "behavior": 5}[self.owner]
         return torch.ones(count, dtype=torch.int64) if self.width is None else torch.zeros(count, self.width)
-
-
-class _Rows:
-    """What the model reads of a jagged tensor."""
-
-    def __init__(self, values: Tensor) -> None:
-        self._values = values
-
-    def values(self) -> Tensor:
-        return self._values
-
-    def offsets(self) -> Tensor:
-        return self._values  # only the number of rows is read of it
 
 
 class _Pairs:
@@ -146,7 +133,7 @@ class DensePart(nn.Module):
         inputs: in their order.
     """
 
-    def __init__(self, model: CTRModel, config: CTRConfig, inputs: list[ExportedInput]) -> None:
+    def __init__(self, model: DenseCTR, config: CTRConfig, inputs: list[ExportedInput]) -> None:
         super().__init__()
         model.tower = cast(DeepCTR, fold_batch_norms(model.tower))
         if model.second_tower is not None:
@@ -158,10 +145,6 @@ class DensePart(nn.Module):
                     made = nn.PReLU()
                     made.weight = child.weight
                     setattr(module, name, made)
-        self._has_vectors = model.mm_embeddings is not None
-        nowhere: Any = nn.Identity()  # the caller has the tables
-        model.request_embeddings = model.item_embeddings = nowhere
-        model.mm_embeddings = None
         self.model, self.inputs = model, inputs
         self.pooled = [one.name for one in inputs if one.kind == "row" and one.owner == "request"]
 
@@ -169,31 +152,34 @@ class DensePart(nn.Module):
         """Scores; where the model has a second label, its two scores too (see `Scores`)."""
         given = {one.name: tensor for one, tensor in zip(self.inputs, tensors, strict=True)}
         pairs = _Pairs(given["candidate_item_id"], given["behavior_item_id"])
-        self.model.list_pairs = lambda *_: cast(RequestPairs, pairs)
-        rows: Any = {name: _Rows(tensor) for name, tensor in given.items()}
-        batch: Any = SimpleNamespace(
-            sparse=rows,
-            request_ts=given.get("request_ts"),
-            behavior_ts=given.get("behavior_ts"),
-            **{f"{owner}_dense": given.get(f"{owner}_dense") for owner in ROLES},
+        vectors = (given["candidate_mm"], given["behavior_mm"]) if "candidate_mm" in given else None
+        found = self.model.predict(
+            LookedUp(
+                pairs=cast(RequestPairs, pairs),
+                pooled=lambda: torch.cat([given[name] for name in self.pooled], dim=1),
+                rows=given,
+                vectors=vectors,
+                request_ts=given.get("request_ts"),
+                behavior_ts=given.get("behavior_ts"),
+                request_dense=given.get("request_dense"),
+                candidate_dense=given.get("candidate_dense"),
+                behavior_dense=given.get("behavior_dense"),
+            )
         )
-        pooled: Any = _Rows(torch.cat([given[name] for name in self.pooled], dim=1))
-        found = self.model._score(batch, pooled, rows, rows if self._has_vectors else None)
         scores = torch.sigmoid(found.logits)
         if found.conversion_logits is None:
             return (scores,)
         return scores, *second_scores(found.logits, found.conversion_logits)
 
 
-def inputs_of(bundle: Bundle, model: CTRModel) -> list[ExportedInput]:
+def inputs_of(bundle: Bundle) -> list[ExportedInput]:
     """What the dense part of a bundle takes, in order."""
-    features = bundle.config.features()
-    bags = model.request_embeddings.embedding_bag_configs()
-    tables = model.item_embeddings.embedding_configs()
-    found = [ExportedInput(name, "row", "request", bag.embedding_dim) for bag in bags
-             for name in bag.feature_names]  # fmt: skip
-    found += [ExportedInput(name, "row", name.partition("_")[0], table.embedding_dim) for table in tables
-              for name in table.feature_names]  # fmt: skip
+    features, dim = bundle.config.features(), bundle.config.embedding_dim
+    tables = id_tables_of(bundle.config, bundle.tables)
+    found = [ExportedInput(name, "row", "request", dim) for names in tables.requests.values()
+             for name in names]  # fmt: skip
+    found += [ExportedInput(name, "row", name.partition("_")[0], dim) for names in tables.items.values()
+              for name in names]  # fmt: skip
     if bundle.table_version is not None:
         found += [
             ExportedInput(f"{role}_mm", "vector", role, bundle.mm_dim) for role in ("candidate", "behavior")
@@ -228,7 +214,7 @@ def export_dense(bundle: Bundle, path: Path) -> list[ExportedInput]:
             f"--export: {bundle.config.ubm} cannot be written by torch.export; avg_pooling, bst, din, "
             "twin, and sim with --search soft can"
         )
-    inputs = inputs_of(bundle, model)
+    inputs = inputs_of(bundle)
     sizes = {
         "candidate": torch.export.Dim("candidates", min=0),
         "behavior": torch.export.Dim("behaviors", min=0),

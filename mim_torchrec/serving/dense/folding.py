@@ -7,7 +7,7 @@ layer before it, or, at the entry of the tower, into the one after it.
 import torch
 from torch import Tensor, nn
 
-from mim_torchrec.ctr.model import DeepCTR
+from mim_torchrec.ctr.dense import DeepCTR
 from mim_torchrec.training.batch_norm import GlobalBatchNorm1d, PartialBatchNorm1d
 
 

@@ -2,15 +2,13 @@
 
 from typing import cast
 
-from mim_torchrec.ctr.model import CTRModel, DeepCTR
+from mim_torchrec.ctr.dense import DeepCTR, DenseCTR
 from mim_torchrec.serving.dense.folding import fold_batch_norms
 from mim_torchrec.serving.dense.ubm import DenseUBM
-from mim_torchrec.serving.grid import pairs_of
 
 
-def make_dense(model: CTRModel) -> None:
-    """Change a model in evaluation: no lists of pairs, dense user behavior models, folded towers."""
-    model.list_pairs = pairs_of
+def make_dense(model: DenseCTR) -> None:
+    """Change a model in evaluation: dense user behavior models, folded towers."""
     model.tower = cast(DeepCTR, fold_batch_norms(model.tower))  # it takes and gives what the tower does
     if model.second_tower is not None:
         model.second_tower = cast(DeepCTR, fold_batch_norms(model.second_tower))

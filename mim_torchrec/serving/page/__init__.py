@@ -1,0 +1,1 @@
+"""The page for people: whom the model knows, how content changes what it shows them, and why."""
