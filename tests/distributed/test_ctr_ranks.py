@@ -115,7 +115,7 @@ def train(name: str, folder: Path, context) -> dict[str, object]:
         sparse_features=("interests", "candidate_brand", "behavior_action") if with_features else (),
         second_label="purchase" if with_features else None,
         dense_features=("age", "candidate_price", "behavior_price") if with_features else (),
-        id_shrinkage=4.0 if kind == "shrunk" else 0.0,
+        id_shrinkage=4.0 if kind == "shrunk" else 0.0, normalize_ids=kind != "shrunk",
         id_shrinkage_of={"category": 0.0} if kind == "shrunk" else {},
     )  # fmt: skip
     table = Table.open(folder / "table") if with_mm else None
