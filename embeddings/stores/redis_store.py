@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mim_torchrec.embeddings.stores.seen import Seen
+from mim_torchrec.embeddings.stores.seen import Marks, Seen
 from mim_torchrec.embeddings.table.manifest import TableError, TableLost
 from mim_torchrec.embeddings.table.quantize import DTYPES, decode, stored_width
 from mim_torchrec.embeddings.table.reader import Table
@@ -158,13 +158,13 @@ class RedisStore:
         """
         distinct, inverse = ids.unique(return_inverse=True)
         while True:
-            facts = self._facts
+            facts, before = self._facts, self.seen.marks
             with reachable(self._at):
                 values, marks = self._get(self._keys(distinct.tolist()))
             self._facts = self._read_facts()
             if self._facts == facts:  # else another base took the place of the one that was read
                 break
-        self._check_seen(self._numbers(marks))
+        self._check_seen(before, facts.base, self._numbers(facts.base, marks))
         nothing = bytes(stored_width(facts.dtype, facts.dim) * DTYPES[facts.dtype].itemsize)
         found = torch.tensor([value is not None for value in values], dtype=torch.bool)
         data = bytearray(b"".join(nothing if value is None else value for value in values))
@@ -180,8 +180,9 @@ class RedisStore:
             TableLost: they are not.
         """
         self._check_policy()
-        self._facts = self._read_facts()
-        self._check_seen(self._watermarks())
+        before, self._facts = self.seen.marks, self._read_facts()
+        marks = self._watermarks()
+        self._check_seen(before, self._facts.base, marks)
 
     def apply(self, window: Window) -> bool:
         """See `ParameterStore`; others may apply the same windows at the same time."""
@@ -208,7 +209,7 @@ class RedisStore:
             # a new base came in between: the window is applied to that, or is in it
             return self.apply(window)
         if applied:
-            self.seen.note(self._facts.base, dict.fromkeys(due, window.seq))
+            self.seen.note_applied(self._facts.base, dict.fromkeys(due, window.seq))
         return applied
 
     def _commands(
@@ -310,7 +311,7 @@ class RedisStore:
         before, self._facts = self._facts, self._read_facts()
         if self._facts != before:  # another base took the place of this one meanwhile
             return self._watermarks()
-        return self._numbers(marks)
+        return self._numbers(before.base, marks)
 
     def _read_marks(self) -> list[bytes | None]:
         with reachable(self._at):
@@ -319,8 +320,8 @@ class RedisStore:
     def _lost_shards(self) -> list[int]:
         return [shard for shard, mark in enumerate(self._read_marks()) if mark is None]
 
-    def _numbers(self, marks: list[bytes | None]) -> list[int]:
-        """Watermarks of the shards, which are remembered.
+    def _numbers(self, base: int, marks: list[bytes | None]) -> list[int]:
+        """Watermarks of the shards of a base table, which are remembered.
 
         Raises:
             TableLost: some are not there.
@@ -331,11 +332,11 @@ class RedisStore:
                 f"{self._at} has lost shards {lost} of {self.table_version}: load its table again"
             )
         found = [_number(mark) for mark in marks if mark is not None]
-        self.seen.note(self._facts.base, dict(enumerate(found)))
+        self.seen.note(base, dict(enumerate(found)))
         return found
 
-    def _check_seen(self, marks: list[int]) -> None:
-        loss = self.seen.loss(self._facts.base, dict(enumerate(marks)))
+    def _check_seen(self, before: Marks, base: int, marks: list[int]) -> None:
+        loss = before.loss(base, dict(enumerate(marks)))
         if loss is not None:
             raise TableLost(
                 f"{self._at} has lost {loss}. An older copy may have taken its place: apply its windows "

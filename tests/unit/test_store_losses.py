@@ -120,6 +120,26 @@ def test_changes_of_others_are_seen_by_the_next_lookup(redis_url, tmp_path, log)
     catch_up(other, log)
     store.lookup(tensor(7))
     assert store.seen.changes > before
+    log.append("w3", tensor(5), vectors(1, 3))
+    before = store.seen.changes
+    assert catch_up(store, log) == 1  # its own window is no change by others
+    store.lookup(tensor(5))
+    assert store.seen.changes == before
+
+
+@pytest.mark.parametrize("read", [lambda store: store.lookup(tensor(5)), RedisStore.check])
+def test_a_window_that_is_applied_while_rows_are_read_is_no_loss(redis_url, tmp_path, log, monkeypatch, read):
+    store, get, pending = RedisStore.load(redis_url, write_table(tmp_path / "table")), RedisStore._get, [1]
+
+    def overtaken(self, keys):
+        found = get(self, keys)
+        if pending:
+            store.apply(log.read(pending.pop()))  # it is seen at once, and `found` is older
+        return found
+
+    monkeypatch.setattr(RedisStore, "_get", overtaken)
+    read(store)
+    assert store.seq == 1
 
 
 def test_rows_of_a_slot_that_moves_to_another_server_are_found(redis_cluster, cluster_url, tmp_path, log):
