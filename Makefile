@@ -19,7 +19,7 @@ export PYTHONPATH :=
 export PYTHONUNBUFFERED := 1
 export PYTHONDONTWRITEBYTECODE :=  # the processes of tests would compile the package again and again
 
-.PHONY: help install demo prepare-demo test test-fast faults movielens ablation-csft figure5 table2 ablation-ciubm coldstart value daily abtest table6 bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving bench-windows bench-rim-latency bench-scaling bench-export-throughput bench-input bench-prepare chaos cluster torchrec-parity rehearsal cuda-check gpu roofline bench benchmark-report docs doctor image lint types lock wheel release-check clean
+.PHONY: help install demo prepare-demo test test-fast faults movielens ablation-csft figure5 table2 ablation-ciubm coldstart value daily abtest table6 bench-frozen-table bench-csft-loss bench-ctr-throughput bench-serving bench-windows bench-rim-latency bench-scaling bench-export-throughput bench-input bench-prepare chaos cluster torchrec-parity rehearsal cuda-check gpu roofline bench benchmark-report report-image docs doctor image lint types lock wheel release-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 20
@@ -93,6 +93,10 @@ bench: install  ## every benchmark of cost at a small size, and what moved; RECO
 
 benchmark-report: install  ## write benchmarks/README.md from the recorded results
 	$(BIN)/python -m mim_torchrec.benchmarks.records.benchmark_report
+
+report-image:  ## docs/_static/demo_report.png from the report of make demo, by chromium
+	chromium --headless --no-sandbox --hide-scrollbars --window-size=1000,900 \
+	  --screenshot=docs/_static/demo_report.png 'file://$(CURDIR)/runs/demo/report.html'
 
 bench-rim-latency: install  ## from the arrival of an item to a lookup that has its vector
 	$(BIN)/python -m mim_torchrec.benchmarks.speed.rim_latency --out runs/rim_latency

@@ -13,11 +13,14 @@ import numpy as np
 import pyarrow.parquet as pq
 from scipy import stats
 
+from mim_torchrec.data.ages import age_sets
+from mim_torchrec.data.items import ItemStore
 from mim_torchrec.training.history import read_history
 from mim_torchrec.training.metrics import auc, paired_bootstrap
 from mim_torchrec.training.run_directory import RunDirectory
 
 BOOTSTRAP_SEED = 0
+ABOVE_ZERO = "> 0"
 IMPRESSION = ("request_id", "user_id", "item_id", "label")
 
 
@@ -65,7 +68,7 @@ def gain(
     """
     if len(base) != len(other) or not base:
         raise ValueError(f"{len(base)} base runs cannot be paired with {len(other)} others")
-    reference = _predictions(base[0])
+    reference = read_predictions(base[0])
     base_scores, other_scores = (
         [_scores_of(run, reference, base[0]) for run in runs] for runs in (base, other)
     )
@@ -102,11 +105,12 @@ def scores(runs: Sequence[Path]) -> tuple[np.ndarray, list[np.ndarray]]:
     Raises:
         ValueError: they have not scored the same impressions.
     """
-    reference = _predictions(runs[0])
+    reference = read_predictions(runs[0])
     return reference["label"], [_scores_of(run, reference, runs[0]) for run in runs]
 
 
-def _predictions(run: Path) -> dict[str, np.ndarray]:
+def read_predictions(run: Path) -> dict[str, np.ndarray]:
+    """Test impressions of a run by column, and their `score`, in the order of their ids."""
     table = pq.read_table(run / "predictions.parquet")
     columns = {name: table[name].to_numpy() for name in (*IMPRESSION, "score")}
     order = np.lexsort((columns["label"], columns["item_id"], columns["request_id"]))
@@ -114,7 +118,7 @@ def _predictions(run: Path) -> dict[str, np.ndarray]:
 
 
 def _scores_of(run: Path, reference: dict[str, np.ndarray], reference_run: Path) -> np.ndarray:
-    predictions = _predictions(run)
+    predictions = read_predictions(run)
     for name in IMPRESSION:
         if not np.array_equal(predictions[name], reference[name]):
             raise ValueError(f"{run} and {reference_run} differ in {name}: not the same test impressions")
@@ -131,9 +135,18 @@ def _ranks(scores: np.ndarray) -> np.ndarray:
     return np.unique(scores, return_inverse=True)[1].astype(np.float64)
 
 
-def cold_start(base: Sequence[Path], mim: Sequence[Path]) -> list[dict[str, Any]]:
-    """AUC of the ten sets of items by age, S1 the newest, of both models."""
+def cold_start(
+    base: Sequence[Path], mim: Sequence[Path], items: ItemStore | None = None
+) -> list[dict[str, Any]]:
+    """AUC of the ten sets of items by age, S1 the newest, of both models.
+
+    Args:
+        base: directories of the Base runs, one a seed.
+        mim: directories of the MIM runs, in the same order.
+        items: of the data set; with them each set also has `gain`, `ci` and `per_seed`, see `gain`.
+    """
     base_sets, mim_sets = ([m["by_age"] for m in read_metrics(runs)] for runs in (base, mim))
+    of_item = None if items is None else age_sets(items)
     return [
         {
             "set": base_sets[0][k]["set"],
@@ -142,6 +155,7 @@ def cold_start(base: Sequence[Path], mim: Sequence[Path]) -> list[dict[str, Any]
             "n": base_sets[0][k]["n"],
             "positives": base_sets[0][k]["positives"],
         }
+        | ({} if items is None else gain(base, mim, items=items.item_ids[of_item == k]))
         for k in range(len(base_sets[0]))
     ]
 
@@ -161,12 +175,13 @@ def by_category(base: Sequence[Path], mim: Sequence[Path]) -> dict[str, dict[str
     }
 
 
-def compare(base: Sequence[Path], mim: Sequence[Path]) -> dict[str, Any]:
+def compare(base: Sequence[Path], mim: Sequence[Path], items: ItemStore | None = None) -> dict[str, Any]:
     """The parts `ctr`, `cold_start`, `by_category` and `table` of a report.
 
     Args:
         base: directories of the Base runs, one a seed.
         mim: directories of the MIM runs, in the same order.
+        items: of the data set, for intervals of items by age.
     """
     difference = gain(base, mim)
     facts = read_metrics(mim)[0]["table"]
@@ -177,7 +192,7 @@ def compare(base: Sequence[Path], mim: Sequence[Path]) -> dict[str, Any]:
             "mim_minus_base_auc": difference["gain"],
             "mim_minus_base_ci": difference["ci"],
         },
-        "cold_start": cold_start(base, mim),
+        "cold_start": cold_start(base, mim, items),
         "by_category": by_category(base, mim),
         "table": facts,
     }
@@ -240,21 +255,39 @@ def validation_auc(run: Path) -> float:
     return read_history(RunDirectory(run).history).best()["auc"]
 
 
-def target(claim: str, value: float | None, met: bool) -> dict[str, Any]:
-    """One line of the report's list of targets."""
-    return {"claim": claim, "value": value, "met": bool(met)}
+def target(claim: str, value: float | None, met: bool, threshold: str | None = None) -> dict[str, Any]:
+    """One line of the report's list of targets; the threshold is shown where the claim does not say it."""
+    found = {"claim": claim, "value": value, "met": bool(met)}
+    return found if threshold is None else found | {"threshold": threshold}
 
 
 def target_of_difference(claim: str, part: dict[str, Any]) -> dict[str, Any]:
     """A target that `mim_auc` of a part is above `base_auc`; not met where one is undefined."""
     if part["base_auc"] is None or part["mim_auc"] is None:
-        return target(claim, None, False)
+        return target(claim, None, False, ABOVE_ZERO)
     return target_of_gain(claim, {"gain": part["mim_auc"] - part["base_auc"]})
 
 
 def target_of_gain(claim: str, result: dict[str, Any]) -> dict[str, Any]:
     """A target that a `gain` is above zero; not met where it is undefined."""
-    return target(claim, result["gain"], result["gain"] is not None and result["gain"] > 0)
+    return target(claim, result["gain"], result["gain"] is not None and result["gain"] > 0, ABOVE_ZERO)
+
+
+def target_of_control(name: str, result: dict[str, Any]) -> dict[str, Any]:
+    """A target that the interval of a `control` contains zero."""
+    claim = f"Control {name}: the interval of the gain contains zero"
+    return target(
+        claim, result["gain"], result["contains_zero"], _around_zero("low ≤ 0 ≤ high", result["ci"])
+    )
+
+
+def target_of_interval(claim: str, value: float | None, ci: Sequence[float] | None) -> dict[str, Any]:
+    """A target that the interval of a difference lies above zero."""
+    return target(claim, value, ci is not None and ci[0] > 0, _around_zero("low > 0", ci))
+
+
+def _around_zero(rule: str, ci: Sequence[float] | None) -> str:
+    return f"{rule}; undefined" if ci is None else f"{rule}; [{ci[0]:+.4f}, {ci[1]:+.4f}]"
 
 
 def exchange_rate(recall: Sequence[float], gain: Sequence[float]) -> dict[str, float | int | None]:

@@ -50,3 +50,24 @@ def beside_the_paper(
     axes.set_xticks(place, names, **words)
     axes.legend(frameon=False, fontsize=8)
     tidy(axes)
+
+
+def dots(axes: Axes, lines: Sequence[tuple[str, float | None, Sequence[float] | None]], color: str) -> None:
+    """Differences as dots with their intervals beside a line at zero, the first one at the top.
+
+    Args:
+        axes: to draw on.
+        lines: name, value and interval of each; a value that is undefined (None) has no dot.
+        color: of the dots.
+    """
+    for place, (_, value, ci) in enumerate(lines):
+        if value is not None:
+            axes.plot(value, place, "o", color=color, markersize=5)
+        if ci is not None:
+            axes.plot(ci, [place, place], color=color, linewidth=1.5)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(lines)), [name for name, _, _ in lines])
+    axes.set_ylim(len(lines) - 0.5, -0.5)
+    tidy(axes)
+    axes.grid(axis="x", alpha=0.25, linewidth=0.6)
+    axes.grid(axis="y", visible=False)

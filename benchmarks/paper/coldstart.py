@@ -46,11 +46,10 @@ def by_age(run: Run, runs: ModelRuns) -> list[dict[str, Any]]:
     items = ItemStore.read(Dataset(data.out), ("item_id", "listed_at"))
     of_item = age_sets(items)
     base, mim, hidden = (runs.runs[name] for name in ("base", "mim", HIDDEN))
-    sets = comparison.cold_start(base, mim)
+    sets = comparison.cold_start(base, mim, items)
     for k, entry in enumerate(sets):
-        ids = items.item_ids[of_item == k]
-        found, other = (comparison.gain(base, models, items=ids) for models in (mim, hidden))
-        entry |= {**found, "hidden_ids_gain": other["gain"], "hidden_ids_ci": other["ci"]}
+        other = comparison.gain(base, hidden, items=items.item_ids[of_item == k])
+        entry |= {"hidden_ids_gain": other["gain"], "hidden_ids_ci": other["ci"]}
     return sets
 
 

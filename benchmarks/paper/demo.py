@@ -16,9 +16,12 @@ import tyro
 from mim_torchrec import program
 from mim_torchrec.benchmarks.harness import comparison
 from mim_torchrec.benchmarks.harness.experiment_report import loss_curve, write_report
-from mim_torchrec.benchmarks.harness.pages import formatted, interval
+from mim_torchrec.benchmarks.harness.moved_clicks import moved_clicks
+from mim_torchrec.benchmarks.harness.pages import Strip, formatted, interval
 from mim_torchrec.benchmarks.paper.shop import CTR, ENCODER, ShopSizes
 from mim_torchrec.data.errors import DataError
+from mim_torchrec.data.items import ItemStore
+from mim_torchrec.data.schema import Dataset
 from mim_torchrec.pipeline.loading import load
 from mim_torchrec.pipeline.reporting import StageResult
 from mim_torchrec.pipeline.running import run
@@ -61,7 +64,8 @@ def build_report(
     """Put the report together from what the stages wrote."""
     ctr = {name.removeprefix(PREFIX): root / "ctr" / name.removeprefix(PREFIX)
            for name in results if name.startswith(PREFIX)}  # fmt: skip
-    compared = comparison.compare([ctr["base"]], [ctr["mim"]])
+    items = ItemStore.read(Dataset(root / "shop"), ("item_id", "listed_at"))
+    compared = comparison.compare([ctr["base"]], [ctr["mim"]], items)
     controls = {
         "permuted": comparison.control(
             "MIM on the same shop with the table's vectors permuted among the items.",
@@ -75,15 +79,11 @@ def build_report(
     variants = comparison.csft_variants([ctr["base"]], [ctr["plain"]], [ctr["mim"]])
     figures, newest = compared["ctr"], compared["cold_start"][0]
     targets = [
-        comparison.target("MIM − Base in test AUC: the interval lies above zero",
-                          figures["mim_minus_base_auc"], (figures["mim_minus_base_ci"] or [0.0])[0] > 0),
+        comparison.target_of_interval("MIM − Base in test AUC: the interval lies above zero",
+                                      figures["mim_minus_base_auc"], figures["mim_minus_base_ci"]),
         comparison.target_of_difference("MIM − Base on the newest tenth of the items is positive", newest),
         comparison.target_of_gain("C-SFT adds to the plain towers", variants["csft_over_plain"]),
-        *(
-            comparison.target(f"Control {name}: the interval of the gain contains zero",
-                              control["gain"], control["contains_zero"])
-            for name, control in controls.items()
-        ),
+        *(comparison.target_of_control(name, control) for name, control in controls.items()),
     ]  # fmt: skip
     return {
         "title": "MIM on a synthetic shop",
@@ -110,6 +110,12 @@ def build_report(
     }
 
 
+def pictures(root: Path) -> list[Strip]:
+    """Clicked items that MIM ranks above where Base ranks them."""
+    shop, (base, mim) = Dataset(root / "shop"), (root / "ctr" / name for name in ("base", "mim"))
+    return moved_clicks(base, mim, shop, ItemStore.read(shop, ("item_id", "title", "image")))
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `python -m mim_torchrec.benchmarks.paper.demo`."""
     config = tyro.cli(DemoConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
@@ -125,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, control in report["controls"].items():
         print(f"control {name}: {formatted(control['gain'], '+.4f')} {interval(control['ci'])}, "
               f"{control['verdict']}")  # fmt: skip
-    write_report(report, root)
+    write_report(report, root, moved=pictures(root), search=root / "csft" / "retrieval.png")
 
 
 if __name__ == "__main__":

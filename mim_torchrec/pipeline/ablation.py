@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import tyro
-from torchmetrics.functional import spearman_corrcoef
 
 from mim_torchrec import program
 from mim_torchrec.domains import Count, check_domains
@@ -86,6 +85,9 @@ def rates_of(points: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         so that positive numbers agree. None where fewer than three runs, or runs that do not differ, say
         nothing.
     """
+    # takes seconds that --help does not need
+    from torchmetrics.functional import spearman_corrcoef
+
     rates = {}
     for metric in (*SEARCH, "loss"):
         sign = -1 if metric in LOWER_IS_BETTER else 1

@@ -12,17 +12,17 @@ from tests.browser import axe, browser, faults, opened, scrolls_sideways  # noqa
 from tests.page import shop_with_encoder
 from tests.serving import start
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_stages")]
 
 LOOKS = [("wide", "light"), ("wide", "dark"), ("phone", "light")]
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
+def address(forked, tmp_path_factory):
     root = shop_with_encoder(tmp_path_factory.mktemp("page"))
     places = {"bundle": "run/bundle", "store": "table", "data": "data", "encoder": "encoder"}
     words = [word for flag, place in places.items() for word in (f"--{flag}", str(root / place))]
-    server, address = start(*words)
+    server, address = start(*words, python=forked["MIM_PYTHON"])
     yield address
     server.terminate()
     server.wait()

@@ -1,15 +1,21 @@
 """What a report says of two models, and that its pages say it."""
 
+import io
 import json
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from mim_torchrec.benchmarks.harness import comparison
 from mim_torchrec.benchmarks.harness.experiment_report import loss_curve, write_report
+from mim_torchrec.benchmarks.harness.moved_clicks import moved_clicks
+from mim_torchrec.data.schema import Dataset
 from mim_torchrec.training.metrics import auc
+from tests.datasets import SECOND, START, item_rows, open_items, request_rows, write_requests
 
 IMPRESSIONS = 2000
 
@@ -138,6 +144,48 @@ def test_an_undefined_figure_stays_undefined_in_the_mean(runs):
     assert sets[0]["mim_auc"] > sets[0]["base_auc"]
 
 
+def test_items_by_age_have_intervals_where_the_items_are_known(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "gain", partial(comparison.gain, n=20))
+    rows = [{**item_rows(1)[0], "item_id": k, "listed_at": START - k * SECOND} for k in range(IMPRESSIONS)]
+    sets = comparison.cold_start(*runs, open_items(tmp_path / "items", rows))
+    tenth = IMPRESSIONS // 10
+    for k in (0, 9):
+        expected = comparison.gain(*runs, items=np.arange(k * tenth, (k + 1) * tenth))
+        assert {name: sets[k][name] for name in expected} == expected
+        assert sets[k]["ci"][0] < sets[k]["gain"] < sets[k]["ci"][1]
+
+
+def test_the_clicks_that_content_moved_up_most_are_shown(tmp_path):
+    """Of three requests MIM moves one click from 3 to 1, one from 2 to 1, and one down."""
+    labels, users = [0, 0, 1, 0, 1, 0, 1, 0, 0], [5, 5, 5, 6, 6, 6, 7, 7, 7]
+    for name, scores in (("base", [9, 8, 7, 9, 8, 7, 9, 8, 7]), ("mim", [8, 7, 9, 8, 9, 7, 7, 8, 9])):
+        table = pa.table({"request_id": np.repeat([1, 2, 3], 3), "user_id": users,
+                          "item_id": np.arange(100, 109), "label": np.array(labels, np.float32),
+                          "score": np.array(scores, np.float32)})  # fmt: skip
+        (tmp_path / name).mkdir()
+        pq.write_table(table, tmp_path / name / "predictions.parquet")
+    rows = [{**row, "behavior_item_ids": [103, 104], "behavior_categories": ["a", "a"],
+             "behavior_ts": [row["ts"]] * 2} for row in request_rows(3)]  # fmt: skip
+    write_requests(tmp_path / "requests" / "test" / "part-0.parquet", rows)
+    items, dataset = open_items(tmp_path), Dataset(tmp_path)
+    (tmp_path / "dataset.json").write_text("{}")
+    strips = moved_clicks(tmp_path / "base", tmp_path / "mim", dataset, items)
+    assert [strip.caption for strip in strips] == [
+        "item 2: rank 3 of 3 by Base, 1 by MIM", "item 4: rank 2 of 3 by Base, 1 by MIM",
+    ]  # fmt: skip
+    assert [alt for _, alt in strips[0].pictures] == ["item 3", "item 4", "item 2"]
+    assert all(Image.open(io.BytesIO(data)).size == (96, 96) for data, _ in strips[0].pictures)
+    assert len(moved_clicks(tmp_path / "base", tmp_path / "mim", dataset, items, count=1)) == 1
+
+
+def test_an_epoch_ends_at_its_last_step(tmp_path):
+    lines = [{"step": 1, "epoch": 0, "loss": 2.0}, {"step": 2, "epoch": 0, "loss": 1.5},
+             {"epoch": 0, "loss": 1.75, "ne": 0.9, "is_best": True}, {"step": 3, "epoch": 1, "loss": 1.0},
+             {"epoch": 1, "loss": 1.0, "ne": 0.8, "is_best": True}]  # fmt: skip
+    (tmp_path / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert loss_curve(tmp_path / "history.jsonl")["epoch_step"] == [2, 3]
+
+
 def test_a_long_loss_curve_is_averaged_to_few_points(tmp_path):
     steps = [{"step": k, "epoch": 0, "loss": float(k)} for k in range(1, 1001)]
     lines = [*steps, {"epoch": 0, "loss": 500.5, "is_best": True}]
@@ -159,7 +207,16 @@ def full_report(runs):
             comparison.target("MIM gains", 0.05, True),
             comparison.target("Base reaches 0.999", 0.7, False),
         ],
-        "curves": {"csft": {"step": [1, 2], "loss": [3.0, 1.0], "epochs": [], "best_epoch": 0}},
+        "curves": {
+            "csft": {"step": [1, 2], "loss": [3.0, 1.0], "epochs": [], "epoch_step": [], "best_epoch": None},
+            "ctr": {
+                "step": [1, 2],
+                "loss": [3.0, 1.0],
+                "epochs": [{"ne": 0.9}, {"ne": 0.95}],
+                "epoch_step": [1, 2],
+                "best_epoch": 0,
+            },
+        },
         "config": {"seed": 0},
         "notes": ["Towers are frozen."],
         "seeds": [{"seed": 0, "base_auc": 0.61, "mim_auc": 0.7, "gain": 0.09}],
@@ -206,7 +263,7 @@ def test_the_pages_hold_the_figures_and_the_verdicts(runs, tmp_path):
 def test_the_html_page_needs_no_other_file_and_escapes_what_it_shows(runs, tmp_path):
     write_report(full_report(runs), tmp_path)
     page = (tmp_path / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2
+    assert page.count("data:image/png;base64,") == 3
     assert "http" not in page.split("</style>")[1]
     assert "<b>many</b>" not in page and "&lt;b&gt;many&lt;/b&gt;" in page
 
