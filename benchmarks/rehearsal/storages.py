@@ -26,7 +26,7 @@ class Storages:
         if not isinstance(tensor, Tensor):
             return tensor
         if type(tensor).__name__ == "DTensor":
-            self.put(tensor._local_tensor, place)
+            self.put(tensor._local_tensor, place)  # type: ignore[attr-defined]
         elif tensor.layout is torch.sparse_csr:
             for part in _CSR_PARTS:
                 self.put(getattr(tensor, part)(), place)

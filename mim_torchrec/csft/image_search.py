@@ -78,9 +78,11 @@ def find(
     query: Tensor, items_mm: Tensor, held_out: np.ndarray, catalog: SearchContent, device: torch.device
 ) -> retrieval.Found:
     """Search all items that have a readable image, on a device; a query that is an item is left out."""
-    bought, own = (torch.from_numpy(rows[held_out]) for rows in (catalog.item_row, catalog.query_row))
-    given = (query, items_mm, bought, own, torch.from_numpy(catalog.readable))
-    return retrieval.search(*(tensor.to(device) for tensor in given), TOP)
+    bought, own = (
+        torch.from_numpy(rows[held_out]).to(device) for rows in (catalog.item_row, catalog.query_row)
+    )
+    readable = torch.from_numpy(catalog.readable).to(device)
+    return retrieval.search(query.to(device), items_mm.to(device), bought, own, readable, TOP)
 
 
 def evaluate(
