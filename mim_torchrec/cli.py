@@ -28,6 +28,7 @@ COMMANDS = {
     "choose": ("mim_torchrec.ctr.choosing", "choose the best of several models on validation"),
     "bundle": ("mim_torchrec.serving.bundling", "write what a server loads of a trained model"),
     "release": ("mim_torchrec.serving.releases", "make a model and its vectors current together"),
+    "ablate": ("mim_torchrec.pipeline.ablation", "compare encoders by a search and by a click model"),
     "pipeline": ("mim_torchrec.pipeline.main", "run the stages of a file, on one machine or a cluster"),
     "serve": ("mim_torchrec.serving.main", "answer requests for scores over HTTP"),
     "plan": ("mim_torchrec.embeddings.plan", "say where tables would go on a cluster"),

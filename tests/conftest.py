@@ -4,10 +4,12 @@ import multiprocessing.context
 import os
 import sys
 import uuid
+from contextlib import ExitStack
 from multiprocessing import get_context
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["JDK_JAVA_OPTIONS"] = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"  # Spark runs for seconds
 
 import pytest  # noqa: E402
 import torch  # noqa: E402 (it reads the environment when it loads)
@@ -19,13 +21,13 @@ from tests.ranks import start_fork_server  # noqa: E402
 torch.set_num_threads(1)
 
 LONG = (
-    # of two processes the first takes the files on Slurm, which waits most of the time
+    # those on Slurm and that of the image wait most of the time
     "test_slurm_faults",
     "test_doc_pages",
     "test_slurm_stages",
+    "test_image",
     "test_demo",
     "test_ctr_benchmarks",
-    "test_image",
     "test_prepare_demo",
     "test_prepare_spark",
     "test_elastic",
@@ -39,6 +41,7 @@ LONG = (
     "test_doctor",
 )
 """Files that take longest, in the order in which they begin."""
+FORKED = pytest.StashKey[dict[str, str]]()
 FOLDERS = ("cluster", "pipeline", "pretended_gpu", "distributed", "unit")
 
 
@@ -57,11 +60,24 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="there is no GPU"))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    """Processes that run tests side by side have one fork server of commands: it takes seconds to load."""
+    if FORKED not in node.config.stash:
+        programs = ExitStack()
+        node.config.stash[FORKED] = programs.enter_context(forked_programs())
+        node.config.add_cleanup(programs.close)
+    node.workerinput["forked"] = node.config.stash[FORKED]
+
+
 @pytest.fixture(scope="session")
-def forked():
+def forked(request):
     """Variables of an environment whose `python`, `mim`, `torchrun` and `torchx` come from a fork server."""
-    with forked_programs() as environment:
-        yield environment
+    with ExitStack() as programs:
+        if hasattr(request.config, "workerinput"):  # of the processes side by side
+            yield request.config.workerinput["forked"]
+        else:
+            yield programs.enter_context(forked_programs())
 
 
 @pytest.fixture(scope="module")

@@ -44,9 +44,17 @@ AFTER_FORK = "jemalloc_bg_thd"
 
 
 def main(place: str) -> None:
-    """Serve until standard input ends; in the process of a command, run it."""
+    """Serve until standard input ends; in the process of a command, run it.
+
+    Commands that come while the libraries are loaded wait for them.
+    """
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(place)
+    listener.listen()
+    sys.stdout.write("listening\n")
+    sys.stdout.flush()
     load()
-    request = serve(place)
+    request = serve(listener)
     if request is not None:
         finish(request)
 
@@ -78,17 +86,12 @@ def own_modules() -> list[str]:
     return [name for name in found if name not in STARTS_THREADS]
 
 
-def serve(place: str) -> dict[str, Any] | None:
+def serve(listener: socket.socket) -> dict[str, Any] | None:
     """Fork a process for every request.
 
     Returns:
         In such a process its request, in the server None when its standard input has ended.
     """
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(place)
-    listener.listen()
-    sys.stdout.write("ready\n")
-    sys.stdout.flush()
     running: dict[int, socket.socket] = {}  # connections, by process
     waiting = selectors.DefaultSelector()
     waiting.register(listener, selectors.EVENT_READ)

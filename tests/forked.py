@@ -52,9 +52,10 @@ def _server(socket: Path) -> Iterator[None]:
         )  # fmt: skip
     assert server.stdin is not None and server.stdout is not None
     try:
-        assert server.stdout.readline() == b"ready\n", log.read_text()
+        assert server.stdout.readline() == b"listening\n", log.read_text()
         yield
     finally:
         server.stdin.close()
         server.wait()
         server.stdout.close()
+    assert server.returncode == 0, log.read_text()

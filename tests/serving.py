@@ -1,6 +1,7 @@
 """A small trained model with its bundle, its server, and requests as clients send them over HTTP."""
 
 import copy
+import functools
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import uvicorn
@@ -28,6 +30,9 @@ from tests.pipeline.test_ctr_main import SMALL
 
 ROOT = Path(__file__).parents[1]
 INFER = "/v2/models/mim/infer"
+PATIENCE = 300.0  # seconds; httpx itself waits for five
+get = functools.partial(httpx.get, timeout=PATIENCE)
+post = functools.partial(httpx.post, timeout=PATIENCE)
 
 
 def trained_bundle(folder: Path, name: str, *flags: str) -> Path:
@@ -80,7 +85,7 @@ def deployment(folder: Path, **words) -> Deployment:
     return Deployment(**({"bundle": folder / "run" / "bundle", "store": str(folder / "table")} | words))
 
 
-DEFAULTS = Limits(deadline_ms=60_000)
+DEFAULTS = Limits(deadline_ms=60_000, store_timeout_ms=30_000)
 """Machines that run tests are slow at times."""
 
 
@@ -111,16 +116,23 @@ def running(app) -> Iterator[str]:
         thread.join()
 
 
-COMMAND = [sys.executable, "-m", "mim_torchrec.serving.main", "--port", "0", "--threads", "1",
+COMMAND = ["-m", "mim_torchrec.serving.main", "--port", "0", "--threads", "1",
            "--limits.deadline-ms", "60000"]  # fmt: skip
 
 
 def start(
-    *words: str, errors: IO[str] | None = None, python: str = sys.executable, **variables: str
+    *words: str, python: str | None = None, errors: IO[str] | None = None, **variables: str
 ) -> tuple[subprocess.Popen, str]:
-    """A server of its own, and its address; with variables of its environment, and a file for its stderr."""
-    server = subprocess.Popen([python, *COMMAND[1:], *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=errors,
-                              text=True, env=os.environ | variables)  # fmt: skip
+    """A server of its own, and its address.
+
+    Args:
+        words: its flags.
+        python: another one than ours, as of `tests.forked`.
+        errors: a file for its standard error.
+        variables: of its environment.
+    """
+    server = subprocess.Popen([python or sys.executable, *COMMAND, *words], cwd=ROOT, text=True,
+                              stdout=subprocess.PIPE, stderr=errors, env=os.environ | variables)  # fmt: skip
     line = server.stdout.readline()
     assert "serving mim" in line, line
     return server, line.split()[-1]

@@ -23,7 +23,7 @@ from random import SystemRandom
 from mim_torchrec.errors import SetupError
 
 TOOLS = ("ip", "nsenter", "setpriv", "unshare")
-PATIENCE = 60.0
+PATIENCE = 300.0
 """Seconds for anything that takes a moment on an idle machine."""
 IN_NAMESPACES = ("--net", "--uts", "--mount", "--pid", "--mount-proc", "--fork", "--kill-child=KILL")
 

@@ -2,14 +2,15 @@
 
 Requests with full histories are written with row groups of several sizes. The reader, with the mapping of
 ids to embedding rows, takes turns with a scan by PyArrow that reads the same columns and does nothing with
-them; both are counted in seconds of the CPU. Memory is measured in processes of their own, as what is private
-to them beyond what they had before. Two readers are those of two ranks, in two processes; two raw scans in
-two processes, each of every other row group, say what the machine gives to two of anything.
+them; both are counted in seconds of the CPU. Memory is measured in processes of their own, which have read
+nothing before, as what is private to them beyond what they had. Two readers are those of two ranks, in two
+processes; two raw scans in two processes, each of every other row group, say what the machine gives to two of
+anything.
 
 `data_wait` is the fraction of the time of training steps that the loop waits for a batch, of the demo's model
 with one thread that reads ahead. `startup` is what `mim ctr` does until it has its first batch, for training
-parts of growing size, each of which fills the buffer; the scan of ids, which reads all of them, is measured
-beside it, and so is a start that finds the ids of an earlier one (`--id-cache`).
+parts of growing size in turns, each of which fills the buffer; the scan of ids, which reads all of them, is
+measured beside it, and so is a start that finds the ids of an earlier one (`--id-cache`).
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from pathlib import Path
 from threading import Barrier
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import tyro
 
@@ -90,9 +92,9 @@ def make_reader(config: InputConfig, files: Sequence[Path], **options: Any) -> R
     return RequestReader(files, batch_size=batch_size, shuffle=True, drop_remainder=True, **options)
 
 
-def make_mapper(files: Sequence[Path]) -> IdMapper:
-    """Of all ids of the files."""
-    return IdMapper({name: Vocabulary.build(ids) for name, ids in scan_ids(files).items()}, None, 1.0)
+def make_mapper(ids: dict[str, np.ndarray]) -> IdMapper:
+    """Of ids by the name of their vocabulary."""
+    return IdMapper({name: Vocabulary.build(own) for name, own in ids.items()}, None, 1.0)
 
 
 def consume(reader: RequestReader, mapper: IdMapper) -> int:
@@ -110,7 +112,7 @@ def raw_scan(files: Sequence[Path], columns: Sequence[str], rank: int = 0, world
 
 def cpu_over_raw(config: InputConfig, files: Sequence[Path]) -> dict[str, float]:
     """CPU seconds of the reader and of the scan, and the median over the rounds of their ratio."""
-    reader, mapper = make_reader(config, files), make_mapper(files)
+    reader, mapper = make_reader(config, files), make_mapper(scan_ids(files))
 
     def read(turn: int) -> None:
         reader.set_epoch(turn)
@@ -123,9 +125,12 @@ def cpu_over_raw(config: InputConfig, files: Sequence[Path]) -> dict[str, float]
     }  # fmt: skip
 
 
-def peak_mib(config: InputConfig, files: Sequence[Path]) -> float:
-    """Private memory that an epoch takes beyond what there was before it, in MiB."""
-    reader, mapper = make_reader(config, files, buffer_rows=config.buffer_rows), make_mapper(files)
+def peak_mib(config: InputConfig, files: Sequence[Path], ids: dict[str, np.ndarray]) -> float:
+    """Private memory that an epoch takes beyond what there was before it, in MiB.
+
+    The ids of the files are given, because a scan leaves memory behind that the reader would then take.
+    """
+    reader, mapper = make_reader(config, files, buffer_rows=config.buffer_rows), make_mapper(ids)
     before = private_bytes()
     with peak_private_bytes() as peak:
         consume(reader, mapper)
@@ -146,7 +151,7 @@ def seconds_of_turns(ready: list[Barrier], work: Callable[[int], Any]) -> list[f
 def read_as_rank(config: InputConfig, files: Sequence[Path], rank: int, ready: list[Barrier]) -> list[float]:
     """Seconds of epochs of one of several ranks."""
     reader = make_reader(config, files, rank=rank, world_size=ready[0].parties)
-    mapper = make_mapper(files)
+    mapper = make_mapper(scan_ids(files))
 
     def read(turn: int) -> None:
         reader.set_epoch(turn)
@@ -225,18 +230,18 @@ def start(config: InputConfig, data: Path, out: Path, *flags: str) -> None:
 
 def start_up(config: InputConfig) -> dict[str, dict[str, float]]:
     """By the size of the training part: seconds of a start, of the scan of ids, and of a start without it."""
-    found = {}
+    runs: dict[str, Callable[[], Any]] = {}
     for size in config.startup_sizes:
         root = config.out / f"startup-{size}"
         data = write_dataset(root / "data", config, size * config.startup_requests, LIKE_FOR_LIKE)
         files = sorted((data / "requests" / "train").iterdir())
-        runs: dict[str, Callable[[], Any]] = {
-            "seconds": partial(start, config, data, root / "run"),
-            "scan": partial(count_ids, files),
-            "beyond_scan": partial(start, config, data, root / "run", "--id-cache", str(root / "ids")),
-        }
-        seconds = seconds_by_name(runs, STARTS)
-        found[str(size)] = {name: statistics.median(own) for name, own in seconds.items()}
+        again = partial(start, config, data, root / "run", "--id-cache", str(root / "ids"))
+        runs |= {f"{size} seconds": partial(start, config, data, root / "run"),
+                 f"{size} scan": partial(count_ids, files), f"{size} beyond_scan": again}  # fmt: skip
+    found: dict[str, dict[str, float]] = {str(size): {} for size in config.startup_sizes}
+    for key, seconds in seconds_by_name(runs, STARTS).items():
+        of_size, name = key.split()
+        found[of_size][name] = statistics.median(seconds)
     return found
 
 
@@ -246,7 +251,7 @@ def measure(config: InputConfig) -> dict[str, Any]:
     for rows in config.row_groups:
         files = write_requests(config.out / f"requests-{rows}", config, config.requests, rows)
         cpu[str(rows)] = cpu_over_raw(config, files)
-        memory[str(rows)] = apart(peak_mib, config, files)
+        memory[str(rows)] = apart(peak_mib, config, files, scan_ids(files))
         print(f"row groups of {rows:7,}: {cpu[str(rows)]['ratio']:.2f} times the CPU of a raw scan, "
               f"{memory[str(rows)]:.0f} MiB", flush=True)  # fmt: skip
     like = config.row_groups[min(1, len(config.row_groups) - 1)]

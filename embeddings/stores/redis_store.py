@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mim_torchrec.embeddings.stores.seen import Seen
+from mim_torchrec.embeddings.stores.seen import Marks, Seen
 from mim_torchrec.embeddings.table.manifest import TableError, TableLost
 from mim_torchrec.embeddings.table.quantize import DTYPES, decode, stored_width
 from mim_torchrec.embeddings.table.reader import Table
@@ -70,7 +70,7 @@ class _Facts:
 
 
 class RedisStore:
-    """A `ParameterStore` in Redis; open it with `open`, fill it with `load`."""
+    """A `ParameterStore` and `SharedStore` in Redis; open it with `open`, fill it with `load`."""
 
     def __init__(self, location: RedisAddress, table_version: str, timeout: float | None = None) -> None:
         self.table_version = table_version
@@ -80,7 +80,7 @@ class RedisStore:
         self._about = f"{{{location.name}}}:{self._version}"
         self._facts = self._read_facts()
         self.dim = self._facts.dim
-        self._may_ask, self._seen = True, Seen()
+        self._may_ask, self.seen = True, Seen()
         self._check_policy()
 
     @classmethod
@@ -124,7 +124,7 @@ class RedisStore:
         store.table_version, store._at, store._client = manifest.table_version, at, connect(at)
         store._version = hashlib.blake2b(manifest.table_version.encode(), digest_size=6).hexdigest()
         store._about = f"{{{at.name}}}:{store._version}"
-        store.dim, store._may_ask, store._seen = manifest.dim, True, Seen()
+        store.dim, store._may_ask, store.seen = manifest.dim, True, Seen()
         with reachable(at):
             check_kind(store._client, at)
             _check_policy(store._client, at)
@@ -158,13 +158,13 @@ class RedisStore:
         """
         distinct, inverse = ids.unique(return_inverse=True)
         while True:
-            facts = self._facts
+            facts, before = self._facts, self.seen.marks
             with reachable(self._at):
                 values, marks = self._get(self._keys(distinct.tolist()))
             self._facts = self._read_facts()
             if self._facts == facts:  # else another base took the place of the one that was read
                 break
-        self._check_seen(self._numbers(marks))
+        self._check_seen(before, facts.base, self._numbers(facts.base, marks))
         nothing = bytes(stored_width(facts.dtype, facts.dim) * DTYPES[facts.dtype].itemsize)
         found = torch.tensor([value is not None for value in values], dtype=torch.bool)
         data = bytearray(b"".join(nothing if value is None else value for value in values))
@@ -180,13 +180,9 @@ class RedisStore:
             TableLost: they are not.
         """
         self._check_policy()
-        self._facts = self._read_facts()
-        self._check_seen(self._watermarks())
-
-    @property
-    def changes(self) -> int:
-        """How often this store was seen to have other rows than before, whoever changed them."""
-        return self._seen.changes
+        before, self._facts = self.seen.marks, self._read_facts()
+        marks = self._watermarks()
+        self._check_seen(before, self._facts.base, marks)
 
     def apply(self, window: Window) -> bool:
         """See `ParameterStore`; others may apply the same windows at the same time."""
@@ -212,6 +208,8 @@ class RedisStore:
         if not applied and min(self._watermarks()) < window.seq:
             # a new base came in between: the window is applied to that, or is in it
             return self.apply(window)
+        if applied:
+            self.seen.note_applied(self._facts.base, dict.fromkeys(due, window.seq))
         return applied
 
     def _commands(
@@ -313,7 +311,7 @@ class RedisStore:
         before, self._facts = self._facts, self._read_facts()
         if self._facts != before:  # another base took the place of this one meanwhile
             return self._watermarks()
-        return self._numbers(marks)
+        return self._numbers(before.base, marks)
 
     def _read_marks(self) -> list[bytes | None]:
         with reachable(self._at):
@@ -322,8 +320,8 @@ class RedisStore:
     def _lost_shards(self) -> list[int]:
         return [shard for shard, mark in enumerate(self._read_marks()) if mark is None]
 
-    def _numbers(self, marks: list[bytes | None]) -> list[int]:
-        """Watermarks of the shards, which are remembered.
+    def _numbers(self, base: int, marks: list[bytes | None]) -> list[int]:
+        """Watermarks of the shards of a base table, which are remembered.
 
         Raises:
             TableLost: some are not there.
@@ -334,11 +332,11 @@ class RedisStore:
                 f"{self._at} has lost shards {lost} of {self.table_version}: load its table again"
             )
         found = [_number(mark) for mark in marks if mark is not None]
-        self._seen.note(self._facts.base, dict(enumerate(found)))
+        self.seen.note(base, dict(enumerate(found)))
         return found
 
-    def _check_seen(self, marks: list[int]) -> None:
-        loss = self._seen.loss(self._facts.base, dict(enumerate(marks)))
+    def _check_seen(self, before: Marks, base: int, marks: list[int]) -> None:
+        loss = before.loss(base, dict(enumerate(marks)))
         if loss is not None:
             raise TableLost(
                 f"{self._at} has lost {loss}. An older copy may have taken its place: apply its windows "

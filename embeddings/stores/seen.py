@@ -6,48 +6,79 @@ primary may lack the last windows, and its rows are then older than those that w
 
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
-class Seen:
-    """The highest watermark of each shard, since the newest base table was seen.
+@dataclass(frozen=True)
+class Marks:
+    """The highest watermark of each shard since the newest base table was seen.
 
     A newer base replaces what was seen: whoever loads it decides what rows there are.
 
     Attributes:
-        changes: how often a watermark or the base was another than before.
+        base: seq of the base table; None before anything was seen.
+        of_shards: by number of a shard; those that are not there are at `base`.
+    """
+
+    base: int | None = None
+    of_shards: Mapping[int, int] = field(default_factory=dict)
+
+    def loss(self, base: int, marks: Mapping[int, int]) -> str | None:
+        """What a store has lost that was read after these were seen; None where it has lost nothing.
+
+        >>> before = Marks(0, {0: 7, 1: 7})
+        >>> before.loss(0, {1: 7}), before.loss(0, {0: 5, 1: 7}), before.loss(8, {0: 8, 1: 8})
+        (None, 'windows: shard 0 is at 5 and was at 7', None)
+        """
+        if self.base is not None and base < self.base:
+            return f"a base table: that of seq {base} is there, and that of {self.base} was"
+        if base != self.base:
+            return None
+        for shard, mark in sorted(marks.items()):
+            if mark < (before := self.of_shards.get(shard, base)):
+                return f"windows: shard {shard} is at {mark} and was at {before}"
+        return None
+
+
+class Seen:
+    """What all readers of a store have seen.
+
+    Whoever reads takes `marks` before: what others see meanwhile may be newer than what is read, and nothing
+    is lost then.
+
+    Attributes:
+        marks: the highest watermarks so far.
+        changes: how often others were seen to have moved a watermark or the base.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._base: int | None = None
-        self._marks: dict[int, int] = {}
+        self.marks = Marks()
         self.changes = 0
 
     def note(self, base: int, marks: Mapping[int, int]) -> None:
         """Remember what was read."""
-        with self._lock:
-            if self._base is None or base > self._base:
-                self._base, self._marks = base, {}
-                self.changes += 1
-            if base == self._base:
-                higher = {shard: mark for shard, mark in marks.items() if mark > self._marks.get(shard, base)}
-                self._marks |= higher
-                self.changes += len(higher)
+        self._note(base, marks, own=None)
 
-    def loss(self, base: int, marks: Mapping[int, int]) -> str | None:
-        """What a store has lost that has these marks now; None where it has lost nothing.
+    def note_applied(self, base: int, shards: Mapping[int, int]) -> None:
+        """Remember windows that this process has applied: the watermark of each shard is now one higher.
 
-        >>> seen = Seen()
-        >>> seen.note(0, {0: 7, 1: 7})
-        >>> seen.loss(0, {1: 7}), seen.loss(0, {0: 5, 1: 7}), seen.loss(8, {0: 8, 1: 8})
-        (None, 'windows: shard 0 is at 5 and was at 7', None)
+        Args:
+            base: seq of the base table.
+            shards: watermarks by shard.
         """
+        self._note(base, shards, own=1)
+
+    def _note(self, base: int, marks: Mapping[int, int], own: int | None) -> None:
         with self._lock:
-            if self._base is not None and base < self._base:
-                return f"a base table: that of seq {base} is there, and that of {self._base} was"
-            if base != self._base:
-                return None
-            for shard, mark in sorted(marks.items()):
-                if mark < (before := self._marks.get(shard, base)):
-                    return f"windows: shard {shard} is at {mark} and was at {before}"
-        return None
+            known = self.marks
+            if known.base is None or base > known.base:
+                known = Marks(base)
+                self.changes += 1
+            if base != known.base:
+                return
+            for shard, mark in marks.items():
+                steps = mark - known.of_shards.get(shard, base)
+                self.changes += steps > 0 and steps != own
+            higher = {n: mark for n, mark in marks.items() if mark > known.of_shards.get(n, base)}
+            self.marks = Marks(base, {**known.of_shards, **higher})

@@ -8,7 +8,8 @@ them. ``external.py`` and its three readers say what the files may hold.
 
 import hashlib
 import importlib.metadata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +113,10 @@ def import_vectors(
     try:
         read = _in_order(sources, writer.partial / "arranged", rows_per_shard, show_progress)
         if table_version is None:
-            writer.table_version = content_version(_with_bar(read(False), sources, "hash", show_progress))
-        parts = _with_bar(read(True), sources, "write", show_progress)
-        _write(writer, parts, rows_per_shard or shard_rows(dtype, first.dim), sources)
+            with closing(_with_bar(read(False), sources, "hash", show_progress)) as parts:
+                writer.table_version = content_version(parts)
+        with closing(_with_bar(read(True), sources, "write", show_progress)) as parts:
+            _write(writer, parts, rows_per_shard or shard_rows(dtype, first.dim), sources)
         return writer.finish()
     except BaseException:
         writer.discard()
@@ -163,8 +165,10 @@ def _in_order(
     rows = rows or max(1, SHARD_BYTES // (sources[0].dim * dtype.itemsize))
     buckets = Buckets(folder, ids, rows, sources[0].dim, dtype)
     del ids
-    for part_ids, vectors in _with_bar(_straight(sources), sources, "arrange", show_progress):
-        buckets.add(part_ids, vectors)
+    with _bar(sources, "arrange", show_progress) as bar:
+        for part_ids, vectors in _straight(sources):
+            buckets.add(part_ids, vectors)
+            bar.update(part_ids.numel())
     return buckets.read
 
 
@@ -216,7 +220,10 @@ def _bar(sources: Sequence[ExternalVectors], name: str, show: bool) -> Progress:
     return Progress(sum(source.rows for source in sources), name, "row", scale=True, show=show)
 
 
-def _with_bar(parts: Parts, sources: Sequence[ExternalVectors], name: str, show: bool) -> Parts:
+def _with_bar(
+    parts: Parts, sources: Sequence[ExternalVectors], name: str, show: bool
+) -> Generator[tuple[Tensor, Tensor], None, None]:
+    """The parts; whoever stops before the last one closes it, or the bar ends when it is collected."""
     with _bar(sources, name, show) as bar:
         for ids, vectors in parts:
             yield ids, vectors

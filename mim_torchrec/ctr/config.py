@@ -27,8 +27,9 @@ PRESETS: dict[Preset, dict[str, Any]] = {
         "mim": "on", "ubm": "sim", "id_interest": True, "content_interest": True, "fusion_interest": True,
         "content_pooling": "sum", "content_projection": "none", "content_temperature": None,
         "similarity_interest": False, "dot_product_features": False, "content_dropout": 0.0,
-        "id_dropout": 0.0, "id_shrinkage": 0.0, "batch_size_per_rank": 1024, "lr": 5e-3, "weight_decay": 0.0,
-        "clip_norm": None, "sparse_optimizer": "adam", "sparse_lr": 5e-3, "sparse_weight_decay": 0.0,
+        "id_dropout": 0.0, "id_shrinkage": 0.0, "normalize_ids": True, "batch_size_per_rank": 1024,
+        "lr": 5e-3, "weight_decay": 0.0, "clip_norm": None, "sparse_optimizer": "adam", "sparse_lr": 5e-3,
+        "sparse_weight_decay": 0.0,
     },
     "recommended": {
         "content_pooling": "mean", "dot_product_features": True, "similarity_interest": True, "lr": 1e-3,
@@ -112,6 +113,9 @@ class ModelConfig:
     """Hidden layers of the deepCTR tower."""
     batch_norm: bool = True
     """Batch normalization in the tower, over the batch of all ranks."""
+    normalize_ids: bool = True
+    """Whether the batch normalization at the entry of the tower includes what comes of ID embeddings, which
+    scales up rows that `id_shrinkage` has made small; `False` is beyond the paper."""
     dropout: Fraction = 0.0
     """Dropout in the tower and in BST."""
 
@@ -214,6 +218,10 @@ class CTRConfig(ModelConfig):
     pipeline: Literal["auto", "on", "off"] = "auto"
     """Exchange the ids of the next batch between ranks while the current one is computed (TorchRec's train
     pipeline); `auto`: on several GPUs. The results are the same."""
+    exchange_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """How embeddings and their gradients travel between ranks: `bf16` and `fp16` take half the bytes, and
+    round. Gradients, which are small, travel as bf16 in either case. Multi-modal vectors travel as they are
+    stored. One rank exchanges nothing."""
     index_dedup: Literal["auto", "on", "off"] = "auto"
     """Look up every distinct item and category of a batch once; `auto`: on several GPUs, as only GPUs have
     the kernel. Multi-modal vectors are always looked up this way."""
@@ -225,7 +233,7 @@ class CTRConfig(ModelConfig):
     """Most recent behaviors of a request that are used."""
     buffer_rows: Count | None = None
     """Training requests that are shuffled together and lie in memory, of each rank; by default those of eight
-    row groups, but at most 262,144."""
+    row groups, but at most 262,144. A second buffer is filled meanwhile, unless --prefetch is 0."""
     prefetch: Natural = 4
     """Batches that a thread reads ahead and maps to embedding rows, of each rank; 0 reads when a batch is
     needed."""

@@ -20,7 +20,7 @@ from mim_torchrec.ciubm.ubm.interface import Auxiliary, BehaviorContext
 from mim_torchrec.ctr.config import ModelConfig
 from mim_torchrec.ctr.parameters import FROZEN, ID_TABLES
 from mim_torchrec.errors import OptionError
-from mim_torchrec.training.batch_norm import GlobalBatchNorm1d
+from mim_torchrec.training.batch_norm import GlobalBatchNorm1d, PartialBatchNorm1d
 
 MICROSECONDS = 1_000_000
 ITEM_COLUMNS = ("item_id", "category")
@@ -80,12 +80,25 @@ class DeepCTR(nn.Module):
         hidden: widths of the hidden layers (the paper's towers end in 200 and 80).
         batch_norm: normalize the input and every hidden layer over the batch of all ranks.
         dropout: probability of dropping a hidden unit.
+        normalized: (in_features,) bool, what of the input is normalized; None is all of it.
     """
 
-    def __init__(self, in_features: int, hidden: tuple[int, ...], batch_norm: bool, dropout: float) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        hidden: tuple[int, ...],
+        batch_norm: bool,
+        dropout: float,
+        normalized: Tensor | None = None,
+    ) -> None:
         super().__init__()
-        # no scale and shift where a linear layer follows, see below
-        layers: list[nn.Module] = [GlobalBatchNorm1d(in_features, affine=False)] if batch_norm else []
+        layers: list[nn.Module] = []
+        if batch_norm:  # no scale and shift where a linear layer follows, see below
+            layers.append(
+                GlobalBatchNorm1d(in_features, affine=False)
+                if normalized is None
+                else PartialBatchNorm1d(normalized)
+            )
         width = in_features
         for size in hidden:
             # batch normalization cancels a bias, whose gradient would be rounding noise that Adam scales up,
@@ -178,14 +191,29 @@ class DenseCTR(nn.Module):
         interest_dim = sum(size for on, size in parts if on) + self.ciubm.similarity_dim
         num_dot_products = sum(on for on, _ in parts) if self.dot_product_features else 0
         width = request_dim + item_dim + more_dim + interest_dim + num_dot_products + 1
-        self.tower = DeepCTR(width, config.tower, config.batch_norm, config.dropout)
+        normalized = None
+        if not config.normalize_ids:  # in the order of `predict`
+            products = [ubm is not None, fusion, content] if self.dot_product_features else []
+            columns = [
+                (False, request_dim + item_dim + sum(item_dims[name] for name in self.candidate_columns)),
+                (True, further.width("request", "candidate")),
+                (False, sum(products[:2])),
+                (True, sum(products[2:])),
+                (False, id_dim),
+                (True, content_dim if content else 0),
+                (False, item_dim if fusion else 0),
+                (True, self.ciubm.similarity_dim + 1),
+            ]
+            kinds, sizes = (torch.tensor(part) for part in zip(*columns, strict=True))
+            normalized = kinds.repeat_interleave(sizes)
+        self.tower = DeepCTR(width, config.tower, config.batch_norm, config.dropout, normalized)
         self.side: SideInformation | None = None
         if of_behaviors:  # after all else, which so starts as it does without it
             ids_dim = sum(item_dims[name] for name in self.behavior_columns)
             self.side = SideInformation(item_dim, ids_dim, further.width("behavior"), config.batch_norm)
         self.second_tower: DeepCTR | None = None
         if config.second_label is not None:
-            self.second_tower = DeepCTR(width, config.tower, config.batch_norm, config.dropout)
+            self.second_tower = DeepCTR(width, config.tower, config.batch_norm, config.dropout, normalized)
 
     def predict(self, found: LookedUp) -> Prediction:
         """Score the candidates.

@@ -131,7 +131,7 @@ def prepare(config: CTRConfig, run: RunDirectory, context: DistributedContext) -
     windows = live_windows(config, assembled, context, begin=True)
     task = CTRTask(model, assembled.optimizer, readers["train"], readers["validation"], assembled.mapper,
                    context, config.aux_weight, config.id_dropout, config.seed, is_pipelined(config, context),
-                   windows, record, config.prefetch, config.second_weight)  # fmt: skip
+                   windows, record, config.prefetch, config.second_weight, config.epochs)  # fmt: skip
     return Prepared(items, readers, assembled, windows, task, fingerprint, record)
 
 
@@ -163,7 +163,9 @@ def _train_and_evaluate(config: CTRConfig, run: RunDirectory, context: Distribut
     entropies = {"validation": history.best().get("ne"), "test": report["ne"]}
     warnings = concerns(history, "auc", entropies)
     if FELL_AFTER_FIRST_EPOCH in warnings:
-        warnings[FELL_AFTER_FIRST_EPOCH] += "; try --id-shrinkage, --weight-decay or lower learning rates"
+        warnings[FELL_AFTER_FIRST_EPOCH] += (
+            "; try --id-shrinkage with --normalize-ids False, --weight-decay or lower learning rates"
+        )
     unknown = mapper.unknown_fractions()
     for name, share in unknown.items():
         if share > config.max_unknown:

@@ -145,6 +145,7 @@ class CTRTask:
         record: what `model.json` beside the weights says, see `describe_model`.
         prefetch: batches that a thread reads ahead.
         second_weight: weight of the loss of the second label, if there is one.
+        epochs: of the run, so that the first requests of the next epoch are read during the evaluation.
 
     Raises:
         OptionError: `id_dropout` is no probability below 1.
@@ -166,6 +167,7 @@ class CTRTask:
         record: dict[str, Any] | None = None,
         prefetch: int = 4,
         second_weight: float = 1.0,
+        epochs: int = 1,
     ) -> None:
         if not 0 <= id_dropout < 1:
             raise OptionError(f"id dropout is {id_dropout}; it has to be at least 0 and below 1")
@@ -179,6 +181,8 @@ class CTRTask:
         self._id_dropout, self._seed = id_dropout, seed
         self._exchange = SparseExchange(model, optimizer, context.device) if pipeline else None
         self._windows, self._record, self._prefetch = windows, record, prefetch
+        self._epochs = epochs
+        self._begun: tuple[int, Iterator[RequestBatch]] | None = None
         self.state = CTRState(model, optimizer, windows)
 
     def num_batches(self, epoch: int) -> int:
@@ -190,8 +194,11 @@ class CTRTask:
         """Batches of an epoch from `first` on, ids mapped to rows and on the rank's device."""
         if self._windows is not None:  # before the first batch is mapped
             self._windows.before_step(self.state.steps)
-        self._train.set_epoch(epoch, self.state.done(epoch))
-        batches = self._train.batches(first, self._mapper if self._windows is None else None)
+        begun, self._begun = self._begun, None
+        if begun is not None and (epoch, first) == (begun[0], 0):
+            batches = begun[1]
+        else:
+            batches = self._read(epoch, first)
         if self._windows is None:
             batches = prefetched(self._mapped(batches, epoch, first), self._prefetch)
         else:  # ids are mapped when a batch is asked for: by then windows may have made more of them known
@@ -199,6 +206,12 @@ class CTRTask:
         if self._exchange is not None:
             return self._exchange.exchanged(batches)
         return (batch.to(self._context.device, non_blocking=True) for batch in batches)
+
+    def _read(self, epoch: int, first: int) -> Iterator[RequestBatch]:
+        """Batches of an epoch, with rows unless windows change which ids are known; reading begins now."""
+        self._train.set_epoch(epoch, self.state.done(epoch))
+        mapper = self._mapper if self._windows is None else None
+        return self._train.batches(first, mapper, ahead=self._prefetch > 0)
 
     def _mapped(self, batches: Iterator[RequestBatch], epoch: int, first: int) -> Iterator[RequestBatch]:
         """Batches with rows for ids, in page-locked memory where they go to a GPU."""
@@ -244,6 +257,8 @@ class CTRTask:
 
     def after_epoch(self, epoch: int) -> dict[str, float]:
         """Validation metrics, the same on every rank; a metric that is undefined is left out."""
+        if self._prefetch and epoch + 1 < self._epochs:
+            self._begun = epoch + 1, self._read(epoch + 1, 0)
         predictions = predict(
             self.model, self._validation, self._mapper, self._context.device, self._prefetch
         )

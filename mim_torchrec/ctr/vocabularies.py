@@ -146,6 +146,9 @@ def _impressions(kept: np.ndarray, found: IdCounts, before: Vocabulary | None) -
 
 def _add(to: np.ndarray, kept: np.ndarray, ids: np.ndarray, counts: np.ndarray) -> np.number:
     """Add counts (m,) of ids (m,) to those (n,) of the ids kept (n,); returns the sum of the other ids'."""
+    if len(ids) == len(kept) and (ids == kept).all():
+        to += counts
+        return counts[:0].sum()
     has_row = np.isin(ids, kept, assume_unique=True)
     to[np.searchsorted(kept, ids[has_row])] += counts[has_row]
     return counts[~has_row].sum()

@@ -4,7 +4,7 @@
 the encoder in further ways. The transforms are those of torchvision; drawn on the CPU, by seeds.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -14,19 +14,19 @@ from torch.nn import functional as F
 
 from mim_torchrec.extras import needs
 
-with needs("encoders"):
-    from torchvision.transforms import v2
-
+Transform = Callable[[Tensor], Tensor]
 CLUTTER = 4
 """Patches of a ground, along each side."""
 
 
-def geometry(gap: float) -> v2.Transform:
+def geometry(gap: float) -> Transform:
     """Where the camera stands: perspective, rotation, distance, an object that is not in the middle.
 
     Args:
         gap: from 0 (none) to 1.
     """
+    with needs("encoders"):
+        from torchvision.transforms import v2
     return v2.Compose([
         v2.RandomPerspective(distortion_scale=0.5 * gap, p=1.0),
         v2.RandomAffine(degrees=25 * gap, translate=(0.15 * gap, 0.15 * gap),
@@ -34,8 +34,10 @@ def geometry(gap: float) -> v2.Transform:
     ])  # fmt: skip
 
 
-def light(gap: float) -> v2.Transform:
+def light(gap: float) -> Transform:
     """Light, colors and focus; `gap` as in `geometry`."""
+    with needs("encoders"):
+        from torchvision.transforms import v2
     jitter = v2.ColorJitter(brightness=0.5 * gap, contrast=0.5 * gap, saturation=0.5 * gap, hue=0.05 * gap)
     return v2.Compose([jitter, v2.GaussianBlur(5, sigma=(0.1, 0.1 + 1.4 * gap))])
 

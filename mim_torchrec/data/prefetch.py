@@ -17,24 +17,25 @@ _END = object()
 
 
 def prefetched(items: Iterator[Item], depth: int) -> Iterator[Item]:
-    """Yield the items of an iterator, which a thread advances.
+    """Yield the items of an iterator, which a thread advances from now on.
 
     Args:
         items: advanced by one thread only, and closed by it where it can be and the consumer stops. What it
             raises is raised here, in its turn.
-        depth: items that wait, at most; 0 advances the iterator here.
+        depth: items that wait, at most; 0 advances the iterator here, when one is asked for.
 
     Raises:
         OptionError: `depth` is negative.
     """
     if depth < 0:
         raise OptionError(f"{depth} batches cannot be prefetched; it has to be at least 0")
-    return _prefetched(items, depth) if depth else items
-
-
-def _prefetched(items: Iterator[Item], depth: int) -> Iterator[Item]:
+    if not depth:
+        return items
     pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-    waiting: deque[Future[object]] = deque(pool.submit(next, items, _END) for _ in range(depth))
+    return _taken(items, pool, deque(pool.submit(next, items, _END) for _ in range(depth)))
+
+
+def _taken(items: Iterator[Item], pool: ThreadPoolExecutor, waiting: deque[Future[object]]) -> Iterator[Item]:
     try:
         while (found := waiting.popleft().result()) is not _END:
             waiting.append(pool.submit(next, items, _END))

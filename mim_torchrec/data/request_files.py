@@ -35,11 +35,11 @@ from mim_torchrec.embeddings.remote.places import StoreError, Url
 
 OPEN_FILES = 32
 """Files that stay open, those that were read last."""
-BLOCK_ROWS = 16 * 1024
-"""Rows that are decoded at a time of a row group of more than twice as many."""
+BLOCK_ROWS = 8 * 1024
+"""Rows that are decoded at a time of a row group of more than four times as many."""
 READ_BYTES = 1 << 20
 """Bytes of a column that are read at a time where a row group is decoded in blocks."""
-MOST_VALUES = 1 << 20
+MOST_VALUES = 1 << 19
 """Values of a column up to which row groups are read at once; Arrow doubles its memory again and again for
 more, and gets it from the system each time."""
 
@@ -165,9 +165,12 @@ class RequestFiles:
                 buffer.add(together)
                 continue
             for one in run:
-                for k, (first, block) in enumerate(self._rows(*one)):
-                    places += [] if k else [len(buffer) - first]
+                is_begun = False
+                for first, block in self._rows(*one):  # what counts them would keep a block in memory
+                    places += [] if is_begun else [len(buffer) - first]
+                    is_begun = True
                     buffer.add(block)
+                    del block
         firsts = self._first[of_row[edges]]
         shifts = np.array(places) - firsts
         return buffer.requests(), numbers + shifts[np.searchsorted(firsts, numbers, side="right") - 1]
@@ -204,7 +207,9 @@ class RequestFiles:
                 yield begin, cursor.block.between(begin - cursor.first, min(end, stop) - cursor.first)
             if end >= stop:
                 break
-            cursor.block, cursor.first = next(cursor.blocks)[0], end
+            blocks, self._cursor = cursor.blocks, None
+            del cursor  # its block is not in memory beside the next one
+            cursor = self._cursor = _Cursor(unit, blocks, next(blocks)[0], end)
         if end >= unit.rows:
             self._cursor = None  # nothing is left to read
 
@@ -227,7 +232,7 @@ class RequestFiles:
             self.columns = columns
             for group in range(parquet.num_row_groups):
                 rows, candidates, values = _counts(parquet, group, file)
-                yield Unit(file, group, rows > 2 * BLOCK_ROWS, rows, candidates, values)
+                yield Unit(file, group, rows > 4 * BLOCK_ROWS, rows, candidates, values)
 
     def _good_rows(self, numbers: range) -> GoodRows:
         found = {}
@@ -247,12 +252,16 @@ class RequestFiles:
         else:
             tables = iter([read_row_group(self._kept_open(file), row_group, self.columns, file)])
         first = 0
-        for table in tables:
-            on_bad_row = self._on_bad_row if problems is None else "skip"
-            yield decode(
+        on_bad_row = self._on_bad_row if problems is None else "skip"
+        while (table := next(tables, None)) is not None:
+            rows = len(table)
+            found = decode(
                 table, self._max_behaviors, on_bad_row, file, row_group, self._features, first, problems
             )
-            first += len(table)
+            del table  # what is handed on is not in memory twice, nor beside the next block
+            yield found
+            del found
+            first += rows
 
     def _kept_open(self, file: Path | Url) -> TableFile:
         parquet = self._opened.pop(file, None) or self._open(file)
@@ -271,7 +280,9 @@ class RequestFiles:
         text = [leaf.path for leaf in leaves if leaf.logical_type.type == "STRING"]
         if not text and not buffer_size:
             return checked
-        return checked.reopened(read_dictionary=text, buffer_size=buffer_size)
+        # a store answers few large reads sooner; of a local file a row group need not be in memory as a whole
+        at_once = not buffer_size or isinstance(file, Url)
+        return checked.reopened(read_dictionary=text, buffer_size=buffer_size, pre_buffer=at_once)
 
 
 def count_good_rows(
@@ -311,7 +322,10 @@ def _blocks(
             ) from None
         if batch is None:
             return
-        yield computed(pa.Table.from_batches([batch]), parquet, file, row_group)
+        table = computed(pa.Table.from_batches([batch]), parquet, file, row_group)
+        del batch
+        yield table
+        del table
 
 
 def _counts(parquet: pq.ParquetFile, row_group: int, file: Path | Url) -> tuple[int, int, int]:

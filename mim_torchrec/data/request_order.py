@@ -78,7 +78,7 @@ class RequestOrder:
 
     def chunks(self) -> Iterator[np.ndarray]:
         """Numbers of this rank's requests, in its order, in chunks that are read together."""
-        return self._stream(self._pool(self._done), self._rank, self._world_size)
+        return self._stream(self._pool(self._done), self._rank, self._world_size, self._epoch)
 
     def _count(self, requests: int, world_size: int) -> int:
         """Batches of each rank where so many divide so many requests."""
@@ -114,25 +114,30 @@ class RequestOrder:
         pool: list[np.ndarray] | None = None
         for k, (world_size, batches) in enumerate(done):
             read = self._read_by(self._left(done[:k]), world_size, batches)
-            streams = [list(self._stream(pool, rank, world_size)) for rank in range(world_size)]
+            streams = [list(self._stream(pool, rank, world_size, self._epoch)) for rank in range(world_size)]
             pool = [
                 chunk for rank, stream in enumerate(streams)
                 for chunk in _between(stream, read[rank], sum(map(len, stream)))
             ]  # fmt: skip
         return pool
 
-    def _stream(self, pool: list[np.ndarray] | None, rank: int, world_size: int) -> Iterator[np.ndarray]:
+    def _stream(
+        self, pool: list[np.ndarray] | None, rank: int, world_size: int, epoch: int
+    ) -> Iterator[np.ndarray]:
         """Numbers of the requests of a rank, in its order, in chunks."""
         requests = self.num_requests if pool is None else sum(map(len, pool))
         start, stop = self._share(requests, rank, world_size)
-        yield from self._permuted(start, stop, rank) if pool is None else _between(pool, start, stop)
+        if pool is None:
+            yield from self._permuted(start, stop, rank, epoch)
+        else:
+            yield from _between(pool, start, stop)
 
-    def _permuted(self, start: int, stop: int, rank: int) -> Iterator[np.ndarray]:
+    def _permuted(self, start: int, stop: int, rank: int, epoch: int) -> Iterator[np.ndarray]:
         """Requests start to stop of the epoch's sequence, permuted within each chunk when shuffling."""
         order = np.arange(len(self._rows))
-        rng = np.random.default_rng((self._seed, self._epoch, rank + 1))
+        rng = np.random.default_rng((self._seed, epoch, rank + 1))
         if self._shuffle:
-            order = np.random.default_rng((self._seed, self._epoch)).permutation(order)
+            order = np.random.default_rng((self._seed, epoch)).permutation(order)
         waiting: list[np.ndarray] = []
         first = room = 0
         for index in order:

@@ -3,15 +3,16 @@
 `request_order` says which rows a rank reads and in which order, `request_files` reads them. Here they are cut
 into batches.
 
-Not here: several worker processes for one reader; the thread that reads ahead of the training (`prefetch`).
+Not here: several worker processes for one reader.
 """
 
 import logging
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import cycle
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
@@ -23,6 +24,7 @@ from mim_torchrec.data.columns import ORIGINALS, SECOND_LABEL
 from mim_torchrec.data.conventions import Conventions
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.features import NO_FEATURES, Feature, Features, Role, model_numbers
+from mim_torchrec.data.prefetch import prefetched
 from mim_torchrec.data.request_buffer import RequestBuffer, concatenate
 from mim_torchrec.data.request_columns import Coded, Jagged, RequestColumns
 from mim_torchrec.data.request_files import GoodRows, RequestFiles
@@ -41,6 +43,15 @@ from mim_torchrec.embeddings.remote.places import Url, place
 from mim_torchrec.errors import OptionError
 
 log = logging.getLogger(__name__)
+
+
+class _Chunk(NamedTuple):
+    """Requests that are permuted together: the place of the first among this rank's, in a buffer."""
+
+    begin: int
+    columns: RequestColumns
+    rows: np.ndarray
+
 
 IDS = ("user_id", "query_id")
 """Ids of requests that have embeddings."""
@@ -162,42 +173,59 @@ class RequestReader(IterableDataset):
     def __iter__(self) -> Iterator[RequestBatch]:
         return self.batches()
 
-    def batches(self, first: int = 0, mapper: IdMapper | None = None) -> Iterator[RequestBatch]:
+    def batches(
+        self, first: int = 0, mapper: IdMapper | None = None, ahead: bool = False
+    ) -> Iterator[RequestBatch]:
         """Batches of the pass.
 
         Args:
             first: number of the one to begin with; those before are not decoded.
             mapper: of ids to embedding rows, which the batches then hold as if it were called with each, for
                 less work; None leaves ids.
+            ahead: a thread fills a second buffer while batches are made of the first; it begins now.
         """
         worker = get_worker_info()
         if worker is not None and worker.num_workers > 1:
             raise ValueError("a RequestReader reads in at most one worker process; use more ranks instead")
         bounds = self._order.bounds()[first:]
         if len(bounds) < 2:
-            return
-        begin, place = 0, 0  # of the chunk, among this rank's requests; of the next batch
-        buffer = RequestBuffer(None if mapper is None else partial(_with_rows, self._features, mapper))
-        left: list[RequestColumns] = []  # requests of the next batch that earlier chunks had
-        for numbers in self._order.chunks():
+            return iter(())
+        convert = None if mapper is None else partial(_with_rows, self._features, mapper)
+        buffers = [RequestBuffer(convert) for _ in range(2 if ahead else 1)]
+        chunks = self._chunks(self._order.chunks(), bounds[0], buffers)
+        return self._batches(prefetched(chunks, int(ahead)), bounds, mapper)
+
+    def _chunks(
+        self, order: Iterator[np.ndarray], first: int, buffers: Sequence[RequestBuffer]
+    ) -> Iterator[_Chunk]:
+        """Chunks of this rank's requests from `first` on, in one buffer after the other."""
+        begin, free = 0, cycle(buffers)
+        for numbers in order:
             stop = begin + len(numbers)
-            if stop > bounds[0] and place + 1 < len(bounds):
-                numbers = numbers[max(bounds[0] - begin, 0) :]
-                begin = stop - len(numbers)
-                columns, rows = self._files.read(numbers, buffer)
-                there = bisect_right(bounds, stop) - 1  # batches before this one are there as a whole
-                together = max(1, _fit(columns, MADE_VALUES) * (len(bounds) - 1) // (bounds[-1] - bounds[0]))
-                while place < there:
-                    until = min(place + together, there)
-                    wanted = rows[max(bounds[place] - begin, 0) : bounds[until] - begin]
-                    requests = concatenate([*left, columns.take(wanted)])
-                    own = np.array(bounds[place : until + 1]) - bounds[place]
-                    yield from _to_batches(requests, own, self._features, mapper)
-                    left, place = [], until
-                if place + 1 < len(bounds) and bounds[place] < stop:
-                    left.append(columns.take(rows[max(bounds[place] - begin, 0) :]))
-                del columns, rows  # so that the buffer can replace its memory
+            if stop > first:
+                numbers = numbers[max(first - begin, 0) :]
+                yield _Chunk(stop - len(numbers), *self._files.read(numbers, next(free)))
             begin = stop
+
+    def _batches(
+        self, chunks: Iterator[_Chunk], bounds: Sequence[int], mapper: IdMapper | None
+    ) -> Iterator[RequestBatch]:
+        place = 0  # of the next batch
+        left: list[RequestColumns] = []  # requests of it that earlier chunks had
+        for begin, columns, rows in chunks:
+            stop = begin + len(rows)
+            there = bisect_right(bounds, stop) - 1  # batches before this one are there as a whole
+            together = max(1, _fit(columns, MADE_VALUES) * (len(bounds) - 1) // (bounds[-1] - bounds[0]))
+            while place < there:
+                until = min(place + together, there)
+                wanted = rows[max(bounds[place] - begin, 0) : bounds[until] - begin]
+                requests = concatenate([*left, columns.take(wanted)])
+                own = np.array(bounds[place : until + 1]) - bounds[place]
+                yield from _to_batches(requests, own, self._features, mapper)
+                left, place = [], until
+            if place + 1 < len(bounds) and bounds[place] < stop:
+                left.append(columns.take(rows[max(bounds[place] - begin, 0) :]))
+            del columns, rows  # so that the buffer can replace its memory
 
 
 def _fit(columns: RequestColumns, values: int) -> int:

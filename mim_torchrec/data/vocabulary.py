@@ -100,7 +100,9 @@ class Vocabulary:
             shrinkage: as of the class.
             occurrences: of the distinct ids, ascending.
         """
-        unique = torch.from_numpy(np.unique(np.asarray(ids, np.int64)))
+        ids = np.asarray(ids, np.int64)
+        is_ascending = bool((ids[1:] > ids[:-1]).all())
+        unique = torch.from_numpy(ids.copy() if is_ascending else np.unique(ids))
         shown, occurred = (None if n is None else torch.from_numpy(n) for n in (impressions, occurrences))
         rows = 1 + math.ceil(unique.numel() * (1.0 + spare_rows))
         return cls(unique, rows, shown, shrinkage, occurred)

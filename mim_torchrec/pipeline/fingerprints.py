@@ -39,6 +39,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "release": ("embeddings", "serving"),
     "store": ("embeddings",),
     "plan": ("embeddings",),
+    "ablate": (*CTR, "csft", "encoders", "losses", "representation", "pipeline"),
     "bench": (*CTR, "csft", "encoders", "representation", "serving", "rim", "benchmarks"),
 }
 """Packages of `mim_torchrec` that a command or a component of ours runs; services are no stages."""

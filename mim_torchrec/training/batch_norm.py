@@ -84,3 +84,21 @@ class GlobalBatchNorm1d(nn.Module):
             self.running_var.lerp_(var * count / (count - 1), self.momentum)
         out = centered * torch.rsqrt(var + self.eps)
         return out if self.weight is None else out * self.weight + self.bias
+
+
+class PartialBatchNorm1d(GlobalBatchNorm1d):
+    """Batch normalization of some features without a scale and a shift; the others pass as they are.
+
+    Args:
+        normalized: (num_features,) bool, which features are normalized.
+    """
+
+    normalized: Tensor
+
+    def __init__(self, normalized: Tensor) -> None:
+        super().__init__(normalized.numel(), affine=False)
+        self.register_buffer("normalized", normalized, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize (rows, num_features)."""
+        return torch.where(self.normalized, super().forward(x), x)

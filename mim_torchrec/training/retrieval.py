@@ -48,15 +48,15 @@ def search(
 
 
 def summarize(rank: Tensor, num_items: int) -> dict[str, float | int]:
-    """Recall, mean and median rank, and mean reciprocal rank.
+    """Recall, mean and median rank, mean reciprocal rank, and mean logarithm of the rank.
 
     Args:
         rank: (num_queries,) as in `Found`, not empty.
         num_items: of how many.
 
     Returns:
-        `n`, `recall_at_<k>`, `mean_rank`, `median_rank`, `mrr`, and `chance_at_10`, the recall at 10 of a
-        random order.
+        `n`, `recall_at_<k>`, `mean_rank`, `median_rank`, `mrr`, `log_rank`, and `chance_at_10`, the recall
+        at 10 of a random order.
     """
     values = rank.double()
     return {
@@ -65,6 +65,7 @@ def summarize(rank: Tensor, num_items: int) -> dict[str, float | int]:
         "mean_rank": float(values.mean()),
         "median_rank": float(values.median()),
         "mrr": float((1 / values).mean()),
+        "log_rank": float(values.log().mean()),
         "chance_at_10": min(1.0, 10 / num_items),
     }
 

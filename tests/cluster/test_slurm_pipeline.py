@@ -81,7 +81,7 @@ def killed(slurm, steps):
         if line.startswith("b: submitted"):
             break
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate()
     return words
 
 

@@ -57,10 +57,10 @@ class Job(subprocess.Popen):
                 self.lines.put(line)
         self.lines.put(None)
 
-    def end(self, timeout: float) -> int:
+    def end(self) -> int:
         """Wait for the exit status, and for the last line of the output."""
-        status = self.wait(timeout)
-        self._copies.join(timeout)
+        status = self.wait()
+        self._copies.join()
         return status
 
 
@@ -81,7 +81,7 @@ def launch(forked) -> Callable[..., Job]:
 
 
 def finish(process: Job, out: Path) -> None:
-    status = process.end(timeout=300)
+    status = process.end()
     assert status == 0, out.with_suffix(".log").read_text()[-4000:]
 
 
@@ -94,7 +94,7 @@ def result(out: Path) -> tuple[list[float], str]:
 
 def wait_for_pause(process: Job) -> int:
     """Until a rank waits for a signal; its process."""
-    while (line := process.lines.get(timeout=600)) is not None:
+    while (line := process.lines.get()) is not None:
         if found := re.search(r"process (\d+) waits for a signal", line):
             return int(found[1])
     raise AssertionError(process.log.read_text()[-4000:])
@@ -136,7 +136,7 @@ def test_sigterm_saves_and_the_same_command_resumes(shop, launch, uninterrupted,
     process = launch(shop, out, "tests.paused_csft")
     wait_for_pause(process)
     process.send_signal(signal.SIGTERM)
-    assert process.end(timeout=200) != 0
+    assert process.end() != 0
     log = out.with_suffix(".log").read_text()
     assert "interrupted by a signal" in log, log[-4000:]
     assert not (out / "metrics.json").exists()
@@ -182,5 +182,5 @@ def test_another_configuration_in_the_same_place_is_refused(shop, again):
 
 def test_another_number_of_ranks_is_refused(shop, launch, again):
     process = launch(shop, again)
-    assert process.end(timeout=200) != 0
+    assert process.end() != 0
     assert "is of 1 ranks, this run has 2" in again.with_suffix(".log").read_text()

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from mim_torchrec import doctor
+from mim_torchrec.benchmarks.harness.redis_server import free_port
 from mim_torchrec.errors import OptionError, Status
-from tests.distributed.test_liveness import free_port
 from tests.namespaces import LINK, Node, hosts_file, ip, linked_nodes, start_on, torchrun
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_stages")]

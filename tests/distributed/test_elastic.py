@@ -6,15 +6,14 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
 
 from mim_torchrec.training.history import read_history
-from tests.namespaces import Node, hosts_file, linked_nodes, start_on, torchrun
+from tests.namespaces import Node, hosts_file, linked_nodes, lose, start_on, torchrun
 from tests.programs import small_shop
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_stages")]
 PORT = 29412
 QUICK = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3"
 EPOCHS = 2000  # far more than are trained before the last machine joins
@@ -42,7 +41,7 @@ class Agents:
             "--epochs", str(epochs), "--batch-size", "256", "--log-every", "1", "--checkpoint.every", "1",
             "--checkpoint.asynchronous", "False", "--patience", str(epochs),
         ]  # fmt: skip
-        self._started: list[subprocess.Popen[str]] = []
+        self._started: list[tuple[Node, subprocess.Popen[str]]] = []
 
     def start(self, number: int) -> subprocess.Popen[str]:
         """Start an agent on a machine; the first one hosts the store."""
@@ -56,20 +55,13 @@ class Agents:
         variables = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
         log = self.folder / f"{len(self._started)}.log"
         agent = start_on(node, known, *command, log=log, environment=variables)
-        self._started.append(agent)
+        self._started.append((node, agent))
         return agent
 
-    def kill(self, agent: subprocess.Popen[str]) -> None:
-        """End an agent and its ranks at once, as a machine that is lost does."""
-        own = psutil.Process(agent.pid)
-        for process in (own, *own.children(recursive=True)):
-            process.kill()
-        agent.wait()
-
     def close(self) -> None:
-        for agent in self._started:
-            if agent.poll() is None:
-                self.kill(agent)
+        for node, agent in self._started:
+            lose(node)
+            agent.wait()
 
     def logs(self) -> str:
         return "\n".join(log.read_text()[-3000:] for log in sorted(self.folder.glob("*.log")))
@@ -97,14 +89,15 @@ def test_a_run_goes_on_with_the_ranks_that_are_left_and_grows_again(nodes, tmp_p
     try:
         first, second = agents.start(0), agents.start(1)
         agents.until(lambda: agents.world_size() == 2, first)
-        agents.kill(second)
+        lose(nodes[1])
+        second.wait()
         agents.until(lambda: agents.world_size() == 1, first)
         third = agents.start(1)
         agents.until(lambda: agents.world_size() == 2, first)
         first.send_signal(signal.SIGTERM)
         third.send_signal(signal.SIGTERM)
         for agent in (first, third):
-            agent.wait(timeout=120)
+            agent.wait()
     finally:
         agents.close()
     said = (tmp_path / "0.log").read_text()
@@ -119,8 +112,9 @@ def test_a_run_that_lost_a_machine_ends_with_the_ranks_that_are_left(nodes, tmp_
     try:
         first, second = agents.start(0), agents.start(1)
         agents.until(lambda: agents.world_size() == 2, first)
-        agents.kill(second)
-        assert first.wait(timeout=600) == 0, agents.logs()
+        lose(nodes[1])
+        second.wait()
+        assert first.wait() == 0, agents.logs()
     finally:
         agents.close()
     metrics = json.loads((agents.out / "metrics.json").read_text())

@@ -12,7 +12,7 @@ from mim_torchrec.benchmarks.records.registry import BENCHMARKS, EXPERIMENTS, RE
 from mim_torchrec.errors import OptionError
 from tests.unit.test_packaging import ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_stages")]
 
 PROGRAMS = {
     ".".join(path.relative_to(ROOT / "benchmarks").with_suffix("").parts)

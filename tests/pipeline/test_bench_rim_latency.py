@@ -2,7 +2,11 @@
 
 import json
 
+import pytest
+
 from mim_torchrec.benchmarks.speed.rim_latency import main
+
+pytestmark = pytest.mark.usefixtures("forked_stages")
 
 
 def test_the_report_holds_every_figure_by_store_and_transport(tmp_path):

@@ -7,7 +7,7 @@ import torch
 
 from mim_torchrec.benchmarks.speed.serving import main
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_stages")]
 
 
 SMALL = ["--behaviors", "3", "1000", "--candidates", "20", "--mm-dims", "8", "--id-dim", "4", "--models",

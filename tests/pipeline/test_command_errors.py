@@ -47,6 +47,7 @@ CASES = [
     ("explain", f"--model {FILE}", 3, "is no run: it has no config.json"),
     ("explain", f"--model {FILE} --behaviors 0", 2, "--behaviors is 0"),
     ("choose", f"{FILE} --out {OUT}", 3, "history.jsonl: No such file or directory; check the path"),
+    ("ablate", f"{FILE} --data {SHOP} --out {OUT}", 3, "No such file or directory; check the path"),
     ("pipeline", f"run {FILE} --out {OUT}", 3, "No such file or directory; check the path"),
     ("pipeline", f"plan {FILE} --out {OUT}", 3, "No such file or directory; check the path"),
     ("pipeline", f"status {FILE}", 5, "is no directory of a pipeline"),

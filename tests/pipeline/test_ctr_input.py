@@ -6,9 +6,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from mim_torchrec.ctr import task as task_module
 from mim_torchrec.ctr.evaluation import main as evaluate
 from mim_torchrec.ctr.main import main as train
 from mim_torchrec.data import items as item_module
+from mim_torchrec.data.requests import RequestReader
 from mim_torchrec.training.history import read_history
 from tests.pipeline.test_ctr_main import SMALL, write_dataset
 from tests.ranks import run_ranks
@@ -41,6 +43,25 @@ def test_reading_ahead_changes_nothing(data, ahead, tmp_path):
     here = run(data, tmp_path / "here", "--prefetch", "0", "--id-dropout", "0.0")
     assert losses(here) == losses(ahead)
     assert (here / "predictions.parquet").read_bytes() == (ahead / "predictions.parquet").read_bytes()
+
+
+def test_the_next_epoch_is_read_during_the_evaluation(data, tmp_path, monkeypatch):
+    begun, evaluated = [], []
+    read, predict = RequestReader.batches, task_module.predict
+
+    def batches(reader, *place, **options):
+        begun.append(len(evaluated))
+        return read(reader, *place, **options)
+
+    def predicted(*words):
+        evaluated.append(len(begun))
+        return predict(*words)
+
+    monkeypatch.setattr(RequestReader, "batches", batches)
+    monkeypatch.setattr(task_module, "predict", predicted)
+    run(data, tmp_path / "run", "--epochs", "2")
+    # an epoch, the next one before the evaluation of the first, that evaluation, the last one, the test part
+    assert begun == [0, 0, 1, 2, 2] and evaluated == [2, 3]
 
 
 def test_a_buffer_of_other_size_gives_another_order(data, ahead, tmp_path):

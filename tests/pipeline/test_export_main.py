@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -97,12 +96,13 @@ def test_the_table_has_the_version_of_its_encoder_and_tells_how_it_was_made(expo
     assert manifest.encoder["export"]["batch_size"] == "4"
 
 
+@pytest.mark.usefixtures("forked_stages")
 def test_two_ranks_write_the_table_that_one_writes(exported, encoder, tmp_path):
     data, path = exported
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
                "-m", "mim_torchrec.representation.export", "--data", str(data), "--encoder", str(encoder[0]),
                "--out", str(tmp_path / "table"), "--dtype", "float32"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "13 items x 8 float32" in done.stderr and "items/s on 2 ranks" in done.stderr
     one, two = Table.open(path), Table.open(tmp_path / "table", expected_version=encoder[1])

@@ -67,7 +67,7 @@ def running(steps):
 def test_a_signal_to_a_run_ends_all_its_processes(steps, running, number, status):
     assert len(running.left()) >= 5
     running.process.send_signal(number)
-    said, _ = running.process.communicate(timeout=120)
+    said, _ = running.process.communicate()
     assert running.process.returncode == status, said
     assert running.left() == []
     assert steps.states() == {"a": "cancelled", "b": "cancelled", "c": "waiting"}
@@ -78,13 +78,13 @@ def test_an_ignored_sighup_stays_ignored(steps):
     running = Running(steps, "--ignore-signal=HUP")  # as nohup does
     running.process.send_signal(signal.SIGHUP)
     running.process.send_signal(signal.SIGTERM)
-    said, _ = running.process.communicate(timeout=120)
+    said, _ = running.process.communicate()
     assert "interrupted by SIGTERM" in said and running.left() == []
 
 
 def test_cancel_ends_a_run_from_another_process(steps, running, capsys):
     main(["cancel", str(steps.out)])
-    said, _ = running.process.communicate(timeout=120)
+    said, _ = running.process.communicate()
     assert running.process.returncode == 143 and "mim pipeline cancel" in said
     assert running.left() == []
     assert "no job runs" in capsys.readouterr().out
@@ -92,7 +92,7 @@ def test_cancel_ends_a_run_from_another_process(steps, running, capsys):
 
 def test_cancel_finds_what_a_killed_run_has_left(steps, running, capsys):
     running.process.kill()
-    running.process.communicate(timeout=120)
+    running.process.communicate()
     assert len(running.left()) >= 4
     main(["status", str(steps.out)])
     assert capsys.readouterr().out.count("running") == 2
@@ -105,7 +105,7 @@ def test_cancel_finds_what_a_killed_run_has_left(steps, running, capsys):
 
 def test_the_next_run_cancels_what_a_killed_one_has_left_and_runs_it_again(steps, running, capsys):
     running.process.kill()
-    running.process.communicate(timeout=120)
+    running.process.communicate()
     main(steps.write("[stages.a]\nstep = true\n[stages.b]\nstep = true\n"))
     assert running.left() == []
     assert "cancelled 2 jobs that an earlier run had left" in capsys.readouterr().out
@@ -117,7 +117,7 @@ def test_a_second_run_in_the_same_directory_is_refused(steps, running):
         main(steps.write("[stages.a]\nstep = true\n"))
     assert len(running.left()) >= 5
     running.process.terminate()
-    running.process.communicate(timeout=120)
+    running.process.communicate()
 
 
 def test_an_exception_ends_the_jobs(steps, monkeypatch):
@@ -145,7 +145,7 @@ def test_a_process_that_ignores_sigterm_is_killed():
                                stdout=subprocess.PIPE, start_new_session=True)  # fmt: skip
     assert process.stdout is not None and process.stdout.readline() == b"1\n"
     local_processes.end([mark], grace=0.2)
-    assert process.wait(timeout=60) == -signal.SIGKILL
+    assert process.wait() == -signal.SIGKILL
     process.stdout.close()
 
 
@@ -155,7 +155,7 @@ def test_processes_of_other_jobs_stay():
     local_processes.end([uuid.uuid4().hex])
     assert process.poll() is None
     process.kill()
-    process.wait(timeout=60)
+    process.wait()
 
 
 def test_a_directory_without_a_pipeline_is_refused(tmp_path: Path):

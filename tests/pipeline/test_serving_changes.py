@@ -6,7 +6,6 @@ import signal
 import threading
 from pathlib import Path
 
-import httpx
 import pytest
 import torch
 from fastapi.testclient import TestClient
@@ -25,7 +24,20 @@ from mim_torchrec.serving.scorer import Scorer
 from mim_torchrec.serving.service import Deployment, Service
 from tests.pipeline.test_ctr_main import NUM_ITEMS, item_id
 from tests.pipeline.test_evaluate_main import write_table
-from tests.serving import INFER, application, changed, deployment, messages, output, start, trained_bundle
+from tests.serving import (
+    INFER,
+    application,
+    changed,
+    deployment,
+    get,
+    messages,
+    output,
+    post,
+    start,
+    trained_bundle,
+)
+
+pytestmark = pytest.mark.usefixtures("forked_stages")
 
 
 @pytest.fixture(scope="module")
@@ -137,18 +149,18 @@ def test_releases_are_checked_promoted_and_rolled_back(folder, tmp_path, capsys,
         }  # fmt: skip
         with pytest.raises(ReleaseError, match="no vector of 2 items"):
             release(["promote", "--root", root, "--name", "two"])
-        first = httpx.get(f"{address}/v2/models/mim").json()["versions"]
+        first = get(f"{address}/v2/models/mim").json()["versions"]
         release(["promote", "--root", root, "--name", "two", "--allow-missing", "2"])
         os.kill(server.pid, signal.SIGHUP)
-        while (second := httpx.get(f"{address}/v2/models/mim").json())["versions"] == first:
+        while (second := get(f"{address}/v2/models/mim").json())["versions"] == first:
             pass
         assert second["versions"] == [Bundle.open(bundles[1]).model_version]
         assert second["parameters"]["window_seq"] == 1
         release(["rollback", "--root", root])
         os.kill(server.pid, signal.SIGHUP)
-        while httpx.get(f"{address}/v2/models/mim").json()["versions"] != first:
+        while get(f"{address}/v2/models/mim").json()["versions"] != first:
             pass
-        assert httpx.post(address + INFER, json=sent[0]).status_code == 200
+        assert post(address + INFER, json=sent[0]).status_code == 200
     finally:
         server.terminate()
         server.wait()

@@ -6,7 +6,6 @@ import struct
 import subprocess
 import zlib
 
-import httpx
 import numpy as np
 import pytest
 import tritonclient.http as triton
@@ -14,7 +13,7 @@ from fastapi.testclient import TestClient
 
 from mim_torchrec.serving.bundle import Bundle
 from mim_torchrec.serving.config import Limits
-from tests.serving import INFER, application, changed, deployment, messages, output, running
+from tests.serving import INFER, application, changed, deployment, get, messages, output, post, running
 
 KINDS = {"INT64": np.int64, "BYTES": np.object_}
 
@@ -41,7 +40,7 @@ def address(serving_folder):
 def expected(address, sent) -> dict[str, list[float]]:
     """Outputs as JSON has them."""
     outputs = [{"name": "score"}, {"name": "content_contribution"}]
-    body = httpx.post(address + INFER, json=sent | {"outputs": outputs}).json()
+    body = post(address + INFER, json=sent | {"outputs": outputs}).json()
     return {name: output(body, name) for name in ("score", "content_contribution")}
 
 
@@ -131,7 +130,7 @@ def test_messages_of_kserve_are_scored(address, sent, expected):
     nested = [given | {"shape": [1, *given["shape"]], "data": [given["data"]]} for given in sent["inputs"]]
     for inputs in (sent["inputs"], nested):
         body = {"id": "k1", "model_name": "mim", "inputs": inputs, "parameters": {"trace": "x"}}
-        answer = httpx.post(address + INFER, content=json.dumps(body),
+        answer = post(address + INFER, content=json.dumps(body),
                             headers={"content-type": "application/json"})  # fmt: skip
         assert output(answer.json()) == expected["score"], answer.text
 
@@ -202,7 +201,7 @@ def test_binary_values_have_the_type_that_was_said(serving_folder, sent):
 
 
 def test_openapi_says_who_may_ask_and_what_is_answered(address):
-    said = httpx.get(f"{address}/openapi.json").json()
+    said = get(f"{address}/openapi.json").json()
     assert said["components"]["securitySchemes"]["bearer"]["scheme"] == "bearer"
     assert said["paths"]["/v2/health/ready"]["get"]["security"] == []
     schemas = said["components"]["schemas"]

@@ -6,7 +6,6 @@ import signal
 import socket
 import threading
 
-import httpx
 import pytest
 import torch
 from fastapi.testclient import TestClient
@@ -24,7 +23,9 @@ from mim_torchrec.serving.releases import Release, ReleaseError, Releases
 from mim_torchrec.serving.service import Deployment
 from mim_torchrec.serving.tokens import TokenFile
 from tests.said import said
-from tests.serving import INFER, application, changed, deployment, messages, output, running, start
+from tests.serving import INFER, application, changed, deployment, messages, output, post, running, start
+
+pytestmark = pytest.mark.usefixtures("forked_stages")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def count(http: TestClient, **labels: str) -> float:
 
 
 def test_a_store_that_hangs_makes_nobody_wait(serving_folder, sent, redis, caplog):
-    app, _ = application(load(serving_folder, redis), Limits(deadline_ms=60_000, store_timeout_ms=50))
+    app, _ = application(load(serving_folder, redis), Limits(deadline_ms=60_000, store_timeout_ms=300))
     with TestClient(app) as http:
         expected = output(http.post(INFER, json=sent[0]).json())
         os.kill(redis._process.pid, signal.SIGSTOP)
@@ -122,7 +123,7 @@ def test_a_follower_waits_for_a_table_that_was_lost(serving_folder, redis, tmp_p
 
 
 def test_a_deadline_counts_from_the_arrival_whatever_the_model_does(serving_folder, sent):
-    app, service = application(deployment(serving_folder), Limits(deadline_ms=100, store_timeout_ms=10))
+    app, service = application(deployment(serving_folder), Limits(deadline_ms=300, store_timeout_ms=10))
     go, score = threading.Event(), service.current.scorer.score
 
     def hang(requests):
@@ -164,12 +165,13 @@ def test_health_answers_while_a_large_body_is_read(serving_folder, sent, monkeyp
 
 
 def test_half_a_request_is_not_waited_for(serving_folder, monkeypatch):
-    monkeypatch.setattr("mim_torchrec.serving.patience.HEADERS", 0.05)
     app, _ = application(deployment(serving_folder), Limits(deadline_ms=100, store_timeout_ms=10))
     head = f"POST {INFER} HTTP/1.1\r\nHost: here\r\nContent-Length: 100\r\n"
     with running(app) as address:
         host, port = address.removeprefix("http://").split(":")
-        for half, expected in ((b"", b""), (head.encode(), b""), (f"{head}\r\n{{".encode(), b"408")):
+        halves = ((b"", 0.05, b""), (head.encode(), 0.05, b""), (f"{head}\r\n{{".encode(), 60.0, b"408"))
+        for half, patience, expected in halves:
+            monkeypatch.setattr("mim_torchrec.serving.patience.HEADERS", patience)
             with socket.create_connection((host, int(port))) as connection:
                 connection.sendall(half)
                 answer = b""
@@ -327,9 +329,9 @@ def test_a_store_that_never_answers_does_not_keep_the_server_from_ending(
     words = ["--bundle", str(serving_folder / "run" / "bundle"), "--limits.deadline-ms", "300"]
     server, address = start(*words, "--store", f"hanging:Store://{serving_folder / 'table'}")
     try:
-        assert httpx.post(address + INFER, json=sent[0]).status_code == 504
+        assert post(address + INFER, json=sent[0]).status_code == 504
         server.send_signal(signal.SIGTERM)
-        assert server.wait(60) == 0
+        assert server.wait() == 0
     finally:
         server.kill()
         server.wait()

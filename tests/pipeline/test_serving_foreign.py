@@ -6,11 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import httpx
 import pytest
 
 from tests.pipeline.test_serving_grpc import serving
-from tests.serving import INFER, messages, output
+from tests.serving import INFER, get, messages, output, post
 
 pytestmark = [pytest.mark.slow, pytest.mark.registry]
 
@@ -45,7 +44,7 @@ def sent(serving_folder) -> dict:
 
 @pytest.fixture(scope="module")
 def expected(servers, sent) -> list[float]:
-    return output(httpx.post(servers[0] + INFER, json=sent).json())
+    return output(post(servers[0] + INFER, json=sent).json())
 
 
 def told(program: str, environment: dict[str, str], *words: object, cwd: Path | None = None) -> dict:
@@ -141,7 +140,7 @@ def test_a_client_that_is_generated_from_our_document_gets_the_scores(
     clients, servers, sent, expected, tmp_path
 ):
     document = tmp_path / "openapi.json"
-    document.write_text(httpx.get(f"{servers[0]}/openapi.json").text)
+    document.write_text(get(f"{servers[0]}/openapi.json").text)
     words = [
         "generate",
         "--path",

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import grpc
-import httpx
 import numpy as np
 import pytest
 import tritonclient.grpc as triton
@@ -19,7 +18,7 @@ from mim_torchrec.serving.rpc import listening
 from mim_torchrec.serving.sockets import reserved
 from mim_torchrec.serving.tokens import TokenFile
 from tests.pipeline.test_serving_users import together
-from tests.serving import DEFAULTS, INFER, application, deployment, messages, output, running
+from tests.serving import DEFAULTS, INFER, application, deployment, get, messages, output, post, running
 
 NUMPY = {"INT64": np.int64, "BYTES": np.object_, "INT32": np.int32}
 
@@ -119,7 +118,7 @@ def test_tritonclient_gets_the_scores_of_http(servers, client, sent, version):
     for message in (sent[0], together(sent)):
         names = ("score", "content_contribution")
         wanted = message | {"outputs": [{"name": name} for name in names]}
-        body = httpx.post(servers[0] + INFER, json=wanted).json()
+        body = post(servers[0] + INFER, json=wanted).json()
         asked = [triton.InferRequestedOutput(name) for name in names]
         for outputs, compression in ((asked, None), (None, "gzip")):
             found = client.infer("mim", tensors(message), outputs=outputs, request_id="r1",
@@ -134,7 +133,7 @@ def test_tritonclient_gets_the_scores_of_http(servers, client, sent, version):
 
 
 def test_typed_contents_are_answered_by_typed_contents(servers, sent):
-    body = httpx.post(servers[0] + INFER, json=sent[0]).json()
+    body = post(servers[0] + INFER, json=sent[0]).json()
     found = call(servers[1], "ModelInfer", typed(sent[0]), service_pb2.ModelInferResponse)
     assert not found.raw_output_contents and list(found.outputs[0].shape) == [len(output(body))]
     expected = np.array(output(body), np.float32)
@@ -147,7 +146,7 @@ def test_tritonclient_finds_out_what_there_is(servers, client, sent, version):
         client.is_model_ready("other")
     assert client.get_server_metadata().name == "mim-torchrec"
     about = client.get_model_metadata("mim", as_json=True)
-    known = httpx.get(servers[0] + "/v2/models/mim").json()
+    known = get(servers[0] + "/v2/models/mim").json()
     assert [one["name"] for one in about["inputs"]] == [one["name"] for one in known["inputs"]]
     assert [one["datatype"] for one in about["inputs"]] == [one["datatype"] for one in known["inputs"]]
     config = client.get_model_config("mim", version).config
@@ -158,7 +157,7 @@ def test_tritonclient_finds_out_what_there_is(servers, client, sent, version):
     assert (listed.name, listed.version, listed.state) == ("mim", version, "READY")
     client.infer("mim", tensors(sent[0]))
     (found,) = client.get_inference_statistics("mim").model_stats
-    (same,) = httpx.get(servers[0] + "/v2/models/mim/stats").json()["model_stats"]
+    (same,) = get(servers[0] + "/v2/models/mim/stats").json()["model_stats"]
     assert found.inference_count == same["inference_count"] > 0
     assert found.inference_stats.compute_infer.ns == same["inference_stats"]["compute_infer"]["ns"] > 0
 
@@ -206,7 +205,7 @@ def test_what_is_wrong_has_a_status_and_is_counted(servers, sent):
         with pytest.raises(grpc.RpcError) as caught:
             call(servers[1], "ModelInfer", request, service_pb2.ModelInferResponse)
         assert caught.value.code().name == code and said in caught.value.details(), caught.value
-    metrics = httpx.get(servers[0] + "/metrics").text
+    metrics = get(servers[0] + "/metrics").text
     route = "/inference.GRPCInferenceService/ModelInfer"
     for status, cause in ((400, "bad_request"), (404, "not_found"), (409, "table_version"), (200, "ok")):
         assert f'cause="{cause}",route="{route}",status="{status}"' in metrics

@@ -26,7 +26,7 @@ from mim_torchrec.serving.bundle import Bundle
 from mim_torchrec.serving.config import Limits
 from mim_torchrec.serving.main import main
 from mim_torchrec.serving.tokens import TokenFile
-from tests.serving import INFER, application, changed, deployment, messages, output, start, without
+from tests.serving import INFER, PATIENCE, application, changed, deployment, messages, output, start, without
 
 ROOT = Path(__file__).parents[2]
 NOT_NEEDED = {
@@ -78,7 +78,7 @@ def test_scores_over_http_are_the_trainers_for_many_clients_at_once(folder, sent
     try:
 
         async def ask() -> list[float]:
-            async with httpx.AsyncClient(base_url=address, timeout=60) as http:
+            async with httpx.AsyncClient(base_url=address, timeout=PATIENCE) as http:
                 answers = await asyncio.gather(*(http.post(INFER, json=message) for message in sent))
             assert {a.status_code for a in answers} == {200}
             return [score for a in answers for score in output(a.json())]
@@ -86,18 +86,19 @@ def test_scores_over_http_are_the_trainers_for_many_clients_at_once(folder, sent
         np.testing.assert_allclose(asyncio.run(ask()), expected, rtol=0, atol=1e-5)
     finally:
         server.send_signal(signal.SIGTERM)
-        assert server.wait(60) == 0
+        assert server.wait() == 0
     lines = (tmp_path / "stderr").read_text().splitlines()
     imported = {line.split("|")[-1].strip() for line in lines if line.startswith("import time:")}
     assert imported & NOT_NEEDED == set() and {"torch", "mim_torchrec.serving.scorer"} <= imported
 
 
-def test_who_reads_the_address_can_connect_and_end_the_server_at_once(folder):
+def test_who_reads_the_address_can_connect_and_end_the_server_at_once(folder, forked):
+    words = ["--bundle", str(folder / "run" / "bundle"), "--store", str(folder / "table")]
     for _ in range(3):
-        server, address = start("--bundle", str(folder / "run" / "bundle"), "--store", str(folder / "table"))
+        server, address = start(*words, python=forked["MIM_PYTHON"])
         with socket.create_connection(address.removeprefix("http://").split(":")):
             server.send_signal(signal.SIGTERM)
-        assert server.wait(60) == 0
+        assert server.wait() == 0
 
 
 def test_what_the_protocol_asks_for(client, folder, sent):

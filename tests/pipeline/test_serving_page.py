@@ -12,7 +12,7 @@ from tests.browser import axe, browser, faults, opened, scrolls_sideways  # noqa
 from tests.page import shop_with_encoder
 from tests.serving import start
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("forked_stages")]
 
 LOOKS = [("wide", "light"), ("wide", "dark"), ("phone", "light")]
 

@@ -3,14 +3,13 @@
 import json
 from collections.abc import Sequence
 
-import httpx
 import numpy as np
 import pytest
 import tritonclient.http as triton
 
 from mim_torchrec.serving.config import Limits
 from tests.pipeline.test_serving_clients import tensors
-from tests.serving import DEFAULTS, INFER, application, deployment, messages, output, running
+from tests.serving import DEFAULTS, INFER, application, deployment, get, messages, output, post, running
 
 OUTPUTS = [{"name": "score"}, {"name": "content_contribution"}]
 
@@ -44,11 +43,11 @@ def address(serving_folder, request):
 
 @pytest.fixture(scope="module")
 def alone(address, sent) -> list[dict]:
-    return [httpx.post(address + INFER, json=one | {"outputs": OUTPUTS}).json() for one in sent]
+    return [post(address + INFER, json=one | {"outputs": OUTPUTS}).json() for one in sent]
 
 
 def test_users_of_one_request_get_the_scores_of_each_alone(address, sent, alone):
-    answer = httpx.post(address + INFER, json=together(sent, outputs=OUTPUTS))
+    answer = post(address + INFER, json=together(sent, outputs=OUTPUTS))
     assert answer.status_code == 200, answer.text
     for name in ("score", "content_contribution"):
         expected = [value for one in alone for value in output(one, name)]
@@ -65,14 +64,14 @@ def test_tritonclient_sends_several_users(address, sent, alone):
             np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
         (about,) = client.get_inference_statistics("mim")["model_stats"]
     assert about["inference_count"] > about["inference_stats"]["success"]["count"]
-    said = httpx.get(f"{address}/metrics").text
+    said = get(f"{address}/metrics").text
     assert "mim_request_users_count" in said
 
 
 def test_what_is_wrong_with_users_is_400(address, sent):
     made = together(sent)
     wrong = {"inputs": [given for given in made["inputs"] if given["name"] != "behavior.lengths"]}
-    answer = httpx.post(address + INFER, content=json.dumps(wrong))
+    answer = post(address + INFER, content=json.dumps(wrong))
     assert answer.status_code == 400 and "behavior.lengths is missing" in answer.json()["error"]
-    answer = httpx.post(address + INFER, json=made | {"parameters": {"explain": True}})
+    answer = post(address + INFER, json=made | {"parameters": {"explain": True}})
     assert answer.status_code == 400 and "an explanation is of one user" in answer.json()["error"]

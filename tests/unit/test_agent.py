@@ -25,21 +25,21 @@ if how == "killed":
 """
 
 
-def launch(tmp_path: Path, how: str) -> "subprocess.Popen[str]":
+def launch(tmp_path: Path, how: str, python: str = sys.executable) -> "subprocess.Popen[str]":
     (tmp_path / "program.py").write_text(PROGRAM)
     (tmp_path / "tmp").mkdir()
     words = ["--nproc_per_node", "2", "--tee", "3", str(tmp_path / "program.py"), how]
     return subprocess.Popen(
-        [sys.executable, "-m", "mim_torchrec.training.agent", *words],
+        [python, "-m", "mim_torchrec.training.agent", *words],
         env={**os.environ, "TMPDIR": str(tmp_path / "tmp"), "OMP_NUM_THREADS": "1"},
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize(("how", "status"), [("0", 0), ("2", 2), ("6", 6), ("killed", 137), ("late", 143)])
-def test_it_ends_with_the_status_of_the_rank_that_failed(tmp_path, how, status):
-    process = launch(tmp_path, how)
-    said, _ = process.communicate(timeout=120)
+def test_it_ends_with_the_status_of_the_rank_that_failed(forked, tmp_path, how, status):
+    process = launch(tmp_path, how, forked["MIM_PYTHON"])
+    said, _ = process.communicate()
     assert process.returncode == status, said
     assert "Traceback" not in said
     assert list((tmp_path / "tmp").iterdir()) == []
@@ -50,6 +50,6 @@ def test_a_signal_to_it_is_an_interruption(tmp_path):
     assert process.stdout is not None
     assert sum("waiting" in process.stdout.readline() for _ in range(2)) == 2
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
+    process.communicate()
     assert process.returncode == 143
     assert list((tmp_path / "tmp").iterdir()) == []

@@ -4,7 +4,6 @@ import inspect
 import os
 import re
 import subprocess
-import sys
 import uuid
 from collections.abc import Iterator
 from importlib import import_module
@@ -126,11 +125,11 @@ def test_nodes_are_replicas_that_meet_at_the_first():
     assert "--nnodes 2 --nproc_per_node 4" in line(app)
 
 
-def on_node(app: AppDef, number: int, app_id: str, first: str = "127.0.0.1") -> subprocess.Popen[str]:
-    """Start the line of one node as a scheduler does."""
-    values = macros.Values(img_root="", app_id=app_id, replica_id=str(number), rank0_env="FIRST_NODE")
+def on_node(app: AppDef, number: int, forked: dict[str, str]) -> subprocess.Popen[str]:
+    """Start the line of one node of a job as a scheduler does."""
+    values = macros.Values(img_root="", app_id=A_JOB, replica_id=str(number), rank0_env="FIRST_NODE")
     role = values.apply(app.roles[0])
-    environment = {**os.environ, **role.env, "MIM_PYTHON": sys.executable, "FIRST_NODE": first}
+    environment = {**os.environ, **role.env, **forked, "FIRST_NODE": "127.0.0.1"}
     return subprocess.Popen(
         [role.entrypoint, *role.args], env=environment, text=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -155,19 +154,19 @@ def test_jobs_meet_at_ports_of_their_own():
     assert "localhost}:4321" in line(build("ctr", "-j", "2x1", "--port", "4321"))
 
 
-def test_two_nodes_meet():
+def test_two_nodes_meet(forked):
     app = build("ctr", "-j", "2x1", "--", "--help")
-    nodes = [on_node(app, number, A_JOB) for number in (1, 0)]
-    said = [node.communicate(timeout=120)[0] for node in nodes]
+    nodes = [on_node(app, number, forked) for number in (1, 0)]
+    said = [node.communicate()[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said
     assert all("--table" in text for text in said)
 
 
-def test_a_job_refuses_the_store_of_another():
+def test_a_job_refuses_the_store_of_another(forked):
     app = build("ctr", "-j", "2x1", "--", "--help")
     other = TCPStore("127.0.0.1", port_of(app, A_JOB), is_master=True, wait_for_workers=False)
-    node = on_node(app, 0, A_JOB)
-    said, _ = node.communicate(timeout=120)
+    node = on_node(app, 0, forked)
+    said, _ = node.communicate()
     assert node.returncode == 6 and "The connection to the C10d store has failed" in said
     assert other.num_keys() <= 1
 

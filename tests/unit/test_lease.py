@@ -64,7 +64,7 @@ def of_another_machine(file: Path, silence: float, **facts) -> None:
 def test_another_machine_is_believed_until_its_signs_of_life_stop(tmp_path):
     file = tmp_path / "lease.json"
     of_another_machine(file, silence=60)
-    with pytest.raises(LeaseError, match="on elsewhere, .* last sign of life was 60 s ago"):
+    with pytest.raises(LeaseError, match="on elsewhere, .* last sign of life was 6[0-9] s ago"):
         Lease(file).take()
     of_another_machine(file.with_name("old.json"), silence=121)
     with leased(file.with_name("old.json")) as lease:

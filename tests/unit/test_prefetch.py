@@ -46,6 +46,7 @@ def test_items_come_once_and_in_order(depth, count):
 def test_another_thread_is_as_far_ahead_as_asked_for():
     source = Source(20)
     items = prefetched(iter(source), 3)
+    source.wait_for(3)  # nobody has asked for one
     assert next(items) == 0
     source.wait_for(4)
     assert source.made == 4  # the one taken, and three that wait

@@ -1,5 +1,6 @@
 """Order and memory of the reader: what a buffer permutes, what is read for it, where a pass begins."""
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +96,7 @@ def files(tmp_path, request) -> list[Path]:
 
 @pytest.fixture(params=["whole", "blocks"])
 def decoded(request, monkeypatch) -> None:
-    """Row groups decoded whole, and in blocks of four rows where they have more than eight."""
+    """Row groups decoded whole, and in blocks of four rows where they have more than sixteen."""
     if request.param == "blocks":
         monkeypatch.setattr(request_files, "BLOCK_ROWS", 4)
 
@@ -106,6 +107,36 @@ def test_batches_are_the_requests_of_the_files(files, decoded, buffer_rows, shuf
     rows = as_rows(list(RequestReader(files, batch_size=9, shuffle=shuffle, buffer_rows=buffer_rows)))
     assert sorted(rows, key=lambda row: row["request_id"]) == expected(request_rows(COUNT))
     assert shuffle or [row["request_id"] for row in rows] == list(range(1, COUNT + 1))
+
+
+@pytest.mark.parametrize("first", [0, 3])
+@pytest.mark.parametrize("buffer_rows", [1, 7, 30, 200])
+def test_a_second_buffer_that_a_thread_fills_changes_nothing(files, decoded, buffer_rows, first):
+    reader = RequestReader(files, batch_size=9, shuffle=True, buffer_rows=buffer_rows)
+    reader.set_epoch(1)
+    begun = reader.batches(first, ahead=True)
+    assert ids(list(begun)) == ids(list(reader.batches(first)))
+
+
+def test_a_pass_that_has_begun_keeps_its_order(files):
+    reader = RequestReader(files, batch_size=9, shuffle=True, buffer_rows=30)
+    begun = {}
+    for epoch in (1, 2):
+        reader.set_epoch(epoch)
+        begun[epoch] = reader.batches()
+    second = ids(list(begun[2]))
+    assert second == ids(list(reader.batches()))
+    reader.set_epoch(1)
+    assert ids(list(begun[1])) == ids(list(reader.batches())) != second
+
+
+def test_batches_that_nobody_wants_any_more_end_the_thread(files):
+    before = threading.active_count()
+    batches = RequestReader(files, batch_size=9, shuffle=True, buffer_rows=7).batches(ahead=True)
+    next(batches)
+    assert threading.active_count() == before + 1
+    batches.close()
+    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize("on_bad_row", ["fail", "skip"])

@@ -45,6 +45,8 @@ MODELS = {
         "0",
         "--min-count",
         "4",
+        "--normalize-ids",
+        "False",
     ],
     "base-avg_pooling": ["--ubm", "avg_pooling", "--mim", "off"],
 }

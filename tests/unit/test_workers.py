@@ -89,7 +89,7 @@ def test_signals_reach_every_worker_and_the_end_waits_for_all():
         for number, name in ((signal.SIGHUP, "SIGHUP"), (signal.SIGTERM, "SIGTERM")):
             one.send_signal(number)
             assert pids_of(one, name, 2) == pids
-        assert one.stdout.read().endswith("ended\n") and one.wait(60) == 0
+        assert one.stdout.read().endswith("ended\n") and one.wait() == 0
 
 
 def test_a_dead_worker_is_replaced_and_said():
@@ -103,7 +103,7 @@ def test_a_dead_worker_is_replaced_and_said():
         assert f"worker {victim} was ended by SIGKILL; another takes its place" in one.stderr.readline()
         one.send_signal(signal.SIGTERM)
         assert pids_of(one, "SIGTERM", 2) == (pids - {victim}) | {born}
-        assert one.wait(60) == 0
+        assert one.wait() == 0
 
 
 def test_a_worker_that_cannot_begin_is_tried_again_while_another_serves(tmp_path):
@@ -119,7 +119,7 @@ def test_a_worker_that_cannot_begin_is_tried_again_while_another_serves(tmp_path
         assert pids_of(one, "worker", 1).isdisjoint(pids)
         flag.touch()
         one.send_signal(signal.SIGTERM)
-        assert one.wait(60) == 0
+        assert one.wait() == 0
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_a_worker_that_cannot_begin_is_tried_again_while_another_serves(tmp_path
 )
 def test_workers_that_cannot_serve_end_the_service_by_name(kind, status, said):
     with workers(kind) as one:
-        _, errors = one.communicate(timeout=120)
+        _, errors = one.communicate()
         assert one.returncode == status and errors.count(said) == 1, errors
 
 
