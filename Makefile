@@ -95,8 +95,7 @@ benchmark-report: install  ## write benchmarks/README.md from the recorded resul
 	$(BIN)/python -m mim_torchrec.benchmarks.records.benchmark_report
 
 report-image:  ## docs/_static/demo_report.png from the report of make demo, by chromium
-	chromium --headless --no-sandbox --hide-scrollbars --window-size=1000,900 \
-	  --screenshot=docs/_static/demo_report.png 'file://$(CURDIR)/runs/demo/report.html'
+	chromium --headless --no-sandbox --hide-scrollbars --window-size=1000,900 --screenshot=docs/_static/demo_report.png 'file://$(CURDIR)/runs/demo/report.html'
 
 bench-rim-latency: install  ## from the arrival of an item to a lookup that has its vector
 	$(BIN)/python -m mim_torchrec.benchmarks.speed.rim_latency --out runs/rim_latency

@@ -61,12 +61,13 @@ class LoggedRequest:
         """Of each candidate, whether it was clicked."""
         return [bool(label) for label in self.columns.candidate.values["label"]]
 
-    def asked(self, scorer: Scorer, **more: bool) -> ScoreRequest:
+    def asked(self, scorer: Scorer, contribution: bool = False, explain: bool = False) -> ScoreRequest:
         """The request as a model takes it.
 
         Args:
             scorer: of the model, whose features the columns were read with.
-            more: `contribution` and `explain`.
+            contribution: see `ScoreRequest`.
+            explain: likewise.
         """
         scalars, lists = self.columns.scalars, self.columns.ids
         ids: dict[str, np.ndarray] = {
@@ -87,7 +88,8 @@ class LoggedRequest:
             dense={name: torch.from_numpy(values.astype(np.float32)) for name, values in dense.items()},
             request_ts=self.request_ts,
             behavior_ts=None if times is None else torch.from_numpy(times.astype(np.int64)),
-            **more,
+            contribution=contribution,
+            explain=explain,
         )
 
 

@@ -130,7 +130,8 @@ async def ranked(
     count, behaviors = asked.num_candidates, logged.behaviors.tolist()
     without = found.scores if found.contribution is None else found.scores - found.contribution
     rank, rank_without = _ranks(found.scores), _ranks(without)
-    has_vector, alike = [False] * count, [[] for _ in range(count)]
+    has_vector = [False] * count
+    alike: list[list[tuple[int, dict[str, Any]]]] = [[] for _ in range(count)]
     if likeness is not None:
         has_vector, alike = await asyncio.to_thread(_alike, scorer, asked, likeness)
     now, times = logged.request_ts, logged.behavior_ts
