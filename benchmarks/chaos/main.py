@@ -55,7 +55,8 @@ class ChaosConfig:
     injected: int = 1000
     """Faults of a server under load."""
     slack: float = 2.0
-    """Seconds after its deadline in which an answer of the server is not late: they are the machine's."""
+    """Seconds after its deadline in which an answer of the server is not late: they are the machine's. So is
+    the time in which the clients were not let run."""
     limit: float = 1800.0
     """Seconds of one transport, after which it is an error that some still work."""
     seed: int = 0
@@ -167,7 +168,8 @@ def describe_server(outcome: ServerOutcome) -> str:
     )
     tally = outcome.tally
     wrong = f"{tally.wrong} wrong, {tally.late} late, {tally.unexplained} unexplained"
-    return f"server, {outcome.seconds:.0f} s\n  faults: {faults}\n  answers: {answers}; {wrong}"
+    left_out = "".join(f"\n  left out: {what}: {why}" for what, why in outcome.left_out.items())
+    return f"server, {outcome.seconds:.0f} s\n  faults: {faults}{left_out}\n  answers: {answers}; {wrong}"
 
 
 def sections(report: dict[str, Any]) -> list[Section]:
@@ -198,7 +200,8 @@ def sections(report: dict[str, Any]) -> list[Section]:
         Section("Watermarks", columns=columns, rows=rows("watermarks"),
                 text=["Of training, that of the last job; every job's rows are compared at its own."]),
         Section("Faults of a server under load", columns=["", "times"],
-                rows=[[what, str(count)] for what, count in sorted(report["server"]["injected"].items())]),
+                rows=[[what, str(count)] for what, count in sorted(report["server"]["injected"].items())],
+                text=[f"Left out: {what}: {why}." for what, why in report["server"]["left_out"].items()]),
         Section("Its answers by status; 0 is a connection that broke", columns=["", "times"],
                 rows=[[status, str(count)] for status, count in report["server"]["answers"].items()]),
         targets_section(report["targets"]),

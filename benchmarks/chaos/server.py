@@ -1,7 +1,8 @@
 """What chaos serves and asks: two models in a folder of releases, rows in Redis, and clients that never rest.
 
 Scores are computed here before, from the tables themselves. Every answer of the server is compared with those
-of the model that it names, and its time with the deadline.
+of the model that it names and of the vectors that were there, and its time with the deadline. On a busy
+machine the clients themselves are held up: a thread beside them that has nothing to do tells by how much.
 """
 
 import json
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,18 +21,21 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import httpx
+import psutil
 import torch
 from torch import Tensor
 from torchrec.modules.embedding_configs import EmbeddingConfig
 
-from mim_torchrec.benchmarks.harness.redis_server import RedisServer
+from mim_torchrec.benchmarks.chaos.machine import Machine
+from mim_torchrec.benchmarks.chaos.stores import CHANGED, STATES, Stores, state_vectors
 from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.parameters import is_dense
 from mim_torchrec.ctr.sharding import build_model
-from mim_torchrec.embeddings.stores.redis_store import RedisStore
 from mim_torchrec.embeddings.table.format import Table, TableWriter
 from mim_torchrec.serving.bundle import Bundle, save_bundle
 from mim_torchrec.serving.config import Limits
+from mim_torchrec.serving.metrics import SECONDS
 from mim_torchrec.serving.protocol import InferRequest, read_requests
 from mim_torchrec.serving.releases import Release, Releases
 from mim_torchrec.serving.scorer import Scorer
@@ -65,42 +69,47 @@ class Served:
 
     Args:
         root: where everything lies.
-        redis: the store.
+        stores: hold the rows.
+        machine: the server runs on.
         seed: of requests.
 
     Attributes:
         releases: the folder.
         bodies: requests, as they are sent.
-        expected: by version of a model the scores of every request.
+        expected: by version of a model, for each state of the vectors the scores of every request.
         address: host and port.
     """
 
-    def __init__(self, root: Path, redis: RedisServer, seed: int) -> None:
-        self.redis, self.releases = redis, Releases(root / "releases")
-        table = root / "table"
-        writer = TableWriter(table, table_version="random", dim=DIM, dtype="float32", encoder={})
+    def __init__(self, root: Path, stores: Stores, machine: Machine, seed: int) -> None:
+        self.stores, self.releases = stores, Releases(root / "releases")
         generator = torch.Generator().manual_seed(seed)
-        writer.write_shard(torch.arange(ITEMS), torch.randn(ITEMS, DIM, generator=generator))
-        writer.finish()
-        self._table = Table.open(table)
+        rest = torch.randn(ITEMS - CHANGED, DIM, generator=generator)
+        tables = [root / f"table{state}" for state in range(STATES)]
+        for state, path in enumerate(tables):
+            writer = TableWriter(path, table_version="random", dim=DIM, dtype="float32", encoder={})
+            writer.write_shard(torch.arange(ITEMS), torch.cat([state_vectors(state, DIM), rest]))
+            writer.finish()
         self._bundles = {name: make_bundle(root / name, k) for k, name in enumerate(MODELS)}
         make_bundle(root / BROKEN, len(MODELS))
         self.bodies = [_message(Random(f"{seed} {k}")) for k in range(REQUESTS)]
         self.expected = {
-            bundle.model_version: self._scores(bundle, table) for bundle in self._bundles.values()
+            bundle.model_version: [self._scores(bundle, path) for path in tables]
+            for bundle in self._bundles.values()
         }
-        self.load()
+        stores.fill(Table.open(tables[0]), list(self._bundles.values()))
         for name in (*MODELS, BROKEN):
-            where = {"bundle": str(root / name), "table": str(table), "store": redis.url}
-            self.releases.stage(name, Release(**where, id_store=None if name == BROKEN else redis.url))
+            where = {"bundle": str(root / name), "table": str(tables[0]), "store": stores.primary.url}
+            id_store = None if name == BROKEN else stores.cluster.url
+            self.releases.stage(name, Release(**where, id_store=id_store))
         (dense,) = (root / BROKEN).glob("*.safetensors")
         os.truncate(dense, dense.stat().st_size // 2)
         self.releases.promote(MODELS[0])
         words = ["--release", str(self.releases.root), "--port", "0", "--workers", "2", "--threads", "1"]
         words += ["--limits.deadline-ms", str(1000 * DEADLINE), "--limits.store-timeout-ms", "100"]
         log = (root / "server.log").open("w")
-        self._process = subprocess.Popen([sys.executable, "-m", "mim_torchrec.serving.main", *words],
-                                         stdout=subprocess.PIPE, stderr=log, text=True)  # fmt: skip
+        command = machine.command([sys.executable, "-m", "mim_torchrec.serving.main", *words])
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True,
+                                         env=machine.environment)  # fmt: skip
         log.close()
         assert self._process.stdout is not None  # it is a pipe
         line = self._process.stdout.readline()
@@ -109,21 +118,27 @@ class Served:
         self.address = line.rpartition("//")[2].strip()
 
     @property
+    def pid(self) -> int:
+        """Process id of the parent of the workers."""
+        return self._process.pid
+
+    @property
     def workers(self) -> list[int]:
         """Their process ids."""
         pid = self._process.pid
         return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
+    def worker_of(self, port: int) -> int:
+        """Which worker has the connection that comes from a port; it waits until one has accepted it."""
+        while True:
+            for pid in self.workers:
+                for one in psutil.Process(pid).net_connections("tcp"):
+                    if one.raddr and one.raddr.port == port:
+                        return pid
+
     def version(self, name: str) -> str:
         """The model of a release."""
         return self._bundles[name].model_version
-
-    def load(self) -> None:
-        """Write all tables to Redis."""
-        RedisStore.load(self.redis.url, self._table)
-        for bundle in self._bundles.values():
-            for name in bundle.tables:
-                RedisStore.load(self.redis.url, bundle.table(name))
 
     def kill_worker(self, rng: Random) -> None:
         """Kill one, and wait until another has taken its place."""
@@ -138,6 +153,17 @@ class Served:
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the parent."""
         self._process.send_signal(number)
+
+    def late_by_its_own_clock(self) -> int:
+        """Requests that the server itself says took longer than its longest class of times."""
+        lines = httpx.get(f"http://{self.address}/metrics", timeout=60).text.splitlines()
+        counts = {'le="+Inf"': 0.0, f'le="{SECONDS[-1]}"': 0.0}
+        for line in lines:
+            for label in counts:
+                if line.startswith("mim_request_seconds_bucket") and label in line:
+                    counts[label] += float(line.split()[-1])
+        everything, soon = counts.values()
+        return round(everything - soon)
 
     def end(self) -> str | None:
         """End it; why that was not right, or None."""
@@ -163,7 +189,8 @@ class Tally:
     Attributes:
         answers: by status; 0 is a connection that broke.
         wrong: scores that are not those of the model that the answer names.
-        late: answers after the deadline.
+        late: answers after the deadline, and after what held up this process meanwhile.
+        held_up: answers after the deadline that were held up on the way.
         unexplained: answers 500, and connections that broke while no worker was killed.
         examples: some of what was not right, in words.
     """
@@ -171,8 +198,40 @@ class Tally:
     answers: Counter[int] = field(default_factory=Counter)
     wrong: int = 0
     late: int = 0
+    held_up: int = 0
     unexplained: int = 0
     examples: list[str] = field(default_factory=list)
+
+
+class Bystander:
+    """A thread that has nothing to do but to note when it is not let run; use it as a context."""
+
+    PERIOD = 0.02
+
+    def __init__(self) -> None:
+        self._held: deque[tuple[float, float]] = deque(maxlen=10_000)
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> "Bystander":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        before = time.monotonic()
+        while not self._done.wait(self.PERIOD):
+            now = time.monotonic()
+            if (held := now - before - self.PERIOD) > self.PERIOD:
+                self._held.append((now, held))
+            before = now
+
+    def held_up(self, since: float) -> float:
+        """Seconds in which it was not let run, since a time of `time.monotonic`."""
+        return sum(min(held, now - since) for now, held in list(self._held) if now > since)
 
 
 class Clients:
@@ -186,7 +245,7 @@ class Clients:
     """
 
     def __init__(self, served: Served, count: int, seed: int, slack: float) -> None:
-        self._slack = slack
+        self._slack, self._bystander = slack, Bystander()
         self._served, self._done, self._lock = served, threading.Event(), threading.Condition()
         self._threads = [
             threading.Thread(target=self._run, args=(Random(f"{seed} {k}"),), daemon=True)
@@ -196,6 +255,7 @@ class Clients:
         self.breaks_are_expected = False
 
     def __enter__(self) -> "Clients":
+        self._bystander.__enter__()
         for thread in self._threads:
             thread.start()
         return self
@@ -204,6 +264,7 @@ class Clients:
         self._done.set()
         for thread in self._threads:
             thread.join()
+        self._bystander.__exit__()
 
     def await_answers(self, count: int, limit: float = 30.0) -> None:
         """Wait until so many further requests were answered, or refused.
@@ -218,7 +279,7 @@ class Clients:
 
     def ask(self, number: int, http: HTTPConnection) -> tuple[int, str | None]:
         """Send a request and note its answer: the status, 0 for none, and the version of the model."""
-        begun = time.monotonic()
+        begun, first = time.monotonic(), self._served.stores.done
         try:
             http.request("POST", INFER, self._served.bodies[number])
             answer = http.getresponse()
@@ -227,8 +288,11 @@ class Clients:
             http.close()
             status, body = 0, {"error": f"{type(error).__name__}: {error}"}
         took = time.monotonic() - begun
+        states = range(first, self._served.stores.begun + 1)
         with self._lock:
-            self._note(number, status, body, took)
+            self._note(number, status, body, states)
+            if took > DEADLINE + self._slack:
+                self._note_late(status, took, self._bystander.held_up(begun))
             self._lock.notify_all()
         return status, body.get("model_version")
 
@@ -244,23 +308,35 @@ class Clients:
         """A connection of its own."""
         return HTTPConnection(self._served.address, timeout=30)
 
-    def _note(self, number: int, status: int, body: dict[str, Any], took: float) -> None:
-        tally, problem = self.tally, None
+    def _note(self, number: int, status: int, body: dict[str, Any], windows: range) -> None:
+        tally = self.tally
         tally.answers[status] += 1
         if status == 200:
             (scores,) = [one["data"] for one in body["outputs"] if one["name"] == "score"]
-            right = self._served.expected[body["model_version"]][number]
-            if any(abs(a - b) > TOLERANCE for a, b in zip(scores, right, strict=True)):
+            of_states = self._served.expected[body["model_version"]]
+            rights = [of_states[state][number] for state in {seq % STATES for seq in windows}]
+            if not any(_same(scores, right) for right in rights):
                 tally.wrong += 1
-                problem = f"request {number}: wrong scores"
+                older = [k for k, right in enumerate(of_states) if _same(scores, right[number])]
+                self._example(f"request {number}: wrong scores; windows {windows}, those of states {older}")
         elif status == 500 or (status == 0 and not self.breaks_are_expected):
             tally.unexplained += 1
-            problem = f"status {status}: {body['error']}"
-        if took > DEADLINE + self._slack:
-            tally.late += 1
-            problem = f"status {status} after {took:.1f} s"
-        if problem is not None and len(tally.examples) < 10:
-            tally.examples.append(problem)
+            self._example(f"status {status}: {body['error']}")
+
+    def _note_late(self, status: int, took: float, held_up: float) -> None:
+        if took - held_up > DEADLINE + self._slack:
+            self.tally.late += 1
+        else:
+            self.tally.held_up += 1
+        self._example(f"status {status} after {took:.1f} s; a bystander was held up for {held_up:.1f} s")
+
+    def _example(self, said: str) -> None:
+        if len(self.tally.examples) < 10:
+            self.tally.examples.append(said)
+
+
+def _same(scores: list[float], right: list[float]) -> bool:
+    return all(abs(a - b) <= TOLERANCE for a, b in zip(scores, right, strict=True))
 
 
 def _message(rng: Random) -> bytes:

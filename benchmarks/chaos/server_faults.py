@@ -9,12 +9,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from http.client import HTTPException
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from random import Random
 from signal import SIGHUP
 from typing import Any
 
+from mim_torchrec.benchmarks.chaos.machine import Machine
 from mim_torchrec.benchmarks.chaos.server import (
     BROKEN,
     INFER,
@@ -25,7 +26,7 @@ from mim_torchrec.benchmarks.chaos.server import (
     Served,
     Tally,
 )
-from mim_torchrec.benchmarks.harness.redis_server import RedisServer
+from mim_torchrec.benchmarks.chaos.stores import Stores
 from mim_torchrec.extras import needs
 
 with needs("redis"):
@@ -47,6 +48,8 @@ class ServerOutcome:
         unrecovered: faults after which the server was not well within RECOVERY.
         tally: what clients have seen.
         problems: what was not right besides, in words.
+        left_out: kinds of faults that cannot be had on this machine, and why.
+        late_by_its_own_clock: answers that the server itself says were late.
         seconds: it took.
     """
 
@@ -54,18 +57,23 @@ class ServerOutcome:
     unrecovered: int = 0
     tally: Tally = field(default_factory=Tally)
     problems: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    late_by_its_own_clock: int = 0
     seconds: float = 0.0
 
     def as_json(self) -> dict[str, Any]:
         """As the report has it."""
         return {
             "injected": self.injected.total(),
-            "late_answers": self.tally.late,
+            "late_answers": self.tally.late + self.late_by_its_own_clock,
             "wrong_scores": self.tally.wrong,
             "unexplained_500": self.tally.unexplained,
             "unrecovered": self.unrecovered,
             "server": {
                 "injected": dict(self.injected),
+                "left_out": self.left_out,
+                "held_up_on_the_way": self.tally.held_up,
+                "late_by_its_own_clock": self.late_by_its_own_clock,
                 "answers": {str(status): count for status, count in sorted(self.tally.answers.items())},
                 "examples": self.tally.examples,
                 "seconds": self.seconds,
@@ -78,14 +86,16 @@ class ServerFaults:
 
     Args:
         served: the server.
+        machine: it runs on.
         clients: who ask it meanwhile.
         rng: what comes next.
     """
 
-    def __init__(self, served: Served, clients: Clients, rng: Random) -> None:
-        self._served, self._clients, self._rng = served, clients, rng
+    def __init__(self, served: Served, machine: Machine, clients: Clients, rng: Random) -> None:
+        self._served, self._machine, self._clients, self._rng = served, machine, clients, rng
+        self._stores = served.stores
         self._current, self._last_kill = MODELS[0], -KILLS_APART
-        self.outcome = ServerOutcome(tally=clients.tally)
+        self.outcome = ServerOutcome(tally=clients.tally, left_out=machine.left_out)
         self._kinds: dict[str, tuple[Callable[[], Any], int]] = {
             "store stopped": (self._stop, 2), "store killed": (self._kill_store, 1),
             "store emptied": (self._empty, 2), "store with another password": (self._password, 1),
@@ -93,7 +103,14 @@ class ServerFaults:
             "damaged release": (self._broken, 1), "model swapped": (self._swap, 3),
             "half-open connection": (self._half_open, 4), "damaged body": (self._bodies, 4),
             "worker killed": (self._kill_worker, 1), "reload": (self._hang_up, 1),
+            "failover": (self._fail_over, 1), "failover to an older copy": (self._fail_back, 2),
+            "server of a cluster stopped": (self._stop_node, 1),
+            "server of a cluster killed": (self._kill_node, 1),
+            "server of a cluster emptied": (self._empty_node, 2), "slot moved": (self._move_slot, 1),
+            "clock jump": (self._jump, 2), "full disk": (self._fill_disk, 1),
         }  # fmt: skip
+        for name in machine.left_out:
+            del self._kinds[name]
 
     def run(self, least: int) -> ServerOutcome:
         """Every kind once, then any until there were so many."""
@@ -105,6 +122,7 @@ class ServerFaults:
             name = waiting.pop() if waiting else rng.choices(names, weights)[0]
             if name == "worker killed" and time.monotonic() < self._last_kill + KILLS_APART:
                 continue
+            self._stores.advance()
             self._kinds[name][0]()
             if name not in ("half-open connection", "damaged body"):
                 self.outcome.injected[name] += 1
@@ -135,37 +153,86 @@ class ServerFaults:
             found = found + 1 if right else 0
         return True
 
-    @property
-    def _redis(self) -> RedisServer:
-        return self._served.redis
-
     def _stop(self) -> None:
-        with self._redis.paused():
+        with self._stores.primary.paused():
             self._clients.await_answers(4)
 
     def _kill_store(self) -> None:
-        self._redis.kill()
+        self._stores.primary.kill()
         self._clients.await_answers(4)
-        self._redis.start()
+        self._stores.primary.start()
 
     def _empty(self) -> None:
-        self._redis.client().flushall()
+        self._ask_every_worker()  # what a worker has never seen it cannot miss
+        self._stores.primary.client().flushall()
         self._clients.await_answers(4)
-        self._served.load()
+        self._stores.fill_again()
+
+    def _fail_over(self) -> None:
+        self._stores.copy()
+        self._stores.fail_over()
+
+    def _fail_back(self) -> None:
+        self._stores.copy()
+        for _ in range(self._rng.randint(1, 2)):
+            self._stores.advance()
+        self._ask_every_worker()
+        self._stores.fail_over()
+        self._clients.await_answers(6)
+        self._stores.catch_up()
+
+    def _ask_every_worker(self) -> None:
+        """Have a request scored by each of them."""
+        end, waiting = time.monotonic() + RECOVERY, set(self._served.workers)
+        while waiting and time.monotonic() < end:
+            with _connection(self._clients) as http:
+                http.connect()
+                worker = self._served.worker_of(http.sock.getsockname()[1])
+                status, _ = self._clients.ask(self._rng.randrange(REQUESTS), http)
+                if status == 200:
+                    waiting.discard(worker)
+
+    def _stop_node(self) -> None:
+        with self._rng.choice(self._stores.cluster.servers).paused():
+            self._clients.await_answers(4)
+
+    def _kill_node(self) -> None:
+        node = self._rng.choice(self._stores.cluster.servers)
+        node.kill()
+        self._clients.await_answers(4)
+        node.start()
+
+    def _empty_node(self) -> None:
+        self._rng.choice(self._stores.cluster.servers).client().flushall()
+        self._clients.await_answers(4)
+        self._stores.fill_cluster()
+
+    def _move_slot(self) -> None:
+        self._stores.cluster.move(self._stores.slot_of_a_shard(self._rng))
 
     def _password(self) -> None:
-        client = self._redis.client()
+        client, url = self._stores.primary.client(), self._stores.primary.url
         client.config_set("requirepass", PASSWORD)
         client.client_kill_filter(_type="normal", skipme=True)
         self._clients.await_answers(4)
-        with redis.Redis.from_url(self._redis.url, password=PASSWORD) as allowed:
+        with redis.Redis.from_url(url, password=PASSWORD) as allowed:
             allowed.config_set("requirepass", "")
 
     def _memory(self) -> None:
-        client = self._redis.client()
+        client = self._stores.primary.client()
         client.config_set("maxmemory", 1)
         self._clients.await_answers(4)
         client.config_set("maxmemory", 0)
+
+    def _jump(self) -> None:
+        self._machine.jump(self._rng.choice([-1, 1]) * self._rng.choice([2, 3600, 10**7]))
+        self._clients.await_answers(10)
+        self._machine.jump(0)
+
+    def _fill_disk(self) -> None:
+        with self._machine.full_disk(self._served.pid):
+            self._swap()
+            self._clients.await_answers(20)
 
     def _damage(self) -> None:
         path = Path(self._served.releases.root) / "current.json"
@@ -217,7 +284,7 @@ class ServerFaults:
 
 
 @contextmanager
-def _connection(clients: Clients) -> Iterator[Any]:
+def _connection(clients: Clients) -> Iterator[HTTPConnection]:
     http = clients.connection()
     try:
         yield http
@@ -234,16 +301,17 @@ def run_server(root: Path, least: int, seed: int, slack: float) -> ServerOutcome
         seed: of faults and requests.
         slack: see `Clients`.
     """
-    store = RedisServer(root / "redis")
+    stores, machine = Stores(root / "redis"), Machine(root / "machine")
     try:
-        served = Served(root, store, seed)
+        served = Served(root, stores, machine, seed)
         try:
             with Clients(served, 3, seed, slack) as clients:
-                outcome = ServerFaults(served, clients, Random(seed)).run(least)
+                outcome = ServerFaults(served, machine, clients, Random(seed)).run(least)
+            outcome.late_by_its_own_clock = served.late_by_its_own_clock()
         finally:
             problem = served.end()
         if problem is not None:
             outcome.problems.append(problem)
         return outcome
     finally:
-        store.kill()
+        stores.kill()

@@ -13,6 +13,7 @@ from mim_torchrec.extras import needs
 
 with needs("redis"):
     import redis
+    from redis.crc import key_slot
 
 MISSING = "this needs a Redis server: apt-get install redis-server"
 
@@ -106,10 +107,10 @@ class RedisServer:
         self.client().replicaof("NO", "ONE")
 
     def take_the_place_of(self, other: "RedisServer") -> None:
-        """Be found where another was, which is killed: a failover."""
+        """Be found where another was, which is killed: a failover. The other can start where this one was."""
         other.kill()
         self.client().config_set("port", other.port)
-        self.port = other.port
+        self.port, other.port = other.port, self.port
 
 
 class RedisCluster:
@@ -136,7 +137,31 @@ class RedisCluster:
             while client.cluster("INFO")["cluster_state"] != "ok":
                 client.wait(1, 20)  # for a replica that there is not, 20 ms
 
+    def move(self, slot: int) -> None:
+        """Move a slot, with what it holds, from the server that has it to the next one."""
+        owners = [server for server in self.servers if slot in _slots_of(server)]
+        source = owners[0]
+        target = self.servers[(self.servers.index(source) + 1) % len(self.servers)]
+        here, there = source.client(), target.client()
+        ids = [str(client.execute_command("CLUSTER MYID"), "ascii") for client in (here, there)]
+        there.execute_command("CLUSTER SETSLOT", slot, "IMPORTING", ids[0])
+        here.execute_command("CLUSTER SETSLOT", slot, "MIGRATING", ids[1])
+        # not CLUSTER GETKEYSINSLOT, whose answer the client takes for text
+        keys = [key for key in here.scan_iter(count=1000) if key_slot(key) == slot]
+        for start in range(0, len(keys), 100):
+            part = keys[start : start + 100]
+            here.execute_command("MIGRATE", "127.0.0.1", target.port, "", 0, 5000, "KEYS", *part)
+        for client in (there, here):
+            client.execute_command("CLUSTER SETSLOT", slot, "NODE", ids[1])
+
     def kill(self) -> None:
         """End all of them at once."""
         for server in self.servers:
             server.kill()
+
+
+def _slots_of(server: RedisServer) -> set[int]:
+    """Slots that a server of a cluster has, as it says itself."""
+    nodes = server.client().cluster("NODES").values()
+    (own,) = (node["slots"] for node in nodes if "myself" in node["flags"])
+    return {slot for first, *last in own for slot in range(int(first), int(last[0] if last else first) + 1)}

@@ -48,11 +48,11 @@ BUDGETS = {
 }
 
 STAGE_BUDGETS = {
-    ("pretrain", 1): Budget(1161, 9, 6),
-    ("csft", 1): Budget(528, 8, 5),
-    ("csft with trained towers, bf16", 1): Budget(1257, 14, 6),
-    ("csft with FSDP2, bf16", 1): Budget(1395, 9, 6),
-    ("csft with FSDP2, bf16", 2): Budget(1043, 10, 7),
+    ("pretrain", 1): Budget(856, 7, 6),
+    ("csft", 1): Budget(520, 8, 5),
+    ("csft with trained towers, bf16", 1): Budget(1235, 14, 6),
+    ("csft with FSDP2, bf16", 1): Budget(1373, 9, 6),
+    ("csft with FSDP2, bf16", 2): Budget(1021, 10, 7),
 }
 """Of a training step of stages, by their names in `stages.py` and the number of ranks; of `pretrain` that of
 the phase that takes most. In bf16 casts by `torch.autocast` count, too."""

@@ -85,7 +85,8 @@ STAGES: Sequence[Stage] = (
           ranks=(1, 2)),
     Stage("bf16", "ctr.main", {**MIM, "ubm": "bst", "precision": "bf16"}, ranks=(1, 2)),
     Stage("tf32", "ctr.main", {**MIM, "ubm": "dien", "precision": "tf32"}),
-    Stage("row-wise tables", "ctr.main", {**MIM, "sharding": "row_wise"}, ranks=(2,)),
+    Stage("row-wise tables", "ctr.main", {
+        **MIM, "sharding": "row_wise", "exchange-precision": "fp16"}, ranks=(2,)),
     Stage("managed memory", "ctr.main", {**MIM, "sparse-memory": "uvm", "table-memory": "uvm"}),
     Stage("managed memory, cached", "ctr.main", {
         **MIM, "sparse-memory": "uvm_caching", "table-memory": "uvm_caching",

@@ -116,7 +116,8 @@ def of_steps(seen: list[tuple[str, Counts]]) -> tuple[dict[str, int], dict[str, 
     lines: dict[str, dict[str, int]] = {}
     steps = list(zip(seen, seen[1:], strict=False))
     for number, ((place, before), (following, after)) in enumerate(steps):
-        if not number or ", step " not in place or ", step " not in following:
+        first = not number or place.endswith(", step 1")
+        if first or ", step " not in place or ", step " not in following:
             continue
         step = {name: total - before.totals()[name] for name, total in after.totals().items()}
         if sum(step.values()) > sum(totals.values()):

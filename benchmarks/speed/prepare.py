@@ -85,7 +85,8 @@ def in_a_process(work: Callable[..., Any], *words: Any) -> dict[str, float]:
 
 
 def _timed(work: Callable[..., Any], words: tuple[Any, ...]) -> dict[str, float]:
-    importlib.import_module("ibis.backends.duckdb")  # which Ibis imports when it is first used
+    for name in ("ibis.backends.duckdb", "pandas"):  # which Ibis and PyArrow import when they are first used
+        importlib.import_module(name)
     before = _peak_mib()
     started, cpu = time.perf_counter(), time.process_time()
     work(*words)

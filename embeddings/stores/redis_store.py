@@ -70,7 +70,7 @@ class _Facts:
 
 
 class RedisStore:
-    """A `ParameterStore` in Redis; open it with `open`, fill it with `load`."""
+    """A `ParameterStore` and `SharedStore` in Redis; open it with `open`, fill it with `load`."""
 
     def __init__(self, location: RedisAddress, table_version: str, timeout: float | None = None) -> None:
         self.table_version = table_version
@@ -80,7 +80,7 @@ class RedisStore:
         self._about = f"{{{location.name}}}:{self._version}"
         self._facts = self._read_facts()
         self.dim = self._facts.dim
-        self._may_ask, self._seen = True, Seen()
+        self._may_ask, self.seen = True, Seen()
         self._check_policy()
 
     @classmethod
@@ -124,7 +124,7 @@ class RedisStore:
         store.table_version, store._at, store._client = manifest.table_version, at, connect(at)
         store._version = hashlib.blake2b(manifest.table_version.encode(), digest_size=6).hexdigest()
         store._about = f"{{{at.name}}}:{store._version}"
-        store.dim, store._may_ask, store._seen = manifest.dim, True, Seen()
+        store.dim, store._may_ask, store.seen = manifest.dim, True, Seen()
         with reachable(at):
             check_kind(store._client, at)
             _check_policy(store._client, at)
@@ -183,11 +183,6 @@ class RedisStore:
         self._facts = self._read_facts()
         self._check_seen(self._watermarks())
 
-    @property
-    def changes(self) -> int:
-        """How often this store was seen to have other rows than before, whoever changed them."""
-        return self._seen.changes
-
     def apply(self, window: Window) -> bool:
         """See `ParameterStore`; others may apply the same windows at the same time."""
         self._facts = self._read_facts()
@@ -212,6 +207,8 @@ class RedisStore:
         if not applied and min(self._watermarks()) < window.seq:
             # a new base came in between: the window is applied to that, or is in it
             return self.apply(window)
+        if applied:
+            self.seen.note(self._facts.base, dict.fromkeys(due, window.seq))
         return applied
 
     def _commands(
@@ -334,11 +331,11 @@ class RedisStore:
                 f"{self._at} has lost shards {lost} of {self.table_version}: load its table again"
             )
         found = [_number(mark) for mark in marks if mark is not None]
-        self._seen.note(self._facts.base, dict(enumerate(found)))
+        self.seen.note(self._facts.base, dict(enumerate(found)))
         return found
 
     def _check_seen(self, marks: list[int]) -> None:
-        loss = self._seen.loss(self._facts.base, dict(enumerate(marks)))
+        loss = self.seen.loss(self._facts.base, dict(enumerate(marks)))
         if loss is not None:
             raise TableLost(
                 f"{self._at} has lost {loss}. An older copy may have taken its place: apply its windows "

@@ -11,6 +11,7 @@ from torch import Tensor
 from mim_torchrec.embeddings.remote.fetching import fetched
 from mim_torchrec.embeddings.remote.places import in_object_store
 from mim_torchrec.embeddings.stores.embedded import EmbeddedStore
+from mim_torchrec.embeddings.stores.seen import Seen
 from mim_torchrec.embeddings.table.manifest import TableLost
 from mim_torchrec.embeddings.windows.transport import Transport
 from mim_torchrec.embeddings.windows.window import Window
@@ -66,11 +67,12 @@ class SharedStore(Protocol):
 
     A store of your own need not be one. What is derived from its rows is then kept until a window changes
     them that came through `apply`.
+
+    Attributes:
+        seen: what lookups have read so far. One that replaces another of the same place can be given its.
     """
 
-    @property
-    def changes(self) -> int:
-        """How often rows were seen to be others than before; every lookup looks."""
+    seen: Seen
 
     def check(self) -> None:
         """See that lookups give what they gave before, or something newer.

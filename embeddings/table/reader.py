@@ -49,6 +49,7 @@ class Table:
         self._shards: list[tuple[ShardInfo, Tensor, Tensor]] = sorted(
             mapped, key=lambda shard: int(shard[1][0])
         )
+        self._searched = [RowIndex(ids) for _, ids, _ in self._shards]
         self._index: RowIndex | None = None
         self.in_order = all(
             int(before[1][-1]) < int(after[1][0])
@@ -170,9 +171,11 @@ class Table:
         """Return what :meth:`read` does, and whether the table has each id, bool (num_ids,)."""
         found = torch.zeros(ids.numel(), dtype=torch.bool)
         out: Tensor | None = None
-        for info, shard_ids, vectors in self._shards:
-            near = ((ids >= shard_ids[0]) & (ids <= shard_ids[-1])).nonzero()[:, 0]
-            row = RowIndex(shard_ids).rows(ids[near]) - 1
+        for (info, shard_ids, vectors), index in zip(self._shards, self._searched, strict=True):
+            near = torch.arange(ids.numel())
+            if len(self._shards) > 1:
+                near = ((ids >= shard_ids[0]) & (ids <= shard_ids[-1])).nonzero()[:, 0]
+            row = index.rows(ids[near]) - 1
             is_here = row >= 0
             if not is_here.all():
                 near, row = near[is_here], row[is_here]

@@ -2,7 +2,8 @@
 
 The ids of a batch repeat and come in no order, and a search of many sorted ids waits for memory at almost
 every step. So distinct ids are looked up once and in ascending order: successive searches then go through the
-same cache lines. It needs neither a table of hashes nor any memory of its own.
+same cache lines. It needs neither a table of hashes nor any memory of its own. Ids without a gap are not
+searched.
 """
 
 from collections.abc import Callable
@@ -36,6 +37,9 @@ class RowIndex:
         starts = np.cumsum([0, *(part.numel() for part in self.parts)])
         self._starts, self._length = starts[:-1], int(starts[-1])
         self._ids: Tensor | None = None
+        self._first: int | None = None  # of ids without a gap, whose rows are told by subtraction
+        if self.parts and int(self._lasts[-1]) - int(self.parts[0][0]) == self._length - 1:
+            self._first = int(self.parts[0][0])
 
     def __len__(self) -> int:
         return self._length
@@ -67,7 +71,11 @@ class RowIndex:
         Raises:
             TypeError: the ids are no integers.
         """
-        return map_distinct(ids, self.rows_of_ascending)
+        if self._first is None:
+            return map_distinct(ids, self.rows_of_ascending)
+        _check_integers(ids)
+        rows = (ids.long() - self._first).add_(1)
+        return rows.masked_fill_((rows < 1) | (rows > self._length), 0)
 
     def rows_of_ascending(self, ids: Ints) -> Ints:
         """Return what :meth:`rows` does, of ids (num_ids,) in ascending order."""
@@ -128,8 +136,7 @@ def map_distinct(ids: Tensor, rows_of: Callable[[Ints], Ints]) -> Tensor:
     Raises:
         TypeError: the ids are no integers.
     """
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise TypeError(f"ids are integers, found {ids.dtype}")
+    _check_integers(ids)
     values = ids.detach().reshape(-1).long().cpu().numpy()
     if not values.size:
         return torch.zeros_like(ids, dtype=torch.int64)
@@ -142,3 +149,8 @@ def map_distinct(ids: Tensor, rows_of: Callable[[Ints], Ints]) -> Tensor:
     rows = np.empty_like(ascending)
     rows[order] = found[np.cumsum(is_first) - 1]
     return torch.from_numpy(rows).view(ids.shape).to(ids.device)
+
+
+def _check_integers(ids: Tensor) -> None:
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(f"ids are integers, found {ids.dtype}")

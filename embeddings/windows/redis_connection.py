@@ -64,8 +64,10 @@ def reachable(location: RedisAddress) -> Iterator[None]:
     """
     try:
         yield
-    except redis.exceptions.MovedError:
-        raise _of_a_cluster(location) from None
+    except redis.exceptions.MovedError as error:
+        if not location.cluster:
+            raise _of_a_cluster(location) from None
+        raise RedisUnavailable(f"{location} is not ready: its slots move: {error}") from error
     except redis.exceptions.RedisClusterException as error:
         if "Cluster mode is not enabled" in str(error):
             raise OptionError(f"{location} is no cluster: write redis:// or rediss://") from None
@@ -80,7 +82,9 @@ def reachable(location: RedisAddress) -> Iterator[None]:
         # what a script runs into comes as its own kind of error
         if "OOM " in str(error):
             raise RedisFull(f"{location} has no memory left: {error}") from error
-        if any(word in str(error) for word in ("LOADING", "CLUSTERDOWN", "READONLY", "MASTERDOWN")):
+        if any(
+            word in str(error) for word in ("LOADING", "CLUSTERDOWN", "READONLY", "MASTERDOWN", "TRYAGAIN")
+        ):
             raise RedisUnavailable(f"{location} is not ready: {error}") from error
         raise
 

@@ -74,10 +74,13 @@ def encode(
     return query, mm
 
 
-def find(query: Tensor, items_mm: Tensor, held_out: np.ndarray, catalog: SearchContent) -> retrieval.Found:
-    """Search all items that have a readable image; the query itself is left out where it is an item."""
+def find(
+    query: Tensor, items_mm: Tensor, held_out: np.ndarray, catalog: SearchContent, device: torch.device
+) -> retrieval.Found:
+    """Search all items that have a readable image, on a device; a query that is an item is left out."""
     bought, own = (torch.from_numpy(rows[held_out]) for rows in (catalog.item_row, catalog.query_row))
-    return retrieval.search(query, items_mm, bought, own, torch.from_numpy(catalog.readable), TOP)
+    given = (query, items_mm, bought, own, torch.from_numpy(catalog.readable))
+    return retrieval.search(*(tensor.to(device) for tensor in given), TOP)
 
 
 def evaluate(

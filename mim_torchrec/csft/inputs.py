@@ -106,6 +106,9 @@ class SearchContent:
 class FeatureInputs:
     """Features of frozen towers, computed once.
 
+    On a GPU they are copied to its memory where they take at most a quarter of what is free; batches then
+    send numbers of rows only.
+
     Args:
         image: (num_images, image_dim).
         text: (num_items, text_dim).
@@ -116,14 +119,21 @@ class FeatureInputs:
 
     def __init__(self, image: Tensor, text: Tensor, device: torch.device) -> None:
         self.image, self.text, self._device = image, text, device
+        self._held = self.image, self.text
+        if device.type == "cuda" and image.nbytes + text.nbytes <= torch.cuda.mem_get_info(device)[0] // 4:
+            self._held = image.to(device), text.to(device)
 
     def images(self, index: np.ndarray) -> Tensor:
         """(n, image_dim)"""
-        return self.image[torch.from_numpy(index)].to(self._device)
+        return self._rows(self._held[0], index)
 
     def texts(self, rows: np.ndarray) -> Tensor:
         """(n, text_dim)"""
-        return self.text[torch.from_numpy(rows)].to(self._device)
+        return self._rows(self._held[1], rows)
+
+    def _rows(self, features: Tensor, index: np.ndarray) -> Tensor:
+        rows = torch.from_numpy(index).to(features.device)
+        return features.index_select(0, rows).to(self._device)
 
 
 def frozen_features(

@@ -167,7 +167,7 @@ def _search(
     encoder = load_encoder(run.root / "encoder", context.device)
     model = encoder.head if config.freeze_towers else encoder
     query, items_mm = encode(model, inputs, held_out, catalog, config.encode_batch_size, context)
-    found = find(query, items_mm, held_out, catalog)
+    found = find(query, items_mm, held_out, catalog, context.device)
     report = evaluate(found, held_out, catalog, items)
     if context.is_main:
         write(report, draw(held_out, found, catalog, config.drawn_queries), run.root)

@@ -108,7 +108,7 @@ def _retrieve(config: RetrieveConfig, out: Path, context: DistributedContext) ->
         encoder = load_encoder(config.encoder, context.device)
         features = frozen_features(catalog, encoder, features_cache, config.encode_batch_size, context)
         query, vectors = encode(encoder.head, features, held_out, catalog, config.encode_batch_size, context)
-    found = find(query, vectors, held_out, catalog)
+    found = find(query, vectors, held_out, catalog, context.device)
     report = evaluate(found, held_out, catalog, items)
     report["skipped_pairs"] = pairs.skipped
     if context.is_main:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from mim_torchrec.csft.config import Criterion
+from mim_torchrec.csft.image_search import find
 from mim_torchrec.csft.inputs import FeatureInputs, Inputs, SearchContent
 from mim_torchrec.encoders.features import compute_features
 from mim_torchrec.encoders.item_encoder import ItemEncoder
 from mim_torchrec.encoders.selection import Selection
-from mim_torchrec.training import retrieval
 from mim_torchrec.training.distributed import DistributedContext
 
 
@@ -88,9 +88,7 @@ def plain_ranks(
             for rows in (queries, np.arange(catalog.num_items))
         )
         encoder.train(training)
-    bought, own = (torch.from_numpy(rows[held_out]) for rows in (catalog.item_row, catalog.query_row))
-    readable = torch.from_numpy(catalog.readable)
-    return retrieval.search(of_queries, of_items, bought, own, readable).rank
+    return find(of_queries, of_items, held_out, catalog, context.device).rank
 
 
 def compare(plain: Tensor, encoder: Tensor, criterion: Criterion, towers_trained: bool) -> Selection:

@@ -195,7 +195,7 @@ class CSFTTask:
         self.model = parallelize(
             self._contrast.to(context.device), config.parallel, towers, context, bf16=bf16
         )
-        self.optimizer = make_optimizer(self._contrast, config)
+        self.optimizer = make_optimizer(self._contrast, config, context.device)
         steps = self.num_batches(0) * config.epochs
         schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, warmup_cosine(math.ceil(config.warmup * steps), steps)
@@ -242,7 +242,7 @@ class CSFTTask:
         encoder = self._contrast.encoder.eval()
         size = self._config.encode_batch_size
         vectors = encode(encoder, self._inputs, self._held_out, self._catalog, size, self._context)
-        rank = find(*vectors, self._held_out, self._catalog).rank
+        rank = find(*vectors, self._held_out, self._catalog, self._context.device).rank
         return epoch_metrics(rank, self._config.select)
 
     def save(self, path: Path) -> None:
@@ -290,8 +290,8 @@ def check_chunks(config: CSFTConfig, towers: Sequence[nn.Module]) -> None:
         )
 
 
-def make_optimizer(model: Contrast, config: CSFTConfig) -> torch.optim.AdamW:
-    """AdamW: decay on matrices only, a learning rate of their own for towers."""
+def make_optimizer(model: Contrast, config: CSFTConfig, device: torch.device) -> torch.optim.AdamW:
+    """AdamW: decay on matrices only, a learning rate of their own for towers; one kernel on a GPU."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -302,7 +302,7 @@ def make_optimizer(model: Contrast, config: CSFTConfig) -> torch.optim.AdamW:
         {"params": parameters, "lr": tower_lr if tower else config.lr,
          "weight_decay": config.weight_decay if matrix else 0.0}
         for (tower, matrix), parameters in groups.items()
-    ])  # fmt: skip
+    ], fused=device.type == "cuda" or None)  # fmt: skip
 
 
 def warmup_cosine(warmup: int, total: int) -> Callable[[int], float]:

@@ -218,6 +218,10 @@ class CTRConfig(ModelConfig):
     pipeline: Literal["auto", "on", "off"] = "auto"
     """Exchange the ids of the next batch between ranks while the current one is computed (TorchRec's train
     pipeline); `auto`: on several GPUs. The results are the same."""
+    exchange_precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """How embeddings and their gradients travel between ranks: `bf16` and `fp16` take half the bytes, and
+    round. Gradients, which are small, travel as bf16 in either case. Multi-modal vectors travel as they are
+    stored. One rank exchanges nothing."""
     index_dedup: Literal["auto", "on", "off"] = "auto"
     """Look up every distinct item and category of a batch once; `auto`: on several GPUs, as only GPUs have
     the kernel. Multi-modal vectors are always looked up this way."""

@@ -15,6 +15,7 @@ from torch import nn
 from torchrec.distributed.comm import get_local_size
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs
 from torchrec.distributed.model_parallel import DataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
@@ -24,7 +25,13 @@ from torchrec.distributed.planner.types import (
     TopologyFactory,
     TrainerConfig,
 )
-from torchrec.distributed.types import CacheParams, ShardingEnv, ShardingType
+from torchrec.distributed.types import (
+    CacheParams,
+    CommOp,
+    QuantizedCommCodecs,
+    ShardingEnv,
+    ShardingType,
+)
 from torchrec.modules.embedding_configs import (
     DataType,
     EmbeddingBagConfig,
@@ -64,6 +71,11 @@ _SPARSE_OPTIMIZERS = {
 }
 # the model makes floats of vectors where it computes with them, and holds the shorter form until then
 _LEFT_AS_STORED = {DataType.FP16: torch.float16, DataType.BF16: torch.bfloat16}
+_EXCHANGED = (
+    CommOp.POOLED_EMBEDDINGS_ALL_TO_ALL,
+    CommOp.POOLED_EMBEDDINGS_REDUCE_SCATTER,
+    CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL,
+)
 _INIT_CHUNK = 65536
 WARMUP = "__warmup"
 
@@ -171,9 +183,12 @@ def shard(
         )
 
     constraints = _constraints(model, config, context)
+    codecs = _codecs(config, context)
     sharders: list[Any] = [
-        EmbeddingBagCollectionSharder(),
-        EmbeddingCollectionSharder(use_index_dedup=_index_dedup(config, context)),
+        EmbeddingBagCollectionSharder(qcomm_codecs_registry=codecs),
+        EmbeddingCollectionSharder(
+            use_index_dedup=_index_dedup(config, context), qcomm_codecs_registry=codecs
+        ),
         FrozenEmbeddingCollectionSharder(),
     ]
     topology = _topology(context)
@@ -217,6 +232,19 @@ def _index_dedup(config: CTRConfig, context: DistributedContext) -> bool:
     if config.index_dedup == "auto":  # it spares an exchange between ranks, and has the host wait
         return on_gpu and context.world_size > 1
     return config.index_dedup == "on"
+
+
+def _codecs(config: CTRConfig, context: DistributedContext) -> dict[str, QuantizedCommCodecs] | None:
+    """How embeddings and their gradients are encoded for the exchange; None leaves them as they are.
+
+    TorchRec's own registry takes fp16 for bf16 on a CPU, whose gloo exchanges both; gradients below 6e-8
+    would be lost in it.
+    """
+    if config.exchange_precision == "fp32" or context.world_size == 1:  # which would round for nothing
+        return None
+    forward = CommType(config.exchange_precision)
+    codecs = get_qcomm_codecs(QCommsConfig(forward_precision=forward, backward_precision=CommType.BF16))
+    return {operation.name: codecs for operation in _EXCHANGED}
 
 
 def _warmed_up(optimizer: KeyedOptimizer, lr: float, steps: int) -> KeyedOptimizer:

@@ -10,7 +10,7 @@ from ibis import _
 from ibis.expr.types import Table
 
 from mim_torchrec.data.errors import DataError
-from mim_torchrec.prepare.engines import Engine, count
+from mim_torchrec.prepare.engines import Engine
 from mim_torchrec.prepare.files import Files
 from mim_torchrec.prepare.reading import Raw
 
@@ -53,7 +53,7 @@ def make_items(raw: Raw, engine: Engine, scratch: Path) -> Items:
     key = ["item", "valid_from"] if has_versions else ["item"]
     whole = table.filter([table[name].notnull() for name in key])
     once = engine.keep(whole.distinct(), "catalog-rows")
-    rows, distinct = (count(engine, t) for t in (whole, once))
+    rows, distinct = (engine.count(t) for t in (whole, once))
     if not distinct:
         raise DataError("catalog: no row has an item id", file=raw.files.paths[0])
     _refuse_repeated(engine, once, key, raw.files)
@@ -85,7 +85,7 @@ def make_items(raw: Raw, engine: Engine, scratch: Path) -> Items:
         newest = kept.filter(_.age == 0).drop("age", "version", "valid_from")
     else:
         newest = kept
-    items = count(engine, newest)
+    items = engine.count(newest)
     counts = {
         **raw.counts, "duplicates": rows - distinct, "items": items, "versions": distinct,
         "categories": 0 if names is None else len(names),

@@ -15,7 +15,7 @@ from mim_torchrec.prepare import events, pairs
 from mim_torchrec.prepare.assembly import KINDS, uniform
 from mim_torchrec.prepare.catalog import Items
 from mim_torchrec.prepare.config import SECOND, Action, PrepareConfig
-from mim_torchrec.prepare.engines import Engine, count
+from mim_torchrec.prepare.engines import Engine
 from mim_torchrec.prepare.files import resolve
 from mim_torchrec.prepare.images import ImageReader, attach, stream_images, with_images
 from mim_torchrec.prepare.mapping import Mapping
@@ -69,7 +69,7 @@ def write_items(
             if "image" in columns:
                 part, empty = without_empty_images(part, "image")
                 without, empties = without + part["image"].null_count, empties + empty
-            files.write("items", part, IMAGE_ROWS)
+            files.write("items", part, IMAGE_ROWS if "image" in columns else None)
         files.finish()
     if catalog.image is not None:
         counts |= {"without_image": without, "empty_images": empties + reader.empty}
@@ -115,7 +115,7 @@ def write_pairs(
     both = made[0].union(*made[1:]) if len(made) > 1 else made[0]
     ordered = both.order_by(_.ts, _.request, _.signal.desc(), _.item)
     rows = engine.fetch(ordered)
-    counts: Counts = {"searches": count(engine, searches)}
+    counts: Counts = {"searches": engine.count(searches)}
     if not len(rows):
         return counts | {"pairs": 0}
     shaped = pa.table({

@@ -15,6 +15,7 @@ import ibis
 import ibis.expr.datatypes as dt
 import pyarrow as pa
 import pyarrow.parquet as pq
+from ibis.expr.operations import DatabaseTable
 from ibis.expr.types import Table, Value
 
 from mim_torchrec.data.errors import DataError
@@ -45,6 +46,9 @@ class Engine(Protocol):
 
     def fetch(self, table: Table) -> pa.Table:
         """Run an expression and return all of its rows, in order."""
+
+    def count(self, table: Table) -> int:
+        """How many rows an expression has."""
 
     def micros(self, column: Value) -> Value:
         """Microseconds since 1970 of timestamps; those without a zone count as if they were UTC."""
@@ -110,6 +114,12 @@ class DuckDB:
     def fetch(self, table: Table) -> pa.Table:
         rows = self._connection.con.sql(self._connection.compile(table)).to_arrow_table()
         return rows.cast(table.schema().to_pyarrow())
+
+    def count(self, table: Table) -> int:
+        kept = isinstance(table.op(), DatabaseTable)  # Ibis takes longer to say it than DuckDB to count
+        source = f'"{table.get_name()}"' if kept else f"({self._connection.compile(table)})"
+        ((rows,),) = self._connection.con.sql(f"SELECT count(*) FROM {source}").fetchall()
+        return int(rows)
 
     def micros(self, column: Value) -> Value:
         return epoch_us(column)
@@ -197,6 +207,9 @@ class Spark:
         rows = self._session.sql(self._connection.compile(table)).toArrow()
         return rows.cast(table.schema().to_pyarrow())
 
+    def count(self, table: Table) -> int:
+        return numbers(self, table.agg(rows=table.count()))["rows"]
+
     def micros(self, column: Value) -> Value:
         return unix_micros(column.cast(dt.Timestamp(timezone="UTC")))
 
@@ -208,11 +221,6 @@ class Spark:
         name = ibis.util.gen_name("mim_prepare")
         frame.createOrReplaceTempView(name)
         return self._connection.table(name)
-
-
-def count(engine: Engine, table: Table) -> int:
-    """How many rows an expression has."""
-    return numbers(engine, table.agg(rows=table.count()))["rows"]
 
 
 def numbers(engine: Engine, row: Table) -> dict[str, int]:

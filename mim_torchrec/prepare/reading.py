@@ -16,7 +16,7 @@ import pyarrow as pa
 from ibis.expr.types import BooleanValue, IntegerValue, Table, Value
 
 from mim_torchrec.data.errors import DataError
-from mim_torchrec.prepare.engines import Engine, count, numbers
+from mim_torchrec.prepare.engines import Engine, numbers
 from mim_torchrec.prepare.files import Files, find_files
 from mim_torchrec.prepare.local_time import LocalTime
 from mim_torchrec.prepare.mapping import Ids, Source, columns_of
@@ -209,7 +209,7 @@ class Reader:
                 first, last = numbers(self._engine, ends).values()
                 zone = LocalTime(str(source.timezone), first, last)
                 values[name] = ibis.ifelse(local, zone.utc(clock), clock)
-                twice = count(self._engine, raw.filter(local & zone.is_repeated(clock)))
+                twice = self._engine.count(raw.filter(local & zone.is_repeated(clock)))
                 if twice:
                     result.counts[f"{name}_in_a_repeated_hour"] = twice
         return raw.select(**values)

@@ -26,7 +26,7 @@ from mim_torchrec.prepare.catalog import Items, make_items
 from mim_torchrec.prepare.collisions import refuse_collisions
 from mim_torchrec.prepare.config import SECOND, Action, PrepareConfig, as_text
 from mim_torchrec.prepare.content import write_items, write_pairs
-from mim_torchrec.prepare.engines import ENGINES, Engine, count, numbers
+from mim_torchrec.prepare.engines import ENGINES, Engine, numbers
 from mim_torchrec.prepare.manifest import write_manifest
 from mim_torchrec.prepare.mapping import Events, Mapping, load_mapping
 from mim_torchrec.prepare.reading import Raw, Reader
@@ -172,7 +172,7 @@ class Preparation:
             table = table.mutate(request=table.user.cast("string") + "@" + table.ts.cast("string"))
         whole = events.complete(table, SHOWN)
         once = self.engine.keep(events.shown_items(whole), "shown")
-        distinct = count(self.engine, once)
+        distinct = self.engine.count(once)
         self.report["input"]["impression"] = counts | {
             "incomplete": counts["rows"] - raw.complete, "repeated": raw.complete - distinct,
         }  # fmt: skip
@@ -270,7 +270,7 @@ class Preparation:
             longer=(known.known > self.config.max_behaviors).cast("int64").sum(),
         ))  # fmt: skip
         self.report["histories"] = {
-            "behaviors": count(self.engine, both.filter(_.is_behavior == 1)),
+            "behaviors": self.engine.count(both.filter(_.is_behavior == 1)),
             "requests_without": found_counts["without"], "requests_cut_to_the_last": found_counts["longer"],
         }  # fmt: skip
         return known, histories.in_order(both)
@@ -314,7 +314,7 @@ class Preparation:
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
     def _counts(self, *tables: Table) -> tuple[int, ...]:
-        return tuple(count(self.engine, table) for table in tables)
+        return tuple(self.engine.count(table) for table in tables)
 
 
 def written(files: FolderWriter) -> dict[str, int]:

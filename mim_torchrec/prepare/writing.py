@@ -4,6 +4,7 @@ Row groups have the size that a reader shuffles by. Ids and categories are dicti
 large enough for the distinct ids of a row group.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +25,8 @@ GROUPS_PER_FILE = 8
 DICTIONARY_BYTES = 16 * 2**20
 IMAGE_ROWS = 1000
 COUNTED_ROWS = 65_536
+WAITING_BYTES = 64 * 2**20
+"""Of tables that wait to be written, where more than one does."""
 
 
 class FolderWriter:
@@ -39,7 +42,7 @@ class FolderWriter:
         self._folder: str | None = None
         self._waiting: list[pa.Table] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="parquet")
-        self._running: Future[None] | None = None
+        self._running: deque[tuple[Future[None], int]] = deque()
         self._file: _File | None = None
         self._next: dict[str, int] = {}
         self.files: list[dict[str, Any]] = []
@@ -68,29 +71,31 @@ class FolderWriter:
             return
         whole = pa.concat_tables(self._waiting)
         for start in range(0, rows - rows % self._rows, self._rows):
-            self._submit(self._write_group, folder, whole.slice(start, self._rows), self._rows)
+            self._write(folder, whole.slice(start, self._rows))
         self._waiting = [whole.slice(rows - rows % self._rows)] if rows % self._rows else []
 
     def finish(self) -> None:
         """Write what waits, and close the file."""
         self._flush()
         self._folder = None
-        if self._running is not None:
-            self._running.result()
-            self._running = None
+        while self._running:
+            self._running.popleft()[0].result()
 
     def _flush(self) -> None:
         if self._waiting:
             assert self._folder is not None
-            self._submit(self._write_group, self._folder, pa.concat_tables(self._waiting), self._rows)
+            self._write(self._folder, pa.concat_tables(self._waiting))
         self._waiting = []
-        self._submit(self._close)
+        self._running.append((self._thread.submit(self._close), 0))
 
-    def _submit(self, work: Callable[..., None], *words: Any) -> None:
-        """Let the thread do what comes next, when it has done what came before: one table waits at most."""
-        if self._running is not None:
-            self._running.result()
-        self._running = self._thread.submit(work, *words)
+    def _write(self, folder: str, table: pa.Table) -> None:
+        """Let the thread write a row group, when it has written enough of those before."""
+        size = table.nbytes
+        while self._running and (
+            self._running[0][0].done() or size + sum(waiting for _, waiting in self._running) > WAITING_BYTES
+        ):
+            self._running.popleft()[0].result()
+        self._running.append((self._thread.submit(self._write_group, folder, table, self._rows), size))
 
     def _write_group(self, folder: str, table: pa.Table, rows: int) -> None:
         if self._file is not None and self._file.groups == GROUPS_PER_FILE:
@@ -140,14 +145,15 @@ class _File:
 class Vocabularies:
     """Distinct ids of the training part and how often each occurs, as `data.id_scan.count_ids` finds them.
 
-    Ids of many requests are counted at once: most of them occur again and again.
+    Ids of many requests are counted at once, because most of them occur again and again, by a thread.
     """
 
     def __init__(self) -> None:
         self._counts: dict[str, IdCounts] = {}
         self._shown, self._positive = IdCounts(), IdCounts()
-        self._written = _Waiting(self._count)
-        self._seen = _Waiting(self._count_popularity)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="counts")
+        self._written = _Waiting(self._count, self._thread)
+        self._seen = _Waiting(self._count_popularity, self._thread)
 
     def add(self, requests: pa.Table) -> None:
         """Count the ids of requests that are written."""
@@ -163,8 +169,9 @@ class Vocabularies:
 
         `popularity` has `id`, `shown` and `positive`.
         """
-        self._written.flush()
-        self._seen.flush()
+        self._written.finish()
+        self._seen.finish()
+        self._thread.shutdown()
         for name, found in self._counts.items():
             yield name, pa.table({"id": found.ids, "count": found.counts, "impressions": found.impressions})
         columns = {"id": self._shown.ids, "shown": self._shown.counts, "positive": self._positive.counts}
@@ -188,22 +195,33 @@ class Vocabularies:
 
 
 class _Waiting:
-    """Requests that wait until many can be counted at once."""
+    """Requests that wait until many can be counted at once, while those before are counted."""
 
-    def __init__(self, count: Callable[[pa.Table], None]) -> None:
-        self._count, self._rows = count, 0
+    def __init__(self, count: Callable[[pa.Table], None], thread: ThreadPoolExecutor) -> None:
+        self._count, self._thread, self._rows = count, thread, 0
         self._tables: list[pa.Table] = []
+        self._running: Future[None] | None = None
 
     def add(self, requests: pa.Table) -> None:
         self._tables.append(requests)
         self._rows += len(requests)
         if self._rows >= COUNTED_ROWS:
-            self.flush()
+            self._flush()
 
-    def flush(self) -> None:
+    def finish(self) -> None:
+        self._flush()
+        if self._running is not None:
+            self._running.result()
+
+    def _flush(self) -> None:
+        if self._running is not None:
+            self._running.result()
         if self._tables:
-            self._count(pa.concat_tables(self._tables).combine_chunks())
+            self._running = self._thread.submit(self._counted, self._tables)
         self._tables, self._rows = [], 0
+
+    def _counted(self, tables: list[pa.Table]) -> None:
+        self._count(pa.concat_tables(tables).combine_chunks())
 
 
 def _has_dictionary(kind: pa.DataType) -> bool:

@@ -73,7 +73,7 @@ class PretrainTask:
             # timm's towers may hold layers after the feature map that is reconstructed from
             unused = name == "dda-vision"
             self.model = nn.parallel.DistributedDataParallel(objective, find_unused_parameters=unused)
-        self.optimizer = make_optimizer(objective, phase, config.weight_decay)
+        self.optimizer = make_optimizer(objective, phase, config.weight_decay, context.device)
         steps = self.num_batches(0) * phase.epochs
         schedule = get_cosine_schedule_with_warmup(self.optimizer, math.ceil(config.warmup * steps), steps)
         self.optimizer.register_step_post_hook(lambda *_: schedule.step())
@@ -157,9 +157,10 @@ class PretrainTask:
 
 
 def make_optimizer(
-    objective: PretrainingObjective, phase: PhaseConfig, weight_decay: float
+    objective: PretrainingObjective, phase: PhaseConfig, weight_decay: float, device: torch.device
 ) -> torch.optim.AdamW:
-    """AdamW: decay on matrices only, a learning rate of its own for what stands on the towers."""
+    """AdamW: decay on matrices only, a learning rate of its own for what stands on the towers; one kernel on
+    a GPU."""
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in objective.named_parameters():  # the towers come first, with what heads share
         if parameter.requires_grad:
@@ -169,4 +170,4 @@ def make_optimizer(
         {"params": parameters, "lr": phase.lr if tower else phase.head_lr,
          "weight_decay": weight_decay if matrix else 0.0}
         for (tower, matrix), parameters in groups.items()
-    ])  # fmt: skip
+    ], fused=device.type == "cuda" or None)  # fmt: skip

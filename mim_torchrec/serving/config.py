@@ -35,7 +35,10 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig:
-    """Answer requests for scores by the Open Inference Protocol v2, over HTTP and gRPC."""
+    """Answer requests for scores by the Open Inference Protocol v2, over HTTP and gRPC.
+
+    The server computes on CPUs, also on a host with GPUs.
+    """
 
     release: LocalPath | None = None
     """Folder of releases (`mim release`). The current release is served; a promotion takes effect at once."""

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from mim_torchrec.embeddings.stores.seen import Seen
 from mim_torchrec.embeddings.stores.store import ParameterStore, SharedStore, check_store
 from mim_torchrec.embeddings.table.manifest import TableError
 from mim_torchrec.embeddings.windows.window import Window
@@ -40,6 +41,8 @@ class GuardedStore:
     def __init__(self, name: str, store: ParameterStore, metrics: Metrics) -> None:
         self.name, self.table_version, self.dim = name, store.table_version, store.dim
         self._store, self._metrics = store, metrics
+        # a store that is not shared changes by `apply` alone
+        self.seen = store.seen if isinstance(store, SharedStore) else Seen()
         self._lock = threading.Lock()
         self._failures = 0
         self._reason = ""
@@ -66,11 +69,6 @@ class GuardedStore:
         """
         with self._asked():
             check_store(self._store)
-
-    @property
-    def changes(self) -> int:
-        """See `SharedStore`; a store that is none changes by `apply` alone."""
-        return self._store.changes if isinstance(self._store, SharedStore) else 0
 
     def lookup(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """See `ParameterStore`.

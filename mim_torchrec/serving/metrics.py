@@ -4,7 +4,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, values
+import prometheus_client.values as values
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from mim_torchrec.serving.spans import Spans
@@ -12,6 +14,32 @@ from mim_torchrec.serving.statistics import Statistics
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 STORE_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
+
+
+ALLOCATED = 1 << 18
+"""Bytes that a file of a worker's metrics has from the beginning."""
+
+
+class _Allocated(MmapedDict):
+    """A file of metrics whose bytes are there before anything is written to them.
+
+    A hole of a mapped file that cannot be filled, because the disk is full, ends the process (SIGBUS).
+    """
+
+    def __init__(self, filename: str, read_mode: bool = False) -> None:
+        if not read_mode:
+            _allocate(filename, ALLOCATED)
+        super().__init__(filename, read_mode)
+
+    def _init_value(self, key: str) -> None:
+        if self._used + len(key.encode()) + 64 > self._capacity:
+            _allocate(self._fname, 2 * self._capacity)
+        super()._init_value(key)
+
+
+def _allocate(filename: str, size: int) -> None:
+    with open(filename, "ab") as file:
+        os.posix_fallocate(file.fileno(), 0, size)
 
 
 class Metrics:
@@ -28,6 +56,7 @@ class Metrics:
         if shared is not None:
             # prometheus_client asks for the variable when it is imported, which is before workers begin
             os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(shared)
+            values.MmapedDict = _Allocated  # type: ignore[misc]  # it makes its files by this name
             values.ValueClass = values.MultiProcessValue()
         self.registry = CollectorRegistry()
         self.statistics = Statistics(self.registry, self.exposed)

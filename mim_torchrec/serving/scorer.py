@@ -12,7 +12,6 @@ from typing import cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mim_torchrec.ciubm.ciubm import CiUBM
@@ -253,7 +252,7 @@ class Scorer:
 
     def _others_changed_rows(self) -> bool:
         """Whether vectors have changed otherwise than by `apply` since the last call."""
-        changes = self.mm.changes if isinstance(self.mm, SharedStore) else 0
+        changes = self.mm.seen.changes if isinstance(self.mm, SharedStore) else 0
         if changes == self._changes:
             return False
         self._changes = changes
@@ -335,8 +334,7 @@ class Scorer:
             self._count(kind_of(name), found, lengths, lookups)
             owner = torch.arange(len(requests)).repeat_interleave(lengths)
             total = rows.new_zeros(len(requests), rows.shape[1]).index_add(0, owner, rows)
-            is_mean = name in self.features.by_name
-            parts.append(total / lengths.clamp(min=1)[:, None] if is_mean else total)
+            parts.append(total / lengths.clamp(min=1)[:, None] if name in self.features.by_name else total)
         return torch.cat(parts, dim=1)
 
     def _looked_up(
@@ -358,7 +356,7 @@ class Scorer:
         moments = [request.request_ts for request in requests if request.request_ts is not None]
         has_times = len(times) == len(moments) == len(requests)
         return LookedUp(
-            pairs=self._pairs_of(*(F.pad(own, (1, 0)) for own in ends)),
+            pairs=self._pairs_of(*(nn.functional.pad(own, (1, 0)) for own in ends)),
             pooled=lambda: pooled,
             rows=rows,
             vectors=vectors,
@@ -379,16 +377,17 @@ class Scorer:
         return model_numbers(features, values)
 
     def _flat(self, name: str, requests: Sequence[ScoreRequest]) -> tuple[Tensor, Tensor]:
-        missing = [request for request in requests if name not in request.ids]
-        if missing:
+        if any(name not in request.ids for request in requests):
             raise BadRequest(f"the model needs the feature {name}")
         parts = [request.ids[name] for request in requests]
-        return torch.cat(parts), torch.tensor([part.numel() for part in parts])
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return whole, torch.tensor([part.numel() for part in parts])
 
     @staticmethod
     def _count(kind: str, found: Tensor, lengths: Tensor, lookups: list[dict[str, int]]) -> None:
-        for own, part in zip(lookups, found.split(lengths.tolist()), strict=True):
-            own[kind] += int(np.count_nonzero(~part.numpy()))
+        parts = [found] if len(lookups) == 1 else found.split(lengths.tolist())
+        for own, part in zip(lookups, parts, strict=True):
+            own[kind] += part.numel() - int(np.count_nonzero(part.numpy()))
 
 
 def _put_given(requests: Sequence[ScoreRequest], rows: Tensor, found: Tensor) -> None:

@@ -14,7 +14,15 @@ from pathlib import Path
 from torch import Tensor
 
 from mim_torchrec.embeddings.remote.places import Url
-from mim_torchrec.embeddings.stores.store import ParameterStore, catch_up, check_store, follow, open_store
+from mim_torchrec.embeddings.stores.seen import Seen
+from mim_torchrec.embeddings.stores.store import (
+    ParameterStore,
+    SharedStore,
+    catch_up,
+    check_store,
+    follow,
+    open_store,
+)
 from mim_torchrec.embeddings.windows.transport import Transport, open_log
 from mim_torchrec.embeddings.windows.window import Window
 from mim_torchrec.errors import OptionError
@@ -93,16 +101,26 @@ class Served:
         cache: matrices to keep.
         metrics: are told of windows and stores.
         store_timeout: seconds that Redis may take to answer one command; None for those of other programs.
+        seen: by place and version, what was read of shared stores before; it is added to.
     """
 
     def __init__(
-        self, deployment: Deployment, cache: int, metrics: Metrics, store_timeout: float | None = None
+        self,
+        deployment: Deployment,
+        cache: int,
+        metrics: Metrics,
+        store_timeout: float | None = None,
+        seen: dict[tuple[str, str], Seen] | None = None,
     ) -> None:
         self.deployment = deployment
         self._metrics = metrics
+        before = {} if seen is None else seen
 
         def open_guarded(name: str, where: str | Path, table_version: str) -> ParameterStore:
-            return GuardedStore(name, open_store(where, table_version, store_timeout), metrics)
+            store = open_store(where, table_version, store_timeout)
+            if isinstance(store, SharedStore):
+                store.seen = before.setdefault((str(where), table_version), store.seen)
+            return GuardedStore(name, store, metrics)
 
         self.scorer = Scorer(Bundle.open(deployment.bundle), deployment.store, deployment.id_store, cache,
                              opener=open_guarded)  # fmt: skip
@@ -202,7 +220,8 @@ class Service:
     ) -> None:
         self._cache, self._metrics, self._store_timeout = cache, metrics, store_timeout
         self._lock = threading.Lock()
-        self.current = Served(deployment, cache, metrics, store_timeout)
+        self._seen: dict[tuple[str, str], Seen] = {}
+        self.current = Served(deployment, cache, metrics, store_timeout, self._seen)
         self.release: ReleaseState | None = None
         self._note_served()
 
@@ -214,7 +233,7 @@ class Service:
         """
         with self._lock:
             try:
-                made = Served(deployment, self._cache, self._metrics, self._store_timeout)
+                made = Served(deployment, self._cache, self._metrics, self._store_timeout, self._seen)
             except BaseException:
                 self._metrics.swaps.labels("refused").inc()
                 raise

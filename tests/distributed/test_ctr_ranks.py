@@ -33,6 +33,8 @@ RUNS = (
     *(f"{kind}:{way}" for kind in ("base", "mim") for way in SHARDINGS),
 )
 """Models, some with the way that the planner has to divide their tables."""
+EXCHANGES = ("mim:table_wise:fp16", "mim:row_wise:bf16")
+"""Likewise, with the precision in which embeddings are exchanged."""
 ROWS = {"user_id": 10, "item_id": ITEMS, "category": 5, "interests": 7, "candidate_brand": 6,
         "behavior_action": 4}  # fmt: skip
 """Rows of the embedding tables."""
@@ -95,7 +97,7 @@ def shrunk(batch: RequestBatch) -> RequestBatch:
 
 def train(name: str, folder: Path, context) -> dict[str, object]:
 
-    kind, _, way = name.partition(":")
+    kind, way, exchange, *_ = [*name.split(":"), "", ""]
     with_mm, with_features = kind == "mim", kind in ("features", "shrunk")
     shrink = shrunk if kind == "shrunk" else lambda batch: batch
     ubm = name if name in UBMS else "din"
@@ -106,6 +108,7 @@ def train(name: str, folder: Path, context) -> dict[str, object]:
         recency="order", data=folder, out=folder, mim="on" if with_mm else "off", embedding_dim=8,
         tower=(16, 8), seed=3, lr=1e-2, sparse_lr=0.1, dot_product_features=True, content_projection="linear",
         content_dim=6, sharding=(way,) if way else SHARDINGS[:2],
+        exchange_precision=exchange or "fp32",
         sparse_optimizer="adagrad" if way == "column_wise" else "rowwise_adagrad",
         # DIEN's negatives are drawn from the rank's own histories
         aux_weight=0.0 if name == "dien" else 1.0,
@@ -176,7 +179,7 @@ def batch_norm(context) -> torch.Tensor:
 
 def train_all(folder: Path) -> dict:
     with distributed(3) as context:
-        results = {name: train(name, folder, context) for name in RUNS}
+        results = {name: train(name, folder, context) for name in (*RUNS, *EXCHANGES)}
         return results | {"batch_norm": batch_norm(context), "world_size": context.world_size}
 
 
@@ -198,6 +201,19 @@ def test_the_runs_had_the_ranks_they_are_compared_by(results):
 def test_two_ranks_have_the_loss_curve_of_one(results, name):
     one, two = (np.array(results[n][name]["losses"]) for n in (1, 2))
     np.testing.assert_allclose(two, one, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", EXCHANGES)
+def test_embeddings_that_travel_in_half_the_bytes_train_nearly_the_same(results, name):
+    exact, two = (np.array(results[2][each]["losses"]) for each in (name.rpartition(":")[0], name))
+    assert (two != exact).any()
+    np.testing.assert_allclose(two[:5], exact[:5], atol=2e-3)
+    np.testing.assert_allclose(two, exact, atol=0.05)  # roundings add up
+
+
+@pytest.mark.parametrize("name", EXCHANGES)
+def test_one_rank_exchanges_and_rounds_nothing(results, name):
+    assert results[1][name]["losses"] == results[1][name.rpartition(":")[0]]["losses"]
 
 
 @pytest.mark.parametrize("way", SHARDINGS)

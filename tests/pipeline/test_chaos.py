@@ -3,12 +3,14 @@
 import json
 from dataclasses import replace
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mim_torchrec.benchmarks.chaos.inputs import Inputs
 from mim_torchrec.benchmarks.chaos.main import main
+from mim_torchrec.benchmarks.chaos.server import Clients
 from mim_torchrec.benchmarks.chaos.verify import Audit, verify_dead_letter, verify_log, verify_rows
 from mim_torchrec.benchmarks.chaos.workers import Place, Workers, context, embedded
 from mim_torchrec.benchmarks.measures.arrivals import Arrival
@@ -31,7 +33,9 @@ def test_killed_processes_leave_every_row_right_over_both_transports(tmp_path):
         assert set(outcome["readers"]) == {"dead_letter", "store", "embedded", "training"}
     assert "Watermarks" in (out / "report.md").read_text()
     # every kind of fault of a server once
-    assert report["injected"] >= 12 and len(report["server"]["injected"]) == 12
+    server = report["server"]
+    assert len(server["injected"]) + len(server["left_out"]) == 20
+    assert set(server["left_out"]) <= {"clock jump", "full disk"}
     assert report["server"]["answers"]["200"] > 0
     for name in ("late_answers", "wrong_scores", "unexplained_500", "unrecovered"):
         assert report[name] == 0, report["server"]["examples"]
@@ -57,6 +61,21 @@ def test_chaos_that_does_not_end_says_who_is_still_at_work(tmp_path):
     with pytest.raises(TimeoutError, match="after 0 s still at work: rim; killed"):
         main(["--out", str(tmp_path / "run"), "--kills", "4", "--items", "300", "--requests", "100",
               "--transports", "directory", "--limit", "0"])  # fmt: skip
+
+
+def test_answers_that_are_late_or_of_older_vectors_are_noticed():
+    expected = {"m": [[[0.1]], [[0.2]], [[0.3]]]}  # of a request, by state of the vectors
+    clients = Clients(SimpleNamespace(expected=expected), 0, seed=0, slack=2.0)
+    for score, windows in ((0.1, range(0, 1)), (0.2, range(0, 2)), (0.1, range(3, 4))):
+        body = {"model_version": "m", "outputs": [{"name": "score", "data": [score]}]}
+        clients._note(0, 200, body, windows)
+    assert clients.tally.wrong == 0
+    clients._note(0, 200, body, range(4, 5))  # answered with the vectors before window 4
+    assert clients.tally.wrong == 1 and "those of states [0]" in clients.tally.examples[0]
+    clients._note_late(504, took=9.0, held_up=0.5)
+    assert (clients.tally.late, clients.tally.held_up) == (1, 0)
+    clients._note_late(504, took=3.5, held_up=2.0)  # this process was not let run itself
+    assert (clients.tally.late, clients.tally.held_up) == (1, 1)
 
 
 VECTORS = torch.arange(12, dtype=torch.float32).view(6, 2)

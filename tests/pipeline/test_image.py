@@ -61,35 +61,29 @@ def environment() -> list[Path]:
     return found
 
 
-@pytest.fixture(scope="module")
-def container(storage) -> Iterator[list[str]]:
-    """Words that begin a command in a container of the image; it is a copy of the whole, so there is one."""
+@pytest.fixture
+def inside(storage, tmp_path: Path) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+    """Runs a command in a container of the image, in a folder that is `tmp_path` outside."""
     buildah = ["buildah", "--storage-driver=vfs", *storage]
     made = subprocess.run([*buildah, "from", "--pull-never", TAG], capture_output=True, text=True, check=True)
-    name = made.stdout.strip()
+    container = made.stdout.strip()
+    tmp_path.chmod(0o777)
+    mounts = [*(f"--volume={place}:{place}:ro" for place in environment()), f"--volume={tmp_path}:/job:rw"]
     above = sorted({str(parent) for place in environment() for parent in place.parents} - {"/"})
     entered = 'for folder; do mkdir -p "$folder" && chmod o+x "$folder"; done'  # the user is not root
-    as_root = [*buildah, "run", "--isolation=chroot", "--user=0", name, "--"]
+    as_root = [*buildah, "run", "--isolation=chroot", "--user=0", container, "--"]
     subprocess.run([*as_root, "sh", "-c", entered, "sh", *above], check=True, capture_output=True)
-    mounts = [f"--volume={place}:{place}:ro" for place in environment()]
-    yield [*buildah, "run", "--isolation=chroot", "--workingdir=/job", "--hostname=localhost",
-           f"--env=VIRTUAL_ENV={sys.prefix}", "--env=OMP_NUM_THREADS=1", *mounts, name]  # fmt: skip
-    subprocess.run([*buildah, "rm", name], capture_output=True)
-
-
-@pytest.fixture
-def inside(container, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs a command in the container, in a folder that is `tmp_path` outside."""
-    *words, name = container
-    tmp_path.chmod(0o777)
 
     def run(*command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [*words, f"--volume={tmp_path}:/job:rw", name, "--", *command],
+            [*buildah, "run", "--isolation=chroot", "--workingdir=/job", "--hostname=localhost",
+             f"--env=VIRTUAL_ENV={sys.prefix}", "--env=OMP_NUM_THREADS=1", *mounts, container, "--",
+             *command],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
 
-    return run
+    yield run
+    subprocess.run([*buildah, "rm", container], capture_output=True)
 
 
 def test_the_image_has_a_user_that_is_not_root(inside):

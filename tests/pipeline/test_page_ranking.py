@@ -18,7 +18,7 @@ from mim_torchrec.embeddings.windows.window import Window
 from mim_torchrec.serving.bundle import Bundle
 from mim_torchrec.serving.logged import Log
 from mim_torchrec.serving.page.likeness import WORDS, Likeness
-from mim_torchrec.serving.page.new_item import ID, NO_ENCODER, ItemEncoder, with_new_item
+from mim_torchrec.serving.page.new_item import NO_ENCODER, ItemEncoder, with_new_item
 from mim_torchrec.serving.page.page import Page
 from mim_torchrec.serving.scorer import Scorer
 from tests.page import shop_with_encoder
@@ -145,12 +145,12 @@ def test_a_new_item_scores_as_if_its_vector_had_been_published(folder, encoder, 
     published = Scorer(Bundle.open(folder / "run" / "bundle"), folder / "table")
     with torch.inference_mode():
         vector = encoder._encoder([Image.new("RGB", (32, 32), "red")], ["red chair"]).float().clone()
-    window = Window.of(torch.tensor([ID]), vector, table_version=published.mm.table_version, seq=1,
-                       window_id="one", dtype="float32")  # fmt: skip
-    assert published.apply(window)
     logged = next(one for one in Log(Dataset(folder / "data"), "test", published.features)
                   if one.known_as("request_id") == str(row["request_id"]))  # fmt: skip
     asked = with_new_item(published, logged.asked(published, contribution=True), vector[0], "chair")
+    window = Window.of(asked.ids["candidate_item_id"][-1:], vector, seq=1, window_id="one", dtype="float32",
+                       table_version=published.mm.table_version)  # fmt: skip
+    assert published.apply(window)
     assert asked.ids["candidate_category"][-1] == int(category_ids(pa.array(["chair"]))[0])
     expected = published.score([replace(asked, vectors={})])[0]
     assert new["score"] == pytest.approx(float(expected.scores[-1]), abs=1e-6)

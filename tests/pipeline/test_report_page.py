@@ -52,5 +52,5 @@ def test_nothing_scrolls_sideways(report, browser, size, tmp_path):  # noqa: F81
 def test_on_a_phone_every_cell_says_its_column(report, browser):  # noqa: F811
     page = opened(browser, report, "phone")
     cell = page.locator("td[data-column='test AUC']").first
-    assert cell.evaluate("one => getComputedStyle(one, '::before').content") == '"test AUC" ": "'
+    assert cell.evaluate("one => getComputedStyle(one, '::before').content") == '"test AUC: "'
     assert page.locator("tr.head").first.is_hidden()

@@ -12,6 +12,7 @@ from mim_torchrec.embeddings.windows.redis_address import locate
 from mim_torchrec.embeddings.windows.redis_connection import connect
 from mim_torchrec.embeddings.windows.transport import open_log
 from mim_torchrec.serving.bundle import Bundle
+from mim_torchrec.serving.guarded import StoreFailed
 from tests.serving import INFER, application, deployment, messages, output
 
 HOPELESS = 10_000  # answers
@@ -90,13 +91,15 @@ def test_after_a_failover_to_an_older_copy_nothing_is_scored_until_it_has_all_wi
         others.apply(log.read(1))
         replica.copy(primary)
         replica.cut_off()
-        app, _ = application(deployment(serving_folder, store=primary.url, id_store=primary.url))
+        app, service = application(deployment(serving_folder, store=primary.url, id_store=primary.url))
         with TestClient(app) as http:
             assert output(http.post(INFER, json=sent).json()) == pytest.approx(expected[1], abs=1e-6)
             others.apply(log.read(2))
             assert output(http.post(INFER, json=sent).json()) == pytest.approx(expected[2], abs=1e-6)
             replica.take_the_place_of(primary)
             assert "has lost windows: shard 0 is at 1 and was at 2" in refusal(http, sent)
+            with pytest.raises(StoreFailed, match="has lost windows"):  # what was seen outlives a deployment
+                service.swap(service.current.deployment)
             assert catch_up(others, log) == 1
             assert http.get("/v2/health/ready").status_code == 200
             assert output(http.post(INFER, json=sent).json()) == pytest.approx(expected[2], abs=1e-6)

@@ -1,5 +1,6 @@
 """What is different where there is a GPU: when losses are read, rows examined, and tensors moved."""
 
+import numpy as np
 import pytest
 import torch
 from torchrec.distributed.types import BoundsCheckMode
@@ -8,6 +9,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from mim_torchrec.benchmarks.rehearsal.counts import Counts
 from mim_torchrec.benchmarks.rehearsal.pretended import pretended_gpu
 from mim_torchrec.ciubm.jagged import RequestPairs
+from mim_torchrec.csft.inputs import FeatureInputs
 from mim_torchrec.data.batch import RequestBatch
 from mim_torchrec.data.packed_batch import packed
 from mim_torchrec.embeddings.sharded.bounds import BoundsCheck, Limits
@@ -100,6 +102,18 @@ def test_a_row_that_training_has_not_waited_for_is_an_error_afterwards(live, the
     module.settle([Limits(BoundsCheck(config, BoundsCheckMode.FATAL), rows[0], rows[1])])
     with pytest.raises(IndexError, match=f"row {config.num_embeddings} is not within"):
         then(module)
+
+
+def test_features_of_frozen_towers_lie_on_the_gpu_where_they_fit(counts, monkeypatch):
+    image, text, rows = torch.randn(5, 3), torch.randn(4, 2), np.array([3, 0, 3])
+    small, fits = (0, 0), []
+    for free in (torch.cuda.mem_get_info(), small):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: free)
+        inputs = FeatureInputs(image, text, GPU)
+        fits.append(all(held.is_cuda for held in inputs._held))
+        assert inputs.images(rows).is_cuda and inputs.images(rows).tolist() == image[rows].tolist()
+        assert inputs.texts(rows).is_cuda and inputs.texts(rows).tolist() == text[rows].tolist()
+    assert fits == [True, False]
 
 
 def test_a_stream_keeps_the_offsets_of_every_feature(monkeypatch):

@@ -15,6 +15,7 @@ from mim_torchrec.embeddings.sharded.item_index import ItemIndex, SpareRowsExhau
 from mim_torchrec.embeddings.sharded.new_items import NewItems
 from mim_torchrec.embeddings.sharded.saved_index import SavedIndex
 from mim_torchrec.embeddings.table.format import RowIndex, Table, TableError, TableWriter
+from mim_torchrec.embeddings.table.row_index import map_distinct
 
 SMALL = st.integers(-40, 40)
 ANY = st.integers(-(2**63), 2**63 - 1)
@@ -218,3 +219,12 @@ def test_a_worker_does_not_change_the_index(start):
                         num_workers=1, multiprocessing_context=start)  # fmt: skip
     with pytest.raises(TableError, match="is changed by the process that made it"):
         next(iter(loader))
+
+
+@pytest.mark.parametrize("first", [-(2**63), -3, 0, 1, 7, 2**63 - 5])
+def test_ids_without_a_gap_have_the_rows_that_a_search_finds(first):
+    ids = torch.tensor([first + k for k in range(5)])
+    asked = torch.tensor([-(2**63), -4, -3, 0, 1, 5, 7, 11, 12, 2**63 - 5, 2**63 - 1]).view(1, -1)
+    split = RowIndex(ids[:2], ids[2:])
+    assert split.rows(asked).tolist() == map_distinct(asked, split.rows_of_ascending).tolist()
+    assert split.rows(ids).tolist() == [1, 2, 3, 4, 5]

@@ -58,9 +58,10 @@ def _of_behaviors(candidates: Tensor, behaviors: Tensor, weights: Tensor, tiers:
     if not width or not len(candidates):
         return out
     columns, all_weights = behaviors.T.contiguous(), float(weights.sum())
+    weighted = columns @ weights  # the mean is linear in the relevance
     for rows in blocks_of(len(candidates), width):
         alpha = candidates[rows] @ columns
-        largest, mean = alpha.amax(1), (alpha @ weights).div_(all_weights)
+        largest, mean = alpha.amax(1), (candidates[rows] @ weighted).div_(all_weights)
         is_nothing = alpha.numpy() == 0
         unseen = is_nothing.sum(1) if is_nothing.any() else None
         if unseen is not None:
