@@ -113,7 +113,8 @@ def cell(seed: int, share: float = 1.0, source: str = "now", **aucs: float) -> v
 
 @pytest.mark.parametrize(("worst", "never_loses"), [(0.5985, True), (0.5975, False)])
 def test_one_seed_that_loses_is_a_loss(worst, never_loses):
-    report = value.build_report([cell(0, mim=0.7), cell(1, mim=worst, ensemble=0.7)], [])
+    wanted = {("shop", 1.0, "din", seed) for seed in (0, 1)}
+    report = value.build_report([cell(0, mim=0.7), cell(1, mim=worst, ensemble=0.7)], [], wanted)
     (line,) = report["cells"]
     assert line["auc"]["mim"] == {"0": 0.7, "1": worst}
     assert report["never_loses"] == never_loses
@@ -122,13 +123,22 @@ def test_one_seed_that_loses_is_a_loss(worst, never_loses):
     assert [one["met"] for one in report["targets"]] == [never_loses, False, True]
 
 
+def test_nothing_is_claimed_while_results_are_missing():
+    won, lost = cell(0, mim=0.7), cell(1, mim=0.5)
+    assert len(value.whole()) == 2 * 2 * 6 * 3
+    report = value.build_report([won], [], value.whole())
+    assert (report["never_loses"], report["missing"]) == (None, 71)
+    assert "71 results are missing" in value.sections(report)[0].text[-1]
+    assert value.build_report([won, lost], [], value.whole())["never_loses"] is False
+
+
 def test_results_of_other_code_are_left_out_by_name(tmp_path):
     (tmp_path / "cells").mkdir()
     for one in (cell(0), cell(1, source="before")):
         write_json(one.file(tmp_path), dataclasses.asdict(one))
     cells, outdated = value.read_cells(tmp_path, {"shop": {"source": "now"}})
     assert (cells, outdated) == ([cell(0)], ["shop-1-din-1"])
-    assert "shop-1-din-1" in value.sections(value.build_report(cells, outdated))[0].text[-1]
+    assert "shop-1-din-1" in value.sections(value.build_report(cells, outdated, set()))[0].text[-1]
 
 
 def test_an_ensemble_is_the_mean_of_log_odds(tmp_path):
