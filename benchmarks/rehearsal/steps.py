@@ -201,7 +201,7 @@ class _Ready:
     def set_epoch(self, epoch: int, done: list[tuple[int, int]]) -> None:
         pass
 
-    def batches(self, first: int = 0, mapper: object = None) -> Iterator[RequestBatch]:
+    def batches(self, first: int = 0, mapper: object = None, ahead: bool = False) -> Iterator[RequestBatch]:
         for batch in self._batches[first:]:
             yield replace(batch)
 
