@@ -23,6 +23,7 @@ from mim_torchrec.data.batch import RequestBatch
 from mim_torchrec.data.requests import RequestReader
 from mim_torchrec.data.schema import Dataset
 from mim_torchrec.embeddings.files import atomic_directory, write_json
+from mim_torchrec.embeddings.remote.places import stat_of
 from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.training.metrics import auc
 
@@ -97,7 +98,7 @@ def fit(data: Path, table: Table, out: Path, max_behaviors: int = 50) -> Path:
     files = [file for split in ("train", "validation", "test") for file in Dataset(data).requests(split)]
     made_of = {
         "table_version": table.manifest.table_version, "max_behaviors": max_behaviors,
-        "files": [[str(file), Path(file).stat().st_size, Path(file).stat().st_mtime_ns] for file in files],
+        "files": [[str(file), *stat_of(file)] for file in files],
     }  # fmt: skip
     metrics = out / "metrics.json"
     if metrics.is_file() and json.loads(metrics.read_text())["made_of"] == made_of:

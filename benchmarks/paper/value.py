@@ -283,7 +283,7 @@ def main(argv: list[str] | None = None) -> None:
         raise OptionError(
             "films are read from the folder that --data names: give it, or leave --only films out"
         )
-    run, current = Run(config.out), {}
+    run, current = Run(config.out), dict[str, dict[str, Any]]()
     for name in names:
         if name == "shop":
             data_set = make_shop(run, config.shop, {})
