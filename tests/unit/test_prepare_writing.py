@@ -35,10 +35,9 @@ def test_row_groups_are_the_same_whatever_waits(tmp_path, monkeypatch, waiting):
 
 def test_a_file_that_cannot_be_written_is_an_error(tmp_path):
     (tmp_path / "requests").write_text("no folder")
-    with FolderWriter(tmp_path, 4) as files:
-        files.write("requests/day=1", requests(0, 9))
-        with pytest.raises(OSError, match="requests"):
-            files.finish()
+    with FolderWriter(tmp_path, 4) as files, pytest.raises(OSError, match="requests"):
+        files.write("requests/day=1", requests(0, 9))  # the error may reach who writes the next row group
+        files.finish()
 
 
 @pytest.mark.parametrize("rows", [1, 7, 1000])
