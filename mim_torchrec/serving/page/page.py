@@ -128,7 +128,7 @@ class Page:
             raise HTTPException(404, f"there is no user {user} with behaviors in the test requests") from None
         likeness = await asyncio.to_thread(self._likeness_of, served.scorer)
         found = await ranked(served.scorer, logged, score, self._catalog, likeness, self._explained, new)
-        return {"user_id": user, **known.beside(user), "model_version": served.model_version,
+        return {"user_id": user, "model_version": served.model_version,
                 "table_version": served.scorer.bundle.table_version, **found}  # fmt: skip
 
 

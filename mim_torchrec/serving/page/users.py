@@ -56,13 +56,6 @@ class Users:
                        key=lambda user: (user != text, not user.startswith(text)))  # fmt: skip
         return [{"user_id": user, "behaviors": self._newest[user].behaviors} for user in found[:most]]
 
-    def beside(self, user: str) -> dict[str, str | None]:
-        """The `previous` and the `next` user of the log; None at its ends."""
-        names = list(self._newest)
-        place = names.index(user)
-        return {"previous": names[place - 1] if place else None,
-                "next": names[place + 1] if place + 1 < len(names) else None}  # fmt: skip
-
     def request_of(self, user: str) -> LoggedRequest:
         """The newest request of a user.
 
