@@ -18,7 +18,6 @@ from typing import Any
 from mim_torchrec.benchmarks.chaos.machine import Machine
 from mim_torchrec.benchmarks.chaos.server import (
     BROKEN,
-    DEADLINE,
     INFER,
     MODELS,
     READY,
@@ -29,7 +28,6 @@ from mim_torchrec.benchmarks.chaos.server import (
 )
 from mim_torchrec.benchmarks.chaos.stores import Stores
 from mim_torchrec.extras import needs
-from mim_torchrec.serving.metrics import SECONDS
 
 with needs("redis"):
     import redis
@@ -52,8 +50,7 @@ class ServerOutcome:
         problems: what was not right besides, in words.
         left_out: kinds of faults that cannot be had on this machine, and why.
         late_by_its_own_clock: answers that took longer than the server's longest class of times, as it says
-            itself; they are late where that class is not below what clients are patient for.
-        slack: see `Clients`.
+            itself: whose delay it was when clients saw late ones.
         seconds: it took.
     """
 
@@ -63,18 +60,13 @@ class ServerOutcome:
     problems: list[str] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     late_by_its_own_clock: int = 0
-    slack: float = 0.0
     seconds: float = 0.0
-
-    @property
-    def _tells_late(self) -> bool:
-        return SECONDS[-1] >= DEADLINE + self.slack
 
     def as_json(self) -> dict[str, Any]:
         """As the report has it."""
         return {
             "injected": self.injected.total(),
-            "late_answers": self.tally.late + (self.late_by_its_own_clock if self._tells_late else 0),
+            "late_answers": self.tally.late,
             "wrong_scores": self.tally.wrong,
             "unexplained_500": self.tally.unexplained,
             "unrecovered": self.unrecovered,
@@ -316,7 +308,7 @@ def run_server(root: Path, least: int, seed: int, slack: float) -> ServerOutcome
         try:
             with Clients(served, 3, seed, slack) as clients:
                 outcome = ServerFaults(served, machine, clients, Random(seed)).run(least)
-            outcome.slack, outcome.late_by_its_own_clock = slack, served.late_by_its_own_clock()
+            outcome.late_by_its_own_clock = served.late_by_its_own_clock()
         finally:
             problem = served.end()
         if problem is not None:

@@ -99,27 +99,30 @@ def decode(stored: Tensor, dtype: str) -> Tensor:
     if not is_quantized(dtype):
         return stored.float()
     stored = stored.contiguous()
+    is_int8 = dtype == "int8"
     if stored.device.type == "cpu":
-        if dtype == "int8":
-            return torch.ops.quantized.embedding_bag_byte_unpack(stored)
-        return torch.ops.quantized.embedding_bag_4bit_unpack(stored)
-    import fbgemm_gpu  # noqa: F401  registers torch.ops.fbgemm
-
-    if dtype == "int8":
+        own = torch.ops.quantized
+        return own.embedding_bag_byte_unpack(stored) if is_int8 else own.embedding_bag_4bit_unpack(stored)
+    _register_fbgemm()
+    if is_int8:
         return torch.ops.fbgemm.Fused8BitRowwiseQuantizedToFloat(stored)
     return torch.ops.fbgemm.FusedNBitRowwiseQuantizedSBHalfToFloat(stored, 4)
 
 
 def _quantized(vectors: Tensor, dtype: str) -> Tensor:
+    is_int8 = dtype == "int8"
     if vectors.device.type == "cpu":
-        if dtype == "int8":
-            return torch.ops.quantized.embedding_bag_byte_prepack(vectors)
-        return torch.ops.quantized.embedding_bag_4bit_prepack(vectors)
-    import fbgemm_gpu  # noqa: F401  registers torch.ops.fbgemm
-
-    if dtype == "int8":
+        own = torch.ops.quantized
+        return own.embedding_bag_byte_prepack(vectors) if is_int8 else own.embedding_bag_4bit_prepack(vectors)
+    _register_fbgemm()
+    if is_int8:
         return torch.ops.fbgemm.FloatToFused8BitRowwiseQuantized(vectors)
     return torch.ops.fbgemm.FloatToFusedNBitRowwiseQuantizedSBHalf(vectors, 4)
+
+
+def _register_fbgemm() -> None:
+    """Import what registers `torch.ops.fbgemm`, which a server on a CPU does without."""
+    import fbgemm_gpu  # noqa: F401
 
 
 def fuse_codes(codes: Tensor) -> Tensor:
