@@ -336,7 +336,6 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of ``mim export``."""
     config = tyro.cli(ExportConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
     check_domains(config)  # before processes wait for each other
-    program.log_to_stderr()
     with distributed(seed=0, timeouts=config.timeout) as context:  # nothing here is drawn
         # not by basicConfig, which does nothing where fbgemm has given the root a handler
         logging.getLogger().setLevel(logging.INFO if context.is_main else logging.WARNING)

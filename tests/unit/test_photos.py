@@ -1,5 +1,7 @@
 """Photos of renderings: what the gap changes, that seeds decide them, and what an epoch shows of queries."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -57,6 +59,20 @@ def test_seeds_decide_photos_and_nothing_else_draws_by_them():
     torch.manual_seed(5)
     torch.rand(1)
     assert torch.equal(torch.rand(1), torch.manual_seed(5) and torch.rand(2)[1:])
+
+
+def test_seeds_touch_no_draw_of_a_thread_that_trains_meanwhile():
+    """Images are changed by the thread that makes batches ahead, and dropout draws in the one that trains."""
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    with ThreadPoolExecutor(1) as other, seeded(1):
+        first = torch.rand(1)
+        seen = [other.submit(torch.rand, 1).result() for _ in range(2)]
+        second = torch.rand(1)
+    assert torch.equal(torch.cat([*seen, torch.rand(1)]), expected)
+    torch.manual_seed(1)
+    assert torch.equal(torch.cat([first, second]), torch.cat([torch.rand(1), torch.rand(1)]))
 
 
 def test_an_image_is_changed_by_its_own_seed_whatever_is_beside_it():
