@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 OURS = ("/mim_torchrec/", "/embeddings/", "/benchmarks/measures/", "/launch/")
 LIBRARIES = ("torchrec", "fbgemm_gpu", "transformers", "timm")
 APART = "/benchmarks/rehearsal/"
+HELPERS = ("torchrec/sparse/",)
+"""Of libraries, what everybody calls: who called it is told instead."""
 
 
 @dataclass
@@ -99,7 +101,7 @@ def where() -> str:
                     if folder in file:
                         line = f"{folder[1:]}{file.rpartition(folder)[2]}:{frame.f_lineno}"
                         return f"{line} ({library})" if library else line
-            elif not library and inside.startswith(LIBRARIES):
+            elif not library and inside.startswith(LIBRARIES) and not inside.startswith(HELPERS):
                 library = f"{inside}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return library or "?"

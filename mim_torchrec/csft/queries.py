@@ -26,10 +26,7 @@ class Queries(Protocol):
     """Query images of training."""
 
     def send(self, index: np.ndarray, epoch: int, upload: Upload) -> Callable[[], Tensor]:
-        """Send pixels or features of images in an epoch; returns what gives them after `upload.send`.
-
-        What is returned is called in the thread that trains.
-        """
+        """Send pixels or features of images in an epoch; returns what gives them after `upload.send`."""
 
 
 class PlainQueries:
@@ -56,11 +53,7 @@ class ChangedPixels:
         self._inputs, self._strength, self._seed = inputs, strength, seed
 
     def send(self, index: np.ndarray, epoch: int, upload: Upload) -> Callable[[], Tensor]:
-        """Gives (n, 3, image_size, image_size) uint8, changed where it is called.
-
-        The changes take torch's generator and put it back. A thread that reads ahead would take it from the
-        dropout of a step.
-        """
+        """Gives (n, 3, image_size, image_size) uint8, which it changes."""
         seeds = [seed_of(self._seed, epoch, int(image)) for image in index]
         pixels = self._inputs.send_images(index, upload)
         return lambda: augmented(pixels(), seeds, self._strength)

@@ -214,8 +214,8 @@ class CSFTTask:
         order = np.random.default_rng((self._config.seed, epoch)).permutation(self._train)
         starts = range(first * self._batch_size, self.num_batches(epoch) * self._batch_size, self._batch_size)
         mine = (start + self._context.rank * self._per_rank for start in starts)
-        sent = (self._send(order[start : start + self._per_rank], epoch) for start in mine)
-        return (batch() for batch in prefetched(sent, self._inputs.ahead))
+        made = (self._batch(order[start : start + self._per_rank], epoch) for start in mine)
+        return prefetched(made, self._inputs.ahead)
 
     def num_samples(self, batch: PairBatch) -> int:
         """Pairs in a batch."""
@@ -256,8 +256,8 @@ class CSFTTask:
         elif self._context.is_main:
             save_encoder(self._encoder, path)
 
-    def _send(self, index: np.ndarray, epoch: int) -> Callable[[], PairBatch]:
-        """Send a batch to the device, in one copy; returns what gives it, in the thread that trains."""
+    def _batch(self, index: np.ndarray, epoch: int) -> PairBatch:
+        """Pairs on the device, sent in one copy."""
         upload = Upload(self._context.device)
         rows = self._catalog.item_row[index]
         if self._config.hard_negatives and self._category is None:
@@ -270,7 +270,7 @@ class CSFTTask:
         item_row, own_row = (upload.add(torch.from_numpy(each)) for each in (rows, query_row))
         category = None if self._category is None else upload.add(torch.from_numpy(self._category[rows]))
         upload.send()
-        return lambda: PairBatch(
+        return PairBatch(
             query=query(),
             query_text=None if query_text is None else query_text(),
             image=image(),

@@ -106,15 +106,6 @@ def test_trained_towers_see_a_query_otherwise_in_every_epoch():
     assert not torch.equal(sent(changed, index, 0), sent(changed, index, 1))
 
 
-def test_reading_ahead_draws_nothing_from_the_generator_of_the_dropout(monkeypatch):
-    changed, upload = ChangedPixels(Numbers(), 0.6, seed=3), Upload(torch.device("cpu"))
-    with monkeypatch.context() as ahead:
-        ahead.setattr(torch, "set_rng_state", lambda _: pytest.fail("the generator is taken ahead"))
-        found = changed.send(np.array([2, 5]), 0, upload)
-        upload.send()
-    assert found().shape == (2, 3, SIZE, SIZE)
-
-
 class Rows:
     """Inputs whose feature of image k is k."""
 
