@@ -13,13 +13,15 @@ class Budget:
 
     Attributes:
         launches: operators that run a kernel.
-        syncs: waits of the host for the GPU.
+        syncs: waits of the host for the stream that computes.
         uploads: copies from memory to the GPU.
+        asides: waits for streams beside it, on which ids are exchanged; `docs/gpu.md` names them.
     """
 
     launches: int
     syncs: int
     uploads: int
+    asides: int = 0
 
 
 BUDGETS = {
