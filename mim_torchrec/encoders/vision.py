@@ -20,7 +20,14 @@ from torch import Tensor, nn
 
 from mim_torchrec.domains import Count
 from mim_torchrec.encoders.foundation import SHORT
-from mim_torchrec.encoders.open_clip_files import WEIGHTS, is_open_clip, vision_of, vision_state, weights_of
+from mim_torchrec.encoders.open_clip_files import (
+    CONFIG,
+    WEIGHTS,
+    is_open_clip,
+    vision_of,
+    vision_state,
+    weights_of,
+)
 from mim_torchrec.encoders.tower import Tower
 from mim_torchrec.encoders.weights import load_strictly, read_weights, shards_of, weight_files
 from mim_torchrec.errors import OptionError
@@ -261,6 +268,11 @@ def _read_about(folder: Path, name: str) -> dict[str, Any] | None:
 def _weights_files(path: Path) -> list[Path]:
     """The file itself, or the one in a directory, or all that the index of a directory names."""
     if path.is_file():
+        if path.name in WEIGHTS and is_open_clip(path.parent):
+            raise OptionError(
+                f"vision weights {path} are of open_clip, whose {CONFIG} says how pixels are scaled and "
+                f"which activation is used; give {path.parent}"
+            )
         return [path]
     if path.is_dir() and is_open_clip(path):
         return weights_of(path)

@@ -63,12 +63,18 @@ def refuse_pointer(file: Path) -> None:
 
 
 def shards_of(folder: Path) -> list[Path]:
-    """The files that the index of a directory names, none where it has no index.
+    """The files that the index of a directory names; none where it has no index, or whole weights that come
+    before those of the index.
 
     Raises:
         OptionError: a file is missing.
     """
-    for index in sorted(folder.glob("*.index.json"), reverse=True):  # .safetensors before .bin
+    for kind in PATTERNS[:2]:
+        index = next(iter(sorted(folder.glob(f"{kind}.index.json"))), None)
+        if index is None:
+            if any(folder.glob(kind)):
+                return []
+            continue
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:

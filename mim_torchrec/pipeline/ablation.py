@@ -126,18 +126,19 @@ def encoders_of(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def report_of(grid: Grid, results: Mapping[str, StageResult]) -> dict[str, Any]:
     """What report.json holds: `base`, `encoders`, `metrics`, `watch` and `points`.
 
-    `watch` is the metric of the search with the highest rank correlation, None where none is defined. The
+    `watch` is the metric of the search with the highest rank correlation, None where none is above zero. The
     loss is no candidate: objectives differ in it.
     """
     points = points_of(grid, results)
     rates = rates_of(points)
-    known = {name: rates[name]["spearman"] for name in SEARCH if rates[name]["spearman"] is not None}
+    known = {name: rates[name]["spearman"] or 0.0 for name in SEARCH}
+    watch = max(known, key=lambda name: known[name])
     return {
         "name": grid.name,
         "base": {str(seed): results[f"base.{seed}"].metrics()["auc"] for seed in grid.seeds},
         "encoders": encoders_of(points),
         "metrics": rates,
-        "watch": max(known, key=lambda name: known[name]) if known else None,
+        "watch": watch if known[watch] > 0 else None,
         "points": points,
         "grid": grid.model_dump(),
     }

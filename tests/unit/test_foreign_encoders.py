@@ -117,6 +117,17 @@ def test_sharded_weights_are_loaded_whole_and_a_lost_shard_is_named(tmp_path):
     refused(tmp_path / "bert", f"has no {shards[0].name}, which model.safetensors.index.json names")
 
 
+def test_weights_of_several_forms_are_read_in_the_first_that_is_there(tmp_path):
+    folder = sharded_vit(tmp_path / "vit")
+    entry(folder, "pytorch_model.bin.index.json", weight_map={"cls_token": "never-downloaded.bin"})
+    assert_weights(vision(folder), vit().state_dict())
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    save_file(vit().state_dict(), whole / "model.safetensors")
+    entry(whole, "pytorch_model.bin.index.json", weight_map={"cls_token": "never-downloaded.bin"})
+    assert_weights(vision(whole), vit().state_dict())
+
+
 def sharded_vit(folder: Path) -> Path:
     state, folder = vit().state_dict(), folder
     folder.mkdir()
