@@ -23,6 +23,7 @@ from mim_torchrec.csft.selection import epoch_metrics
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.pairs import PairDataset
 from mim_torchrec.data.prefetch import prefetched
+from mim_torchrec.data.uploads import Upload
 from mim_torchrec.encoders.checkpoint import save_encoder
 from mim_torchrec.encoders.item_encoder import ItemEncoder, ItemHead
 from mim_torchrec.encoders.tower import compute_in
@@ -256,22 +257,28 @@ class CSFTTask:
             save_encoder(self._encoder, path)
 
     def _batch(self, index: np.ndarray, epoch: int) -> PairBatch:
+        """Pairs on the device, sent in one copy."""
+        upload = Upload(self._context.device)
         rows = self._catalog.item_row[index]
         if self._config.hard_negatives and self._category is None:
             negatives = [self._pairs.hard_negative(int(i)) for i in index]
             rows = np.concatenate([rows, self._items.rows_of(np.array(negatives))])
         query_row = self._catalog.query_row[index]
+        query = self._queries.send(self._catalog.query_image_row[index], epoch, upload)
+        query_text = self._inputs.send_texts(query_row, upload) if self._config.gamma else None
+        image, text = self._inputs.send_images(rows, upload), self._inputs.send_texts(rows, upload)
+        item_row, own_row = (upload.add(torch.from_numpy(each)) for each in (rows, query_row))
+        category = None if self._category is None else upload.add(torch.from_numpy(self._category[rows]))
+        upload.send()
         return PairBatch(
-            query=self._queries.images(self._catalog.query_image_row[index], epoch),
-            query_text=self._inputs.texts(query_row) if self._config.gamma else None,
-            image=self._inputs.images(rows),
-            text=self._inputs.texts(rows),
-            item_row=torch.from_numpy(rows).to(self._context.device),
-            query_row=torch.from_numpy(query_row).to(self._context.device),
+            query=query(),
+            query_text=None if query_text is None else query_text(),
+            image=image(),
+            text=text(),
+            item_row=item_row(),
+            query_row=own_row(),
             pair=index,
-            item_category=None
-            if self._category is None
-            else torch.from_numpy(self._category[rows]).to(self._context.device),
+            item_category=None if category is None else category(),
         )
 
 
