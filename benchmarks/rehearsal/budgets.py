@@ -54,7 +54,7 @@ STAGE_BUDGETS = {
     ("csft", 1): Budget(490, 1, 1),
     ("csft with trained towers, bf16", 1): Budget(1190, 1, 1),
     ("csft with FSDP2, bf16", 1): Budget(1345, 1, 1),
-    ("csft with FSDP2, bf16", 2): Budget(1000, 1, 1),
+    ("csft with FSDP2, bf16", 2): Budget(990, 1, 1),
 }
 """Of a training step of stages, by their names in `stages.py` and the number of ranks; of `pretrain` that of
 the phase that takes most. In bf16 casts by `torch.autocast` count, too."""

@@ -77,7 +77,7 @@ def result(folder: Path, name: str, **files) -> tuple[str, StageResult]:
 
 def found(log_rank: float) -> dict[str, float]:
     return {"log_rank": log_rank, "mrr": 1 / log_rank, "recall_at_10": 0.2, "mean_rank": log_rank * 9,
-            "recall_at_100": 1 - log_rank / 10}  # fmt: skip
+            "recall_at_100": 1 - log_rank / 10, "held_out_from": 50}  # fmt: skip
 
 
 def finished(folder: Path) -> dict[str, StageResult]:
@@ -86,7 +86,8 @@ def finished(folder: Path) -> dict[str, StageResult]:
         result(folder, "search.plain.-", retrieval=found(5.0)),
         *(result(folder, f"ctr.plain.{seed}", metrics={"auc": 0.6, "ne": 0.9}) for seed in (0, 7)),
         *(result(folder, f"search.mim.{seed}", retrieval=found(3.0 - seed / 10)) for seed in (0, 7)),
-        *(result(folder, f"csft.mim.{seed}", metrics={"loss": 2.0 + seed}) for seed in (0, 7)),
+        *(result(folder, f"csft.mim.{seed}", metrics={"loss": 2.0 + seed, "trained_until": 50 + seed})
+          for seed in (0, 7)),
         *(result(folder, f"ctr.mim.{seed}", metrics={"auc": 0.7, "ne": 0.8}) for seed in (0, 7)),
     ])  # fmt: skip
 
@@ -109,12 +110,18 @@ def test_plain_towers_are_shown_and_tell_nothing_of_the_rate(tmp_path):
     assert "plain" in shown(report)
 
 
+def test_encoders_that_were_trained_on_what_is_searched_are_named(tmp_path):
+    report = report_of(grid(), finished(tmp_path))
+    assert [(p["encoder"], p["seed"]) for p in report["points"] if p["overlaps"]] == [("mim", 7)]
+    assert "Trained on pairs later than the first that is searched: mim." in shown(report)
+
+
 def with_others(folder: Path, searches: list[dict[str, float]], aucs: list[float]) -> dict[str, Any]:
     """The report of three trained encoders, two of which have these searches and AUCs."""
     results = finished(folder)
     for k, (search, auc) in enumerate(zip(searches, aucs, strict=True)):
         results |= dict([result(folder, f"search.other{k}.0", retrieval=search),
-                         result(folder, f"csft.other{k}.0", metrics={"loss": 1.0}),
+                         result(folder, f"csft.other{k}.0", metrics={"loss": 1.0, "trained_until": 49}),
                          result(folder, f"ctr.other{k}.0", metrics={"auc": auc, "ne": 1.0})])  # fmt: skip
     return report_of(grid(seeds=[0], encoders=TWO | {"other0": {}, "other1": {}}), results)
 

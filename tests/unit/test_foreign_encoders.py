@@ -91,7 +91,9 @@ def test_pointers_of_git_lfs_in_place_of_weights_are_refused(tmp_path):
     to_pointer(folder / "model.safetensors")
     refused(folder, "model.safetensors is a pointer of Git LFS, not the file; run `git lfs pull`")
     to_pointer(tmp_path / "w.safetensors")
-    with pytest.raises(OptionError, match="a pointer of Git LFS, not the file.; run `git lfs pull` there"):
+    with pytest.raises(
+        OptionError, match="w.safetensors is a pointer of Git LFS, not the file; run `git lfs pull`"
+    ):
         vision(tmp_path / "w.safetensors")
 
 
@@ -176,6 +178,14 @@ def test_modules_of_sentence_transformers_that_pool_otherwise_are_refused(tmp_pa
                {"path": "1", "type": "sentence_transformers.sparse.SpladePooling"}]  # fmt: skip
     (folder / "modules.json").write_text(json.dumps(modules))
     refused(folder, r"by modules that are not read \(MLMTransformer, SpladePooling\)")
+
+
+def test_a_pooling_that_was_not_downloaded_is_named(tmp_path):
+    folder = bert(tmp_path / "bert")
+    modules = [{"path": "", "type": "sentence_transformers.models.Transformer"},
+               {"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}]  # fmt: skip
+    (folder / "modules.json").write_text(json.dumps(modules))
+    refused(folder, "1_Pooling/config.json is not there, which modules.json names; download it, or say how")
 
 
 def test_a_prompt_before_every_title_is_refused(tmp_path):

@@ -183,13 +183,17 @@ def test_a_cluster_that_cannot_be_made_leaves_no_server(tmp_path, monkeypatch):
     assert not left
 
 
-def test_an_address_of_the_other_kind_is_refused(redis_server, redis_cluster, tmp_path):
+def test_an_address_of_the_other_kind_is_refused(redis_server, redis_cluster, cluster_url, tmp_path):
     table = write_table(tmp_path / "table", rows=20)
     with pytest.raises(OptionError, match=r"is no cluster: write redis://"):
         RedisStore.load(redis_server.url.replace("redis:", "redis+cluster:"), table)
     for server in redis_cluster.servers:
         with pytest.raises(OptionError, match=r"is a server of a cluster: write redis\+cluster://"):
             RedisStore.load(server.url, table)
+    RedisStore.load(cluster_url, table)
+    for server in redis_cluster.servers:  # one of them has what is said of the table, but not all shards
+        with pytest.raises(OptionError, match=r"is a server of a cluster: write redis\+cluster://"):
+            RedisStore.open(f"{server.url}#{cluster_url.partition('#')[2]}", "v1").lookup(tensor(5))
 
 
 def test_a_cluster_that_is_away_is_unavailable():
