@@ -2,10 +2,12 @@
 
 Requests with full histories are written with row groups of several sizes. The reader, with the mapping of
 ids to embedding rows, takes turns with a scan by PyArrow that reads the same columns and does nothing with
-them; both are counted in seconds of the CPU. Memory is measured in processes of their own, which have read
-nothing before, as what is private to them beyond what they had. Two readers are those of two ranks, in two
-processes; two raw scans in two processes, each of every other row group, say what the machine gives to two of
-anything.
+them; both are counted in seconds of the CPU. The scan is what a file opened with the defaults of PyArrow
+does: text comes as text, where the reader has the dictionaries of the file, and both decompress. Neither
+verifies checksums here, because the files have none. Memory is measured in processes of their own, which
+have read nothing before, as what is private to them beyond what they had. Two readers are those of two
+ranks, in two processes; two raw scans in two processes, each of every other row group, say what the machine
+gives to two of anything.
 
 `data_wait` is the fraction of the time of training steps that the loop waits for a batch, of the demo's model
 with one thread that reads ahead. `startup` is what `mim ctr` does until it has its first batch, for training

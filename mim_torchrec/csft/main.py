@@ -134,6 +134,7 @@ def _fine_tune(config: CSFTConfig, run: RunDirectory, context: DistributedContex
         "items": len(items),
         "pairs": len(train),
         "held_out_pairs": len(held_out),
+        "trained_until": int(times[train].max()) if len(held_out) else None,
         "skipped_pairs": pairs.skipped,
         "unreadable_items": int((~catalog.readable).sum()),
         "untitled_items": untitled,

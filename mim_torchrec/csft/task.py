@@ -18,7 +18,7 @@ from mim_torchrec.csft.config import CSFTConfig
 from mim_torchrec.csft.image_search import encode, find
 from mim_torchrec.csft.inputs import Inputs, SearchContent, Tokens
 from mim_torchrec.csft.loss_variant import VariantLoss, make_variant_loss
-from mim_torchrec.csft.queries import PlainQueries, Queries
+from mim_torchrec.csft.queries import Queries
 from mim_torchrec.csft.selection import epoch_metrics
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.pairs import PairDataset
@@ -142,7 +142,7 @@ class CSFTTask:
         train: indexes of the pairs to train on.
         held_out: indexes of the pairs to validate on.
         context: the process group.
-        queries: query images of training; by default those of `inputs`.
+        queries: query images of training.
 
     Raises:
         OptionError: the sizes do not fit: no whole batch, or gamma with queries that are no items.
@@ -159,7 +159,7 @@ class CSFTTask:
         train: np.ndarray,
         held_out: np.ndarray,
         context: DistributedContext,
-        queries: Queries | None = None,
+        queries: Queries,
     ) -> None:
         self._batch_size = config.pairs_per_step(context.world_size)
         if len(train) < self._batch_size:
@@ -171,7 +171,7 @@ class CSFTTask:
                 f"{int((catalog.query_row < 0).sum())} of {len(pairs)} are images of their own"
             )
         self._config, self._encoder, self._inputs = config, encoder, inputs
-        self._queries = PlainQueries(inputs) if queries is None else queries
+        self._queries = queries
         self._items, self._pairs, self._catalog = items, pairs, catalog
         self._train, self._held_out, self._context = train, held_out, context
         self._per_rank = self._batch_size // context.world_size

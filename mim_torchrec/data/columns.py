@@ -297,7 +297,8 @@ def _values(column: str, array: pa.Array, features: Features) -> np.ndarray:
 
 def _coded(array: pa.DictionaryArray) -> Coded:
     """Categories by the dictionary of the file, which is all that is hashed; nulls become something."""
-    codes = array.indices.fill_null(0).cast(pa.int32()).to_numpy(zero_copy_only=False)
+    indices = array.indices.fill_null(0) if array.null_count else array.indices
+    codes = indices.cast(pa.int32()).to_numpy(zero_copy_only=False)
     return Coded(
         codes, _without_nulls(array.dictionary, Ids()) if len(array.dictionary) else np.zeros(1, int)
     )

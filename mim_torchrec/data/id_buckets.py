@@ -10,8 +10,6 @@ FEW, NARROWER = 1 << 20, 3
 """Ids up to which ranges are narrower, by this power of two."""
 MOST = 32
 """Ids of one range beyond which looking through it takes longer than a search."""
-STEPS = 4
-"""Steps that all ids take before those that are found are left out."""
 
 AT_ONCE = 1 << 14
 """Ids that are looked up at once, so that what is computed of them stays in the cache."""
@@ -56,17 +54,17 @@ class IdBuckets:
 
     def _further(self, wanted: np.ndarray, at: np.ndarray) -> np.ndarray:
         """Places of ids that are not the first ones of their ranges, which begin `at`."""
-        places, last = np.full(len(wanted), -1), len(self._ids) - 1
-        rest, steps = np.arange(len(wanted)), 1
+        last = len(self._ids) - 1
+        at = np.minimum(at + 1, last)
+        found = self._ids.take(at)
+        places = np.where(found == wanted, at, -1)
+        rest, steps = np.flatnonzero(found < wanted), 2
         while len(rest) and steps < self._most:
-            own = np.full(len(rest), -1)
-            for _ in range(min(STEPS, self._most - steps)):
-                np.minimum(at + 1, last, out=at)
-                found = self._ids.take(at)
-                np.copyto(own, at, where=found == wanted)
-            places[rest] = own
-            left = np.flatnonzero(found < wanted)
-            rest, at, wanted, steps = rest[left], at[left], wanted[left], steps + STEPS
+            own = wanted.take(rest)
+            further = np.minimum(at.take(rest) + 1, last)
+            found = self._ids.take(further)
+            at[rest], places[rest] = further, np.where(found == own, further, -1)
+            rest, steps = rest[found < own], steps + 1
         return places
 
     def _ranges(self, ids: np.ndarray) -> np.ndarray:

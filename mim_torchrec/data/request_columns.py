@@ -9,6 +9,8 @@ from functools import cached_property
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
+from mim_torchrec.data.id_buckets import AT_ONCE
+
 
 @dataclass(frozen=True)
 class Coded:
@@ -25,8 +27,11 @@ class Coded:
 
     @property
     def values(self) -> np.ndarray:
-        """(n,) ids."""
-        found: np.ndarray = self.ids.take(self.codes)
+        """(n,) ids. NumPy makes int64 of the codes, of few at a time, so that these stay in the cache."""
+        found = np.empty(len(self.codes), self.ids.dtype)
+        for start in range(0, len(found), AT_ONCE):
+            own = slice(start, start + AT_ONCE)
+            found[own] = self.ids.take(self.codes[own])
         return found
 
 

@@ -293,7 +293,8 @@ def _with_rows(wanted: Features, mapper: IdMapper, requests: RequestColumns) -> 
         values, coded = dict(jagged.values), dict(jagged.coded)
         for name, key in _keys(role, wanted).items():
             if name in coded:
-                coded[name] = Coded(coded[name].codes, rows(key, coded[name].ids))
+                own = coded.pop(name)
+                values[name] = Coded(own.codes, rows(key, own.ids)).values
             elif name in values:
                 values[name] = rows(key, values[name])
         if mapper.has_mm:
