@@ -41,6 +41,7 @@ CPU_PER_GPU, MEMORY_PER_GPU = 8, 32768  # as in the named resources of TorchX
 ENDLESS = 1000
 """`max_retries` of jobs that run until they are cancelled."""
 ELASTIC_RESTARTS = 10
+MACROS = re.compile("(" + "|".join(map(re.escape, (macros.app_id, macros.replica_id, macros.img_root))) + ")")
 FIRST_PORT, PORTS = 20000, 10000  # below those that Linux gives to outgoing connections
 
 
@@ -141,7 +142,7 @@ def _component(
 
 def _python(role: specs.Role) -> None:
     """Run the words of a role by python."""
-    _run(role, f'exec "$${{MIM_PYTHON:-python}}" {shlex.join(role.args)}')
+    _run(role, f'exec "$${{MIM_PYTHON:-python}}" {_quoted(role.args)}')
 
 
 def _torchrun(
@@ -170,7 +171,7 @@ def _torchrun(
     words = [word for option in options.items() for word in option] + role.args
     # not `torchrun`: the first one on PATH may belong to another environment
     launcher = 'exec "$${MIM_PYTHON:-python}" -m mim_torchrec.training.agent --rdzv_endpoint'
-    _run(role, f"{launcher} {endpoint} {hosting}{shlex.join(words)}")
+    _run(role, f"{launcher} {endpoint} {hosting}{_quoted(words)}")
     role.num_replicas, role.min_replicas = max_nodes, min_nodes
     role.metadata["torchrun"] = {"processes": processes}
     if port:
@@ -229,6 +230,23 @@ def _meeting(nodes: int, port: int) -> Tuple[str, str]:  # noqa: UP006
     return f'"$${{{macros.rank0_env}:=localhost}}:{port or of_id}"', f"--rdzv_conf {host} "
 
 
+def _quoted(words: List[str]) -> str:  # noqa: UP006
+    """Words for the line of bash: as they are, but for macros, which may stand for a variable of bash."""
+    joined = []
+    for word in words:
+        parts = MACROS.split(word)  # every second one is a macro
+        quoted = [
+            f'"{part}"' if at % 2 else _literal(shlex.quote(part)) for at, part in enumerate(parts) if part
+        ]
+        joined.append("".join(quoted) or "''")
+    return " ".join(joined)
+
+
+def _literal(text: str) -> str:
+    """Text that TorchX, which makes one dollar of two, leaves as it is."""
+    return text.replace("$$", "$$$$")
+
+
 def _run(role: specs.Role, line: str) -> None:
     role.entrypoint, role.args = "bash", ["-c", line]
 
@@ -263,7 +281,7 @@ def _job(
     role.image = image
     role.resource = _resource(role, h, cpu, gpu, memMB)
     role.max_retries, role.retry_policy = max_retries, specs.RetryPolicy.APPLICATION
-    role.env.update(env or {})
+    role.env.update({name: _literal(value) for name, value in (env or {}).items()})
     try:
         role.mounts = specs.parse_mounts(mounts) if mounts else []
     except (KeyError, ValueError) as error:

@@ -6,6 +6,7 @@ Docker daemon, also in a dry run. Several servers are no job: Volcano starts all
 fails, so servers are the Deployment of `deploy/kubernetes/serve`.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, List  # noqa: UP035
@@ -137,7 +138,7 @@ def is_elastic(role: Role) -> bool:
 
 
 def complete(pod: "V1Pod", cfg: Mapping[str, Any]) -> None:
-    """Add to a pod what the configuration of the scheduler says.
+    """Add to a pod what the configuration of the scheduler says, and keep its words from Kubernetes.
 
     Raises:
         OptionError: a toleration or a secret is malformed.
@@ -153,6 +154,10 @@ def complete(pod: "V1Pod", cfg: Mapping[str, Any]) -> None:
     )
 
     container = pod.spec.containers[0]
+    container.command = [literal(word) for word in container.command]
+    for variable in container.env:
+        if variable.value is not None:
+            variable.value = literal(variable.value)
     pod.spec.tolerations = [toleration(text) for text in cfg.get("tolerations") or []] or None
     for number, text in enumerate(cfg.get("secrets") or []):
         name, _, folder = text.partition(":")
@@ -180,6 +185,11 @@ def complete(pod: "V1Pod", cfg: Mapping[str, Any]) -> None:
     container.security_context = V1SecurityContext(
         allow_privilege_escalation=False, capabilities=V1Capabilities(drop=["ALL"])
     )
+
+
+def literal(text: str) -> str:
+    """Text in which Kubernetes sees no reference `$(NAME)` and no `$$`, of which it makes one dollar."""
+    return re.sub(r"\$(?=[$(])", "$$", text)
 
 
 def toleration(text: str) -> "V1Toleration":

@@ -126,10 +126,16 @@ def describe_job(app: AppDef, cfg: KubernetesOpts) -> KueueJob:
     """The job of a component.
 
     Raises:
-        OptionError: it has several roles, or is no line of bash.
+        OptionError: it has several roles, or is no line of bash, or a variable with the number of a pod.
     """
     if len(app.roles) != 1 or app.roles[0].entrypoint != "bash":
         raise OptionError("kueue runs components of mim_torchrec.launch.jobs: one role, a line of bash")
+    numbered = [key for key, value in app.roles[0].env.items() if macros.replica_id in value]
+    if numbered:
+        raise OptionError(
+            f"--env {numbered[0]}: on kueue a variable does not hold {macros.replica_id}; pods have their "
+            f"number in {INDEX}, and flags of the stage may hold {macros.replica_id}"
+        )
     name = normalize_str(make_unique(app.name))[-52:].strip("-")  # a pod's host name is longer by its index
     values = macros.Values(img_root="", app_id=name, replica_id=f"${INDEX}", rank0_env=FIRST)
     role = values.apply(app.roles[0])

@@ -38,6 +38,7 @@ def run(
     name = name or program_name()
     debug = DEBUG in words
     words = [word for word in words if word != DEBUG]
+    log_to_stderr()
     try:
         try:
             _recorded(main)(words)

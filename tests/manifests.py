@@ -1,7 +1,7 @@
-"""Whether a manifest of Kubernetes is well-formed, by the models of its Python client, without a cluster."""
+"""Manifests of Kubernetes without a cluster: whether one is well-formed, and what becomes of its words."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kubernetes import client
@@ -32,3 +32,8 @@ def faults(value: Any, kind: str, place: str) -> Iterator[str]:
             model(**{fields[name]: one for name, one in value.items() if name in fields})
         except ValueError as error:
             yield f"{place}: {error}"
+
+
+def expanded(text: str, known: Mapping[str, str]) -> str:
+    """What Kubernetes makes of a word of a pod: `$(NAME)` is a variable that is known, `$$` one dollar."""
+    return re.sub(r"\$\$|\$\(([^)]*)\)", lambda at: "$" if at[0] == "$$" else known.get(at[1], at[0]), text)

@@ -263,7 +263,6 @@ def report_of(outcomes: dict[str, Outcome]) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``python -m mim_torchrec.benchmarks.chaos.disk_faults``."""
     config = tyro.cli(FaultsConfig, args=argv, description=__doc__)
-    program.log_to_stderr()
     log.setLevel(logging.INFO)
     report = report_of(try_writers(list(writers())))
     config.out.mkdir(parents=True, exist_ok=True)

@@ -73,4 +73,4 @@ class Machine:
                     pass
             yield
         finally:
-            ballast.unlink()
+            ballast.unlink(missing_ok=True)  # the process may have ended, and its disk with it

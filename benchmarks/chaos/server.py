@@ -19,7 +19,6 @@ from functools import partial
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import psutil
 import torch
@@ -113,6 +112,7 @@ class Served:
         assert self._process.stdout is not None  # it is a pipe
         line = self._process.stdout.readline()
         if "serving" not in line:
+            self.end()
             raise RuntimeError(f"the server did not start: {(root / 'server.log').read_text()}")
         self.address = line.rpartition("//")[2].strip()
 
@@ -190,7 +190,7 @@ class Tally:
 
     Attributes:
         answers: by status; 0 is a connection that broke.
-        wrong: scores that are not those of the model that the answer names.
+        wrong: scores that are not those of the model that the answer names, and answers that are none.
         late: answers after the deadline, and after what held up this process meanwhile.
         held_up: answers after the deadline that were held up on the way.
         unexplained: answers 500, and connections that broke while no worker was killed.
@@ -285,18 +285,18 @@ class Clients:
         try:
             http.request("POST", INFER, self._served.bodies[number])
             answer = http.getresponse()
-            status, body = answer.status, json.loads(answer.read())
+            status, said = answer.status, answer.read()
         except (OSError, HTTPException) as error:
             http.close()
-            status, body = 0, {"error": f"{type(error).__name__}: {error}"}
+            status, said = 0, f"{type(error).__name__}: {error}".encode()
         took = time.monotonic() - begun
         states = range(first, self._served.stores.begun + 1)
         with self._lock:
-            self._note(number, status, body, states)
+            version = self._note(number, status, said, states)
             if took > DEADLINE + self._slack:
                 self._note_late(status, took, self._bystander.held_up(begun))
             self._lock.notify_all()
-        return status, body.get("model_version")
+        return status, version
 
     def _run(self, rng: Random) -> None:
         http = self.connection()
@@ -310,20 +310,30 @@ class Clients:
         """A connection of its own."""
         return HTTPConnection(self._served.address, timeout=30)
 
-    def _note(self, number: int, status: int, body: dict[str, Any], windows: range) -> None:
-        tally = self.tally
+    def _note(self, number: int, status: int, said: bytes, windows: range) -> str | None:
+        """Count an answer; returns the version of the model that it names."""
+        tally, version, wrong = self.tally, None, ""
         tally.answers[status] += 1
-        if status == 200:
+        if status == 500 or (status == 0 and not self.breaks_are_expected):
+            tally.unexplained += 1
+            self._example(f"status {status}: {said[:300]!r}")
+        if status != 200:
+            return None
+        try:
+            body = json.loads(said)
+            version = body["model_version"]
             (scores,) = [one["data"] for one in body["outputs"] if one["name"] == "score"]
-            of_states = self._served.expected[body["model_version"]]
+            of_states = self._served.expected[version]
             rights = [of_states[state][number] for state in {seq % STATES for seq in windows}]
             if not any(_same(scores, right) for right in rights):
-                tally.wrong += 1
                 older = [k for k, right in enumerate(of_states) if _same(scores, right[number])]
-                self._example(f"request {number}: wrong scores; windows {windows}, those of states {older}")
-        elif status == 500 or (status == 0 and not self.breaks_are_expected):
-            tally.unexplained += 1
-            self._example(f"status {status}: {body['error']}")
+                wrong = f"wrong scores; windows {windows}, those of states {older}"
+        except (ValueError, KeyError, TypeError) as error:  # a client goes on after an answer of any form
+            wrong = f"{error!r} in {said[:300]!r}"
+        if wrong:
+            tally.wrong += 1
+            self._example(f"request {number}: {wrong}")
+        return version
 
     def _note_late(self, status: int, took: float, held_up: float) -> None:
         if took - held_up > DEADLINE + self._slack:
@@ -338,7 +348,9 @@ class Clients:
 
 
 def _same(scores: list[float], right: list[float]) -> bool:
-    return all(abs(a - b) <= TOLERANCE for a, b in zip(scores, right, strict=True))
+    return len(scores) == len(right) and all(
+        abs(a - b) <= TOLERANCE for a, b in zip(scores, right, strict=True)
+    )
 
 
 def _message(rng: Random) -> bytes:

@@ -302,7 +302,8 @@ def run_server(root: Path, least: int, seed: int, slack: float) -> ServerOutcome
         seed: of faults and requests.
         slack: see `Clients`.
     """
-    stores, machine = Stores(root / "redis"), Machine(root / "machine")
+    machine = Machine(root / "machine")
+    stores = Stores(root / "redis")
     try:
         served = Served(root, stores, machine, seed)
         try:

@@ -81,7 +81,6 @@ def measure(config: ContrastConfig, device: torch.device) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `python -m mim_torchrec.benchmarks.gpu.contrast`."""
     config = tyro.cli(ContrastConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
-    program.log_to_stderr()
     check_sizes(config, 1, "rounds", "queries", "queue_batches", "dim")
     with distributed(0) as context:
         found = measure(config, context.device)

@@ -116,7 +116,6 @@ def measure(config: LookupsConfig, dtype: str, memory: Memory, device: torch.dev
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `python -m mim_torchrec.benchmarks.gpu.lookups`."""
     config = tyro.cli(LookupsConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
-    program.log_to_stderr()
     check_sizes(config, 1, "rounds", "requests", "behaviors", "dim")
     check_sizes(config, 2, "rows")
     report: dict[str, Any] = {"memory": {}, "config": dataclasses.asdict(config)}

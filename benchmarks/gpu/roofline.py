@@ -144,7 +144,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = tyro.cli(RooflineConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
     check_sizes(config, 1, "batch_size", "candidates")
     check_sizes(config, 2, "gpus")
-    program.log_to_stderr()
     config.out.mkdir(parents=True, exist_ok=True)
     random_table(config)
     report: dict[str, Any] = {"models": {}, "contrast": contrast(config)}

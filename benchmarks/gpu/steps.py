@@ -87,7 +87,6 @@ def measure(case: Case, dim: int, config: StepsConfig, context: DistributedConte
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `python -m mim_torchrec.benchmarks.gpu.steps`."""
     config = tyro.cli(StepsConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
-    program.log_to_stderr()
     check_sizes(config, 1, "rounds", "batches", "candidates")
     report: dict[str, Any] = {"models": {}, "config": dataclasses.asdict(config)}
     with distributed(0) as context:

@@ -125,7 +125,17 @@ class RedisCluster:
 
     def __init__(self, folder: Path, size: int) -> None:
         words = ["--cluster-enabled", "yes", "--cluster-node-timeout", "2000"]
-        self.servers = [RedisServer(folder / str(k), *words) for k in range(size)]
+        self.servers: list[RedisServer] = []
+        try:
+            for k in range(size):
+                self.servers.append(RedisServer(folder / str(k), *words))
+            self._divide(size)
+        except BaseException:
+            self.kill()
+            raise
+
+    def _divide(self, size: int) -> None:
+        """Give each server its slots, and wait until they know each other."""
         for server, part in zip(self.servers, range(size), strict=True):
             first, last = part * self.SLOTS // size, (part + 1) * self.SLOTS // size - 1
             server.client().execute_command("CLUSTER ADDSLOTSRANGE", first, last)

@@ -5,6 +5,7 @@ of a candidate: how many behaviors have a vector, their largest $\alpha$ and its
 the last five and of all, and the plain mean of all. It is trained with scikit-learn in seconds.
 """
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from mim_torchrec.data.schema import Dataset
 from mim_torchrec.embeddings.files import atomic_directory, write_json
 from mim_torchrec.embeddings.remote.places import stat_of
 from mim_torchrec.embeddings.table.reader import Table
+from mim_torchrec.pipeline import spec
+from mim_torchrec.pipeline.fingerprints import source_of
 from mim_torchrec.training.metrics import auc
 
 SPANS = (5, 0)
@@ -84,10 +87,16 @@ def read_split(data: Path, split: str, table: Table, max_behaviors: int) -> dict
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
+def source() -> str:
+    """Hash of the code of these statistics and of the CTR models that they stand beside."""
+    of_models = source_of(spec.Stage(component="mim.ctr"))
+    return hashlib.sha256(Path(__file__).read_bytes() + of_models.encode()).hexdigest()
+
+
 def fit(data: Path, table: Table, out: Path, max_behaviors: int = 50) -> Path:
     """Train the regression on a data set and score its test requests, as a run of `mim ctr` does.
 
-    A result of the same requests and the same table is kept.
+    A result of the same requests, the same table and the same code is kept.
 
     Args:
         data: the data set.
@@ -97,7 +106,7 @@ def fit(data: Path, table: Table, out: Path, max_behaviors: int = 50) -> Path:
     """
     files = [file for split in ("train", "validation", "test") for file in Dataset(data).requests(split)]
     made_of = {
-        "table_version": table.manifest.table_version, "max_behaviors": max_behaviors,
+        "table_version": table.manifest.table_version, "max_behaviors": max_behaviors, "source": source(),
         "files": [[str(file), *stat_of(file)] for file in files],
     }  # fmt: skip
     metrics = out / "metrics.json"

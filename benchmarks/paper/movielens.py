@@ -22,6 +22,8 @@ from mim_torchrec.benchmarks.paper import shop
 from mim_torchrec.benchmarks.paper.films import CSFT, ENCODER, GRID, TRAINING
 from mim_torchrec.benchmarks.paper.model_runs import TUNING_SEED
 from mim_torchrec.benchmarks.paper.shop import ShopSizes
+from mim_torchrec.data.items import ItemStore
+from mim_torchrec.data.schema import Dataset
 from mim_torchrec.errors import OptionError
 from mim_torchrec.pipeline.execution import RunOptions
 from mim_torchrec.pipeline.loading import load
@@ -135,7 +137,8 @@ def build_report(job: Job, tuning: dict[str, Any]) -> dict[str, Any]:
     base, mim, permuted, plain = (job.of_seeds(kind) for kind in KINDS)
     global_seeds = job.config.seeds[:GLOBAL_SEEDS]
     global_base, global_mim = ([job.ctr[f"global-{k}-{s}"] for s in global_seeds] for k in ("base", "mim"))
-    compared, rows = comparison.compare(base, mim), seed_rows(job)
+    items = ItemStore.read(Dataset(job.root / "movielens-user"), ("item_id", "listed_at"))
+    compared, rows = comparison.compare(base, mim, items), seed_rows(job)
     figures = compared["ctr"]
     controls = {
         "permuted": comparison.control(

@@ -34,8 +34,6 @@ from mim_torchrec.domains import Domain, check_domains
 from mim_torchrec.embeddings.files import write_json
 from mim_torchrec.embeddings.table.reader import Table
 from mim_torchrec.errors import OptionError
-from mim_torchrec.pipeline import spec
-from mim_torchrec.pipeline.fingerprints import source_of
 from mim_torchrec.training.history import read_history
 from mim_torchrec.training.metrics import auc
 from mim_torchrec.training.run_directory import RunDirectory
@@ -174,7 +172,7 @@ def made_of(config: ValueConfig, data_set: DataSet, table: Table) -> dict[str, A
         "table_version": table.manifest.table_version,
         "options": dict(data_set.options),
         "shop": dataclasses.asdict(config.shop) if data_set.name.startswith("shop") else {},
-        "source": source_of(spec.Stage(component="mim.ctr")),
+        "source": alpha_regression.source(),
     }
 
 
@@ -183,12 +181,13 @@ def read_cells(root: Path, current: Mapping[str, Mapping[str, Any]]) -> tuple[li
 
     Args:
         root: of the run.
-        current: by data set, what its cells are made of now; data sets that are not run now are not asked.
+        current: by data set, what its cells are made of now; of those that are not run now only the code is
+            compared.
     """
-    found, outdated = [], []
+    found, outdated, source = [], [], alpha_regression.source()
     for file in sorted((root / "cells").glob("*.json")):
         cell = Cell(**json.loads(file.read_text()))
-        is_current = cell.made_of == current.get(cell.data, cell.made_of)
+        is_current = cell.made_of == current.get(cell.data, {**cell.made_of, "source": source})
         if is_current:
             found.append(cell)
         else:

@@ -92,7 +92,6 @@ def compare_on_ranks(seeds: range) -> list[Verdict]:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``python -m mim_torchrec.benchmarks.parity.torchrec_parity``."""
     config = tyro.cli(ParityConfig, args=argv, description=__doc__)
-    program.log_to_stderr()
     log.setLevel(logging.INFO)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # fbgemm says which ids it replaces
     verdicts = compare_on_ranks(range(config.first_seed, config.first_seed + config.configurations))

@@ -1,8 +1,9 @@
 """What every stage would do on a GPU, rehearsed without one: `make rehearsal`.
 
-Prints launches, waits of the host and uploads of a training step, by model, and of whole stages, and what a
-GPU would refuse: operators whose tensors lie on different devices, and operators without a kernel for a GPU.
-Values are real; times are not those of a GPU, and none is reported.
+Prints launches, waits of the host for the stream that computes (syncs), uploads, and waits for streams beside
+it (asides), of a training step by model, and of whole stages, and what a GPU would refuse: operators whose
+tensors lie on different devices, and operators without a kernel for a GPU. Values are real; times are not
+those of a GPU, and none is reported.
 """
 
 import dataclasses
@@ -27,7 +28,8 @@ from mim_torchrec.embeddings.files import write_json
 from mim_torchrec.training.distributed import distributed
 
 RANKS = (1, 2)
-KINDS = ("launches", "syncs", "uploads")
+KINDS = {"launches": 6, "syncs": 5, "uploads": 5, "asides": 5}
+"""What is printed, and how wide."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +98,7 @@ def rehearse(config: RehearsalConfig) -> dict[str, Any]:
 
 
 def _line(name: str, counts: dict[str, Any]) -> str:
-    return (
-        f"{name:42} launches {counts['launches']:6}  syncs {counts['syncs']:5}  uploads {counts['uploads']:5}"
-    )
+    return f"{name:42} " + "  ".join(f"{kind} {counts[kind]:{width}}" for kind, width in KINDS.items())
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -32,7 +32,7 @@ from mim_torchrec.training.presets import Preset
 from mim_torchrec.training.run_directory import RunDirectory
 
 STEPS = 4
-FOUND = ("syncs", "uploads", "pageable")
+FOUND = ("syncs", "uploads", "pageable", "asides")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +78,9 @@ class StepCounts:
 
     Attributes:
         launches: operators that run a kernel.
-        syncs: waits of the host for the GPU.
+        syncs: waits of the host for the stream that computes.
         uploads: copies from memory to the GPU.
+        asides: waits for streams beside it.
         lines: of a step that took most, by kind: what is launched, what waits, and what is uploaded.
         losses: of all steps.
     """
@@ -87,6 +88,7 @@ class StepCounts:
     launches: int
     syncs: int
     uploads: int
+    asides: int
     lines: dict[str, dict[str, int]]
     losses: list[float]
 
@@ -143,7 +145,7 @@ def measure_step(case: Case, folder: Path, on_gpu: bool = True) -> tuple[StepCou
     if not on_gpu:
         with distributed(0) as context:
             losses = _train(case, folder, context, counts)
-        return StepCounts(0, 0, 0, {}, losses), counts
+        return StepCounts(0, 0, 0, 0, {}, losses), counts
     with pretended_gpu(counts, strict=False), distributed(0) as context, step_by_step(counts) as seen:
         losses = _train(case, folder, context, counts)
     totals, lines = of_steps(seen)

@@ -1,4 +1,4 @@
-"""Streams and events of the pretended GPU, which does everything in the order in which it was launched."""
+"""Streams and events of the pretended GPU: one stream computes, and all others are one beside it."""
 
 import contextlib
 import types
@@ -17,33 +17,33 @@ def cuda_functions(counts: Counts, device: torch.device) -> dict[str, Any]:
     """What `torch.cuda` has on the pretended GPU, by name."""
 
     class Event:
-        """A moment in what was launched."""
+        """A moment in what was launched on a stream."""
 
         def __init__(self, *_: Any, **__: Any) -> None:
-            self._launched = 0
+            self._aside, self._launched = 0, 0
 
         def record(self, *_: Any) -> None:
-            self._launched = counts.launched
+            self._aside, self._launched = counts.aside, counts.launched[counts.aside]
 
         def wait(self, *_: Any) -> None:
             pass
 
         def query(self) -> bool:
-            return self._launched <= counts.done
+            return self._launched <= counts.done[self._aside]
 
         def synchronize(self) -> None:
-            counts.sync("event", self._launched)
+            counts.sync("event", self._launched, self._aside)
 
         def elapsed_time(self, _: Any) -> float:
             return 0.0
 
     class Stream:
-        """One of several names of the one order."""
+        """The one that computes, or another."""
 
         device_index, cuda_stream, stream_id, device_type = device.index, 0, 0, 1
 
         def __init__(self, *_: Any, **__: Any) -> None:
-            self.device = device
+            self.device, self.aside = device, 1
 
         def wait_stream(self, _: Any) -> None:
             pass
@@ -57,19 +57,26 @@ def cuda_functions(counts: Counts, device: torch.device) -> dict[str, Any]:
             return event
 
         def synchronize(self) -> None:
-            counts.sync("stream")
+            counts.sync("stream", aside=self.aside)
 
         def query(self) -> bool:
-            return counts.launched <= counts.done
+            return counts.launched[self.aside] <= counts.done[self.aside]
 
         def is_capturing(self) -> bool:
             return False
 
-    main = Stream()
+    main, beside = Stream(), Stream()
+    main.aside = 0
 
     @contextlib.contextmanager
-    def stream(_: Any) -> Iterator[None]:
-        yield
+    def stream(taken: Any) -> Iterator[None]:
+        before = counts.aside
+        if taken is not None:
+            counts.aside = taken.aside
+        try:
+            yield
+        finally:
+            counts.aside = before
 
     def gives(value: Any) -> Callable[..., Any]:
         return lambda *_, **__: value
@@ -86,9 +93,9 @@ def cuda_functions(counts: Counts, device: torch.device) -> dict[str, Any]:
         "Event": Event,
         "Stream": Stream,
         "stream": stream,
-        "current_stream": gives(main),
+        "current_stream": lambda *_: beside if counts.aside else main,
         "default_stream": gives(main),
-        "synchronize": lambda *_: counts.sync("synchronize"),
+        "synchronize": lambda *_: counts.sync("synchronize", aside=0),
         "is_available": gives(True),
         "is_initialized": gives(True),
         "_lazy_init": gives(None),

@@ -354,7 +354,6 @@ def main(argv: list[str] | None = None) -> None:
     check_sizes(config, 1, "rounds", "requests", "buffer_rows", "epochs")
     if not config.row_groups or not config.startup_sizes:
         raise OptionError("--row-groups and --startup-sizes need at least one size")
-    program.log_to_stderr()
     with threads_of_torch(1):
         report = measure(config)
     report["config"] = dataclasses.asdict(config)

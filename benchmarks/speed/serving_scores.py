@@ -15,7 +15,8 @@ from mim_torchrec.benchmarks.harness.pages import Section
 from mim_torchrec.benchmarks.measures.turns import seconds_by_name
 from mim_torchrec.benchmarks.speed.serving_inputs import AT, COMPARED, InputConfig, make_bundle, make_request
 from mim_torchrec.serving.bundle import Bundle
-from mim_torchrec.serving.scorer import ROLES, Scorer
+from mim_torchrec.serving.lookups import ROLES
+from mim_torchrec.serving.scorer import Scorer
 
 REQUESTS = 16  # of which rounds take turns
 UBMS = ("avg_pooling", "din", "dien", "bst", "sim", "twin")

@@ -1,7 +1,11 @@
 """Embedding configs of frozen tables: the storage types of a table as TorchRec's data types."""
 
 from collections.abc import Sequence
+from dataclasses import fields
+from functools import partial
+from typing import Any, NoReturn, TypeVar
 
+from torch import Tensor
 from torchrec.modules.embedding_configs import (
     BaseEmbeddingConfig,
     DataType,
@@ -10,8 +14,9 @@ from torchrec.modules.embedding_configs import (
     PoolingType,
 )
 
-from mim_torchrec.embeddings.table.format import Table
+from mim_torchrec.embeddings.table.format import Table, TableError
 
+Config = TypeVar("Config", EmbeddingConfig, EmbeddingBagConfig)
 DATA_TYPES = {
     "float32": DataType.FP32,
     "float16": DataType.FP16,
@@ -67,3 +72,57 @@ def storage_dtype(config: BaseEmbeddingConfig) -> str:
         names = ", ".join(data_type.name for data_type in DATA_TYPES.values())
         raise ValueError(f"frozen table {config.name}: data type {config.data_type} is none of {names}")
     return found
+
+
+class _NeverMade(BaseEmbeddingConfig):
+    """A config of a frozen table, which TorchRec's functions that make trained tables of configs refuse."""
+
+    def get_weight_init_min(self) -> float:
+        _refuse(self.name)
+
+    def get_weight_init_max(self) -> float:
+        _refuse(self.name)
+
+
+class FrozenTableConfig(_NeverMade, EmbeddingConfig):
+    """What :meth:`FrozenEmbeddingCollection.embedding_configs` returns."""
+
+
+class FrozenBagConfig(_NeverMade, EmbeddingBagConfig):
+    """What :meth:`FrozenEmbeddingBagCollection.embedding_bag_configs` returns."""
+
+
+def never_made(config: Config) -> Config:
+    """Return a config of which no trained table can be made.
+
+    ``fuse_embedding_optimizer`` replaces every subclass of TorchRec's collections by a trained collection of
+    the same configs with random rows, and others may. Rows are initialized in all of them.
+
+    Args:
+        config: of a frozen table; stays as it is.
+    """
+    kind = FrozenBagConfig if isinstance(config, EmbeddingBagConfig) else FrozenTableConfig
+    return kind(**{**_values(config), "init_fn": partial(_refuse_to_fill, config.name)})  # type: ignore[return-value]
+
+
+def as_trained(config: Config) -> Config:
+    """Return a config of which trained tables can be made, where it is one of :func:`never_made`."""
+    if not isinstance(config, _NeverMade):
+        return config
+    kind = EmbeddingBagConfig if isinstance(config, EmbeddingBagConfig) else EmbeddingConfig
+    return kind(**{**_values(config), "init_fn": None})  # type: ignore[return-value]
+
+
+def _values(config: BaseEmbeddingConfig) -> dict[str, Any]:
+    return {each.name: getattr(config, each.name) for each in fields(config)}
+
+
+def _refuse_to_fill(name: str, weight: Tensor) -> NoReturn:
+    _refuse(name)
+
+
+def _refuse(name: str) -> NoReturn:
+    raise TableError(
+        f"frozen table {name}: its config is of no trained table, whose rows would be random. "
+        f"fuse_embedding_optimizer and the like take the parts of a model that have no frozen collection"
+    )

@@ -38,9 +38,9 @@ from torchrec.sparse.tensor_dict import maybe_td_to_kjt
 from mim_torchrec.embeddings.sharded import traced
 from mim_torchrec.embeddings.sharded.bounds import BoundsCheck, Limits, PendingLimits
 from mim_torchrec.embeddings.sharded.configs import DATA_TYPES as DATA_TYPES
+from mim_torchrec.embeddings.sharded.configs import as_trained, never_made, storage_dtype
 from mim_torchrec.embeddings.sharded.configs import frozen_bag_config as frozen_bag_config
 from mim_torchrec.embeddings.sharded.configs import frozen_config as frozen_config
-from mim_torchrec.embeddings.sharded.configs import storage_dtype
 from mim_torchrec.embeddings.sharded.lookup import (
     check_features,
     check_pooling,
@@ -49,19 +49,13 @@ from mim_torchrec.embeddings.sharded.lookup import (
     keyed,
     pool,
 )
+from mim_torchrec.embeddings.sharded.restored import TableState as TableState
+from mim_torchrec.embeddings.sharded.restored import check_restored, check_state, own_rows
 from mim_torchrec.embeddings.sharded.rows import DenseRows, RowStore, make_rows
 from mim_torchrec.embeddings.sharded.table_items import TableItems
-from mim_torchrec.embeddings.table.format import TableError, VersionMismatch
+from mim_torchrec.embeddings.table.format import TableError
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TableState:
-    """Which vectors rows hold: ``table_version`` (None before loading) and the last window applied."""
-
-    table_version: str | None = None
-    seq: int = 0
 
 
 @dataclass
@@ -214,14 +208,11 @@ class FrozenModule(nn.Module):
         return whole_rows(table)
 
     def _restore(self, table: FrozenTable, saved: Tensor | ShardedTensor) -> None:
-        if isinstance(saved, ShardedTensor):
-            shards = saved.local_shards()
-            saved = shards[0].tensor if shards else torch.empty(0, table.store.stored_width)
-        else:
-            saved = saved[table.first_row : table.first_row + table.store.num_rows]
-        own = whole_rows(table)
-        if own.data_ptr() != saved.data_ptr():
-            own.copy_(saved)
+        own, name, first_row = whole_rows(table), table.config.name, table.first_row
+        found = own_rows(saved, own, name=name, first_row=first_row, total=table.config.num_embeddings)
+        if own.data_ptr() != found.data_ptr():
+            own.copy_(found)
+        check_restored(own, table.dtype, name=name, first_row=first_row)
         table.store.filled = True
 
 
@@ -263,10 +254,11 @@ class FrozenEmbeddingCollection(FrozenModule, EmbeddingCollection):
         bounds_check: BoundsCheckMode = BoundsCheckMode.FATAL,
     ) -> None:
         # The shapes that TorchRec makes of the configs are never used, whatever their type is.
+        tables = [as_trained(config) for config in tables]
         shapes = [replace(config, data_type=DataType.FP32) for config in tables]
         super().__init__(tables=shapes, device=torch.device("meta"), need_indices=need_indices)
         self.embeddings = nn.ModuleDict()
-        self._embedding_configs = tables
+        self._embedding_configs = [never_made(config) for config in tables]
         self._device = torch.device(device)
         self.output_dtype = output_dtype
         self.init_frozen([_whole_table(config, self._device, bounds_check) for config in tables], store_rows)
@@ -325,11 +317,12 @@ class FrozenEmbeddingBagCollection(FrozenModule, EmbeddingBagCollection):
         output_dtype: torch.dtype = torch.float32,
         bounds_check: BoundsCheckMode = BoundsCheckMode.FATAL,
     ) -> None:
+        tables = [as_trained(config) for config in tables]
         shapes = [replace(config, data_type=DataType.FP32) for config in tables]
         super().__init__(tables=shapes, is_weighted=is_weighted, device=torch.device("meta"))
         check_pooling(tables, is_weighted)
         self.embedding_bags = nn.ModuleDict()
-        self._embedding_bag_configs = tables
+        self._embedding_bag_configs = [never_made(config) for config in tables]
         self._device = torch.device(device)
         self.output_dtype = output_dtype
         self.init_frozen([_whole_table(config, self._device, bounds_check) for config in tables], store_rows)
@@ -359,18 +352,6 @@ class FrozenEmbeddingBagCollection(FrozenModule, EmbeddingBagCollection):
         return super()._apply(fn, recurse)
 
 
-def check_state(name: str, found: TableState, expected: TableState) -> None:
-    """Raise VersionMismatch if rows of a table are vectors of another encoder than a checkpoint's."""
-    if found.table_version != expected.table_version:
-        raise VersionMismatch(
-            f"frozen table {name}: its rows are of table_version {found.table_version}, the checkpoint was "
-            f"trained on {expected.table_version}; load that table"
-        )
-    if found.seq < expected.seq:
-        log.warning("frozen table %s: the checkpoint had seen windows up to %d, the rows have those up to %d",
-                    name, expected.seq, found.seq)  # fmt: skip
-
-
 def whole_rows(table: FrozenTable) -> Tensor:
     """Return this process's rows of a table as one tensor (num_rows, stored_width), not a copy.
 
@@ -394,7 +375,17 @@ def _whole_table(
 
 
 def _move(module: FrozenModule, fn: Any) -> None:
-    """Let ``.to(device)`` move rows; nothing changes how they are stored."""
+    """Let ``.to(device)`` move rows; nothing changes how they are stored. The meta device keeps none."""
     for table in module.frozen_tables().values():
         if isinstance(table.store, DenseRows):
-            table.store.move(fn(torch.empty(0, device=table.store.device)).device)
+            table.store.move(_device_after(fn, table.store.device))
+            if table.store.device.type == "meta":
+                table.state, table.items = TableState(), TableItems()
+
+
+def _device_after(fn: Any, device: torch.device) -> torch.device:
+    try:
+        moved: Tensor = fn(torch.empty(0, device=device))
+    except NotImplementedError:  # `.to()` refuses tensors of the meta device; rows there have no memory
+        moved = fn(torch.empty(0))
+    return moved.device

@@ -22,10 +22,9 @@ from mim_torchrec.embeddings.sharded.frozen import (
     DATA_TYPES,
     FrozenModule,
     FrozenTable,
-    TableState,
-    check_state,
 )
 from mim_torchrec.embeddings.sharded.pages import READ_AT_RANDOM, advise
+from mim_torchrec.embeddings.sharded.restored import TableState, check_state
 from mim_torchrec.embeddings.sharded.rows import CachedRows, DenseRows, MappedRows, RowStore
 from mim_torchrec.embeddings.sharded.sharded import ShardedFrozenModule
 from mim_torchrec.embeddings.sharded.ssd import SsdRows

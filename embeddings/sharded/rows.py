@@ -106,8 +106,10 @@ class DenseRows(RowStore):
         return self._tensor
 
     def move(self, device: torch.device) -> None:
-        """Put the rows into the memory of another device."""
-        if self._tensor is not None:
+        """Put the rows into the memory of another device; the meta device keeps none."""
+        if device.type == "meta":
+            self._tensor, self.filled = None, False
+        elif self._tensor is not None:
             self._tensor = self._tensor.to(device)
         self.device = device
 

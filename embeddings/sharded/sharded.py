@@ -19,13 +19,13 @@ Not here: other shardings than by rows.
 """
 
 import abc
-from collections.abc import Sequence
 from typing import Generic, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardMetadata
+from torch.utils._pytree import tree_map_only
 from torchrec.distributed.embedding_sharding import KJTListSplitsAwaitable
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel, KJTList, ShardedEmbeddingModule
 from torchrec.distributed.types import (
@@ -36,7 +36,7 @@ from torchrec.distributed.types import (
     ParameterSharding,
     ShardingEnv,
 )
-from torchrec.modules.embedding_configs import BaseEmbeddingConfig, EmbeddingConfig
+from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import get_embedding_names_by_table
 from torchrec.optim.keyed import CombinedOptimizer
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
@@ -79,7 +79,6 @@ class ShardedFrozenModule(
 
     Args:
         module: the frozen collection; rows that it has are kept.
-        configs: its tables.
         params: the plan of each table: its sharding says which ranks divide the rows, and its kernel which
             memory they are in.
         env: the ranks.
@@ -87,11 +86,11 @@ class ShardedFrozenModule(
     """
 
     _is_weighted = False
+    _free_features_storage_early = False  # a pipeline sets it
 
     def __init__(
         self,
         module: FrozenEmbeddingCollection | FrozenEmbeddingBagCollection,
-        configs: Sequence[BaseEmbeddingConfig],
         params: dict[str, ParameterSharding],
         env: ShardingEnv,
         device: torch.device | None = None,
@@ -100,8 +99,9 @@ class ShardedFrozenModule(
         self._env, self._device = env, device if device is not None else torch.device("cpu")
         self._prefix = module._prefix
         self.module_sharding_plan = EmbeddingModuleShardingPlan(params)
-        self.placements = {c.name: place(c.name, params[c.name], env) for c in configs}
         whole = module.frozen_tables()
+        configs = [table.config for table in whole.values()]
+        self.placements = {c.name: place(c.name, params[c.name], env) for c in configs}
         self.init_frozen([self._shard(whole[c.name], params[c.name]) for c in configs], module.store_rows)
         self._names = get_embedding_names_by_table(cast(list[EmbeddingConfig], list(configs)))
         self.add_module(self._prefix, nn.ModuleDict())  # `shard_modules` expects the names of the unsharded
@@ -130,6 +130,8 @@ class ShardedFrozenModule(
         self.check_filled()
         features = maybe_td_to_kjt(features, None)
         check_features(features, self._keys, self._is_weighted)
+        if self._free_features_storage_early:  # other collections have the batch emptied after this
+            features = tree_map_only(Tensor, torch.clone, features)
         if features.variable_stride_per_key():
             ctx.inverse = inverse_indices(features, self._keys)
         ctx.features = features
@@ -266,7 +268,7 @@ class ShardedFrozenEmbeddingCollection(ShardedFrozenModule[dict[str, JaggedTenso
         env: ShardingEnv,
         device: torch.device | None = None,
     ) -> None:
-        super().__init__(module, module.embedding_configs(), params, env, device)
+        super().__init__(module, params, env, device)
         self._need_indices, self._output_dtype = module.need_indices(), module.output_dtype
 
     @torch.no_grad()  # it is waited for outside the forward that made it
@@ -302,7 +304,7 @@ class ShardedFrozenEmbeddingBagCollection(ShardedFrozenModule[KeyedTensor]):
         env: ShardingEnv,
         device: torch.device | None = None,
     ) -> None:
-        super().__init__(module, module.embedding_bag_configs(), params, env, device)
+        super().__init__(module, params, env, device)
         self._is_weighted, self._output_dtype = module.is_weighted(), module.output_dtype
 
     def _read(self, ctx: FrozenContext, k: int, table: FrozenTable, rows: Tensor) -> Tensor:

@@ -119,7 +119,6 @@ Command = (
 
 def main(argv: list[str] | None = None) -> None:
     """Run ``mim store`` with the arguments ``argv`` (``None``: those of the process)."""
-    program.log_to_stderr()
     tyro.cli(Command, args=argv, prog="mim store").run()
 
 

@@ -60,28 +60,54 @@ return 1
 
 
 @dataclass(frozen=True)
-class _Facts:
-    """What a store says of a version."""
+class _Base:
+    """What a store says of the base table of a version, and the keys of its shards and rows."""
 
-    base: int
+    prefix: str
+    seq: int
     dim: int
     dtype: str
     shards: int
+
+    def mark(self, shard: int) -> bytes:
+        return f"{{{self.prefix}{self.seq}:{shard}}}".encode()
+
+    def keys(self, items: list[int]) -> list[bytes]:
+        shards = [self.mark(shard) for shard in range(self.shards)]
+        return [shards[item % len(shards)] + item.to_bytes(8, "big", signed=True) for item in items]
+
+    def commands(
+        self, window: Window, values: list[bytes], due: list[int]
+    ) -> Iterator[tuple[list[bytes], list[bytes | int]]]:
+        """Keys and arguments of the script: at most ROWS rows each; a shard's last call moves its mark."""
+        for shard in due:
+            rows = [(item, value) for item, value in zip(window.ids.tolist(), values, strict=True)
+                    if item % self.shards == shard]  # fmt: skip
+            gone = [item for item in window.removed.tolist() if item % self.shards == shard]
+            changes: list[tuple[int, bytes | None]] = [*rows, *((item, None) for item in gone)]
+            parts = [changes[start : start + ROWS] for start in range(0, len(changes), ROWS)] or [[]]
+            for number, part in enumerate(parts):
+                mark = window.seq if number == len(parts) - 1 else window.seq - 1
+                written = [(item, value) for item, value in part if value is not None]
+                keys = [self.mark(shard), *self.keys([item for item, _ in part])]
+                numbers = [window.seq - 1, mark, number * ROWS, len(written)]
+                yield keys, [*numbers, *(value for _, value in written)]
 
 
 class RedisStore:
     """A `ParameterStore` and `SharedStore` in Redis; open it with `open`, fill it with `load`."""
 
     def __init__(self, location: RedisAddress, table_version: str, timeout: float | None = None) -> None:
-        self.table_version = table_version
-        self._at = location
-        self._client = connect(location, timeout)
-        self._version = hashlib.blake2b(table_version.encode(), digest_size=6).hexdigest()
-        self._about = f"{{{location.name}}}:{self._version}"
-        self._facts = self._read_facts()
-        self.dim = self._facts.dim
-        self._may_ask, self.seen = True, Seen()
+        self._connect(location, table_version, timeout)
+        self._base = self._read_base()  # the newest that was seen; threads take a copy
+        self.dim = self._base.dim
         self._check_policy()
+
+    def _connect(self, location: RedisAddress, table_version: str, timeout: float | None = None) -> None:
+        self.table_version, self._at, self._client = table_version, location, connect(location, timeout)
+        version = hashlib.blake2b(table_version.encode(), digest_size=6).hexdigest()
+        self._about, self._prefix = f"{{{location.name}}}:{version}", f"{location.name}:{version}:"
+        self._may_ask, self.seen = True, Seen()
 
     @classmethod
     def open(cls, where: str, table_version: str, timeout: float | None = None) -> "RedisStore":
@@ -121,34 +147,32 @@ class RedisStore:
         at, manifest = locate(where), table.manifest
         shards = CLUSTER_SHARDS if at.cluster else 1
         store = cls.__new__(cls)
-        store.table_version, store._at, store._client = manifest.table_version, at, connect(at)
-        store._version = hashlib.blake2b(manifest.table_version.encode(), digest_size=6).hexdigest()
-        store._about = f"{{{at.name}}}:{store._version}"
-        store.dim, store._may_ask, store.seen = manifest.dim, True, Seen()
+        store._connect(at, manifest.table_version)
+        store.dim = manifest.dim
         with reachable(at):
             check_kind(store._client, at)
             _check_policy(store._client, at)
             before = store._client.hget(store._about, "base")
             if before is not None and int(before) > manifest.seq:
                 raise TableError(f"{at} has a newer base, of seq {int(before)}, than {table.path}")
-            store._facts = _Facts(manifest.seq, manifest.dim, manifest.dtype, shards)
+            store._base = _Base(store._prefix, manifest.seq, manifest.dim, manifest.dtype, shards)
             if before is None or int(before) < manifest.seq:
                 store._write_base(table, range(shards), progress)
                 facts = {"base": manifest.seq, "dim": manifest.dim, "dtype": manifest.dtype, "shards": shards}
                 store._client.hset(store._about, mapping=facts)
             else:
-                store._facts = store._read_facts()
-                store._write_base(table, store._lost_shards(), progress)
+                store._base = store._read_base()
+                marks = store._get(store._base, [])[1]
+                store._write_base(table, [n for n, mark in enumerate(marks) if mark is None], progress)
             store._drop_older()
-            store._facts = store._read_facts()
+            store._base = store._read_base()
         return store
 
     @property
     def seq(self) -> int:
         """See `ParameterStore`."""
         self._check_policy()
-        self._facts = self._read_facts()
-        return min(self._watermarks())
+        return min(self._watermarks()[1])
 
     def lookup(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """See `ParameterStore`.
@@ -157,21 +181,21 @@ class RedisStore:
             TableLost: shards were lost, or are older than they were.
         """
         distinct, inverse = ids.unique(return_inverse=True)
+        found = self._base
         while True:
-            facts, before = self._facts, self.seen.marks
-            with reachable(self._at):
-                values, marks = self._get(self._keys(distinct.tolist()))
-            self._facts = self._read_facts()
-            if self._facts == facts:  # else another base took the place of the one that was read
+            base, before = found, self.seen.marks
+            values, marks = self._get(base, base.keys(distinct.tolist()))
+            found = self._base = self._read_base()
+            if found == base:  # else another one took the place of the one that was read
                 break
-        self._check_seen(before, facts.base, self._numbers(facts.base, marks))
-        nothing = bytes(stored_width(facts.dtype, facts.dim) * DTYPES[facts.dtype].itemsize)
-        found = torch.tensor([value is not None for value in values], dtype=torch.bool)
+        self._check_seen(before, base, self._numbers(base, marks))
+        nothing = bytes(stored_width(base.dtype, base.dim) * DTYPES[base.dtype].itemsize)
+        is_there = torch.tensor([value is not None for value in values], dtype=torch.bool)
         data = bytearray(b"".join(nothing if value is None else value for value in values))
-        stored = torch.frombuffer(data, dtype=DTYPES[facts.dtype]) if data else torch.empty(0)
-        rows = stored.to(DTYPES[facts.dtype]).view(len(values), -1) if values else stored.view(0, facts.dim)
-        vectors = decode(rows, facts.dtype) if values else rows
-        return vectors[inverse], found[inverse]
+        stored = torch.frombuffer(data, dtype=DTYPES[base.dtype]) if data else torch.empty(0)
+        rows = stored.to(DTYPES[base.dtype]).view(len(values), -1) if values else stored.view(0, base.dim)
+        vectors = decode(rows, base.dtype) if values else rows
+        return vectors[inverse], is_there[inverse]
 
     def check(self) -> None:
         """See that the rows of all shards are there, and none older than they were.
@@ -180,18 +204,16 @@ class RedisStore:
             TableLost: they are not.
         """
         self._check_policy()
-        before, self._facts = self.seen.marks, self._read_facts()
-        marks = self._watermarks()
-        self._check_seen(before, self._facts.base, marks)
+        before = self.seen.marks
+        self._check_seen(before, *self._watermarks())
 
     def apply(self, window: Window) -> bool:
         """See `ParameterStore`; others may apply the same windows at the same time."""
-        self._facts = self._read_facts()
         if window.dim != self.dim:
             raise TableError(f"{self._at} has vectors of {self.dim}, window {window.seq} of {window.dim}")
-        stored = window.stored_as(self._facts.dtype)
+        base, marks = self._watermarks()
+        stored = window.stored_as(base.dtype)
         values = [row.view(torch.uint8).numpy().tobytes() for row in stored.contiguous()]
-        marks = self._watermarks()
         due = [
             shard
             for shard, mark in enumerate(marks)
@@ -201,34 +223,16 @@ class RedisStore:
             return False
         with reachable(self._at):
             pipeline = self._client.pipeline(transaction=False)
-            for keys, arguments in self._commands(window, values, set(due)):
+            for keys, arguments in base.commands(window, values, due):
                 # not eval(), which the pipelines of clusters do not have
                 pipeline.execute_command("EVAL", APPLY, len(keys), *keys, *arguments)
             applied = all(pipeline.execute())
-        if not applied and min(self._watermarks()) < window.seq:
+        if not applied and min(self._watermarks()[1]) < window.seq:
             # a new base came in between: the window is applied to that, or is in it
             return self.apply(window)
         if applied:
-            self.seen.note_applied(self._facts.base, dict.fromkeys(due, window.seq))
+            self.seen.note_applied(base.seq, dict.fromkeys(due, window.seq))
         return applied
-
-    def _commands(
-        self, window: Window, values: list[bytes], due: set[int]
-    ) -> Iterator[tuple[list[bytes], list[bytes | int]]]:
-        """Keys and arguments of the script: at most ROWS rows each; a shard's last call moves its mark."""
-        shards = self._facts.shards
-        for shard in sorted(due):
-            rows = [(item, value) for item, value in zip(window.ids.tolist(), values, strict=True)
-                    if item % shards == shard]  # fmt: skip
-            gone = [item for item in window.removed.tolist() if item % shards == shard]
-            changes: list[tuple[int, bytes | None]] = [*rows, *((item, None) for item in gone)]
-            parts = [changes[start : start + ROWS] for start in range(0, len(changes), ROWS)] or [[]]
-            for number, part in enumerate(parts):
-                mark = window.seq if number == len(parts) - 1 else window.seq - 1
-                written = [(item, value) for item, value in part if value is not None]
-                keys = [self._mark(shard), *self._keys([item for item, _ in part])]
-                numbers = [window.seq - 1, mark, number * ROWS, len(written)]
-                yield keys, [*numbers, *(value for _, value in written)]
 
     def _write_base(self, table: Table, shards: Collection[int], progress: Callable[[int], object]) -> None:
         """Write the rows of shards, and their watermarks last."""
@@ -237,16 +241,16 @@ class RedisStore:
         # what somebody who was killed has left
         self._drop_where(lambda base, shard: base == table.manifest.seq and shard in shards)
         write = self._client.mset_nonatomic if self._at.cluster else self._client.mset
-        base, count = table.manifest.first_row, self._facts.shards
-        for start in range(base, base + table.manifest.rows, CHUNK):
-            stop = min(start + CHUNK, base + table.manifest.rows)
-            ids = table.row_index().ids[start - base : stop - base].tolist()
+        row, count = table.manifest.first_row, self._base.shards
+        for start in range(row, row + table.manifest.rows, CHUNK):
+            stop = min(start + CHUNK, row + table.manifest.rows)
+            ids = table.row_index().ids[start - row : stop - row].tolist()
             rows = table.rows_for(start, stop)
             stored = rows.view(torch.uint8).numpy()
             for first in range(0, len(ids), ROWS):
                 part = ids[first : first + ROWS]
-                values = (row.tobytes() for row in stored[first : first + ROWS])
-                pairs = zip(self._keys(part), values, strict=True)
+                values = (one.tobytes() for one in stored[first : first + ROWS])
+                pairs = zip(self._base.keys(part), values, strict=True)
                 written = {
                     key: value
                     for item, (key, value) in zip(part, pairs, strict=True)
@@ -256,14 +260,15 @@ class RedisStore:
                     write(written)
                 progress(len(part))
         for number in shards:
-            self._client.set(self._mark(number), table.manifest.seq)
+            self._client.set(self._base.mark(number), table.manifest.seq)
 
     def _drop_older(self) -> None:
         """Remove the rows of all older base tables, also those that an interrupted load left."""
-        self._drop_where(lambda base, _: base < self._facts.base)
+        self._drop_where(lambda base, _: base < self._base.seq)
 
     def _drop_where(self, is_dropped: Callable[[int, int], bool]) -> None:
-        prefix = f"{{{self._at.name}:{self._version}:"
+        """Remove the rows of shards of base tables."""
+        prefix = f"{{{self._prefix}"
         found: list[bytes] = []
         for key in self._client.scan_iter(match=f"{prefix}*", count=FETCH):
             base, shard = key[len(prefix.encode()) :].split(b"}")[0].split(b":")
@@ -281,16 +286,17 @@ class RedisStore:
             pipeline.unlink(key)
         pipeline.execute()
 
-    def _get(self, keys: Sequence[bytes]) -> tuple[list[bytes | None], list[bytes | None]]:
+    def _get(self, base: _Base, keys: Sequence[bytes]) -> tuple[list[bytes | None], list[bytes | None]]:
         """Values by key, and the watermarks of all shards, each read by the command that reads its rows."""
-        marks = [self._mark(shard) for shard in range(self._facts.shards)]
-        if self._at.cluster:
-            found = self._client.mget_nonatomic([*marks, *keys])  # grouped by slot
-            return found[len(marks) :], found[: len(marks)]
-        pipeline = self._client.pipeline(transaction=False)
-        for start in range(0, max(len(keys), 1), FETCH):
-            pipeline.mget(*marks, *keys[start : start + FETCH])
-        parts = pipeline.execute()
+        marks = [base.mark(shard) for shard in range(base.shards)]
+        with reachable(self._at):
+            if self._at.cluster:
+                found = self._client.mget_nonatomic([*marks, *keys])  # grouped by slot
+                return found[len(marks) :], found[: len(marks)]
+            pipeline = self._client.pipeline(transaction=False)
+            for start in range(0, max(len(keys), 1), FETCH):
+                pipeline.mget(*marks, *keys[start : start + FETCH])
+            parts = pipeline.execute()
         values = [value for part in parts for value in part[len(marks) :]]
         return values, [_lowest(part[at] for part in parts) for at in range(len(marks))]
 
@@ -306,21 +312,16 @@ class RedisStore:
             log.warning("%s: this user may not ask INFO; whether the server may drop rows is not watched",
                         self._at)  # fmt: skip
 
-    def _watermarks(self) -> list[int]:
-        marks = self._read_marks()
-        before, self._facts = self._facts, self._read_facts()
-        if self._facts != before:  # another base took the place of this one meanwhile
-            return self._watermarks()
-        return self._numbers(before.base, marks)
+    def _watermarks(self) -> tuple[_Base, list[int]]:
+        """The base table, and the watermarks of its shards."""
+        found = self._read_base()
+        while True:
+            base, marks = found, self._get(found, [])[1]
+            found = self._base = self._read_base()
+            if found == base:  # else another one took its place meanwhile
+                return base, self._numbers(base, marks)
 
-    def _read_marks(self) -> list[bytes | None]:
-        with reachable(self._at):
-            return self._get([])[1]
-
-    def _lost_shards(self) -> list[int]:
-        return [shard for shard, mark in enumerate(self._read_marks()) if mark is None]
-
-    def _numbers(self, base: int, marks: list[bytes | None]) -> list[int]:
+    def _numbers(self, base: _Base, marks: list[bytes | None]) -> list[int]:
         """Watermarks of the shards of a base table, which are remembered.
 
         Raises:
@@ -332,36 +333,26 @@ class RedisStore:
                 f"{self._at} has lost shards {lost} of {self.table_version}: load its table again"
             )
         found = [_number(mark) for mark in marks if mark is not None]
-        self.seen.note(base, dict(enumerate(found)))
+        self.seen.note(base.seq, dict(enumerate(found)))
         return found
 
-    def _check_seen(self, before: Marks, base: int, marks: list[int]) -> None:
-        loss = before.loss(base, dict(enumerate(marks)))
+    def _check_seen(self, before: Marks, base: _Base, marks: list[int]) -> None:
+        loss = before.loss(base.seq, dict(enumerate(marks)))
         if loss is not None:
             raise TableLost(
                 f"{self._at} has lost {loss}. An older copy may have taken its place: apply its windows "
                 "again with mim store follow, or load a newer base table"
             )
 
-    def _read_facts(self) -> _Facts:
+    def _read_base(self) -> _Base:
         with reachable(self._at):
             facts = self._client.hmget(self._about, "base", "dim", "dtype", "shards")
         if None in facts:
             raise TableLost(
                 f"{self._at} has no table of table_version {self.table_version}: load one with mim store load"
             )
-        base, dim, dtype, shards = facts
-        return _Facts(int(base), int(dim), dtype.decode(), int(shards))
-
-    def _shard(self, shard: int) -> str:
-        return f"{{{self._at.name}:{self._version}:{self._facts.base}:{shard}}}"
-
-    def _mark(self, shard: int) -> bytes:
-        return self._shard(shard).encode()
-
-    def _keys(self, items: list[int]) -> list[bytes]:
-        shards = [self._mark(shard) for shard in range(self._facts.shards)]
-        return [shards[item % len(shards)] + item.to_bytes(8, "big", signed=True) for item in items]
+        seq, dim, dtype, shards = facts
+        return _Base(self._prefix, int(seq), int(dim), dtype.decode(), int(shards))
 
 
 def _check_policy(client: Any, at: RedisAddress) -> None:

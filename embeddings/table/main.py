@@ -303,7 +303,6 @@ Command = (
 
 def main(argv: list[str] | None = None) -> None:
     """Run ``mim table`` with the arguments ``argv`` (``None``: those of the process)."""
-    program.log_to_stderr()
     command = tyro.cli(Command, args=argv, prog="mim table")
     check_domains(command)
     command.run()

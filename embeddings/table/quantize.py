@@ -12,6 +12,9 @@ import fbgemm_gpu. On a GPU it is fbgemm_gpu's kernels.
 Not here: a scale shared by several rows.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -82,7 +85,7 @@ def encode(vectors: Tensor, dtype: str) -> Tensor:
     width = stored_width(dtype, vectors.shape[1])
     if not is_quantized(dtype):
         return vectors.to(DTYPES[dtype])
-    stored = _quantized(vectors.contiguous(), dtype)
+    stored = _kernels(dtype, vectors.device)[0](vectors.contiguous())
     if dtype == "int4":
         stored[~vectors.any(1)] = 0  # fbgemm gives them a scale of 1
     assert stored.shape[1] == width
@@ -96,33 +99,25 @@ def encode(vectors: Tensor, dtype: str) -> Tensor:
 
 def decode(stored: Tensor, dtype: str) -> Tensor:
     """Return stored rows (num_rows, stored_width) as float32 vectors (num_rows, dim)."""
-    if not is_quantized(dtype):
-        return stored.float()
-    stored = stored.contiguous()
-    is_int8 = dtype == "int8"
-    if stored.device.type == "cpu":
+    return _kernels(dtype, stored.device)[1](stored.contiguous()) if is_quantized(dtype) else stored.float()
+
+
+def _kernels(
+    dtype: str, device: torch.device
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """What makes stored rows of vectors on a device, and vectors of stored rows."""
+    if device.type == "cpu":
         own = torch.ops.quantized
-        return own.embedding_bag_byte_unpack(stored) if is_int8 else own.embedding_bag_4bit_unpack(stored)
-    _register_fbgemm()
-    if is_int8:
-        return torch.ops.fbgemm.Fused8BitRowwiseQuantizedToFloat(stored)
-    return torch.ops.fbgemm.FusedNBitRowwiseQuantizedSBHalfToFloat(stored, 4)
+        if dtype == "int8":
+            return own.embedding_bag_byte_prepack, own.embedding_bag_byte_unpack
+        return own.embedding_bag_4bit_prepack, own.embedding_bag_4bit_unpack
+    import fbgemm_gpu  # noqa: F401  registers torch.ops.fbgemm, which a server on a CPU does without
 
-
-def _quantized(vectors: Tensor, dtype: str) -> Tensor:
-    is_int8 = dtype == "int8"
-    if vectors.device.type == "cpu":
-        own = torch.ops.quantized
-        return own.embedding_bag_byte_prepack(vectors) if is_int8 else own.embedding_bag_4bit_prepack(vectors)
-    _register_fbgemm()
-    if is_int8:
-        return torch.ops.fbgemm.FloatToFused8BitRowwiseQuantized(vectors)
-    return torch.ops.fbgemm.FloatToFusedNBitRowwiseQuantizedSBHalf(vectors, 4)
-
-
-def _register_fbgemm() -> None:
-    """Import what registers `torch.ops.fbgemm`, which a server on a CPU does without."""
-    import fbgemm_gpu  # noqa: F401
+    fbgemm = torch.ops.fbgemm
+    if dtype == "int8":
+        return fbgemm.FloatToFused8BitRowwiseQuantized, fbgemm.Fused8BitRowwiseQuantizedToFloat
+    return (partial(fbgemm.FloatToFusedNBitRowwiseQuantizedSBHalf, bit_rate=4),
+            partial(fbgemm.FusedNBitRowwiseQuantizedSBHalfToFloat, bit_rate=4))  # fmt: skip
 
 
 def fuse_codes(codes: Tensor) -> Tensor:

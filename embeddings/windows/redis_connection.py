@@ -64,7 +64,7 @@ def reachable(location: RedisAddress) -> Iterator[None]:
     """
     try:
         yield
-    except redis.exceptions.MovedError as error:
+    except (redis.exceptions.MovedError, redis.exceptions.ClusterCrossSlotError) as error:
         if not location.cluster:
             raise _of_a_cluster(location) from None
         raise RedisUnavailable(f"{location} is not ready: its slots move: {error}") from error

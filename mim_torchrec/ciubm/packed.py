@@ -22,6 +22,9 @@ from torch.autograd.function import once_differentiable
 
 from mim_torchrec.quiet import quiet
 
+SAMPLED = (torch.float32, torch.float64)
+"""What `torch.sparse.sampled_addmm` has kernels for; rows of other types, as of autocast, are gathered."""
+
 
 class ByBehavior(NamedTuple):
     """The same pairs ordered by behavior, then by candidate; gradients of behaviors are sums in this order.
@@ -223,7 +226,8 @@ def _announce_csr() -> None:
 def _sample(candidates: Tensor, behaviors: Tensor, pairs: PairIndices) -> Tensor:
     if pairs.num_pairs == 0:
         return candidates.new_zeros(0)
-    if candidates.is_cuda or torch.backends.mkl.is_available():
+    has_kernel = all(rows.dtype in SAMPLED for rows in (candidates, behaviors))
+    if has_kernel and (candidates.is_cuda or torch.backends.mkl.is_available()):
         _announce_csr()
         structure = torch.sparse_csr_tensor(
             pairs.pair_offsets,

@@ -6,6 +6,7 @@ item's.
 
 import hashlib
 import logging
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +20,7 @@ from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.images import decode_image
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.pairs import PairDataset
+from mim_torchrec.data.uploads import Upload
 from mim_torchrec.encoders.features import (
     compute_features,
     item_features_file,
@@ -44,6 +46,12 @@ class Inputs(Protocol):
 
     def texts(self, rows: np.ndarray) -> Tensor | Tokens:
         """Tokens or features of titles, by item row."""
+
+    def send_images(self, index: np.ndarray, upload: Upload) -> Callable[[], Tensor]:
+        """As `images`, sent with other tensors; returns what gives them after `upload.send`."""
+
+    def send_texts(self, rows: np.ndarray, upload: Upload) -> Callable[[], Tensor | Tokens]:
+        """As `texts`, likewise."""
 
 
 class SearchContent:
@@ -125,15 +133,32 @@ class FeatureInputs:
 
     def images(self, index: np.ndarray) -> Tensor:
         """(n, image_dim)"""
-        return self._rows(self._held[0], index)
+        return self._now(self.send_images, index)
 
     def texts(self, rows: np.ndarray) -> Tensor:
         """(n, text_dim)"""
-        return self._rows(self._held[1], rows)
+        return self._now(self.send_texts, rows)
 
-    def _rows(self, features: Tensor, index: np.ndarray) -> Tensor:
-        rows = torch.from_numpy(index).to(features.device)
-        return features.index_select(0, rows).to(self._device)
+    def send_images(self, index: np.ndarray, upload: Upload) -> Callable[[], Tensor]:
+        """As `images`, sent with other tensors; returns what gives them after `upload.send`."""
+        return self._send(self._held[0], index, upload)
+
+    def send_texts(self, rows: np.ndarray, upload: Upload) -> Callable[[], Tensor]:
+        """As `texts`, likewise."""
+        return self._send(self._held[1], rows, upload)
+
+    def _now(self, send: Callable[[np.ndarray, Upload], Callable[[], Tensor]], index: np.ndarray) -> Tensor:
+        upload = Upload(self._device)
+        found = send(index, upload)
+        upload.send()
+        return found()
+
+    def _send(self, features: Tensor, index: np.ndarray, upload: Upload) -> Callable[[], Tensor]:
+        rows = torch.from_numpy(index)
+        if features.device.type != self._device.type:  # too large for the GPU
+            return upload.add(features.index_select(0, rows))
+        there = upload.add(rows)
+        return lambda: features.index_select(0, there())
 
 
 def frozen_features(

@@ -134,6 +134,7 @@ def _fine_tune(config: CSFTConfig, run: RunDirectory, context: DistributedContex
         "items": len(items),
         "pairs": len(train),
         "held_out_pairs": len(held_out),
+        "trained_until": int(times[train].max()) if len(held_out) else None,
         "skipped_pairs": pairs.skipped,
         "unreadable_items": int((~catalog.readable).sum()),
         "untitled_items": untitled,
@@ -236,7 +237,6 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of `mim csft`."""
     config = parse(argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
     check_domains(config)  # before processes wait for each other
-    program.log_to_stderr()
     with distributed(config.seed, config.timeout) as context:
         logging.getLogger("mim_torchrec").setLevel(logging.INFO if context.is_main else logging.WARNING)
         fine_tune(config, context)

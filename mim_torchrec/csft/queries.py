@@ -6,6 +6,7 @@ every epoch. Held-out queries, and items, are never changed.
 
 import hashlib
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from mim_torchrec.csft.inputs import Inputs, PixelInputs, SearchContent
 from mim_torchrec.data.photos import augmented
+from mim_torchrec.data.uploads import Upload
 from mim_torchrec.encoders.features import compute_features, query_features_file, read_or_compute
 from mim_torchrec.encoders.pixels import HasTowers
 from mim_torchrec.training.distributed import DistributedContext
@@ -23,8 +25,8 @@ from mim_torchrec.training.distributed import DistributedContext
 class Queries(Protocol):
     """Query images of training."""
 
-    def images(self, index: np.ndarray, epoch: int) -> Tensor:
-        """Pixels or features of images in an epoch."""
+    def send(self, index: np.ndarray, epoch: int, upload: Upload) -> Callable[[], Tensor]:
+        """Send pixels or features of images in an epoch; returns what gives them after `upload.send`."""
 
 
 class PlainQueries:
@@ -33,9 +35,9 @@ class PlainQueries:
     def __init__(self, inputs: Inputs) -> None:
         self._inputs = inputs
 
-    def images(self, index: np.ndarray, epoch: int) -> Tensor:
-        """As `Inputs.images`."""
-        return self._inputs.images(index)
+    def send(self, index: np.ndarray, epoch: int, upload: Upload) -> Callable[[], Tensor]:
+        """As `Inputs.send_images`."""
+        return self._inputs.send_images(index, upload)
 
 
 class ChangedPixels:
@@ -50,10 +52,11 @@ class ChangedPixels:
     def __init__(self, inputs: Inputs, strength: float, seed: int) -> None:
         self._inputs, self._strength, self._seed = inputs, strength, seed
 
-    def images(self, index: np.ndarray, epoch: int) -> Tensor:
-        """(n, 3, image_size, image_size) uint8."""
+    def send(self, index: np.ndarray, epoch: int, upload: Upload) -> Callable[[], Tensor]:
+        """Gives (n, 3, image_size, image_size) uint8, which it changes."""
         seeds = [seed_of(self._seed, epoch, int(image)) for image in index]
-        return augmented(self._inputs.images(index), seeds, self._strength)
+        pixels = self._inputs.send_images(index, upload)
+        return lambda: augmented(pixels(), seeds, self._strength)
 
 
 class StoredViews:
@@ -64,24 +67,22 @@ class StoredViews:
         views: (num_views, num_queries, image_dim).
         rows: (num_queries,) the images of the queries, ascending.
         seed: of the choice, with the epoch.
-        device: where batches go.
     """
 
-    def __init__(
-        self, plain: Inputs, views: Tensor, rows: np.ndarray, seed: int, device: torch.device
-    ) -> None:
-        self._plain, self._views, self._rows = plain, views, rows
-        self._seed, self._device = seed, device
+    def __init__(self, plain: Inputs, views: Tensor, rows: np.ndarray, seed: int) -> None:
+        self._plain, self._views, self._rows, self._seed = plain, views, rows, seed
 
-    def images(self, index: np.ndarray, epoch: int) -> Tensor:
-        """(n, image_dim)"""
+    def send(self, index: np.ndarray, epoch: int, upload: Upload) -> Callable[[], Tensor]:
+        """Gives (n, image_dim)."""
         place = np.searchsorted(self._rows, index)
         chosen = np.random.default_rng((self._seed, epoch)).integers(
             len(self._views) + 1, size=len(self._rows)
         )
         view = torch.from_numpy(chosen[place] - 1)
-        changed = self._views[view.clamp(min=0), torch.from_numpy(place)].to(self._device)
-        return torch.where((view < 0)[:, None].to(self._device), self._plain.images(index), changed)
+        changed = upload.add(self._views[view.clamp(min=0), torch.from_numpy(place)])
+        is_plain = upload.add((view < 0)[:, None])
+        plain = self._plain.send_images(index, upload)
+        return lambda: torch.where(is_plain(), plain(), changed())
 
 
 def stored_views(
@@ -129,7 +130,7 @@ def stored_views(
 
     found = read_or_compute(file, compute, context)["image"]
     logging.getLogger(__name__).info("%d views of %d query images", views, len(rows))
-    return StoredViews(plain, found.view(views, len(rows), -1), rows, seed, context.device)
+    return StoredViews(plain, found.view(views, len(rows), -1), rows, seed)
 
 
 def seed_of(*numbers: int) -> int:

@@ -110,7 +110,7 @@ def _retrieve(config: RetrieveConfig, out: Path, context: DistributedContext) ->
         query, vectors = encode(encoder.head, features, held_out, catalog, config.encode_batch_size, context)
     found = find(query, vectors, held_out, catalog, context.device)
     report = evaluate(found, held_out, catalog, items)
-    report["skipped_pairs"] = pairs.skipped
+    report |= {"skipped_pairs": pairs.skipped, "held_out_from": int(pairs.times()[held_out].min())}
     if context.is_main:
         write(report, draw(held_out, found, catalog, config.drawn_queries), out)
         log.info("recall@10 %.4f (chance %.4f), mean rank %.1f of %d, %d queries", report["recall_at_10"],
@@ -123,7 +123,6 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of `mim retrieve`."""
     config = tyro.cli(RetrieveConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
     check_domains(config)  # before processes wait for each other
-    program.log_to_stderr()
     with distributed(seed=0, timeouts=config.timeout) as context:  # nothing here is drawn
         logging.getLogger("mim_torchrec").setLevel(logging.INFO if context.is_main else logging.WARNING)
         retrieve(config, context)

@@ -18,11 +18,12 @@ from mim_torchrec.csft.config import CSFTConfig
 from mim_torchrec.csft.image_search import encode, find
 from mim_torchrec.csft.inputs import Inputs, SearchContent, Tokens
 from mim_torchrec.csft.loss_variant import VariantLoss, make_variant_loss
-from mim_torchrec.csft.queries import PlainQueries, Queries
+from mim_torchrec.csft.queries import Queries
 from mim_torchrec.csft.selection import epoch_metrics
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.pairs import PairDataset
 from mim_torchrec.data.prefetch import prefetched
+from mim_torchrec.data.uploads import Upload
 from mim_torchrec.encoders.checkpoint import save_encoder
 from mim_torchrec.encoders.item_encoder import ItemEncoder, ItemHead
 from mim_torchrec.encoders.tower import compute_in
@@ -141,7 +142,7 @@ class CSFTTask:
         train: indexes of the pairs to train on.
         held_out: indexes of the pairs to validate on.
         context: the process group.
-        queries: query images of training; by default those of `inputs`.
+        queries: query images of training.
 
     Raises:
         OptionError: the sizes do not fit: no whole batch, or gamma with queries that are no items.
@@ -158,7 +159,7 @@ class CSFTTask:
         train: np.ndarray,
         held_out: np.ndarray,
         context: DistributedContext,
-        queries: Queries | None = None,
+        queries: Queries,
     ) -> None:
         self._batch_size = config.pairs_per_step(context.world_size)
         if len(train) < self._batch_size:
@@ -170,7 +171,7 @@ class CSFTTask:
                 f"{int((catalog.query_row < 0).sum())} of {len(pairs)} are images of their own"
             )
         self._config, self._encoder, self._inputs = config, encoder, inputs
-        self._queries = PlainQueries(inputs) if queries is None else queries
+        self._queries = queries
         self._items, self._pairs, self._catalog = items, pairs, catalog
         self._train, self._held_out, self._context = train, held_out, context
         self._per_rank = self._batch_size // context.world_size
@@ -256,22 +257,28 @@ class CSFTTask:
             save_encoder(self._encoder, path)
 
     def _batch(self, index: np.ndarray, epoch: int) -> PairBatch:
+        """Pairs on the device, sent in one copy."""
+        upload = Upload(self._context.device)
         rows = self._catalog.item_row[index]
         if self._config.hard_negatives and self._category is None:
             negatives = [self._pairs.hard_negative(int(i)) for i in index]
             rows = np.concatenate([rows, self._items.rows_of(np.array(negatives))])
         query_row = self._catalog.query_row[index]
+        query = self._queries.send(self._catalog.query_image_row[index], epoch, upload)
+        query_text = self._inputs.send_texts(query_row, upload) if self._config.gamma else None
+        image, text = self._inputs.send_images(rows, upload), self._inputs.send_texts(rows, upload)
+        item_row, own_row = (upload.add(torch.from_numpy(each)) for each in (rows, query_row))
+        category = None if self._category is None else upload.add(torch.from_numpy(self._category[rows]))
+        upload.send()
         return PairBatch(
-            query=self._queries.images(self._catalog.query_image_row[index], epoch),
-            query_text=self._inputs.texts(query_row) if self._config.gamma else None,
-            image=self._inputs.images(rows),
-            text=self._inputs.texts(rows),
-            item_row=torch.from_numpy(rows).to(self._context.device),
-            query_row=torch.from_numpy(query_row).to(self._context.device),
+            query=query(),
+            query_text=None if query_text is None else query_text(),
+            image=image(),
+            text=text(),
+            item_row=item_row(),
+            query_row=own_row(),
             pair=index,
-            item_category=None
-            if self._category is None
-            else torch.from_numpy(self._category[rows]).to(self._context.device),
+            item_category=None if category is None else category(),
         )
 
 

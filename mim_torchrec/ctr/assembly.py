@@ -14,6 +14,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from mim_torchrec.ctr.config import CTRConfig, from_values
 from mim_torchrec.ctr.sharding import build_model, shard
+from mim_torchrec.ctr.shrinkage import input_scale, set_scale
 from mim_torchrec.ctr.vocabularies import load_vocabularies
 from mim_torchrec.ctr.windows import LiveWindows
 from mim_torchrec.data.errors import DataError
@@ -80,7 +81,10 @@ def assemble(
     mapper = IdMapper(vocabularies, index, config.max_unknown)
     mm = frozen_config(table, ["candidate_mm", "behavior_mm"], name="mm") if table is not None else None
     rows = {name: vocabulary.num_embeddings for name, vocabulary in vocabularies.items()}
-    model, optimizer = shard(build_model(config, rows, mm, torch.device("meta")), config, context)
+    built = build_model(config, rows, mm, torch.device("meta"))
+    if config.keep_shrinkage:
+        set_scale(built, input_scale(built, vocabularies))
+    model, optimizer = shard(built, config, context)
     frozen = cast(nn.Module | None, model.module.mm_embeddings)
     facts = None
     if table is not None and frozen is not None:

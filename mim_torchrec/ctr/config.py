@@ -83,6 +83,9 @@ class ModelConfig:
     and c counts the training impressions of the id; 0 leaves them as they are; beyond the paper."""
     id_shrinkage_of: dict[str, Weight] = field(default_factory=dict)
     """k of some tables, as TABLE NUMBER such as `user_id 1000`; `id_shrinkage` is that of the others."""
+    keep_shrinkage: bool = False
+    """Multiply what the batch normalization at the entry of the tower makes of ID embeddings by how small
+    `id_shrinkage` has made their tables, which the normalization undoes; beyond the paper."""
     dot_product_features: bool = False
     """Feed the tower the inner product of each interest with the target as well."""
     embedding_dim: Annotated[int, Domain(least=4, multiple=4)] = 16

@@ -6,6 +6,7 @@ It takes rows and no ids, as plain tensors, whoever has looked them up: sharded 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,10 +21,12 @@ from mim_torchrec.ciubm.ubm.interface import Auxiliary, BehaviorContext
 from mim_torchrec.ctr.config import ModelConfig
 from mim_torchrec.ctr.parameters import FROZEN, ID_TABLES
 from mim_torchrec.errors import OptionError
-from mim_torchrec.training.batch_norm import GlobalBatchNorm1d, PartialBatchNorm1d
+from mim_torchrec.training.batch_norm import GlobalBatchNorm1d, PartialBatchNorm1d, ScaledBatchNorm1d
 
 MICROSECONDS = 1_000_000
 ITEM_COLUMNS = ("item_id", "category")
+REQUEST = "request"
+"""Stands for all tables of features of requests, whose names the dense part does not know."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +75,20 @@ class Prediction(NamedTuple):
     conversion_logits: Tensor | None = None
 
 
+class Columns(NamedTuple):
+    """Neighboring columns of the tower's input.
+
+    Attributes:
+        width: how many.
+        tables: on whose embeddings they depend, in equal parts; none, if on those of no ids.
+        degree: in embeddings: 2 of products of two.
+    """
+
+    width: int
+    tables: tuple[str, ...] = ()
+    degree: int = 1
+
+
 class DeepCTR(nn.Module):
     """Fully connected tower from features to a logit.
 
@@ -81,6 +98,7 @@ class DeepCTR(nn.Module):
         batch_norm: normalize the input and every hidden layer over the batch of all ranks.
         dropout: probability of dropping a hidden unit.
         normalized: (in_features,) bool, what of the input is normalized; None is all of it.
+        scaled: multiply what the normalization of the input gives by constants (`ScaledBatchNorm1d`).
     """
 
     def __init__(
@@ -90,15 +108,17 @@ class DeepCTR(nn.Module):
         batch_norm: bool,
         dropout: float,
         normalized: Tensor | None = None,
+        scaled: bool = False,
     ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        if batch_norm:  # no scale and shift where a linear layer follows, see below
-            layers.append(
-                GlobalBatchNorm1d(in_features, affine=False)
-                if normalized is None
-                else PartialBatchNorm1d(normalized)
-            )
+        if batch_norm:  # nothing to learn where a linear layer follows, see below
+            if scaled:
+                layers.append(ScaledBatchNorm1d(in_features))
+            elif normalized is None:
+                layers.append(GlobalBatchNorm1d(in_features, affine=False))
+            else:
+                layers.append(PartialBatchNorm1d(normalized))
         width = in_features
         for size in hidden:
             # batch normalization cancels a bias, whose gradient would be rounding noise that Adam scales up,
@@ -191,29 +211,42 @@ class DenseCTR(nn.Module):
         interest_dim = sum(size for on, size in parts if on) + self.ciubm.similarity_dim
         num_dot_products = sum(on for on, _ in parts) if self.dot_product_features else 0
         width = request_dim + item_dim + more_dim + interest_dim + num_dot_products + 1
+        if config.keep_shrinkage and not (config.shrinks_ids and config.batch_norm and config.normalize_ids):
+            raise OptionError(
+                "--keep-shrinkage keeps what --id-shrinkage does and the batch normalization of ids undoes: "
+                "it needs --id-shrinkage, and neither --batch-norm False nor --normalize-ids False"
+            )
+        products = [ubm is not None, fusion, content] if self.dot_product_features else []
+        of_items = [Columns(item_dims[name], (name,)) for name in self.item_columns]
+        mixed = Columns(id_dim, tuple(self.item_columns))
+        keeps = ubm is not None and ubm.keeps_columns and id_dim == item_dim
+        self.columns = [  # in the order of `predict`
+            Columns(request_dim, (REQUEST,)),
+            *of_items,
+            *(Columns(item_dims[name], (name,)) for name in self.candidate_columns),
+            Columns(further.width("request", "candidate")),
+            Columns(sum(products[:2]), tuple(self.item_columns), 2),
+            Columns(sum(products[2:])),
+            *(of_items if keeps else [mixed]),
+            Columns(content_dim if content else 0),
+            *(of_items if fusion else []),
+            Columns(self.ciubm.similarity_dim + 1),
+        ]
         normalized = None
-        if not config.normalize_ids:  # in the order of `predict`
-            products = [ubm is not None, fusion, content] if self.dot_product_features else []
-            columns = [
-                (False, request_dim + item_dim + sum(item_dims[name] for name in self.candidate_columns)),
-                (True, further.width("request", "candidate")),
-                (False, sum(products[:2])),
-                (True, sum(products[2:])),
-                (False, id_dim),
-                (True, content_dim if content else 0),
-                (False, item_dim if fusion else 0),
-                (True, self.ciubm.similarity_dim + 1),
-            ]
-            kinds, sizes = (torch.tensor(part) for part in zip(*columns, strict=True))
-            normalized = kinds.repeat_interleave(sizes)
-        self.tower = DeepCTR(width, config.tower, config.batch_norm, config.dropout, normalized)
+        if not config.normalize_ids:
+            is_number = torch.tensor([not one.tables for one in self.columns])
+            normalized = is_number.repeat_interleave(torch.tensor([one.width for one in self.columns]))
+        tower = partial(
+            DeepCTR, width, config.tower, config.batch_norm, config.dropout, normalized, config.keep_shrinkage
+        )
+        self.tower = tower()
         self.side: SideInformation | None = None
         if of_behaviors:  # after all else, which so starts as it does without it
             ids_dim = sum(item_dims[name] for name in self.behavior_columns)
             self.side = SideInformation(item_dim, ids_dim, further.width("behavior"), config.batch_norm)
         self.second_tower: DeepCTR | None = None
         if config.second_label is not None:
-            self.second_tower = DeepCTR(width, config.tower, config.batch_norm, config.dropout, normalized)
+            self.second_tower = tower()
 
     def predict(self, found: LookedUp) -> Prediction:
         """Score the candidates.

@@ -133,7 +133,6 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of `mim evaluate`."""
     config = tyro.cli(EvaluationConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
     check_domains(config)  # before processes wait for each other
-    program.log_to_stderr()
     with distributed(
         seed=0, timeouts=config.timeout
     ) as context:  # nothing here is drawn but the intervals, which have their own

@@ -232,7 +232,6 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of `mim ctr`."""
     config = parse(argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
     check_domains(config)  # before processes wait for each other
-    program.log_to_stderr()
     with distributed(config.seed, config.timeout) as context:
         train_and_evaluate(config, context)
 

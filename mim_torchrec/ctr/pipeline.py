@@ -8,8 +8,11 @@ from collections.abc import Iterable, Iterator
 from typing import cast
 
 import torch
+from torchrec.distributed.embedding_types import KJTList
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.train_pipeline.pipeline_context import TrainPipelineContext
+from torchrec.distributed.types import NoWait
 from torchrec.optim.keyed import CombinedOptimizer
 
 from mim_torchrec.ctr.config import CTRConfig
@@ -48,6 +51,7 @@ class SparseExchange(TrainPipelineSparseDist):
         try:
             self.fill_pipeline(source)
             while self.batches:
+                self._know_sizes(self.contexts[0])
                 self._set_module_context(self.contexts[0])
                 self._wait_for_batch()
                 if len(self.batches) > 1:
@@ -59,6 +63,19 @@ class SparseExchange(TrainPipelineSparseDist):
             self.detach()
             self.batches.clear()
             self.contexts.clear()
+
+    def _know_sizes(self, context: TrainPipelineContext) -> None:
+        """Ask the exchanged ids how many each feature has, on the stream of the exchange.
+
+        TorchRec's lookups ask in the forward pass, where the host would wait for the step before.
+        """
+        with self._stream_context(self._data_dist_stream):
+            for name, request in context.input_dist_tensors_requests.items():
+                exchanged = request.wait()
+                if isinstance(exchanged, KJTList):
+                    for features in exchanged:
+                        features.length_per_key()
+                context.input_dist_tensors_requests[name] = NoWait(exchanged)
 
     def after_forward(self) -> None:
         """Send the ids of the next batch, which the backward pass of this one hides."""

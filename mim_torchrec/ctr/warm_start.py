@@ -9,7 +9,7 @@ Optimizers start from scratch: their state is of another day's losses, and `best
 import logging
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -19,7 +19,9 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from mim_torchrec.ctr.assembly import TrainedRun
 from mim_torchrec.ctr.config import CTRConfig
+from mim_torchrec.ctr.dense import DenseCTR
 from mim_torchrec.ctr.parameters import id_tables, load_trainable_state, trainable_state
+from mim_torchrec.ctr.shrinkage import change_scale, scale_of
 from mim_torchrec.data.vocabulary import Vocabulary
 from mim_torchrec.embeddings.remote.places import Url
 from mim_torchrec.errors import ExpectedError, Status
@@ -70,6 +72,8 @@ def warm_start(
         )
     path = str(trained.weights)
     sizes: dict[str, Any] = FileSystemReader(path).read_metadata().state_dict_metadata
+    inner = cast(DenseCTR, model.module)
+    scale = scale_of(inner).clone() if config.keep_shrinkage else None  # which loading overwrites
     state = trainable_state(model)
     if state.keys() != sizes.keys():
         raise WarmStartError(f"{run} has other weights: {sorted(state.keys() ^ sizes.keys())}")
@@ -77,6 +81,8 @@ def warm_start(
     dense = {name: value for name, value in state.items() if name not in tables.values()}
     dcp.load(dense, checkpoint_id=path)
     load_trainable_state(model, state)
+    if scale is not None:
+        change_scale(inner, scale)
     before = trained.vocabularies
     for column, name in tables.items():
         weights = torch.empty(sizes[name].size)

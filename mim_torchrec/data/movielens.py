@@ -221,7 +221,6 @@ def _first(flags: pa.ChunkedArray) -> int:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `mim import movielens`."""
     config = tyro.cli(MovieLensConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
-    program.log_to_stderr()
     counts = convert(config)
     log.info("%s: %s", config.out, ", ".join(f"{count} in {folder}" for folder, count in counts.items()))
 

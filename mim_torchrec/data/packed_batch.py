@@ -15,9 +15,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mim_torchrec.ciubm.pair_layout import PairLayout
 from mim_torchrec.data.batch import RequestBatch
-
-ALIGNMENT = 16
-"""Bytes, at multiples of which tensors begin."""
+from mim_torchrec.data.uploads import in_one_buffer, moved_together
 
 
 @dataclass
@@ -32,11 +30,7 @@ class PackedBatch(RequestBatch):
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "PackedBatch":
         """The same batch on another device, copied as a whole."""
-        parts = list(_parts(self))
-        storage = parts[0].untyped_storage()
-        whole = torch.empty(0, dtype=torch.uint8, device=parts[0].device).set_(storage)
-        there = whole.to(device, non_blocking=non_blocking)
-        return _rebuilt(self, [_view(there, part, _start(part)) for part in parts])
+        return _rebuilt(self, moved_together(list(_parts(self)), device, non_blocking))
 
 
 def packed(batch: RequestBatch) -> PackedBatch:
@@ -45,23 +39,7 @@ def packed(batch: RequestBatch) -> PackedBatch:
     of_role = (lengths[keys.index(f"{role}_item_id")] for role in ("candidate", "behavior"))
     values = {one.name: getattr(batch, one.name) for one in fields(RequestBatch)}
     found = PackedBatch(**values, layout=PairLayout.of_lengths(*of_role))
-    parts = list(_parts(found))
-    starts = [0]
-    for part in parts:
-        starts.append(-(-(starts[-1] + part.nbytes) // ALIGNMENT) * ALIGNMENT)
-    whole = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-    views = [_view(whole, part, start) for part, start in zip(parts, starts, strict=False)]
-    for view, part in zip(views, parts, strict=True):
-        view.copy_(part)
-    return _rebuilt(found, views)
-
-
-def _view(whole: Tensor, like: Tensor, start: int) -> Tensor:
-    return whole[start : start + like.nbytes].view(like.dtype).view(like.shape)
-
-
-def _start(part: Tensor) -> int:
-    return int(part.storage_offset()) * part.element_size()
+    return _rebuilt(found, in_one_buffer(list(_parts(found))))
 
 
 def _parts(batch: PackedBatch) -> Iterator[Tensor]:

@@ -4,19 +4,22 @@
 the encoder in further ways. The transforms are those of torchvision; drawn on the CPU, by seeds.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from mim_torchrec.extras import needs
 
 Transform = Callable[[Tensor], Tensor]
 CLUTTER = 4
 """Patches of a ground, along each side."""
+DRAWS = (torch.rand, torch.randint, torch.randperm, torch.Tensor.uniform_)
+"""What transforms draw by."""
 
 
 def geometry(gap: float) -> Transform:
@@ -82,12 +85,21 @@ def augmented(images: Tensor, seeds: Sequence[int], strength: float) -> Tensor:
     return torch.stack(found) if found else images
 
 
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """A stretch of code whose draws depend on a seed, and nothing after it; draws of a GPU are untouched."""
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
+class seeded(TorchFunctionMode):  # noqa: N801  a context, as `torch.no_grad`
+    """A stretch of code whose draws on the CPU depend on a seed.
+
+    They are of a generator of its own: other threads, which may train meanwhile, draw what they would have.
+
+    Args:
+        seed: equal ones give equal draws.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        own = {"generator": self._generator} if func in DRAWS else {}
+        return func(*args, **{**(kwargs or {}), **own})

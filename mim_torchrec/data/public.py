@@ -358,7 +358,6 @@ def _whole(column: pa.ChunkedArray) -> pa.Array:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `mim import public`."""
     config = tyro.cli(PublicConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
-    program.log_to_stderr()
     counts = convert(config)
     log.info("%s: %s", config.out, ", ".join(f"{count} in {folder}" for folder, count in counts.items()))
 

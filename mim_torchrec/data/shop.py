@@ -254,7 +254,6 @@ def make_shop(config: ShopConfig) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `mim shop`."""
     config = tyro.cli(ShopConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
-    program.log_to_stderr()
     started = time.time()
     make_shop(config)
     log.info("%s: %d items, %d requests, %d image searches in %.1f s", config.out or config.raw, config.items,

@@ -313,7 +313,6 @@ def _nobody() -> pa.Table:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `mim import taobao-mm`."""
     config = tyro.cli(TaobaoMMConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
-    program.log_to_stderr()
     found = convert(config)
     if any(found["skipped"].values()):
         log.warning("left out: %d samples without their user, %d without their item",

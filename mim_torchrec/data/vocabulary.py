@@ -154,6 +154,19 @@ class Vocabulary:
         counts = self.impressions[rows].double()
         return (counts / (counts + self.shrinkage)).float()
 
+    def mean_factor(self) -> float:
+        """Root mean square of the factors over training impressions; 1 without shrinkage.
+
+        >>> shown = torch.tensor([0, 5, 15])
+        >>> round(Vocabulary(torch.tensor([7, 9]), 3, shown, shrinkage=5.0).mean_factor(), 4)
+        0.6960
+        """
+        if not self.shrinkage or self.impressions is None:
+            return 1.0
+        counts = self.impressions.double()
+        squares = (counts / (counts + self.shrinkage)).square()
+        return (counts @ squares / counts.sum().clamp(min=1)).sqrt().item()
+
     def save(self, path: str | Path) -> None:
         """Write an .npz file."""
         counted: dict[str, Any] = {}

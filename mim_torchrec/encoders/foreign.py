@@ -4,12 +4,11 @@ Adapters, quantized weights, weights of other frameworks and models with code of
 name, each with what to do. A library would fail with a traceback, ask on the terminal, or load another model.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from mim_torchrec.encoders.open_clip_files import CONFIG, check_end, is_open_clip
-from mim_torchrec.encoders.weights import is_pointer, shards_of, weight_files
+from mim_torchrec.encoders.weights import read_json, refuse_pointer, shards_of, weight_files
 from mim_torchrec.errors import OptionError
 
 UNREAD = ("*.gguf", "*.onnx", "onnx/*.onnx", "*.h5", "*.msgpack", "*.ckpt.index", "*.tflite", "openvino*.xml",
@@ -17,23 +16,9 @@ UNREAD = ("*.gguf", "*.onnx", "onnx/*.onnx", "*.h5", "*.msgpack", "*.ckpt.index"
 """Weights of other frameworks."""
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """An object of a JSON file, empty where there is no file.
-
-    Raises:
-        OptionError: it cannot be read.
-    """
-    if not file.is_file():
-        return {}
-    if is_pointer(file):
-        raise OptionError(f"{file} is a pointer of Git LFS, not the file; run `git lfs pull` there")
-    try:
-        found = json.loads(file.read_text())
-    except ValueError as error:
-        raise OptionError(f"{file} cannot be read: {error}") from None
-    if not isinstance(found, dict):
-        raise OptionError(f"{file} holds no JSON object")
-    return found
+def holds_open_clip(folder: Path) -> bool:
+    """Whether a directory is one of open_clip, and not of transformers as well."""
+    return is_open_clip(folder) and "model_type" not in read_json(folder / "config.json")
 
 
 def check_text_directory(folder: Path, *, weights: bool = True) -> None:
@@ -59,7 +44,7 @@ def check_text_directory(folder: Path, *, weights: bool = True) -> None:
             raise OptionError(
                 f"{folder} holds an encoder of this package, not a text model; give it to {flag}"
             )
-    if is_open_clip(folder) and "model_type" not in config:
+    if holds_open_clip(folder):
         return
     if not config:
         raise OptionError(f"{folder} has no config.json and cannot be loaded{_instead(folder)}")
@@ -80,9 +65,11 @@ def check_text_directory(folder: Path, *, weights: bool = True) -> None:
     files = shards_of(folder) or weight_files(folder)
     if not files:
         raise OptionError(f"{folder} has no weights (.safetensors or .bin){_instead(folder)}")
-    for file in files:
-        if is_pointer(file):  # the caller says which tower
-            raise ValueError(f"{file} is a pointer of Git LFS, not the file; run `git lfs pull` there")
+    try:
+        for file in files:
+            refuse_pointer(file)
+    except OptionError as error:
+        raise ValueError(error) from None  # the caller says which tower
 
 
 def check_tokenizer(tokenizer: Any, vocab_size: int, source: str) -> None:
@@ -104,7 +91,7 @@ def check_tokenizer(tokenizer: Any, vocab_size: int, source: str) -> None:
     folder = Path(source)
     if not folder.is_dir():
         return
-    if is_open_clip(folder) and "model_type" not in read_json(folder / "config.json"):
+    if holds_open_clip(folder):
         check_end(tokenizer, folder)
     about = read_json(folder / "config_sentence_transformers.json")
     name = about.get("default_prompt_name")

@@ -6,7 +6,6 @@ Not here: ResNets, CoCa, text towers of transformers inside open_clip, and SigLI
 refused by the entry that says so.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from mim_torchrec.encoders.weights import load_strictly, read_weights, refuse_pointer
+from mim_torchrec.encoders.weights import load_strictly, read_json, read_weights
 from mim_torchrec.errors import OptionError
 
 CONFIG = "open_clip_config.json"
@@ -229,14 +228,9 @@ def _activation(about: dict[str, Any]) -> str:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    file = folder / CONFIG
-    refuse_pointer(file)
-    try:
-        about = json.loads(file.read_text())
-    except ValueError as error:
-        raise OptionError(f"{file} cannot be read: {error}") from None
-    if not isinstance(about, dict) or not isinstance(about.get("model_cfg"), dict):
-        raise OptionError(f"{file} has no model_cfg: it is none of open_clip's")
+    about = read_json(folder / CONFIG)
+    if not isinstance(about.get("model_cfg"), dict):
+        raise OptionError(f"{folder / CONFIG} has no model_cfg: it is none of open_clip's")
     return about
 
 

@@ -4,6 +4,7 @@ Not here: where images and titles come from, which the stages know.
 """
 
 import logging
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mim_torchrec.data.uploads import Upload
 from mim_torchrec.embeddings.progress import Progress
 from mim_torchrec.encoders.text import TextEncoder
 from mim_torchrec.encoders.vision import VisionEncoder
@@ -82,19 +84,42 @@ class PixelInputs:
             log.info("%.1f GiB of pixels are over the limit of %.1f GiB: every epoch decodes its images",
                      size / 2**30, memory_gib)  # fmt: skip
 
+    def new_upload(self) -> Upload:
+        """To the device of batches."""
+        return Upload(self._context.device)
+
     def images(self, index: np.ndarray) -> Tensor:
-        """(n, 3, image_size, image_size) uint8."""
-        pixels = self._decode(index) if self._pixels is None else self._pixels[torch.from_numpy(index)]
-        return pixels.to(self._context.device)
+        """(n, 3, image_size, image_size) uint8, on the device."""
+        return self._in_memory(index).to(self._context.device)
+
+    def send_images(self, index: np.ndarray, upload: Upload) -> Callable[[], Tensor]:
+        """Send them with others; returns what gives them on the device."""
+        return upload.add(self._in_memory(index))
 
     def texts(self, rows: np.ndarray) -> Tokens:
-        """`input_ids` and `attention_mask`, (n, num_tokens)."""
-        tokens = self._encoder.text.tokenize(self._catalog.titles(rows))
-        return {name: value.to(self._context.device) for name, value in tokens.items()}
+        """`input_ids` and `attention_mask`, (n, num_tokens), on the device."""
+        return {name: value.to(self._context.device) for name, value in self.tokens(rows).items()}
+
+    def send_texts(self, rows: np.ndarray, upload: Upload) -> Callable[[], Tokens]:
+        """Send them with others; returns what gives them on the device."""
+        return send_tokens(self.tokens(rows), upload)
+
+    def tokens(self, rows: np.ndarray) -> Tokens:
+        """As `texts`, in memory."""
+        return self._encoder.text.tokenize(self._catalog.titles(rows))
+
+    def _in_memory(self, index: np.ndarray) -> Tensor:
+        return self._decode(index) if self._pixels is None else self._pixels[torch.from_numpy(index)]
 
     def _decode(self, index: np.ndarray) -> Tensor:
         decoded = self._pool.map(lambda one: self._catalog.decode(int(one), self._encoder.vision), index)
         return torch.stack(list(decoded))
+
+
+def send_tokens(tokens: Tokens, upload: Upload) -> Callable[[], Tokens]:
+    """Send tokens with other tensors; returns what gives them on the device."""
+    there = {name: upload.add(value) for name, value in tokens.items()}
+    return lambda: {name: value() for name, value in there.items()}
 
 
 def rows_of_rank(count: int, context: DistributedContext) -> np.ndarray:

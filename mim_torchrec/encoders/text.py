@@ -172,8 +172,16 @@ class TextEncoder(Tower):
 
     def hidden_states(self, tokens: dict[str, Tensor]) -> Tensor:
         """The last layer's vectors of all tokens, (n, num_tokens, feature_dim); tokens as for `forward`."""
-        with self.computing(tokens["input_ids"].device):
-            hidden = cast(Tensor, self.model(**tokens).last_hidden_state)
+        ids, mask = tokens["input_ids"], tokens["attention_mask"]
+        if (
+            ids.is_cuda
+            and isinstance(self.model, BertModel)
+            and self.model.config._attn_implementation == "sdpa"
+        ):
+            # a whole mask; of one by tokens transformers would wait for the GPU to see if it masks anything
+            mask = mask.bool()[:, None, None, :].expand(-1, 1, ids.shape[1], -1)
+        with self.computing(ids.device):
+            hidden = cast(Tensor, self.model(input_ids=ids, attention_mask=mask).last_hidden_state)
         return hidden.float() if self.precision == "bf16" else hidden
 
     def save(self, folder: Path) -> None:

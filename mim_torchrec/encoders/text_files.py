@@ -20,13 +20,14 @@ from transformers import (
     T5EncoderModel,
 )
 
-from mim_torchrec.encoders.foreign import check_text_directory, read_json
-from mim_torchrec.encoders.open_clip_files import is_open_clip, text_config_of, text_model_of
+from mim_torchrec.encoders.foreign import check_text_directory, holds_open_clip
+from mim_torchrec.encoders.open_clip_files import text_config_of, text_model_of
 from mim_torchrec.encoders.weights import (
-    is_pointer,
     load_strictly,
+    read_json,
     read_weights,
     refuse_others,
+    refuse_pointer,
     unwrapped,
     weight_files,
 )
@@ -88,8 +89,7 @@ def check_tokenizer_files(folder: Path) -> None:
     if not found:
         raise OptionError(f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}); give --text.tokenizer")
     for file in found:
-        if is_pointer(file):
-            raise OptionError(f"{file} is a pointer of Git LFS, not the file; run `git lfs pull` there")
+        refuse_pointer(file)
 
 
 def read_config(source: str) -> PretrainedConfig:
@@ -101,7 +101,7 @@ def read_config(source: str) -> PretrainedConfig:
     local = Path(source).is_dir()
     if local:
         check_text_directory(Path(source), weights=False)
-        if _of_open_clip(source):
+        if holds_open_clip(Path(source)):
             return text_config_of(Path(source))
     config = AutoConfig.from_pretrained(source, local_files_only=local, trust_remote_code=False)
     if config.model_type not in PARTS:
@@ -129,7 +129,7 @@ def load_model(source: str) -> PreTrainedModel:
         OptionError: weights are missing, left over, or of another shape.
     """
     local = Path(source).is_dir()
-    if local and _of_open_clip(source):
+    if local and holds_open_clip(Path(source)):
         return text_model_of(Path(source))
     config = read_config(source)
     part: Any = PARTS.get(config.model_type, AutoModel)
@@ -172,19 +172,24 @@ def pooling_of(source: str) -> str | None:
     try:
         modules = json.loads((folder / "modules.json").read_text())
         kinds = {one["type"].split(".")[-1]: folder / one["path"] for one in modules}
-        if not kinds.keys() - {"Transformer", "Normalize"}:
-            return None
-        if "Pooling" not in kinds:
-            kind = ", ".join(sorted(kinds))
-            raise OptionError(
-                f"{source} makes vectors by modules that are not read ({kind}); say how tokens make one "
-                "vector without them with --text.pooling"
-            )
-        pooling = json.loads((kinds["Pooling"] / "config.json").read_text())
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
         raise OptionError(f"{folder / 'modules.json'} cannot be read: {error!r}") from None
+    if not kinds.keys() - {"Transformer", "Normalize"}:
+        return None
+    if "Pooling" not in kinds:
+        kind = ", ".join(sorted(kinds))
+        raise OptionError(
+            f"{source} makes vectors by modules that are not read ({kind}); say how tokens make one "
+            "vector without them with --text.pooling"
+        )
+    pooling = read_json(kinds["Pooling"] / "config.json")
+    if not pooling:
+        raise OptionError(
+            f"{kinds['Pooling'] / 'config.json'} is not there, which modules.json names; download it, or say "
+            "how tokens make one vector with --text.pooling"
+        )
     if others := sorted(kinds.keys() - {"Transformer", "Pooling", "Normalize"}):
         raise OptionError(
             f"{source} has layers after its transformer that are not read ({', '.join(others)}); say how "
@@ -247,10 +252,6 @@ def check_vectors(vectors: Tensor, source: str) -> None:
             f"{source} gives two different titles the same vector: its tokenizer or its weights are not "
             "those of its model"
         )
-
-
-def _of_open_clip(source: str) -> bool:
-    return is_open_clip(Path(source)) and "model_type" not in read_json(Path(source) / "config.json")
 
 
 def _without_pooler(names: Any) -> set[str]:

@@ -4,7 +4,6 @@ Images are resized to a square as they are, without a crop: the edge of a produc
 until they are on the device, where the module scales them as the weights expect. Not here: pre-training.
 """
 
-import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,9 +19,16 @@ from torch import Tensor, nn
 
 from mim_torchrec.domains import Count
 from mim_torchrec.encoders.foundation import SHORT
-from mim_torchrec.encoders.open_clip_files import WEIGHTS, is_open_clip, vision_of, vision_state, weights_of
+from mim_torchrec.encoders.open_clip_files import (
+    CONFIG,
+    WEIGHTS,
+    is_open_clip,
+    vision_of,
+    vision_state,
+    weights_of,
+)
 from mim_torchrec.encoders.tower import Tower
-from mim_torchrec.encoders.weights import load_strictly, read_weights, shards_of, weight_files
+from mim_torchrec.encoders.weights import load_strictly, read_json, read_weights, shards_of, weight_files
 from mim_torchrec.errors import OptionError
 from mim_torchrec.extras import needs
 
@@ -238,13 +244,7 @@ def _read_about(folder: Path, name: str) -> dict[str, Any] | None:
     Raises:
         OptionError: it is of another architecture than the name says.
     """
-    file = folder / "config.json"
-    if not file.is_file():
-        return None
-    try:
-        about = json.loads(file.read_text())
-    except ValueError as error:
-        raise OptionError(f"{file} cannot be read: {error}") from None
+    about = read_json(folder / "config.json")
     if "model_type" in about and "architecture" not in about and not is_open_clip(folder):
         raise OptionError(
             f"{folder} holds a model of transformers (type {about['model_type']}), and vision towers are "
@@ -261,6 +261,11 @@ def _read_about(folder: Path, name: str) -> dict[str, Any] | None:
 def _weights_files(path: Path) -> list[Path]:
     """The file itself, or the one in a directory, or all that the index of a directory names."""
     if path.is_file():
+        if path.name in WEIGHTS and is_open_clip(path.parent):
+            raise OptionError(
+                f"vision weights {path} are of open_clip, whose {CONFIG} says how pixels are scaled and "
+                f"which activation is used; give {path.parent}"
+            )
         return [path]
     if path.is_dir() and is_open_clip(path):
         return weights_of(path)

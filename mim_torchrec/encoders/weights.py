@@ -11,6 +11,7 @@ import logging
 import pickle
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -44,31 +45,48 @@ def weight_files(folder: Path) -> list[Path]:
     return []
 
 
-def is_pointer(file: Path) -> bool:
-    """Whether a file is what Git LFS leaves where it has not fetched one."""
-    with file.open("rb") as opened:
-        return opened.read(len(POINTER)) == POINTER
-
-
 def refuse_pointer(file: Path) -> None:
     """See that a file is one.
 
     Raises:
-        OptionError: it is a pointer of Git LFS.
+        OptionError: it is what Git LFS leaves where it has not fetched one.
     """
-    if is_pointer(file):
-        raise OptionError(
-            f"weights {file} cannot be read (a pointer of Git LFS, not the file); run `git lfs pull` there"
-        )
+    with file.open("rb") as opened:
+        if opened.read(len(POINTER)) == POINTER:
+            raise OptionError(f"{file} is a pointer of Git LFS, not the file; run `git lfs pull` there")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """An object of a JSON file, empty where there is no file.
+
+    Raises:
+        OptionError: it cannot be read.
+    """
+    if not file.is_file():
+        return {}
+    refuse_pointer(file)
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as error:
+        raise OptionError(f"{file} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise OptionError(f"{file} holds no JSON object")
+    return found
 
 
 def shards_of(folder: Path) -> list[Path]:
-    """The files that the index of a directory names, none where it has no index.
+    """The files that the index of a directory names; none where it has no index, or whole weights that come
+    before those of the index.
 
     Raises:
         OptionError: a file is missing.
     """
-    for index in sorted(folder.glob("*.index.json"), reverse=True):  # .safetensors before .bin
+    for kind in PATTERNS[:2]:
+        index = next(iter(sorted(folder.glob(f"{kind}.index.json"))), None)
+        if index is None:
+            if any(folder.glob(kind)):
+                return []
+            continue
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -167,7 +167,8 @@ def _refuse_unequal(level: Level, item_ids: Tensor, group: dist.ProcessGroup | N
     """Collectives of unequal sizes hang or mix up rows, so that sizes are compared first, on every rank."""
     sizes = torch.tensor([[len(level.query), len(level.items), len(item_ids), level.query.shape[1]]])
     if group is not None:
-        sizes = fc.wait_tensor(fc.all_gather_single(sizes.to(item_ids.device), 0, group))
+        memory = sizes.device in group._device_types  # a GPU would have to be waited for
+        sizes = fc.wait_tensor(fc.all_gather_single(sizes if memory else sizes.to(item_ids.device), 0, group))
     rows = sizes.tolist()
     for rank, (queries, items, ids, _) in enumerate(rows):
         if items < queries or items != ids:

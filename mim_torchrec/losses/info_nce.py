@@ -105,7 +105,7 @@ class MultiLevelInfoNCE(ScaledLoss):
         queue = self.queue if self.training else None
         used = queue if queue is not None and 0 < queue.pushed >= self.queue_start_step else None
         if used is not None:
-            used.place_on(mm.device)
+            used.place_on(mm.device)  # before it is read for the first time after loading
         queued = {name: None if used is None else used.vectors(name) for name in items}
         levels = {name: Level(source, items[name], queued[name]) for name in items}
         weights = {"mm": 1.0, "text": self.alpha, "image": self.beta, "item": self.gamma}

@@ -43,7 +43,7 @@ class ItemQueue(nn.Module):
         self._ids: Tensor | None = None
 
     def place_on(self, device: torch.device) -> None:
-        """Move what is held, which after loading may lie elsewhere than the training, to a device."""
+        """Move what is held, which after loading is in memory, to the device of the training."""
         if self._vectors is not None and self._ids is not None:
             self._vectors, self._ids = self._vectors.to(device), self._ids.to(device)
 
@@ -68,6 +68,7 @@ class ItemQueue(nn.Module):
             ValueError: the sizes differ from those of the batches before.
         """
         batch = torch.stack([level.detach().to(DTYPE) for level in vectors])
+        self.place_on(batch.device)
         if self._vectors is None or self._ids is None:
             levels, rows, dim = batch.shape
             self._vectors = batch.new_zeros(levels, self.batches * rows, dim)

@@ -32,6 +32,8 @@ class Tile(NamedTuple):
 
 CPU_TILE = Tile(512, 512)
 GPU_TILE = Tile(4096, 8192)
+WHOLE = GPU_TILE.items
+"""Items on a GPU of which all are compared with all queries: the host would wait for the few that matter."""
 
 
 class TiledLogSumExp(NamedTuple):
@@ -46,6 +48,8 @@ class TiledLogSumExp(NamedTuple):
 class LeftOut:
     """Which entries of the logits do not count.
 
+    On a GPU the host waits for nothing where there are at most `WHOLE` items, and else twice.
+
     Args:
         item_ids: (num_items,) int64.
         query_ids: (num_queries, n) int64, the items that each query leaves out; None: none.
@@ -56,15 +60,30 @@ class LeftOut:
         self, item_ids: Tensor, query_ids: Tensor | None = None, positive: Tensor | None = None
     ) -> None:
         self._item_ids, self._query_ids, self._positive = item_ids, query_ids, positive
-        # few items are left out by any query; only their columns are compared with all queries
+        self._of_tiles: dict[int, list[Tensor]] = {}
         self._columns = item_ids.new_empty(0)
-        if query_ids is not None and query_ids.numel():
-            known = query_ids.unique()
-            parts = [_is_in(part, known) for part in item_ids.split(65536)]
-            self._columns = torch.nonzero(torch.cat(parts)).flatten()
+        if query_ids is None or not query_ids.numel():
+            return
+        if item_ids.is_cuda and len(item_ids) <= WHOLE:
+            self._columns = torch.arange(len(item_ids), device=item_ids.device)
+            return
+        # few items are left out by any query; only their columns are compared with all queries
+        known = query_ids.flatten().sort().values
+        found = torch.cat([_is_in(part, known) for part in item_ids.split(65536)])
+        self._columns = torch.nonzero(found).flatten()
 
     def columns(self, size: int) -> list[Tensor]:
         """For every `size` items, the columns that any query leaves out because of their ids."""
+        if size not in self._of_tiles:
+            self._of_tiles[size] = self._divided(size)
+        return self._of_tiles[size]
+
+    def _divided(self, size: int) -> list[Tensor]:
+        starts = range(0, len(self._item_ids), size)
+        if not len(self._columns):
+            return [self._columns for _ in starts]
+        if len(self._columns) == len(self._item_ids):
+            return list(self._columns.split(size))
         edges = torch.arange(0, len(self._item_ids) + size, size, device=self._columns.device)
         bounds = torch.searchsorted(self._columns, edges).tolist()
         return [self._columns[start:stop] for start, stop in pairwise(bounds)]
@@ -81,7 +100,10 @@ class LeftOut:
         rows = slice(first_query, first_query + logits.shape[0])
         if len(columns):
             same, columns = self._same(rows, columns), columns - first_item
-            logits.index_copy_(1, columns, logits.index_select(1, columns).masked_fill_(same, -torch.inf))
+            if len(columns) == logits.shape[1]:
+                logits.masked_fill_(same, -torch.inf)
+            else:
+                logits.index_copy_(1, columns, logits.index_select(1, columns).masked_fill_(same, -torch.inf))
         if self._positive is not None:
             column = self._positive[rows] - first_item
             here = (self._positive[rows] >= 0) & (column >= 0) & (column < logits.shape[1])

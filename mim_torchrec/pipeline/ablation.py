@@ -52,9 +52,10 @@ def points_of(grid: Grid, results: Mapping[str, StageResult]) -> list[dict[str, 
     """What every run has: an encoder and a seed each.
 
     Returns:
-        `encoder`, `seed`, `trained` (False of plain towers), the metrics of its image search, the training
-        `loss` of its C-SFT (None of plain towers), `auc` and `ne` of the click model, and `gain`, its AUC
-        less that of Base with this seed.
+        `encoder`, `seed`, `trained` (False of plain towers), `overlaps` (whether pairs that it was trained on
+        are later than searches of its image search: fractions of clicks and of purchases end at different
+        times), the metrics of the search, the training `loss` of its C-SFT (None of plain towers), `auc` and
+        `ne` of the click model, and `gain`, its AUC less that of Base with this seed.
     """
     points = []
     for name, encoder in grid.encoders.items():
@@ -62,10 +63,11 @@ def points_of(grid: Grid, results: Mapping[str, StageResult]) -> list[dict[str, 
             trained = f"{name}.{FIXED if encoder.plain is not None else seed}"
             found = _json(results[f"search.{trained}"], "retrieval.json")
             probe, base = results[f"ctr.{name}.{seed}"].metrics(), results[f"base.{seed}"].metrics()
-            loss = None if encoder.plain is not None else results[f"csft.{trained}"].metrics().get("loss")
+            csft = {} if encoder.plain is not None else results[f"csft.{trained}"].metrics()
             points.append({
                 "encoder": name, "seed": seed, "trained": encoder.plain is None,
-                **{metric: found[metric] for metric in SEARCH}, "loss": loss,
+                "overlaps": bool(csft) and csft["trained_until"] > found["held_out_from"],
+                **{metric: found[metric] for metric in SEARCH}, "loss": csft.get("loss"),
                 "auc": probe["auc"], "ne": probe["ne"], "gain": probe["auc"] - base["auc"],
             })  # fmt: skip
     return points
@@ -126,18 +128,19 @@ def encoders_of(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def report_of(grid: Grid, results: Mapping[str, StageResult]) -> dict[str, Any]:
     """What report.json holds: `base`, `encoders`, `metrics`, `watch` and `points`.
 
-    `watch` is the metric of the search with the highest rank correlation, None where none is defined. The
+    `watch` is the metric of the search with the highest rank correlation, None where none is above zero. The
     loss is no candidate: objectives differ in it.
     """
     points = points_of(grid, results)
     rates = rates_of(points)
-    known = {name: rates[name]["spearman"] for name in SEARCH if rates[name]["spearman"] is not None}
+    known = {name: rates[name]["spearman"] or 0.0 for name in SEARCH}
+    watch = max(known, key=lambda name: known[name])
     return {
         "name": grid.name,
         "base": {str(seed): results[f"base.{seed}"].metrics()["auc"] for seed in grid.seeds},
         "encoders": encoders_of(points),
         "metrics": rates,
-        "watch": max(known, key=lambda name: known[name]) if known else None,
+        "watch": watch if known[watch] > 0 else None,
         "points": points,
         "grid": grid.model_dump(),
     }
@@ -159,6 +162,8 @@ def shown(report: Mapping[str, Any]) -> str:
         if watch is None
         else f"Watch {watch}: over {runs} runs it orders encoders most as their AUC does."
     )
+    if overlapping := dict.fromkeys(point["encoder"] for point in report["points"] if point["overlaps"]):
+        said += f"\nTrained on pairs later than the first that is searched: {', '.join(overlapping)}."
     base = fmean(report["base"].values())
     return f"{columns(rows)}\n\nBase {base:.4f}\n\n{columns(rates)}\n\n{said}"
 

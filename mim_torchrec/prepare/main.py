@@ -22,7 +22,6 @@ log = logging.getLogger("mim_torchrec.prepare")
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `mim prepare`."""
     config = tyro.cli(PrepareConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
-    program.log_to_stderr()
     if config.init is not None:
         write_mapping(config.init, config.mapping)
         print(f"{config.mapping}: check it, then run mim prepare --mapping {config.mapping} --out DATA")

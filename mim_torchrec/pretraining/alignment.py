@@ -49,8 +49,11 @@ class ImageTextModel(PretrainingObjective):
 
     def batch(self, rows: np.ndarray, key: Sequence[int]) -> ItemBatch:
         """Images and titles of items; nothing is drawn."""
-        images = self._inputs.images(rows)
-        return ItemBatch(images, self._inputs.texts(rows), torch.from_numpy(rows).to(images.device))
+        upload = self._inputs.new_upload()
+        images, texts = self._inputs.send_images(rows, upload), self._inputs.send_texts(rows, upload)
+        own = upload.add(torch.from_numpy(rows))
+        upload.send()
+        return ItemBatch(images(), texts(), own())
 
     def sums(self, batch: ItemBatch) -> Tensor:
         """Of this rank's n items against those of all ranks, which must have as many: n x the loss, how many
@@ -59,7 +62,7 @@ class ImageTextModel(PretrainingObjective):
         text = self.text_projection(self.text(batch.tokens))
         loss, report = self.loss(image, text, batch.rows)
         count = len(batch.rows)
-        return torch.stack([loss * count, report["accuracy"] * count, loss.new_tensor(count)])
+        return torch.stack([loss * count, report["accuracy"] * count, loss.new_full((), count)])
 
     def metrics(self, sums: Tensor) -> dict[str, Tensor]:
         """`loss`, and `recall_at_1` of the title by the image within a batch of all ranks."""

@@ -189,7 +189,6 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of `mim pretrain`."""
     config = parse(argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
     check_domains(config)  # before processes wait for each other
-    program.log_to_stderr()
     with distributed(config.seed, config.timeout) as context:
         logging.getLogger("mim_torchrec").setLevel(logging.INFO if context.is_main else logging.WARNING)
         pretrain(config, context)

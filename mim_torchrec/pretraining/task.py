@@ -52,7 +52,7 @@ class PretrainTask:
         held_out: np.ndarray,
         item_ids: np.ndarray,
         context: DistributedContext,
-        ahead: int = 0,
+        ahead: int,
     ) -> None:
         size = phase.items_per_step(context.world_size)
         if size % context.world_size:

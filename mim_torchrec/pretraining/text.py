@@ -22,7 +22,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
-from mim_torchrec.encoders.pixels import PixelInputs, Tokens
+from mim_torchrec.encoders.pixels import PixelInputs, Tokens, send_tokens
 from mim_torchrec.encoders.text import TextEncoder
 from mim_torchrec.errors import OptionError
 from mim_torchrec.pretraining.config import TextAdaptionConfig
@@ -34,10 +34,25 @@ IGNORED = -100
 
 @dataclass
 class TokenBatch:
-    """Tokens as the tower takes them, and labels (n, num_tokens), `IGNORED` where there is nothing to say."""
+    """Tokens as the tower takes them, labels (n, num_tokens), `IGNORED` where there is nothing to say, and
+    places (k,) of the others, see `predicted`: the host would wait for a GPU to count them."""
 
     tokens: Tokens
     labels: Tensor
+    places: Tensor
+
+
+def predicted(labels: Tensor, objective: Literal["mlm", "causal"]) -> Tensor:
+    """Places (k,) in the flattened labels (n, num_tokens) at which a token is predicted.
+
+    >>> labels = torch.tensor([[5, IGNORED, 6]])
+    >>> predicted(labels, "mlm").tolist(), predicted(labels, "causal").tolist()
+    ([0, 2], [2])
+    """
+    wanted = labels != IGNORED
+    if objective == "causal":  # nothing is before the first token
+        wanted[:, :1] = False
+    return wanted.flatten().nonzero().flatten()
 
 
 class LanguageModel(PretrainingObjective):
@@ -66,30 +81,31 @@ class LanguageModel(PretrainingObjective):
 
     def batch(self, rows: np.ndarray, key: Sequence[int]) -> TokenBatch:
         """Titles of items, with tokens masked again for every key."""
-        tokens = self._inputs.texts(rows)
-        device = tokens["input_ids"].device
+        tokens, upload = self._inputs.tokens(rows), self._inputs.new_upload()
         if not tokens["input_ids"].shape[1]:  # no title has a token, not even a special one
             nothing = tokens["input_ids"].new_zeros(len(rows), 1)
-            tokens = {"input_ids": nothing, "attention_mask": nothing}
-            return TokenBatch(tokens, torch.full_like(nothing, IGNORED))
-        # its own `seed` would go on from batch to batch, and works in main processes only
-        self._collate.generator = generator(key)
-        examples = zip(tokens["input_ids"].tolist(), tokens["attention_mask"].tolist(), strict=True)
-        batch = self._collate([{"input_ids": ids, "attention_mask": mask} for ids, mask in examples])
-        kept = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-        return TokenBatch(kept, batch["labels"].to(device))
+            kept = {"input_ids": nothing, "attention_mask": nothing}
+            labels = torch.full_like(nothing, IGNORED)
+        else:
+            # its own `seed` would go on from batch to batch, and works in main processes only
+            self._collate.generator = generator(key)
+            examples = zip(tokens["input_ids"].tolist(), tokens["attention_mask"].tolist(), strict=True)
+            batch = self._collate([{"input_ids": ids, "attention_mask": mask} for ids, mask in examples])
+            kept, labels = {name: batch[name] for name in tokens}, batch["labels"]
+        sent, there = send_tokens(kept, upload), upload.add(labels)
+        places = upload.add(predicted(labels, self.objective))
+        upload.send()
+        return TokenBatch(sent(), there(), places())
 
     def sums(self, batch: TokenBatch) -> Tensor:
         """Sum of cross-entropies, right predictions, and their number."""
-        hidden, labels = self.text.hidden_states(batch.tokens), batch.labels
-        if self.objective == "causal":
-            hidden, labels = hidden[:, :-1], labels[:, 1:]
-        wanted = labels != IGNORED
-        labels = labels[wanted]
-        logits = self.head(hidden[wanted]).float()
+        hidden = self.text.hidden_states(batch.tokens).flatten(0, 1)
+        labels = batch.labels.flatten().index_select(0, batch.places)
+        seen = batch.places - 1 if self.objective == "causal" else batch.places
+        logits = self.head(hidden.index_select(0, seen)).float()
         loss = F.cross_entropy(logits, labels, reduction="sum")
         right = (logits.detach().argmax(1) == labels).sum()
-        return torch.stack([loss, right.to(loss), loss.new_tensor(len(labels))])
+        return torch.stack([loss, right.to(loss), loss.new_full((), len(labels))])
 
     def metrics(self, sums: Tensor) -> dict[str, Tensor]:
         """`loss` and `accuracy` per predicted token."""

@@ -81,9 +81,11 @@ class MaskedImageModel(PretrainingObjective):
 
     def batch(self, rows: np.ndarray, key: Sequence[int]) -> MaskedImages:
         """Images of items, and a mask drawn for each."""
-        images = self._inputs.images(rows)
-        masked = patch_masks(len(rows), self.side, self.masked_patches, generator(key))
-        return MaskedImages(images, masked.to(images.device))
+        upload = self._inputs.new_upload()
+        images = self._inputs.send_images(rows, upload)
+        masked = upload.add(patch_masks(len(rows), self.side, self.masked_patches, generator(key)))
+        upload.send()
+        return MaskedImages(images(), masked())
 
     def sums(self, batch: MaskedImages) -> Tensor:
         """Sum of |reconstruction - pixel| over masked pixels and channels, that of |pixel|, their number."""
@@ -92,7 +94,7 @@ class MaskedImageModel(PretrainingObjective):
         masked = batch.masked.repeat_interleave(scale, 1).repeat_interleave(scale, 2)[:, None]
         rebuilt = self.head(self._features(pixels.masked_fill(masked, 0.0)))
         error = ((rebuilt.float() - pixels).abs() * masked).sum()
-        return torch.stack([error, (pixels.abs() * masked).sum(), error.new_tensor(0) + masked.sum() * 3])
+        return torch.stack([error, (pixels.abs() * masked).sum(), error.new_zeros(()) + masked.sum() * 3])
 
     def metrics(self, sums: Tensor) -> dict[str, Tensor]:
         """`loss`, and `explained`: the share of the loss of guessing the mean color that is gone."""

@@ -4,13 +4,14 @@
     python -m torch.distributed.run --nproc_per_node 2 -m mim_torchrec.representation.export ...
 
 Items are divided over the ranks in ascending order of their ids. Threads read, decode and resize the images
-of the next batches while the encoder works on this one. The table's version is the encoder's, so a
+of the next batches while the encoder works on this one, and a GPU encodes a batch while the vectors of the
+one before are written. The table's version is the encoder's, so a
 reader can state which encoder it expects. Not here: encoding of items that arrive later.
 """
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,6 +27,7 @@ from mim_torchrec import program
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.items import ItemStore
 from mim_torchrec.data.schema import Dataset
+from mim_torchrec.data.uploads import Upload, download
 from mim_torchrec.domains import check_domains
 from mim_torchrec.embeddings.collective import rank_0_first
 from mim_torchrec.embeddings.progress import Progress
@@ -226,6 +228,7 @@ def _encode(
         depth=AHEAD * config.batch_size,
     )  # fmt: skip
     window = TITLES_TOGETHER * config.batch_size
+    before: Callable[[], Encoded] | None = None  # a batch that a GPU may still compute
     with Progress(len(rows), "encode", "item", show=context.is_main) as progress:
         for start in range(0, len(rows), config.batch_size):
             batch = rows[start : start + config.batch_size]
@@ -236,11 +239,22 @@ def _encode(
             kept, pixels = _readable(items, batch, islice(images, len(batch)), config, skipped)
             progress.update(len(batch))
             if len(kept):
-                own = torch.from_numpy(np.flatnonzero(np.isin(batch, kept)) + start % window)
+                upload = Upload(encode.device)
+                own = upload.add(torch.from_numpy(np.flatnonzero(np.isin(batch, kept)) + start % window))
+                stacked = upload.add(torch.stack(pixels))
+                upload.send()
                 with torch.inference_mode():
-                    image = encode.vision(torch.stack(pixels).to(encode.device))
-                    vectors = encode.of_features(image, texts[own.to(encode.device)]).float().cpu()
-                yield Encoded(torch.from_numpy(items.item_ids[kept]), vectors)
+                    vectors = encode.of_features(encode.vision(stacked()), texts[own()])
+                    arriving = download(vectors.float())
+                if before is not None:
+                    yield before()
+                before = _encoded(items.item_ids[kept], arriving)
+    if before is not None:
+        yield before()
+
+
+def _encoded(ids: np.ndarray, arriving: Callable[[], Tensor]) -> Callable[[], Encoded]:
+    return lambda: Encoded(torch.from_numpy(ids), arriving())
 
 
 def _pixels(items: ItemStore, row: int, vision: VisionEncoder) -> Tensor | DataError:
@@ -322,7 +336,6 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of ``mim export``."""
     config = tyro.cli(ExportConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
     check_domains(config)  # before processes wait for each other
-    program.log_to_stderr()
     with distributed(seed=0, timeouts=config.timeout) as context:  # nothing here is drawn
         # not by basicConfig, which does nothing where fbgemm has given the root a handler
         logging.getLogger().setLevel(logging.INFO if context.is_main else logging.WARNING)

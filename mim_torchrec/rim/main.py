@@ -313,7 +313,6 @@ def window_positions(arrivals: list[Arrival], reached: dict[str, str]) -> dict[s
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``mim rim``."""
     config = tyro.cli(RIMConfig, args=argv, description=__doc__)
-    program.log_to_stderr()
     stop = Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

@@ -172,7 +172,6 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of `mim explain`."""
     config = tyro.cli(ExplainConfig, args=argv, prog="mim explain", description=__doc__)
     check_domains(config)
-    program.log_to_stderr()
     with opened(fetched(config.model), config.checkpoint) as bundle:
         trained = bundle.config
         dataset = Dataset(config.data or trained.data, trained.days() if config.data is None else {})

@@ -83,7 +83,10 @@ class GuardedStore:
                     raise StoreFailed(f"the store of {self.name} fails: {self._reason}")
                 self._next_try = now + PAUSE  # the others wait for what this one finds
         with self._metrics.spans.part(f"lookup {self.name}", ids=ids.numel()), self._asked():
-            return self._store.lookup(ids)
+            started = time.perf_counter()
+            found = self._store.lookup(ids)
+            self._metrics.store_seconds.labels(self.name).observe(time.perf_counter() - started)
+            return found
 
     def apply(self, window: Window) -> bool:
         """See `ParameterStore`; its errors are those of the store."""
@@ -91,12 +94,10 @@ class GuardedStore:
 
     @contextmanager
     def _asked(self) -> Iterator[None]:
-        started = time.perf_counter()
         try:
             yield
         except Exception as error:
             raise self._failed(error) from error
-        self._metrics.store_seconds.labels(self.name).observe(time.perf_counter() - started)
         self._answered()
 
     def _failed(self, error: Exception) -> StoreFailed:

@@ -14,7 +14,8 @@ import pyarrow as pa
 from mim_torchrec.data.features import Feature, Ids, Numbers, Role, StableIds
 from mim_torchrec.data.id_types import INTEGERS, TEXT
 from mim_torchrec.errors import OptionError
-from mim_torchrec.serving.scorer import ROLES, Scorer
+from mim_torchrec.serving.lookups import ROLES
+from mim_torchrec.serving.scorer import Scorer
 from mim_torchrec.serving.tensors import BYTES, DATATYPES
 
 SCORE, CONTRIBUTION = "score", "content_contribution"
@@ -84,15 +85,15 @@ def inputs_of(scorer: Scorer) -> dict[str, Input]:
     further = {name: feature.kind for name, feature in scorer.features.by_name.items()}
     for name in ("user_id", "candidate_item_id", "behavior_item_id"):
         add(name, StableIds())
-    if "query_id" in scorer.of_requests:
+    if "query_id" in scorer.lookups.of_requests:
         add("query_id", StableIds())
-    for name in scorer.of_items:
+    for name in scorer.lookups.of_items:
         for role in ROLES:
             add(f"{role}_{name}", Ids() if name == "category" else StableIds())
     for name, kind in further.items():
-        add(name, kind, is_list=name in scorer.of_requests)
+        add(name, kind, is_list=name in scorer.lookups.of_requests)
     for name in ("request_ts", "behavior_ts"):
-        add(name, Whole(), required=scorer.needs_times)
+        add(name, Whole(), required=scorer.lookups.needs_times)
     for name in (*ROLES, *[name for name, one in found.items() if one.is_list]):
         if name + LENGTHS in found:
             raise OptionError(

@@ -232,7 +232,6 @@ def _grpc(
 def main(argv: list[str] | None = None) -> None:
     """Entry point of ``mim serve``."""
     config = tyro.cli(ServeConfig, args=argv, description=__doc__)
-    program.log_to_stderr()
     serve(config)
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from mim_torchrec.data.features import Ids, Numbers
 from mim_torchrec.serving.config import Limits
 from mim_torchrec.serving.inputs import LENGTHS, Input
+from mim_torchrec.serving.lookups import ROLES
 from mim_torchrec.serving.messages import BadRequest, ScoreRequest
-from mim_torchrec.serving.scorer import ROLES
 
 
 def requests_of(

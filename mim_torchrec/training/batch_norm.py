@@ -102,3 +102,21 @@ class PartialBatchNorm1d(GlobalBatchNorm1d):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize (rows, num_features)."""
         return torch.where(self.normalized, super().forward(x), x)
+
+
+class ScaledBatchNorm1d(GlobalBatchNorm1d):
+    """Batch normalization whose features are then multiplied by constants, which are kept with the weights.
+
+    Args:
+        num_features: size of a row.
+    """
+
+    scale: Tensor
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__(num_features, affine=False)
+        self.register_buffer("scale", torch.ones(num_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize (rows, num_features)."""
+        return super().forward(x) * self.scale

@@ -86,7 +86,6 @@ def validate(config: ValidateConfig) -> Report:
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `mim validate`."""
     config = tyro.cli(ValidateConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
-    program.log_to_stderr()
     report = validate(config)
     if config.out is not None:
         write_json(Path(config.out), asdict(report))

@@ -11,6 +11,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from mim_torchrec.ciubm.ubm.registry import find_model
 from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.sharding import build_model, set_sparse_iterations, shard, sparse_iterations
+from mim_torchrec.ctr.shrinkage import input_scale, set_scale
 from mim_torchrec.ctr.task import CTRTask, load_model, save_model
 from mim_torchrec.data.batch import RequestBatch
 from mim_torchrec.data.vocabulary import IdMapper, Vocabulary
@@ -28,7 +29,7 @@ RUNS = (
     "base",
     "mim",
     "features",
-    "shrunk",
+    *(SHRUNK := ("shrunk", "kept")),
     *UBMS,
     *(f"{kind}:{way}" for kind in ("base", "mim") for way in SHARDINGS),
 )
@@ -84,13 +85,17 @@ def make_requests(step: int, first: int, last: int, with_mm: bool, with_features
     )
 
 
-def shrunk(batch: RequestBatch) -> RequestBatch:
-    """The batch with factors of rows, as if row k had been shown k times."""
-    vocabularies = {
+def make_vocabularies() -> dict[str, Vocabulary]:
+    """Of rows, as if row k had been shown k times."""
+    return {
         name: Vocabulary(torch.arange(1, n), n, torch.arange(n), 0.0 if name == "category" else 4.0)
         for name, n in ROWS.items()
     }
-    mapped = IdMapper(vocabularies, None, 1.0)(batch)
+
+
+def shrunk(batch: RequestBatch) -> RequestBatch:
+    """The batch with factors of rows."""
+    mapped = IdMapper(make_vocabularies(), None, 1.0)(batch)
     assert torch.equal(mapped.sparse.values(), batch.sparse.values())
     return mapped
 
@@ -98,8 +103,8 @@ def shrunk(batch: RequestBatch) -> RequestBatch:
 def train(name: str, folder: Path, context) -> dict[str, object]:
 
     kind, way, exchange, *_ = [*name.split(":"), "", ""]
-    with_mm, with_features = kind == "mim", kind in ("features", "shrunk")
-    shrink = shrunk if kind == "shrunk" else lambda batch: batch
+    with_mm, with_features = kind == "mim", kind in ("features", *SHRUNK)
+    shrink = shrunk if kind in SHRUNK else lambda batch: batch
     ubm = name if name in UBMS else "din"
     small = {"heads": 2, "top_k": 3, "max_positions": 4, "attention": (8,), "attention_activation": "dice"}
     model = find_model(ubm)
@@ -115,12 +120,15 @@ def train(name: str, folder: Path, context) -> dict[str, object]:
         sparse_features=("interests", "candidate_brand", "behavior_action") if with_features else (),
         second_label="purchase" if with_features else None,
         dense_features=("age", "candidate_price", "behavior_price") if with_features else (),
-        id_shrinkage=4.0 if kind == "shrunk" else 0.0, normalize_ids=kind != "shrunk",
-        id_shrinkage_of={"category": 0.0} if kind == "shrunk" else {},
+        id_shrinkage=4.0 if kind in SHRUNK else 0.0, normalize_ids=kind != "shrunk",
+        id_shrinkage_of={"category": 0.0} if kind in SHRUNK else {}, keep_shrinkage=kind == "kept",
     )  # fmt: skip
     table = Table.open(folder / "table") if with_mm else None
     mm = frozen_config(table, ["candidate_mm", "behavior_mm"], name="mm") if table else None
-    model, optimizer = shard(build_model(config, ROWS, mm, torch.device("meta")), config, context)
+    built = build_model(config, ROWS, mm, torch.device("meta"))
+    if config.keep_shrinkage:
+        set_scale(built, input_scale(built, make_vocabularies()))
+    model, optimizer = shard(built, config, context)
     task = CTRTask(model, optimizer, None, None, None, context, config.aux_weight)
     digests = []
     if table:

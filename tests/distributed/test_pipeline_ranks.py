@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -93,6 +94,21 @@ class OnlyFrozen(Model):
     def logits(self, features: KeyedJaggedTensor) -> Tensor:
         mm, pooled, weighted = self.mm(features), self.pooled(features), self.weighted(features)
         return torch.cat([mm["candidate"].values(), pooled.values(), weighted.values()], dim=1)
+
+
+class BesideTrained(OnlyFrozen):
+    """The same lookups beside a trained one, which may have a pipeline empty the batch once it is sent."""
+
+    def __init__(self, table: Table) -> None:
+        super().__init__(table)
+        config = EmbeddingBagConfig(
+            name="t", num_embeddings=ITEMS + 4, embedding_dim=DIM, feature_names=["candidate_id"]
+        )
+        self.trained = EmbeddingBagCollection(tables=[config], device=torch.device("meta"))
+        apply_optimizer_in_backward(torch.optim.SGD, self.trained.parameters(), {"lr": 0.5})
+
+    def logits(self, features: KeyedJaggedTensor) -> Tensor:
+        return super().logits(features) + self.trained(features).values().sum(1, keepdim=True)
 
 
 class Joined(Model):
@@ -210,6 +226,12 @@ def _pipelines_give_the_losses_of_a_plain_loop(path: Path) -> None:
         assert losses(kind, path, EvalPipelineSparseDist, train=False) == pytest.approx(untrained, rel=1e-5)
 
 
+def _frozen_lookups_read_no_batch_that_a_pipeline_has_emptied(path: Path) -> None:
+    pipeline = partial(TrainPipelineSparseDist, free_features_storage_early=True)
+    plain = losses(BesideTrained, path, None)
+    assert losses(BesideTrained, path, pipeline) == pytest.approx(plain, rel=1e-5)
+
+
 def _semi_sync(start_batch: int) -> Pipeline:
     def make(model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> object:
         return TrainPipelineSemiSync(model, optimizer, device, start_batch=start_batch)
@@ -257,6 +279,11 @@ def path(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_pipelines_give_the_losses_of_a_plain_loop(path, world_size):
     run_ranks(_pipelines_give_the_losses_of_a_plain_loop, world_size, path)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_frozen_lookups_read_no_batch_that_a_pipeline_has_emptied(path, world_size):
+    run_ranks(_frozen_lookups_read_no_batch_that_a_pipeline_has_emptied, world_size, path)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -17,7 +17,7 @@ from mim_torchrec.pretraining.alignment import ImageTextModel, ItemBatch
 from mim_torchrec.pretraining.config import AlignmentConfig, ImageAdaptionConfig, TextAdaptionConfig
 from mim_torchrec.pretraining.main import main
 from mim_torchrec.pretraining.objective import PretrainingObjective
-from mim_torchrec.pretraining.text import LanguageModel, TokenBatch
+from mim_torchrec.pretraining.text import LanguageModel, TokenBatch, predicted
 from mim_torchrec.pretraining.vision import MaskedImageModel, MaskedImages
 from mim_torchrec.training.distributed import DistributedContext
 from mim_torchrec.training.history import read_history
@@ -59,7 +59,8 @@ def part_of(batch, mine: slice):
     if isinstance(batch, MaskedImages):
         return MaskedImages(batch.images[mine], batch.masked[mine])
     if isinstance(batch, TokenBatch):
-        return TokenBatch({name: value[mine] for name, value in batch.tokens.items()}, batch.labels[mine])
+        tokens, labels = {name: value[mine] for name, value in batch.tokens.items()}, batch.labels[mine]
+        return TokenBatch(tokens, labels, predicted(labels, "mlm"))
     tokens = {name: value[mine] for name, value in batch.tokens.items()}
     return ItemBatch(batch.images[mine], tokens, batch.rows[mine])
 

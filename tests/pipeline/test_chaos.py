@@ -68,14 +68,20 @@ def test_answers_that_are_late_or_of_older_vectors_are_noticed():
     clients = Clients(SimpleNamespace(expected=expected), 0, seed=0, slack=2.0)
     for score, windows in ((0.1, range(0, 1)), (0.2, range(0, 2)), (0.1, range(3, 4))):
         body = {"model_version": "m", "outputs": [{"name": "score", "data": [score]}]}
-        clients._note(0, 200, body, windows)
+        assert clients._note(0, 200, json.dumps(body).encode(), windows) == "m"
     assert clients.tally.wrong == 0
-    clients._note(0, 200, body, range(4, 5))  # answered with the vectors before window 4
+    clients._note(0, 200, json.dumps(body).encode(), range(4, 5))  # of the vectors before window 4
     assert clients.tally.wrong == 1 and "those of states [0]" in clients.tally.examples[0]
     clients._note_late(504, took=9.0, held_up=0.5)
     assert (clients.tally.late, clients.tally.held_up) == (1, 0)
     clients._note_late(504, took=3.5, held_up=2.0)  # this process was not let run itself
     assert (clients.tally.late, clients.tally.held_up) == (1, 1)
+    body["outputs"][0]["data"] = [0.1, 0.1]
+    others = [b"", b'{"model_version": "m", "outp', b"[]", b'{"model_version": "other", "outputs": []}']
+    for said in (json.dumps(body).encode(), *others):  # no client may end at an answer that is none
+        clients._note(0, 200, said, range(0, 1))
+    clients._note(0, 503, b"<html>", range(0, 1))
+    assert (clients.tally.wrong, clients.tally.unexplained) == (6, 0)
 
 
 VECTORS = torch.arange(12, dtype=torch.float32).view(6, 2)

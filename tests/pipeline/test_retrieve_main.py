@@ -34,6 +34,7 @@ def test_csft_searches_with_the_encoder_it_kept(shop, trained, tmp_path):
     metrics = json.loads((trained / "metrics.json").read_text())
     found = run(shop, str(trained / "encoder"), tmp_path, "--held-out-fraction", "0.1")
     assert metrics["retrieval"]["recall_at_10"] == metrics["recall_at_10"]
+    assert metrics["trained_until"] < found["held_out_from"]
     for name in ("n", "recall_at_10", "recall_at_100", "items"):
         assert found[name] == metrics["retrieval"][name]
     assert found["mean_rank"] == pytest.approx(metrics["retrieval"]["mean_rank"], rel=0.01)

@@ -142,7 +142,7 @@ def test_a_cluster_that_has_lost_a_shard_gives_no_scores_until_it_is_loaded_agai
     with TestClient(app) as http:
         assert output(http.post(INFER, json=sent).json()) == pytest.approx(expected[2], abs=1e-6)
         client = connect(locate(cluster_url))
-        for key in list(client.scan_iter(match=f"{store._shard(7)}*")):
+        for key in list(client.scan_iter(match=store._base.mark(7) + b"*")):
             client.delete(key)
         assert "has lost shards [7]" in refusal(http, sent)
         load(serving_folder, cluster_url)

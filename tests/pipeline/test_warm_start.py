@@ -54,11 +54,15 @@ def embeddings(run: Path, vocabulary: str = "item_id") -> dict[int, list[float]]
     name = TABLE.replace("item_id", vocabulary) if vocabulary != "user_id" else (
         "request_embeddings.embedding_bags.user_id.weight"
     )  # fmt: skip
-    size = FileSystemReader(run / "best").read_metadata().state_dict_metadata[name].size
-    weights = torch.empty(size)
-    dcp.load({name: weights}, checkpoint_id=str(run / "best"))
+    weights = weights_of(run, name)
     ids = [0, *Vocabulary.load(run / "vocabulary" / f"{vocabulary}.npz").ids.tolist()]
     return dict(zip(ids, weights.tolist(), strict=True))
+
+
+def weights_of(run: Path, name: str) -> torch.Tensor:
+    weights = torch.empty(FileSystemReader(run / "best").read_metadata().state_dict_metadata[name].size)
+    dcp.load({name: weights}, checkpoint_id=str(run / "best"))
+    return weights
 
 
 FROZEN = ["--lr", "0", "--sparse-lr", "0", "--epochs", "1"]
@@ -108,8 +112,9 @@ def test_without_training_it_predicts_what_the_earlier_model_predicts(folder, tm
     assert np.corrcoef(*scores)[0, 1] > 0.98
 
 
-def test_shrunk_embeddings_begin_as_they_ended_though_counts_have_grown(folder, tmp_path):
-    shrink = ["--mim", "off", "--id-shrinkage", "30", "--min-count", "3", "--normalize-ids", "False"]
+@pytest.mark.parametrize("way", [("--normalize-ids", "False"), ("--keep-shrinkage", "True")])
+def test_shrunk_embeddings_begin_as_they_ended_though_counts_have_grown(folder, tmp_path, way):
+    shrink = ["--mim", "off", "--id-shrinkage", "30", "--min-count", "3", *way]
     for day, out, more in (("monday", "first", ()), ("tuesday", "second", FROZEN)):
         begun = ["--warm-start", str(tmp_path / "first")] if more else []
         main(["--data", str(folder / day), *SMALL, *shrink, *more, *begun, "--out", str(tmp_path / out)])
@@ -125,6 +130,13 @@ def test_shrunk_embeddings_begin_as_they_ended_though_counts_have_grown(folder, 
         assert any(after[key][0] > factor > 0 for key, (factor, _) in before.items())
         for key, (factor, row) in before.items():
             np.testing.assert_allclose(after[key][0] * after[key][1], factor * row, rtol=1e-5, atol=1e-9)
+    if "--keep-shrinkage" in way:  # the tower's scales have changed, and it is the same function
+        (scale, weight), (later, other) = (
+            [weights_of(tmp_path / out, f"tower.layers.{name}") for name in ("0.scale", "1.weight")]
+            for out in ("first", "second")
+        )
+        assert not torch.allclose(later, scale)
+        torch.testing.assert_close(later * other, scale * weight)
 
 
 def test_training_goes_on_from_there(folder, tmp_path):

@@ -73,6 +73,17 @@ def test_an_event_of_finished_work_is_not_waited_for(counts):
     assert counts.syncs.total() == 1 and first.query()
 
 
+def test_a_wait_for_a_stream_beside_the_computation_is_none_for_that(counts):
+    x = torch.arange(3.0, device=GPU)
+    beside = torch.cuda.Stream()
+    with torch.cuda.stream(beside):
+        (x * 2).tolist()
+        torch.cuda.current_stream().synchronize()
+    assert (counts.syncs.total(), counts.asides.total()) == (0, 1)
+    torch.cuda.current_stream().synchronize()
+    assert (counts.syncs.total(), counts.asides.total()) == (1, 1)
+
+
 def test_uploads_are_counted_with_those_of_pageable_memory(counts):
     torch.ones(3).pin_memory().to(GPU, non_blocking=True)
     assert (counts.uploads.total(), counts.pageable.total()) == (1, 0)

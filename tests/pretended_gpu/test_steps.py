@@ -12,7 +12,7 @@ from mim_torchrec.benchmarks.rehearsal.steps import CASES, StepCounts, measure_s
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
-KINDS = ("launches", "syncs", "uploads")
+KINDS = ("launches", "syncs", "uploads", "asides")
 ROOM = 0.95
 """Fraction of its budget above which a count is."""
 

@@ -10,8 +10,10 @@ from mim_torchrec.benchmarks.rehearsal.counts import Counts
 from mim_torchrec.benchmarks.rehearsal.pretended import pretended_gpu
 from mim_torchrec.ciubm.jagged import RequestPairs
 from mim_torchrec.csft.inputs import FeatureInputs
+from mim_torchrec.csft.queries import StoredViews
 from mim_torchrec.data.batch import RequestBatch
 from mim_torchrec.data.packed_batch import packed
+from mim_torchrec.data.uploads import Upload
 from mim_torchrec.embeddings.sharded.bounds import BoundsCheck, Limits
 from mim_torchrec.embeddings.sharded.frozen import FrozenEmbeddingCollection, frozen_config
 from mim_torchrec.embeddings.sharded.item_index import ItemIndex
@@ -19,7 +21,9 @@ from mim_torchrec.embeddings.sharded.live import delete_items, update_items
 from mim_torchrec.embeddings.sharded.load import load_table
 from mim_torchrec.embeddings.sharded.step import FrozenContext
 from mim_torchrec.embeddings.table.format import NonFiniteVector, Table, TableWriter
+from mim_torchrec.losses.queue import ItemQueue
 from mim_torchrec.training.distributed import DistributedContext
+from mim_torchrec.training.generators import get_generators, set_generators
 from tests.histories import offsets
 from tests.unit.test_loop import Line, run
 
@@ -114,6 +118,37 @@ def test_features_of_frozen_towers_lie_on_the_gpu_where_they_fit(counts, monkeyp
         assert inputs.images(rows).is_cuda and inputs.images(rows).tolist() == image[rows].tolist()
         assert inputs.texts(rows).is_cuda and inputs.texts(rows).tolist() == text[rows].tolist()
     assert fits == [True, False]
+
+
+@pytest.mark.parametrize("free", [64 << 30, 0])
+def test_features_of_a_batch_go_to_the_gpu_in_one_copy(counts, monkeypatch, free):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, free))
+    views, own = torch.randn(2, 3, 3), np.array([0, 2, 3])
+    inputs, rows, upload = FeatureInputs(torch.randn(5, 3), torch.randn(4, 2), GPU), own[[2, 0]], Upload(GPU)
+    before = counts.uploads.total(), counts.pageable.total()
+    query = StoredViews(inputs, views, own, seed=0).send(rows, 1, upload)
+    image, text = inputs.send_images(rows, upload), inputs.send_texts(rows, upload)
+    upload.send()
+    assert image().tolist() == inputs.image[rows].tolist() and text().tolist() == inputs.text[rows].tolist()
+    assert query().is_cuda and counts.uploads.total() - before[0] == 1
+    assert counts.pageable.total() == before[1]
+
+
+def test_a_queue_that_was_loaded_goes_to_the_gpu_with_its_first_batch(counts):
+    one, other = ItemQueue(["mm"], 2), ItemQueue(["mm"], 2)
+    one.push([torch.ones(3, 4)], torch.arange(3))
+    other.set_extra_state(one.get_extra_state())
+    other.push([torch.zeros(3, 4, device=GPU)], torch.arange(3, device=GPU))
+    assert other.vectors("mm").is_cuda and other.ids.is_cuda and counts.syncs.total() == 0
+    assert other.vectors("mm").sum() == 12 and other.ids.tolist() == [0, 1, 2, 0, 1, 2]
+
+
+def test_checkpoints_hold_the_generator_of_the_gpu(counts, monkeypatch):
+    restored = []
+    monkeypatch.setattr(torch.cuda, "set_rng_state", restored.append)
+    states = get_generators()
+    set_generators(states)
+    assert len(restored) == 1 and restored[0] is states["cuda"]
 
 
 def test_a_stream_keeps_the_offsets_of_every_feature(monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from scipy import stats
@@ -74,17 +75,19 @@ def result(folder: Path, name: str, **files) -> tuple[str, StageResult]:
     return name, StageResult(name=name, state="done", out=folder / name)
 
 
-def finished(folder: Path) -> dict[str, StageResult]:
-    def found(log_rank: float) -> dict[str, float]:
-        return {"log_rank": log_rank, "mrr": 1 / log_rank, "recall_at_10": 0.2, "mean_rank": log_rank * 9,
-                "recall_at_100": 1 - log_rank / 10}  # fmt: skip
+def found(log_rank: float) -> dict[str, float]:
+    return {"log_rank": log_rank, "mrr": 1 / log_rank, "recall_at_10": 0.2, "mean_rank": log_rank * 9,
+            "recall_at_100": 1 - log_rank / 10, "held_out_from": 50}  # fmt: skip
 
+
+def finished(folder: Path) -> dict[str, StageResult]:
     return dict([
         *(result(folder, f"base.{seed}", metrics={"auc": 0.5 + seed / 100, "ne": 1.0}) for seed in (0, 7)),
         result(folder, "search.plain.-", retrieval=found(5.0)),
         *(result(folder, f"ctr.plain.{seed}", metrics={"auc": 0.6, "ne": 0.9}) for seed in (0, 7)),
         *(result(folder, f"search.mim.{seed}", retrieval=found(3.0 - seed / 10)) for seed in (0, 7)),
-        *(result(folder, f"csft.mim.{seed}", metrics={"loss": 2.0 + seed}) for seed in (0, 7)),
+        *(result(folder, f"csft.mim.{seed}", metrics={"loss": 2.0 + seed, "trained_until": 50 + seed})
+          for seed in (0, 7)),
         *(result(folder, f"ctr.mim.{seed}", metrics={"auc": 0.7, "ne": 0.8}) for seed in (0, 7)),
     ])  # fmt: skip
 
@@ -107,17 +110,32 @@ def test_plain_towers_are_shown_and_tell_nothing_of_the_rate(tmp_path):
     assert "plain" in shown(report)
 
 
+def test_encoders_that_were_trained_on_what_is_searched_are_named(tmp_path):
+    report = report_of(grid(), finished(tmp_path))
+    assert [(p["encoder"], p["seed"]) for p in report["points"] if p["overlaps"]] == [("mim", 7)]
+    assert "Trained on pairs later than the first that is searched: mim." in shown(report)
+
+
+def with_others(folder: Path, searches: list[dict[str, float]], aucs: list[float]) -> dict[str, Any]:
+    """The report of three trained encoders, two of which have these searches and AUCs."""
+    results = finished(folder)
+    for k, (search, auc) in enumerate(zip(searches, aucs, strict=True)):
+        results |= dict([result(folder, f"search.other{k}.0", retrieval=search),
+                         result(folder, f"csft.other{k}.0", metrics={"loss": 1.0, "trained_until": 49}),
+                         result(folder, f"ctr.other{k}.0", metrics={"auc": auc, "ne": 1.0})])  # fmt: skip
+    return report_of(grid(seeds=[0], encoders=TWO | {"other0": {}, "other1": {}}), results)
+
+
+def test_a_metric_that_orders_encoders_the_other_way_round_is_not_watched(tmp_path):
+    report = with_others(tmp_path, [found(4.0), found(4.5)], [0.75, 0.8])
+    assert report["metrics"]["log_rank"]["spearman"] == pytest.approx(-1, abs=1e-4)
+    assert report["watch"] is None and "none of these metrics" in shown(report)
+
+
 def test_the_report_names_the_metric_that_orders_encoders_as_their_gain_does(tmp_path):
-    results = finished(tmp_path)
-    for k, log_rank in enumerate((4.0, 4.5)):
-        name, auc = f"other{k}", 0.65 - k / 100
-        (tmp_path / name).mkdir()
-        found = json.loads((tmp_path / "search.mim.0" / "retrieval.json").read_text())
-        changed = found | {"log_rank": log_rank, "mean_rank": 1.0 + k, "mrr": 0.5}
-        results |= dict([result(tmp_path, f"search.{name}.0", retrieval=changed),
-                         result(tmp_path, f"csft.{name}.0", metrics={"loss": 1.0}),
-                         result(tmp_path, f"ctr.{name}.0", metrics={"auc": auc, "ne": 1.0})])  # fmt: skip
-    report = report_of(grid(seeds=[0], encoders=TWO | {"other0": {}, "other1": {}}), results)
+    same = found(3.0) | {"mrr": 0.5}
+    searches = [same | {"log_rank": 4.0, "mean_rank": 1.0}, same | {"log_rank": 4.5, "mean_rank": 2.0}]
+    report = with_others(tmp_path, searches, [0.65, 0.64])
     assert report["watch"] == "log_rank" and report["metrics"]["log_rank"]["spearman"] == pytest.approx(
         1, abs=1e-4
     )

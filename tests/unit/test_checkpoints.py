@@ -22,6 +22,7 @@ from mim_torchrec.training.distributed import distributed
 from mim_torchrec.training.generators import get_generators, set_generators
 from mim_torchrec.training.sharded_state import damage
 from mim_torchrec.training.state import TrainingState
+from tests.said import said
 
 
 @pytest.fixture
@@ -303,6 +304,15 @@ def test_generators_go_on_where_they_were():
     first = (random.random(), float(np.random.normal()), torch.rand(2).tolist())
     set_generators(states)
     assert (random.random(), float(np.random.normal()), torch.rand(2).tolist()) == first
+
+
+def test_a_run_that_goes_on_on_another_device_says_that_its_dropout_differs(caplog):
+    of_gpu = get_generators() | {"cuda": torch.zeros(16, dtype=torch.uint8)}
+    first = torch.rand(2).tolist()
+    set_generators(of_gpu)
+    assert torch.rand(2).tolist() == first
+    (warned,) = said(caplog, "training.generators")
+    assert "began on a GPU and goes on on a CPU" in warned
 
 
 def test_an_asynchronous_one_holds_the_state_of_its_step_though_training_goes_on(

@@ -42,8 +42,8 @@ def rows_of(scorer: Scorer, request, facts: dict) -> dict[str, torch.Tensor]:
             found[name] = scorer.mm.lookup(request.ids[name.replace("_mm", "_item_id")])[0]
         else:
             table = name.removeprefix("candidate_").removeprefix("behavior_")
-            rows, known = scorer._ids[table].lookup(request.ids[name])
-            rows[~known] = scorer._unknown[table]
+            rows, known = scorer.lookups.tables[table].lookup(request.ids[name])
+            rows[~known] = scorer.lookups.unknown[table]
             found[name] = rows
     return found
 

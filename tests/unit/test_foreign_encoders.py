@@ -91,7 +91,9 @@ def test_pointers_of_git_lfs_in_place_of_weights_are_refused(tmp_path):
     to_pointer(folder / "model.safetensors")
     refused(folder, "model.safetensors is a pointer of Git LFS, not the file; run `git lfs pull`")
     to_pointer(tmp_path / "w.safetensors")
-    with pytest.raises(OptionError, match="a pointer of Git LFS, not the file.; run `git lfs pull` there"):
+    with pytest.raises(
+        OptionError, match="w.safetensors is a pointer of Git LFS, not the file; run `git lfs pull`"
+    ):
         vision(tmp_path / "w.safetensors")
 
 
@@ -115,6 +117,17 @@ def test_sharded_weights_are_loaded_whole_and_a_lost_shard_is_named(tmp_path):
     assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
     shards[0].unlink()
     refused(tmp_path / "bert", f"has no {shards[0].name}, which model.safetensors.index.json names")
+
+
+def test_weights_of_several_forms_are_read_in_the_first_that_is_there(tmp_path):
+    folder = sharded_vit(tmp_path / "vit")
+    entry(folder, "pytorch_model.bin.index.json", weight_map={"cls_token": "never-downloaded.bin"})
+    assert_weights(vision(folder), vit().state_dict())
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    save_file(vit().state_dict(), whole / "model.safetensors")
+    entry(whole, "pytorch_model.bin.index.json", weight_map={"cls_token": "never-downloaded.bin"})
+    assert_weights(vision(whole), vit().state_dict())
 
 
 def sharded_vit(folder: Path) -> Path:
@@ -165,6 +178,14 @@ def test_modules_of_sentence_transformers_that_pool_otherwise_are_refused(tmp_pa
                {"path": "1", "type": "sentence_transformers.sparse.SpladePooling"}]  # fmt: skip
     (folder / "modules.json").write_text(json.dumps(modules))
     refused(folder, r"by modules that are not read \(MLMTransformer, SpladePooling\)")
+
+
+def test_a_pooling_that_was_not_downloaded_is_named(tmp_path):
+    folder = bert(tmp_path / "bert")
+    modules = [{"path": "", "type": "sentence_transformers.models.Transformer"},
+               {"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}]  # fmt: skip
+    (folder / "modules.json").write_text(json.dumps(modules))
+    refused(folder, "1_Pooling/config.json is not there, which modules.json names; download it, or say how")
 
 
 def test_a_prompt_before_every_title_is_refused(tmp_path):

@@ -123,3 +123,19 @@ def test_packed_operations_and_their_gradients_are_those_of_the_naive_form(pairs
         assert (a is None) == (e is None)
         if a is not None:
             torch.testing.assert_close(a, e, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["inner_products", "weighted_sum"])
+def test_rows_of_half_precision_are_multiplied_without_the_kernel_that_refuses_them(pairs, name):
+    torch.manual_seed(0)
+    shapes = (sum(CANDIDATES), 4), (sum(BEHAVIORS), 4), (pairs.num_pairs,)
+    low = [torch.randn(shape).bfloat16().requires_grad_() for shape in shapes]
+    high = [each.detach().float().requires_grad_() for each in low]
+    actual, expected = (packed(name, pairs, *inputs) for inputs in (low, high))
+    assert actual.dtype == torch.bfloat16
+    torch.testing.assert_close(actual.float(), expected, atol=0.1, rtol=0.02)
+    for out in (actual, expected):
+        out.float().sum().backward()
+    for a, e in zip(low, high, strict=True):
+        if e.grad is not None:
+            torch.testing.assert_close(a.grad.float(), e.grad, atol=0.5, rtol=0.05)

@@ -16,7 +16,7 @@ from torchx.specs import AppState
 
 from mim_torchrec.errors import OptionError
 from mim_torchrec.launch.kueue import create_scheduler
-from tests.manifests import faults
+from tests.manifests import expanded, faults
 
 CTR = ["--data", "shop", "--out", "out", "--image", "mim:1"]
 BASE = ["--", "--mim", "off"]
@@ -133,7 +133,7 @@ def test_the_line_of_a_pod_has_its_index_and_the_first_host(runner, index):
     variables = {one["name"]: one["value"] for one in container["env"]}
     name = job["metadata"]["name"]
     assert variables["MIM_FIRST_HOST"] == f"{name}-0.{name}"
-    line = container["command"][2].replace('exec "${MIM_PYTHON:-python}"', "echo")
+    line = expanded(container["command"][2], variables).replace('exec "${MIM_PYTHON:-python}"', "echo")
     said = subprocess.run(
         ["bash", "-c", line], env=variables | {"JOB_COMPLETION_INDEX": str(index), "PATH": "/usr/bin:/bin"},
         capture_output=True, text=True, check=True,

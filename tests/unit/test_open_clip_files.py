@@ -161,6 +161,8 @@ def test_missing_tensors_and_missing_weights_are_named(open_clip, tmp_path):
         text(tmp_path / "clip")
     with pytest.raises(OptionError, match=r"lack 12 tensors of the tower \(blocks.1"):
         vision(tmp_path / "clip")
+    with pytest.raises(OptionError, match="says how pixels are scaled and which activation is used"):
+        vision(file)
     file.unlink()
     for load in (text, vision):
         with pytest.raises(OptionError, match="clip has no weights of open_clip"):

@@ -1,13 +1,16 @@
 """Photos of renderings: what the gap changes, that seeds decide them, and what an epoch shows of queries."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from mim_torchrec.csft.queries import ChangedPixels, StoredViews, seed_of
+from mim_torchrec.csft.queries import ChangedPixels, Queries, StoredViews, seed_of
 from mim_torchrec.data.photos import augmented, photographed, seeded
 from mim_torchrec.data.shop import ShopConfig, make_shop
+from mim_torchrec.data.uploads import Upload
 from mim_torchrec.errors import OptionError
 
 SIZE = 24
@@ -58,6 +61,20 @@ def test_seeds_decide_photos_and_nothing_else_draws_by_them():
     assert torch.equal(torch.rand(1), torch.manual_seed(5) and torch.rand(2)[1:])
 
 
+def test_seeds_touch_no_draw_of_a_thread_that_trains_meanwhile():
+    """Images are changed by the thread that makes batches ahead, and dropout draws in the one that trains."""
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    with ThreadPoolExecutor(1) as other, seeded(1):
+        first = torch.rand(1)
+        seen = [other.submit(torch.rand, 1).result() for _ in range(2)]
+        second = torch.rand(1)
+    assert torch.equal(torch.cat([*seen, torch.rand(1)]), expected)
+    torch.manual_seed(1)
+    assert torch.equal(torch.cat([first, second]), torch.cat([torch.rand(1), torch.rand(1)]))
+
+
 def test_an_image_is_changed_by_its_own_seed_whatever_is_beside_it():
     images = torch.randint(0, 256, (3, 3, SIZE, SIZE), dtype=torch.uint8)
     whole = augmented(images, [7, 8, 9], 0.5)
@@ -68,39 +85,41 @@ def test_an_image_is_changed_by_its_own_seed_whatever_is_beside_it():
 class Numbers:
     """Inputs whose image k is k everywhere."""
 
-    def images(self, index: np.ndarray) -> torch.Tensor:
+    def send_images(self, index: np.ndarray, upload: Upload):
         pixels = torch.arange(9 * SIZE * SIZE).view(9, 1, SIZE, SIZE) % 251
-        return pixels.expand(9, 3, SIZE, SIZE).to(torch.uint8)[torch.from_numpy(index)]
+        return upload.add(pixels.expand(9, 3, SIZE, SIZE).to(torch.uint8)[torch.from_numpy(index)])
 
-    def texts(self, rows: np.ndarray) -> torch.Tensor:
-        raise AssertionError("no titles")
+
+def sent(queries: Queries, index: np.ndarray, epoch: int) -> torch.Tensor:
+    """Images that a step sees."""
+    upload = Upload(torch.device("cpu"))
+    found = queries.send(index, epoch, upload)
+    upload.send()
+    return found()
 
 
 def test_trained_towers_see_a_query_otherwise_in_every_epoch():
     changed = ChangedPixels(Numbers(), 0.6, seed=3)
     index = np.array([2, 5])
-    assert torch.equal(changed.images(index, 0), changed.images(index, 0))
-    assert torch.equal(changed.images(index[1:], 1)[0], changed.images(index, 1)[1])
-    assert not torch.equal(changed.images(index, 0), changed.images(index, 1))
+    assert torch.equal(sent(changed, index, 0), sent(changed, index, 0))
+    assert torch.equal(sent(changed, index[1:], 1)[0], sent(changed, index, 1)[1])
+    assert not torch.equal(sent(changed, index, 0), sent(changed, index, 1))
 
 
 class Rows:
     """Inputs whose feature of image k is k."""
 
-    def images(self, index: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(index)[:, None].float()
-
-    def texts(self, rows: np.ndarray) -> torch.Tensor:
-        raise AssertionError("no titles")
+    def send_images(self, index: np.ndarray, upload: Upload):
+        return upload.add(torch.from_numpy(index)[:, None].float())
 
 
 def test_frozen_towers_show_every_view_of_a_query_and_the_query_itself():
     rows = np.array([3, 5, 8])
     views = torch.tensor([[103.0, 105, 108], [203.0, 205, 208]])[..., None]
-    stored = StoredViews(Rows(), views, rows, seed=0, device=torch.device("cpu"))
-    seen = torch.stack([stored.images(np.array([8, 3]), epoch) for epoch in range(40)])[..., 0]
+    stored = StoredViews(Rows(), views, rows, seed=0)
+    seen = torch.stack([sent(stored, np.array([8, 3]), epoch) for epoch in range(40)])[..., 0]
     assert set(seen[:, 0].tolist()) == {8.0, 108.0, 208.0} and set(seen[:, 1].tolist()) == {3.0, 103.0, 203.0}
-    assert torch.equal(stored.images(np.array([3]), 7)[0], stored.images(np.array([8, 3]), 7)[1])
+    assert torch.equal(sent(stored, np.array([3]), 7)[0], sent(stored, np.array([8, 3]), 7)[1])
 
 
 def test_seeds_of_several_numbers_differ_by_each():

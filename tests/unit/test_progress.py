@@ -19,7 +19,6 @@ from mim_torchrec.errors import OptionError
 progress.LOG_SECONDS = {seconds}
 
 def main(words):
-    program.log_to_stderr()
     with progress.Progress(4, "epoch 0", "step", initial=1, show={show}) as shown:
         for at in range(3):
             shown.note(loss=f"0.{{at}}")

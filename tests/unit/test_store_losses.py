@@ -1,10 +1,11 @@
 """Redis that loses rows without an error: failover to an older copy, shards of a cluster; wrong addresses."""
 
+import psutil
 import pytest
 import torch
 from redis.crc import key_slot
 
-from mim_torchrec.benchmarks.harness.redis_server import RedisServer
+from mim_torchrec.benchmarks.harness.redis_server import RedisCluster, RedisServer
 from mim_torchrec.embeddings.stores.redis_store import RedisStore
 from mim_torchrec.embeddings.stores.store import catch_up
 from mim_torchrec.embeddings.table.manifest import TableLost
@@ -80,10 +81,29 @@ def test_a_newer_base_may_have_fewer_windows_than_the_last(redis_url, tmp_path, 
     assert store.lookup(tensor(5))[1].all() and store.seq == 1
 
 
+def test_a_thread_that_sees_a_newer_base_late_sends_no_other_thread_to_the_old_one(
+    redis_url, tmp_path, monkeypatch
+):
+    store, get = RedisStore.load(redis_url, write_table(tmp_path / "table")), RedisStore._get
+    late = store._base
+    newer = write_table(tmp_path / "newer", seq=3, rows=30)
+    RedisStore.load(redis_url, newer)
+    expected, found = store.lookup(newer.row_index().ids)
+
+    def overtaken(self, *words):
+        self._base = late  # by readiness, which had read it before
+        return get(self, *words)
+
+    monkeypatch.setattr(RedisStore, "_get", overtaken)
+    again, there = store.lookup(newer.row_index().ids)
+    assert torch.equal(again, expected) and torch.equal(there, found) and found.all()
+    store.check()
+
+
 def lose(url: str, store: RedisStore, shard: int) -> None:
     """Lose all keys of a shard."""
     client = connect(locate(url))
-    for key in list(client.scan_iter(match=f"{store._shard(shard)}*")):
+    for key in list(client.scan_iter(match=store._base.mark(shard) + b"*")):
         client.delete(key)
 
 
@@ -131,8 +151,8 @@ def test_changes_of_others_are_seen_by_the_next_lookup(redis_url, tmp_path, log)
 def test_a_window_that_is_applied_while_rows_are_read_is_no_loss(redis_url, tmp_path, log, monkeypatch, read):
     store, get, pending = RedisStore.load(redis_url, write_table(tmp_path / "table")), RedisStore._get, [1]
 
-    def overtaken(self, keys):
-        found = get(self, keys)
+    def overtaken(self, *words):
+        found = get(self, *words)
         if pending:
             store.apply(log.read(pending.pop()))  # it is seen at once, and `found` is older
         return found
@@ -146,19 +166,34 @@ def test_rows_of_a_slot_that_moves_to_another_server_are_found(redis_cluster, cl
     table = write_table(tmp_path / "table")
     store, ids = RedisStore.load(cluster_url, table), table.row_index().ids
     expected, found = store.lookup(ids)
-    redis_cluster.move(key_slot(store._mark(5)))
+    redis_cluster.move(key_slot(store._base.mark(5)))
     again, there = store.lookup(ids)
     assert torch.equal(again, expected) and torch.equal(there, found)
     assert catch_up(store, log) == 2
 
 
-def test_an_address_of_the_other_kind_is_refused(redis_server, redis_cluster, tmp_path):
+def test_a_cluster_that_cannot_be_made_leaves_no_server(tmp_path, monkeypatch):
+    def fail(self, size):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(RedisCluster, "_divide", fail)
+    with pytest.raises(ZeroDivisionError):
+        RedisCluster(tmp_path / "cluster", 1)
+    left = [one for one in psutil.Process().children() if str(tmp_path) in " ".join(one.cmdline())]
+    assert not left
+
+
+def test_an_address_of_the_other_kind_is_refused(redis_server, redis_cluster, cluster_url, tmp_path):
     table = write_table(tmp_path / "table", rows=20)
     with pytest.raises(OptionError, match=r"is no cluster: write redis://"):
         RedisStore.load(redis_server.url.replace("redis:", "redis+cluster:"), table)
     for server in redis_cluster.servers:
         with pytest.raises(OptionError, match=r"is a server of a cluster: write redis\+cluster://"):
             RedisStore.load(server.url, table)
+    RedisStore.load(cluster_url, table)
+    for server in redis_cluster.servers:  # one of them has what is said of the table, but not all shards
+        with pytest.raises(OptionError, match=r"is a server of a cluster: write redis\+cluster://"):
+            RedisStore.open(f"{server.url}#{cluster_url.partition('#')[2]}", "v1").lookup(tensor(5))
 
 
 def test_a_cluster_that_is_away_is_unavailable():

@@ -146,7 +146,7 @@ def test_many_windows_of_some_items_each_leave_the_last_vector_of_each(tmp_path)
 def test_a_consumer_that_was_overtaken_writes_nothing(redis_url, tmp_path):
     table = write_table(tmp_path / "table")
     slow, fast = RedisStore.load(redis_url, table), RedisStore.open(redis_url, "v1")
-    commands = list(slow._commands(window(1, 3), [b"old" * 8], {0}))
+    commands = list(slow._base.commands(window(1, 3), [b"old" * 8], [0]))
     assert fast.apply(window(1, 3)) and fast.apply(window(2, 3))
     from mim_torchrec.embeddings.stores.redis_store import APPLY
 
@@ -162,7 +162,7 @@ def test_no_part_of_a_window_is_written_before_the_parts_ahead_of_it(redis_url, 
     store = RedisStore.load(redis_url, write_table(tmp_path / "table"))
     large = window(1, *range(450), removed=(495,))
     values = [row.view(torch.uint8).numpy().tobytes() for row in large.vectors]
-    parts = list(store._commands(large, values, {0}))
+    parts = list(store._base.commands(large, values, [0]))
 
     def send(*numbers: int) -> list[int]:
         return [store._client.eval(APPLY, len(parts[k][0]), *parts[k][0], *parts[k][1]) for k in numbers]
@@ -266,7 +266,7 @@ def test_a_server_that_may_drop_rows_from_now_on_is_noticed(tmp_path, caplog):
 
 def test_rows_that_a_server_has_lost_are_an_error(redis_url, tmp_path):
     store = RedisStore.load(redis_url, write_table(tmp_path / "table"))
-    connect(locate(redis_url)).delete(store._mark(0))
+    connect(locate(redis_url)).delete(store._base.mark(0))
     with pytest.raises(TableError, match="has lost shards"):
         store.apply(window(1, 3))
 

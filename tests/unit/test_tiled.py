@@ -4,6 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from mim_torchrec.benchmarks.rehearsal.counts import Counts
+from mim_torchrec.benchmarks.rehearsal.pretended import pretended_gpu
+from mim_torchrec.losses import tiled
 from mim_torchrec.losses.tiled import LeftOut, Tile, tiled_logsumexp
 
 N, M, D = 7, 23, 5
@@ -24,7 +27,7 @@ def some_ids() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     )
 
 
-def counts(item_ids, query_ids, positive) -> torch.Tensor:
+def counts_of(item_ids, query_ids, positive) -> torch.Tensor:
     """(N, M) whether an entry counts, one by one."""
     found = torch.ones(N, M, dtype=torch.bool)
     for i in range(N):
@@ -50,7 +53,7 @@ def test_values_and_gradients_are_those_of_the_plain_log_sum_exp(tile, by_ids, b
     query_ids, positive = query_ids if by_ids else None, positive if by_column else None
     weights = torch.arange(1.0, N + 1, dtype=torch.float64)
 
-    logits = (scale * queries @ items.T).masked_fill(~counts(item_ids, query_ids, positive), -torch.inf)
+    logits = (scale * queries @ items.T).masked_fill(~counts_of(item_ids, query_ids, positive), -torch.inf)
     expected = torch.logsumexp(logits, 1)
     found = tiled_logsumexp(queries, items, scale, LeftOut(item_ids, query_ids, positive), tile)
 
@@ -68,7 +71,28 @@ def test_what_remains_is_counted(by_ids, by_column):
     item_ids, query_ids, positive = some_ids()
     query_ids, positive = query_ids if by_ids else None, positive if by_column else None
     left = LeftOut(item_ids, query_ids, positive).remaining(N)
-    assert left.tolist() == counts(item_ids, query_ids, positive).sum(1).tolist()
+    assert left.tolist() == counts_of(item_ids, query_ids, positive).sum(1).tolist()
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_a_gpu_that_compares_all_items_leaves_out_the_same(tile, monkeypatch):
+    item_ids, query_ids, positive = some_ids()
+    found = []
+    for whole in (0, M):
+        monkeypatch.setattr(tiled, "WHOLE", whole)
+        counts = Counts()
+        with pretended_gpu(counts):
+            there = [tensor.to("cuda") for tensor in (item_ids, query_ids, positive)]
+            queries, items = (vectors(k, n).detach().to("cuda").requires_grad_() for k, n in ((0, N), (1, M)))
+            before, left_out = counts.syncs.total(), LeftOut(*there)
+            result = tiled_logsumexp(queries, items, torch.tensor(9.0).double(), left_out, tile)
+            result.logsumexp.sum().backward()
+            left = left_out.remaining(N)
+            assert counts.syncs.total() - before == (0 if whole else 2)
+        found.append([result.logsumexp.detach(), queries.grad, items.grad, left])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+    assert found[0][3].tolist() == counts_of(item_ids, query_ids, positive).sum(1).tolist()
 
 
 def test_gradients_are_those_of_finite_differences():

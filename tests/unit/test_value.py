@@ -77,7 +77,7 @@ def test_the_statistics_are_those_of_a_loop(data, table):
     np.testing.assert_allclose(found["statistics"], [one[-1] for one in expected], atol=1e-6)
 
 
-def test_the_regression_finds_what_users_click_and_is_kept(data, table, tmp_path):
+def test_the_regression_finds_what_users_click_and_is_kept(data, table, tmp_path, monkeypatch):
     out = alpha_regression.fit(data, table, tmp_path / "fit")
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["auc"] > 0.7 and metrics["validation_auc"] > 0.7
@@ -85,6 +85,9 @@ def test_the_regression_finds_what_users_click_and_is_kept(data, table, tmp_path
     assert metrics["auc"] == roc_auc_score(labels, scores)
     (out / "kept").touch()
     assert (alpha_regression.fit(data, table, out) / "kept").exists()
+    monkeypatch.setattr(alpha_regression, "source", lambda: "other code")
+    assert not (alpha_regression.fit(data, table, out) / "kept").exists()
+    (out / "kept").touch()
     assert not (alpha_regression.fit(data, table, out, max_behaviors=2) / "kept").exists()
 
 
@@ -132,12 +135,14 @@ def test_nothing_is_claimed_while_results_are_missing():
     assert value.build_report([won, lost], [], value.whole())["never_loses"] is False
 
 
-def test_results_of_other_code_are_left_out_by_name(tmp_path):
+def test_results_of_other_code_are_left_out_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(alpha_regression, "source", lambda: "now")
     (tmp_path / "cells").mkdir()
-    for one in (cell(0), cell(1, source="before")):
+    films, old = (dataclasses.replace(cell(2, source=code), data="films") for code in ("now", "before"))
+    for one in (films, dataclasses.replace(old, seed=3), cell(0), cell(1, source="before")):
         write_json(one.file(tmp_path), dataclasses.asdict(one))
-    cells, outdated = value.read_cells(tmp_path, {"shop": {"source": "now"}})
-    assert (cells, outdated) == ([cell(0)], ["shop-1-din-1"])
+    cells, outdated = value.read_cells(tmp_path, {"shop": {"source": "now"}})  # films are not run
+    assert (cells, outdated) == ([films, cell(0)], ["films-1-din-3", "shop-1-din-1"])
     assert "shop-1-din-1" in value.sections(value.build_report(cells, outdated, set()))[0].text[-1]
 
 

@@ -21,6 +21,8 @@ class AvgPooling(UserBehaviorModel):
         dim: size of a behavior embedding, which is also the size of the interest.
     """
 
+    keeps_columns = True
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.out_dim = dim

@@ -35,6 +35,8 @@ class DIN(UserBehaviorModel):
         softmax: normalize the weights of a candidate to sum to 1, which DIN does not.
     """
 
+    keeps_columns = True
+
     def __init__(
         self,
         dim: int,

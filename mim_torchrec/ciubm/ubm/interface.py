@@ -58,9 +58,15 @@ class Interest(NamedTuple):
 
 
 class UserBehaviorModel(nn.Module):
-    """Base class of the models."""
+    """Base class of the models.
+
+    Attributes:
+        out_dim: size of the interest.
+        keeps_columns: whether each column of the interest is a weighted sum of that column of the behaviors.
+    """
 
     out_dim: int
+    keeps_columns: bool = False
 
     def forward(
         self,

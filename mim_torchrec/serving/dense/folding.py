@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mim_torchrec.ctr.dense import DeepCTR
-from mim_torchrec.training.batch_norm import GlobalBatchNorm1d, PartialBatchNorm1d
+from mim_torchrec.training.batch_norm import GlobalBatchNorm1d, PartialBatchNorm1d, ScaledBatchNorm1d
 
 
 @torch.no_grad()
@@ -52,4 +52,6 @@ def _constants(norm: GlobalBatchNorm1d) -> tuple[Tensor, Tensor]:
     shift = -norm.running_mean.double() * scale
     if isinstance(norm, PartialBatchNorm1d):
         scale, shift = torch.where(norm.normalized, scale, 1), torch.where(norm.normalized, shift, 0)
+    if isinstance(norm, ScaledBatchNorm1d):
+        scale, shift = (constant * norm.scale.double() for constant in (scale, shift))
     return scale, shift if norm.bias is None else shift + norm.bias.double()

@@ -17,6 +17,8 @@ from mim_torchrec.ciubm.ubm.sim import SIM
 from mim_torchrec.ciubm.ubm.twin import TWIN
 from mim_torchrec.serving.dense.blocks import blocks_of
 
+BELOW_ZERO = -(2.0**-149)  # the float32 next to it
+
 
 def among_largest(scores: Tensor, k: int) -> np.ndarray:
     """Which are the k largest scores of each row; of equal ones the later ones, as in `Pairs.top_k`.
@@ -29,8 +31,7 @@ def among_largest(scores: Tensor, k: int) -> np.ndarray:
         (num_rows, width) bool, k in each row.
     """
     values = scores.numpy()
-    width = values.shape[1]
-    smallest = np.partition(values, width - k, axis=1)[:, width - k, None]
+    smallest = _smallest_kept(values, k)
     kept = values >= smallest
     if np.count_nonzero(kept) != len(values) * k:
         counts = kept.sum(1)
@@ -43,6 +44,26 @@ def among_largest(scores: Tensor, k: int) -> np.ndarray:
     return kept
 
 
+def _smallest_kept(values: np.ndarray, k: int) -> np.ndarray:
+    """The k-th largest number of each row, (num_rows, 1)."""
+    place = values.shape[1] - k
+    return np.partition(values, place, axis=1)[:, place, None]
+
+
+def leave_largest_(scores: Tensor, k: int) -> Tensor:
+    """Overwrite what is not `among_largest` by -inf, and shift each row by a number, which no softmax tells.
+
+    >>> leave_largest_(torch.tensor([[1.0, 3.0, 2.0]]), 2).tolist()
+    [[-inf, 1.0, 0.0]]
+    """
+    values = scores.numpy()
+    smallest = _smallest_kept(values, k)
+    if np.count_nonzero(values >= smallest) != len(values) * k:  # equal numbers, or NaN
+        return scores.masked_fill_(torch.from_numpy(~among_largest(scores, k)), -torch.inf)
+    # two numbers have a difference of 0 only if they are equal; a threshold costs less than a mask
+    return F.threshold_(scores.sub_(torch.from_numpy(smallest)), BELOW_ZERO, -torch.inf)
+
+
 def largest(scores: Tensor, k: int) -> Tensor:
     """Where `among_largest` holds.
 
@@ -52,7 +73,9 @@ def largest(scores: Tensor, k: int) -> Tensor:
     >>> largest(torch.tensor([[1.0, 3.0, 3.0, 3.0], [4.0, 2.0, 3.0, 1.0]]), 2).tolist()
     [2, 3, 0, 2]
     """
-    return torch.from_numpy(np.flatnonzero(among_largest(scores, k)) % scores.shape[1])
+    places = np.flatnonzero(among_largest(scores, k)).reshape(-1, k)
+    places -= np.arange(0, scores.numel(), scores.shape[1])[:, None]
+    return torch.from_numpy(places.reshape(-1))
 
 
 def sim_interest(
@@ -92,14 +115,10 @@ def twin_interest(
     queries = F.pad(queries.unflatten(1, (heads, -1)), (0, 1), value=1.0)
     keys = torch.cat([twin.key(behaviors).unflatten(1, (heads, -1)), biases[:, :, None]], dim=2)
     columns = keys.permute(1, 2, 0).contiguous()
-    # a value of 1 more gives the sum of the weights
-    own = F.pad(values.unflatten(1, (heads, -1)).transpose(0, 1), (0, 1), value=1.0)
-    read = candidates.new_empty(len(candidates), heads, own.shape[2] - 1)
+    own = values.unflatten(1, (heads, -1)).transpose(0, 1).contiguous()
+    read = candidates.new_empty(len(candidates), heads, own.shape[2])
     for rows in blocks_of(len(candidates), len(behaviors)):
         for head in range(heads):
             scores = queries[rows, head] @ columns[head]
-            left_out = torch.from_numpy(~among_largest(scores, k))
-            weights = scores.sub_(scores.amax(1, keepdim=True)).exp_().masked_fill_(left_out, 0.0)
-            found = weights @ own[head]
-            torch.div(found[:, :-1], found[:, -1:], out=read[rows, head])
+            read[rows, head] = leave_largest_(scores, k).softmax(1) @ own[head]
     return twin.out(read.flatten(1))

@@ -87,7 +87,10 @@ def why_not(encoder: ItemEncoder | None, scorer: Scorer) -> str | None:
         return NO_ENCODER
     if (problem := encoder.problem(scorer.bundle.table_version)) is not None:
         return problem
-    further = [*scorer.of_candidates, *(feature.name for feature in scorer.features.numbers("candidate"))]
+    further = [
+        *scorer.lookups.of_candidates,
+        *(feature.name for feature in scorer.features.numbers("candidate")),
+    ]
     if further:
         return f"the model reads {', '.join(further)} of an item, which a picture and a title do not have"
     return None
