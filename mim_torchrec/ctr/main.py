@@ -164,7 +164,7 @@ def _train_and_evaluate(config: CTRConfig, run: RunDirectory, context: Distribut
     warnings = concerns(history, "auc", entropies)
     if FELL_AFTER_FIRST_EPOCH in warnings:
         warnings[FELL_AFTER_FIRST_EPOCH] += (
-            "; try --id-shrinkage with --normalize-ids False, --weight-decay or lower learning rates"
+            "; try --id-shrinkage 60 with --keep-shrinkage True, --weight-decay or lower learning rates"
         )
     unknown = mapper.unknown_fractions()
     for name, share in unknown.items():

@@ -85,7 +85,7 @@ def test_a_model_of_every_day_begins_from_the_day_before(out):
 
 
 def test_value_holds_what_the_models_and_the_regression_have_scored(out, monkeypatch):
-    monkeypatch.setitem(value.OPTIONS, "shop", {"preset": "recommended", "epochs": 1})
+    monkeypatch.setitem(value.OPTIONS, "shop", {**value.MODEL, "epochs": 1})
     part = ("--ubm", "avg_pooling", "--share", "0.5", "--only", "shop")
     found = report(value.main, out, *part)
     (cell,) = found["cells"]
