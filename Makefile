@@ -131,10 +131,8 @@ bench-export-throughput: install  ## export's items per second beside its encode
 test: install  ## all tests; COVERAGE=1 says which rooms they cover; `make test-fast` runs fewer
 ifdef COVERAGE
 	rm -rf build/coverage && mkdir -p build/coverage
-	$(BIN)/python -m coverage run -m pytest $(PARALLEL)
-	$(BIN)/python -m coverage combine --quiet
-	$(BIN)/python -m coverage json --quiet -o build/coverage/coverage.json
-	$(BIN)/python -m tests.coverage_by_room build/coverage/coverage.json
+	MIM_COVERAGE='$(CURDIR)/build/coverage' $(BIN)/python -m pytest $(PARALLEL)
+	$(BIN)/python -m tests.line_coverage build/coverage
 else
 	$(BIN)/python -m pytest $(PARALLEL)
 endif

@@ -24,7 +24,9 @@ if [ ! -e "$packages" ]; then
     # the two builds of fbgemm install the same files: the other one has to go first
     case $kind in cuda) other=fbgemm-gpu-cpu ;; *) other=fbgemm-gpu ;; esac
     "$venv/bin/python" -m pip uninstall --quiet --yes "$other" 2>/dev/null
-    "$venv/bin/python" -m pip install --quiet --no-deps -r "$lock"
+    "$venv/bin/python" -m pip install --quiet --no-deps --no-compile -r "$lock"
+    # pip would compile on one core; some packages hold files that no Python compiles, which pip passes over too
+    "$venv/bin/python" -m compileall -qq -j 0 -x '/site-packages/.*/tests/' "$venv/lib" || :
     rm -f "$venv"/.packages-* "$venv"/.checkout-*
     touch "$packages"
 fi

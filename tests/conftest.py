@@ -1,5 +1,6 @@
 """Every test process, and every process it starts, computes on one thread: ranks share few cores."""
 
+import gc
 import multiprocessing.context
 import os
 import sys
@@ -9,10 +10,15 @@ from multiprocessing import get_context
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # in this process: each of a pool would load torch
 os.environ["JDK_JAVA_OPTIONS"] = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"  # Spark runs for seconds
 
 import pytest  # noqa: E402
 import torch  # noqa: E402 (it reads the environment when it loads)
+
+from tests import line_coverage  # noqa: E402
+
+line_coverage.measure()  # what is imported from here on
 
 from mim_torchrec.benchmarks.harness.redis_server import RedisCluster, RedisServer  # noqa: E402
 from tests.forked import forked_programs  # noqa: E402
@@ -21,24 +27,29 @@ from tests.ranks import start_fork_server  # noqa: E402
 torch.set_num_threads(1)
 
 LONG = (
-    # those on Slurm and that of the image wait most of the time
-    "test_slurm_faults",
+    # those on Slurm, of chaos and of the image wait most of the time
     "test_doc_pages",
+    "test_slurm_faults",
+    "test_chaos",
     "test_slurm_stages",
     "test_image",
-    "test_demo",
-    "test_ctr_benchmarks",
     "test_prepare_demo",
-    "test_prepare_spark",
     "test_elastic",
+    "test_ctr_benchmarks",
+    "test_demo",
+    "test_prepare_spark",
+    "test_registry",
+    "test_ctr_ranks",
+    "test_liveness",
     "test_csft_resume",
-    "test_chaos",
+    "test_stage_resume",
+    "test_bench_input",
     "test_extras",
     "test_rim_main",
-    "test_stage_resume",
     "test_pretrain_main",
-    "test_registry",
     "test_doctor",
+    "test_faults",
+    "test_frozen_traced",
 )
 """Files that take longest, in the order in which they begin."""
 FORKED = pytest.StashKey[dict[str, str]]()
@@ -58,6 +69,12 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu") is not None:
                 item.add_marker(pytest.mark.skip(reason="there is no GPU"))
+
+
+def pytest_collection_finish():
+    """Leave what is loaded out of collections of garbage, which would walk all modules again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)

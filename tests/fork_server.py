@@ -3,7 +3,7 @@
 Each is a process of its own, forked from one that has loaded torch, torchrec and the like: the seconds that a
 process needs for that are spent once. It runs in the namespaces of its client, so on their machine.
 `fork_client.py` says what a command is. The server ends, and all commands with it, when its standard input
-does. Coverage is not measured here: tests that call the same programs in their own process measure it.
+does.
 """
 
 import atexit
@@ -53,6 +53,10 @@ def main(place: str) -> None:
     listener.listen()
     sys.stdout.write("listening\n")
     sys.stdout.flush()
+    if "MIM_COVERAGE" in os.environ:
+        sys.path.insert(0, str(ROOT))
+        import_module("tests.line_coverage").measure()
+        del sys.path[0]
     load()
     request = serve(listener)
     if request is not None:

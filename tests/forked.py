@@ -11,8 +11,6 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 INSTALLED = ("mim", "torchrun", "torchx")
-UNSET = ("COVERAGE_PROCESS_CONFIG", "COVERAGE_PROCESS_START", "PYTHONPATH")
-"""What a command has of its own, and the server has not."""
 
 
 @contextmanager
@@ -43,7 +41,7 @@ def forked_programs() -> Iterator[dict[str, str]]:
 
 @contextmanager
 def _server(socket: Path) -> Iterator[None]:
-    environment = {name: value for name, value in os.environ.items() if name not in UNSET}
+    environment = {**os.environ, "PYTHONPATH": ""}  # a command has its own
     log = socket.with_suffix(".log")
     with log.open("w") as errors:
         server = subprocess.Popen(

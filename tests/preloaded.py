@@ -2,8 +2,11 @@
 
 import pytest  # noqa: F401
 
-import mim_torchrec.benchmarks.harness.drawing
-import mim_torchrec.benchmarks.measures.turns  # noqa: F401
-from tests import fork_server
+from tests import fork_server, line_coverage
+
+line_coverage.measure()
+
+import mim_torchrec.benchmarks.harness.drawing  # noqa: E402
+import mim_torchrec.benchmarks.measures.turns  # noqa: E402, F401
 
 fork_server.load()

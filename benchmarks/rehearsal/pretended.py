@@ -5,7 +5,8 @@ what computes with them is looked at (`watch.py`), fbgemm's tables run by their 
 `torch.autocast` by its rules for CPUs. So a program runs to its end with the results it has on a CPU, and
 what a GPU would refuse is an error.
 
-Not here: streams that run side by side, NCCL, and what C++ does with a device by itself.
+Not here: streams that really run side by side (`streams.py` counts for two), NCCL, and what C++ does with a
+device by itself.
 """
 
 import functools

@@ -4,7 +4,6 @@ The loop, the task and the pipeline are those of `mim ctr`; batches are random a
 measured after the first, which makes what later ones use.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -114,7 +113,7 @@ def step_by_step(counts: Counts) -> Iterator[list[tuple[str, Counts]]]:
 
 def of_steps(seen: list[tuple[str, Counts]]) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
     """The most of a step, of those after the first of an epoch, and the lines of one that took most."""
-    totals: Counter[str] = Counter()
+    totals: dict[str, int] = {}
     lines: dict[str, dict[str, int]] = {}
     steps = list(zip(seen, seen[1:], strict=False))
     for number, ((place, before), (following, after)) in enumerate(steps):
@@ -126,8 +125,8 @@ def of_steps(seen: list[tuple[str, Counts]]) -> tuple[dict[str, int], dict[str, 
             lines = {
                 name: dict(getattr(after, name) - getattr(before, name)) for name in (*FOUND, "launches")
             }
-        totals |= Counter(step)
-    return dict(totals), lines
+        totals = {name: max(total, totals.get(name, 0)) for name, total in step.items()}
+    return totals, lines
 
 
 def measure_step(case: Case, folder: Path, on_gpu: bool = True) -> tuple[StepCounts, Counts]:

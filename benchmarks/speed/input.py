@@ -9,10 +9,11 @@ have read nothing before, as what is private to them beyond what they had. Two r
 ranks, in two processes; two raw scans in two processes, each of every other row group, say what the machine
 gives to two of anything.
 
-`data_wait` is the fraction of the time of training steps that the loop waits for a batch, of the demo's model
-with one thread that reads ahead. `startup` is what `mim ctr` does until it has its first batch, for training
-parts of growing size in turns, each of which fills the buffer; the scan of ids, which reads all of them, is
-measured beside it, and so is a start that finds the ids of an earlier one (`--id-cache`).
+`data_wait` is the fraction of the time of training steps that the loop waits for a batch, of the demo's
+model with one thread that reads ahead. `startup` is what `mim ctr` does until it has its first batch, for
+training parts of growing size in turns, each of which fills two buffers of one size; the scan of ids, which
+reads all of them, is measured beside it, and so is a start that finds the ids of an earlier one
+(`--id-cache`).
 """
 
 import dataclasses
@@ -219,7 +220,8 @@ def start(config: InputConfig, data: Path, out: Path, *flags: str) -> None:
     """What `mim ctr` does until it has its first batch."""
     if out.exists():
         shutil.rmtree(out)
-    rows = min(config.buffer_rows, config.startup_requests)
+    # of all sizes two buffers are full: the second is filled when the first batch is there, and waited for
+    rows = max(min(config.buffer_rows, config.startup_requests // 2), 1)
     settings = parse(
         ["--data", str(data), "--out", str(out), "--mim", "off", "--buffer-rows", str(rows), *flags]
     )

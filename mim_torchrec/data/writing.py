@@ -5,6 +5,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -88,6 +89,6 @@ class DatasetWriter:
 
 def lists(values: Any, lengths: Any, kind: pa.DataType) -> pa.ListArray:
     """A list column of flat values (sum(lengths),) and the lengths of its rows (num_rows,)."""
-    offsets = [0, *lengths.cumsum().tolist()]
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
     flat = values if isinstance(values, pa.Array) else pa.array(values)
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), flat.cast(kind))
+    return pa.ListArray.from_arrays(pa.array(offsets).cast(pa.int32()), flat.cast(kind))

@@ -51,7 +51,7 @@ class Behaviors:
         self._users, self._starts = found[order], begin[order]
         self._counts = np.diff(np.r_[begin, size])[order]
         self._columns = {
-            name: np.memmap(paths[name], kind, "r") if size else np.zeros(0, kind)
+            name: np.asarray(np.memmap(paths[name], kind, "r")) if size else np.zeros(0, kind)
             for name, kind in COLUMNS.items()
         }
 
@@ -80,4 +80,4 @@ class Behaviors:
         begin[some] = self._starts[place] + known[some] - lengths[some]
         before = np.cumsum(lengths) - lengths
         index = np.repeat(begin - before, lengths) + np.arange(lengths.sum())
-        return Lists(lengths, {name: pa.array(values[index]) for name, values in self._columns.items()})
+        return Lists(lengths, {name: pa.array(values.take(index)) for name, values in self._columns.items()})

@@ -27,10 +27,12 @@ IMAGE_ROWS = 1000
 COUNTED_ROWS = 65_536
 WAITING_BYTES = 64 * 2**20
 """Of tables that wait to be written, where more than one does."""
+WRITERS = 2
+"""Files that are written side by side."""
 
 
 class FolderWriter:
-    """Writes tables that come one after the other into `part-*.parquet` of folders, in a thread of its own.
+    """Writes tables that come one after the other into `part-*.parquet` of folders, each file by one thread.
 
     Args:
         root: of the data set that is being written.
@@ -41,8 +43,9 @@ class FolderWriter:
         self._root, self._rows, self._default = root, row_group_rows, row_group_rows
         self._folder: str | None = None
         self._waiting: list[pa.Table] = []
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="parquet")
+        self._threads = [ThreadPoolExecutor(1, thread_name_prefix="parquet") for _ in range(WRITERS)]
         self._running: deque[tuple[Future[None], int]] = deque()
+        self._closed: list[Future[dict[str, Any]]] = []
         self._file: _File | None = None
         self._next: dict[str, int] = {}
         self.files: list[dict[str, Any]] = []
@@ -52,7 +55,8 @@ class FolderWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._thread.shutdown()
+        for thread in self._threads:
+            thread.shutdown()
 
     def write(self, folder: str, table: pa.Table, row_group_rows: int | None = None) -> None:
         """Add rows to a folder, whose file ends when another folder comes.
@@ -75,62 +79,75 @@ class FolderWriter:
         self._waiting = [whole.slice(rows - rows % self._rows)] if rows % self._rows else []
 
     def finish(self) -> None:
-        """Write what waits, and close the file."""
+        """Write what waits, and close the files."""
         self._flush()
         self._folder = None
         while self._running:
             self._running.popleft()[0].result()
+        self.files += [closed.result() for closed in self._closed]
+        self._closed = []
 
     def _flush(self) -> None:
         if self._waiting:
             assert self._folder is not None
             self._write(self._folder, pa.concat_tables(self._waiting))
         self._waiting = []
-        self._running.append((self._thread.submit(self._close), 0))
+        self._close()
 
     def _write(self, folder: str, table: pa.Table) -> None:
-        """Let the thread write a row group, when it has written enough of those before."""
+        """Let the thread of a file write a row group, when enough of those before are written."""
         size = table.nbytes
         while self._running and (
             self._running[0][0].done() or size + sum(waiting for _, waiting in self._running) > WAITING_BYTES
         ):
             self._running.popleft()[0].result()
-        self._running.append((self._thread.submit(self._write_group, folder, table, self._rows), size))
-
-    def _write_group(self, folder: str, table: pa.Table, rows: int) -> None:
         if self._file is not None and self._file.groups == GROUPS_PER_FILE:
             self._close()
         if self._file is None:
             number = self._next.get(folder, 0)
             self._next[folder] = number + 1
-            self._file = _File(self._root / folder / f"part-{number:05d}.parquet", table.schema)
-        self._file.write(table, rows)
+            thread = self._threads[sum(self._next.values()) % WRITERS]
+            self._file = _File(self._root / folder / f"part-{number:05d}.parquet", thread)
+        self._running.append((self._file.write(table, self._rows), size))
 
     def _close(self) -> None:
         if self._file is not None:
-            self.files.append(self._file.close(self._root))
+            self._closed.append(self._file.close(self._root))
             self._file = None
 
 
 class _File:
-    """A file that is being written."""
+    """A file that is being written, all of it by one thread."""
 
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
-        self._path, self.groups = path, 0
-        with full_disk_reported(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._writer = pq.ParquetWriter(
-                path, schema, compression="zstd", use_dictionary=_encoded(schema),
+    def __init__(self, path: Path, thread: ThreadPoolExecutor) -> None:
+        self._path, self._thread = path, thread
+        self._writer: pq.ParquetWriter | None = None
+        self.groups = 0
+
+    def write(self, table: pa.Table, rows: int) -> Future[None]:
+        self.groups += 1
+        return self._thread.submit(self._write, table, rows)
+
+    def close(self, root: Path) -> Future[dict[str, Any]]:
+        return self._thread.submit(self._close, root)
+
+    def _open(self, schema: pa.Schema) -> pq.ParquetWriter:
+        with full_disk_reported(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            return pq.ParquetWriter(
+                self._path, schema, compression="zstd", use_dictionary=_encoded(schema),
                 dictionary_pagesize_limit=DICTIONARY_BYTES, write_page_checksum=True,
                 store_schema=not any(map(_has_dictionary, schema.types)),  # readers get text
             )  # fmt: skip
 
-    def write(self, table: pa.Table, rows: int) -> None:
+    def _write(self, table: pa.Table, rows: int) -> None:
+        if self._writer is None:
+            self._writer = self._open(table.schema)
         with full_disk_reported(self._path, table.nbytes):
             self._writer.write_table(table, row_group_size=rows)
-        self.groups += 1
 
-    def close(self, root: Path) -> dict[str, Any]:
+    def _close(self, root: Path) -> dict[str, Any]:
+        assert self._writer is not None
         with full_disk_reported(self._path):
             self._writer.close()
         return {

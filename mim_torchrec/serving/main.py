@@ -38,8 +38,6 @@ from mim_torchrec.serving.app import make_app
 from mim_torchrec.serving.config import ServeConfig
 from mim_torchrec.serving.inference import Inference
 from mim_torchrec.serving.metrics import Metrics
-from mim_torchrec.serving.page.new_item import ItemEncoder
-from mim_torchrec.serving.page.page import Page
 from mim_torchrec.serving.patience import PatientProtocol
 from mim_torchrec.serving.release_follower import ReleaseFollower, deployment_of
 from mim_torchrec.serving.releases import ReleaseError, Releases
@@ -191,6 +189,9 @@ def work(
     with tempfile.TemporaryDirectory() as folder:
         page = None
         if config.data is not None:
+            from mim_torchrec.serving.page.new_item import ItemEncoder  # which decodes pictures
+            from mim_torchrec.serving.page.page import Page
+
             version = service.current.scorer.bundle.table_version
             encoder = None if config.encoder is None else ItemEncoder(config.encoder, version)
             page = Page(config.data, Path(folder), service, limits.explain_pairs, encoder)

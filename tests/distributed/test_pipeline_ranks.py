@@ -1,6 +1,7 @@
 """TorchRec's pipelines give the losses of a plain loop, with every kind of frozen lookup in the model."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,8 +18,10 @@ from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
 from torchrec.distributed.train_pipeline.train_pipelines import (
+    EvalPipelineFusedSparseDist,
     EvalPipelineSparseDist,
     TorchCompileConfig,
+    TrainPipelineFusedSparseDist,
     TrainPipelinePT2,
     TrainPipelineSemiSync,
     TrainPipelineSparseDistLite,
@@ -239,13 +242,30 @@ def _semi_sync(start_batch: int) -> Pipeline:
     return make
 
 
-def _semi_sync_gives_the_losses_of_a_plain_loop(path: Path) -> None:
-    """On a CPU there are no streams to record and to wait for, which is all that the pipeline lacks there."""
+@contextmanager
+def _without_streams() -> Iterator[None]:
+    """On a CPU there are no streams to record and to wait for, which is all that some pipelines lack."""
     with (
         patch.object(torch.cpu, "current_stream", lambda device=None: None),
         patch.object(torch.cuda, "current_stream", lambda device=None: None),
         patch.object(torch.Tensor, "record_stream", lambda self, stream: None),
+        patch.object(TrainPipelineFusedSparseDist, "wait_embedding_lookup", lambda self: None),
     ):
+        yield
+
+
+def _fused_pipelines_give_the_losses_of_a_plain_loop(path: Path) -> None:
+    with _without_streams():
+        for kind in MODELS:
+            assert losses(kind, path, TrainPipelineFusedSparseDist) == pytest.approx(
+                losses(kind, path, None), rel=1e-5
+            ), kind
+        evaluated = losses(Joined, path, EvalPipelineFusedSparseDist, train=False)
+        assert evaluated == pytest.approx(losses(Joined, path, None, train=False), rel=1e-5)
+
+
+def _semi_sync_gives_the_losses_of_a_plain_loop(path: Path) -> None:
+    with _without_streams():
         for kind in MODELS:
             synchronous = losses(kind, path, _semi_sync(start_batch=STEPS))
             assert synchronous == pytest.approx(losses(kind, path, None), rel=1e-5), kind
@@ -284,6 +304,11 @@ def test_pipelines_give_the_losses_of_a_plain_loop(path, world_size):
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_frozen_lookups_read_no_batch_that_a_pipeline_has_emptied(path, world_size):
     run_ranks(_frozen_lookups_read_no_batch_that_a_pipeline_has_emptied, world_size, path)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_fused_pipelines_give_the_losses_of_a_plain_loop(path, world_size):
+    run_ranks(_fused_pipelines_give_the_losses_of_a_plain_loop, world_size, path)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

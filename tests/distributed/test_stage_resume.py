@@ -1,7 +1,10 @@
 """Interrupted and resumed CTR and pre-training runs are bit-identical to uninterrupted ones."""
 
 import json
+import shutil
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +27,25 @@ def shop(tmp_path_factory) -> Path:
     return small_shop(tmp_path_factory.mktemp("resume"), searches=40, requests=400, users=60)
 
 
+def command(data: Path, out: Path, *options: str) -> list[str]:
+    """Two epochs with a checkpoint at every step."""
+    return ["--data", str(data), "--out", str(out), "--epochs", "2", "--batch-size", "256",
+            "--checkpoint.every", "1", "--checkpoint.keep", "99", *options]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(shop, tmp_path_factory) -> Callable[..., Path]:
+    """An uninterrupted run with these options, of which tests take copies."""
+
+    @cache
+    def train(ranks: int, *options: str) -> Path:
+        out = tmp_path_factory.mktemp("trained") / "ctr"
+        run_ranks(train_ctr, ranks, command(shop, out, *options))
+        return out
+
+    return train
+
+
 def forget_after(out: Path, name: str) -> None:
     """Leave a run as one that was killed right after a checkpoint."""
     for path in (out / "checkpoints").iterdir():
@@ -38,14 +60,12 @@ def losses(out: Path) -> list[float]:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("at", ["epoch-0001-step-00000002", "epoch-0001-step-00000000"])
-def test_ctr(shop, tmp_path, ranks, at):
-    out = tmp_path / "ctr"
-    command = ["--data", str(shop), "--out", str(out), "--mim", "off", "--epochs", "2", "--batch-size", "256",
-               "--dropout", "0.2", "--checkpoint.every", "1", "--checkpoint.keep", "99"]  # fmt: skip
-    run_ranks(train_ctr, ranks, command)
+def test_ctr(shop, trained, tmp_path, ranks, at):
+    options = ["--mim", "off", "--dropout", "0.2"]
+    out = shutil.copytree(trained(ranks, *options), tmp_path / "ctr")
     whole, predictions = losses(out), pq.read_table(out / "predictions.parquet")
     forget_after(out, at)
-    run_ranks(train_ctr, ranks, command)
+    run_ranks(train_ctr, ranks, command(shop, out, *options))
     assert losses(out) == whole
     assert pq.read_table(out / "predictions.parquet").equals(predictions)
 
@@ -73,50 +93,44 @@ def test_pretraining(shop, tmp_path):
 
 def test_ctr_with_a_warm_up_goes_on_at_the_rates_it_had(shop, tmp_path):
     out = tmp_path / "ctr"
-    command = ["--data", str(shop), "--out", str(out), "--mim", "off", "--epochs", "2", "--batch-size", "256",
-               "--warmup-steps", "5", "--checkpoint.every", "1", "--checkpoint.keep", "99"]  # fmt: skip
-    run_ranks(train_ctr, 1, command)
+    words = command(shop, out, "--mim", "off", "--warmup-steps", "5")
+    run_ranks(train_ctr, 1, words)
     whole = losses(out)
     forget_after(out, "epoch-0000-step-00000003")
-    run_ranks(train_ctr, 1, command)
+    run_ranks(train_ctr, 1, words)
     assert losses(out) == whole
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 @pytest.mark.parametrize("mim", ["off", "on"])
-def test_ctr_goes_on_with_another_number_of_ranks(shop, tmp_path, before, after, mim):
-    out = tmp_path / "ctr"
-    command = ["--data", str(shop), "--out", str(out), "--mim", mim, "--epochs", "2", "--batch-size", "256",
-               "--checkpoint.every", "1", "--checkpoint.keep", "99"]  # fmt: skip
+def test_ctr_goes_on_with_another_number_of_ranks(shop, trained, tmp_path, before, after, mim):
+    options = ["--mim", mim]
     if mim == "on":
         items = pq.read_table(shop / "items")["item_id"].to_numpy()
         writer = TableWriter(tmp_path / "table", table_version="v", dim=8, dtype="float16", encoder={})
         writer.write_shard(torch.from_numpy(items.copy()), torch.randn(len(items), 8))
         writer.finish(None)
-        command += ["--table", str(tmp_path / "table")]
-    run_ranks(train_ctr, before, command)
-    whole = losses(out)
+        options += ["--table", str(tmp_path / "table")]
+    out = shutil.copytree(trained(before, *options), tmp_path / "ctr")
+    words, whole = command(shop, out, *options), losses(out)
     forget_after(out, "epoch-0001-step-00000002")
-    run_ranks(train_ctr, after, command)
+    run_ranks(train_ctr, after, words)
     again, half = losses(out), len(whole) // 2
     assert again[: half + 2] == whole[: half + 2]  # what was trained before
     assert abs(len(again) - len(whole)) <= 1
     assert np.mean(again[half + 2 :]) == pytest.approx(np.mean(whole[half + 2 :]), abs=0.05)
     assert json.loads((out / "metrics.json").read_text())["world_size"] == after
     forget_after(out, "epoch-0001-step-00000001")  # which the second run wrote, of its own part
-    run_ranks(train_ctr, after, command)
+    run_ranks(train_ctr, after, words)
     assert losses(out) == again
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-def test_an_epoch_that_others_have_read_whole_is_evaluated(shop, tmp_path, before, after):
-    out = tmp_path / "ctr"
-    command = ["--data", str(shop), "--out", str(out), "--mim", "off", "--epochs", "2", "--batch-size", "256",
-               "--checkpoint.every", "1", "--checkpoint.keep", "99"]  # fmt: skip
-    run_ranks(train_ctr, before, command)
+def test_an_epoch_that_others_have_read_whole_is_evaluated(shop, trained, tmp_path, before, after):
+    out = shutil.copytree(trained(before, "--mim", "off"), tmp_path / "ctr")
     whole = losses(out)
     forget_after(out, f"epoch-0000-step-{len(whole) // 2:08d}")
-    run_ranks(train_ctr, after, command)
+    run_ranks(train_ctr, after, command(shop, out, "--mim", "off"))
     again = losses(out)
     assert again[: len(whole) // 2] == whole[: len(whole) // 2] and abs(len(again) - len(whole)) <= 1
     assert len(read_history(out / "history.jsonl").epochs) == 2

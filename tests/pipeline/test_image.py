@@ -61,14 +61,21 @@ def environment() -> list[Path]:
     return found
 
 
-@pytest.fixture
-def inside(storage, tmp_path: Path) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
-    """Runs a command in a container of the image, in a folder that is `tmp_path` outside."""
+@pytest.fixture(scope="module")
+def job(tmp_path_factory) -> Path:
+    """The folder in which commands run in the container."""
+    folder = tmp_path_factory.mktemp("job")
+    folder.chmod(0o777)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def inside(storage, job: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a command in a container of the image."""
     buildah = ["buildah", "--storage-driver=vfs", *storage]
     made = subprocess.run([*buildah, "from", "--pull-never", TAG], capture_output=True, text=True, check=True)
     container = made.stdout.strip()
-    tmp_path.chmod(0o777)
-    mounts = [*(f"--volume={place}:{place}:ro" for place in environment()), f"--volume={tmp_path}:/job:rw"]
+    mounts = [*(f"--volume={place}:{place}:ro" for place in environment()), f"--volume={job}:/job:rw"]
     above = sorted({str(parent) for place in environment() for parent in place.parents} - {"/"})
     entered = 'for folder; do mkdir -p "$folder" && chmod o+x "$folder"; done'  # the user is not root
     as_root = [*buildah, "run", "--isolation=chroot", "--user=0", container, "--"]
@@ -82,8 +89,7 @@ def inside(storage, tmp_path: Path) -> Iterator[Callable[..., subprocess.Complet
             capture_output=True, text=True, check=False,
         )  # fmt: skip
 
-    yield run
-    subprocess.run([*buildah, "rm", container], capture_output=True)
+    return run
 
 
 def test_the_image_has_a_user_that_is_not_root(inside):
@@ -97,7 +103,7 @@ def test_the_image_holds_no_source_and_no_setting_of_this_machine(inside):
     assert "requirements" not in done.stdout
 
 
-def test_a_stage_runs_in_the_image(inside, tmp_path):
+def test_a_stage_runs_in_the_image(inside, job):
     mim = [sys.executable, "-m", "mim_torchrec.cli"]
     sound = inside(*mim, "doctor", "--json")
     findings = {finding["check"]: finding for finding in json.loads(sound.stdout)}
@@ -113,8 +119,8 @@ def test_a_stage_runs_in_the_image(inside, tmp_path):
         "-m mim_torchrec.ctr.main --data shop --mim off --epochs 1 --batch-size 64 --out run",
     )  # fmt: skip
     assert trained.returncode == 0, trained.stderr[-3000:]
-    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert metrics["world_size"] == 2 and (tmp_path / "run").stat().st_uid == 1000
+    metrics = json.loads((job / "run" / "metrics.json").read_text())
+    assert metrics["world_size"] == 2 and (job / "run").stat().st_uid == 1000
 
 
 def test_a_build_that_is_stopped_leaves_nothing(tmp_path):

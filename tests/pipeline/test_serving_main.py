@@ -30,6 +30,7 @@ from tests.serving import INFER, PATIENCE, application, changed, deployment, mes
 
 ROOT = Path(__file__).parents[2]
 NOT_NEEDED = {
+    "PIL",
     "contourpy",
     "fbgemm_gpu",
     "grpc",
@@ -50,7 +51,7 @@ NOT_NEEDED = {
     "transformers",
     "triton",
 }
-"""What training and drawing import and, without its port, gRPC."""
+"""What training, drawing and the page import and, without its port, gRPC."""
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from mim_torchrec.ctr.dense import DeepCTR
 from mim_torchrec.serving.dense import blocks
 from mim_torchrec.serving.dense import similarity as dense_similarity
 from mim_torchrec.serving.dense.folding import fold_batch_norms
-from mim_torchrec.serving.dense.search import largest
+from mim_torchrec.serving.dense.search import among_largest, largest, leave_largest_
 from mim_torchrec.serving.dense.similarity import similarity_of_request
 from mim_torchrec.serving.dense.ubm import FORMS, DenseUBM
 from mim_torchrec.serving.grid import pairs_of
@@ -91,6 +91,29 @@ def test_the_largest_are_those_of_a_stable_order(k):
     assert largest(scores, k).view(-1, k).tolist() == expected
     scores[3] = torch.nan  # as many are chosen of whatever cannot be compared
     assert largest(scores, k).view(-1, k)[3].tolist() == list(range(9 - k, 9))
+
+
+@pytest.mark.parametrize("kind", ["distinct", "equal", "close"])
+def test_a_softmax_sees_the_largest_alone(kind):
+    scores = torch.randn(40, 9, generator=torch.Generator().manual_seed(0))
+    if kind == "equal":
+        scores = scores.round()
+    elif kind == "close":  # neighbors among float32, whose difference rounds to nothing in an exponential
+        scores = torch.from_numpy(np.nextafter(np.float32(1), np.arange(9, dtype=np.float32))).repeat(40, 1)
+        scores[:, 2:] += torch.arange(7) * torch.finfo(torch.float32).eps
+    kept = torch.from_numpy(among_largest(scores, 4))
+    expected = scores.masked_fill(~kept, -torch.inf).softmax(1)
+    found = leave_largest_(scores.clone(), 4)
+    assert torch.equal(found != -torch.inf, kept)
+    torch.testing.assert_close(found.softmax(1), expected)
+
+
+@pytest.mark.parametrize("tiers", [2, 3, 7, 20, 100])
+def test_tiers_begin_where_training_computes_them(tiers):
+    bounds, wanted = torch.from_numpy(dense_similarity._smallest_of_tiers(tiers)), torch.arange(1, tiers)
+    below = torch.nextafter(bounds, torch.tensor(-2.0))
+    assert torch.equal(((bounds + 1) * (tiers / 2)).long(), wanted)
+    assert torch.equal(((below + 1) * (tiers / 2)).long(), wanted - 1)
 
 
 @pytest.mark.parametrize(("tiers", "spans"), [(20, (5, 0)), (3, (0, 1)), (1, (2,)), (120, (5, 0))])

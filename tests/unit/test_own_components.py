@@ -11,6 +11,7 @@ import yaml
 
 from mim_torchrec.launch import jobs
 
+pytestmark = pytest.mark.usefixtures("forked_stages")
 ROOT = Path(__file__).resolve().parents[2]
 COMPONENTS = '''
 """Jobs of my own."""

@@ -4,7 +4,6 @@ import json
 import random
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from threading import Event
 
@@ -289,15 +288,15 @@ def test_the_commands_load_follow_and_check(redis_url, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_follower_ends_at_sigterm_and_survives_sigkill(redis_url, tmp_path):
+def test_the_follower_ends_at_sigterm_and_survives_sigkill(forked, redis_url, tmp_path):
     write_table(tmp_path / "table")
     RedisStore.load(redis_url, Table.open(tmp_path / "table"))
     log = open_log(redis_url, "v1", start=0)
-    words = ["-m", "mim_torchrec.embeddings.stores.main", "follow", "--store", redis_url, "--log", redis_url,
-             "--table-version", "v1"]  # fmt: skip
+    words = [forked["MIM_PYTHON"], "-m", "mim_torchrec.embeddings.stores.main", "follow",
+             "--store", redis_url, "--log", redis_url, "--table-version", "v1"]  # fmt: skip
     store = open_store(redis_url, "v1")
     for number in (signal.SIGKILL, signal.SIGTERM):
-        follower = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        follower = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         seq = log.append(f"w{number}", tensor(int(number)), vectors(1))
         while store.seq < seq:
             assert follower.poll() is None

@@ -18,6 +18,7 @@ from torchx.specs.builders import materialize_appdef
 from mim_torchrec.errors import OptionError
 from mim_torchrec.launch import components
 
+pytestmark = pytest.mark.usefixtures("forked_stages")
 TRAIN = ["--data", "shop", "--out", "out"]
 BASE = ["--", "--mim", "off"]
 TOKENS = ["--", "--token-file", "tokens"]
