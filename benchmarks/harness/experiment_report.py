@@ -43,7 +43,7 @@ def loss_curve(history: Path) -> dict[str, Any]:
 
     Returns:
         `step` and `loss` lists of equal length, `epochs` as in the history, `epoch_step`, the last step of
-        each, and `best_epoch`.
+        each (None where a crash has lost its steps), and `best_epoch`.
     """
     content = read_history(history)
     steps = np.array([entry["step"] for entry in content.steps], float)
@@ -54,7 +54,7 @@ def loss_curve(history: Path) -> dict[str, Any]:
         "step": [float(part.mean()) for part in np.array_split(steps, parts) if len(part)],
         "loss": [float(part.mean()) for part in np.array_split(losses, parts) if len(part)],
         "epochs": content.epochs,
-        "epoch_step": [last[entry["epoch"]] for entry in content.epochs],
+        "epoch_step": [last.get(entry["epoch"]) for entry in content.epochs],
         "best_epoch": content.best_epoch,
     }
 
@@ -242,16 +242,21 @@ def _draw_validation(axes: Axes, curve: Mapping[str, Any]) -> None:
     metric = next((name for name in VALIDATION if curve["epochs"] and name in curve["epochs"][0]), None)
     if metric is None:
         return
-    known = [(step, entry[metric]) for step, entry in zip(curve["epoch_step"], curve["epochs"], strict=True)
-             if entry[metric] is not None]  # fmt: skip
+    known = {
+        entry["epoch"]: (step, entry[metric])
+        for step, entry in zip(curve["epoch_step"], curve["epochs"], strict=True)
+        if step is not None and entry[metric] is not None
+    }
     other = axes.twinx()
     other.plot(
-        *(np.array(known).T if known else ([], [])), "o--", color=MIM_COLOR, markersize=4, linewidth=0.8
+        *(np.array([*known.values()]).T if known else ([], [])),
+        "o--",
+        color=MIM_COLOR,
+        markersize=4,
+        linewidth=0.8,
     )
-    if curve["best_epoch"] is not None:
-        step, value = curve["epoch_step"][curve["best_epoch"]], curve["epochs"][curve["best_epoch"]][metric]
-        if value is not None:
-            other.plot(step, value, "o", markersize=9, markerfacecolor="none", color=MIM_COLOR)
+    if curve["best_epoch"] in known:
+        other.plot(*known[curve["best_epoch"]], "o", markersize=9, markerfacecolor="none", color=MIM_COLOR)
     other.set_ylabel(VALIDATION[metric], fontsize=8, color=MIM_COLOR)
     other.tick_params(labelsize=8)
     other.spines["top"].set_visible(False)

@@ -118,7 +118,7 @@ class ModelConfig:
     """Batch normalization in the tower, over the batch of all ranks."""
     normalize_ids: bool = True
     """Whether the batch normalization at the entry of the tower includes what comes of ID embeddings, which
-    scales up rows that `id_shrinkage` has made small; `False` is beyond the paper."""
+    scales up rows that `id_shrinkage` has made small; `False` is beyond the paper and needs `batch_norm`."""
     dropout: Fraction = 0.0
     """Dropout in the tower and in BST."""
 

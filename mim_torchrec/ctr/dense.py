@@ -216,6 +216,11 @@ class DenseCTR(nn.Module):
                 "--keep-shrinkage keeps what --id-shrinkage does and the batch normalization of ids undoes: "
                 "it needs --id-shrinkage, and neither --batch-norm False nor --normalize-ids False"
             )
+        if not (config.normalize_ids or config.batch_norm):
+            raise OptionError(
+                "--normalize-ids False leaves ids out of the batch normalization, and --batch-norm False "
+                "leaves all of it out: leave one of the two flags out"
+            )
         products = [ubm is not None, fusion, content] if self.dot_product_features else []
         of_items = [Columns(item_dims[name], (name,)) for name in self.item_columns]
         mixed = Columns(id_dim, tuple(self.item_columns))

@@ -132,7 +132,9 @@ def pipeline_of(grid: Grid, data: Path) -> Pipeline:
             source = encoder.plain or f"${{csft.{place}}}/encoder"
             searched: Flags = {"encoder": source, "held-out-fraction": grid.held_out}
             add(f"search.{place}", features | grid.search | encoder.search | searched, command="retrieve")
-            exported: Flags = features | grid.export | encoder.export | {"encoder": source}
+            exported: Flags = grid.export | encoder.export | {"encoder": source}
+            if exported.get("precision", "fp32") == "fp32":  # that of the features which are kept
+                exported = features | exported
             add(f"table.{place}", exported, component="mim.export")
         for number in grid.seeds:
             table = f"table.{name}.{number if encoder.plain is None else FIXED}"

@@ -41,7 +41,7 @@ from mim_torchrec.rim.config import RIMConfig
 from mim_torchrec.rim.dead_letter import DeadLetterFile
 from mim_torchrec.rim.progress import window_name
 from mim_torchrec.rim.sources import Arrival, DirectorySource, ItemSource, StreamSource
-from mim_torchrec.training.lease import leased
+from mim_torchrec.training.lease import Lease, leased
 from mim_torchrec.training.precision import Precision, matrix_products_in
 
 log = logging.getLogger("mim_torchrec.rim.main")  # also where it runs as __main__
@@ -101,8 +101,8 @@ class RIM:
         DataError: the source does not exist.
     """
 
-    def __init__(self, config: RIMConfig, device: torch.device) -> None:
-        self._config = config
+    def __init__(self, config: RIMConfig, device: torch.device, lease: Lease | None = None) -> None:
+        self._config, self._lease = config, lease
         self._encoder = TrainedEncoder(str(config.encoder), device)
         manifest = Table.open(config.table, verify=False).manifest
         if self._encoder.version != manifest.table_version:
@@ -128,7 +128,11 @@ class RIM:
         self._seek()
 
     def run(self, stop: Event) -> Counts:
-        """Follow the source until asked to stop or, with `once`, to its end."""
+        """Follow the source until asked to stop or, with `once`, to its end.
+
+        Raises:
+            LeaseError: another process has taken the lease over; this one adds no window any more.
+        """
         config = self._config
         with ThreadPoolExecutor() as self._pool:
             while not stop.is_set():
@@ -233,7 +237,7 @@ class RIM:
         """Close the window and add it to the log, after the dead-letter file."""
         started = time.monotonic()
         known = len(self._dead_letter)
-        self._insist(lambda: self._dead_letter.add(self._bad), stop, give_up=False)
+        self._insist(self._leased(lambda: self._dead_letter.add(self._bad)), stop, give_up=False)
         self.counts.dead_lettered += len(self._dead_letter) - known
         self._bad = []
         while self._window.arrivals:
@@ -244,7 +248,7 @@ class RIM:
                     self._log.append, window_name(window.arrivals), ids, vectors, dtype=self._dtype,
                     removed=removed, seq=self._last_seq + 1,
                 )  # fmt: skip
-                seq = self._insist(append, stop, give_up=False)
+                seq = self._insist(self._leased(append), stop, give_up=False)
                 assert seq is not None  # without giving up it appends or raises
             except LogMoved as error:
                 log.warning("%s", error)
@@ -257,7 +261,8 @@ class RIM:
             self.counts.removed += removed.numel()
             self.counts.publish_seconds += time.monotonic() - started
             log.info("window %d: %d items, %d deleted", seq, ids.numel(), removed.numel())
-            self._insist(lambda: write_json(self._config.out / "rim.json", asdict(self.counts)), stop)
+            write_counts = partial(write_json, self._config.out / "rim.json", asdict(self.counts))
+            self._insist(self._leased(write_counts), stop)
 
     def _seek(self) -> dict[str, str]:
         """Read from the log how far the source was read, and continue there."""
@@ -265,6 +270,16 @@ class RIM:
         reached = positions_of(self._log.names())
         self._source.seek(reached | window_positions(self._window.arrivals, reached))
         return reached
+
+    def _leased(self, write: Callable[[], Value]) -> Callable[[], Value]:
+        """A write that first looks whether the lease is still this process's, at every attempt."""
+
+        def look_and_write() -> Value:
+            if self._lease is not None:
+                self._lease.check()
+            return write()
+
+        return look_and_write
 
     def _insist(self, action: Callable[[], Value], stop: Event, give_up: bool = True) -> Value | None:
         """Retry an action until the server or disk allows it; None if asked to stop meanwhile.
@@ -319,8 +334,8 @@ def main(argv: list[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check_domains(config)
     torch.set_num_threads(config.threads)
-    with leased(config.out / "lease.json"):
-        rim = RIM(config, device)
+    with leased(config.out / "lease.json") as lease:
+        rim = RIM(config, device, lease)
         with matrix_products_in(rim.precision, device):
             counts = rim.run(stop)
     log.info("%d items in %d windows, %d deleted, %d in the dead-letter file", counts.items, counts.windows,

@@ -47,7 +47,8 @@ class History:
     def best(self) -> dict[str, float]:
         """The entry of the epoch whose weights were kept."""
         assert self.best_epoch is not None  # the first epoch is the best until a better one comes
-        return self.epochs[self.best_epoch]
+        # by its number: a crash may have lost the lines of earlier epochs
+        return next(entry for entry in self.epochs if entry["epoch"] == self.best_epoch)
 
 
 def read_history(file: Path) -> History:

@@ -35,6 +35,7 @@ class Lease:
         self._me = Holder.this()
         self._over = Event()
         self._thread: Thread | None = None
+        self._successor: Holder | None = None  # that the thread has seen
 
     def take(self) -> None:
         """Take the lease, from a process that is dead too.
@@ -70,7 +71,7 @@ class Lease:
         Raises:
             LeaseError: another process has taken it over, because this one gave no sign of life for too long.
         """
-        holder, _ = self._found()
+        holder = self._successor or self._holder()
         if holder is None or holder.token != self._me.token:
             who = "nobody" if holder is None else str(holder)
             raise LeaseError(
@@ -83,7 +84,7 @@ class Lease:
         self._over.set()
         if self._thread is not None:
             self._thread.join()
-        holder, _ = self._found()
+        holder = self._holder()
         if holder is not None and holder.token == self._me.token:
             self._file.unlink(missing_ok=True)
 
@@ -91,16 +92,27 @@ class Lease:
         """Who has the lease, and the seconds since its last sign of life; None where nobody has."""
         probe = beside(self._file)
         try:
-            holder = Holder(**json.loads(self._file.read_text()))
+            holder = self._holder()
             probe.touch()
             return holder, probe.stat().st_mtime - self._file.stat().st_mtime
         except FileNotFoundError:
             return None, 0.0
+        finally:
+            probe.unlink(missing_ok=True)
+
+    def _holder(self) -> Holder | None:
+        """Who has the lease; None where nobody has."""
+        try:
+            return self._read(self._file.read_text())
+        except FileNotFoundError:
+            return None
+
+    def _read(self, content: str) -> Holder:
+        try:
+            return Holder(**json.loads(content))
         except (ValueError, TypeError) as error:
             text = f"{self._file} does not say whose it is ({error}); remove it if nobody writes"
             raise LeaseError(text) from None
-        finally:
-            probe.unlink(missing_ok=True)
 
     def _remove(self, holder: Holder) -> None:
         """Take the lease of a dead process away, unless somebody else just has."""
@@ -114,9 +126,15 @@ class Lease:
             aside.unlink()
 
     def _give_signs(self) -> None:
-        while not self._over.wait(self._heartbeat):
-            with suppress(OSError):  # `check` finds a lease that is lost
-                os.utime(self._file)
+        """Renew the lease until it is another's: a process that was stopped may wake up after its expiry."""
+        while self._successor is None and not self._over.wait(self._heartbeat):
+            # `check` finds a lease that is gone; the file that was read is touched, whoever replaces it
+            with suppress(OSError, LeaseError), self._file.open() as file:
+                holder = self._read(file.read())
+                if holder.token == self._me.token:
+                    os.utime(file.fileno())
+                else:
+                    self._successor = holder
 
 
 @contextmanager

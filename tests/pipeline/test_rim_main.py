@@ -22,6 +22,7 @@ from PIL import Image
 from mim_torchrec.benchmarks.cluster.nodes import wait_until
 from mim_torchrec.benchmarks.harness.redis_server import RedisServer
 from mim_torchrec.data.errors import DataError
+from mim_torchrec.embeddings.holder import LeaseError
 from mim_torchrec.embeddings.stores.embedded import EmbeddedStore
 from mim_torchrec.embeddings.stores.store import catch_up
 from mim_torchrec.embeddings.table.format import Table, TableWriter, VersionMismatch
@@ -33,6 +34,7 @@ from mim_torchrec.embeddings.windows.transport import open_log
 from mim_torchrec.representation.export import TrainedEncoder
 from mim_torchrec.rim.config import RIMConfig
 from mim_torchrec.rim.main import RIM, main
+from mim_torchrec.training.lease import Lease
 from tests.pipeline.test_export_main import encoder, exported  # noqa: F401  fixtures
 
 pytestmark = pytest.mark.usefixtures("forked_stages")
@@ -307,6 +309,24 @@ def test_two_at_once_publish_every_item_once(place, tmp_path):
         thread.join()
     counts = Counter(item for w in windows(place) for item in w.ids.tolist())
     assert set(counts.values()) == {1} and len(counts) == 48
+
+
+def test_a_rim_whose_lease_was_taken_over_adds_no_window(place, tmp_path, monkeypatch):
+    put(tmp_path / "new", "a", [row(k) for k in range(3)])
+    successor, append = Lease(tmp_path / "rim" / "lease.json", expiry=-3600), WindowLog.append
+
+    def last(self, *args, **words):
+        seq = append(self, *args, **words)
+        if seq == 1:
+            successor.take()
+        return seq
+
+    monkeypatch.setattr(WindowLog, "append", last)
+    with pytest.raises(LeaseError, match=f"was replaced by process {os.getpid()}.*Nothing more is written"):
+        main(words(place, "--window-items", "1", "--once"))
+    assert [w.seq for w in windows(place)] == [1]
+    successor.check()
+    successor.give_back()
 
 
 def test_a_full_disk_is_waited_for(place, tmp_path, monkeypatch, caplog):

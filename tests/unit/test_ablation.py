@@ -47,6 +47,16 @@ def test_flags_of_an_encoder_stand_over_those_of_all_and_probes_are_the_same():
     assert all(stage.files == ["/data/dataset.json"] for stage in stages.values())
 
 
+def test_an_export_in_another_precision_takes_no_features_of_float32():
+    encoders = {
+        "full": {"plain": "plain:a+b", "export": {"precision": "fp32"}},
+        "low": {"plain": "plain:a+b"},
+    }
+    stages = pipeline_of(grid(export={"precision": "bf16"}, encoders=encoders), Path("/data")).stages
+    kept = [name for name, stage in stages.items() if "feature-cache" in stage.flags]
+    assert kept == ["search.full.-", "table.full.-", "search.low.-"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

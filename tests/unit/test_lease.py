@@ -92,6 +92,21 @@ def test_a_process_whose_lease_was_taken_over_writes_no_more(tmp_path):
     second.give_back()
 
 
+def test_a_process_that_wakes_up_gives_no_sign_of_life_for_its_successor(tmp_path):
+    file = tmp_path / "lease.json"
+    first, second = Lease(file, heartbeat=0.01), Lease(file, heartbeat=3600, expiry=-3600)
+    first.take()
+    second.take()
+    os.utime(file, (0, 0))
+    while first._thread.is_alive() and file.stat().st_mtime == 0:
+        os.sched_yield()
+    assert file.stat().st_mtime == 0
+    second.give_back()
+    with pytest.raises(LeaseError, match=f"was replaced by process {os.getpid()} on"):
+        first.check()
+    first.give_back()
+
+
 def test_signs_of_life_are_given(tmp_path):
     file = tmp_path / "lease.json"
     lease = Lease(file, heartbeat=0.01)

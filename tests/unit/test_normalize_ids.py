@@ -12,6 +12,7 @@ from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.dense import DeepCTR, Prediction
 from mim_torchrec.ctr.model import CTRModel
 from mim_torchrec.ctr.sharding import build_model
+from mim_torchrec.errors import OptionError
 from mim_torchrec.serving.dense.folding import fold_batch_norms
 from mim_torchrec.training.batch_norm import PartialBatchNorm1d
 
@@ -115,3 +116,9 @@ def test_by_default_everything_is_normalized_and_weights_begin_alike(tmp_path):
     assert list(plain.state_dict()) == list(raw.state_dict())
     for (name, value), other in zip(plain.named_parameters(), raw.parameters(), strict=True):
         assert value.is_meta or torch.equal(value, other), name
+
+
+def test_without_batch_normalization_there_is_nothing_to_leave_ids_out_of(tmp_path):
+    build(tmp_path, normalize_ids=True, batch_norm=False)
+    with pytest.raises(OptionError, match="--normalize-ids False .* --batch-norm False .* leave one of"):
+        build(tmp_path, batch_norm=False)

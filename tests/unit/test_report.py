@@ -4,6 +4,7 @@ import io
 import json
 from functools import partial
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,9 +12,10 @@ import pytest
 from PIL import Image
 
 from mim_torchrec.benchmarks.harness import comparison
-from mim_torchrec.benchmarks.harness.experiment_report import loss_curve, write_report
+from mim_torchrec.benchmarks.harness.experiment_report import _draw_validation, loss_curve, write_report
 from mim_torchrec.benchmarks.harness.moved_clicks import moved_clicks
 from mim_torchrec.data.schema import Dataset
+from mim_torchrec.training.history import read_history
 from mim_torchrec.training.metrics import auc
 from tests.datasets import SECOND, START, item_rows, open_items, request_rows, write_requests
 
@@ -186,6 +188,20 @@ def test_an_epoch_ends_at_its_last_step(tmp_path):
     assert loss_curve(tmp_path / "history.jsonl")["epoch_step"] == [2, 3]
 
 
+def test_epochs_whose_lines_a_crash_has_lost_are_left_out_of_the_curve(tmp_path):
+    lines = [{"epoch": 1, "loss": 1.75, "ne": 0.9, "is_best": True}, {"step": 5, "epoch": 2, "loss": 1.0},
+             {"epoch": 2, "loss": 1.0, "ne": 0.8, "is_best": True}]  # fmt: skip
+    (tmp_path / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    curve = loss_curve(tmp_path / "history.jsonl")
+    assert curve["epoch_step"] == [None, 5]
+    axes = plt.figure().subplots()
+    _draw_validation(axes, curve)
+    drawn, best = axes.figure.axes[1].lines
+    assert drawn.get_xydata().tolist() == best.get_xydata().tolist() == [[5, 0.8]]
+    plt.close(axes.figure)
+    assert read_history(tmp_path / "history.jsonl").best()["epoch"] == 2
+
+
 def test_a_long_loss_curve_is_averaged_to_few_points(tmp_path):
     steps = [{"step": k, "epoch": 0, "loss": float(k)} for k in range(1, 1001)]
     lines = [*steps, {"epoch": 0, "loss": 500.5, "is_best": True}]
@@ -212,7 +228,7 @@ def full_report(runs):
             "ctr": {
                 "step": [1, 2],
                 "loss": [3.0, 1.0],
-                "epochs": [{"ne": 0.9}, {"ne": 0.95}],
+                "epochs": [{"epoch": 0, "ne": 0.9}, {"epoch": 1, "ne": 0.95}],
                 "epoch_step": [1, 2],
                 "best_epoch": 0,
             },

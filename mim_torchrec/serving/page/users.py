@@ -1,4 +1,4 @@
-"""The users of a log, found by parts of their ids: of each, the newest request."""
+"""The users of a log, found by parts of their ids: of each, the newest request by time."""
 
 import threading
 from itertools import islice
@@ -13,6 +13,7 @@ ROWS = 20_000
 
 
 class _Newest(NamedTuple):
+    time: int
     number: int
     behaviors: int
 
@@ -32,12 +33,13 @@ class Users:
         self.features = features
         self._log = Log(dataset, "test", features)
         self._reading = threading.Lock()
-        # ids are text for the page: JavaScript would round large integers
-        self._newest = {
-            one.known_as("user_id"): _Newest(number, len(one.behaviors))
-            for number, one in enumerate(islice(self._log, ROWS))
-            if len(one.behaviors)
-        }
+        self._newest: dict[str, _Newest] = {}
+        for number, one in enumerate(islice(self._log, ROWS)):
+            if len(one.behaviors):
+                # ids are text for the page: JavaScript would round large integers
+                user = one.known_as("user_id")
+                found = _Newest(one.request_ts or 0, number, len(one.behaviors))  # without times, by number
+                self._newest[user] = max(found, self._newest.get(user, found))
 
     def __len__(self) -> int:
         return len(self._newest)
@@ -57,7 +59,7 @@ class Users:
         return [{"user_id": user, "behaviors": self._newest[user].behaviors} for user in found[:most]]
 
     def request_of(self, user: str) -> LoggedRequest:
-        """The newest request of a user.
+        """The newest request of a user by time; of several at one time, or without times, the later row.
 
         Raises:
             KeyError: there is no such user.
