@@ -69,7 +69,7 @@ class SparseExchange(TrainPipelineSparseDist):
 
         TorchRec's lookups ask in the forward pass, where the host would wait for the step before.
         """
-        with self._stream_context(self._data_dist_stream):
+        with self._stream_context(cast(torch.cuda.Stream | None, self._data_dist_stream)):
             for name, request in context.input_dist_tensors_requests.items():
                 exchanged = request.wait()
                 if isinstance(exchanged, KJTList):
