@@ -61,7 +61,7 @@ def leave_largest_(scores: Tensor, k: int) -> Tensor:
     if np.count_nonzero(values >= smallest) != len(values) * k:  # equal numbers, or NaN
         return scores.masked_fill_(torch.from_numpy(~among_largest(scores, k)), -torch.inf)
     # two numbers have a difference of 0 only if they are equal; a threshold costs less than a mask
-    return F.threshold_(scores.sub_(torch.from_numpy(smallest)), BELOW_ZERO, -torch.inf)
+    return torch.threshold_(scores.sub_(torch.from_numpy(smallest)), BELOW_ZERO, -torch.inf)
 
 
 def largest(scores: Tensor, k: int) -> Tensor:
