@@ -105,7 +105,7 @@ def _smallest_of_tiers(tiers: int) -> np.ndarray:
     >>> _smallest_of_tiers(4).round(6).tolist()
     [-0.5, -0.0, 0.5]
     """
-    wanted = np.arange(1, tiers, dtype=np.float32)
+    wanted: np.ndarray = np.arange(1, tiers, dtype=np.float32)
     end = int(np.float32(2).view(np.int32))
     low, high = np.full(tiers - 1, -end), np.full(tiers - 1, end)
     while (high - low > 1).any():
@@ -126,7 +126,7 @@ def _count(alpha: np.ndarray, bounds: np.ndarray, largest: float, out: np.ndarra
     words = -(-width // BYTES)
     marks = np.zeros((rows, words * BYTES), bool)
     own, as_words = marks[:, :width], marks.view(np.uint64)
-    first, last = np.searchsorted(bounds, np.array([alpha.min(), largest], np.float32), side="right")
+    first, last = (int(bounds.searchsorted(np.float32(end), side="right")) for end in (alpha.min(), largest))
     parts = range(0, words, MOST_WORDS)
     sums = np.empty((last - first, len(parts), rows), np.uint64)
     for number, bound in enumerate(bounds[first:last]):
