@@ -27,9 +27,9 @@ PRESETS: dict[Preset, dict[str, Any]] = {
         "mim": "on", "ubm": "sim", "id_interest": True, "content_interest": True, "fusion_interest": True,
         "content_pooling": "sum", "content_projection": "none", "content_temperature": None,
         "similarity_interest": False, "dot_product_features": False, "content_dropout": 0.0,
-        "id_dropout": 0.0, "id_shrinkage": 0.0, "normalize_ids": True, "batch_size_per_rank": 1024,
-        "lr": 5e-3, "weight_decay": 0.0, "clip_norm": None, "sparse_optimizer": "adam", "sparse_lr": 5e-3,
-        "sparse_weight_decay": 0.0,
+        "id_dropout": 0.0, "id_shrinkage": 0.0, "normalize_ids": True, "keep_shrinkage": False,
+        "batch_size_per_rank": 1024, "lr": 5e-3, "weight_decay": 0.0, "clip_norm": None,
+        "sparse_optimizer": "adam", "sparse_lr": 5e-3, "sparse_weight_decay": 0.0,
     },
     "recommended": {
         "content_pooling": "mean", "dot_product_features": True, "similarity_interest": True, "lr": 1e-3,
