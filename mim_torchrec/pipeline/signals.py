@@ -17,7 +17,7 @@ class RunInterrupted(ExpectedError, RuntimeError):
 
 
 class Signals:
-    """Notes SIGTERM, SIGINT and SIGHUP while it is open; ignored ones stay ignored, as under `nohup`.
+    """Notes SIGTERM, SIGINT and SIGHUP while it is open; ignored ones stay so, as under `nohup` or by `&`.
 
     Handlers that others install meanwhile, as TorchX's local scheduler does, are replaced by `take`.
 
@@ -44,8 +44,7 @@ class Signals:
     def take(self) -> None:
         """Note these signals, whoever has handled them since."""
         for number, handler in self._before.items():
-            if handler is not signal.SIG_IGN:
-                signal.signal(number, self._note)
+            signal.signal(number, signal.SIG_IGN if handler is signal.SIG_IGN else self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or signal.Signals(number)

@@ -35,7 +35,7 @@ def steps(tmp_path):
 class Running:
     """A pipeline in a process of its own, two of its stages side by side, each with a process of its own."""
 
-    def __init__(self, steps: Steps, hangup: str = "--default-signal=HUP") -> None:
+    def __init__(self, steps: Steps, handled: str = "--default-signal=HUP,INT") -> None:
         self.tag = uuid.uuid4().hex
         fifos = {name: steps.folder / f"{name}.fifo" for name in "ab"}
         for fifo in fifos.values():
@@ -43,7 +43,7 @@ class Running:
             os.mkfifo(fifo)
         words = steps.write(SIDE_BY_SIDE.format(**fifos))
         self.process = subprocess.Popen(
-            ["env", hangup, *command(*words, "--jobs", "2")], env={**os.environ, "TAG": self.tag}, text=True,
+            ["env", handled, *command(*words, "--jobs", "2")], env={**os.environ, "TAG": self.tag}, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         assert [fifo.read_text() for fifo in fifos.values()] == ["ready", "ready"]
@@ -74,9 +74,10 @@ def test_a_signal_to_a_run_ends_all_its_processes(steps, running, number, status
     assert [steps.record(name)["state"] for name in "ab"] == ["cancelled", "cancelled"]
 
 
-def test_an_ignored_sighup_stays_ignored(steps):
-    running = Running(steps, "--ignore-signal=HUP")  # as nohup does
-    running.process.send_signal(signal.SIGHUP)
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_an_ignored_signal_stays_ignored(steps, number):
+    running = Running(steps, f"--ignore-signal={number}")  # as nohup and `&` of a script do
+    running.process.send_signal(number)
     running.process.send_signal(signal.SIGTERM)
     said, _ = running.process.communicate()
     assert "interrupted by SIGTERM" in said and running.left() == []
