@@ -159,7 +159,7 @@ class Vocabulary:
 
         >>> shown = torch.tensor([0, 5, 15])
         >>> round(Vocabulary(torch.tensor([7, 9]), 3, shown, shrinkage=5.0).mean_factor(), 4)
-        0.6960
+        0.696
         """
         if not self.shrinkage or self.impressions is None:
             return 1.0
