@@ -337,8 +337,7 @@ def main(argv: list[str] | None = None) -> None:
     config = tyro.cli(ExportConfig, args=argv, description=__doc__, config=(tyro.conf.FlagConversionOff,))
     check_domains(config)  # before processes wait for each other
     with distributed(seed=0, timeouts=config.timeout) as context:  # nothing here is drawn
-        # not by basicConfig, which does nothing where fbgemm has given the root a handler
-        logging.getLogger().setLevel(logging.INFO if context.is_main else logging.WARNING)
+        logging.getLogger("mim_torchrec").setLevel(logging.INFO if context.is_main else logging.WARNING)
         export(config, context)
 
 
