@@ -42,7 +42,7 @@ from mim_torchrec.domains import Count, Domain, Natural, check_domains
 from mim_torchrec.embeddings.remote.outputs import written
 from mim_torchrec.embeddings.remote.places import LocalPath, Place
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("mim_torchrec.data.movielens")  # also where it runs as __main__
 
 RATINGS = pa.schema([("userId", pa.int64()), ("movieId", pa.int64()), ("rating", pa.float64()),
                      ("timestamp", pa.int64())])  # fmt: skip

@@ -35,7 +35,7 @@ from mim_torchrec.embeddings.remote.outputs import written
 from mim_torchrec.embeddings.remote.places import Place
 from mim_torchrec.errors import OptionError, OutputExists
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("mim_torchrec.data.shop")  # also where it runs as __main__
 
 START = int(np.datetime64("2024-01-01", "us").astype(np.int64))
 DAY = 86_400_000_000

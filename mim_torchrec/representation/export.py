@@ -51,7 +51,7 @@ from mim_torchrec.training.distributed import DistributedContext, distributed
 from mim_torchrec.training.lease import leased_by_rank_0
 from mim_torchrec.training.precision import matrix_products_in
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("mim_torchrec.representation.export")  # also where it runs as __main__
 
 TITLES_TOGETHER = 32  # batches whose titles are encoded together, each distinct one once
 AHEAD = 2  # batches whose images wait or are being decoded while one is encoded
