@@ -1,7 +1,7 @@
 """Directories that a program writes whole, to a local path or to a URL."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mim_torchrec.embeddings.collective import on_all_ranks
@@ -9,7 +9,7 @@ from mim_torchrec.embeddings.remote.fetching import forget_working_directory, wo
 from mim_torchrec.embeddings.remote.lease import StoreLease
 from mim_torchrec.embeddings.remote.places import StoreError, Url
 from mim_torchrec.embeddings.remote.published import OWN, Publisher, read_index
-from mim_torchrec.errors import OutputExists
+from mim_torchrec.errors import ExpectedError, OutputExists
 
 
 @contextmanager
@@ -49,6 +49,7 @@ def written(place: Path | Url, rank: int = 0, replace: bool = False) -> Iterator
         lease.check()
         publisher = Publisher(url)
         publisher.upload_all(path)
+        lease.check()  # again: an upload may take long
         publisher.publish()
 
     try:
@@ -58,7 +59,9 @@ def written(place: Path | Url, rank: int = 0, replace: bool = False) -> Iterator
         on_all_ranks(publish)
     finally:
         if lease is not None and lease.is_taken:  # else the local directory is that of the other writer
-            forget_working_directory(url)
+            with suppress(ExpectedError):
+                lease.check()
+                forget_working_directory(url)
             lease.give_back()
 
 
@@ -66,7 +69,7 @@ def withdraw(url: Url) -> None:
     """Remove what was published at a URL; nothing where nothing was.
 
     Raises:
-        LeaseError: another process writes there.
+        LeaseError: another process writes there, or has taken this one's place.
     """
     if not any((url / OWN).list()):
         return
@@ -74,6 +77,7 @@ def withdraw(url: Url) -> None:
     lease.take()
     try:
         publisher = Publisher(url)
+        lease.check()
         publisher.withdraw()
     finally:
         lease.give_back()

@@ -119,6 +119,7 @@ def _fine_tune(config: CSFTConfig, run: RunDirectory, context: DistributedContex
     if plain is not None:
         found, rank = _search(config, run, inputs, held_out, catalog, items, context)
         selection = compare(plain, rank, config.select, not config.freeze_towers)
+        run.check_lease()
         _write_selection(selection, kept, context)
     warnings = concerns(history, "score" if len(held_out) else None, {})
     if selection is not None and not selection.gained:

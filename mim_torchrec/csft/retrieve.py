@@ -9,7 +9,6 @@ does at its end.
 
 import logging
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -76,10 +75,11 @@ def retrieve(config: RetrieveConfig, context: DistributedContext) -> dict[str, A
     check_domains(config)
     run = RunDirectory(config.out)
     with run.writing(context):
-        return _retrieve(config, run.root, context)
+        return _retrieve(config, run, context)
 
 
-def _retrieve(config: RetrieveConfig, out: Path, context: DistributedContext) -> dict[str, Any]:
+def _retrieve(config: RetrieveConfig, run: RunDirectory, context: DistributedContext) -> dict[str, Any]:
+    out = run.root
     dataset = Dataset(config.data)
     cache = config.item_cache or out / "items"
     items = rank_0_first(lambda: ItemStore.open(dataset, cache))
@@ -111,6 +111,7 @@ def _retrieve(config: RetrieveConfig, out: Path, context: DistributedContext) ->
     found = find(query, vectors, held_out, catalog, context.device)
     report = evaluate(found, held_out, catalog, items)
     report |= {"skipped_pairs": pairs.skipped, "held_out_from": int(pairs.times()[held_out].min())}
+    run.check_lease()
     if context.is_main:
         write(report, draw(held_out, found, catalog, config.drawn_queries), out)
         log.info("recall@10 %.4f (chance %.4f), mean rank %.1f of %d, %d queries", report["recall_at_10"],

@@ -122,7 +122,7 @@ def prepare(config: CTRConfig, run: RunDirectory, context: DistributedContext) -
     refuse_one_class(dataset, context)
     resumes = context.all_gather_objects(run.resumes(config.checkpoint))[0]
     run.begin(asdict(replace(config, table_version=version)), config.checkpoint, context)
-    vocabularies = scan_vocabularies(dataset, config, context, resumes)
+    vocabularies = scan_vocabularies(dataset, config, context, resumes, run.check_lease)
     record = describe_model(replace(config, table_version=version), vocabularies)
     assembled = assemble(config, vocabularies, context)
     model = assembled.model

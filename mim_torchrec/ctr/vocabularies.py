@@ -6,6 +6,7 @@ What a scan finds is kept by the fingerprint of the files, so that other runs on
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -33,16 +34,21 @@ Scan = dict[str, IdCounts]
 
 
 def scan_vocabularies(
-    dataset: Dataset, config: CTRConfig, context: DistributedContext, resumes: bool
+    dataset: Dataset,
+    config: CTRConfig,
+    context: DistributedContext,
+    resumes: bool,
+    check: Callable[[], object] = lambda: None,
 ) -> dict[str, Vocabulary]:
     """Vocabularies of the training requests, and of the run that a warm start begins from.
 
     Scanned by all ranks, each a part of the row groups; kept in the run, read by all. A run that resumes
-    keeps those that it has.
+    keeps those that it has. Before they are written, all ranks call `check`, which may refuse that.
     """
     folder = RunDirectory(config.out).vocabulary
     if not (resumes and context.broadcast_object(folder.is_dir())):
         scan = _scan(dataset, config, context)
+        check()
         on_all_ranks(lambda: _write(scan, dataset, config, folder) if context.is_main else None)
     return load_vocabularies(RunDirectory(config.out).root)
 

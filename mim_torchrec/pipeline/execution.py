@@ -12,20 +12,13 @@ from typing import TYPE_CHECKING
 import torchx.specs as specs
 from torchx.specs.api import AppState
 
+from mim_torchrec.embeddings.holder import LeaseError
 from mim_torchrec.errors import ExpectedError, SetupError
 from mim_torchrec.extras import require
-from mim_torchrec.pipeline import submission
+from mim_torchrec.pipeline import local_processes, submission
 from mim_torchrec.pipeline.outputs import is_there, remove_output
 from mim_torchrec.pipeline.planning import KEEP, RESUME, Planner, Step
-from mim_torchrec.pipeline.records import (
-    CANCELLED,
-    DONE,
-    FAILED,
-    RUNNING,
-    SUBMITTED,
-    Record,
-    Records,
-)
+from mim_torchrec.pipeline.records import CANCELLED, DONE, FAILED, RUNNING, SUBMITTED, Record, Records
 from mim_torchrec.pipeline.reporting import StageResult, end_of_log, write_report
 from mim_torchrec.pipeline.resolving import Resolver
 from mim_torchrec.pipeline.signals import RunInterrupted, Signals
@@ -129,6 +122,7 @@ class Execution:
                     if name in self.running:  # not cancelled because of one before it
                         self._look_at(name)
         except BaseException:
+            self._check_before_cancelling()
             self._cancel_all()
             with suppress(SetupError):  # MLflow is away, which is no news now
                 self._report()
@@ -214,6 +208,7 @@ class Execution:
         info = self.submitter.request(f"{self.pipeline.name}-{name}", app, mark, handles)
         out = self.resolver.output(name)
         resumed = step.action == RESUME
+        self.records.check_lease()
         if out is not None:
             if not resumed:
                 remove_output(out)
@@ -272,6 +267,7 @@ class Execution:
 
     def _finish(self, name: str, job: _Job, status: JobStatus) -> None:
         """A job has ended."""
+        self.records.check_lease()
         seconds = job.before + (0.0 if job.began is None else time.monotonic() - job.began)
         log, out = self.records.log(name), self.resolver.output(name)
         self.submitter.write_log(job.handle, job.app, log)
@@ -347,6 +343,19 @@ class Execution:
         if self._must_end():
             by = "`mim pipeline cancel`" if received is None else received.name
             raise RunInterrupted(f"interrupted by {by}; run again with the same --out to resume")
+
+    def _check_before_cancelling(self) -> None:
+        """Where another process has taken over, records and jobs of servers are its own; local ones end.
+
+        Raises:
+            LeaseError: it has.
+        """
+        try:
+            self.records.check_lease()
+        except LeaseError:
+            if self.submitter.is_local:
+                local_processes.end([job.record.mark for job in self.running.values()])
+            raise
 
     def _cancel_all(self) -> None:
         """Cancel every job, those of which no answer came too."""

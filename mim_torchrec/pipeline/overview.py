@@ -12,7 +12,6 @@ from mim_torchrec.pipeline import local_processes, submission
 from mim_torchrec.pipeline.records import CANCELLED, Record, Records
 from mim_torchrec.pipeline.reporting import StageResult
 from mim_torchrec.pipeline.resolving import Resolver
-from mim_torchrec.training.lease import leased
 
 PATIENCE = EXPIRY + 2 * local_processes.GRACE
 """Seconds in which a run that was asked to end has ended, or has given no sign of life for so long."""
@@ -74,22 +73,24 @@ def cancel(root: Path) -> list[str]:
     records.pipeline()
     records.cancel_request.touch()
     until, said = time.monotonic() + PATIENCE, False
-    while True:
-        try:
-            with leased(records.lease):
-                return _cancel_left(records)
-        except LeaseError as error:
-            if time.monotonic() > until:
-                raise
-            if not said:
-                print(f"waiting for its process to end: {error}", file=sys.stderr, flush=True)
-                said = True
-            time.sleep(0.2)
-        finally:
-            records.cancel_request.unlink(missing_ok=True)
+    try:
+        while True:
+            try:
+                with records.writing():
+                    return _cancel_left(records)
+            except LeaseError as error:
+                if time.monotonic() > until:
+                    raise
+                if not said:
+                    print(f"waiting for its process to end: {error}", file=sys.stderr, flush=True)
+                    said = True
+                time.sleep(0.2)
+    finally:  # not before: the process may be busy with a scheduler when it is asked to end
+        records.cancel_request.unlink(missing_ok=True)
 
 
 def _cancel_left(records: Records) -> list[str]:
+    records.check_lease()
     left = {name: record for name, record in records.all().items() if record.is_active}
     with get_runner() as runner:
         submission.cancel(runner, left.values())

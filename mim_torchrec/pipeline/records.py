@@ -9,6 +9,8 @@ them.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from mim_torchrec.embeddings.files import write_json, write_text
 from mim_torchrec.embeddings.holder import Holder
 from mim_torchrec.errors import ExpectedError, Status
 from mim_torchrec.pipeline.spec import Pipeline
+from mim_torchrec.training.lease import Lease, leased
 
 SUBMITTED, RUNNING, DONE, FAILED, CANCELLED = "submitted", "running", "done", "failed", "cancelled"
 ACTIVE = (SUBMITTED, RUNNING)
@@ -86,11 +89,29 @@ class Records:
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
         self._stages, self._own = self.root / "stages", self.root / "pipeline"
+        self._lease: Lease | None = None
 
-    @property
-    def lease(self) -> Path:
-        """File of the lease of the process that runs the pipeline."""
-        return self._own / "lease.json"
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Be the only process that writes here, for a block.
+
+        Raises:
+            LeaseError: another process writes; the message names it.
+        """
+        with leased(self._own / "lease.json") as self._lease:
+            try:
+                yield
+            finally:
+                self._lease = None
+
+    def check_lease(self) -> None:
+        """See that no other process has taken the directory over, before a write that counts.
+
+        Raises:
+            LeaseError: one has, because this one gave no sign of life for too long.
+        """
+        if self._lease is not None:
+            self._lease.check()
 
     @property
     def cancel_request(self) -> Path:
@@ -162,5 +183,10 @@ class Records:
         return {name: record for name, record in found.items() if record is not None}
 
     def write(self, name: str, record: Record) -> None:
-        """Replace a record."""
+        """Replace a record.
+
+        Raises:
+            LeaseError: as `check_lease`.
+        """
+        self.check_lease()
         write_json(self.record_file(name), asdict(record))

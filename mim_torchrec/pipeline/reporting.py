@@ -69,6 +69,9 @@ def write_report(
 
     Returns:
         `name`, `scheduler`, `state`, `began`, `seconds` and, by name, `stages`.
+
+    Raises:
+        LeaseError: another process has taken the directory over.
     """
     states = {result.state for result in results.values()}
     ended = {"failed", "cancelled"} & states
@@ -84,6 +87,7 @@ def write_report(
             for name, result in results.items()
         },
     }
+    records.check_lease()
     write_json(records.report, report)
     return report
 

@@ -9,7 +9,6 @@ from mim_torchrec.pipeline.reporting import StageResult
 from mim_torchrec.pipeline.signals import Signals
 from mim_torchrec.pipeline.spec import Pipeline
 from mim_torchrec.pipeline.submission import Submitter
-from mim_torchrec.training.lease import leased
 
 
 def run(pipeline: Pipeline, root: Path, options: RunOptions | None = None) -> dict[str, StageResult]:
@@ -27,15 +26,16 @@ def run(pipeline: Pipeline, root: Path, options: RunOptions | None = None) -> di
         StageError: a stage failed; those that ran have ended, others did not start.
         RunInterrupted: by SIGTERM, SIGHUP or `mim pipeline cancel`; KeyboardInterrupt by SIGINT. Its jobs
             have ended.
-        LeaseError: another process runs a pipeline there.
+        LeaseError: another process runs a pipeline there, or has taken this one's place because it gave no
+            sign of life for too long.
     """
     options = options or RunOptions()
     if options.jobs is not None and options.jobs < 1:
         raise OptionError(f"--jobs is {options.jobs}; it must be at least 1")
     names = pipeline.closure(list(options.only or pipeline.stages))
     records = Records(root)
-    records.begin(pipeline)
-    with leased(records.lease), Signals() as signals:
+    with records.writing(), Signals() as signals:
+        records.begin(pipeline)
         records.cancel_request.unlink(missing_ok=True)
         with Submitter(options.scheduler, options.scheduler_args, records.jobs) as submitter:
             signals.take()

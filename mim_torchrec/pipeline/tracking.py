@@ -73,6 +73,7 @@ class Tracker:
         late, self._late = self._late, []
         for result in late:
             self._write(result)
+        self._records.check_lease()
         with self._errors():
             if self._records.report.exists():
                 self._client.log_artifact(self._parent, str(self._records.report))
@@ -81,6 +82,7 @@ class Tracker:
 
     def _find_parent(self) -> str:
         """The run of the pipeline in this directory; the next run there goes on with it."""
+        self._records.check_lease()
         file = self._records.mlflow
         known: dict[str, str] = read_json(file) if file.exists() else {}
         if self._uri in known:
@@ -102,6 +104,7 @@ class Tracker:
                 "mim.command": record.command, "mim.handle": record.handle or "",
                 "mim.fingerprint": record.digest}  # fmt: skip
         parameters = {**stage.flags, "program": stage.component or stage.command, "ranks": stage.job.j}
+        self._records.check_lease()
         with self._errors():
             run = self._client.create_run(self._experiment, tags=tags).info.run_id
             self._log_parameters(run, parameters)
@@ -123,7 +126,8 @@ class Tracker:
         folder = None if result.out is None else local_files(result.out, "history.jsonl")
         history = None if folder is None else folder / "history.jsonl"
         if history is not None and history.is_file():
-            for number, epoch in enumerate(read_history(history).epochs):
+            for epoch in read_history(history).epochs:  # by its number: a crash may have lost earlier lines
+                number = int(epoch["epoch"])
                 found += [Metric(f"epoch/{key}", value, now, number) for key, value in _numbers(epoch)]
         for start in range(0, len(found), MOST_METRICS):
             self._client.log_batch(run, metrics=found[start : start + MOST_METRICS])

@@ -48,7 +48,7 @@ from mim_torchrec.representation.ahead import ahead
 from mim_torchrec.representation.config import ExportConfig
 from mim_torchrec.representation.plain import PLAIN, PlainTowers, fit_projection
 from mim_torchrec.training.distributed import DistributedContext, distributed
-from mim_torchrec.training.lease import leased_by_rank_0
+from mim_torchrec.training.lease import Lease, leased_for_all_ranks
 from mim_torchrec.training.precision import matrix_products_in
 
 log = logging.getLogger("mim_torchrec.representation.export")  # also where it runs as __main__
@@ -117,7 +117,8 @@ def export(config: ExportConfig, context: DistributedContext) -> Manifest:
     Raises:
         DataError: an item cannot be encoded and ``on_bad_row`` is "fail"; it names the item.
         OutputExists: ``out`` exists.
-        LeaseError: another process writes it.
+        LeaseError: another process writes it, or has taken this one's place because it gave no sign of life
+            for too long.
     """
     check_domains(config)
     if config.feature_cache is not None and config.precision != "fp32":
@@ -128,11 +129,11 @@ def export(config: ExportConfig, context: DistributedContext) -> Manifest:
     with matrix_products_in(config.precision, context.device), written(config.out, context.rank) as out:
         if out.exists():
             raise OutputExists(f"{config.out} exists; choose another directory or remove it")
-        with leased_by_rank_0(Path(f"{out}.lease.json"), context):
-            return _export(config, out, context)
+        with leased_for_all_ranks(Path(f"{out}.lease.json"), context) as lease:
+            return _export(config, out, lease, context)
 
 
-def _export(config: ExportConfig, out: Path, context: DistributedContext) -> Manifest:
+def _export(config: ExportConfig, out: Path, lease: Lease, context: DistributedContext) -> Manifest:
     items = rank_0_first(
         lambda: ItemStore.open(Dataset(config.data), config.item_cache or Path(f"{out}.items"))
     )
@@ -160,7 +161,7 @@ def _export(config: ExportConfig, out: Path, context: DistributedContext) -> Man
         version, dim, description = encoder.version, encoder.dim, encoder.description
         known = _known_features(config.feature_cache, encoder.encoder, items, context)
         batches = _encode(items, rows, encoder, known, config, context, skipped)
-    made = _write(batches, version, dim, description, config, out, context, skipped)
+    made = _write(batches, version, dim, description, config, out, lease, context, skipped)
     seconds = time.perf_counter() - started
     log.info(
         "%s: %d items x %d %s in %.1f s (%.1f items/s on %d ranks), %d items left out, table_version %s",
@@ -300,11 +301,13 @@ def _write(
     description: dict[str, Any],
     config: ExportConfig,
     out: Path,
+    lease: Lease,
     context: DistributedContext,
     skipped: list[int],
 ) -> Manifest:
     if not context.is_main:
         context.barrier()  # rank 0 makes the directory, and clears what a crash has left, before others write
+    lease.check()
     table = TableWriter(
         out, table_version=version, dim=dim, dtype=config.dtype, encoder=description, rank=context.rank
     )
@@ -315,10 +318,12 @@ def _write(
         waiting.append(batch)
         while sum(part.ids.numel() for part in waiting) >= config.shard_rows:
             whole = _joined(waiting, dim)
+            lease.check()
             table.write_shard(whole.ids[: config.shard_rows], whole.vectors[: config.shard_rows])
             waiting = [Encoded(whole.ids[config.shard_rows :], whole.vectors[config.shard_rows :])]
     rest = _joined(waiting, dim)
     if rest.ids.numel():
+        lease.check()
         table.write_shard(rest.ids, rest.vectors)
     every = context.all_gather_objects((table.shards, len(skipped)))
     table.encoder = {
@@ -327,6 +332,7 @@ def _write(
         "export": {name: str(value) for name, value in asdict(config).items()},
     }
     if context.is_main:
+        lease.check()
         table.finish([shard for shards, _ in every for shard in shards])
     context.barrier()
     return Manifest.load(out / "manifest.json")

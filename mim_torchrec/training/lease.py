@@ -28,14 +28,22 @@ class Lease:
         file: of the lease.
         heartbeat: seconds between two signs of life.
         expiry: seconds without one after which it may be taken over.
+        of: who has taken it, where another process only checks it; None for this process.
     """
 
-    def __init__(self, file: Path, heartbeat: float = HEARTBEAT, expiry: float = EXPIRY) -> None:
+    def __init__(
+        self, file: Path, heartbeat: float = HEARTBEAT, expiry: float = EXPIRY, of: Holder | None = None
+    ) -> None:
         self._file, self._heartbeat, self._expiry = file, heartbeat, expiry
-        self._me = Holder.this()
+        self._me = of or Holder.this()
         self._over = Event()
         self._thread: Thread | None = None
         self._successor: Holder | None = None  # that the thread has seen
+
+    @property
+    def holder(self) -> Holder:
+        """Who takes it, or has taken it."""
+        return self._me
 
     def take(self) -> None:
         """Take the lease, from a process that is dead too.
@@ -173,3 +181,16 @@ def leased_by_rank_0(place: Path | Url, context: DistributedContext) -> Iterator
     finally:
         if lease is not None:
             lease.give_back()
+
+
+@contextmanager
+def leased_for_all_ranks(file: Path, context: DistributedContext) -> Iterator[Lease]:
+    """As `leased_by_rank_0`, with a lease that every rank checks by itself, whatever the others do.
+
+    Raises:
+        LeaseError: another process has it; on all ranks.
+    """
+    with leased_by_rank_0(file, context) as held:
+        assert not isinstance(held, StoreLease)
+        holder = context.broadcast_object(None if held is None else held.holder)
+        yield Lease(file, of=holder) if held is None else held

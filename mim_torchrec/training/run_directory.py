@@ -174,6 +174,8 @@ class RunDirectory:
     def _publish_all(self) -> None:
         if self._publisher is not None:
             self._publisher.upload_all(self.root, leave_out=CACHES)
+            if self._lease is not None:
+                self._lease.check()  # again: an upload may take long
             self._publisher.publish()
             log.info("published at %s", self.place)
 
@@ -219,6 +221,9 @@ class RunDirectory:
             config: of the run.
             checkpoint: whether it resumes.
             context: the process group; every rank calls it.
+
+        Raises:
+            LeaseError: another process has taken the directory over.
         """
 
         def write() -> None:
@@ -234,6 +239,7 @@ class RunDirectory:
             self.root.mkdir(parents=True, exist_ok=True)
             write_json(self.config, config)
 
+        self.check_lease()
         on_all_ranks(write)
 
     def read_config(self) -> dict[str, Any]:

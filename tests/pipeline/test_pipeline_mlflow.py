@@ -1,5 +1,7 @@
 """Results of a run in a store of MLflow, of SQLite."""
 
+import json
+
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
@@ -81,3 +83,15 @@ def test_without_the_client_the_extra_is_named(steps, monkeypatch):
     with pytest.raises(extras.MissingExtra, match=r"mim-torchrec\[mlflow\]"):
         main([*steps.write(TWO), "--mlflow", "sqlite:///mlflow.db"])
     assert steps.times_run("first") == 0
+
+
+def test_an_epoch_has_its_own_number_where_a_crash_has_lost_earlier_ones(steps):
+    uri = f"sqlite:///{steps.folder}/mlflow.db"
+    run = steps.write("[stages.a]\nstep = true\n")
+    main(run)
+    entries = [{"epoch": number, "auc": 0.5 + number / 100, "is_best": number == 4} for number in (2, 3, 4)]
+    lines = "".join(json.dumps(entry) + "\n" for entry in entries)
+    (steps.out / "a" / "history.jsonl").write_text(lines)
+    main([*run, "--mlflow", uri])
+    found = MlflowClient(uri).get_metric_history(runs(steps, uri)["a"].info.run_id, "epoch/auc")
+    assert {metric.step: metric.value for metric in found} == {2: 0.52, 3: 0.53, 4: 0.54}
