@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
@@ -49,7 +48,7 @@ from mim_torchrec.ciubm.content import content_relevance, relevant_interest
 from mim_torchrec.errors import check_sizes
 from mim_torchrec.serving.bundle import Bundle
 from mim_torchrec.serving.grid import Grid
-from mim_torchrec.serving.matrix import interest_matrix
+from mim_torchrec.serving.matrix import interest_matrix, normalized
 from mim_torchrec.serving.scorer import Scorer
 
 RATIO_TARGETS = {64: 5.0, 128: 4.0}
@@ -95,7 +94,7 @@ def compare_forms(config: ServingConfig, dim: int, length: int) -> dict[str, flo
                 relevant_interest(behaviors, relevance, pairs))  # fmt: skip
 
     def by(matrix: Tensor) -> Tensor:
-        return F.normalize(candidates_mm, dim=-1) @ matrix
+        return normalized(candidates_mm) @ matrix
 
     with torch.inference_mode():
         found = by(kept)

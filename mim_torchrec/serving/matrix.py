@@ -15,7 +15,6 @@ from collections import OrderedDict
 from collections.abc import Hashable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mim_torchrec.ciubm.ciubm import CiUBM, Interests
@@ -23,6 +22,8 @@ from mim_torchrec.ciubm.jagged import RequestPairs
 from mim_torchrec.ciubm.ubm.interface import BehaviorContext
 from mim_torchrec.serving.dense.similarity import similarity_of_request
 from mim_torchrec.serving.dense.ubm import requests_of
+
+TINIEST = 1e-12  # length of a vector from which on `F.normalize` divides by it
 
 
 def is_linear(ciubm: CiUBM) -> bool:
@@ -38,11 +39,25 @@ def interest_matrix(behaviors_mm: Tensor, behaviors: Tensor) -> Tensor:
         behaviors: (num_behaviors, id_dim) ID embeddings.
     """
     behaviors_mm = behaviors_mm.float()
-    return _matrix(F.normalize(behaviors_mm, dim=-1), behaviors_mm, behaviors)
+    return _matrix(normalized(behaviors_mm), behaviors_mm, behaviors)
+
+
+def normalized(vectors: Tensor) -> Tensor:
+    """What `F.normalize` makes of rows (num_rows, dim), to the digit, by fewer operations.
+
+    >>> normalized(torch.tensor([[3.0, 4.0], [0.0, 0.0]])).tolist()
+    [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
+    """
+    return vectors / torch.linalg.vector_norm(vectors, dim=1, keepdim=True).clamp_(min=TINIEST)
 
 
 def _matrix(normal: Tensor, behaviors_mm: Tensor, behaviors: Tensor) -> Tensor:
-    return normal.T @ torch.cat([behaviors_mm, behaviors], dim=1)
+    columns, dim = normal.T, behaviors_mm.shape[1]
+    matrix = normal.new_empty(dim, dim + behaviors.shape[1])
+    # two products: to put the rows side by side would copy all of them
+    torch.mm(columns, behaviors_mm, out=matrix[:, :dim])
+    torch.mm(columns, behaviors, out=matrix[:, dim:])
+    return matrix
 
 
 class MatrixCiUBM(nn.Module):
@@ -88,11 +103,11 @@ class MatrixCiUBM(nn.Module):
         requests = requests_of(pairs)
         given = self.given or [None] * len(requests)
         self.given, self.made = None, []
-        targets = F.normalize(candidates_mm.float(), dim=-1)
+        targets = normalized(candidates_mm.float())
         parts, similarities = [], []
         for (own_candidates, own_behaviors), matrix in zip(requests, given, strict=True):
             own, own_mm = targets[own_candidates], behaviors_mm[own_behaviors].float()
-            normal = F.normalize(own_mm, dim=-1) if matrix is None or inner.tiers else own_mm
+            normal = normalized(own_mm) if matrix is None or inner.tiers else own_mm
             if inner.tiers:
                 similarities.append(similarity_of_request(own, normal, inner.tiers, inner.spans))
             if matrix is None:
@@ -100,7 +115,7 @@ class MatrixCiUBM(nn.Module):
             self.made.append(matrix)
             part = own @ matrix
             parts.append(part.div_(max(len(own_mm), 1)) if inner.pooling == "mean" else part)
-        both = torch.cat(parts)
+        both = parts[0] if len(parts) == 1 else torch.cat(parts)
         dim = candidates_mm.shape[1]
         return Interests(
             of_ids,

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mim_torchrec.ciubm.ciubm import CiUBM
 from mim_torchrec.ciubm.jagged import RequestPairs
@@ -21,7 +22,7 @@ from mim_torchrec.serving.bundle import Bundle
 from mim_torchrec.serving.bundling import main as bundle_command
 from mim_torchrec.serving.bundling import write_bundle
 from mim_torchrec.serving.grid import Grid
-from mim_torchrec.serving.matrix import MatrixCache, MatrixCiUBM, interest_matrix
+from mim_torchrec.serving.matrix import MatrixCache, MatrixCiUBM, interest_matrix, normalized
 from mim_torchrec.serving.messages import BadRequest, ScoreRequest, Scores
 from mim_torchrec.serving.scorer import Scorer
 from tests.pipeline.test_ctr_main import SMALL, STYLES, write_dataset
@@ -180,6 +181,12 @@ def test_the_matrix_of_a_history_gives_the_sums_of_equations_7_and_8(mm_dim, num
         fusion += relevance * row
     found = target / target.norm() @ interest_matrix(vectors, ids)
     torch.testing.assert_close(found, torch.cat([content, fusion]))
+
+
+def test_vectors_are_normalized_to_the_digit_as_in_training():
+    vectors = torch.randn(50, 7) * torch.logspace(-14, 14, 50)[:, None]
+    vectors[3] = 0  # an item without a vector
+    assert torch.equal(normalized(vectors), F.normalize(vectors, dim=-1))
 
 
 def test_a_matrix_of_rows_from_before_a_window_is_not_kept():
