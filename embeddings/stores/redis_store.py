@@ -4,23 +4,25 @@
     {<name>:<version>:<base>:<shard>}               number of the last window applied to a shard; after a +
                                                     the number of written changes of the next window
     {<name>:<version>:<base>:<shard>}<8 bytes>      a row as stored, by item id
+    {<name>:<version>:<base>:<shard>}w              list: which items the last windows have changed
 
 A shard is what one slot of a cluster holds: its rows and their watermark. A script can therefore check the
 watermark and write the rows in one step. A reader may see a part of a window before the watermark moves, but
 never a torn row. It reads the watermarks with the rows: a shard that was lost, or is older than it was, is an
 error and no unknown items. A consumer that was overtaken cannot write. The next base table of a version is
-loaded next to the last and replaces it atomically. `<version>` is a digest of `table_version`.
+loaded next to the last and replaces it atomically. `<version>` is a digest of `table_version`. What lies
+under the keys of a base table is in `redis_rows.py`.
 """
 
 import hashlib
 import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mim_torchrec.embeddings.stores.redis_rows import APPLY, ROWS, RedisRows, changed_items
 from mim_torchrec.embeddings.stores.seen import Marks, Seen
 from mim_torchrec.embeddings.table.manifest import TableError, TableLost
 from mim_torchrec.embeddings.table.quantize import DTYPES, decode, stored_width
@@ -36,62 +38,8 @@ with needs("redis"):
 
 log = logging.getLogger(__name__)
 
-ROWS = 200  # written by one command: others wait no longer than that
 FETCH = 2000  # read by one command
 CLUSTER_SHARDS = 64
-
-# KEYS: watermark, rows to write, to delete. ARGV: watermark expected, and to set; changes of the window ahead
-# of these; rows to write; the rows. A part is refused unless all ahead of it are written: one may come to an
-# error (no memory, a slot that moves) and the next one through.
-APPLY = """
-local seq, done = string.match(redis.call('GET', KEYS[1]) or '', '^(%-?%d+)%+?(%d*)$')
-local before, rows = tonumber(ARGV[3]), tonumber(ARGV[4])
-done = tonumber(done) or 0
-if seq ~= ARGV[1] or done < before then return 0 end
-for i = 1, rows do redis.call('SET', KEYS[1 + i], ARGV[4 + i]) end
-for i = rows + 2, #KEYS do redis.call('DEL', KEYS[i]) end
-if ARGV[2] ~= ARGV[1] then
-  redis.call('SET', KEYS[1], ARGV[2])
-elseif before + #KEYS - 1 > done then
-  redis.call('SET', KEYS[1], seq .. '+' .. (before + #KEYS - 1))
-end
-return 1
-"""
-
-
-@dataclass(frozen=True)
-class _Base:
-    """What a store says of the base table of a version, and the keys of its shards and rows."""
-
-    prefix: str
-    seq: int
-    dim: int
-    dtype: str
-    shards: int
-
-    def mark(self, shard: int) -> bytes:
-        return f"{{{self.prefix}{self.seq}:{shard}}}".encode()
-
-    def keys(self, items: list[int]) -> list[bytes]:
-        shards = [self.mark(shard) for shard in range(self.shards)]
-        return [shards[item % len(shards)] + item.to_bytes(8, "big", signed=True) for item in items]
-
-    def commands(
-        self, window: Window, values: list[bytes], due: list[int]
-    ) -> Iterator[tuple[list[bytes], list[bytes | int]]]:
-        """Keys and arguments of the script: at most ROWS rows each; a shard's last call moves its mark."""
-        for shard in due:
-            rows = [(item, value) for item, value in zip(window.ids.tolist(), values, strict=True)
-                    if item % self.shards == shard]  # fmt: skip
-            gone = [item for item in window.removed.tolist() if item % self.shards == shard]
-            changes: list[tuple[int, bytes | None]] = [*rows, *((item, None) for item in gone)]
-            parts = [changes[start : start + ROWS] for start in range(0, len(changes), ROWS)] or [[]]
-            for number, part in enumerate(parts):
-                mark = window.seq if number == len(parts) - 1 else window.seq - 1
-                written = [(item, value) for item, value in part if value is not None]
-                keys = [self.mark(shard), *self.keys([item for item, _ in part])]
-                numbers = [window.seq - 1, mark, number * ROWS, len(written)]
-                yield keys, [*numbers, *(value for _, value in written)]
 
 
 class RedisStore:
@@ -107,7 +55,8 @@ class RedisStore:
         self.table_version, self._at, self._client = table_version, location, connect(location, timeout)
         version = hashlib.blake2b(table_version.encode(), digest_size=6).hexdigest()
         self._about, self._prefix = f"{{{location.name}}}:{version}", f"{location.name}:{version}:"
-        self._may_ask, self.seen = True, Seen()
+        self._may_ask = self._may_ask_changes = True
+        self.seen = Seen()
 
     @classmethod
     def open(cls, where: str, table_version: str, timeout: float | None = None) -> "RedisStore":
@@ -155,7 +104,7 @@ class RedisStore:
             before = store._client.hget(store._about, "base")
             if before is not None and int(before) > manifest.seq:
                 raise TableError(f"{at} has a newer base, of seq {int(before)}, than {table.path}")
-            store._base = _Base(store._prefix, manifest.seq, manifest.dim, manifest.dtype, shards)
+            store._base = RedisRows(store._prefix, manifest.seq, manifest.dim, manifest.dtype, shards)
             if before is None or int(before) < manifest.seq:
                 store._write_base(table, range(shards), progress)
                 facts = {"base": manifest.seq, "dim": manifest.dim, "dtype": manifest.dtype, "shards": shards}
@@ -286,7 +235,7 @@ class RedisStore:
             pipeline.unlink(key)
         pipeline.execute()
 
-    def _get(self, base: _Base, keys: Sequence[bytes]) -> tuple[list[bytes | None], list[bytes | None]]:
+    def _get(self, base: RedisRows, keys: Sequence[bytes]) -> tuple[list[bytes | None], list[bytes | None]]:
         """Values by key, and the watermarks of all shards, each read by the command that reads its rows."""
         marks = [base.mark(shard) for shard in range(base.shards)]
         with reachable(self._at):
@@ -312,7 +261,7 @@ class RedisStore:
             log.warning("%s: this user may not ask INFO; whether the server may drop rows is not watched",
                         self._at)  # fmt: skip
 
-    def _watermarks(self) -> tuple[_Base, list[int]]:
+    def _watermarks(self) -> tuple[RedisRows, list[int]]:
         """The base table, and the watermarks of its shards."""
         found = self._read_base()
         while True:
@@ -321,7 +270,7 @@ class RedisStore:
             if found == base:  # else another one took its place meanwhile
                 return base, self._numbers(base, marks)
 
-    def _numbers(self, base: _Base, marks: list[bytes | None]) -> list[int]:
+    def _numbers(self, base: RedisRows, marks: list[bytes | None]) -> list[int]:
         """Watermarks of the shards of a base table, which are remembered.
 
         Raises:
@@ -333,10 +282,35 @@ class RedisStore:
                 f"{self._at} has lost shards {lost} of {self.table_version}: load its table again"
             )
         found = [_number(mark) for mark in marks if mark is not None]
-        self.seen.note(base.seq, dict(enumerate(found)))
+        changed = self._changed(base, found)  # first: where it cannot be read, nothing was seen
+        self.seen.note(base.seq, dict(enumerate(found)), changed)
         return found
 
-    def _check_seen(self, before: Marks, base: _Base, marks: list[int]) -> None:
+    def _changed(self, base: RedisRows, marks: list[int]) -> Tensor | None:
+        """Items of the windows since the watermarks that were seen; None where the server cannot tell."""
+        known = self.seen.marks
+        if known.base != base.seq:
+            return None
+        before = [known.of_shards.get(shard, base.seq) for shard in range(base.shards)]
+        moved = [shard for shard, mark in enumerate(marks) if mark > before[shard]]
+        if not moved:
+            return None  # of none
+        try:
+            with reachable(self._at):
+                pipeline = self._client.pipeline(transaction=False)
+                for shard in moved:
+                    pipeline.lrange(base.changes(shard), 0, -1)
+                logs = pipeline.execute()
+        except NoPermissionError:
+            if self._may_ask_changes:
+                log.warning("%s: this user may not use LRANGE; every window changes all items", self._at)
+            self._may_ask_changes = False
+            return None
+        parts = [changed_items(log, before[n], marks[n]) for n, log in zip(moved, logs, strict=True)]
+        found = [part for part in parts if part is not None]
+        return torch.cat(found) if len(found) == len(parts) else None
+
+    def _check_seen(self, before: Marks, base: RedisRows, marks: list[int]) -> None:
         loss = before.loss(base.seq, dict(enumerate(marks)))
         if loss is not None:
             raise TableLost(
@@ -344,7 +318,7 @@ class RedisStore:
                 "again with mim store follow, or load a newer base table"
             )
 
-    def _read_base(self) -> _Base:
+    def _read_base(self) -> RedisRows:
         with reachable(self._at):
             facts = self._client.hmget(self._about, "base", "dim", "dtype", "shards")
         if None in facts:
@@ -352,7 +326,7 @@ class RedisStore:
                 f"{self._at} has no table of table_version {self.table_version}: load one with mim store load"
             )
         seq, dim, dtype, shards = facts
-        return _Base(self._prefix, int(seq), int(dim), dtype.decode(), int(shards))
+        return RedisRows(self._prefix, int(seq), int(dim), dtype.decode(), int(shards))
 
 
 def _check_policy(client: Any, at: RedisAddress) -> None:

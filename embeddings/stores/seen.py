@@ -5,8 +5,14 @@ primary may lack the last windows, and its rows are then older than those that w
 """
 
 import threading
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+REMEMBERED = 64  # changes whose items are known
 
 
 @dataclass(frozen=True)
@@ -53,12 +59,20 @@ class Seen:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self._items: deque[Tensor | None] = deque(maxlen=REMEMBERED)  # of the last changes
         self.marks = Marks()
         self.changes = 0
 
-    def note(self, base: int, marks: Mapping[int, int]) -> None:
-        """Remember what was read."""
-        self._note(base, marks, own=None)
+    def note(self, base: int, marks: Mapping[int, int], changed: Tensor | None = None) -> None:
+        """Remember what was read.
+
+        Args:
+            base: seq of the base table.
+            marks: watermarks by shard.
+            changed: (num_changed,) int64, at least the items of all windows between the watermarks that were
+                seen before and these; None where that is not known.
+        """
+        self._note(base, marks, changed, own=None)
 
     def note_applied(self, base: int, shards: Mapping[int, int]) -> None:
         """Remember windows that this process has applied: the watermark of each shard is now one higher.
@@ -67,18 +81,36 @@ class Seen:
             base: seq of the base table.
             shards: watermarks by shard.
         """
-        self._note(base, shards, own=1)
+        self._note(base, shards, None, own=1)
 
-    def _note(self, base: int, marks: Mapping[int, int], own: int | None) -> None:
+    def changed_since(self, changes: int) -> Tensor | None:
+        """Items that others have changed since there were so many `changes`; None for any.
+
+        Returns:
+            (num_changed,) int64, some of them several times.
+        """
+        with self._lock:
+            count = self.changes - changes
+            last = list(self._items)[len(self._items) - count :] if count <= len(self._items) else [None]
+        found = [items for items in last if items is not None]
+        if len(found) < len(last):
+            return None
+        return torch.cat([torch.empty(0, dtype=torch.int64), *found])
+
+    def _note(self, base: int, marks: Mapping[int, int], changed: Tensor | None, own: int | None) -> None:
         with self._lock:
             known = self.marks
             if known.base is None or base > known.base:
                 known = Marks(base)
-                self.changes += 1
+                self._changed(None)
             if base != known.base:
                 return
-            for shard, mark in marks.items():
-                steps = mark - known.of_shards.get(shard, base)
-                self.changes += steps > 0 and steps != own
+            steps = [mark - known.of_shards.get(shard, base) for shard, mark in marks.items()]
+            if any(step > 0 and step != own for step in steps):
+                self._changed(changed)
             higher = {n: mark for n, mark in marks.items() if mark > known.of_shards.get(n, base)}
             self.marks = Marks(base, {**known.of_shards, **higher})
+
+    def _changed(self, items: Tensor | None) -> None:
+        self.changes += 1
+        self._items.append(items)

@@ -177,8 +177,18 @@ class MatrixCache:
             self._kept.clear()
 
     def drop(self, changed: Tensor) -> None:
-        """Forget matrices of histories with items that changed, (num_changed,) int64."""
+        """Forget matrices of histories with items that changed, (num_changed,) int64.
+
+        All histories are searched at once: a call for each would take a request's time.
+        """
         with self._lock:
             self.generation += 1
-            for key in [k for k, (items, _) in self._kept.items() if torch.isin(items, changed).any()]:
-                del self._kept[key]
+            keys = list(self._kept)
+            if not keys or not changed.numel():
+                return
+            histories = [self._kept[key][0] for key in keys]
+            owners = torch.arange(len(keys)).repeat_interleave(torch.tensor([len(own) for own in histories]))
+            items, ordered = torch.cat(histories), changed.unique()
+            places = torch.searchsorted(ordered, items).clamp_(max=len(ordered) - 1)
+            for owner in owners[ordered[places] == items].unique().tolist():
+                del self._kept[keys[owner]]

@@ -189,12 +189,18 @@ class Scorer:
                        behavior_ts=None if times is None else times[-last:])  # fmt: skip
 
     def _others_changed_rows(self) -> bool:
-        """Whether vectors have changed otherwise than by `apply` since the last call."""
-        changes = self.mm.seen.changes if isinstance(self.mm, SharedStore) else 0
-        if changes == self._changes:
+        """Whether vectors have changed otherwise than by `apply` since the last call.
+
+        Matrices of histories with items that may have changed are forgotten.
+        """
+        if not isinstance(self.mm, SharedStore) or (changes := self.mm.seen.changes) == self._changes:
             return False
-        self._changes = changes
-        self.cache.clear()
+        changed = self.mm.seen.changed_since(self._changes)
+        self._changes = changes  # read before: what comes in between is dropped twice
+        if changed is None:
+            self.cache.clear()
+        else:
+            self.cache.drop(changed)
         return True
 
     def _known_matrices(

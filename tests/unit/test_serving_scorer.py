@@ -166,6 +166,28 @@ def test_an_item_that_was_deleted_is_unknown_at_once_also_in_the_cache(din, fold
     assert after.unknown["vector"] == 1 and not torch.equal(before.scores, after.scores)
 
 
+def test_a_window_of_another_client_drops_the_histories_with_its_items_only(din, folder, redis_url):
+    bundle, base = Bundle.open(din / "bundle"), Table.open(folder / "table")
+    store = RedisStore.load(redis_url, base)
+    one, sent = Scorer(bundle, redis_url, cache=1000), requests(folder)
+    sent = [request for request in sent if request.num_behaviors]
+    changed = sent[0].ids["behavior_item_id"][:1]
+    touched = [bool(torch.isin(changed, request.ids["behavior_item_id"])) for request in sent]
+    assert {True, False} == set(touched)
+    answers(one, sent, 1)
+    window = Window.of(changed, torch.randn(1, base.manifest.dim), table_version="styles", seq=1,
+                       window_id="w", dtype="float32")  # fmt: skip
+    assert store.apply(window)
+    found = answers(one, sent, 1)
+    distinct = {request.ids["behavior_item_id"].numpy().tobytes() for request in sent}
+    assert len(distinct) == len(sent)  # else a later request finds what an earlier one has made
+    assert [scores.was_kept for scores in found] == [not own for own in touched]
+    fresh = Scorer(bundle, redis_url)  # keeps no matrix
+    np.testing.assert_allclose(
+        torch.cat([scores.scores for scores in found]).numpy(), all_scores(fresh, sent, 1), rtol=0, atol=1e-6
+    )
+
+
 @pytest.mark.parametrize(("mm_dim", "num_behaviors"), [(6, 4), (5, 3), (1, 2), (4, 0)])
 def test_the_matrix_of_a_history_gives_the_sums_of_equations_7_and_8(mm_dim, num_behaviors):
     generator = torch.Generator().manual_seed(mm_dim)
@@ -200,6 +222,20 @@ def test_a_matrix_of_rows_from_before_a_window_is_not_kept():
     assert cache.get(b"a") is None and cache.get(b"c") is matrix and len(cache) == 2
     cache.drop(torch.tensor([2]))
     assert len(cache) == 0
+
+
+def test_histories_that_are_dropped_are_those_with_an_item_that_changed():
+    generator = torch.Generator().manual_seed(0)
+    for size in (0, 1, 3, 40):
+        cache, matrix = MatrixCache(100), torch.ones(1, 1)
+        histories = {k: torch.randint(-50, 50, (k % 7,), generator=generator) for k in range(60)}
+        for key, items in histories.items():
+            cache.put(key, items, matrix, cache.generation)
+        changed = torch.randint(-50, 50, (size,), generator=generator)
+        cache.drop(changed)
+        kept = {key for key in histories if cache.get(key) is not None}
+        named = set(changed.tolist())
+        assert kept == {key for key, items in histories.items() if named.isdisjoint(items.tolist())}
 
 
 def test_content_contributes_what_the_score_loses_without_it(din, folder):
