@@ -96,7 +96,7 @@ class Pairs:
         """
         scores = scores.clamp(min=torch.finfo(scores.dtype).min)  # above the padding
         lengths = self.history_lengths()
-        kept = (lengths <= k)[self.candidate_index]
+        smallest = scores.new_full((self.num_candidates,), -torch.inf)  # of the k largest of each candidate
         width = k
         while width < self.longest:
             rows = ((lengths > width) & (lengths <= 2 * width)).nonzero().squeeze(1)
@@ -104,12 +104,39 @@ class Pairs:
             if not rows.numel():
                 continue
             columns = torch.arange(min(width, self.longest), device=scores.device)
-            position = self.pair_offsets[rows + 1][:, None] - 1 - columns  # the last behavior first
-            exists = columns < lengths[rows][:, None]
-            padded = torch.where(exists, scores[position.clamp(min=0)], -torch.inf)
-            places = padded.sort(dim=1, descending=True, stable=True).indices[:, :k]
-            kept[position.gather(1, places).reshape(-1)] = True
+            exists = columns < lengths.index_select(0, rows)[:, None]
+            position = (self.pair_offsets.index_select(0, rows)[:, None] + columns).masked_fill_(~exists, 0)
+            padded = scores.index_select(0, position.view(-1)).view(position.shape)
+            largest = padded.masked_fill_(~exists, -torch.inf).topk(k, dim=1, sorted=False).values
+            smallest.index_copy_(0, rows, largest.amin(1))
+        smallest_of_pair = smallest.index_select(0, self.candidate_index)
+        kept = ~(scores < smallest_of_pair)  # keeps what is not a number, which is to end the run
+        if int(kept.sum()) > self.num_kept(k):
+            equal = scores == smallest_of_pair
+            count = F.pad(equal.cumsum(0), (1, 0))
+            later = count.index_select(0, self.pair_offsets[1:]).index_select(0, self.candidate_index)
+            later -= count[1:]
+            above = (kept & ~equal).long()
+            spare = k - above.new_zeros(self.num_candidates).index_add_(0, self.candidate_index, above)
+            kept &= ~equal | (later < spare.index_select(0, self.candidate_index))
         return kept
+
+    def num_kept(self, k: int) -> int:
+        """How many pairs `top_k` keeps."""
+        return int(self.history_lengths().clamp(max=k).sum())
+
+    def is_short(self, k: int, uses: int) -> bool:
+        """Whether a list of the k best pairs of each candidate costs more than it spares.
+
+        To list pairs takes about as long as to score and pool those that are left out. Where this is true,
+        they get weights of 0 instead.
+
+        Args:
+            k: pairs of a candidate that are kept.
+            uses: how often the list would be scored and pooled.
+        """
+        num_kept = self.num_kept(k)
+        return uses * (self.num_pairs - num_kept) <= num_kept
 
     def select(self, kept: Tensor) -> "Pairs":
         """The pairs that are kept.
@@ -117,18 +144,19 @@ class Pairs:
         Args:
             kept: (num_pairs,) bool.
         """
-        kept_by_behavior = kept.index_select(0, self.by_behavior.position)
-        new_position = kept.cumsum(0) - 1
+        order = self.by_behavior
+        kept_by_behavior = kept.index_select(0, order.position)
+        before, before_by_behavior = (F.pad(k.cumsum(0), (1, 0)) for k in (kept, kept_by_behavior))
         places, places_by_behavior = (k.nonzero().squeeze(1) for k in (kept, kept_by_behavior))
-        position = self.by_behavior.position.index_select(0, places_by_behavior)
+        position = order.position.index_select(0, places_by_behavior)
         return Pairs(
             candidate_index=self.candidate_index.index_select(0, places),
             behavior_index=self.behavior_index.index_select(0, places),
-            pair_offsets=_kept_offsets(kept, self.pair_offsets),
+            pair_offsets=before.index_select(0, self.pair_offsets),
             by_behavior=ByBehavior(
-                candidate_index=self.by_behavior.candidate_index.index_select(0, places_by_behavior),
-                offsets=_kept_offsets(kept_by_behavior, self.by_behavior.offsets),
-                position=new_position.index_select(0, position),
+                candidate_index=order.candidate_index.index_select(0, places_by_behavior),
+                offsets=before_by_behavior.index_select(0, order.offsets),
+                position=before.index_select(0, position),
             ),
         )
 
@@ -227,8 +255,3 @@ class RequestPairs(Pairs):
 def nonzero(kept: Tensor, size: int) -> Tensor:
     """Where a vector is true, (size,) int64; a GPU, for which the host would wait, is told how often."""
     return torch.nonzero_static(kept, size=size).squeeze(1) if kept.is_cuda else kept.nonzero().squeeze(1)
-
-
-def _kept_offsets(kept: Tensor, offsets: Tensor) -> Tensor:
-    """Offsets of segments after dropping the elements that are not kept."""
-    return F.pad(kept.cumsum(0), (1, 0))[offsets]

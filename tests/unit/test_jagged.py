@@ -64,6 +64,28 @@ def test_top_k_keeps_the_last_of_equal_scores(pairs, value):
     assert listed(kept) == [pair for every in of for pair in every[-20:]]
 
 
+def test_top_k_keeps_the_last_of_scores_that_equal_the_smallest_kept(pairs):
+    scores = torch.randint(3, (pairs.num_pairs,), generator=torch.Generator().manual_seed(0)).float()
+    for k in (1, 2, 20, 60):
+        kept = pairs.top_k(scores, k)
+        for t in range(pairs.num_candidates):
+            of_t = (pairs.candidate_index == t).nonzero().squeeze(1).tolist()
+            best = sorted(of_t, key=lambda place: (-scores[place].item(), -place))[:k]
+            assert [place for place in of_t if kept[place]] == sorted(best)
+
+
+def test_top_k_keeps_what_is_not_a_number_for_the_loss_to_show(pairs):
+    assert pairs.top_k(torch.full((pairs.num_pairs,), torch.nan), 2).all()
+
+
+def test_a_list_of_the_best_is_short_where_few_pairs_are_left_out(pairs):
+    # candidates have 3, 3, 1, 70, 70 and 50 pairs, besides three without
+    assert pairs.num_pairs == 197
+    assert [pairs.num_kept(k) for k in (1, 50, 69)] == [6, 157, 195]
+    assert [pairs.is_short(k, uses=1) for k in (1, 50, 69)] == [False, True, True]
+    assert [pairs.is_short(50, uses) for uses in (3, 4)] == [True, False]
+
+
 def test_recent_keeps_the_last_behaviors_of_each_request(pairs):
     kept, shorter = pairs.recent(2)
     assert kept.tolist() == [1, 2, 3, 4, 5, 74, 75, 124, 125]

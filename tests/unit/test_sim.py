@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mim_torchrec.ciubm.jagged import Pairs
 from mim_torchrec.ciubm.ubm.interface import BehaviorContext, recency_buckets
 from mim_torchrec.ciubm.ubm.sim import SIM
 from tests.histories import Case, assert_same_with_gradients, make_case, naive_value
@@ -13,9 +14,9 @@ from tests.histories import Case, assert_same_with_gradients, make_case, naive_v
 DIM, HEADS = 8, 2
 
 
-def build(**options) -> SIM:
+def build(heads: int = HEADS, **options) -> SIM:
     torch.manual_seed(2)
-    return SIM(DIM, heads=HEADS, recency_dim=3, **options).double()
+    return SIM(DIM, heads=heads, recency_dim=3, **options).double()
 
 
 def naive_search(model: SIM, case: Case, candidate: Tensor, behaviors: list[int], t: int) -> list[int]:
@@ -40,7 +41,7 @@ def naive_sim(model: SIM, case: Case) -> Tensor:
         buckets = recency_buckets(BehaviorContext(recency=case.context.recency[found]), "SIM")
         z = torch.cat([case.behaviors[found], model.recency.weight[buckets]], dim=1)
         heads = []
-        for w_a, w_b in zip(model.query.weight.chunk(HEADS), model.key.weight.chunk(HEADS), strict=True):
+        for w_a, w_b in zip(*(x.weight.chunk(model.heads) for x in (model.query, model.key)), strict=True):
             heads.append(((z @ w_b.T) @ (w_a @ candidate)).softmax(0) @ z)
         return torch.cat(heads)
 
@@ -52,6 +53,17 @@ def naive_sim(model: SIM, case: Case) -> Tensor:
 def test_sim_equals_its_equations(options, top_k):
     model = build(top_k=top_k, **options)
     assert_same_with_gradients(make_case(), model, lambda case: naive_sim(model, case))
+
+
+@pytest.mark.parametrize(
+    "shape", [((2, 3, 1, 1, 2), (3, 0, 1, 9, 5)), ((9, 7), (3, 4)), ((1, 1, 1), (9, 0, 20))]
+)
+@pytest.mark.parametrize("short", [True, False])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_sim_equals_its_equations_however_it_lists_pairs_and_projects(monkeypatch, shape, short, heads):
+    monkeypatch.setattr(Pairs, "is_short", lambda *_, **__: short)
+    model = build(heads, top_k=2)
+    assert_same_with_gradients(make_case(*shape), model, lambda case: naive_sim(model, case))
 
 
 def test_the_auxiliary_task_predicts_the_click_from_the_relevant_history():

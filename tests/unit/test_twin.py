@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mim_torchrec.ciubm.jagged import Pairs
 from mim_torchrec.ciubm.ubm.interface import BehaviorContext, recency_buckets
 from mim_torchrec.ciubm.ubm.twin import TWIN
 from tests.histories import Case, assert_same_with_gradients, make_case, naive_value
@@ -14,9 +15,9 @@ from tests.histories import Case, assert_same_with_gradients, make_case, naive_v
 DIM, HEADS = 8, 2
 
 
-def build(top_k: int, **options) -> TWIN:
+def build(top_k: int, heads: int = HEADS, **options) -> TWIN:
     torch.manual_seed(2)
-    model = TWIN(DIM, top_k=top_k, heads=HEADS, recency_dim=3, **options).double()
+    model = TWIN(DIM, top_k=top_k, heads=heads, recency_dim=3, **options).double()
     torch.nn.init.normal_(model.cross_weight)
     return model
 
@@ -31,8 +32,8 @@ def naive_twin(model: TWIN, case: Case) -> Tensor:
     def interest(candidate: Tensor, k_h: Tensor, behaviors: list[int], _: int) -> Tensor:
         k_c = cross_features(model, case, behaviors)
         heads = []
-        for head in range(HEADS):
-            w_q, w_h, w_v = (w.weight.chunk(HEADS)[head] for w in (model.query, model.key, model.value))
+        for head in range(model.heads):
+            w_q, w_h, w_v = (w.weight.chunk(model.heads)[head] for w in (model.query, model.key, model.value))
             w_c, beta = model.cross.weight[head], model.cross_weight[head]
             alpha = (k_h @ w_h.T) @ (w_q @ candidate) / math.sqrt(w_q.shape[0]) + (k_c @ w_c) * beta
             top = alpha.topk(min(model.top_k, len(behaviors)))
@@ -46,6 +47,17 @@ def naive_twin(model: TWIN, case: Case) -> Tensor:
 def test_twin_equals_its_equations(top_k):
     model = build(top_k)
     assert_same_with_gradients(make_case(), model, lambda case: naive_twin(model, case))
+
+
+@pytest.mark.parametrize(
+    "shape", [((2, 3, 1, 1, 2), (3, 0, 1, 9, 5)), ((9, 7), (3, 4)), ((1, 1, 1), (9, 0, 20))]
+)
+@pytest.mark.parametrize("short", [True, False])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_twin_equals_its_equations_however_it_lists_pairs_and_projects(monkeypatch, shape, short, heads):
+    monkeypatch.setattr(Pairs, "is_short", lambda *_, **__: short)
+    model = build(2, heads)
+    assert_same_with_gradients(make_case(*shape), model, lambda case: naive_twin(model, case))
 
 
 def test_twin_that_keeps_everything_is_full_target_attention():

@@ -8,6 +8,7 @@ A `UBMOptions` describes a model to all programs: name, flags, what it needs of 
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mim_torchrec.ciubm.jagged import RequestPairs
@@ -137,3 +138,11 @@ def recency_buckets(context: BehaviorContext | None, model: str) -> Tensor:
             "their order (--recency order)"
         )
     return (context.recency.double() + 1).log2().mul(2).long().clamp(0, NUM_RECENCY_BUCKETS - 1)
+
+
+def recency_rows(table: Tensor, buckets: Tensor) -> Tensor:
+    """The row of a small table (64, dim) of each bucket (n,), (n, dim).
+
+    On a CPU the gradient of `index_select` takes a third of the time of that of `F.embedding`.
+    """
+    return F.embedding(buckets, table) if table.is_cuda else table.index_select(0, buckets)

@@ -32,7 +32,9 @@ from mim_torchrec.ciubm.ubm.interface import (
     UBMOptions,
     UserBehaviorModel,
     recency_buckets,
+    recency_rows,
 )
+from mim_torchrec.ciubm.ubm.projection import compared
 from mim_torchrec.domains import Count
 from mim_torchrec.errors import OptionError
 
@@ -93,19 +95,24 @@ class SIM(UserBehaviorModel):
         context: BehaviorContext | None = None,
     ) -> Interest:
         """Search the history of each candidate and attend to what is found."""
-        z = torch.cat([behaviors, self.recency(recency_buckets(context, "SIM"))], dim=-1)
+        z = torch.cat([behaviors, recency_rows(self.recency.weight, recency_buckets(context, "SIM"))], dim=-1)
         if behaviors.is_cuda:
             kept, auxiliary = self._mask(candidates, behaviors, pairs, context)
             scores = by_head.inner_products(self.query(candidates), self.key(z), self.heads, pairs)
             weights = by_head.segment_softmax(scores, pairs, kept)
             return Interest(by_head.weighted_sum(z, weights, pairs, shared=True), auxiliary)
-        found, auxiliary = self._search(candidates, behaviors, pairs, context)
-        queries = self.query(candidates).chunk(self.heads, dim=1)
-        keys = self.key(z).chunk(self.heads, dim=1)
-        heads = [
-            found.weighted_sum(z, found.segment_softmax(found.inner_products(query, key)))
-            for query, key in zip(queries, keys, strict=True)
-        ]
+        found, kept, auxiliary = self._search(candidates, behaviors, pairs, context)
+        if self.heads == 1:
+            compare = [compared(self.query(candidates), self.key, z, found)]
+        else:
+            parts = (x.chunk(self.heads, dim=1) for x in (self.query(candidates), self.key(z)))
+            compare = list(zip(*parts, strict=True))
+        heads = []
+        for query, key in compare:
+            scores = found.inner_products(query, key)
+            if kept is not None:
+                scores = scores.masked_fill(~kept, -torch.inf)
+            heads.append(found.weighted_sum(z, found.segment_softmax(scores)))
         return Interest(torch.cat(heads, dim=-1), auxiliary)
 
     def _search(
@@ -114,17 +121,20 @@ class SIM(UserBehaviorModel):
         behaviors: Tensor,
         pairs: RequestPairs,
         context: BehaviorContext | None,
-    ) -> tuple[Pairs, Auxiliary | None]:
-        """The general search unit: the pairs that are kept, and its task in training."""
+    ) -> tuple[Pairs, Tensor | None, Auxiliary | None]:
+        """The general search unit: a list of pairs, which of them are kept (None is all), and its task."""
         if self.search == "hard":
             same = pairs.select(_same_category(pairs, context))
             if same.longest > self.top_k:
                 same = same.select(same.top_k(same.behavior_index.double(), self.top_k))
-            return same, None
+            return same, None, None
         relevance, auxiliary = self._relevance(candidates, behaviors, pairs)
         if pairs.longest <= self.top_k or relevance is None:
-            return pairs, auxiliary
-        return pairs.select(pairs.top_k(relevance, self.top_k)), auxiliary
+            return pairs, None, auxiliary
+        kept = pairs.top_k(relevance, self.top_k)
+        if pairs.is_short(self.top_k, uses=self.heads):
+            return pairs, kept, auxiliary
+        return pairs.select(kept), None, auxiliary
 
     def _mask(
         self,
@@ -154,7 +164,7 @@ class SIM(UserBehaviorModel):
             return None, None
         queries, keys = candidates, behaviors
         if self.auxiliary:
-            queries, keys = self.search_query(candidates), self.search_key(behaviors)
+            queries, keys = compared(self.search_query(candidates), self.search_key, behaviors, pairs)
         relevance = pairs.inner_products(queries, keys)
         if not training:
             return relevance, None

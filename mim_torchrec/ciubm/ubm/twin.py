@@ -33,7 +33,9 @@ from mim_torchrec.ciubm.ubm.interface import (
     UBMOptions,
     UserBehaviorModel,
     recency_buckets,
+    recency_rows,
 )
+from mim_torchrec.ciubm.ubm.projection import compared
 from mim_torchrec.domains import Count
 from mim_torchrec.errors import OptionError
 
@@ -81,11 +83,13 @@ class TWIN(UserBehaviorModel):
     ) -> Interest:
         """Attend to the most relevant behaviors of each candidate's history."""
         buckets = recency_buckets(context, "TWIN")
+        biases = recency_rows(self.cross(self.recency.weight) * self.cross_weight, buckets)
+        queries = self.query(candidates) / math.sqrt(self.key.out_features // self.heads)
+        if self.heads == 1 and not behaviors.is_cuda:
+            return Interest(self.out(self._one_head(queries, behaviors, biases.squeeze(1), buckets, pairs)))
         dim = behaviors.shape[1]
         recency_values = F.linear(self.recency.weight, self.value.weight[:, dim:])
-        values = F.linear(behaviors, self.value.weight[:, :dim]) + F.embedding(buckets, recency_values)
-        biases = F.embedding(buckets, self.cross(self.recency.weight) * self.cross_weight)
-        queries = self.query(candidates) / math.sqrt(self.key.out_features // self.heads)
+        values = F.linear(behaviors, self.value.weight[:, :dim]) + recency_rows(recency_values, buckets)
         if behaviors.is_cuda:
             keys = self.key(behaviors)
             scores = by_head.inner_products(queries, keys, self.heads, pairs) + rows_of_behaviors(
@@ -102,12 +106,30 @@ class TWIN(UserBehaviorModel):
         heads = []
         for query, key, value, bias in of_heads:
             scores = pairs.inner_products(query, key) + bias.squeeze(1).index_select(0, pairs.behavior_index)
-            found: Pairs = pairs
-            if pairs.longest > self.top_k:
-                kept = pairs.top_k(scores.detach(), self.top_k)
-                found, scores = pairs.select(kept), scores[kept]
-            heads.append(found.weighted_sum(value, found.segment_softmax(scores)))
+            found, weights = self._weights(scores, pairs)
+            heads.append(found.weighted_sum(value, weights))
         return Interest(self.out(torch.cat(heads, dim=-1)))
+
+    def _one_head(
+        self, queries: Tensor, behaviors: Tensor, biases: Tensor, buckets: Tensor, pairs: RequestPairs
+    ) -> Tensor:
+        """The same of a single head, whose values are projected when they are summed."""
+        query, key = compared(queries, self.key, behaviors, pairs)
+        scores = pairs.inner_products(query, key) + biases.index_select(0, pairs.behavior_index)
+        found, weights = self._weights(scores, pairs)
+        recency = recency_rows(self.recency.weight, buckets)
+        pooled = [found.weighted_sum(rows, weights) for rows in (behaviors, recency)]
+        return self.value(torch.cat(pooled, dim=-1))
+
+    def _weights(self, scores: Tensor, pairs: RequestPairs) -> tuple[Pairs, Tensor]:
+        """A list of pairs and the weight of each in its candidate's interest, from those of all pairs."""
+        if pairs.longest <= self.top_k:
+            return pairs, pairs.segment_softmax(scores)
+        kept = pairs.top_k(scores.detach(), self.top_k)
+        if pairs.is_short(self.top_k, uses=1):
+            return pairs, pairs.segment_softmax(scores.masked_fill(~kept, -torch.inf))
+        found = pairs.select(kept)
+        return found, found.segment_softmax(scores[kept])
 
 
 @dataclass(frozen=True, kw_only=True)
