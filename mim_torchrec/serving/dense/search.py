@@ -18,6 +18,7 @@ from mim_torchrec.ciubm.ubm.twin import TWIN
 from mim_torchrec.serving.dense.blocks import blocks_of
 
 BELOW_ZERO = -(2.0**-149)  # the float32 next to it
+BELOW = -60.0  # its exponential is nothing beside that of 0, and that of its negative is far from the largest
 
 
 def among_largest(scores: Tensor, k: int) -> np.ndarray:
@@ -50,18 +51,24 @@ def _smallest_kept(values: np.ndarray, k: int) -> np.ndarray:
     return np.partition(values, place, axis=1)[:, place, None]
 
 
-def leave_largest_(scores: Tensor, k: int) -> Tensor:
-    """Overwrite what is not `among_largest` by -inf, and shift each row by a number, which no softmax tells.
+def exponentials_of_largest_(scores: Tensor, k: int) -> Tensor:
+    """Overwrite each row by its softmax over `among_largest`, not yet divided by its sum.
 
-    >>> leave_largest_(torch.tensor([[1.0, 3.0, 2.0]]), 2).tolist()
-    [[-inf, 1.0, 0.0]]
+    The others are 0, or so small that no sum of float32 tells them from it.
+
+    >>> exponentials_of_largest_(torch.tensor([[1.0, 3.0, 2.0]]), 2).log().round().tolist()
+    [[-60.0, 1.0, 0.0]]
     """
     values = scores.numpy()
-    smallest = _smallest_kept(values, k)
-    if np.count_nonzero(values >= smallest) != len(values) * k:  # equal numbers, or NaN
-        return scores.masked_fill_(torch.from_numpy(~among_largest(scores, k)), -torch.inf)
-    # two numbers have a difference of 0 only if they are equal; a threshold costs less than a mask
-    return torch.threshold_(scores.sub_(torch.from_numpy(smallest)), BELOW_ZERO, -torch.inf)
+    ordered = np.partition(values, values.shape[1] - k, axis=1)[:, -k:]
+    smallest = ordered[:, :1]
+    if np.count_nonzero(values >= smallest) != len(values) * k or ordered.max() - smallest.min() > -BELOW:
+        # equal numbers, NaN, or exponentials that float32 may not hold
+        scores.masked_fill_(torch.from_numpy(~among_largest(scores, k)), -torch.inf)
+        return torch.softmax(scores, 1, out=scores)
+    # two numbers have a difference of 0 only if they are equal; a threshold costs less than a mask, and an
+    # exponential less of a number than of -inf
+    return torch.threshold_(scores.sub_(torch.from_numpy(smallest)), BELOW_ZERO, BELOW).exp_()
 
 
 def largest(scores: Tensor, k: int) -> Tensor:
@@ -115,10 +122,11 @@ def twin_interest(
     queries = F.pad(queries.unflatten(1, (heads, -1)), (0, 1), value=1.0)
     keys = torch.cat([twin.key(behaviors).unflatten(1, (heads, -1)), biases[:, :, None]], dim=2)
     columns = keys.permute(1, 2, 0).contiguous()
-    own = values.unflatten(1, (heads, -1)).transpose(0, 1).contiguous()
-    read = candidates.new_empty(len(candidates), heads, own.shape[2])
+    # a value of 1 more adds up the weights
+    own = F.pad(values.unflatten(1, (heads, -1)).transpose(0, 1), (0, 1), value=1.0)
+    read = candidates.new_empty(heads, len(candidates), own.shape[2])
     for rows in blocks_of(len(candidates), len(behaviors)):
         for head in range(heads):
             scores = queries[rows, head] @ columns[head]
-            read[rows, head] = leave_largest_(scores, k).softmax(1) @ own[head]
-    return twin.out(read.flatten(1))
+            torch.mm(exponentials_of_largest_(scores, k), own[head], out=read[head, rows])
+    return twin.out((read[:, :, :-1] / read[:, :, -1:]).transpose(0, 1).flatten(1))
