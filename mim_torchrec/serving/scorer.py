@@ -82,8 +82,10 @@ class Scorer:
         if self.mm is not None and is_linear(self._model.ciubm) and not plain:
             self._matrices = MatrixCiUBM(self._model.ciubm)
             self._model.ciubm = cast(CiUBM, self._matrices)  # it takes and gives what CiUBM does
-        # the similarity interest reads the vectors of a history, whatever else is known of it
+        # asked once, because to compare an object with a protocol is to look for all of its names
+        self._shared = self.mm if isinstance(self.mm, SharedStore) else None
         self._changes = 0
+        # the similarity interest reads the vectors of a history, whatever else is known of it
         self._keeps = cache > 0 and self._matrices is not None and not self._matrices.inner.tiers
 
     @property
@@ -190,7 +192,7 @@ class Scorer:
 
     def _others_changed_rows(self) -> bool:
         """Whether vectors have changed otherwise than by `apply` since the last call."""
-        changes = self.mm.seen.changes if isinstance(self.mm, SharedStore) else 0
+        changes = 0 if self._shared is None else self._shared.seen.changes
         if changes == self._changes:
             return False
         self._changes = changes
