@@ -99,9 +99,14 @@ def sim_interest(
     by_head = sim.key.weight.view(sim.heads, -1, z.shape[1])
     queries = torch.einsum("chw,hwz->chz", sim.query(candidates).unflatten(1, (sim.heads, -1)), by_head)
     columns, out = keys.T.contiguous(), candidates.new_empty(len(candidates), sim.heads, z.shape[1])
-    for rows in blocks_of(len(candidates), len(behaviors)):
-        found = z.index_select(0, largest(seekers[rows] @ columns, sim.top_k))
-        found = found.view(-1, sim.top_k, z.shape[1])
+    blocks = list(blocks_of(len(candidates), len(behaviors)))
+    # memory that every block overwrites, because new memory is cleared first
+    scores = z.new_empty(blocks[0].stop, len(behaviors))
+    kept = z.new_empty(blocks[0].stop * sim.top_k, z.shape[1])
+    for rows in blocks:
+        count = rows.stop - rows.start
+        places = largest(torch.mm(seekers[rows], columns, out=scores[:count]), sim.top_k)
+        found = torch.index_select(z, 0, places, out=kept[: len(places)]).view(count, -1, z.shape[1])
         weights = torch.bmm(queries[rows], found.transpose(1, 2)).softmax(-1)
         torch.bmm(weights, found, out=out[rows])
     return out.flatten(1)
@@ -125,8 +130,10 @@ def twin_interest(
     # a value of 1 more adds up the weights
     own = F.pad(values.unflatten(1, (heads, -1)).transpose(0, 1), (0, 1), value=1.0)
     read = candidates.new_empty(heads, len(candidates), own.shape[2])
-    for rows in blocks_of(len(candidates), len(behaviors)):
+    blocks = list(blocks_of(len(candidates), len(behaviors)))
+    scores = queries.new_empty(blocks[0].stop, len(behaviors))
+    for rows in blocks:
         for head in range(heads):
-            scores = queries[rows, head] @ columns[head]
-            torch.mm(exponentials_of_largest_(scores, k), own[head], out=read[head, rows])
+            found = torch.mm(queries[rows, head], columns[head], out=scores[: rows.stop - rows.start])
+            torch.mm(exponentials_of_largest_(found, k), own[head], out=read[head, rows])
     return twin.out((read[:, :, :-1] / read[:, :, -1:]).transpose(0, 1).flatten(1))
