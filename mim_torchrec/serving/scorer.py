@@ -82,8 +82,10 @@ class Scorer:
         if self.mm is not None and is_linear(self._model.ciubm) and not plain:
             self._matrices = MatrixCiUBM(self._model.ciubm)
             self._model.ciubm = cast(CiUBM, self._matrices)  # it takes and gives what CiUBM does
-        # the similarity interest reads the vectors of a history, whatever else is known of it
+        # asked once, because to compare an object with a protocol is to look for all of its names
+        self._shared = self.mm if isinstance(self.mm, SharedStore) else None
         self._changes = 0
+        # the similarity interest reads the vectors of a history, whatever else is known of it
         self._keeps = cache > 0 and self._matrices is not None and not self._matrices.inner.tiers
 
     @property
@@ -193,9 +195,9 @@ class Scorer:
 
         Matrices of histories with items that may have changed are forgotten.
         """
-        if not isinstance(self.mm, SharedStore) or (changes := self.mm.seen.changes) == self._changes:
+        if self._shared is None or (changes := self._shared.seen.changes) == self._changes:
             return False
-        changed = self.mm.seen.changed_since(self._changes)
+        changed = self._shared.seen.changed_since(self._changes)
         self._changes = changes  # read before: what comes in between is dropped twice
         if changed is None:
             self.cache.clear()

@@ -18,7 +18,7 @@ from mim_torchrec.ctr.dense import DeepCTR
 from mim_torchrec.serving.dense import blocks
 from mim_torchrec.serving.dense import similarity as dense_similarity
 from mim_torchrec.serving.dense.folding import fold_batch_norms
-from mim_torchrec.serving.dense.search import among_largest, largest, leave_largest_
+from mim_torchrec.serving.dense.search import among_largest, exponentials_of_largest_, largest
 from mim_torchrec.serving.dense.similarity import similarity_of_request
 from mim_torchrec.serving.dense.ubm import FORMS, DenseUBM
 from mim_torchrec.serving.grid import pairs_of
@@ -93,7 +93,7 @@ def test_the_largest_are_those_of_a_stable_order(k):
     assert largest(scores, k).view(-1, k)[3].tolist() == list(range(9 - k, 9))
 
 
-@pytest.mark.parametrize("kind", ["distinct", "equal", "close"])
+@pytest.mark.parametrize("kind", ["distinct", "equal", "close", "far"])
 def test_a_softmax_sees_the_largest_alone(kind):
     scores = torch.randn(40, 9, generator=torch.Generator().manual_seed(0))
     if kind == "equal":
@@ -101,11 +101,14 @@ def test_a_softmax_sees_the_largest_alone(kind):
     elif kind == "close":  # neighbors among float32, whose difference rounds to nothing in an exponential
         scores = torch.from_numpy(np.nextafter(np.float32(1), np.arange(9, dtype=np.float32))).repeat(40, 1)
         scores[:, 2:] += torch.arange(7) * torch.finfo(torch.float32).eps
+    elif kind == "far":  # whose exponentials float32 cannot hold
+        scores *= 1000
     kept = torch.from_numpy(among_largest(scores, 4))
     expected = scores.masked_fill(~kept, -torch.inf).softmax(1)
-    found = leave_largest_(scores.clone(), 4)
-    assert torch.equal(found != -torch.inf, kept)
-    torch.testing.assert_close(found.softmax(1), expected)
+    found = exponentials_of_largest_(scores.clone(), 4)
+    torch.testing.assert_close(found / found.sum(1, keepdim=True), expected)
+    assert found[~kept].max() < 1e-20
+    assert kind == "far" or found[kept].min() > 1e-9  # beside a far one, what is kept may be nothing
 
 
 @pytest.mark.parametrize("tiers", [2, 3, 7, 20, 100])

@@ -36,12 +36,15 @@ def din_interest(
         matrices[:, :, dim] = constant[rows]
         units = (matrices.view(-1, dim + 1) @ columns).view(len(own), hidden, -1)
         for layer in din.middle:
-            units = layer.weight @ units + layer.bias[:, None] if isinstance(layer, nn.Linear) else _active(
-                layer, units
-            )  # fmt: skip
-        scores = (din.last.weight @ _active(din.activation, units)).squeeze(1) + din.last.bias
+            units = _linear(layer, units) if isinstance(layer, nn.Linear) else _active(layer, units)
+        scores = _linear(din.last, _active(din.activation, units)).squeeze(1)
         torch.mm(scores.softmax(1) if din.softmax else scores, behaviors, out=out[rows])
     return out
+
+
+def _linear(layer: nn.Linear, units: Tensor) -> Tensor:
+    """A layer on units (candidates, channels, behaviors): `matmul` would transpose, and copy, all of them."""
+    return torch.baddbmm(layer.bias[:, None], layer.weight.expand(len(units), -1, -1), units)
 
 
 def _active(activation: nn.Module, units: Tensor) -> Tensor:

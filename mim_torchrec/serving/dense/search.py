@@ -18,6 +18,7 @@ from mim_torchrec.ciubm.ubm.twin import TWIN
 from mim_torchrec.serving.dense.blocks import blocks_of
 
 BELOW_ZERO = -(2.0**-149)  # the float32 next to it
+BELOW = -60.0  # its exponential is nothing beside that of 0, and that of its negative is far from the largest
 
 
 def among_largest(scores: Tensor, k: int) -> np.ndarray:
@@ -50,18 +51,24 @@ def _smallest_kept(values: np.ndarray, k: int) -> np.ndarray:
     return np.partition(values, place, axis=1)[:, place, None]
 
 
-def leave_largest_(scores: Tensor, k: int) -> Tensor:
-    """Overwrite what is not `among_largest` by -inf, and shift each row by a number, which no softmax tells.
+def exponentials_of_largest_(scores: Tensor, k: int) -> Tensor:
+    """Overwrite each row by its softmax over `among_largest`, not yet divided by its sum.
 
-    >>> leave_largest_(torch.tensor([[1.0, 3.0, 2.0]]), 2).tolist()
-    [[-inf, 1.0, 0.0]]
+    The others are 0, or so small that no sum of float32 tells them from it.
+
+    >>> exponentials_of_largest_(torch.tensor([[1.0, 3.0, 2.0]]), 2).log().round().tolist()
+    [[-60.0, 1.0, 0.0]]
     """
     values = scores.numpy()
-    smallest = _smallest_kept(values, k)
-    if np.count_nonzero(values >= smallest) != len(values) * k:  # equal numbers, or NaN
-        return scores.masked_fill_(torch.from_numpy(~among_largest(scores, k)), -torch.inf)
-    # two numbers have a difference of 0 only if they are equal; a threshold costs less than a mask
-    return torch.threshold_(scores.sub_(torch.from_numpy(smallest)), BELOW_ZERO, -torch.inf)
+    ordered = np.partition(values, values.shape[1] - k, axis=1)[:, -k:]
+    smallest = ordered[:, :1]
+    if np.count_nonzero(values >= smallest) != len(values) * k or ordered.max() - smallest.min() > -BELOW:
+        # equal numbers, NaN, or exponentials that float32 may not hold
+        scores.masked_fill_(torch.from_numpy(~among_largest(scores, k)), -torch.inf)
+        return torch.softmax(scores, 1, out=scores)
+    # two numbers have a difference of 0 only if they are equal; a threshold costs less than a mask, and an
+    # exponential less of a number than of -inf
+    return torch.threshold_(scores.sub_(torch.from_numpy(smallest)), BELOW_ZERO, BELOW).exp_()
 
 
 def largest(scores: Tensor, k: int) -> Tensor:
@@ -92,9 +99,14 @@ def sim_interest(
     by_head = sim.key.weight.view(sim.heads, -1, z.shape[1])
     queries = torch.einsum("chw,hwz->chz", sim.query(candidates).unflatten(1, (sim.heads, -1)), by_head)
     columns, out = keys.T.contiguous(), candidates.new_empty(len(candidates), sim.heads, z.shape[1])
-    for rows in blocks_of(len(candidates), len(behaviors)):
-        found = z.index_select(0, largest(seekers[rows] @ columns, sim.top_k))
-        found = found.view(-1, sim.top_k, z.shape[1])
+    blocks = list(blocks_of(len(candidates), len(behaviors)))
+    # memory that every block overwrites, because new memory is cleared first
+    scores = z.new_empty(blocks[0].stop, len(behaviors))
+    kept = z.new_empty(blocks[0].stop * sim.top_k, z.shape[1])
+    for rows in blocks:
+        count = rows.stop - rows.start
+        places = largest(torch.mm(seekers[rows], columns, out=scores[:count]), sim.top_k)
+        found = torch.index_select(z, 0, places, out=kept[: len(places)]).view(count, -1, z.shape[1])
         weights = torch.bmm(queries[rows], found.transpose(1, 2)).softmax(-1)
         torch.bmm(weights, found, out=out[rows])
     return out.flatten(1)
@@ -115,10 +127,13 @@ def twin_interest(
     queries = F.pad(queries.unflatten(1, (heads, -1)), (0, 1), value=1.0)
     keys = torch.cat([twin.key(behaviors).unflatten(1, (heads, -1)), biases[:, :, None]], dim=2)
     columns = keys.permute(1, 2, 0).contiguous()
-    own = values.unflatten(1, (heads, -1)).transpose(0, 1).contiguous()
-    read = candidates.new_empty(len(candidates), heads, own.shape[2])
-    for rows in blocks_of(len(candidates), len(behaviors)):
+    # a value of 1 more adds up the weights
+    own = F.pad(values.unflatten(1, (heads, -1)).transpose(0, 1), (0, 1), value=1.0)
+    read = candidates.new_empty(heads, len(candidates), own.shape[2])
+    blocks = list(blocks_of(len(candidates), len(behaviors)))
+    scores = queries.new_empty(blocks[0].stop, len(behaviors))
+    for rows in blocks:
         for head in range(heads):
-            scores = queries[rows, head] @ columns[head]
-            read[rows, head] = leave_largest_(scores, k).softmax(1) @ own[head]
-    return twin.out(read.flatten(1))
+            found = torch.mm(queries[rows, head], columns[head], out=scores[: rows.stop - rows.start])
+            torch.mm(exponentials_of_largest_(found, k), own[head], out=read[head, rows])
+    return twin.out((read[:, :, :-1] / read[:, :, -1:]).transpose(0, 1).flatten(1))
