@@ -70,7 +70,7 @@ class SetupError(ExpectedError, RuntimeError):
 
 
 class Diverged(ExpectedError, FloatingPointError):
-    """The loss of a training is not finite."""
+    """The loss of a training, its gradient, or what a model computes is not finite."""
 
 
 LOST_PEER = (

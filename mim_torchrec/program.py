@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import select
+import signal
 import sys
 import traceback
 import warnings
@@ -57,6 +58,11 @@ def run(
             raise SystemExit(Status.BUG) from None
         _end(f"{name}: {_rank()}{found[0]}", found[1], debug)
     raise SystemExit(Status.OK)
+
+
+def heeded(*numbers: signal.Signals) -> list[signal.Signals]:
+    """Signals without those that whoever started the process ignores, as `nohup` and `&` of a script do."""
+    return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def log_to_stderr() -> None:

@@ -64,7 +64,7 @@ class Follow:
             catch_up(store, windows)
         else:
             stop = Event()
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in program.heeded(signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: stop.set())
             follow(store, windows, stop)
         print(f"windows applied up to {store.seq}")

@@ -329,7 +329,7 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point of ``mim rim``."""
     config = tyro.cli(RIMConfig, args=argv, description=__doc__)
     stop = Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in program.heeded(signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check_domains(config)

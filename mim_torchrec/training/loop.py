@@ -25,6 +25,7 @@ from mim_torchrec.embeddings.files import write_json
 from mim_torchrec.embeddings.progress import Progress
 from mim_torchrec.errors import Diverged, OptionError
 from mim_torchrec.extras import needs
+from mim_torchrec.program import heeded
 from mim_torchrec.training.checkpoints import Checkpoints, ResumeError, State
 from mim_torchrec.training.distributed import DistributedContext
 from mim_torchrec.training.history import History, HistoryFile
@@ -121,9 +122,9 @@ def fit(
         The history without its steps, the same on every rank.
 
     Raises:
-        FloatingPointError: a loss is not finite; it names epoch and step. No step is taken on it, except by
-            fused optimizers on a GPU, and `bad_batch/rank<r>.json` has the ids of the batch. No checkpoint
-            holds anything of it.
+        FloatingPointError: a loss is not finite, or the gradient before weights are kept; it names epoch and
+            step. No step is taken on it, except by fused optimizers, whose weights are not kept either, and
+            `bad_batch/rank<r>.json` has the ids of the batch. No checkpoint holds anything of it.
         Interrupted: SIGTERM or SIGINT came, to whichever rank; all stop after the same step. A second
             SIGINT ends the process at once.
         LeaseError: another process has taken the directory over.
@@ -291,24 +292,19 @@ def _train_epoch(
             value, stopping, overdue = outcome.read()
             if not math.isfinite(value):
                 save.wait()
-                file = run.root / "bad_batch" / f"rank{context.rank}.json"
-                file.parent.mkdir(exist_ok=True)
-                write_json(
-                    file, {"epoch": epoch, "step": step, "loss": float(loss.detach())} | task.batch_ids(batch)
-                )
-                raise Diverged(
-                    f"the loss is {value} in epoch {epoch} at step {step}; the ids of the batch are in "
-                    f"{file.parent}. Try a lower learning rate, and check the input for values that are not "
-                    "finite"
-                )
+                raise _diverged(task, batch, run, context, epoch, step, f"the loss is {value}")
             if not loss.is_cuda:
                 loss.backward()
             is_logged = step % log_every == 0 or step == 1
-            if is_logged or clip_norm is not None:
+            is_kept = stopping or overdue or save.is_due(step) or place == total
+            if is_logged or is_kept or clip_norm is not None:
                 gradient = gradient_norm(task.model)
+            norm = float(gradient) if is_logged or is_kept else math.nan
+            if is_kept and not math.isfinite(norm):  # otherwise the loss of the next step says it
+                save.wait()
+                raise _diverged(task, batch, run, context, epoch, step, f"the gradient is {norm}")
             if clip_norm is not None:
                 clip_gradient(task.model, gradient, clip_norm)
-            norm = float(gradient) if is_logged else math.nan
             task.optimizer.step()
             samples += task.num_samples(batch)
             entry = {"step": step, "epoch": epoch, "loss": value}
@@ -330,6 +326,19 @@ def _train_epoch(
                 save.checkpoint(epoch, place)
             if stopping:
                 save.interrupt()
+
+
+def _diverged(
+    task: Task, batch: Any, run: RunDirectory, context: DistributedContext, epoch: int, step: int, what: str
+) -> Diverged:
+    """The error of a step, behind a file with the ids of its batch."""
+    file = run.root / "bad_batch" / f"rank{context.rank}.json"
+    file.parent.mkdir(exist_ok=True)
+    write_json(file, {"epoch": epoch, "step": step, "problem": what} | task.batch_ids(batch))
+    return Diverged(
+        f"{what} in epoch {epoch} at step {step}; the ids of the batch are in {file.parent}. Try a lower "
+        "learning rate, and check the input for values that are not finite"
+    )
 
 
 def peak_memory(device: torch.device) -> int:
@@ -358,7 +367,8 @@ def _signals(catch: bool) -> Iterator[_Flag]:
     if not catch or threading.current_thread() is not threading.main_thread():
         yield flag
         return
-    before = {number: signal.signal(number, flag.set) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = heeded(signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, flag.set) for number in numbers}
     try:
         yield flag
     finally:

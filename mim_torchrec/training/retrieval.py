@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mim_torchrec.errors import Diverged
+
 RECALL_AT = (1, 10, 50, 100)
 CHUNK = 256
 
@@ -34,7 +36,15 @@ def search(
         own: (num_queries,) row of the query where it is an item, which is left out; else -1.
         allowed: (num_items,) bool, items that can be found.
         top: how many of the best are returned.
+
+    Raises:
+        Diverged: a vector is not finite. It compares with nothing, so what was bought would be found first.
     """
+    if not (torch.isfinite(query).all() and torch.isfinite(items).all(1)[allowed].all()):
+        raise Diverged(
+            "the encoder gives vectors that are not finite: its training has diverged, or its weights are "
+            "damaged; try a lower learning rate"
+        )
     query, items = F.normalize(query.float(), dim=1), F.normalize(items.float(), dim=1)
     ranks, best = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, top, dtype=torch.int64)]
     for start in range(0, len(query), CHUNK):

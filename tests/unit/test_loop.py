@@ -108,6 +108,36 @@ def test_a_loss_that_is_not_finite_stops_before_its_step_and_names_epoch_and_ste
     assert torch.isfinite(task.model.weight).all()
 
 
+@pytest.mark.parametrize(("every", "kept"), [(1, "epoch-0000-step-00000001"), (0, None)])
+def test_weights_behind_a_gradient_that_is_not_finite_are_not_kept(tmp_path, every, kept):
+    task = Line([], batch_values=(1.0, 2.0))
+    plain = task.training_forward
+
+    def forward(batch):
+        loss, report = plain(batch)
+        return loss + (task.model.weight * (batch - 2)).square().sum().sqrt(), report  # of slope 0 / 0 at 2
+
+    task.training_forward = forward
+    checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig(every=every), {}, ONE)
+    with pytest.raises(FloatingPointError, match="gradient is nan in epoch 0 at step 2"):
+        run(task, tmp_path, checkpoints=checkpoints)
+    assert torch.isfinite(task.model.weight).all()
+    assert not task.saved
+    assert [path.name for path in (tmp_path / "checkpoints").glob("epoch-*")] == ([kept] if kept else [])
+    assert "2.0" in (tmp_path / "bad_batch" / "rank0.json").read_text()
+
+
+def test_an_ignored_interrupt_stays_ignored(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig(), {}, ONE)
+        history = run(signaled(Line([]), 2, signal.SIGINT), tmp_path, checkpoints=checkpoints)
+        assert history.num_steps == 9
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_an_unknown_metric_is_an_error_that_names_those_there_are(tmp_path):
     with pytest.raises(ValueError, match="no finite auc .* score 0.5"):
         run(Line([0.5]), tmp_path, select="auc")

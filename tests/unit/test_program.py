@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -50,7 +51,7 @@ from mim_torchrec.pipeline.resolving import ReferenceFailed
 from mim_torchrec.pipeline.signals import RunInterrupted
 from mim_torchrec.pipeline.spec import PipelineError
 from mim_torchrec.prepare.mapping import MappingError
-from mim_torchrec.program import run
+from mim_torchrec.program import heeded, run
 from mim_torchrec.serving.releases import ReleaseError
 from mim_torchrec.training.checkpoints import ResumeError
 from mim_torchrec.training.liveness import RankStalled
@@ -155,6 +156,15 @@ def test_interruptions_have_the_status_of_their_signal(capsys):
     assert end_of(KeyboardInterrupt()) == 130
     assert capsys.readouterr().err == "mim test: interrupted\n"
     assert end_of(Interrupted(Path("runs"))) == 143
+
+
+def test_a_signal_that_is_ignored_is_not_heeded():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert heeded(signal.SIGTERM, signal.SIGINT) == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert signal.SIGTERM in heeded(signal.SIGTERM, signal.SIGINT)
 
 
 def test_a_rank_says_which_it_is(capsys, monkeypatch):

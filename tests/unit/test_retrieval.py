@@ -55,6 +55,19 @@ def test_vectors_that_are_all_the_same_find_nothing(vectors):
     assert found.rank.tolist() == (NUM_ITEMS - 2 - of_items * vectors["allowed"][vectors["own"]]).tolist()
 
 
+@pytest.mark.parametrize("damaged", ["query", "items"])
+def test_vectors_that_are_not_finite_are_refused(vectors, damaged):
+    vectors[damaged][5] = torch.nan
+    with pytest.raises(FloatingPointError, match="not finite"):
+        search(**vectors)
+
+
+def test_an_item_that_cannot_be_found_may_have_any_vector(vectors):
+    found = search(**vectors)
+    vectors["items"][3] = torch.nan
+    assert search(**vectors).rank.equal(found.rank)
+
+
 def test_no_queries_find_nothing(vectors):
     empty = {name: vectors[name][:0] for name in ("query", "bought", "own")}
     assert search(**vectors | empty).rank.shape == (0,)
