@@ -10,10 +10,13 @@ from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 from mim_torchrec.errors import ExpectedError, OptionError, Status
 
-SCHEMES = ("redis", "rediss", "unix", "redis+cluster", "rediss+cluster")
-CLUSTER = "+cluster"
+SCHEMES = ("redis", "rediss", "unix", "redis+cluster", "rediss+cluster", "redis+sentinel", "rediss+sentinel")
+CLUSTER, SENTINEL = "+cluster", "+sentinel"
+SENTINEL_PORT = 26379
 PASSWORD, PASSWORD_FILE = "MIM_REDIS_PASSWORD", "MIM_REDIS_PASSWORD_FILE"
 """Variables of the environment with the password of servers whose URL names no file, or with a file of it."""
+SENTINEL_PASSWORD = "MIM_REDIS_SENTINEL_PASSWORD"
+"""Variable of the environment with the password of sentinels; without it they need none."""
 
 
 class RedisUnavailable(ExpectedError, ConnectionError):
@@ -33,11 +36,13 @@ class RedisAddress:
     """Where something lies in Redis.
 
     Args:
-        url: of the server, as redis-py reads it, with TLS options and without user and password.
+        url: of the server, as redis-py reads it, with TLS options and without user and password. Where
+            sentinels know the server, its host is theirs, with a comma between two.
         cluster: whether it is a cluster.
         name: what all keys begin with.
         user: of its ACL, None for the default one.
         password_file: with the password; None for that of the environment.
+        service: what sentinels call the server; None where the URL is its own.
     """
 
     url: str
@@ -45,11 +50,21 @@ class RedisAddress:
     name: str
     user: str | None = None
     password_file: Path | None = None
+    service: str | None = None
 
     def __str__(self) -> str:
         """The address without user and options."""
         parts = urlsplit(self.url)
-        return urlunsplit((parts.scheme, parts.netloc, parts.path, "", self.name))
+        scheme, path = parts.scheme, parts.path
+        if self.service is not None:
+            scheme, path = scheme + SENTINEL, f"/{self.service}{path}"
+        return urlunsplit((scheme, parts.netloc, path, "", self.name))
+
+    @property
+    def sentinels(self) -> list[tuple[str, int]]:
+        """Host and port of every sentinel."""
+        found = [urlsplit(f"//{host}") for host in urlsplit(self.url).netloc.split(",")]
+        return [(one.hostname or "localhost", one.port or SENTINEL_PORT) for one in found]
 
     def password(self) -> str | None:
         """The password as it is now: it may be changed while a program runs. None where there is none.
@@ -97,13 +112,17 @@ def locate(where: str) -> RedisAddress:
     Args:
         where: `redis://`, `rediss://` (TLS) or `unix://`, with `+cluster` behind the scheme for a cluster,
             and the name that all keys begin with behind a `#` (by default `mim`):
-            `rediss://user@host:6379/0?password_file=/run/secrets/redis#shop`.
+            `rediss://user@host:6379/0?password_file=/run/secrets/redis#shop`. With `+sentinel` behind the
+            scheme, the hosts are those of sentinels, and the path begins with what they call the server:
+            `redis+sentinel://one:26379,two:26379/mymaster/0#shop`.
 
     Raises:
-        OptionError: it is no such URL, or it holds a password.
+        OptionError: it is no such URL, it holds a password, or sentinels are not told which server is meant.
 
     >>> str(locate("rediss+cluster://rim@host:7000#shop")), locate("redis://host").name
     ('rediss://host:7000#shop', 'mim')
+    >>> locate("redis+sentinel://one,two:7000/mymaster").sentinels
+    [('one', 26379), ('two', 7000)]
     """
     parts = urlsplit(where)
     if parts.scheme not in SCHEMES:
@@ -113,9 +132,16 @@ def locate(where: str) -> RedisAddress:
     refuse_password(where)
     options = dict(parse_qsl(parts.query))
     file = options.pop("password_file", None)
-    scheme, host = parts.scheme.removesuffix(CLUSTER), parts.netloc.rpartition("@")[2]
+    scheme, host = parts.scheme.partition("+")[0], parts.netloc.rpartition("@")[2]
+    path, service = parts.path, None
+    if parts.scheme.endswith(SENTINEL):
+        service, _, database = path.strip("/").partition("/")
+        if not service:
+            raise OptionError(f"{parts.scheme}://{host} names no server: write /<what sentinels call it>")
+        path = f"/{database}" if database else ""
     return RedisAddress(
-        url=urlunsplit((scheme, host, parts.path, urlencode(options), "")),
+        url=urlunsplit((scheme, host, path, urlencode(options), "")),
+        service=service,
         cluster=parts.scheme.endswith(CLUSTER),
         name=parts.fragment or "mim",
         user=unquote(parts.username) if parts.username else None,

@@ -1,10 +1,21 @@
-"""Connections to Redis, Valkey and clusters of them; needs the extra `redis`."""
+"""Connections to Redis, Valkey and clusters of them; needs the extra `redis`.
 
+Where sentinels know the primary, every new connection asks them for it. A connection that is lost, or is to a
+primary that has become a replica, is replaced by one to the new primary.
+"""
+
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
-from mim_torchrec.embeddings.windows.redis_address import RedisAddress, RedisFull, RedisUnavailable
+from mim_torchrec.embeddings.windows.redis_address import (
+    SENTINEL_PASSWORD,
+    RedisAddress,
+    RedisFull,
+    RedisUnavailable,
+)
 from mim_torchrec.errors import OptionError
 from mim_torchrec.extras import needs
 
@@ -15,6 +26,7 @@ with needs("redis"):
     from redis.credentials import CredentialProvider
     from redis.exceptions import RedisError
     from redis.retry import Retry
+    from redis.sentinel import Sentinel
 
 ATTEMPTS = 3
 TIMEOUT = 5.0  # seconds of one attempt
@@ -28,7 +40,8 @@ def connect(location: RedisAddress, timeout: float | None = None) -> Any:
     Args:
         location: of the server.
         timeout: seconds that a command may take. It is sent again once if the connection was lost, and not if
-            the time has passed. None is TIMEOUT, with ATTEMPTS repetitions.
+            the time has passed. None is TIMEOUT, with ATTEMPTS repetitions. All sentinels together may take
+            as long again, where a connection is new.
     """
     if timeout is None:
         retry = Retry(ExponentialBackoff(cap=0.5, base=0.05), ATTEMPTS)
@@ -37,9 +50,35 @@ def connect(location: RedisAddress, timeout: float | None = None) -> Any:
     seconds = timeout or TIMEOUT
     credentials = None if location.password() is None else _Credentials(location)
     make = RedisCluster.from_url if location.cluster else redis.Redis.from_url
+    if location.service is not None:
+        return _primary(location, seconds, retry, credentials)
     with reachable(location):
         return make(location.url, socket_timeout=seconds, socket_connect_timeout=seconds, retry=retry,
                     credential_provider=credentials)  # fmt: skip
+
+
+def _primary(
+    location: RedisAddress, seconds: float, retry: Retry, credentials: "_Credentials | None"
+) -> redis.Redis:
+    """A client of the server that sentinels call the primary."""
+    assert location.service is not None
+    options = redis.connection.parse_url(urlsplit(location.url)._replace(netloc="any").geturl())
+    if options.pop("connection_class", None) is not None:
+        options["ssl"] = True
+    encryption = {name: value for name, value in options.items() if name.startswith("ssl")}
+    share = seconds / len(location.sentinels)
+    sentinel = Sentinel(
+        location.sentinels,
+        sentinel_kwargs={
+            **encryption, "password": os.environ.get(SENTINEL_PASSWORD), "socket_timeout": share,
+            "socket_connect_timeout": share, "retry": Retry(NoBackoff(), 0),
+        },
+    )  # fmt: skip
+    client: redis.Redis = sentinel.master_for(
+        location.service, socket_timeout=seconds, socket_connect_timeout=seconds, retry=retry,
+        credential_provider=credentials, **options,
+    )  # fmt: skip
+    return client
 
 
 class _Credentials(CredentialProvider):
