@@ -52,11 +52,12 @@ def trained(name: str) -> torch.nn.Module:
     return model
 
 
+@pytest.mark.parametrize("block", [40, 200])  # one candidate or several in a block, the last one smaller
 @pytest.mark.parametrize("requests", REQUESTS)
 @pytest.mark.parametrize("name", MODELS)
 @torch.inference_mode()
-def test_an_interest_is_that_of_packed_pairs(name, requests, monkeypatch):
-    monkeypatch.setattr(blocks, "BLOCK", 40)  # so that there are several blocks
+def test_an_interest_is_that_of_packed_pairs(name, requests, block, monkeypatch):
+    monkeypatch.setattr(blocks, "BLOCK", block)
     model = trained(name)
     counts = torch.tensor(REQUESTS[requests])
     offsets = [F.pad(column.cumsum(0), (1, 0)) for column in counts.T]
@@ -122,7 +123,9 @@ def test_tiers_begin_where_training_computes_them(tiers):
 @pytest.mark.parametrize(("tiers", "spans"), [(20, (5, 0)), (3, (0, 1)), (1, (2,)), (120, (5, 0))])
 @pytest.mark.parametrize("kind", ["full", "without", "orthogonal", "alike", "none", "long"])
 def test_similarities_are_those_of_packed_pairs(kind, tiers, spans, monkeypatch):
-    monkeypatch.setattr(blocks, "BLOCK", 40)
+    rows = dense_similarity.ROWS if kind == "long" else 7
+    monkeypatch.setattr(dense_similarity, "ROWS", rows)
+    monkeypatch.setattr(blocks, "BLOCK", 4 * rows)  # four candidates, and then two
     monkeypatch.setattr(dense_similarity, "NARROW", 4)
     torch.manual_seed(tiers)
     candidates, behaviors = torch.randn(6, 5), torch.randn(4100 if kind == "long" else 19, 5)
