@@ -77,7 +77,7 @@ def estimate(case: Case, config: RooflineConfig, context: DistributedContext) ->
     model, optimizer = shard(plain, settings, context)
     if table is not None:
         load_table(model, table)
-    batch = make_batch(config, config.candidates, 0, table is not None)
+    batch = make_batch(config, config.candidates, 0, table is not None, settings)
     step = training_step(model, optimizer, settings, context)
     step(batch)
     flops = count_flops(lambda: step(batch))

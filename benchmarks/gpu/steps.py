@@ -67,7 +67,7 @@ def measure(case: Case, dim: int, config: StepsConfig, context: DistributedConte
     if table is not None:
         load_table(model, table)
     seeds = [context.rank + context.world_size * k for k in range(config.batches)]
-    batches = [make_batch(config, config.candidates, seed, table is not None) for seed in seeds]
+    batches = [make_batch(config, config.candidates, seed, table is not None, settings) for seed in seeds]
     ready, take = ready_on(context.device, batches), training_step(model, optimizer, settings, context)
 
     def step(turn: int) -> None:

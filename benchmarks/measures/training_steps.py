@@ -12,10 +12,11 @@ from torchrec.optim.keyed import CombinedOptimizer
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mim_torchrec.ciubm.ubm.registry import find_model
-from mim_torchrec.ctr.config import CTRConfig
+from mim_torchrec.ctr.config import CTRConfig, ModelConfig
 from mim_torchrec.ctr.task import CTRTask
-from mim_torchrec.data.batch import RequestBatch
+from mim_torchrec.data.batch import FeatureIds, MappedIds, RequestBatch
 from mim_torchrec.data.packed_batch import packed
+from mim_torchrec.data.vocabulary import IdMapper, Vocabulary
 from mim_torchrec.embeddings.table.format import TableWriter
 from mim_torchrec.training.distributed import DistributedContext
 
@@ -58,8 +59,19 @@ class StepSizes:
         return {"user_id": self.users, "item_id": self.items, "category": self.categories}
 
 
-def make_batch(sizes: StepSizes, candidates: int, seed: int, mm: bool) -> RequestBatch:
-    """Random requests with so many candidates each; ids are rows from 1 on."""
+def make_batch(
+    sizes: StepSizes, candidates: int, seed: int, mm: bool, settings: ModelConfig | None = None
+) -> RequestBatch:
+    """Random requests with so many candidates each; ids are rows from 1 on.
+
+    Args:
+        sizes: of the batch and of the tables.
+        candidates: of a request.
+        seed: of the requests.
+        mm: with rows of multi-modal vectors.
+        settings: of the model that takes the batch. Where it shrinks embeddings the batch has their factors,
+            of random impressions; None shrinks none.
+    """
     rng = np.random.default_rng(seed)
     count = max(1, round(sizes.batch_size / candidates))
     histories = rng.integers(1, sizes.max_behaviors + 1, count)
@@ -76,14 +88,36 @@ def make_batch(sizes: StepSizes, candidates: int, seed: int, mm: bool) -> Reques
             values.append(of_role[role])
             counts.append(lengths[role])
     now = 365 * 86_400 * MICROSECONDS
+    lengths_of = [torch.from_numpy(each.astype(np.int32)) for each in counts]
+    if settings is not None and settings.shrinks_ids:
+        features = [
+            FeatureIds(*one) for one in zip(keys, map(torch.from_numpy, values), lengths_of, strict=True)
+        ]
+        (mapped,) = _mapper(sizes, settings).batches(features, np.array([0, count]))
+    else:
+        mapped = MappedIds(
+            KeyedJaggedTensor(
+                keys=keys, values=torch.from_numpy(np.concatenate(values)), lengths=torch.cat(lengths_of)
+            )
+        )
     return RequestBatch(
-        sparse=KeyedJaggedTensor(keys=keys, values=torch.from_numpy(np.concatenate(values)),
-                                 lengths=torch.from_numpy(np.concatenate(counts).astype(np.int32))),
+        **mapped._asdict(),
         labels=torch.from_numpy(rng.integers(2, size=count * candidates).astype(np.float32)),
         request_ids=torch.arange(count),
         request_ts=torch.full((count,), now),
         behavior_ts=torch.from_numpy(now - rng.integers(MICROSECONDS, now, len(item_ids["behavior"]))),
     )  # fmt: skip
+
+
+def _mapper(sizes: StepSizes, settings: ModelConfig) -> IdMapper:
+    """The mapper of training, whose ids have random numbers of impressions."""
+    vocabularies = {}
+    for name, rows in sizes.rows.items():
+        impressions = np.random.default_rng(rows).integers(0, 200, rows)
+        vocabularies[name] = Vocabulary.build(
+            np.arange(1, rows), impressions=impressions, shrinkage=settings.shrinkage(name)
+        )
+    return IdMapper(vocabularies, mm=None, max_unknown=1.0)
 
 
 def ready_on(device: torch.device, batches: Iterable[RequestBatch]) -> list[RequestBatch]:

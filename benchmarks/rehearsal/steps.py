@@ -178,7 +178,7 @@ def _train(case: Case, folder: Path, context: DistributedContext, counts: Counts
     if table is not None:
         load_table(model, table)
     seeds = [context.rank + context.world_size * k for k in range(STEPS)]
-    reader = cast(Any, _Ready([make_batch(sizes, 4, seed, mim) for seed in seeds]))
+    reader = cast(Any, _Ready([make_batch(sizes, 4, seed, mim, config) for seed in seeds]))
     task = _Steps(
         model, optimizer, reader, reader, cast(Any, lambda batch: batch), context, config.aux_weight,
         pipeline=is_pipelined(config, context),

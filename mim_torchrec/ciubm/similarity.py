@@ -83,19 +83,20 @@ def by_masks(
     count, index = pairs.num_candidates, pairs.candidate_index
     seen = relevance != 0
     masks = torch.stack([seen if span == WHOLE else seen & (order < span) for span in spans], dim=1)
+    counted = masks.to(relevance.dtype)
     tier = ((relevance + 1) * (tiers / 2)).long().clamp_(0, tiers - 1)
-    first = torch.arange(0, len(spans) * tiers, tiers, device=tier.device)  # of each span
-    place = torch.add(tier, index, alpha=len(spans) * tiers)[:, None] + first
-    counts = relevance.new_zeros(count * len(spans) * tiers).index_add_(
-        0, place.view(-1), masks.to(relevance.dtype).view(-1)
-    )
-    weight = masks / (1 + order.to(relevance.dtype))[:, None]
+    place = torch.add(tier, index, alpha=tiers)
+    counts = relevance.new_zeros(len(spans), count * tiers).index_add_(1, place, counted.t())
+    weight = counted / (order + 1.0)[:, None]  # of whole numbers, which a float makes floats
     sums = torch.cat([weight, weight * relevance[:, None]], dim=1)
-    total, weighted = relevance.new_zeros(count, sums.shape[1]).index_add_(0, index, sums).chunk(2, dim=1)
+    total, weighted = _reduced(sums, "sum", pairs, 0.0).chunk(2, dim=1)
     mean = weighted / total.clamp(min=torch.finfo(relevance.dtype).tiny)
-    alpha = torch.where(masks, relevance[:, None], -torch.inf)
-    by_span = index[:, None].expand_as(alpha)
-    largest = relevance.new_full((count, len(spans)), -torch.inf).scatter_reduce_(0, by_span, alpha, "amax")
+    largest = _reduced(torch.where(masks, relevance[:, None], -torch.inf), "max", pairs, -torch.inf)
     largest.nan_to_num_(nan=torch.nan, neginf=0.0)  # of nothing seen; what is NaN stays
-    histogram = counts.view(count, len(spans), tiers).log1p_()
+    histogram = counts.view(len(spans), count, tiers).transpose(0, 1).log1p_()
     return torch.cat([histogram, largest[:, :, None], mean[:, :, None]], dim=2).flatten(1)
+
+
+def _reduced(rows: Tensor, how: str, pairs: RequestPairs, initial: float) -> Tensor:
+    """Rows (num_pairs, n) of the pairs of each candidate as one, (sum_candidates, n)."""
+    return torch.segment_reduce(rows, how, offsets=pairs.pair_offsets, unsafe=True, initial=initial)

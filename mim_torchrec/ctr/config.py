@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -17,7 +17,7 @@ from mim_torchrec.embeddings.remote.places import LocalPath, Place
 from mim_torchrec.extras import needs
 from mim_torchrec.training.config import CheckpointConfig, Timeouts
 from mim_torchrec.training.precision import Precision
-from mim_torchrec.training.presets import Preset, chosen
+from mim_torchrec.training.presets import Preset, chosen, flags_of
 
 Memory = Literal["device", "uvm", "uvm_caching"]
 Sharding = Literal["table_wise", "row_wise", "column_wise"]
@@ -85,7 +85,8 @@ class ModelConfig:
     """k of some tables, as TABLE NUMBER such as `user_id 1000`; `id_shrinkage` is that of the others."""
     keep_shrinkage: bool = False
     """Multiply what the batch normalization at the entry of the tower makes of ID embeddings by how small
-    `id_shrinkage` has made their tables, which the normalization undoes; beyond the paper."""
+    `id_shrinkage` has made their tables, which the normalization undoes; beyond the paper. A preset sets it
+    only where there is such a shrinkage and such a normalization."""
     dot_product_features: bool = False
     """Feed the tower the inner product of each interest with the target as well."""
     embedding_dim: Annotated[int, Domain(least=4, multiple=4)] = 16
@@ -133,6 +134,11 @@ class ModelConfig:
     def shrinks_ids(self) -> bool:
         """Whether embeddings of any table of ids are shrunk."""
         return self.id_shrinkage > 0 or any(k > 0 for k in self.id_shrinkage_of.values())
+
+    @property
+    def undoes_shrinkage(self) -> bool:
+        """Whether the normalization at the entry of the tower undoes what shrinkage does."""
+        return self.shrinks_ids and self.batch_norm and self.normalize_ids
 
     def shrinkage(self, table: str) -> float:
         """k of a table of ids."""
@@ -319,7 +325,13 @@ def parse(argv: Sequence[str] | None, **words: Any) -> CTRConfig:
         if flag.startswith("--") and models and option not in own:
             parser.error(f"{flag} is an option of --ubm {', '.join(models)}, not of {default.ubm}")
     words["description"] = f"{words.get('description') or ''}\n{_options_by_model()}"
-    return tyro.cli(CTRConfig, args=argv, default=default, **words)
+    config = tyro.cli(CTRConfig, args=argv, default=default, **words)
+    given = flags_of(sys.argv[1:] if argv is None else argv)
+    if config.keep_shrinkage and "keep_shrinkage" not in given and not config.undoes_shrinkage:
+        return replace(
+            config, keep_shrinkage=False
+        )  # of the preset, to which a flag has left nothing to keep
+    return config
 
 
 def _options_by_model() -> str:

@@ -20,11 +20,13 @@ from mim_torchrec.ciubm.ubm.activation import PReLU
 from mim_torchrec.ciubm.ubm.interface import Auxiliary, BehaviorContext
 from mim_torchrec.ctr.config import ModelConfig
 from mim_torchrec.ctr.parameters import FROZEN, ID_TABLES
+from mim_torchrec.ctr.shrunk_rows import Factors, shrunk_items, shrunk_requests
 from mim_torchrec.errors import OptionError
 from mim_torchrec.training.batch_norm import GlobalBatchNorm1d, PartialBatchNorm1d, ScaledBatchNorm1d
 
 MICROSECONDS = 1_000_000
 ITEM_COLUMNS = ("item_id", "category")
+ROLES = ("candidate", "behavior")
 REQUEST = "request"
 """Stands for all tables of features of requests, whose names the dense part does not know."""
 
@@ -46,6 +48,7 @@ class LookedUp:
         request_dense: (num_requests, num_features) float32, None where there are none.
         candidate_dense: (sum_candidates, num_features) float32 likewise.
         behavior_dense: (sum_behaviors, num_features) float32 likewise.
+        factors: by which rows of items, and those of requests, are still to be multiplied; None is by none.
     """
 
     pairs: RequestPairs
@@ -59,6 +62,7 @@ class LookedUp:
     request_dense: Tensor | None = None
     candidate_dense: Tensor | None = None
     behavior_dense: Tensor | None = None
+    factors: Factors | None = None
 
 
 class Prediction(NamedTuple):
@@ -211,7 +215,7 @@ class DenseCTR(nn.Module):
         interest_dim = sum(size for on, size in parts if on) + self.ciubm.similarity_dim
         num_dot_products = sum(on for on, _ in parts) if self.dot_product_features else 0
         width = request_dim + item_dim + more_dim + interest_dim + num_dot_products + 1
-        if config.keep_shrinkage and not (config.shrinks_ids and config.batch_norm and config.normalize_ids):
+        if config.keep_shrinkage and not config.undoes_shrinkage:
             raise OptionError(
                 "--keep-shrinkage keeps what --id-shrinkage does and the batch normalization of ids undoes: "
                 "it needs --id-shrinkage, and neither --batch-norm False nor --normalize-ids False"
@@ -264,10 +268,7 @@ class DenseCTR(nn.Module):
         """
         pairs, rows = found.pairs, found.rows
 
-        def item(role: str) -> Tensor:
-            return torch.cat([rows[f"{role}_{column}"] for column in self.item_columns], dim=-1)
-
-        candidates, behaviors = item("candidate"), item("behavior")
+        candidates, behaviors = self._items(rows, found.factors)
         if self.side is not None:
             of_ids = [rows[column] for column in self.behavior_columns]
             behaviors = self.side(behaviors, of_ids, found.behavior_dense)
@@ -277,7 +278,11 @@ class DenseCTR(nn.Module):
         context = self._context(found)
         interests = self.ciubm(candidates, behaviors, pairs, candidates_mm, behaviors_mm, context)
 
-        features = [found.pooled().index_select(0, pairs.candidate_request), candidates]
+        if found.factors is None or found.factors.requests is None:
+            of_requests = found.pooled().index_select(0, pairs.candidate_request)
+        else:
+            of_requests = shrunk_requests(found.pooled(), found.factors.requests, pairs)
+        features = [of_requests, candidates]
         features += [rows[column] for column in self.candidate_columns]
         if found.request_dense is not None:
             features.append(found.request_dense.index_select(0, pairs.candidate_request))
@@ -299,6 +304,14 @@ class DenseCTR(nn.Module):
         del features, interests  # copies of them are given to the towers
         conversion = self.second_tower(given) if self.second_tower is not None else None
         return Prediction(self.tower(given), auxiliary, conversion)
+
+    def _items(self, rows: Mapping[str, Tensor], factors: Factors | None) -> tuple[Tensor, Tensor]:
+        """ID embeddings of candidates and of behaviors, the tables of an item side by side."""
+        of_roles = [[rows[f"{role}_{column}"] for column in self.item_columns] for role in ROLES]
+        if factors is not None:
+            return shrunk_items(of_roles[0], of_roles[1], factors.items)
+        candidates, behaviors = (torch.cat(parts, dim=-1) for parts in of_roles)
+        return candidates, behaviors
 
     def _context(self, found: LookedUp) -> BehaviorContext:
         """What the batch knows of behaviors besides ids; what it does not know is None."""

@@ -5,19 +5,19 @@ the interest that the user's behaviors show in it. The embedding collections are
 own models, so one class serves unsharded tests and sharded training.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
 
 from mim_torchrec.ciubm.jagged import RequestPairs
 from mim_torchrec.ctr.config import ModelConfig
-from mim_torchrec.ctr.dense import DenseCTR, LookedUp, Prediction
+from mim_torchrec.ctr.dense import ROLES, DenseCTR, LookedUp, Prediction
+from mim_torchrec.ctr.shrunk_rows import Factors
 from mim_torchrec.data.batch import RequestBatch
 from mim_torchrec.data.packed_batch import PackedBatch
-
-ROLES = ("candidate", "behavior")
 
 
 class _Untraced(nn.Module):
@@ -70,7 +70,9 @@ class CTRModel(DenseCTR):
         self.item_embeddings = item_embeddings
         self.mm_embeddings = mm_embeddings
         self.item_features = [feature for t in tables for feature in t.feature_names]
+        self.request_features = [feature for t in bags for feature in t.feature_names]
         self.shrinks_ids = config.shrinks_ids
+        self.weighs_bags = request_embeddings.is_weighted()
         self.score = _Untraced(self._score)
         self.shrink_and_score = _Untraced(self._shrink_and_score)
 
@@ -86,7 +88,7 @@ class CTRModel(DenseCTR):
         """
         sparse = batch.sparse
         # start every exchange between ranks before waiting for the first
-        pooled = self.request_embeddings(batch.bags if self.shrinks_ids else sparse)
+        pooled = self.request_embeddings(batch.bags if self.weighs_bags else sparse)
         item_rows = self.item_embeddings(sparse)
         mm_rows = self.mm_embeddings(sparse) if self.mm_embeddings is not None else None
         score = self.shrink_and_score if self.shrinks_ids else self.score
@@ -99,16 +101,20 @@ class CTRModel(DenseCTR):
         item_rows: Mapping[str, JaggedTensor],
         mm_rows: Mapping[str, JaggedTensor] | None,
     ) -> Prediction:
-        """Multiply the embeddings of items by their factors; those of requests were weighted when pooled."""
+        """Say by what embeddings are multiplied; bags of lists of ids were weighted by it."""
         if batch.factors is None:
             raise ValueError("embeddings of ids are shrunk, but the batch does not say by what factors")
-        keys, ends = batch.sparse.keys(), batch.sparse.offset_per_key()
-        rows = {}
-        for feature in self.item_features:
-            place = keys.index(feature)
-            factors = batch.factors[ends[place] : ends[place + 1], None]
-            rows[feature] = item_rows[feature].values() * factors
-        return self._predicted(batch, _pairs(batch), pooled, rows, mm_rows)
+        rows = {feature: item_rows[feature].values() for feature in self.item_features}
+        for feature in (*self.candidate_columns, *self.behavior_columns):
+            rows[feature] = rows[feature] * _factors(batch, [feature])[:, None]
+        of_items = _factors(batch, [f"{role}_{name}" for name in self.item_columns for role in ROLES])
+        factors = Factors(
+            items=of_items.view(len(self.item_columns), -1),
+            requests=None
+            if self.weighs_bags
+            else _factors(batch, self.request_features).view(len(self.request_features), -1),
+        )
+        return self._predicted(batch, _pairs(batch), pooled, rows, mm_rows, factors)
 
     def _score(
         self,
@@ -129,6 +135,7 @@ class CTRModel(DenseCTR):
         pooled: KeyedTensor,
         rows: Mapping[str, Tensor],
         mm_rows: Mapping[str, JaggedTensor] | None,
+        factors: Factors | None = None,
     ) -> Prediction:
         vectors = None
         if mm_rows is not None:
@@ -146,9 +153,20 @@ class CTRModel(DenseCTR):
             request_dense=batch.request_dense,
             candidate_dense=batch.candidate_dense,
             behavior_dense=batch.behavior_dense,
+            factors=factors,
             **categories,
         )
         return self.predict(found)
+
+
+def _factors(batch: RequestBatch, features: Sequence[str]) -> Tensor:
+    """Factors of features, one after the other: a view where they are neighbors in the batch."""
+    assert batch.factors is not None
+    keys, ends = batch.sparse.keys(), batch.sparse.offset_per_key()
+    places = [keys.index(feature) for feature in features]
+    if places == list(range(places[0], places[0] + len(places))):
+        return batch.factors[ends[places[0]] : ends[places[-1] + 1]]
+    return torch.cat([batch.factors[ends[place] : ends[place + 1]] for place in places])
 
 
 def _pairs(batch: RequestBatch) -> RequestPairs:

@@ -97,15 +97,15 @@ def build_model(
     """
     dim = config.embedding_dim
     tables = id_tables_of(config, num_embeddings)
-    of_requests = [feature.name for feature in config.features().ids("request")]
-    means = () if config.shrinks_ids else of_requests  # the weights of bags hold their lengths
+    lists = [feature.name for feature in config.features().ids("request")]
+    is_weighted = config.shrinks_ids and bool(lists)  # the weights of bags hold their lengths
     request = [
         EmbeddingBagConfig(
             name=name,
             embedding_dim=dim,
             num_embeddings=num_embeddings[name],
             feature_names=feature_names,
-            pooling=PoolingType.MEAN if name in means else PoolingType.SUM,
+            pooling=PoolingType.MEAN if name in lists and not is_weighted else PoolingType.SUM,
         )
         for name, feature_names in tables.requests.items()
     ]
@@ -119,7 +119,7 @@ def build_model(
         for name, feature_names in tables.items.items()
     ]
     # the dense part must not depend on how many random numbers the tables have drawn
-    request_embeddings = EmbeddingBagCollection(tables=request, device=device, is_weighted=config.shrinks_ids)
+    request_embeddings = EmbeddingBagCollection(tables=request, device=device, is_weighted=is_weighted)
     item_embeddings = EmbeddingCollection(tables=items, device=device)
     mm_embeddings = None
     if mm_config is not None:

@@ -12,6 +12,9 @@ from torchrec.streamable import Pipelineable
 
 from mim_torchrec.data.request_columns import Coded
 
+REQUEST_IDS = ("user_id", "query_id")
+"""Features of which a request has one id; of any other it may have a list."""
+
 
 class FeatureIds(NamedTuple):
     """Ids of one feature of B requests, or their rows, before they are part of a batch.
@@ -89,7 +92,8 @@ class RequestBatch(Pipelineable):
         second_labels: (sum_candidates,) float32, 0 or 1, None where there is no second label.
         factors: (num_ids,) float32, by which embeddings of the ids of `sparse` are multiplied, in the order
             of its values and without those of multi-modal rows; None where they are left as they are.
-        bags: where there are factors, the features of requests, weighted by them.
+        bags: where there are factors and requests have lists of ids, the features of requests, weighted so
+            that the sum of a list is the mean of its shrunk embeddings. Without lists, `factors` say all.
         weights: (sum_candidates,) float32, how often each candidate counts; None counts each once.
         originals: ids as people know them, where they are no int64 and the reader was asked for them:
             `request_id`, `user_id`, `query_id` (B,) and `item_id` (sum_candidates,); they stay on the CPU.

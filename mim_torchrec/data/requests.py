@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from mim_torchrec.data.batch import FeatureIds, MappedIds, RequestBatch, keyed
+from mim_torchrec.data.batch import REQUEST_IDS, FeatureIds, MappedIds, RequestBatch, keyed
 from mim_torchrec.data.columns import ORIGINALS, SECOND_LABEL
 from mim_torchrec.data.conventions import Conventions
 from mim_torchrec.data.errors import DataError
@@ -53,8 +53,6 @@ class _Chunk(NamedTuple):
     rows: np.ndarray
 
 
-IDS = ("user_id", "query_id")
-"""Ids of requests that have embeddings."""
 MADE_VALUES = 1 << 17
 """Behaviors, or candidates, of the batches that are made together."""
 
@@ -301,7 +299,7 @@ def _with_rows(wanted: Features, mapper: IdMapper, requests: RequestColumns) -> 
             values["mm"] = mapper.look_up_mm(_writable(jagged.values["item_id"])).numpy()
         return Jagged(jagged.lengths, values, coded)
 
-    scalars = {name: rows(name, requests.scalars[name]) for name in IDS if name in requests.scalars}
+    scalars = {name: rows(name, requests.scalars[name]) for name in REQUEST_IDS if name in requests.scalars}
     ids = {
         name: Jagged(own.lengths, {"id": rows(name, own.values["id"])}) for name, own in requests.ids.items()
     }
@@ -327,7 +325,7 @@ def _keys(role: Role, wanted: Features) -> dict[str, str]:
 def _features(requests: RequestColumns, wanted: Features) -> list[FeatureIds]:
     """Features of ids, or of rows, in the order of the keys of a batch."""
     ones = torch.ones(len(requests), dtype=torch.int32)
-    scalars = {name: requests.scalars[name] for name in IDS if name in requests.scalars}
+    scalars = {name: requests.scalars[name] for name in REQUEST_IDS if name in requests.scalars}
     found = [FeatureIds(name, torch.from_numpy(ids), ones) for name, ids in scalars.items()]
 
     def add(key: str, jagged: Jagged, name: str, lengths: torch.Tensor) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from mim_torchrec.data.batch import FeatureIds, MappedIds, RequestBatch, keyed
+from mim_torchrec.data.batch import REQUEST_IDS, FeatureIds, MappedIds, RequestBatch, keyed
 from mim_torchrec.data.errors import DataError
 from mim_torchrec.data.id_buckets import AT_ONCE, IdBuckets
 from mim_torchrec.embeddings.files import atomic_file
@@ -73,7 +73,7 @@ class Vocabulary:
             raise OptionError(
                 "--id-shrinkage needs to know in how many training impressions each id was shown, which "
                 "vocabularies of earlier releases do not hold: train without --warm-start, or train the "
-                "earlier run again"
+                "earlier run again, or give --id-shrinkage 0"
             )
         self._index = RowIndex(ids)
         self.num_embeddings = num_embeddings
@@ -216,7 +216,7 @@ class IdMapper:
     `candidate_x` and `behavior_x` share the vocabulary `x`, unless they have one of their own. Where there is
     a multi-modal table, the batch gets the features `candidate_mm` and `behavior_mm`: rows of that table,
     which knows more items than the training part does. Where a vocabulary has a shrinkage, the batch gets
-    `factors` and `bags`.
+    `factors`, and `bags` where requests have lists of ids.
 
     Args:
         vocabularies: by "user_id", "query_id", "item_id", "category", as far as the batches have them, and by
@@ -296,6 +296,8 @@ class IdMapper:
         of_ids = features[: len(names)]
         factors = [self.vocabularies[name].factors(own) for name, own in zip(names, rows, strict=False)]
         factored = (one.values() for one in keyed(of_ids, factors, bounds))
+        if not any(_is_list(one.key) for one in of_ids):
+            return map(MappedIds, sparse, factored)
         return map(MappedIds, sparse, factored, _weighted_bags(of_ids, rows, factors, bounds))
 
     def unknown_factor(self, name: str) -> float:
@@ -342,6 +344,15 @@ def _row_type(num_embeddings: int) -> torch.dtype:
     return torch.int32 if num_embeddings < 2**31 else torch.int64
 
 
+def _of_request(key: str) -> bool:
+    return not key.startswith(("candidate_", "behavior_"))
+
+
+def _is_list(key: str) -> bool:
+    """Whether requests may have several ids of a feature, whose embeddings are averaged."""
+    return _of_request(key) and key not in REQUEST_IDS
+
+
 def _weighted_bags(
     features: Sequence[FeatureIds], rows: Sequence[Tensor], factors: Sequence[Tensor], bounds: np.ndarray
 ) -> Iterator[KeyedJaggedTensor]:
@@ -353,7 +364,7 @@ def _weighted_bags(
         factors: of each feature (num_ids,).
         bounds: (num_batches + 1,) where each batch begins and ends among the requests.
     """
-    places = [k for k, one in enumerate(features) if not one.key.startswith(("candidate_", "behavior_"))]
+    places = [k for k, one in enumerate(features) if _of_request(one.key)]
     own = [features[k] for k in places]
     means = [factors[k] / features[k].lengths.repeat_interleave(features[k].lengths) for k in places]
     weights = keyed(own, means, bounds)

@@ -194,7 +194,8 @@ class Lookups:
             request_dense=self._numbers(self.features.numbers("request"), requests),
             candidate_dense=self._numbers(self.features.numbers("candidate"), requests),
             behavior_dense=self._numbers(self.features.numbers("behavior"), requests),
-            **categories,
+            candidate_categories=categories.get("candidate_categories"),
+            behavior_categories=categories.get("behavior_categories"),
         )
 
     def _numbers(self, features: Sequence[Feature], requests: Sequence[ScoreRequest]) -> Tensor | None:

@@ -63,12 +63,16 @@ class GlobalBatchNorm1d(nn.Module):
         if x.shape[0] < 2:
             return self._normalize_by_running(x)
         return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, True, self.momentum, self.eps
+            x, self.running_mean, self.running_var, *self._affine(), True, self.momentum, self.eps
         )
+
+    def _affine(self) -> tuple[Tensor | None, Tensor | None]:
+        """By what normalized features are multiplied, and what is added to them; None is nothing."""
+        return self.weight, self.bias
 
     def _normalize_by_running(self, x: Tensor) -> Tensor:
         return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, False, self.momentum, self.eps
+            x, self.running_mean, self.running_var, *self._affine(), False, self.momentum, self.eps
         )
 
     def _forward_global(self, x: Tensor) -> Tensor:
@@ -83,7 +87,10 @@ class GlobalBatchNorm1d(nn.Module):
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * count / (count - 1), self.momentum)
         out = centered * torch.rsqrt(var + self.eps)
-        return out if self.weight is None else out * self.weight + self.bias
+        weight, bias = self._affine()
+        if weight is not None:
+            out = out * weight
+        return out if bias is None else out + bias
 
 
 class PartialBatchNorm1d(GlobalBatchNorm1d):
@@ -117,6 +124,5 @@ class ScaledBatchNorm1d(GlobalBatchNorm1d):
         super().__init__(num_features, affine=False)
         self.register_buffer("scale", torch.ones(num_features))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize (rows, num_features)."""
-        return super().forward(x) * self.scale
+    def _affine(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.scale, None

@@ -287,8 +287,14 @@ def test_a_hidden_candidate_has_the_factor_of_an_unknown_id():
     assert mapped.factors.tolist() == pytest.approx([2 / 12, 0.5, 0.75, 0.75])
 
 
+def test_a_batch_without_lists_has_no_bags_as_its_factors_say_all():
+    mapped = shrinking_mapper()(batch_of(user_id=[[2]], candidate_item_id=[[10]], behavior_item_id=[[]]))
+    assert mapped.factors.tolist() == pytest.approx([2 / 12, 0.5]) and mapped.bags is None
+
+
 def test_factors_and_bags_move_with_the_batch():
-    moved = shrinking_mapper()(small_batch()).to(torch.device("meta"))
+    tagged = batch_of(user_id=[[2]], tags=[[6, 9]], candidate_item_id=[[10]], behavior_item_id=[[20]])
+    moved = shrinking_mapper()(tagged).to(torch.device("meta"))
     assert moved.factors.is_meta and moved.bags.weights().is_meta and moved.bags.values().is_meta
 
 
