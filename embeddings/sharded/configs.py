@@ -34,12 +34,15 @@ def frozen_config(table: Table, feature_names: Sequence[str], name: str = "mm") 
             rows are kept by number has no such row 0.
         feature_names: keys of the features that are looked up in it.
         name: the embedding table's name in the model.
+
+    Raises:
+        ValueError: `feature_names` is one name, and no list.
     """
     return EmbeddingConfig(
         name=name,
         num_embeddings=table.manifest.num_embeddings,
         embedding_dim=table.manifest.dim,
-        feature_names=list(feature_names),
+        feature_names=_listed(feature_names),
         data_type=DATA_TYPES[table.manifest.dtype],
     )
 
@@ -55,10 +58,16 @@ def frozen_bag_config(
         name=name,
         num_embeddings=table.manifest.num_embeddings,
         embedding_dim=table.manifest.dim,
-        feature_names=list(feature_names),
+        feature_names=_listed(feature_names),
         data_type=DATA_TYPES[table.manifest.dtype],
         pooling=pooling,
     )
+
+
+def _listed(feature_names: Sequence[str]) -> list[str]:
+    if isinstance(feature_names, str):  # would be a feature for each of its letters
+        raise ValueError(f"feature_names is {feature_names!r}; give a list of names, [{feature_names!r}]")
+    return list(feature_names)
 
 
 def storage_dtype(config: BaseEmbeddingConfig) -> str:

@@ -67,7 +67,7 @@ def retrieve(config: RetrieveConfig, context: DistributedContext) -> dict[str, A
     """Run the search on an initialized process group; returns what retrieval.json holds.
 
     Raises:
-        OptionError: no pairs are asked for.
+        OptionError: no pairs are asked for, or `out` is the directory of a training run.
         DataError: data is damaged.
         CheckpointError: the encoder is.
         LeaseError: another process writes into `out`.
@@ -75,6 +75,7 @@ def retrieve(config: RetrieveConfig, context: DistributedContext) -> dict[str, A
     check_domains(config)
     run = RunDirectory(config.out)
     with run.writing(context):
+        run.refuse_trained()
         return _retrieve(config, run, context)
 
 

@@ -17,7 +17,7 @@ from mim_torchrec import program
 from mim_torchrec.ctr.assembly import TrainedRun, assemble, live_windows, open_reader
 from mim_torchrec.ctr.config import CTRConfig
 from mim_torchrec.ctr.predictions import PredictionFile, collect, predict
-from mim_torchrec.ctr.report import COLUMNS, read_items, summarize
+from mim_torchrec.ctr.report import COLUMNS, in_words, read_items, summarize
 from mim_torchrec.ctr.task import load_model
 from mim_torchrec.data.schema import Dataset
 from mim_torchrec.domains import Count, Natural, check_domains
@@ -68,7 +68,7 @@ def evaluate(config: EvaluationConfig, context: DistributedContext) -> dict[str,
     """Run the stage on an initialized process group; returns what metrics.json holds.
 
     Raises:
-        OptionError: `model` has no such checkpoint.
+        OptionError: `model` has no such checkpoint, or `out` is the directory of a training run.
         ModelMismatch: config.json or vocabulary/ of `model` are not those of its weights.
         LeaseError: another process writes into `out`.
         VersionMismatch: the table is of another version than the model was trained on.
@@ -87,6 +87,7 @@ def evaluate(config: EvaluationConfig, context: DistributedContext) -> dict[str,
     )
     out = RunDirectory(config.out)
     with matrix_products_in(trained.precision, context.device, training=False), out.writing(context):
+        out.refuse_trained()
         return _evaluate(config, settings, run, out, context)
 
 
@@ -124,8 +125,7 @@ def _evaluate(
     }
     out.write_results(report, context, file.joined())
     if context.is_main:
-        log.info("%s: auc %s %s, gauc %s, ne %s, %d impressions", config.split, report["auc"],
-                 report.get("ci", {}).get("auc", ""), report["gauc"], report["ne"], report["n"])  # fmt: skip
+        log.info("%s: %s", config.split, in_words(report))
     return report
 
 

@@ -22,7 +22,7 @@ from mim_torchrec.ctr.assembly import (
 from mim_torchrec.ctr.config import CTRConfig, parse
 from mim_torchrec.ctr.pipeline import is_pipelined
 from mim_torchrec.ctr.predictions import PredictionFile, collect, predict
-from mim_torchrec.ctr.report import COLUMNS, read_items, summarize
+from mim_torchrec.ctr.report import COLUMNS, in_words, read_items, summarize
 from mim_torchrec.ctr.sharding import check_model
 from mim_torchrec.ctr.task import CTRTask, load_model
 from mim_torchrec.ctr.vocabularies import scan_vocabularies
@@ -187,13 +187,7 @@ def _train_and_evaluate(config: CTRConfig, run: RunDirectory, context: Distribut
     run.write_results(report, context, file.joined())
     if context.is_main:
         log_concerns(warnings)
-        log.info(
-            "test: auc %.4f, gauc %s, ne %s, %d impressions",
-            report["auc"] or float("nan"),
-            report["gauc"],
-            report["ne"],
-            report["n"],
-        )
+        log.info("test: %s", in_words(report))
     return report
 
 

@@ -210,5 +210,17 @@ def _parts(
     }
 
 
+def in_words(report: dict[str, Any]) -> str:
+    """The figures of a summary in one line.
+
+    >>> in_words({"auc": 0.75, "gauc": None, "ne": 0.98765, "n": 40, "ci": {"auc": [0.7, 0.8]}})
+    'auc 0.7500 [0.7000, 0.8000], gauc -, ne 0.9877, 40 impressions'
+    """
+    named = {name: "-" if report[name] is None else f"{report[name]:.4f}" for name in ("auc", "gauc", "ne")}
+    if (interval := report.get("ci", {}).get("auc")) is not None:
+        named["auc"] += f" [{interval[0]:.4f}, {interval[1]:.4f}]"
+    return ", ".join(f"{name} {value}" for name, value in named.items()) + f", {report['n']} impressions"
+
+
 def _defined(value: float) -> float | None:
     return None if np.isnan(value) else float(value)

@@ -39,6 +39,7 @@ from mim_torchrec.embeddings.remote.outputs import look_for
 from mim_torchrec.embeddings.remote.places import Url
 from mim_torchrec.embeddings.remote.published import Publisher
 from mim_torchrec.embeddings.remote.restoring import restore
+from mim_torchrec.errors import OptionError
 from mim_torchrec.training.checkpoints import (
     CheckpointConfig,
     checkpoints_in,
@@ -190,6 +191,18 @@ class RunDirectory:
     def resumes(self, config: CheckpointConfig) -> bool:
         """Whether a run with this configuration goes on from a checkpoint."""
         return (config.resume == "auto" or is_restarted()) and bool(checkpoints_in(self.checkpoints))
+
+    def refuse_trained(self) -> None:
+        """See that no stage has trained here: what only evaluates would replace the metrics of its run.
+
+        Raises:
+            OptionError: one has.
+        """
+        if self.config.is_file():
+            raise OptionError(
+                f"--out {self.place} is the directory of a training run, whose results would be replaced; "
+                "choose another"
+            )
 
     def refuse_other(
         self, config: CheckpointConfig, fingerprint: dict[str, Any], *, whole: bool = True

@@ -56,6 +56,13 @@ def test_the_best_checkpoint_on_test_gives_what_training_reported(folder, found)
         assert found[0]["calibration"][name] == pytest.approx(trained["calibration"][name]), name
 
 
+def test_the_results_of_a_training_run_are_not_replaced(folder):
+    before = (folder / "run" / "metrics.json").read_bytes()
+    with pytest.raises(ValueError, match="is the directory of a training run"):
+        evaluate(folder, folder / "run")
+    assert (folder / "run" / "metrics.json").read_bytes() == before
+
+
 def groups_auc(rows: dict[str, np.ndarray], ids: np.ndarray) -> float:
     values, weights = [], []
     for g in np.unique(ids):

@@ -40,6 +40,13 @@ def test_csft_searches_with_the_encoder_it_kept(shop, trained, tmp_path):
     assert found["mean_rank"] == pytest.approx(metrics["retrieval"]["mean_rank"], rel=0.01)
 
 
+def test_the_search_of_a_training_run_is_not_replaced(shop, trained):
+    before = (trained / "retrieval.json").read_bytes()
+    with pytest.raises(ValueError, match="is the directory of a training run"):
+        run(shop, str(trained / "encoder"), trained, "--held-out-fraction", "0.2")
+    assert (trained / "retrieval.json").read_bytes() == before
+
+
 def test_queries_are_told_apart_by_age_and_category(trained):
     found = json.loads((trained / "retrieval.json").read_text())
     assert found["n"] == 40

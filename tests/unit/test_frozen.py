@@ -6,6 +6,7 @@ from torchrec.distributed.types import ParameterSharding
 from torchrec.modules.embedding_configs import DataType, EmbeddingConfig
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from mim_torchrec.embeddings.sharded.configs import frozen_bag_config
 from mim_torchrec.embeddings.sharded.frozen import FrozenEmbeddingCollection, frozen_config
 from mim_torchrec.embeddings.sharded.load import load_table, open_table, table_digest
 from mim_torchrec.embeddings.sharded.sharder import FrozenEmbeddingCollectionSharder
@@ -27,6 +28,12 @@ def table(request, tmp_path):
 def features(table, candidates, behaviors, lengths):
     rows = table.row_index().rows(torch.tensor(candidates + behaviors))
     return KeyedJaggedTensor(keys=FEATURES, values=rows, lengths=torch.tensor(lengths))
+
+
+@pytest.mark.parametrize("config", [frozen_config, frozen_bag_config])
+def test_one_name_of_a_feature_is_no_list_of_its_letters(table, config):
+    with pytest.raises(ValueError, match=r"give a list of names, \['item'\]"):
+        config(table, "item")
 
 
 def test_lookups_are_the_vectors_of_the_items_as_float32(table):
