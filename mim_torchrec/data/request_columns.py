@@ -73,7 +73,7 @@ class Jagged:
                 kept = np.arange(longest) >= (longest - lengths)[:, None]
 
             def taken(values: np.ndarray) -> np.ndarray:
-                found: np.ndarray = _windows(values, longest)[starts]
+                found = _windows_from(starts, values, longest)
                 return found.reshape(-1) if kept is None else found[kept]
 
         else:
@@ -121,9 +121,13 @@ class RequestColumns:
         )
 
 
-def _windows(values: np.ndarray, length: int) -> np.ndarray:
-    """(n - length + 1, length) those values (n,) that follow each one, in the same memory."""
-    shape, strides = (len(values) - length + 1, length), values.strides * 2
+def _windows_from(starts: np.ndarray, values: np.ndarray, length: int) -> np.ndarray:
+    """(m, length) those values (n,) that follow each of the places starts (m,)."""
+    count = len(values) - length + 1
     if values.dtype == object:
-        return as_strided(values, shape, strides, writeable=False)
-    return np.ndarray(shape, values.dtype, values, 0, strides)  # the same, and much faster
+        windows = as_strided(values, (count, length), values.strides * 2, writeable=False)
+        found: np.ndarray = windows[starts]
+        return found
+    # one element is a whole window, so NumPy copies its bytes at once, not value by value
+    window = np.dtype((np.void, length * values.itemsize))
+    return np.ndarray(count, window, values, 0, values.strides)[starts].view(values.dtype).reshape(-1, length)
