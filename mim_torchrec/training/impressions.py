@@ -90,7 +90,7 @@ class Impressions:
         return [self._merged(parts) for parts in zip(*gathered, strict=True)]
 
     def calibration(self, bins: int = 10) -> dict[str, Any] | None:
-        """See `metrics.calibration`; the same on every rank."""
+        """See `metrics.calibration_of_sums`; the same on every rank."""
         sizes = self._context.all_gather_objects(len(self._label))
         first = sum(sizes[: self._context.rank])
         sums = metrics.calibration_sums(self._label, self._score, bins, first, sum(sizes), self._weight)

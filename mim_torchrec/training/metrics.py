@@ -104,28 +104,6 @@ def group_codes(groups: np.ndarray) -> tuple[np.ndarray, int]:
     return codes, len(found)
 
 
-def grouped_auc(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray) -> float | None:
-    """Mean AUC of groups (users), weighted by their impressions.
-
-    Groups without both classes are left out; None when no group has both.
-
-    Args:
-        labels: (n,) zeros and ones.
-        scores: (n,).
-        groups: (n,) integer id of the group of each impression.
-    """
-    codes, count = group_codes(groups)
-    return mean_of_groups(
-        GroupedAUC(labels, scores, codes, count)(), np.bincount(codes, minlength=count).astype(np.float64)
-    )
-
-
-def mean_of_groups(values: np.ndarray, weights: np.ndarray) -> float | None:
-    """Weighted mean of the values that are defined; None where none is."""
-    defined = ~np.isnan(values) & (weights > 0)
-    return float(np.average(values[defined], weights=weights[defined])) if defined.any() else None
-
-
 def clipped(probabilities: np.ndarray) -> np.ndarray:
     """Probabilities (n,), kept 1e-7 away from 0 and 1, so that their logarithms are finite."""
     return np.clip(np.asarray(probabilities, np.float64), 1e-7, 1 - 1e-7)
@@ -136,41 +114,6 @@ def losses(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     return -np.where(np.asarray(labels) > 0, np.log(probabilities), np.log1p(-probabilities))
 
 
-def log_loss(labels: np.ndarray, probabilities: np.ndarray) -> float | None:
-    """Mean binary cross entropy in nats; probabilities are kept 1e-7 away from 0 and 1."""
-    if len(labels) == 0:
-        return None
-    return float(np.mean(losses(labels, clipped(probabilities))))
-
-
-def normalized_entropy(labels: np.ndarray, probabilities: np.ndarray) -> float | None:
-    """Log loss divided by that of always predicting the click rate (He et al., 2014); lower is better.
-
-    None without both classes.
-    """
-    rate = float(np.mean(labels)) if len(labels) else 0.0
-    if rate in (0.0, 1.0):
-        return None
-    entropy = -(rate * np.log(rate) + (1 - rate) * np.log1p(-rate))
-    return log_loss(labels, probabilities) / entropy
-
-
-def calibration(labels: np.ndarray, probabilities: np.ndarray, bins: int = 10) -> dict[str, Any] | None:
-    """How well probabilities agree with what happened; None without impressions.
-
-    Args:
-        labels: (n,) zeros and ones.
-        probabilities: (n,).
-        bins: equally large parts of the impressions, from the lowest probability to the highest.
-
-    Returns:
-        `ratio`, the mean probability over the click rate (None without a click); `ece`, the expected
-        calibration error, the mean over impressions of the distance of their bin's mean probability and click
-        rate; and `bins`, of each its `n`, `predicted` and `observed`.
-    """
-    return calibration_of_sums(calibration_sums(labels, probabilities, bins, 0, len(labels)))
-
-
 def calibration_sums(
     labels: np.ndarray,
     probabilities: np.ndarray,
@@ -179,12 +122,12 @@ def calibration_sums(
     total: int,
     weights: np.ndarray | None = None,
 ) -> np.ndarray:
-    """What `calibration` is computed from, of impressions that are `first`, `first` + 1, … of `total` ones.
+    """What `calibration_of_sums` takes, of impressions that are `first`, `first` + 1, … of `total` ones.
 
     Args:
         labels: (n,) zeros and ones.
         probabilities: (n,); in the order of all impressions by probability, these come one after another.
-        bins: see `calibration`.
+        bins: equally large parts of the impressions, from the lowest probability to the highest.
         first: impressions with lower probabilities elsewhere.
         total: all impressions.
         weights: (n,) how often each impression counts; None counts each once.
@@ -204,7 +147,16 @@ def calibration_sums(
 
 
 def calibration_of_sums(sums: np.ndarray) -> dict[str, Any] | None:
-    """`calibration` of the sum of `calibration_sums` over disjoint impressions."""
+    """How well probabilities agree with what happened; None without impressions.
+
+    Args:
+        sums: (bins, 3), the sum of `calibration_sums` over disjoint impressions.
+
+    Returns:
+        `ratio`, the mean probability over the click rate (None without a click); `ece`, the expected
+        calibration error, the mean over impressions of the distance of their bin's mean probability and click
+        rate; and `bins`, of each its `n`, `predicted` and `observed`.
+    """
     total, predicted, clicks = sums.sum(axis=0)
     if not total:
         return None

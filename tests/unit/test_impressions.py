@@ -9,6 +9,7 @@ from mim_torchrec.errors import Diverged
 from mim_torchrec.training import metrics
 from mim_torchrec.training.distributed import DistributedContext
 from mim_torchrec.training.impressions import Impressions
+from tests.click_metrics import grouped_auc, normalized_entropy
 
 ONE = DistributedContext(0, 1, torch.device("cpu"))
 COUNT = 400
@@ -31,16 +32,15 @@ def impressions(sample: dict[str, np.ndarray], drawn: bool = False) -> Impressio
 def test_metrics_are_those_of_scikit_learn(sample):
     found = impressions(sample).compute()
     labels, scores = sample["label"], sample["score"].astype(np.float64)
-    loss, rate = log_loss(labels, scores), labels.mean(dtype=np.float64)
     assert found["auc"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
-    assert found["logloss"] == pytest.approx(loss, abs=1e-12)
-    assert found["ne"] == pytest.approx(loss / log_loss(labels, np.full(COUNT, rate)), abs=1e-12)
-    assert found["calibration_ratio"] == pytest.approx(scores.mean() / rate)
+    assert found["logloss"] == pytest.approx(log_loss(labels, scores), abs=1e-12)
+    assert found["ne"] == pytest.approx(normalized_entropy(labels, scores), abs=1e-12)
+    assert found["calibration_ratio"] == pytest.approx(scores.mean() / labels.mean(dtype=np.float64))
 
 
 def test_grouped_auc_is_that_of_a_loop_over_users(sample):
     assert impressions(sample).compute()["gauc"] == pytest.approx(
-        metrics.grouped_auc(sample["label"], sample["score"], sample["user"])
+        grouped_auc(sample["label"], sample["score"], sample["user"])
     )
 
 
@@ -61,13 +61,13 @@ def test_a_draw_counts_the_impressions_of_its_users(sample):
     labels, scores = sample["label"][repeated], sample["score"][repeated]
     (found,) = own.compute_draws([counts])
     assert found["auc"] == pytest.approx(roc_auc_score(labels, scores))
-    assert found["gauc"] == pytest.approx(metrics.grouped_auc(labels, scores, sample["user"][repeated]))
-    assert found["logloss"] == pytest.approx(metrics.log_loss(labels, scores))
+    assert found["gauc"] == pytest.approx(grouped_auc(labels, scores, sample["user"][repeated]))
+    assert found["logloss"] == pytest.approx(log_loss(labels, scores.astype(np.float64)))
 
 
 def test_calibration_is_that_of_all_impressions(sample):
-    found, expected = impressions(sample).calibration(), metrics.calibration(sample["label"], sample["score"])
-    assert found == expected
+    sums = metrics.calibration_sums(sample["label"], sample["score"], 10, 0, COUNT)
+    assert impressions(sample).calibration() == metrics.calibration_of_sums(sums)
 
 
 def test_one_class_leaves_what_needs_two_undefined(sample):

@@ -32,36 +32,13 @@ def test_auc_of_constant_scores_is_one_half():
 
 
 @pytest.mark.parametrize("labels", [np.zeros(3, int), np.ones(3, int), np.zeros(0, int)])
-def test_metrics_of_one_class_are_undefined(labels):
+def test_auc_of_one_class_is_undefined(labels):
     scores = np.full(len(labels), 0.5)
     assert metrics.auc(labels, scores) is None
-    assert metrics.normalized_entropy(labels, scores) is None
-    assert metrics.grouped_auc(labels, scores, np.arange(len(labels))) is None
 
 
-def test_grouped_auc_weighs_groups_by_impressions_and_leaves_out_those_of_one_class(sample):
-    labels, scores, groups = sample
-    total = weight = 0.0
-    for g in np.unique(groups):
-        mine = groups == g
-        if 0 < labels[mine].sum() < mine.sum():
-            total += mine.sum() * naive_auc(labels[mine], scores[mine])
-            weight += mine.sum()
-    assert metrics.grouped_auc(labels, scores, groups) == pytest.approx(total / weight)
-
-
-def test_normalized_entropy_of_the_base_rate_is_one():
-    labels = np.array([1, 0, 0, 0])
-    assert metrics.normalized_entropy(labels, np.full(4, 0.25)) == pytest.approx(1.0)
-
-
-def test_log_loss_is_the_mean_cross_entropy():
-    expected = -(np.log(0.8) + np.log(1 - 0.3)) / 2
-    assert metrics.log_loss(np.array([1, 0]), np.array([0.8, 0.3])) == pytest.approx(expected)
-
-
-def test_log_loss_of_a_certain_error_is_finite():
-    assert np.isfinite(metrics.log_loss(np.array([1]), np.array([0.0])))
+def test_the_loss_of_a_certain_error_is_finite():
+    assert np.isfinite(metrics.losses(np.array([1]), metrics.clipped(np.array([0.0]))))
 
 
 def test_bootstrap_of_equal_scores_is_zero(sample):
@@ -107,9 +84,13 @@ def test_the_auc_of_each_group_is_that_of_a_loop_for_any_weighting(sample):
             assert np.isnan(found[g])
 
 
+def calibration(labels: np.ndarray, probabilities: np.ndarray, bins: int = 10) -> dict | None:
+    return metrics.calibration_of_sums(metrics.calibration_sums(labels, probabilities, bins, 0, len(labels)))
+
+
 def test_calibration_compares_probabilities_with_what_happened():
     probabilities = np.array([0.1, 0.2, 0.9, 0.6])
-    found = metrics.calibration(np.array([0, 1, 1, 1]), probabilities, bins=2)
+    found = calibration(np.array([0, 1, 1, 1]), probabilities, bins=2)
     assert found["ratio"] == pytest.approx(1.8 / 3)
     low, high = found["bins"]
     assert low == {"n": 2, "predicted": pytest.approx(0.15), "observed": 0.5}
@@ -118,8 +99,8 @@ def test_calibration_compares_probabilities_with_what_happened():
 
 
 def test_calibration_without_a_click_has_no_ratio():
-    assert metrics.calibration(np.zeros(3), np.full(3, 0.5))["ratio"] is None
-    assert metrics.calibration(np.zeros(0), np.zeros(0)) is None
+    assert calibration(np.zeros(3), np.full(3, 0.5))["ratio"] is None
+    assert calibration(np.zeros(0), np.zeros(0)) is None
 
 
 def test_draws_take_whole_groups_as_many_as_there_are(sample):
