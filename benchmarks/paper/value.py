@@ -3,8 +3,8 @@
 Cells of data (shop, films), share of the training requests and user behavior model. In each cell, for every
 seed: Base, the content-only form of MIM (no id of anything), logistic regression on statistics of the
 relevance (`alpha_regression.py`), the ensemble of these three (mean of their log-odds), and MIM by the preset
-`recommended`. Embeddings of rare ids are shrunk, in Base too. Nothing is tuned for a row. Vectors are those
-of the whole data set, as an encoder needs no click log.
+`recommended`, which shrinks embeddings of rare ids, in Base too. Nothing is tuned for a row. Vectors are
+those of the whole data set, as an encoder needs no click log.
 
 Every seed of a cell is kept when it is done, so an interrupted run goes on where it was, and `--only`,
 `--share`, `--ubm` and `--seeds` run parts whose results come together in one report.
@@ -39,7 +39,7 @@ from mim_torchrec.training.metrics import auc
 from mim_torchrec.training.run_directory import RunDirectory
 
 # --- settings that the report states ------------------------------------------------------------------------
-MODEL: Options = {"preset": "recommended", "id-shrinkage": 60.0, "keep-shrinkage": True}
+MODEL: Options = {"preset": "recommended"}
 OPTIONS: dict[str, Options] = {
     "shop": {**MODEL, "epochs": 20, "patience": 3},
     "films": {**MODEL, **films.TRAINING, **films.GRID[1], "patience": 3},

@@ -32,7 +32,8 @@ PRESETS: dict[Preset, dict[str, Any]] = {
         "sparse_optimizer": "adam", "sparse_lr": 5e-3, "sparse_weight_decay": 0.0,
     },
     "recommended": {
-        "content_pooling": "mean", "dot_product_features": True, "similarity_interest": True, "lr": 1e-3,
+        "content_pooling": "mean", "dot_product_features": True, "similarity_interest": True,
+        "id_shrinkage": 60.0, "keep_shrinkage": True, "lr": 1e-3,
     },
 }  # fmt: skip
 """Fields of `CTRConfig` by preset; other fields have their defaults."""

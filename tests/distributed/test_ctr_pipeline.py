@@ -35,7 +35,7 @@ def found(run: Path) -> dict:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("mim", [(), ("--mim", "off", "--id-shrinkage", "5")])
+@pytest.mark.parametrize("mim", [(), ("--mim", "off", "--preset", "recommended")])
 def test_losses_and_auc_are_those_of_the_plain_loop(folder, world_size, mim):
     runs = {pipeline: f"{pipeline}-{world_size}-{len(mim)}" for pipeline in ("off", "on")}
     for pipeline, out in runs.items():
@@ -45,7 +45,7 @@ def test_losses_and_auc_are_those_of_the_plain_loop(folder, world_size, mim):
     assert piped == plain
 
 
-@pytest.mark.parametrize("more", [(), ("--id-shrinkage", "5")])
+@pytest.mark.parametrize("more", [(), ("--preset", "recommended")])
 def test_the_ids_of_all_tables_are_exchanged_ahead(folder, monkeypatch, more):
     ahead = []
     start = SparseExchange.start_sparse_data_dist

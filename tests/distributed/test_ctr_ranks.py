@@ -1,6 +1,7 @@
 """Two gloo ranks train the same CTR model as one: same start, same losses, same predictions."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +10,14 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from mim_torchrec.ciubm.ubm.registry import find_model
-from mim_torchrec.ctr.config import CTRConfig
+from mim_torchrec.ctr.config import PRESETS, CTRConfig
 from mim_torchrec.ctr.sharding import build_model, set_sparse_iterations, shard, sparse_iterations
 from mim_torchrec.ctr.shrinkage import input_scale, set_scale
 from mim_torchrec.ctr.task import CTRTask, load_model, save_model
 from mim_torchrec.data.batch import RequestBatch
 from mim_torchrec.data.vocabulary import IdMapper, Vocabulary
 from mim_torchrec.embeddings.sharded.frozen import frozen_config
+from mim_torchrec.embeddings.sharded.item_index import ItemIndex
 from mim_torchrec.embeddings.sharded.load import load_table, table_digest
 from mim_torchrec.embeddings.table.format import Table, TableWriter
 from mim_torchrec.training.batch_norm import GlobalBatchNorm1d
@@ -29,7 +31,7 @@ RUNS = (
     "base",
     "mim",
     "features",
-    *(SHRUNK := ("shrunk", "kept")),
+    *(SHRUNK := ("shrunk", "kept", "recommended")),
     *UBMS,
     *(f"{kind}:{way}" for kind in ("base", "mim") for way in SHARDINGS),
 )
@@ -93,18 +95,21 @@ def make_vocabularies() -> dict[str, Vocabulary]:
     }
 
 
-def shrunk(batch: RequestBatch) -> RequestBatch:
-    """The batch with factors of rows."""
-    mapped = IdMapper(make_vocabularies(), None, 1.0)(batch)
-    assert torch.equal(mapped.sparse.values(), batch.sparse.values())
+def shrunk(batch: RequestBatch, with_mm: bool = False) -> RequestBatch:
+    """The batch with factors of rows, and with rows of the multi-modal table."""
+    index = ItemIndex(torch.arange(1, ITEMS), capacity=ITEMS - 1) if with_mm else None
+    mapped = IdMapper(make_vocabularies(), index, 1.0)(batch)
+    ids = batch.sparse.values()
+    assert torch.equal(mapped.sparse.values()[: len(ids)], ids)
     return mapped
 
 
 def train(name: str, folder: Path, context) -> dict[str, object]:
 
     kind, way, exchange, *_ = [*name.split(":"), "", ""]
-    with_mm, with_features = kind == "mim", kind in ("features", *SHRUNK)
-    shrink = shrunk if kind in SHRUNK else lambda batch: batch
+    with_mm, with_features = kind in ("mim", "recommended"), kind in ("features", "shrunk", "kept")
+    given = kind == "mim", with_features  # of a shrunk model, the mapper brings rows of vectors
+    shrink = partial(shrunk, with_mm=with_mm) if kind in SHRUNK else lambda batch: batch
     ubm = name if name in UBMS else "din"
     small = {"heads": 2, "top_k": 3, "max_positions": 4, "attention": (8,), "attention_activation": "dice"}
     model = find_model(ubm)
@@ -123,6 +128,8 @@ def train(name: str, folder: Path, context) -> dict[str, object]:
         id_shrinkage=4.0 if kind in SHRUNK else 0.0, normalize_ids=kind != "shrunk",
         id_shrinkage_of={"category": 0.0} if kind in SHRUNK else {}, keep_shrinkage=kind == "kept",
     )  # fmt: skip
+    if kind == "recommended":  # without lists of ids, whose weights would be exchanged
+        config = replace(config, **PRESETS["recommended"] | {"id_shrinkage": 4.0, "lr": 1e-2})
     table = Table.open(folder / "table") if with_mm else None
     mm = frozen_config(table, ["candidate_mm", "behavior_mm"], name="mm") if table else None
     built = build_model(config, ROWS, mm, torch.device("meta"))
@@ -138,7 +145,7 @@ def train(name: str, folder: Path, context) -> dict[str, object]:
     bounds = {1: [(0, REQUESTS)], 2: [(0, cut), (cut, REQUESTS)]}[context.world_size][context.rank]
     losses = []
     for step in range(STEPS):
-        batch = shrink(make_requests(step, *bounds, with_mm, with_features))
+        batch = shrink(make_requests(step, *bounds, *given))
         optimizer.zero_grad()
         loss, _ = task.training_forward(batch)
         loss.backward()
@@ -146,12 +153,12 @@ def train(name: str, folder: Path, context) -> dict[str, object]:
         losses.append(float(np.mean(context.all_gather_objects(loss.item()))))
     model.eval()
     with torch.no_grad():
-        logits = model(shrink(make_requests(STEPS, *bounds, with_mm, with_features))).logits
+        logits = model(shrink(make_requests(STEPS, *bounds, *given))).logits
     scores = np.concatenate(context.all_gather_objects(logits.numpy()))
     save_model(model, folder / f"{name}-{context.world_size}")
     load_model(model, folder / f"{name}-1")
     with torch.no_grad():
-        logits = model(shrink(make_requests(STEPS, *bounds, with_mm, with_features))).logits
+        logits = model(shrink(make_requests(STEPS, *bounds, *given))).logits
     loaded = np.concatenate(context.all_gather_objects(logits.numpy()))
     if table:
         digests.append(table_digest(model.module.mm_embeddings))

@@ -112,9 +112,11 @@ def test_without_training_it_predicts_what_the_earlier_model_predicts(folder, tm
     assert np.corrcoef(*scores)[0, 1] > 0.98
 
 
-@pytest.mark.parametrize("way", [("--normalize-ids", "False"), ("--keep-shrinkage", "True")])
+@pytest.mark.parametrize(
+    "way", [("--id-shrinkage", "30", "--normalize-ids", "False"), ("--preset", "recommended")]
+)
 def test_shrunk_embeddings_begin_as_they_ended_though_counts_have_grown(folder, tmp_path, way):
-    shrink = ["--mim", "off", "--id-shrinkage", "30", "--min-count", "3", *way]
+    shrink = ["--mim", "off", "--min-count", "3", *way]
     for day, out, more in (("monday", "first", ()), ("tuesday", "second", FROZEN)):
         begun = ["--warm-start", str(tmp_path / "first")] if more else []
         main(["--data", str(folder / day), *SMALL, *shrink, *more, *begun, "--out", str(tmp_path / out)])
@@ -130,7 +132,7 @@ def test_shrunk_embeddings_begin_as_they_ended_though_counts_have_grown(folder, 
         assert any(after[key][0] > factor > 0 for key, (factor, _) in before.items())
         for key, (factor, row) in before.items():
             np.testing.assert_allclose(after[key][0] * after[key][1], factor * row, rtol=1e-5, atol=1e-9)
-    if "--keep-shrinkage" in way:  # the tower's scales have changed, and it is the same function
+    if "recommended" in way:  # the tower's scales have changed, and it is the same function
         (scale, weight), (later, other) = (
             [weights_of(tmp_path / out, f"tower.layers.{name}") for name in ("0.scale", "1.weight")]
             for out in ("first", "second")

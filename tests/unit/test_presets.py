@@ -4,6 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import tyro
 
 from mim_torchrec.csft import config as csft
 from mim_torchrec.ctr import config as ctr
@@ -59,6 +60,48 @@ def test_a_flag_for_the_whole_batch_settles_that_of_a_rank():
     assert ctr.parse([*NEEDED, "--preset", "paper", "--batch-size=64"]).batch_size_per_rank is None
     config = pretraining.parse([*NEEDED, "--preset", "paper", "--dma.batch-size", "64"])
     assert (config.dma.items_per_step(2), config.dda_text.items_per_step(2)) == (64, 2048)
+
+
+RECOMMENDED = [*NEEDED, "--preset", "recommended"]
+
+
+def parse_ctr(words: list[str]) -> ctr.CTRConfig:
+    """As `mim ctr` does."""
+    return ctr.parse(words, config=(tyro.conf.FlagConversionOff,))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--id-shrinkage", "0"],
+        ["--id-shrinkage=0.0"],
+        ["--batch-norm", "False"],
+        ["--normalize-ids", "False"],
+    ],
+    ids=" ".join,
+)
+def test_where_a_flag_leaves_no_shrinkage_to_keep_the_preset_keeps_none(flags):
+    config = parse_ctr([*RECOMMENDED, *flags])
+    assert not config.keep_shrinkage and config.id_shrinkage == (0 if "shrink" in flags[0] else 60)
+    asked = parse_ctr([*RECOMMENDED, *flags, "--keep-shrinkage", "True"])
+    assert asked.keep_shrinkage  # which building the model refuses, see test_keep_shrinkage.py
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [[], ["--mim", "off"], ["--id-shrinkage", "30"], ["--batch-norm", "True"], ["--normalize-ids=True"],
+     ["--id-shrinkage", "0", "--id-shrinkage-of", "user_id", "9"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_where_there_is_shrinkage_the_preset_keeps_it(flags):
+    assert parse_ctr([*RECOMMENDED, *flags]).keep_shrinkage
+    assert not parse_ctr([*RECOMMENDED, *flags, "--keep-shrinkage", "False"]).keep_shrinkage
+
+
+def test_the_preset_is_the_flags_given_by_hand():
+    by_hand = ["--content-pooling", "mean", "--dot-product-features", "True", "--similarity-interest", "True",
+               "--id-shrinkage", "60", "--keep-shrinkage", "True", "--lr", "0.001"]  # fmt: skip
+    assert parse_ctr(RECOMMENDED).resume_fingerprint() == parse_ctr([*NEEDED, *by_hand]).resume_fingerprint()
 
 
 def test_towers_of_an_earlier_stage_stand_in_for_those_of_the_preset():

@@ -49,7 +49,6 @@ MODELS = {
         "--normalize-ids",
         "False",
     ],
-    "recommended-din-kept": ["--preset", "recommended", "--id-shrinkage", "5", "--keep-shrinkage", "True"],
     "base-avg_pooling": ["--ubm", "avg_pooling", "--mim", "off"],
 }
 
