@@ -5,7 +5,8 @@ query reads the columns that the mapping names, sorts the events by user and tim
 which is the least that a preparation can do. Smaller logs of the same kind show whether rate and memory
 depend on the size. On a small log DuckDB and Spark prepare the same data set, and every row is compared.
 
-    python -m mim_torchrec.benchmarks.speed.prepare --impressions 100000000 --memory 6GiB --rounds 1
+    python -m mim_torchrec.benchmarks.speed.prepare --impressions 100000000 --users 5000000 --items 1000000 \\
+        --memory 4GB --rounds 1
 
 prepares a hundred million impressions. The log is written day by day, so that it needs no memory.
 """

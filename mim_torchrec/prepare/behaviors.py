@@ -1,8 +1,8 @@
 """Behaviors by user in files that are mapped into memory, and the last N of them that a request knows.
 
-The engine counts how many behaviors were known at each request; which those are, is a slice of the behaviors
-of its user. Slices are gathered here, for both engines. Lists of structs cost an engine several times as
-much, and none spills them to disk.
+A binary search finds how many behaviors were known at each request. Which those are, is a slice of the
+behaviors of its user. Both are done here, for both engines: a running count over behaviors and requests costs
+an engine a sort of both. Lists of structs cost it more still, and none spills them to disk.
 """
 
 from collections.abc import Iterator
@@ -15,14 +15,15 @@ from mim_torchrec.data.ids import stable_ids
 from mim_torchrec.embeddings.files import full_disk_reported
 from mim_torchrec.prepare.assembly import Lists
 
-COLUMNS = {"item": np.int64, "ts": np.int64, "category": np.int32, "kind": np.int8}
+VALUES = {"item": np.int64, "ts": np.int64, "category": np.int32, "kind": np.int8}
+COLUMNS = VALUES | {"known_at": np.int64}
 
 
 class Behaviors:
     """Behaviors of all users, those of a user one after the other.
 
     Args:
-        batches: `user`, `item`, `ts`, `category`, `kind`, see `histories.in_order`.
+        batches: `user`, `item`, `ts`, `known_at`, `category`, `kind`, see `histories.in_order`.
         folder: for the files; must not exist.
     """
 
@@ -54,30 +55,41 @@ class Behaviors:
             name: np.asarray(np.memmap(paths[name], kind, "r")) if size else np.zeros(0, kind)
             for name, kind in COLUMNS.items()
         }
+        self.counts = {"behaviors": size, "requests_without": 0, "requests_cut_to_the_last": 0}
+        """Of the report: behaviors, and requests so far that know none, or more than they get."""
 
-    def last(self, users: np.ndarray, known: np.ndarray, length: int) -> Lists:
-        """The last behaviors that requests know.
+    def last(self, users: np.ndarray, ts: np.ndarray, length: int) -> Lists:
+        """The last behaviors that were known strictly before requests.
 
         Args:
             users: (n,) int64 of the requests.
-            known: (n,) int64, how many of their first behaviors are known.
-            length: how many of these, at most.
+            ts: (n,) int64, when they were.
+            length: how many behaviors of each, at most.
 
         Returns:
             Lists of `item`, `ts`, `category`, `kind`.
-
-        Raises:
-            RuntimeError: more are known than a user has.
         """
+        place = np.minimum(np.searchsorted(self._users, users), max(len(self._users) - 1, 0))
+        some = np.flatnonzero(self._users[place] == users) if len(self._users) else np.zeros(0, np.int64)
+        first = self._starts[place[some]]
+        end = self._end(first, self._counts[place[some]], ts[some])
+        known, begin = np.zeros((2, len(users)), np.int64)
+        known[some] = end - first
         lengths = np.minimum(known, length)
-        some = np.flatnonzero(lengths)
-        place = np.searchsorted(self._users, users[some])
-        there = place < len(self._users)
-        there[there] = self._users[place[there]] == users[some][there]
-        if not there.all() or (known[some] > self._counts[place]).any():
-            raise RuntimeError("a request knows more behaviors than its user has")
-        begin = np.zeros(len(users), np.int64)
-        begin[some] = self._starts[place] + known[some] - lengths[some]
+        self.counts["requests_without"] += int((known == 0).sum())
+        self.counts["requests_cut_to_the_last"] += int((known > length).sum())
+        begin[some] = end - lengths[some]
         before = np.cumsum(lengths) - lengths
         index = np.repeat(begin - before, lengths) + np.arange(lengths.sum())
-        return Lists(lengths, {name: pa.array(values.take(index)) for name, values in self._columns.items()})
+        return Lists(lengths, {name: pa.array(self._columns[name].take(index)) for name in VALUES})
+
+    def _end(self, first: np.ndarray, counts: np.ndarray, ts: np.ndarray) -> np.ndarray:
+        """(n,) the place after the last behavior that was known before `ts`, by binary search."""
+        known_at = self._columns["known_at"]
+        low, high = first.copy(), first + counts
+        while len(wide := np.flatnonzero(low < high)):
+            middle = (low[wide] + high[wide]) // 2
+            early = known_at.take(middle) < ts[wide]
+            low[wide[early]] = middle[early] + 1
+            high[wide[~early]] = middle[~early]
+        return low

@@ -69,6 +69,21 @@ def of_known_items(events: Table, catalog: Table, versions: bool) -> Table:
     return found.select(*(found[name] for name in events.columns), category=category)
 
 
+def with_categories(events: Table, catalog: Table, versions: bool) -> Table:
+    """Events with the category that their item had at the time, null where the catalogue has no such item.
+
+    Args:
+        events: see :func:`of_known_items`.
+        catalog: likewise.
+        versions: likewise.
+    """
+    if versions:
+        known = of_known_items(events, catalog, versions)
+        return known.union(events.anti_join(catalog, "item").mutate(category=ibis.null("int32")))
+    found = events.left_join(catalog.select("item", "category"), "item")
+    return found.select(*(found[name] for name in events.columns), "category")
+
+
 def as_of(events: Table, versions: Table) -> Table:
     """Events with the number of versions of their item that had begun.
 

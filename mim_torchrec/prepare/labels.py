@@ -20,12 +20,13 @@ def attributed(actions: Table, shown: Table, by_request: bool) -> Table:
         by_request: whether actions name their request.
 
     Returns:
-        The columns of `actions` and `shown_at`, null where nothing was shown.
+        The columns of `actions` and `shown_at`, null where nothing was shown; with `by_request` also
+        `shown_to`, the user.
     """
     if by_request:
-        places = shown.select("request", "item", shown_at="ts")
+        places = shown.select("request", "item", shown_at="ts", shown_to="user")
         found = actions.left_join(places, ["request", "item"])
-        return found.select(*(found[name] for name in actions.columns), "shown_at")
+        return found.select(*(found[name] for name in actions.columns), "shown_at", "shown_to")
     return last_before(actions, shown.select("user", "item", "ts"), ["user", "item"])
 
 
@@ -73,13 +74,13 @@ def hits(shown: Table, found: Table, window: int, by_request: bool) -> Table:
     """
     inside = found.filter(found.shown_at.notnull() & between(found.ts - found.shown_at, 0, window))
     if by_request:
-        first = inside.group_by("request", "item").agg(at=_.ts.min())
-        joined = shown.inner_join(first, ["request", "item"])
-    else:
-        first = inside.group_by("user", "item", "shown_at").agg(at=_.ts.min())
-        joined = shown.inner_join(
-            first, [shown.user == first.user, shown.item == first.item, shown.ts == first.shown_at]
+        return inside.group_by("request", "item").agg(
+            at=_.ts.min(), user=_.shown_to.min(), ts=_.shown_at.min()
         )
+    first = inside.group_by("user", "item", "shown_at").agg(at=_.ts.min())
+    joined = shown.inner_join(
+        first, [shown.user == first.user, shown.item == first.item, shown.ts == first.shown_at]
+    )
     return joined.select("at", **{name: shown[name] for name in ("request", "item", "user", "ts")})
 
 

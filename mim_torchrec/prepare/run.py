@@ -102,7 +102,7 @@ class Preparation:
         catalog = self._read("catalog", self.mapping.catalog)
         items = make_items(catalog, self.engine, self.scratch)
         self.report["input"]["catalog"] = items.counts
-        shown = self._shown()
+        shown = self._shown(items)
         raw_searches = self._searches()
         kinds: set[Action] = {*self.config.behaviors, *self.config.labels()}
         if raw_searches is not None:
@@ -112,12 +112,13 @@ class Preparation:
         self.report["log_end"] = as_text(end)
         found = {kind: self._attributed(kind, actions[kind], shown)
                  for kind in KINDS if kind in {*self.config.behaviors, *self.config.labels()}}  # fmt: skip
-        candidates = self._labelled(shown, found, items)
-        requests = self._requests(candidates, end)
-        known, behaviors = self._histories(requests, found)
-        self._refuse_collisions(known, behaviors, raw_searches)
+        shown = shown.filter(_.category.notnull())
+        candidates = self._labelled(shown, found)
+        requests = self._requests(shown, end)
+        behaviors = self._behaviors(found)
+        self._refuse_collisions(requests, behaviors, raw_searches)
 
-        ts = np.sort(self._column(known, "ts"))
+        ts = np.sort(self._column(requests, "ts"))
         split = choose_split(ts, self.config)
         self.report["split"] = {
             "train_from": as_text(int(ts[0])), "validation_from": as_text(split.validation),
@@ -133,9 +134,9 @@ class Preparation:
         )
         with FolderWriter(self.root, self.config.row_group_rows) as files:
             writer = RequestsWriter(self.config, schema, split, files)
-            self._write_requests(writer, known, candidates, behaviors)
+            self._write_requests(writer, requests, candidates, behaviors)
             self.report |= writer.finish(self.root)
-            write_users(self.engine, self.mapping.ids, known, files)
+            write_users(self.engine, self.mapping.ids, requests, files)
             self.report["items"] = write_items(
                 self.config, self.mapping, self.base, self.engine, items, files
             )
@@ -163,21 +164,27 @@ class Preparation:
     def _by_request(self, kind: str) -> bool:
         return self._source(kind).request is not None and self.mapping.events.impression.request is not None
 
-    def _shown(self) -> Table:
-        """What was shown, also items that the catalogue does not have."""
+    def _shown(self, items: Items) -> Table:
+        """What was shown; items that the catalogue does not have are there without a category."""
         source = self.mapping.events.impression
         raw = self._read("events.impression", source, SHOWN)
         table, counts = raw.table, raw.counts
         if source.request is None:  # what a user is shown at one moment is a request
             table = table.mutate(request=table.user.cast("string") + "@" + table.ts.cast("string"))
         whole = events.complete(table, SHOWN)
-        once = self.engine.keep(events.shown_items(whole), "shown")
-        distinct = self.engine.count(once)
+        once = events.shown_items(whole)
+        if items.has_versions:  # whose rule reads the events twice
+            once = self.engine.keep(once, "shown-once")
+        shown = self.engine.keep(events.with_categories(once, items.versions, items.has_versions), "shown")
+        found = numbers(self.engine, shown.agg(distinct=shown.count(), kept=shown.category.count()))
         self.report["input"]["impression"] = counts | {
-            "incomplete": counts["rows"] - raw.complete, "repeated": raw.complete - distinct,
+            "incomplete": counts["rows"] - raw.complete, "repeated": raw.complete - found["distinct"],
+            "of_unknown_items": found["distinct"] - found["kept"], "kept": found["kept"],
         }  # fmt: skip
         self.engine.forget("raw-events-impression")
-        return once
+        if items.has_versions:
+            self.engine.forget("shown-once")
+        return shown
 
     def _actions(self, kind: str, items: Items) -> Table:
         source = self._source(kind)
@@ -226,24 +233,19 @@ class Preparation:
         self.report.setdefault("attribution", {})[kind] = numbers(self.engine, found.agg(**asked))
         return labels.not_early(found)
 
-    def _labelled(self, shown: Table, found: dict[Action, Table], items: Items) -> Table:
+    def _labelled(self, shown: Table, found: dict[Action, Table]) -> Table:
         label, second = self.config.label, self.config.second_label
         hit = labels.hits(shown, found[label], self.config.window_of(label), self._by_request(label))
         hit = self.engine.keep(hit, "hits")
-        known = events.of_known_items(shown, items.versions, items.has_versions)
-        known = labels.labelled(known, hit, "label")
+        candidates = labels.labelled(shown, hit, "label")
         if second is not None:
             window = self.config.window_of(second)
             both = labels.followed(hit, found[second], window, self._by_request(second))
-            known = labels.labelled(known, both, "second")
-        candidates = self.engine.keep(known, "candidates")
-        distinct, kept = self._counts(shown, candidates)
-        self.engine.forget("shown")
-        self.report["input"]["impression"] |= {"of_unknown_items": distinct - kept, "kept": kept}
+            candidates = labels.labelled(candidates, both, "second")
         return candidates
 
-    def _requests(self, candidates: Table, end: int) -> Table:
-        all_requests = self.engine.keep(labels.gathered(candidates), "requests-gathered")
+    def _requests(self, shown: Table, end: int) -> Table:
+        all_requests = self.engine.keep(labels.gathered(shown), "requests-gathered")
         one_user = labels.with_one_user(all_requests)
         kept = labels.old_enough(one_user, self.config.certain_after(), end)
         gathered, single, old = self._counts(all_requests, one_user, kept)
@@ -251,29 +253,19 @@ class Preparation:
             "gathered": gathered, "of_several_users": gathered - single,
             "too_young_for_their_label": single - old, "kept": old,
         }  # fmt: skip
-        return kept
+        # kept, because DuckDB takes filtered rows for few, and then hashes all that was shown to join them
+        requests = self.engine.keep(kept.drop("last_user", "last_ts"), "requests")
+        self.engine.forget("requests-gathered")
+        return requests
 
-    def _histories(self, requests: Table, found: dict[Action, Table]) -> tuple[Table, Table]:
-        """Requests with the number of behaviors that were known; the behaviors in order."""
+    def _behaviors(self, found: dict[Action, Table]) -> Table:
+        """What histories are made of."""
         parts = [
             found[kind].select("user", "item", "ts", "known_at", "category",
                                kind=ibis.literal(KINDS.index(kind), "int8"))
             for kind in self.config.behaviors
         ]  # fmt: skip
-        behaviors = parts[0].union(*parts[1:]) if len(parts) > 1 else parts[0]
-        both = self.engine.keep(histories.numbered(behaviors, requests), "numbered")
-        counts = histories.known_counts(both)
-        joined = requests.inner_join(counts, "request")
-        known = self.engine.keep(joined.drop("last_user", "last_ts"), "requests")
-        found_counts = numbers(self.engine, known.agg(
-            known=known.known.sum(), without=(known.known == 0).cast("int64").sum(),
-            longer=(known.known > self.config.max_behaviors).cast("int64").sum(),
-        ))  # fmt: skip
-        self.report["histories"] = {
-            "behaviors": self.engine.count(both.filter(_.is_behavior == 1)),
-            "requests_without": found_counts["without"], "requests_cut_to_the_last": found_counts["longer"],
-        }  # fmt: skip
-        return known, histories.in_order(both)
+        return parts[0].union(*parts[1:]) if len(parts) > 1 else parts[0]
 
     def _refuse_collisions(self, requests: Table, behaviors: Table, searches: Raw | None) -> None:
         """See that text ids have numbers of their own, over all that is written (items: `item_rows`)."""
@@ -289,25 +281,25 @@ class Preparation:
                 refuse_collisions(self.engine, role, [one.name("id").as_table() for one in found])
 
     def _write_requests(
-        self, writer: RequestsWriter, known: Table, candidates: Table, behaviors: Table
+        self, writer: RequestsWriter, requests: Table, candidates: Table, behaviors: Table
     ) -> None:
         """Requests in order of time, with their candidates and histories."""
         batch = self.config.row_group_rows
-        stored = Behaviors(self.engine.batches(behaviors, ROWS), self.scratch / "behaviors")
+        ordered = histories.in_order(behaviors)
+        stored = Behaviors(self.engine.batches(ordered, ROWS), self.scratch / "behaviors")
         places = ["position", "item"] if "position" in candidates.columns else ["item"]
         values = [name for name in ("item", "category", "label", "second") if name in candidates.columns]
-        asked = candidates.inner_join(known.select("request", at="ts"), "request")
+        asked = candidates.inner_join(requests.select("request", at="ts"), "request")
         if "position" in places:
             asked = asked.mutate(position=asked.position.fill_null(0))
         shown = Candidates(self.engine.batches(
             asked.order_by("at", "request", *places).select("request", *values), ROWS
         ), values)  # fmt: skip
-        ordered = known.order_by("ts", "request")
-        for requests in self.engine.batches(ordered, batch):
-            users, count = stable_ids(requests["user"]).to_numpy(), requests["known"].to_numpy()
-            events = stored.last(users, count, self.config.max_behaviors)
-            writer.write(requests, shown.of(requests), events)
+        for rows in self.engine.batches(requests.order_by("ts", "request"), batch):
+            users, ts = stable_ids(rows["user"]).to_numpy(), rows["ts"].to_numpy()
+            writer.write(rows, shown.of(rows), stored.last(users, ts, self.config.max_behaviors))
         shown.finish()
+        self.report["histories"] = stored.counts
 
     def _column(self, table: Table, name: str) -> np.ndarray:
         parts = [batch[name].to_numpy() for batch in self.engine.batches(table.select(name), ROWS)]
