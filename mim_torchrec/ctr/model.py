@@ -145,7 +145,7 @@ class CTRModel(DenseCTR):
             categories = {f"{role}_categories": batch.sparse[f"{role}_category"].values() for role in ROLES}
         found = LookedUp(
             pairs=pairs,
-            pooled=lambda: pooled.values(),
+            pooled=lambda: _side_by_side(pooled, self.request_features),
             rows=rows,
             vectors=vectors,
             request_ts=batch.request_ts,
@@ -157,6 +157,17 @@ class CTRModel(DenseCTR):
             **categories,
         )
         return self.predict(found)
+
+
+def _side_by_side(pooled: KeyedTensor, features: Sequence[str]) -> Tensor:
+    """Rows of features of requests in the order of the tables.
+
+    A sharded collection returns them in the order of the ranks that hold their tables, which differs between
+    numbers of ranks. The tower, and a server, know one order.
+    """
+    if pooled.keys() == list(features):
+        return pooled.values()
+    return torch.cat([pooled[feature] for feature in features], dim=1)
 
 
 def _factors(batch: RequestBatch, features: Sequence[str]) -> Tensor:
