@@ -1,6 +1,7 @@
 """Every test process, and every process it starts, computes on one thread: ranks share few cores."""
 
 import gc
+import logging
 import multiprocessing.context
 import os
 import sys
@@ -85,6 +86,15 @@ def pytest_configure_node(node):
         node.config.stash[FORKED] = programs.enter_context(forked_programs())
         node.config.add_cleanup(programs.close)
     node.workerinput["forked"] = node.config.stash[FORKED]
+
+
+@pytest.fixture(autouse=True)
+def not_silenced():
+    """A program that has run in this process may have silenced the package, or all loggers."""
+    logging.disable(logging.NOTSET)
+    package = logging.getLogger("mim_torchrec")
+    if package.level > logging.INFO:
+        package.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")
