@@ -54,7 +54,7 @@ def test_twin_equals_its_equations(top_k):
 )
 @pytest.mark.parametrize("short", [True, False])
 @pytest.mark.parametrize("heads", [1, 2])
-def test_twin_equals_its_equations_however_it_lists_pairs_and_projects(monkeypatch, shape, short, heads):
+def test_twin_equals_its_equations_however_it_lists_pairs(monkeypatch, shape, short, heads):
     monkeypatch.setattr(Pairs, "is_short", lambda *_, **__: short)
     model = build(2, heads)
     assert_same_with_gradients(make_case(*shape), model, lambda case: naive_twin(model, case))

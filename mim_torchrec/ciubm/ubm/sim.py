@@ -34,7 +34,6 @@ from mim_torchrec.ciubm.ubm.interface import (
     recency_buckets,
     recency_rows,
 )
-from mim_torchrec.ciubm.ubm.projection import compared
 from mim_torchrec.domains import Count
 from mim_torchrec.errors import OptionError
 
@@ -102,13 +101,10 @@ class SIM(UserBehaviorModel):
             weights = by_head.segment_softmax(scores, pairs, kept)
             return Interest(by_head.weighted_sum(z, weights, pairs, shared=True), auxiliary)
         found, kept, auxiliary = self._search(candidates, behaviors, pairs, context)
-        if self.heads == 1:
-            compare = [compared(self.query(candidates), self.key, z, found)]
-        else:
-            parts = (x.chunk(self.heads, dim=1) for x in (self.query(candidates), self.key(z)))
-            compare = list(zip(*parts, strict=True))
+        queries = self.query(candidates).chunk(self.heads, dim=1)
+        keys = self.key(z).chunk(self.heads, dim=1)
         heads = []
-        for query, key in compare:
+        for query, key in zip(queries, keys, strict=True):
             scores = found.inner_products(query, key)
             if kept is not None:
                 scores = scores.masked_fill(~kept, -torch.inf)
@@ -164,7 +160,7 @@ class SIM(UserBehaviorModel):
             return None, None
         queries, keys = candidates, behaviors
         if self.auxiliary:
-            queries, keys = compared(self.search_query(candidates), self.search_key, behaviors, pairs)
+            queries, keys = self.search_query(candidates), self.search_key(behaviors)
         relevance = pairs.inner_products(queries, keys)
         if not training:
             return relevance, None

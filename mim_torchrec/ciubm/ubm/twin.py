@@ -35,7 +35,6 @@ from mim_torchrec.ciubm.ubm.interface import (
     recency_buckets,
     recency_rows,
 )
-from mim_torchrec.ciubm.ubm.projection import compared
 from mim_torchrec.domains import Count
 from mim_torchrec.errors import OptionError
 
@@ -85,8 +84,6 @@ class TWIN(UserBehaviorModel):
         buckets = recency_buckets(context, "TWIN")
         biases = recency_rows(self.cross(self.recency.weight) * self.cross_weight, buckets)
         queries = self.query(candidates) / math.sqrt(self.key.out_features // self.heads)
-        if self.heads == 1 and not behaviors.is_cuda:
-            return Interest(self.out(self._one_head(queries, behaviors, biases.squeeze(1), buckets, pairs)))
         dim = behaviors.shape[1]
         recency_values = F.linear(self.recency.weight, self.value.weight[:, dim:])
         values = F.linear(behaviors, self.value.weight[:, :dim]) + recency_rows(recency_values, buckets)
@@ -109,17 +106,6 @@ class TWIN(UserBehaviorModel):
             found, weights = self._weights(scores, pairs)
             heads.append(found.weighted_sum(value, weights))
         return Interest(self.out(torch.cat(heads, dim=-1)))
-
-    def _one_head(
-        self, queries: Tensor, behaviors: Tensor, biases: Tensor, buckets: Tensor, pairs: RequestPairs
-    ) -> Tensor:
-        """The same of a single head, whose values are projected when they are summed."""
-        query, key = compared(queries, self.key, behaviors, pairs)
-        scores = pairs.inner_products(query, key) + biases.index_select(0, pairs.behavior_index)
-        found, weights = self._weights(scores, pairs)
-        recency = recency_rows(self.recency.weight, buckets)
-        pooled = [found.weighted_sum(rows, weights) for rows in (behaviors, recency)]
-        return self.value(torch.cat(pooled, dim=-1))
 
     def _weights(self, scores: Tensor, pairs: RequestPairs) -> tuple[Pairs, Tensor]:
         """A list of pairs and the weight of each in its candidate's interest, from those of all pairs."""
