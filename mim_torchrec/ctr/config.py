@@ -329,9 +329,8 @@ def parse(argv: Sequence[str] | None, **words: Any) -> CTRConfig:
     config = tyro.cli(CTRConfig, args=argv, default=default, **words)
     given = flags_of(sys.argv[1:] if argv is None else argv)
     if config.keep_shrinkage and "keep_shrinkage" not in given and not config.undoes_shrinkage:
-        return replace(
-            config, keep_shrinkage=False
-        )  # of the preset, to which a flag has left nothing to keep
+        # the preset's, to which a flag has left nothing to keep
+        return replace(config, keep_shrinkage=False)
     return config
 
 
