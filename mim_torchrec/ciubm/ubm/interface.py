@@ -143,6 +143,6 @@ def recency_buckets(context: BehaviorContext | None, model: str) -> Tensor:
 def recency_rows(table: Tensor, buckets: Tensor) -> Tensor:
     """The row of a small table (64, dim) of each bucket (n,), (n, dim).
 
-    On a CPU the gradient of `index_select` takes a third of the time of that of `F.embedding`.
+    On a CPU the gradient of `index_select` costs less than that of `F.embedding`.
     """
     return F.embedding(buckets, table) if table.is_cuda else table.index_select(0, buckets)
